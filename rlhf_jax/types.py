@@ -1,0 +1,55 @@
+"""The dimension letters, the batches that travel between rooms, and the one error a user sees.
+
+Dimension letters, used in every jaxtyping annotation:
+
+    B  rows of a batch                V  vocabulary
+    P  prompt tokens (left-padded)    D  model width
+    T  response tokens (right-padded) H  attention heads
+    S  sequence tokens, S = P + T     K  width of one head
+
+Masks are boolean and positive: True counts. Batches are NamedTuples of arrays whose first axis is B.
+"""
+
+from typing import NamedTuple
+
+import jax
+
+
+class RlhfError(Exception):
+    """Bad input: the message says what is wrong, where, and what to do. Printed without a traceback."""
+
+
+class TokenBatch(NamedTuple):
+    """Right-padded sequences for next-token training."""
+
+    tokens: jax.Array  # int32[B, S]
+    mask: jax.Array  # bool[B, S]: a token, not padding
+    loss_mask: jax.Array  # bool[B, S]: a token whose prediction is trained (never the first)
+
+
+class PromptBatch(NamedTuple):
+    """Left-padded prompts; `rows` numbers them within the global batch, so that each row has its own random key."""
+
+    tokens: jax.Array  # int32[B, P]
+    mask: jax.Array  # bool[B, P]
+    rows: jax.Array  # int32[B]
+
+
+class Rollout(NamedTuple):
+    """Prompts with one sampled response each. The response mask is a prefix and includes EOS where there is one."""
+
+    prompt: jax.Array  # int32[B, P]
+    prompt_mask: jax.Array  # bool[B, P]
+    response: jax.Array  # int32[B, T]
+    response_mask: jax.Array  # bool[B, T]
+
+
+class PreferenceBatch(NamedTuple):
+    """Two responses to one prompt, the first preferred."""
+
+    prompt: jax.Array  # int32[B, P]
+    prompt_mask: jax.Array  # bool[B, P]
+    chosen: jax.Array  # int32[B, T]
+    chosen_mask: jax.Array  # bool[B, T]
+    rejected: jax.Array  # int32[B, T]
+    rejected_mask: jax.Array  # bool[B, T]

@@ -1,0 +1,110 @@
+# `make` lists what there is to make.
+#
+# Every target sets up what it needs. What is up to date is left alone: the stamps inside .venv are newer than the files
+# they stand for. Variables one may give on the command line:
+#   PYTHON=python3.12   the interpreter .venv is made with (3.11 or newer); naming another version makes .venv anew
+#   DEVICE=tpu          cpu, cuda12 or tpu: which requirements file is installed; by default whatever this machine has
+#   ARGS="-k kl -x"     further arguments: for pytest (test, parity) or for the experiment (quickstart)
+#   JOBS=2              pytest's workers
+
+ifeq ($(origin PYTHON),undefined)
+PYTHON := $(if $(wildcard .venv/.setup-*),.venv/bin/python,python3)
+endif
+ifeq ($(origin DEVICE),undefined)
+DEVICE := $(if $(shell nvidia-smi -L 2>/dev/null | grep '^GPU'),cuda12,cpu)
+endif
+JOBS ?= 2
+ARGS ?=
+
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+SETUP := .venv/.setup-$(VERSION)-$(DEVICE)
+DEV := .venv/.dev-$(VERSION)
+PARITY := .venv-parity/.parity-$(VERSION)
+LOCK := .venv-requirements/.lock-$(VERSION)
+
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
+PYTEST := -m pytest -n $(JOBS) --dist worksteal
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup dev quickstart test lint format parity requirements clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(SETUP) ## install the package and its pinned dependencies into .venv
+
+quickstart: $(SETUP) ## real text through SFT, a reward model, Best-of-N, DPO and PPO, and a report
+	.venv/bin/rlhf-jax fetch movie_reviews
+	.venv/bin/python -m rlhf_jax --config=experiments/movie_reviews/quickstart.py --workdir=runs/quickstart $(ARGS)
+
+test: lint ## lint, type checks and the test suite
+	.venv/bin/python $(PYTEST) $(ARGS)
+
+lint: $(DEV) ## formatting, lint, types and the direction of imports
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/pyrefly check --python-interpreter-path .venv/bin/python
+	.venv/bin/lint-imports
+
+format: $(DEV) ## format the code, and mend what ruff can mend
+	.venv/bin/ruff check --fix-only .
+	.venv/bin/ruff format .
+
+dev: $(DEV) ## setup, and the tools for tests, lint and notebooks
+
+parity: $(PARITY) ## compare with torch, TRL and transformers (in .venv-parity; a large download)
+	.venv-parity/bin/python $(PYTEST) tests/parity $(ARGS)
+
+requirements: $(LOCK) ## pin anew what pyproject.toml asks for; ARGS=--upgrade takes the newest releases
+	@set -e; \
+	compile() { .venv-requirements/bin/uv pip compile --quiet --universal --python-version 3.11 --no-annotate \
+	  --custom-compile-command 'make requirements' "$$@" pyproject.toml >/dev/null; }; \
+	compile $(ARGS) --output-file requirements-cpu.txt; \
+	for extra in cuda12 tpu dev; do \
+	  all=.venv-requirements/$$extra.txt; \
+	  cat requirements-cpu.txt requirements-$$extra.txt 2>/dev/null | grep -v '^-r' >$$all || true; \
+	  compile $(ARGS) --constraints requirements-cpu.txt --extra $$extra --output-file $$all; \
+	  { grep '^#' $$all; echo '-r requirements-cpu.txt'; grep -vxFf requirements-cpu.txt $$all; } >$$all.new; \
+	  mv $$all.new requirements-$$extra.txt; \
+	done; \
+	if grep -i '^torch' requirements-cpu.txt requirements-cuda12.txt requirements-tpu.txt requirements-dev.txt; then \
+	  echo 'torch is gigabytes, and only `make parity` may install it: see which dependency asks for it' >&2; exit 1; \
+	fi
+
+clean: ## remove the environments and caches; runs/ is kept
+	rm -rf .venv .venv-parity .venv-requirements build dist *.egg-info
+	rm -rf .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find rlhf_jax experiments tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# An environment of the interpreter PYTHON names.
+%/.python-$(VERSION):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo 'rlhf_jax needs Python 3.11 or newer, and PYTHON=$(PYTHON) is $(or $(VERSION),no Python that runs here).' \
+	    'Name another one, as in: make setup PYTHON=python3.12' >&2; exit 1; }
+	@echo "Making $* with Python $(VERSION)"
+	@$(PYTHON) -m venv --clear $*
+	@touch $@
+
+$(SETUP): requirements-$(DEVICE).txt requirements-cpu.txt pyproject.toml | .venv/.python-$(VERSION)
+	@echo "Installing requirements-$(DEVICE).txt into .venv (the first time takes some minutes)"
+	@.venv/bin/python $(PIP_INSTALL) -r requirements-$(DEVICE).txt
+	@.venv/bin/python $(PIP_INSTALL) --no-deps --editable .
+	@touch $@
+
+$(DEV): requirements-dev.txt $(SETUP)
+	@echo "Installing requirements-dev.txt into .venv"
+	@.venv/bin/python $(PIP_INSTALL) -r requirements-dev.txt
+	@touch $@
+
+# torch first and alone, so that a package which merely asks for "torch" cannot choose another release.
+$(PARITY): requirements-parity.txt requirements-dev.txt requirements-cpu.txt pyproject.toml | .venv-parity/.python-$(VERSION)
+	@echo "Installing torch and requirements-parity.txt into .venv-parity"
+	@.venv-parity/bin/python $(PIP_INSTALL) torch==2.13.0
+	@.venv-parity/bin/python $(PIP_INSTALL) -r requirements-parity.txt
+	@.venv-parity/bin/python $(PIP_INSTALL) --no-deps --editable .
+	@touch $@
+
+$(LOCK): | .venv-requirements/.python-$(VERSION)
+	@.venv-requirements/bin/python $(PIP_INSTALL) uv==0.13.9
+	@touch $@

@@ -1,0 +1,59 @@
+"""What every test runs under: eight CPU devices, checked shapes, no silent broadcasting or promotion."""
+
+import fcntl
+import itertools
+import os
+from contextlib import nullcontext
+from pathlib import Path
+
+# Before JAX is imported, here and in the processes that tests start.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+
+import hypothesis
+import jax
+import jaxtyping
+import pytest
+
+# Before rlhf_jax is imported. An int passes for a float, as it does for the static checker.
+CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+jaxtyping.install_import_hook("rlhf_jax", CHECKER)
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+# The same examples in every run, and no deadline: the first example compiles.
+hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, max_examples=25)
+hypothesis.settings.load_profile("tests")
+
+STRICT_PROMOTION = {"core", "models", "sampling"}  # optax breaks under it elsewhere
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Not by an environment variable: processes that tests start, and kill, must not write into this cache.
+    jax.config.update("jax_compilation_cache_dir", str(_own_cache(config)))
+    config.addinivalue_line("filterwarnings", "ignore:Error reading persistent compilation cache entry:UserWarning")
+
+
+def _own_cache(config: pytest.Config) -> Path:
+    # JAX does not write entries atomically, so that no two processes may share a cache: this is the first one of this
+    # worker's that no other process holds.
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
+    for number in itertools.count():
+        directory = config.cache.mkdir(f"jax-{worker}-{number}")
+        lock = (directory / "lock").open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+        else:
+            config.add_cleanup(lock.close)
+            return directory
+    raise AssertionError("unreachable")
+
+
+@pytest.fixture(autouse=True)
+def promotion(request: pytest.FixtureRequest):
+    room = request.path.relative_to(Path(__file__).parent).parts[0]
+    with jax.numpy_dtype_promotion("strict") if room in STRICT_PROMOTION else nullcontext():
+        yield

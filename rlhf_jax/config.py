@@ -7,6 +7,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any, NewType, TypeVar
 
+from ml_collections import ConfigDict
+
 from rlhf_jax.types import RlhfError
 
 T = TypeVar("T")
@@ -15,7 +17,7 @@ StageName = NewType("StageName", str)
 """A field of this type names an earlier stage of the experiment, which thereby becomes an input of this one."""
 
 
-def build(cls: type[T], section: Mapping[str, Any], path: str) -> T:
+def build(cls: type[T], section: Mapping[str, Any] | ConfigDict, path: str) -> T:
     """An instance of a dataclass from a config section.
 
     Args: path is where the section stands, for messages, such as `config.ppo`.
@@ -43,7 +45,9 @@ def input_stages(config: Any) -> tuple[str, ...]:
     names: list[str] = []
     for field, hint in typing.get_type_hints(type(config)).items():
         value = getattr(config, field)
-        if _mentions_stage(hint) and value is not None:
+        if dataclasses.is_dataclass(value):
+            names.extend(input_stages(value))
+        elif _mentions_stage(hint) and value is not None:
             names.extend([value] if isinstance(value, str) else value)
     return tuple(dict.fromkeys(names))
 
@@ -55,6 +59,8 @@ def describe(hint: Any) -> str:
         return "the name of a stage"
     if hint is types.NoneType:
         return "None"
+    if dataclasses.is_dataclass(hint):
+        return f"a section with the fields of {hint.__name__}"
     if origin is typing.Literal:
         return "one of " + ", ".join(map(repr, args))
     if origin in (types.UnionType, typing.Union):
@@ -75,29 +81,43 @@ def _suggestion(key: str, known: list[str]) -> str:
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        if not isinstance(value, Mapping):
-            raise RlhfError(f"{path} = {value!r} should be a section with the fields of {hint.__name__}.")
-        return build(hint, value, path)
+    for arm in _arms(hint):
+        # A ConfigDict is not a Mapping.
+        if dataclasses.is_dataclass(arm) and isinstance(value, (Mapping, ConfigDict)):
+            return build(arm, value, path)
     if not _matches(hint, value):
         raise RlhfError(f"{path} = {value!r} should be {describe(hint)}.")
+    return _cast(hint, value)
+
+
+def _cast(hint: Any, value: Any) -> Any:
+    # What matches a type, as that type: lists become tuples (which hash), and integers floats, elements too.
+    hint = next(arm for arm in _arms(hint) if _matches(arm, value))
     if isinstance(value, (list, tuple)):
-        return tuple(value)
-    takes_float = hint is float or float in typing.get_args(hint)
-    return float(value) if takes_float and type(value) is int else value
+        return tuple(map(_cast, _elements(hint, value), value))
+    return float(value) if hint is float else value
+
+
+def _arms(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+
+
+def _elements(hint: Any, value: Any) -> tuple[Any, ...]:
+    args = typing.get_args(hint)
+    return args[:1] * len(value) if Ellipsis in args else args
 
 
 def _matches(hint: Any, value: Any) -> bool:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        return any(_matches(arg, value) for arg in args)
+    if len(_arms(hint)) > 1:
+        return any(_matches(arm, value) for arm in _arms(hint))
     if origin is typing.Literal:
         return any(type(value) is type(arg) and value == arg for arg in args)
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
             return False
-        inner = args[:1] * len(value) if Ellipsis in args else args
-        return len(inner) == len(value) and all(map(_matches, inner, value))
+        elements = _elements(hint, value)
+        return len(elements) == len(value) and all(map(_matches, elements, value))
     if hint is StageName:
         return isinstance(value, str)
     if hint is float:

@@ -36,4 +36,4 @@ def best_of_n_kl(n: ArrayLike) -> Float[np.ndarray, "..."]:
     2024, arXiv:2401.01879).
     """
     n = np.asarray(n, np.float64)
-    return np.log(n) - (n - 1) / n
+    return np.asarray(np.log(n) - (n - 1) / n)

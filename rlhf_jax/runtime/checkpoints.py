@@ -1,0 +1,81 @@
+"""Checkpoints of a training state: Orbax, asynchronous, one directory a step, one item a network."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jaxtyping import PyTree
+
+from rlhf_jax.types import RlhfError
+
+
+class TrainState(NamedTuple):
+    """What a step carries on: donated, and checkpointed. With several seeds every leaf has a first axis over them."""
+
+    step: jax.Array  # int32[]: steps done
+    params: dict[str, Any]  # a tree for each trained network: policy, value, reward
+    opt_state: Any
+
+
+class Checkpoints:
+    """The checkpoints of one stage. The newest `keep` steps stay."""
+
+    def __init__(self, directory: Path, keep: int) -> None:
+        """Opens a directory, making it where it is missing; what an interrupted save left there is removed."""
+        self._manager = ocp.CheckpointManager(
+            directory.absolute(),
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
+        )
+
+    def latest_step(self) -> int | None:
+        """The newest step with a whole checkpoint."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState) -> None:
+        """Starts to save a state, under its step, and returns while files are still being written.
+
+        The state is copied first: on CPUs Orbax reads the arrays' own memory, which the next step reuses.
+        """
+        copy = jax.tree.map(jnp.copy, state)
+        items = {name: ocp.args.StandardSave(tree) for name, tree in copy.params.items()}
+        rest = ocp.args.StandardSave({"step": copy.step, "opt_state": copy.opt_state})
+        self._manager.save(int(np.ravel(state.step)[0]), args=ocp.args.Composite(rest=rest, **items))
+
+    def restore(self, step: int, like: TrainState) -> TrainState:
+        """The state saved at a step, laid out as `like` is."""
+        items = {name: ocp.args.StandardRestore(_abstract(tree)) for name, tree in like.params.items()}
+        rest = ocp.args.StandardRestore(_abstract({"step": like.step, "opt_state": like.opt_state}))
+        restored = self._manager.restore(step, args=ocp.args.Composite(rest=rest, **items))
+        params = {name: restored[name] for name in like.params}
+        return TrainState(restored["rest"]["step"], params, restored["rest"]["opt_state"])
+
+    def close(self) -> None:
+        """Waits for the last save, and reports what went wrong in it."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def load_params(directory: Path, network: str, like: PyTree, *, step: int | None) -> PyTree:
+    """One network's parameters from a stage's checkpoints.
+
+    Args: like gives the shapes (`jax.eval_shape` of the network's init, with the seeds' axis where there are several);
+    step is None for the newest. Raises RlhfError where there is no such checkpoint.
+    """
+    with ocp.CheckpointManager(
+        directory.absolute(), options=ocp.CheckpointManagerOptions(read_only=True, create=False)
+    ) as manager:
+        steps = manager.all_steps()
+        if not steps or (step is not None and step not in steps):
+            kept = ", ".join(map(str, sorted(steps))) or "none"
+            raise RlhfError(f"{directory} has no checkpoint{'' if step is None else f' of step {step}'} (kept: {kept})")
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), like)
+        chosen = max(steps) if step is None else step
+        return manager.restore(chosen, args=ocp.args.Composite(**{network: ocp.args.StandardRestore(target)}))[network]
+
+
+def _abstract(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)

@@ -1,0 +1,147 @@
+"""The one training loop: call the program, write what it said, save, and start again where a killed run stopped."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
+from rlhf_jax.runtime.checkpoints import Checkpoints, TrainState
+from rlhf_jax.runtime.files import RowWriter, read_rows
+from rlhf_jax.runtime.programs import Placement, Step
+from rlhf_jax.runtime.progress import Bar
+from rlhf_jax.types import RlhfError
+
+Rows = list[dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopConfig:
+    """How often, in steps. `steps_per_call` of them are scanned in one call, after which the rest may happen."""
+
+    steps_per_call: int
+    eval_every: int
+    checkpoint_every: int
+
+    def __post_init__(self) -> None:
+        for name in ("steps_per_call", "eval_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What a stage wants trained."""
+
+    step: Step
+    state: TrainState  # at step 0; stacked over seeds where there are several
+    frozen: PyTree
+    batch_at: Callable[[int], Any]  # arrays [B, ...], or [seeds, B, ...], for the step that follows `step` steps
+    run_key: jax.Array  # a key, or one a seed
+    total_steps: int
+    key_figures: tuple[str, ...]  # metrics shown beside the bar
+    evaluate: Callable[[PyTree, int], tuple[dict[str, Any], Rows]]  # params, step -> metrics and sample rows
+    describe: Callable[[int, int, Any], Rows]  # step, seed index, one step's samples -> sample rows
+
+
+def train(task: Task, config: LoopConfig, placement: Placement, first_seed: int, directory: Path, bar: Bar) -> None:
+    """Runs a task to its last step, or what is left of it, into `metrics.jsonl`, `samples.jsonl` and `checkpoints/`.
+
+    Raises RlhfError where total_steps is no multiple of steps_per_call, and where a loss is not finite: the steps since
+    the last checkpoint are then not on disk.
+    """
+    if task.total_steps % config.steps_per_call:
+        raise RlhfError(
+            f"{directory.name}: {task.total_steps} steps are no multiple of steps_per_call = {config.steps_per_call}: "
+            "a shorter last call would compile a second program"
+        )
+    checkpoints = Checkpoints(directory / "checkpoints", keep=2)
+    done = checkpoints.latest_step() or 0
+    state = checkpoints.restore(done, task.state) if done else task.state
+    metric_rows = RowWriter(directory / "metrics.jsonl", done)
+    sample_rows = RowWriter(directory / "samples.jsonl", done)
+    state, frozen = placement.put_state(state), placement.put_frozen(task.frozen)
+    program = placement.compile(task.step, state)
+    clock = _Clock(directory / "metrics.jsonl")
+
+    while done < task.total_steps:
+        steps = range(done, done + config.steps_per_call)
+        batches = jax.tree.map(lambda *leaves: np.stack(leaves), *map(task.batch_at, steps))
+        state, metrics, samples = program(state, frozen, batches, task.run_key)
+        metrics = jax.device_get(metrics)
+        _check_finite(metrics, steps, directory.name)
+        previous, done = done, done + config.steps_per_call
+
+        rows = _metric_rows(metrics, steps, first_seed, placement.seeds)
+        if _crossed(config.eval_every, previous, done, task.total_steps):
+            evaluation, described = task.evaluate(placement.whole(state).params, done)
+            rows[-1].update(evaluation)
+            sample_rows.write({"step": done, **row} for row in described)
+        for index, step in enumerate(steps):
+            for seed in range(placement.seeds):
+                one = jax.tree.map(lambda leaf, i=index, k=seed: _pick(leaf, i, k, placement.seeds), samples)
+                described = task.describe(step + 1, seed, one)
+                sample_rows.write({"step": step + 1, "seed": first_seed + seed, **row} for row in described)
+        rows[-1].update(clock.read(config.steps_per_call, rows[-placement.seeds :]))
+        metric_rows.write(rows)
+        bar.update(done, task.total_steps, {name: rows[-1][name] for name in task.key_figures if name in rows[-1]})
+        if _crossed(config.checkpoint_every, previous, done, task.total_steps):
+            metric_rows.flush()
+            sample_rows.flush()
+            checkpoints.save(placement.whole(state))
+    metric_rows.close()
+    sample_rows.close()
+    checkpoints.close()
+
+
+class _Clock:
+    """Seconds this stage has taken, those before an interruption included, as `time/` figures."""
+
+    def __init__(self, metrics: Path) -> None:
+        rows = read_rows(metrics)
+        self._before = rows[-1].get("time/elapsed", 0.0) if rows else 0.0
+        self._start = self._last = time.perf_counter()
+
+    def read(self, steps: int, last_rows: Rows) -> dict[str, float]:
+        now = time.perf_counter()
+        elapsed, self._last = now - self._last, now
+        tokens = sum(row["num_tokens"] for row in last_rows)
+        return {
+            "time/elapsed": self._before + now - self._start,
+            "time/seconds_per_step": elapsed / steps,
+            "time/tokens_per_second": tokens * steps / elapsed,
+        }
+
+
+def _metric_rows(metrics: dict[str, np.ndarray], steps: range, first_seed: int, seeds: int) -> Rows:
+    return [
+        {
+            "step": step + 1,
+            "seed": first_seed + seed,
+            **{name: _pick(values, index, seed, seeds).item() for name, values in metrics.items()},
+        }
+        for index, step in enumerate(steps)
+        for seed in range(seeds)
+    ]
+
+
+def _pick(leaf: Any, index: int, seed: int, seeds: int) -> Any:
+    return leaf[index, seed] if seeds > 1 else leaf[index]
+
+
+def _check_finite(metrics: dict[str, np.ndarray], steps: range, stage: str) -> None:
+    bad = ~np.isfinite(metrics["loss"])
+    if bad.any():
+        step = steps[int(np.argwhere(bad)[0][0])]
+        raise RlhfError(
+            f"{stage}: the loss is not finite at step {step + 1} (batch {step}): lower the learning rate, or look at "
+            "that batch; the last checkpoint is kept"
+        )
+
+
+def _crossed(every: int, previous: int, done: int, total: int) -> bool:
+    return done // every > previous // every or done == total

@@ -1,0 +1,190 @@
+"""The one place where a step becomes a compiled program: `jit` on a mesh of devices, or `pmap`.
+
+A step is `step(state, frozen, batch, run_key) -> (state, metrics, samples)`: pure, written for one device's rows and
+reducing over `placement.axes`. A program runs several of them in one call, with leading axes before the rows:
+
+    batches  [n, B, ...], or [n, seeds, B, ...]       metrics  [n], or [n, seeds]
+    samples  [n, B, ...], or [n, seeds, B, ...]       state    as the step's, or stacked over [seeds]
+
+Metrics are equal on all devices (a step reduces them); every leaf of samples has rows as its first axis.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import PyTree
+
+from rlhf_jax.models.sharding import ROWS, shardings
+from rlhf_jax.types import RlhfError
+
+Step = Callable[[Any, Any, Any, jax.Array], tuple[Any, dict[str, jax.Array], Any]]
+Program = Callable[[Any, Any, Any, jax.Array], tuple[Any, dict[str, jax.Array], Any]]
+
+SEED_AXIS = "seed"
+BATCH_AXIS = "batch"
+
+
+@dataclasses.dataclass(frozen=True)
+class RuntimeConfig:
+    """Devices: `jit` over a mesh of data x fsdp x tensor devices, or `pmap` with replicated weights over `data`."""
+
+    strategy: Literal["jit", "pmap"]
+    data: int
+    fsdp: int
+    tensor: int
+    deterministic: bool  # XLA's deterministic operations on GPUs, so that a resumed run is the same bit for bit
+
+    def __post_init__(self) -> None:
+        if min(self.data, self.fsdp, self.tensor) < 1:
+            raise ValueError(f"data x fsdp x tensor = {self.data} x {self.fsdp} x {self.tensor} must all be at least 1")
+        if self.strategy == "pmap" and self.fsdp * self.tensor > 1:
+            raise ValueError("strategy = 'pmap' replicates the weights: set fsdp = tensor = 1, or use strategy = 'jit'")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshPlacement:
+    """Programs compiled by `jit`, arrays laid over a mesh. With one device, plain `jit`."""
+
+    mesh: Mesh
+    seeds: int
+    axes: tuple[str, ...] = ()
+
+    def put_state(self, state: PyTree) -> PyTree:
+        """Lays a state out by the models' partition patterns."""
+        return jax.device_put(state, shardings(state, self.mesh, leading_axes=int(self.seeds > 1)))
+
+    def put_frozen(self, frozen: PyTree) -> PyTree:
+        """Lays frozen parameters out by the same patterns; they are never stacked over seeds."""
+        return jax.device_put(frozen, shardings(frozen, self.mesh, leading_axes=0))
+
+    def compile(self, step: Step, state: PyTree) -> Program:
+        """A program whose state keeps the shardings of `state`, and whose old state's memory is reused."""
+        rows = NamedSharding(self.mesh, P(*([None] * _leading_axes(self.seeds)), *ROWS))
+        compiled = jax.jit(
+            _several(step, self.seeds),
+            donate_argnums=0,
+            in_shardings=(_shardings_of(state), None, rows, None),
+            out_shardings=(_shardings_of(state), NamedSharding(self.mesh, P()), rows),
+        )
+
+        def program(state: Any, frozen: Any, batches: Any, run_key: jax.Array) -> tuple:
+            _check_rows(batches, self.seeds, self.mesh.shape["data"] * self.mesh.shape["fsdp"])
+            return compiled(state, frozen, batches, run_key)
+
+        program.compiled = compiled  # type: ignore[attr-defined]
+        return program
+
+    def whole(self, state: PyTree) -> PyTree:
+        """The state as checkpoints hold it."""
+        return state
+
+
+@dataclasses.dataclass(frozen=True)
+class PmapPlacement:
+    """Programs compiled by `pmap`: every device has the whole state and its share of the rows."""
+
+    devices: tuple[jax.Device, ...]
+    seeds: int
+    axes: tuple[str, ...] = (BATCH_AXIS,)
+
+    def put_state(self, state: PyTree) -> PyTree:
+        """Replicates a state: every leaf gains a first axis over devices."""
+        mesh = Mesh(np.array(self.devices), (BATCH_AXIS,))
+        count = len(self.devices)
+
+        def replicate(leaf: jax.Array) -> jax.Array:
+            stacked = np.broadcast_to(np.asarray(leaf)[None], (count, *leaf.shape))
+            return jax.device_put(stacked, NamedSharding(mesh, P(BATCH_AXIS)))
+
+        return jax.tree.map(replicate, state)
+
+    def put_frozen(self, frozen: PyTree) -> PyTree:
+        """Replicates frozen parameters."""
+        return self.put_state(frozen)
+
+    def compile(self, step: Step, state: PyTree) -> Program:
+        """A program whose old state's memory is reused."""
+        del state  # replicated, whatever it is
+        rows = _leading_axes(self.seeds)
+        compiled = jax.pmap(
+            _several(step, self.seeds),
+            axis_name=BATCH_AXIS,
+            devices=self.devices,
+            in_axes=(0, 0, rows, None),
+            out_axes=(0, 0, rows),
+            donate_argnums=0,
+        )
+
+        def split(leaf: np.ndarray) -> np.ndarray:
+            return leaf.reshape(*leaf.shape[:rows], len(self.devices), -1, *leaf.shape[rows + 1 :])
+
+        def merge(leaf: jax.Array) -> jax.Array:
+            return leaf.reshape(*leaf.shape[:rows], -1, *leaf.shape[rows + 2 :])
+
+        def program(state: Any, frozen: Any, batches: Any, run_key: jax.Array) -> tuple:
+            _check_rows(batches, self.seeds, len(self.devices))
+            state, metrics, samples = compiled(state, frozen, jax.tree.map(split, batches), run_key)
+            return state, jax.tree.map(lambda leaf: leaf[0], metrics), jax.tree.map(merge, samples)
+
+        program.compiled = compiled  # type: ignore[attr-defined]
+        return program
+
+    def whole(self, state: PyTree) -> PyTree:
+        """The state as checkpoints hold it: one device's copy."""
+        return jax.tree.map(lambda leaf: leaf[0], state)
+
+
+Placement = MeshPlacement | PmapPlacement
+
+
+def make_placement(config: RuntimeConfig, seeds: int) -> Placement:
+    """Takes as many devices as the config asks for. Raises RlhfError where there are fewer."""
+    needed, present = config.data * config.fsdp * config.tensor, jax.devices()
+    if needed > len(present):
+        raise RlhfError(
+            f"config.runtime asks for {needed} devices (data={config.data}, fsdp={config.fsdp}, "
+            f"tensor={config.tensor}), and {len(present)} are present: lower them"
+        )
+    devices = present[:needed]
+    if config.strategy == "pmap":
+        return PmapPlacement(tuple(devices), seeds)
+    sizes = (config.data, config.fsdp, config.tensor)
+    mesh = Mesh(np.array(devices).reshape(sizes), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    return MeshPlacement(mesh, seeds)
+
+
+def _several(step: Step, seeds: int) -> Program:
+    """Scans a step over batches; with several seeds, each step is mapped over them first."""
+    if seeds > 1:
+        step = jax.vmap(step, in_axes=(0, None, 0, 0), axis_name=SEED_AXIS)
+
+    @functools.wraps(step)
+    def several(state: Any, frozen: Any, batches: Any, run_key: jax.Array) -> tuple:
+        def body(state: Any, batch: Any) -> tuple:
+            state, metrics, samples = step(state, frozen, batch, run_key)
+            return state, (metrics, samples)
+
+        state, (metrics, samples) = jax.lax.scan(body, state, batches)
+        return state, metrics, samples
+
+    return several
+
+
+def _leading_axes(seeds: int) -> int:
+    return 2 if seeds > 1 else 1
+
+
+def _shardings_of(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)
+
+
+def _check_rows(batches: PyTree, seeds: int, parts: int) -> None:
+    rows = jax.tree.leaves(batches)[0].shape[_leading_axes(seeds)]
+    if rows % parts:
+        raise RlhfError(f"a batch of {rows} rows does not divide over {parts} devices: change the batch size")

@@ -1,0 +1,110 @@
+"""A work directory: one directory a stage, what made it, and whether it is complete."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from rlhf_jax.runtime.files import read_json, write_json
+from rlhf_jax.types import RlhfError
+
+Status = Literal["new", "half-done", "complete", "elsewhere"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity:
+    """All that a stage's result depends on: its section, what is common to the experiment, and its inputs' identities."""
+
+    section: dict[str, Any]
+    common: dict[str, Any]
+    inputs: dict[str, str]
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash that other stages refer to."""
+        return hashlib.sha256(json.dumps(self.as_json(), sort_keys=True).encode()).hexdigest()[:16]
+
+    def as_json(self) -> dict[str, Any]:
+        """As `config.json` holds it."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Workdir:
+    """The stages under `root`; those that are missing there may stand complete under `inputs`."""
+
+    root: Path
+    inputs: Path | None = None
+
+    def directory(self, stage: str) -> Path:
+        """Where a stage is written."""
+        return self.root / stage
+
+    def find(self, stage: str) -> Path:
+        """The directory of a complete stage, here or under `inputs`. Raises RlhfError where there is none."""
+        for root in self._roots():
+            if (root / stage / "complete.json").exists():
+                return root / stage
+        places = " or ".join(str(root) for root in self._roots())
+        begun = (self.directory(stage) / "config.json").exists()
+        raise RlhfError(
+            f"stage {stage!r} is {'not complete' if begun else 'missing'} in {places}: run it first "
+            f"(--stage={stage}), or name a work directory that has it with --inputs=DIR"
+        )
+
+    def fingerprint(self, stage: str) -> str:
+        """The fingerprint of a complete stage."""
+        return read_json(self.find(stage) / "complete.json")["fingerprint"]
+
+    def status(self, stage: str, identity: Identity) -> Status:
+        """What is left to do for a stage. Raises RlhfError, naming the keys, where another config made what is here."""
+        directory = self.directory(stage)
+        if directory.exists() and not directory.is_dir():
+            raise RlhfError(f"{directory} is a file where stage {stage!r} needs a directory: move it away")
+        if (directory / "config.json").exists():
+            self._require_same(stage, read_json(directory / "config.json"), identity.as_json())
+            return "complete" if (directory / "complete.json").exists() else "half-done"
+        if self.inputs and (self.inputs / stage / "complete.json").exists():
+            if read_json(self.inputs / stage / "complete.json")["fingerprint"] == identity.fingerprint:
+                return "elsewhere"
+        return "new"
+
+    def begin(self, stage: str, identity: Identity) -> Path:
+        """Makes a stage's directory and notes what it is made from."""
+        directory = self.directory(stage)
+        directory.mkdir(parents=True, exist_ok=True)
+        write_json(directory / "config.json", identity.as_json())
+        return directory
+
+    def complete(self, stage: str, identity: Identity) -> None:
+        """Marks a stage complete; the marker is the last file that it writes."""
+        write_json(self.directory(stage) / "complete.json", {"fingerprint": identity.fingerprint})
+
+    def _roots(self) -> list[Path]:
+        return [self.root] + ([self.inputs] if self.inputs else [])
+
+    def _require_same(self, stage: str, old: dict[str, Any], new: dict[str, Any]) -> None:
+        differing = _differences(old, new)
+        if differing:
+            raise RlhfError(
+                f"stage {stage!r} in {self.root} was made from another config:\n"
+                + "".join(f"  {line}\n" for line in differing)
+                + f"Give a new --workdir (with --inputs={self.root} it reads the stages that did not change from here)."
+            )
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    flat_old, flat_new = _flatten(old), _flatten(new)
+    return [
+        f"{key.removeprefix('section.').removeprefix('common.')}: {flat_old.get(key)!r} there, {flat_new.get(key)!r} now"
+        for key in sorted(flat_old.keys() | flat_new.keys())
+        if flat_old.get(key) != flat_new.get(key)
+    ]
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

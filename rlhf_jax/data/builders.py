@@ -1,0 +1,200 @@
+"""The TFDS data set of movie reviews with people's ratings, and reading any TFDS data set without TensorFlow.
+
+Importing this module imports TFDS (half a second): other modules import it where they need it.
+"""
+
+import contextlib
+import hashlib
+import html
+import io
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from tensorflow_datasets.core import read_only_builder
+
+from rlhf_jax.data import fetch
+from rlhf_jax.types import RlhfError
+
+RAW_FILES = ("movieReviewSnippets_GroundTruth.txt", "movieReviewSnippets_anonDataRatings.txt")
+
+_DESCRIPTION = """\
+10,605 snippets of movie reviews (Pang & Lee 2004, rotten.tomatoes.com), each rated by 15 to 29 people on a scale from
+-4 (extremely negative) to 4 (extremely positive). Collected by Hutto & Gilbert (2014) and distributed with VADER under
+the MIT licence (copyright 2016 C.J. Hutto)."""
+
+_CITATION = """\
+@inproceedings{hutto2014vader,
+  title = {{VADER}: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media Text},
+  author = {Hutto, C. J. and Gilbert, Eric},
+  booktitle = {Eighth International Conference on Weblogs and Social Media (ICWSM-14)},
+  address = {Ann Arbor, MI},
+  year = {2014},
+}
+@inproceedings{pang2004sentimental,
+  title = {A Sentimental Education: Sentiment Analysis Using Subjectivity Summarization Based on Minimum Cuts},
+  author = {Pang, Bo and Lee, Lillian},
+  booktitle = {Proceedings of the 42nd Annual Meeting of the Association for Computational Linguistics},
+  year = {2004},
+}"""
+
+
+class MovieReviews(tfds.core.GeneratorBasedBuilder):
+    """Snippets of movie reviews with every rater's rating (-4..4); see `clean` for what is done to the text.
+
+    Features: `id`, 1 to 10605 as in the source; `text`; `rating`, the mean; `ratings`, one integer a rater. Splits:
+    `split_of` the id. Two texts stand in the source twice, under two ids each. Within a split TFDS orders the rows by
+    a hash, the same everywhere.
+    """
+
+    VERSION = tfds.core.Version(fetch.MOVIE_REVIEWS_VERSION)
+    MANUAL_DOWNLOAD_INSTRUCTIONS = f"Run `rlhf-jax fetch movie_reviews`; it needs {' and '.join(RAW_FILES)}."
+    code_path = None  # TFDS 4.9.10 looks for it with importlib_resources, which it no longer brings along
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = tfds.features.FeaturesDict(
+            {
+                "id": np.int64,
+                "text": tfds.features.Text(),
+                "rating": np.float32,
+                "ratings": tfds.features.Sequence(np.int32),
+            }
+        )
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=_DESCRIPTION,
+            features=features,
+            homepage="https://github.com/cjhutto/vaderSentiment",
+            citation=_CITATION,
+            license="MIT",
+        )
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
+        examples = list(_read_raw(Path(dl_manager.manual_dir)))
+        return {split: self._generate_examples(examples, split) for split in ("train", "validation", "test")}
+
+    def _generate_examples(self, examples: list[dict[str, Any]], split: str) -> Iterator[tuple[int, dict[str, Any]]]:
+        return ((example["id"], example) for example in examples if split_of(example["id"]) == split)
+
+
+def split_of(snippet: int) -> str:
+    """The split of a snippet: 80 % train, 10 % validation, 10 % test, by the SHA-256 of its id in decimal.
+
+    Not drawn at random, so that the splits stay the same whatever else changes.
+    """
+    bucket = int.from_bytes(hashlib.sha256(str(snippet).encode()).digest()) % 10
+    return {8: "validation", 9: "test"}.get(bucket, "train")
+
+
+def clean(text: str) -> str:
+    """Mends what the collection of the data did to the text, and changes no word.
+
+    HTML entities become characters (`&amp;`). Two single quotes become a double one, backticks and the typographic
+    apostrophe a single one. The source has lost its hyphens: each became a space. Three or four spaces in a row
+    were a dash between spaces and become ` - ` again, as does the en dash; two spaces may have been a hyphen or a dash
+    and become one, and one space may have been a hyphen ("co writer") and stays.
+    """
+    text = html.unescape(text).replace("''", '"').replace("`", "'").replace("\u2019", "'").replace("\u2013", "-")
+    text = re.sub(" {3,}", " - ", text)
+    return re.sub(r"\s+", " ", text).strip()
+
+
+def prepare_movie_reviews(raw: Path, directory: Path) -> Path:
+    """Builds the ArrayRecord files from the two raw files, silently, below `directory`; returns the data set's own.
+
+    Raises: OSError if they cannot be written.
+    """
+    builder = MovieReviews(data_dir=directory, file_format="array_record")
+    config = tfds.download.DownloadConfig(manual_dir=raw, try_download_gcs=False)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            builder.download_and_prepare(download_dir=directory / "downloads", download_config=config)
+        except RuntimeError as error:  # so ArrayRecord's writer reports a full disk
+            raise OSError(str(error).partition("\n")[0]) from error
+    return Path(builder.data_dir)
+
+
+def load_split(name: str, split: str) -> list[dict[str, Any]]:
+    """Reads a split of a TFDS data set through its data source: every row as plain Python values.
+
+    Args: `name` is `movie_reviews`, or `NAME[/CONFIG][:VERSION]` of one prepared in TFDS's own directory; `split` may
+        be a slice (`train[:10%]`).
+    Raises: RlhfError if the data set or the split is not there, or cannot be read.
+    """
+    builder = _builder(name)
+    try:
+        source = builder.as_data_source(split)
+        return [_plain(row) for row in source.__getitems__(range(len(source)))]
+    except NotImplementedError as error:
+        raise RlhfError(
+            f"tfds:{name} is prepared as {builder.info.file_format.value}, which needs TensorFlow to be read: "
+            "prepare it anew with file_format='array_record'"
+        ) from error
+    except ValueError as error:  # TFDS names the splits there are
+        raise RlhfError(f"tfds:{name}/{split} cannot be read: {_first_line(error)}") from error
+    except (OSError, RuntimeError, IndexError) as error:
+        raise RlhfError(
+            f"tfds:{name}/{split} is damaged ({_first_line(error)}): remove {builder.data_dir} and make it again"
+        ) from error
+
+
+def full_name(name: str) -> str:
+    """Name, configuration and version (`movie_reviews/1.0.0`) of a TFDS data set that is here.
+
+    Raises: RlhfError if it is not.
+    """
+    return _builder(name).info.full_name
+
+
+def _builder(name: str) -> tfds.core.DatasetBuilder:
+    if name == MovieReviews.name:
+        return _fetched_builder(name)
+    try:
+        return read_only_builder.builder_from_files(name)
+    except ValueError as error:
+        raise RlhfError(
+            f"tfds:{name} is not here: prepare it in TFDS_DATA_DIR or ~/tensorflow_datasets with "
+            f"tfds.builder({name!r}, file_format='array_record').download_and_prepare()"
+        ) from error
+
+
+def _fetched_builder(name: str) -> tfds.core.DatasetBuilder:
+    here = fetch.place(name)
+    if not here.is_dir():
+        raise RlhfError(f"{name} is not here: run `rlhf-jax fetch {name}`")
+    try:
+        return tfds.builder_from_directory(here)
+    except (ValueError, OSError) as error:
+        raise RlhfError(f"{name} is damaged: remove {here} and run `rlhf-jax fetch {name}`") from error
+
+
+def _read_raw(directory: Path) -> Iterator[dict[str, Any]]:
+    """The snippets in the order of the source, whose two files list the same ids. Both are UTF-8."""
+    truth, raters = (_table(directory / filename) for filename in RAW_FILES)
+    for (snippet, mean, text), (rated, _, _, ratings) in zip(truth, raters, strict=True):
+        if snippet != rated:
+            raise RlhfError(f"{directory}: {RAW_FILES[0]} lists snippet {snippet} where {RAW_FILES[1]} has {rated}")
+        yield {"id": int(snippet), "text": clean(text), "rating": float(mean), "ratings": json.loads(ratings)}
+
+
+def _table(path: Path) -> list[list[str]]:
+    return [line.split("\t") for line in path.read_bytes().decode("utf-8").split("\r\n")]
+
+
+def _plain(value: Any) -> Any:
+    """Numpy's values as Python's, and bytes, which is how TFDS stores text, as str."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.ndarray | np.generic):
+        return _plain(value.tolist())
+    return value.decode("utf-8") if isinstance(value, bytes) else value
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

@@ -1,0 +1,355 @@
+"""Tables of text in TRL's column conventions, read from the files and directories people keep them in.
+
+A table is a list of rows, a row a dict from column to value. Messages count rows from 1, without a CSV's header.
+"""
+
+import codecs
+import contextlib
+import csv
+import glob
+import gzip
+import hashlib
+import json
+import lzma
+import re
+import sys
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet
+
+from rlhf_jax.types import RlhfError
+
+Row = dict[str, Any]
+Kind = Literal["preference", "implicit_prompt_preference", "unpaired", "prompt_completion", "text", "prompt"]
+
+# In this order, because a table may have more columns than its kind needs.
+KINDS: dict[Kind, tuple[str, ...]] = {
+    "preference": ("prompt", "chosen", "rejected"),
+    "implicit_prompt_preference": ("chosen", "rejected"),
+    "unpaired": ("prompt", "completion", "label"),
+    "prompt_completion": ("prompt", "completion"),
+    "text": ("text",),
+    "prompt": ("prompt",),
+}
+
+_TFDS = "tfds:"
+_TURN = "\n\nAssistant:"  # Anthropic's HH-RLHF, the best known table of implicit prompts
+_END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # closes an Arrow stream, which can be read without it
+
+
+def read_table(source: str) -> list[Row]:
+    """Reads every row and column of a table.
+
+    Sources: `tfds:NAME/SPLIT`; a `.jsonl`, `.jsonl.gz`, `.jsonl.xz`, `.json` (a list of objects), `.parquet` or `.csv`
+    file in UTF-8 (a CSV's values are all strings); a directory written by Hugging Face's `save_to_disk`, or one of
+    Parquet files, where `DIR/train` also means the files `DIR/train-00000-of-00002.parquet` and so on.
+
+    Raises: RlhfError, with file and row, if the source is missing, unreadable, cut short, ragged or empty.
+    """
+    if source.startswith(_TFDS):
+        rows = _read_tfds(source)
+    else:
+        with _readable(source):
+            rows = [row for file in _files(Path(source)) for row in _read_file(file)]
+    if not rows:
+        raise RlhfError(f"{source} holds no rows: give a table with at least one")
+    return rows
+
+
+def file_hash(source: str) -> str:
+    """SHA-256 in hex of what `read_table` would read, so that a changed input is noticed.
+
+    A file's bytes; a directory's file names and bytes in the order of reading; a TFDS data set's name, version and
+    split.
+
+    Raises: RlhfError if the source is missing or cannot be read.
+    """
+    if source.startswith(_TFDS):
+        # Imported here: TFDS takes half a second, which a JSONL file need not wait for.
+        from rlhf_jax.data import builders
+
+        name, split = _tfds_name(source)
+        return hashlib.sha256(f"{builders.full_name(name)}/{split}".encode()).hexdigest()
+    with _readable(source):
+        files = _files(Path(source))
+        if files == [Path(source)]:
+            return _digest(files[0])
+        return hashlib.sha256("".join(f"{file.name} {_digest(file)}\n" for file in files).encode()).hexdigest()
+
+
+def kind_of(rows: Sequence[Row], source: str = "the table") -> Kind:
+    """Which of TRL's conventions a table follows, by the columns of its first row.
+
+    Raises: RlhfError if it follows none, or holds chat messages.
+    """
+    columns = rows[0].keys()
+    for kind, needed in KINDS.items():
+        if columns >= set(needed):
+            return kind
+    if "messages" in columns:
+        raise RlhfError(_chat(f"{source}, column messages"))
+    known = "; ".join(", ".join(needed) for needed in KINDS.values())
+    raise RlhfError(
+        f"{source} has the columns {', '.join(columns)}, of which nothing can be learned: name them {known}"
+    )
+
+
+def require_columns(rows: Sequence[Row], columns: Iterable[str], source: str) -> None:
+    """Raises RlhfError, naming the row, unless every row has every one of `columns`."""
+    for number, row in enumerate(rows, start=1):
+        for column in columns:
+            if column not in row:
+                raise RlhfError(f"{source}, row {number} has no column {column} (it has {', '.join(row)}): add it")
+
+
+def require_texts(rows: Sequence[Row], columns: Iterable[str], source: str) -> None:
+    """Raises RlhfError, naming row and column, unless every row has text (perhaps empty) in every one of `columns`."""
+    columns = tuple(columns)
+    require_columns(rows, columns, source)
+    for number, row in enumerate(rows, start=1):
+        for column in columns:
+            _check_text(row[column], f"{source}, row {number}, column {column}")
+
+
+def preference_rows(rows: Sequence[Row], source: str) -> list[Row]:
+    """Checked rows with `prompt`, `chosen` and `rejected`, and other columns as they are.
+
+    An implicit prompt is taken out of the two answers: what both begin with, cut after the last shared "Assistant:"
+    turn of HH-RLHF, else before the last shared word boundary, so that answers keep their leading space. TRL's
+    `extract_prompt` cuts at the first differing character, which can be inside a word.
+
+    Raises: RlhfError, naming the row, if a value is not text or an answer is empty.
+    """
+    kind = kind_of(rows, source)
+    if kind not in ("preference", "implicit_prompt_preference"):
+        raise RlhfError(f"{source} is no preference data: it needs the columns chosen and rejected (and prompt)")
+    require_texts(rows, KINDS[kind], source)
+    for number, row in enumerate(rows, start=1):
+        for column in ("chosen", "rejected"):
+            if not row[column].strip():
+                raise RlhfError(f"{source}, row {number}, column {column} is empty: remove the row or give an answer")
+    if kind == "implicit_prompt_preference":
+        return [row | _with_prompt(row["chosen"], row["rejected"]) for row in rows]
+    return list(rows)
+
+
+def _with_prompt(chosen: str, rejected: str) -> dict[str, str]:
+    end = _prompt_end(chosen, rejected)
+    return {"prompt": chosen[:end], "chosen": chosen[end:], "rejected": rejected[end:]}
+
+
+def _prompt_end(chosen: str, rejected: str) -> int:
+    """The length of the prompt that both begin with, such that neither answer is blank."""
+    pairs = enumerate(zip(chosen, rejected, strict=False))
+    shared = next((place for place, (one, other) in pairs if one != other), min(len(chosen), len(rejected)))
+    turn = chosen.rfind(_TURN, 0, shared)
+    turns = [turn + len(_TURN)] if turn >= 0 else []
+    gaps = [gap.start() for gap in re.finditer(r"(?<!\s)\s", chosen[: shared + 1])]
+    boundaries = [gap for gap in reversed(gaps) if rejected[gap : gap + 1].isspace()]
+    ends = (end for end in turns + boundaries if chosen[end:].strip() and rejected[end:].strip())
+    return next(ends, 0)
+
+
+def _check_text(value: Any, where: str) -> None:
+    if isinstance(value, list):
+        raise RlhfError(_chat(where))
+    if not isinstance(value, str):
+        found = "null" if value is None else f"of type {type(value).__name__}"
+        raise RlhfError(f"{where} is {found}, not text: give a string")
+    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+        raise RlhfError(f"{where} holds half of a surrogate pair, which is no character: write the text anew in UTF-8")
+
+
+def _chat(where: str) -> str:
+    return f"{where} holds chat messages, which need a chat template and are not supported yet: give text"
+
+
+@contextlib.contextmanager
+def _readable(source: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RlhfError(
+            f"{source} cannot be read: {error.strerror or error}. Check the path and its permissions"
+        ) from error
+
+
+def _tfds_name(source: str) -> tuple[str, str]:
+    name, _, split = source.removeprefix(_TFDS).rpartition("/")
+    if not name or not split:
+        raise RlhfError(f"{source} names no split: write {_TFDS}NAME/SPLIT, as in {_TFDS}movie_reviews/train")
+    return name, split
+
+
+def _read_tfds(source: str) -> list[Row]:
+    # Imported here: TFDS takes half a second, which a JSONL file need not wait for.
+    from rlhf_jax.data import builders
+
+    return builders.load_split(*_tfds_name(source))
+
+
+def _files(path: Path) -> list[Path]:
+    """The files that a path stands for, in the order of reading."""
+    if (path / "state.json").is_file():
+        return _saved_files(path)
+    if path.is_dir():
+        return _parquet_files(path)
+    shards = sorted(path.parent.glob(f"{glob.escape(path.name)}-*-of-*.parquet"))
+    if not path.exists() and not shards:
+        raise RlhfError(f"{path} does not exist: check the path")
+    return [path] if path.exists() else shards
+
+
+def _saved_files(directory: Path) -> list[Path]:
+    state_file = directory / "state.json"
+    try:
+        state = json.loads(state_file.read_bytes())
+        names = [entry["filename"] for entry in state["_data_files"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RlhfError(f"{state_file} is damaged: save the data set again with save_to_disk") from error
+    if state.get("_indices_data_files"):  # of datasets 1.x: a selection of rows that the Arrow files do not show
+        raise RlhfError(f"{directory} was saved by an old version of datasets: load and save it again with a new one")
+    return [directory / name for name in names]
+
+
+def _parquet_files(directory: Path) -> list[Path]:
+    if splits := sorted(file.parent.name for file in directory.glob("*/state.json")):
+        raise RlhfError(f"{directory} holds the splits {', '.join(splits)}: name one, as in {directory / splits[0]}")
+    files = sorted(directory.glob("*.parquet")) or sorted(directory.glob("data/*.parquet"))
+    if not files:
+        raise RlhfError(f"{directory} holds neither a data set of save_to_disk nor Parquet files: name a file")
+    tables = sorted({re.sub(r"\d+", "0", file.stem) for file in files})
+    if len(tables) > 1:  # train and test, most likely, which must not be mixed
+        raise RlhfError(
+            f"{directory} holds Parquet files of different tables ({', '.join(tables)}): name one file, or a split as "
+            f"in {files[0].parent / 'train'}"
+        )
+    return files
+
+
+def _read_file(file: Path) -> list[Row]:
+    for suffix, read in _READERS.items():
+        if file.name.lower().endswith(suffix):
+            return read(file)
+    raise RlhfError(f"{file} is of no kind that can be read: give one of {', '.join(_READERS)}")
+
+
+def _read_jsonl(file: Path) -> list[Row]:
+    open_file = {".gz": gzip.open, ".xz": lzma.open}.get(file.suffix.lower(), open)
+    rows = []
+    try:
+        with open_file(file, "rb") as lines:
+            for line in lines:
+                if line.strip():
+                    rows.append(_parse_object(line, f"{file}, row {len(rows) + 1}"))
+    except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
+        raise RlhfError(
+            f"{file}, row {len(rows) + 1}: cut short or damaged from here on ({error}): copy it again"
+        ) from error
+    return rows
+
+
+def _parse_object(line: bytes, where: str) -> Row:
+    try:
+        value = json.loads(line.decode("utf-8-sig"))
+    except ValueError as error:
+        raise RlhfError(
+            f"{where} is not JSON ({error}): mend it, or copy the file again if it was cut short"
+        ) from error
+    return _object(value, where)
+
+
+def _object(value: Any, where: str) -> Row:
+    if not isinstance(value, dict):
+        raise RlhfError(f"{where} is not a JSON object from column to value: write {{...}}")
+    return value
+
+
+def _read_json(file: Path) -> list[Row]:
+    content = file.read_bytes()
+    if not content.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+        return _read_jsonl(file)
+    try:
+        values = json.loads(content.decode("utf-8-sig"))
+    except ValueError as error:
+        raise RlhfError(f"{file} is not JSON ({error}): mend it, or copy it again if it was cut short") from error
+    return [_object(value, f"{file}, row {number}") for number, value in enumerate(values, start=1)]
+
+
+def _read_parquet(file: Path) -> list[Row]:
+    try:
+        return pa.parquet.ParquetFile(file).read().to_pylist()
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise RlhfError(_damaged(file, "Parquet", error)) from error
+
+
+def _read_arrow(file: Path) -> list[Row]:
+    content = file.read_bytes()
+    try:
+        rows = pa.ipc.open_stream(content).read_all().to_pylist()
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise RlhfError(_damaged(file, "Arrow", error)) from error
+    if not content.endswith(_END_OF_STREAM):
+        raise RlhfError(f"{file} is cut short after row {len(rows)}: copy it again")
+    return rows
+
+
+def _damaged(file: Path, format: str, error: Exception) -> str:
+    return f"{file} cannot be read as {format} (" + str(error).partition("\n")[0] + "): copy or write it again"
+
+
+def _read_csv(file: Path) -> list[Row]:
+    limit = csv.field_size_limit(sys.maxsize)  # the default refuses texts of more than 131,072 characters
+    try:
+        with open(file, "rb") as lines:
+            return _parse_csv(lines, file)
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _parse_csv(lines: IO[bytes], file: Path) -> list[Row]:
+    # Decoded line by line, so that a wrong byte is found in its row.
+    reader = csv.reader((line.decode("utf-8") for line in lines), strict=True)
+    rows: list[Row] = []
+    try:
+        header = _header(next(reader, []), file)
+        for values in filter(None, reader):
+            if len(values) != len(header):
+                raise RlhfError(
+                    f"{file}, row {len(rows) + 1} (line {reader.line_num}) has {len(values)} values for {len(header)} "
+                    "columns: quote values that hold commas, or copy the file again if it was cut short"
+                )
+            rows.append(dict(zip(header, values, strict=True)))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise RlhfError(
+            f"{file}, row {len(rows) + 1} (line {reader.line_num}) is not CSV in UTF-8 ({error}): mend it, or copy the "
+            "file again if it was cut short"
+        ) from error
+    return rows
+
+
+def _header(names: list[str], file: Path) -> list[str]:
+    names = [name.removeprefix("\ufeff") for name in names]
+    if len(set(names)) < len(names) or "" in names:
+        raise RlhfError(f"{file}: the header ({', '.join(names)}) must name every column, each differently")
+    return names
+
+
+def _digest(file: Path) -> str:
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+_READERS: dict[str, Callable[[Path], list[Row]]] = {
+    ".jsonl": _read_jsonl,
+    ".jsonl.gz": _read_jsonl,
+    ".jsonl.xz": _read_jsonl,
+    ".json": _read_json,
+    ".parquet": _read_parquet,
+    ".csv": _read_csv,
+    ".arrow": _read_arrow,
+}

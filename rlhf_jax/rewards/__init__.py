@@ -1,0 +1,1 @@
+"""Where scores come from: learned judges of texts, lexicons, and reward networks."""

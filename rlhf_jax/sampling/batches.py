@@ -1,0 +1,123 @@
+"""Any number of rows through a compiled function of a fixed batch: sampling, scoring and log-probabilities at scale."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import PRNGKeyArray, PyTree
+
+from rlhf_jax.core import kl, logprobs
+from rlhf_jax.models.policy import PolicyNetwork, TokenStats
+from rlhf_jax.models.scalars import ScalarNetwork
+from rlhf_jax.sampling.generate import generate
+from rlhf_jax.types import PreferenceBatch, PromptBatch, Rollout, TokenBatch
+
+
+def map_batches(function: Callable[[Any], Any], arrays: Any, batch_size: int) -> Any:
+    """`function` of all rows, `batch_size` at a time, as NumPy arrays. The last batch is filled up with its last row."""
+    count = len(jax.tree.leaves(arrays)[0])
+    parts = []
+    for start in range(0, count, batch_size):
+        rows = np.minimum(np.arange(start, start + batch_size), count - 1)
+        result = function(jax.tree.map(lambda leaf, rows=rows: leaf[rows], arrays))
+        parts.append(jax.tree.map(lambda leaf, n=min(batch_size, count - start): np.asarray(leaf)[:n], result))
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+
+
+def sample_all(
+    policy: PolicyNetwork,
+    params: PyTree,
+    prompts: tuple[np.ndarray, np.ndarray],
+    key: PRNGKeyArray,
+    *,
+    samples: int,
+    batch_size: int,
+    max_new_tokens: int,
+    temperature: float,
+    eos_id: int,
+) -> Rollout:
+    """`samples` responses to each of N prompts (tokens and mask, left-padded): a Rollout of N * samples rows, grouped.
+
+    Row i * samples + j is sample j of prompt i, and is drawn with that number's key: the batch size changes nothing.
+    """
+    tokens, mask = (np.repeat(array, samples, axis=0) for array in prompts)
+    rows = PromptBatch(tokens, mask, np.arange(len(tokens), dtype=np.int32))  # type: ignore[arg-type]
+    return map_batches(
+        lambda batch: _generate(policy, params, batch, key, max_new_tokens, temperature, eos_id), rows, batch_size
+    )
+
+
+def score_all(network: ScalarNetwork, params: PyTree, rollout: Rollout, batch_size: int) -> np.ndarray:
+    """A reward model's score of every row: float32[N]."""
+    return map_batches(lambda batch: _scores(network, params, batch), rollout, batch_size)
+
+
+def sequence_kl(
+    policy: PolicyNetwork,
+    params: PyTree,
+    reference: tuple[PolicyNetwork, PyTree],
+    rollout: Rollout,
+    *,
+    batch_size: int,
+    temperature: float,
+) -> np.ndarray:
+    """log pi(y|x) - log pi_ref(y|x) in nats for every row, EOS included: the k1 estimate of the divergence, float32[N]."""
+
+    def of_batch(batch: Rollout) -> jax.Array:
+        own = _logprobs(policy, params, batch, temperature)
+        return _summed_k1(own, _logprobs(*reference, batch, temperature), batch.response_mask)
+
+    return map_batches(of_batch, rollout, batch_size)
+
+
+def sequence_stats_all(policy: PolicyNetwork, params: PyTree, data: TokenBatch, batch_size: int) -> TokenStats:
+    """Statistics of every predicted token of every sequence: arrays [N, S-1]."""
+    return map_batches(lambda batch: _sequence_stats(policy, params, batch), data, batch_size)
+
+
+def pair_logprobs_all(
+    policy: PolicyNetwork, params: PyTree, data: PreferenceBatch, batch_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probabilities in nats of all chosen and of all rejected responses: float32[N] each."""
+    return map_batches(lambda batch: _pair_logprobs(policy, params, batch), data, batch_size)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4, 5, 6))
+def _generate(policy, params, prompts, key, max_new_tokens, temperature, eos_id):
+    return generate(
+        policy,
+        params,
+        prompts,
+        key,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        eos_id=eos_id,
+        loop_axes=(),
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _scores(network, params, rollout):
+    return network.scores(params, rollout)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _logprobs(policy, params, rollout, temperature):
+    return policy.response_stats(params, rollout, temperature=temperature).logprobs
+
+
+@jax.jit
+def _summed_k1(own, reference, mask):
+    return logprobs.sequence_logprobs(kl.k1(own, reference), mask)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _sequence_stats(policy, params, batch):
+    return policy.sequence_stats(params, batch)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _pair_logprobs(policy, params, batch):
+    return policy.pair_logprobs(params, batch)

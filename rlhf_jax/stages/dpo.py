@@ -1,0 +1,107 @@
+"""dpo: tunes a policy on preferences without a reward model (Rafailov et al. 2023, arXiv:2305.18290)."""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from rlhf_jax.config import StageName
+from rlhf_jax.core import masking
+from rlhf_jax.core.preference_losses import dpo_loss
+from rlhf_jax.data import pipeline
+from rlhf_jax.models.policy import PolicyNetwork
+from rlhf_jax.runtime.checkpoints import TrainState
+from rlhf_jax.runtime.loop import LoopConfig, Task, train
+from rlhf_jax.runtime.optimizers import OptimizerConfig, learning_rate, make_optimizer, update
+from rlhf_jax.runtime.programs import Step
+from rlhf_jax.sampling.batches import pair_logprobs_all
+from rlhf_jax.stages.context import Context, Policy, save_policy_spec, steps_for
+from rlhf_jax.stages.preferences import load_preferences
+from rlhf_jax.stages.samples import policy_samples
+from rlhf_jax.types import PreferenceBatch
+
+
+@dataclasses.dataclass(frozen=True)
+class DPOConfig:
+    """The policy that is start and reference, the pairs, and beta, the strength of the pull to the reference."""
+
+    kind: Literal["dpo"]
+    policy: StageName
+    preferences: StageName | None  # None: the experiment's own data
+    beta: float
+    optimizer: OptimizerConfig
+    batch_size: int
+    epochs: float
+    sample_prompts: int  # evaluation prompts continued at every evaluation
+    loop: LoopConfig
+
+
+def run(config: DPOConfig, context: Context) -> dict[str, Any]:
+    """Trains on the training pairs; evaluates loss and accuracy on the held-out pairs."""
+    reference = context.policy(config.policy)
+    network, tokenizer = reference.network, reference.tokenizer
+    save_policy_spec(context.directory, network, tokenizer, range(context.seed, context.seed + 1))
+    rows, held_out = load_preferences(context, config.preferences)
+    data, eval_data = (pipeline.preferences(table, tokenizer, context.data) for table in (rows, held_out))
+    eval_prompts = pipeline.prompts(pipeline.load_rows(context.data, "eval"), tokenizer, context.data)
+    batches = pipeline.shuffled_batches(data, config.batch_size, context.seed)
+    steps = steps_for(config.epochs, len(rows), config.batch_size, config.loop.steps_per_call)
+
+    placement = context.placement()
+    params = {"policy": reference.params}
+    task = Task(
+        step=make_step(network, config.beta, config.optimizer, steps, placement.axes),
+        state=TrainState(np.int32(0), params, make_optimizer(config.optimizer, steps).init(params)),  # type: ignore[arg-type]
+        frozen={"reference": reference.params},
+        batch_at=batches.__getitem__,
+        run_key=context.key(),
+        total_steps=steps,
+        key_figures=("loss", "rewards/accuracies", "rewards/margins"),
+        evaluate=lambda params, step: (
+            evaluate(network, params["policy"], reference.params, eval_data, config),
+            policy_samples(Policy(network, params["policy"], tokenizer), eval_prompts, config.sample_prompts, context),
+        ),
+        describe=lambda step, seed, samples: [],
+    )
+    train(task, config.loop, placement, context.seed, context.directory, context.bar)
+    return {"train_pairs": len(rows), "eval_pairs": len(held_out), "steps": steps}
+
+
+def make_step(
+    network: PolicyNetwork, beta: float, config: OptimizerConfig, steps: int, axes: tuple[str, ...]
+) -> Step:
+    """One update on a PreferenceBatch; `frozen["reference"]` are the reference's parameters."""
+    optimizer, schedule = make_optimizer(config, steps), learning_rate(config, steps)
+
+    def step(state: TrainState, frozen: dict[str, PyTree], batch: PreferenceBatch, run_key: jax.Array) -> tuple:
+        del run_key  # nothing is random
+        ref_chosen, ref_rejected = network.pair_logprobs(frozen["reference"], batch)
+
+        def loss_fn(params: PyTree) -> tuple[jax.Array, dict[str, jax.Array]]:
+            chosen, rejected = network.pair_logprobs(params["policy"], batch)
+            return dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=beta, axes=axes)
+
+        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        params, opt_state, grad_norm = update(optimizer, grads, state.params, state.opt_state, axes)
+        metrics |= {
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "learning_rate": schedule(state.step),
+            "num_tokens": masking.total(batch.chosen_mask, axes) + masking.total(batch.rejected_mask, axes),
+        }
+        return TrainState(state.step + 1, params, opt_state), metrics, ()
+
+    return step
+
+
+def evaluate(
+    network: PolicyNetwork, params: PyTree, ref_params: PyTree, data: PreferenceBatch, config: DPOConfig
+) -> dict[str, float]:
+    """Loss and implicit rewards on held-out pairs, under `eval/`."""
+    own = pair_logprobs_all(network, params, data, config.batch_size)
+    reference = pair_logprobs_all(network, ref_params, data, config.batch_size)
+    loss, metrics = dpo_loss(*map(jnp.asarray, own + reference), beta=config.beta, axes=())
+    return {"eval/loss": float(loss)} | {f"eval/{name}": float(value) for name, value in metrics.items()}

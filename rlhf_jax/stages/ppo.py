@@ -1,0 +1,291 @@
+"""ppo: tunes a policy to please a reward model, kept near its start by a penalty on the divergence.
+
+The algorithm of Ziegler et al. 2019 (arXiv:1909.08593) and Stiennon et al. 2020 (arXiv:2009.01325), with the details of
+Huang et al. 2024 (arXiv:2403.17031): no dropout, the score on the last response token, less a penalty without EOS,
+whitened advantages, a value function that starts from the reward model, clipped values, Adam's epsilon 1e-5.
+
+One iteration is one pure function of (state, frozen networks, prompts, key): see `make_step`.
+"""
+
+import dataclasses
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import PRNGKeyArray, PyTree
+
+from rlhf_jax.config import StageName
+from rlhf_jax.core import masking
+from rlhf_jax.core.advantages import gae, token_rewards
+from rlhf_jax.core.kl import k1
+from rlhf_jax.core.logprobs import sequence_logprobs
+from rlhf_jax.core.policy_losses import explained_variance, policy_loss, value_loss
+from rlhf_jax.data import pipeline
+from rlhf_jax.models.policy import PolicyNetwork
+from rlhf_jax.models.scalars import ScalarNetwork
+from rlhf_jax.runtime.checkpoints import TrainState
+from rlhf_jax.runtime.loop import LoopConfig, Task, train
+from rlhf_jax.runtime.optimizers import OptimizerConfig, learning_rate, make_optimizer, update
+from rlhf_jax.runtime.programs import SEED_AXIS, Step
+from rlhf_jax.sampling.generate import generate
+from rlhf_jax.stages.context import Context, save_policy_spec
+from rlhf_jax.stages.samples import sample_rows
+from rlhf_jax.types import PromptBatch, RlhfError, Rollout
+
+
+@dataclasses.dataclass(frozen=True)
+class PPOConfig:
+    """The policy that is start and reference, the reward model, and the algorithm's numbers."""
+
+    kind: Literal["ppo"]
+    policy: StageName
+    reward_model: StageName
+    iterations: int
+    batch_size: int  # prompts, and responses, an iteration
+    minibatches: int
+    epochs: int
+    temperature: float
+    kl_coef: float
+    missing_eos_penalty: float  # taken off the score of a response that was cut off
+    gamma: float
+    gae_lambda: float
+    clip_ratio: float
+    value_clip: float
+    vf_coef: float
+    optimizer: OptimizerConfig
+    samples_every: int  # iterations between those whose samples are written
+    samples_written: int
+    loop: LoopConfig
+
+    def __post_init__(self) -> None:
+        if self.batch_size % self.minibatches:
+            raise ValueError(f"batch_size = {self.batch_size} does not divide into {self.minibatches} minibatches")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature = {self.temperature} must be above 0")
+
+    @property
+    def updates(self) -> int:
+        """Optimiser steps of the whole run."""
+        return self.iterations * self.epochs * self.minibatches
+
+
+class PPOBatch(NamedTuple):
+    """A scored rollout: what every epoch trains on."""
+
+    rollout: Rollout
+    logprobs: jax.Array  # [B, T], of the policy that sampled, by the learner's own forward pass
+    values: jax.Array  # [B, T]
+    advantages: jax.Array  # [B, T]
+    returns: jax.Array  # [B, T]
+
+
+class Samples(NamedTuple):
+    """What an iteration shows of its responses."""
+
+    rollout: Rollout
+    scores: jax.Array  # [B]
+    kl: jax.Array  # [B], nats
+
+
+@dataclasses.dataclass(frozen=True)
+class Networks:
+    """The networks' functions. Parameters: state has `policy` and `value`, frozen has `reference` and `reward`."""
+
+    policy: PolicyNetwork
+    reward: ScalarNetwork  # the value function has its shape
+    eos_id: int
+    max_new_tokens: int
+
+
+def run(config: PPOConfig, context: Context) -> dict[str, Any]:
+    """Trains `context.seeds` policies at once, each with its own prompts, samples and initial key."""
+    reference, reward_model = context.policy(config.policy), context.reward_model(config.reward_model)
+    seeds = range(context.seed, context.seed + context.seeds)
+    save_policy_spec(context.directory, reference.network, reference.tokenizer, seeds)
+    pool = pipeline.prompts(pipeline.load_rows(context.data, "train"), reference.tokenizer, context.data)
+
+    placement = context.placement(context.seeds)
+    networks = Networks(
+        reference.network, reward_model.network, reference.tokenizer.eos_id, context.data.max_response_tokens
+    )
+    prompt_keys, run_keys = zip(*(jax.random.split(context.key(k)) for k in range(context.seeds)), strict=True)
+    params = {"policy": reference.params, "value": reward_model.network.init_value(reward_model.params)}
+    state = init_state(params, config)
+
+    def describe(step: int, seed: int, samples: Samples) -> list[dict[str, Any]]:
+        del seed
+        if step % config.samples_every and step != 1:
+            return []
+        shown = jax.tree.map(lambda leaf: np.asarray(leaf)[: config.samples_written], samples)
+        return sample_rows(reference.tokenizer, shown.rollout, shown.scores, shown.kl)
+
+    several = context.seeds > 1
+    task = Task(
+        step=make_step(networks, config, placement.axes, (SEED_AXIS,) if several else ()),
+        state=jax.tree.map(lambda leaf: jnp.stack([leaf] * context.seeds), state) if several else state,
+        frozen={"reference": reference.params, "reward": reward_model.params},
+        batch_at=PromptSource(pool, prompt_keys, config.batch_size),
+        run_key=jnp.stack(run_keys) if several else run_keys[0],
+        total_steps=config.iterations,
+        key_figures=("objective/scores", "objective/kl", "val/num_eos_tokens"),
+        evaluate=lambda params, step: ({}, []),
+        describe=describe,
+    )
+    train(task, config.loop, placement, context.seed, context.directory, context.bar)
+    return {
+        "prompts": len(pool.tokens),
+        "prompt_key": [np.asarray(jax.random.key_data(key)).tolist() for key in prompt_keys],
+        "episodes": config.iterations * config.batch_size,
+    }
+
+
+def init_state(params: dict[str, PyTree], config: PPOConfig) -> TrainState:
+    """The state before the first iteration."""
+    return TrainState(jnp.int32(0), params, make_optimizer(config.optimizer, config.updates).init(params))
+
+
+class PromptSource:
+    """Prompts drawn at random, with replacement, from the prompt distribution: a function of key and step."""
+
+    def __init__(self, pool: pipeline.Prompts, keys: tuple[PRNGKeyArray, ...], batch_size: int) -> None:
+        """One key a seed. With one key a batch is [B, ...], with several [seeds, B, ...]."""
+        self._pool, self._keys, self._rows = pool, keys, np.arange(batch_size, dtype=np.int32)
+        self._draw = jax.jit(
+            lambda key, step: jax.random.randint(
+                jax.random.fold_in(key, step), (batch_size,), 0, len(pool.tokens), dtype=jnp.int32
+            )
+        )
+
+    def __call__(self, step: int) -> PromptBatch:
+        """The prompts of the iteration that follows `step` iterations."""
+        batches = []
+        for key in self._keys:
+            drawn = np.asarray(self._draw(key, step))
+            batches.append(PromptBatch(self._pool.tokens[drawn], self._pool.mask[drawn], self._rows))  # type: ignore[arg-type]
+        return batches[0] if len(batches) == 1 else jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
+
+
+def make_step(networks: Networks, config: PPOConfig, axes: tuple[str, ...], loop_axes: tuple[str, ...]) -> Step:
+    """One PPO iteration on a PromptBatch: sample, score, penalise, estimate advantages, and all epochs of updates.
+
+    Args: axes are the mapped axes that rows are split over; loop_axes those of the seeds around the iteration.
+    """
+
+    def step(
+        state: TrainState, frozen: dict[str, PyTree], prompts: PromptBatch, run_key: PRNGKeyArray
+    ) -> tuple[TrainState, dict[str, jax.Array], Samples]:
+        sample_key, order_key = jax.random.split(jax.random.fold_in(run_key, state.step))
+        rollout = generate(
+            networks.policy,
+            state.params["policy"],
+            prompts,
+            sample_key,
+            max_new_tokens=networks.max_new_tokens,
+            temperature=config.temperature,
+            eos_id=networks.eos_id,
+            loop_axes=loop_axes,
+        )
+        batch, samples, metrics = score_rollout(networks, config, state.params, frozen, rollout, axes)
+        state, update_metrics = optimise(networks, config, state, batch, order_key, axes)
+        return state, metrics | update_metrics, samples
+
+    return step
+
+
+def score_rollout(
+    networks: Networks,
+    config: PPOConfig,
+    params: dict[str, PyTree],
+    frozen: dict[str, PyTree],
+    rollout: Rollout,
+    axes: tuple[str, ...],
+) -> tuple[PPOBatch, Samples, dict[str, jax.Array]]:
+    """From responses to advantages, with the metrics of the objective."""
+    mask = rollout.response_mask
+    stats = networks.policy.response_stats(params["policy"], rollout, temperature=config.temperature)
+    reference = networks.policy.response_stats(frozen["reference"], rollout, temperature=config.temperature)
+    values = networks.reward.values(params["value"], rollout)
+    scores = networks.reward.scores(frozen["reward"], rollout)
+
+    ended = jnp.any((rollout.response == networks.eos_id) & mask, axis=1)
+    penalised = scores - config.missing_eos_penalty * ~ended
+    kl = k1(stats.logprobs, reference.logprobs)
+    rewards = token_rewards(penalised, kl, mask, kl_coef=config.kl_coef)
+    advantages, returns = gae(rewards, values, mask, gamma=config.gamma, gae_lambda=config.gae_lambda)
+    batch = PPOBatch(rollout, stats.logprobs, values, masking.whiten(advantages, mask, axes), returns)
+
+    sequence_kl = sequence_logprobs(kl, mask)
+    non_score = -config.kl_coef * sequence_kl
+    lengths = masking.lengths(mask)
+    length = lengths.astype(jnp.float32)
+    metrics = {
+        "objective/scores": masking.mean(penalised, axes),
+        "objective/kl": masking.mean(sequence_kl, axes),
+        "objective/entropy": masking.mean(sequence_logprobs(stats.entropy, mask), axes),
+        "objective/non_score_reward": masking.mean(non_score, axes),
+        "objective/rlhf_reward": masking.mean(penalised + non_score, axes),
+        "objective/kl_coef": jnp.float32(config.kl_coef),
+        "reward": masking.mean(scores, axes),
+        "reward_std": jnp.sqrt(masking.masked_variance(scores, jnp.ones_like(ended), axes)),
+        "completions/mean_length": masking.mean(length, axes),
+        "completions/min_length": jax.lax.pmin(jnp.min(length), axes) if axes else jnp.min(length),
+        "completions/max_length": jax.lax.pmax(jnp.max(length), axes) if axes else jnp.max(length),
+        "val/num_eos_tokens": masking.total(ended.astype(jnp.int32), axes),
+        "val/explained_variance": explained_variance(values, returns, mask, axes),
+        "num_tokens": masking.total(lengths, axes),
+    }
+    return batch, Samples(rollout, scores, sequence_kl), metrics
+
+
+def optimise(
+    networks: Networks,
+    config: PPOConfig,
+    state: TrainState,
+    batch: PPOBatch,
+    order_key: PRNGKeyArray,
+    axes: tuple[str, ...],
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Every epoch's minibatches, each epoch in another order; metrics are their means."""
+    optimizer = make_optimizer(config.optimizer, config.updates)
+    schedule = learning_rate(config.optimizer, config.updates)
+    whole_batch = masking.gather_rows(batch, axes)
+    rows = whole_batch.returns.shape[0]
+    order = jax.vmap(lambda epoch: jax.random.permutation(jax.random.fold_in(order_key, epoch), rows))
+    minibatches = order(jnp.arange(config.epochs)).reshape(config.epochs * config.minibatches, -1)
+
+    def update_minibatch(carry: tuple[PyTree, Any], indices: jax.Array) -> tuple[tuple[PyTree, Any], dict]:
+        params, opt_state = carry
+        own = masking.own_rows(indices, axes)
+        minibatch = jax.tree.map(lambda leaf: leaf[own], whole_batch)
+        (loss, metrics), grads = jax.value_and_grad(ppo_loss, has_aux=True)(params, networks, config, minibatch, axes)
+        params, opt_state, grad_norm = update(optimizer, grads, params, opt_state, axes)
+        return (params, opt_state), metrics | {"loss": loss, "grad_norm": grad_norm}
+
+    (params, opt_state), metrics = jax.lax.scan(update_minibatch, (state.params, state.opt_state), minibatches)
+    metrics = jax.tree.map(jnp.mean, metrics)
+    metrics["learning_rate"] = schedule(state.step * config.epochs * config.minibatches)
+    return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def ppo_loss(
+    params: dict[str, PyTree], networks: Networks, config: PPOConfig, batch: PPOBatch, axes: tuple[str, ...]
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Clipped policy loss plus `vf_coef` times the clipped value loss."""
+    mask = batch.rollout.response_mask
+    stats = networks.policy.response_stats(params["policy"], batch.rollout, temperature=config.temperature)
+    values = networks.reward.values(params["value"], batch.rollout)
+    policy, policy_metrics = policy_loss(
+        stats.logprobs, batch.logprobs, batch.advantages, mask, clip_ratio=config.clip_ratio, axes=axes
+    )
+    value, value_metrics = value_loss(
+        values, batch.values, batch.returns, mask, clip_range=config.value_clip, axes=axes
+    )
+    return policy + config.vf_coef * value, {
+        "loss/policy_avg": policy,
+        "loss/value_avg": value,
+        "policy/entropy_avg": masking.masked_mean(stats.entropy, mask, axes),
+        **policy_metrics,
+        **value_metrics,
+    }

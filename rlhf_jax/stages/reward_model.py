@@ -1,0 +1,138 @@
+"""reward_model: learns a score from preferences, by the Bradley-Terry likelihood."""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from rlhf_jax.config import StageName
+from rlhf_jax.core import masking
+from rlhf_jax.core.reward_losses import bradley_terry_loss
+from rlhf_jax.data import pipeline
+from rlhf_jax.models.policy import both_responses
+from rlhf_jax.models.scalars import Pooling, ScalarNetwork
+from rlhf_jax.models.transformer import ModelConfig
+from rlhf_jax.runtime.checkpoints import TrainState
+from rlhf_jax.runtime.loop import LoopConfig, Task, train
+from rlhf_jax.runtime.optimizers import OptimizerConfig, learning_rate, make_optimizer, update
+from rlhf_jax.runtime.programs import Step
+from rlhf_jax.sampling.batches import score_all
+from rlhf_jax.stages.context import Context, Policy, save_reward_spec, steps_for
+from rlhf_jax.stages.preferences import load_preferences
+from rlhf_jax.types import PreferenceBatch, RlhfError
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardModelConfig:
+    """The reward model's own shape, and its start: random, or the body of `init`, a policy of the same shape."""
+
+    kind: Literal["reward_model"]
+    policy: StageName  # whose tokenizer it reads
+    preferences: StageName | None  # None: the experiment's own data
+    init: StageName | None
+    model: ModelConfig
+    pooling: Pooling
+    optimizer: OptimizerConfig
+    batch_size: int
+    epochs: float
+    loop: LoopConfig
+
+
+def run(config: RewardModelConfig, context: Context) -> dict[str, Any]:
+    """Trains on the training pairs; evaluates on the held-out pairs."""
+    policy = context.policy(config.policy)
+    network = ScalarNetwork(config.model, policy.network.vocab_size, config.pooling)
+    save_reward_spec(context.directory, network, policy.tokenizer)
+    rows, held_out = load_preferences(context, config.preferences)
+    data, eval_data = (pipeline.preferences(table, policy.tokenizer, context.data) for table in (rows, held_out))
+    batches = pipeline.shuffled_batches(data, config.batch_size, context.seed)
+    steps = steps_for(config.epochs, len(rows), config.batch_size, config.loop.steps_per_call)
+
+    placement = context.placement()
+    params = {"reward": network.init(context.key())}
+    if config.init is not None:
+        params["reward"]["body"] = _same_shape(context.policy(config.init), params["reward"]["body"], config, context)
+    task = Task(
+        step=make_step(network, config.optimizer, steps, placement.axes),
+        state=TrainState(np.int32(0), params, make_optimizer(config.optimizer, steps).init(params)),  # type: ignore[arg-type]
+        frozen=(),
+        batch_at=batches.__getitem__,
+        run_key=context.key(),
+        total_steps=steps,
+        key_figures=("loss", "accuracy", "eval/accuracy"),
+        evaluate=lambda params, step: evaluate(network, params["reward"], eval_data, held_out, context, config.batch_size),
+        describe=lambda step, seed, samples: [],
+    )
+    train(task, config.loop, placement, context.seed, context.directory, context.bar)
+    return {"train_pairs": len(rows), "eval_pairs": len(held_out), "steps": steps}
+
+
+def make_step(network: ScalarNetwork, config: OptimizerConfig, steps: int, axes: tuple[str, ...]) -> Step:
+    """One update on a PreferenceBatch."""
+    optimizer, schedule = make_optimizer(config, steps), learning_rate(config, steps)
+
+    def step(state: TrainState, frozen: Any, batch: PreferenceBatch, run_key: jax.Array) -> tuple:
+        del frozen, run_key  # nothing is frozen, nothing is random
+
+        def loss_fn(params: PyTree) -> tuple[jax.Array, dict[str, jax.Array]]:
+            scores = network.scores(params["reward"], both_responses(batch))
+            chosen, rejected = jnp.split(scores, 2)
+            return bradley_terry_loss(chosen, rejected, axes=axes)
+
+        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        params, opt_state, grad_norm = update(optimizer, grads, state.params, state.opt_state, axes)
+        metrics |= {
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "learning_rate": schedule(state.step),
+            "num_tokens": masking.total(batch.chosen_mask, axes) + masking.total(batch.rejected_mask, axes),
+        }
+        return TrainState(state.step + 1, params, opt_state), metrics, ()
+
+    return step
+
+
+def evaluate(
+    network: ScalarNetwork,
+    params: PyTree,
+    data: PreferenceBatch,
+    rows: list[dict[str, Any]],
+    context: Context,
+    batch_size: int,
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """`eval/accuracy` against the labels, `eval/judge_agreement` where rows carry a judge's scores, and some samples."""
+    chosen, rejected = np.split(score_all(network, params, jax.tree.map(np.asarray, both_responses(data)), batch_size), 2)
+    metrics = {"eval/accuracy": _agreement(chosen - rejected, np.ones(len(chosen)))}
+    if "chosen_score" in rows[0]:
+        judged = np.array([row["chosen_score"] - row["rejected_score"] for row in rows])
+        metrics["eval/judge_agreement"] = _agreement(chosen - rejected, judged)
+    samples = [
+        {
+            "seed": context.seed,
+            "prompt": rows[i]["prompt"],
+            "completion": rows[i][side],
+            "score": float(scores[i]),
+            "kl": None,
+            "length": int(mask[i].sum()),
+        }
+        for i in range(min(4, len(rows)))
+        for side, scores, mask in (("chosen", chosen, data.chosen_mask), ("rejected", rejected, data.rejected_mask))
+    ]
+    return metrics, samples
+
+
+def _agreement(margins: np.ndarray, other: np.ndarray) -> float:
+    """Share of pairs that two margins order alike; a tie in either counts half."""
+    return float(np.mean(0.5 * (1 + np.sign(margins) * np.sign(other))))
+
+
+def _same_shape(policy: Policy, body: PyTree, config: RewardModelConfig, context: Context) -> PyTree:
+    if jax.tree.map(jnp.shape, policy.params) != jax.tree.map(jnp.shape, body):
+        raise RlhfError(
+            f"config.{context.name}.init = {config.init!r} has another shape than config.{context.name}.model: "
+            "make them equal, or set init to None"
+        )
+    return policy.params

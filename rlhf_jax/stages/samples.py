@@ -1,0 +1,57 @@
+"""Responses as people read them: rows of `samples.jsonl`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from rlhf_jax.data.pipeline import Prompts, take
+from rlhf_jax.sampling.batches import sample_all
+from rlhf_jax.stages.context import Context, Policy
+from rlhf_jax.text.tokenizer import Tokenizer
+from rlhf_jax.types import Rollout
+
+
+def texts(tokenizer: Tokenizer, rollout: Rollout) -> tuple[list[str], list[str]]:
+    """Prompts and completions of a rollout; a prompt and its completion joined are what a judge reads."""
+    prompts, completions = [], []
+    for prompt, prompt_mask, response, response_mask in zip(*map(np.asarray, rollout), strict=True):
+        ids = prompt[prompt_mask].tolist()
+        prompts.append(tokenizer.decode(ids))
+        completions.append(tokenizer.decode_completion(ids, response[response_mask].tolist()))
+    return prompts, completions
+
+
+def sample_rows(
+    tokenizer: Tokenizer, rollout: Rollout, score: Sequence[float | None], kl: Sequence[float | None]
+) -> list[dict[str, Any]]:
+    """`prompt, completion, score, kl, length` for each row of a rollout."""
+    lengths = np.asarray(rollout.response_mask).sum(axis=1)
+    return [
+        {"prompt": prompt, "completion": completion, "score": _number(s), "kl": _number(k), "length": int(length)}
+        for prompt, completion, s, k, length in zip(*texts(tokenizer, rollout), score, kl, lengths, strict=True)
+    ]
+
+
+def policy_samples(policy: Policy, prompts: Prompts, count: int, context: Context) -> list[dict[str, Any]]:
+    """One sample to each of the first `count` prompts, without scores; the same random numbers at every call."""
+    if not count:
+        return []
+    first = take(prompts, np.arange(min(count, len(prompts.tokens))))
+    rollout = sample_all(
+        policy.network,
+        policy.params,
+        first,
+        context.key(),
+        samples=1,
+        batch_size=len(first.tokens),
+        max_new_tokens=context.data.max_response_tokens,
+        temperature=1.0,
+        eos_id=policy.tokenizer.eos_id,
+    )
+    nothing = [None] * len(first.tokens)
+    return [{"seed": context.seed, **row} for row in sample_rows(policy.tokenizer, rollout, nothing, nothing)]
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)

@@ -1,0 +1,115 @@
+"""sft: trains a tokenizer and a language model on demonstrations, by maximum likelihood."""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
+from rlhf_jax.core import masking
+from rlhf_jax.core.logprobs import cross_entropy
+from rlhf_jax.data import pipeline
+from rlhf_jax.models.policy import PolicyNetwork
+from rlhf_jax.models.transformer import ModelConfig
+from rlhf_jax.runtime.checkpoints import TrainState
+from rlhf_jax.runtime.loop import LoopConfig, Task, train
+from rlhf_jax.runtime.optimizers import OptimizerConfig, learning_rate, make_optimizer, update
+from rlhf_jax.runtime.programs import Step
+from rlhf_jax.sampling.batches import sequence_stats_all
+from rlhf_jax.stages.context import Context, Policy, save_policy_spec, steps_for
+from rlhf_jax.stages.samples import policy_samples
+from rlhf_jax.text.tokenizer import TokenizerConfig, train_tokenizer
+from rlhf_jax.types import TokenBatch
+
+
+@dataclasses.dataclass(frozen=True)
+class SFTConfig:
+    """The tokenizer, the model, and how it is trained from scratch."""
+
+    kind: Literal["sft"]
+    tokenizer: TokenizerConfig
+    model: ModelConfig
+    optimizer: OptimizerConfig
+    batch_size: int
+    epochs: float
+    sample_prompts: int  # evaluation prompts continued at every evaluation
+    loop: LoopConfig
+
+
+def run(config: SFTConfig, context: Context) -> dict[str, Any]:
+    """Trains on the training split; evaluates loss and samples on the evaluation split."""
+    rows, held_out = (pipeline.load_rows(context.data, split) for split in ("train", "eval"))
+    tokenizer = train_tokenizer(config.tokenizer, pipeline.training_texts(rows))
+    network = PolicyNetwork(config.model, tokenizer.vocab_size, tokenizer.suppressed)
+    save_policy_spec(context.directory, network, tokenizer, range(context.seed, context.seed + 1))
+
+    data = pipeline.demonstrations(rows, tokenizer, context.data)
+    eval_data = pipeline.demonstrations(held_out, tokenizer, context.data)
+    eval_prompts = pipeline.prompts(held_out, tokenizer, context.data)
+    batches = pipeline.shuffled_batches(data, config.batch_size, context.seed)
+    steps = steps_for(config.epochs, len(rows), config.batch_size, config.loop.steps_per_call)
+
+    placement = context.placement()
+    optimizer = make_optimizer(config.optimizer, steps)
+    params = {"policy": network.init(context.key())}
+    task = Task(
+        step=make_step(network, config.optimizer, steps, placement.axes),
+        state=TrainState(np.int32(0), params, optimizer.init(params)),  # type: ignore[arg-type]
+        frozen=(),
+        batch_at=batches.__getitem__,
+        run_key=context.key(),
+        total_steps=steps,
+        key_figures=("loss", "eval/loss"),
+        evaluate=lambda params, step: (
+            evaluate(network, params["policy"], eval_data, config.batch_size),
+            policy_samples(Policy(network, params["policy"], tokenizer), eval_prompts, config.sample_prompts, context),
+        ),
+        describe=lambda step, seed, samples: [],
+    )
+    train(task, config.loop, placement, context.seed, context.directory, context.bar)
+    return {"rows": len(rows), "steps": steps, "vocab_size": network.vocab_size}
+
+
+def make_step(network: PolicyNetwork, config: OptimizerConfig, steps: int, axes: tuple[str, ...]) -> Step:
+    """One update on a TokenBatch."""
+    optimizer, schedule = make_optimizer(config, steps), learning_rate(config, steps)
+
+    def step(state: TrainState, frozen: Any, batch: TokenBatch, run_key: jax.Array) -> tuple:
+        del frozen, run_key  # nothing is frozen, nothing is random
+
+        def loss_fn(params: PyTree) -> tuple[jax.Array, dict[str, jax.Array]]:
+            return sft_loss(network, params["policy"], batch, axes)
+
+        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        params, opt_state, grad_norm = update(optimizer, grads, state.params, state.opt_state, axes)
+        metrics |= {
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "learning_rate": schedule(state.step),
+            "num_tokens": masking.total(batch.loss_mask, axes),
+        }
+        return TrainState(state.step + 1, params, opt_state), metrics, ()
+
+    return step
+
+
+def sft_loss(
+    network: PolicyNetwork, params: PyTree, batch: TokenBatch, axes: tuple[str, ...]
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Cross-entropy of the trained tokens, in nats a token, with `entropy` and `mean_token_accuracy`."""
+    stats, trained = network.sequence_stats(params, batch), batch.loss_mask[:, 1:]
+    return cross_entropy(stats.logprobs, trained, axes), {
+        "entropy": masking.masked_mean(stats.entropy, trained, axes),
+        "mean_token_accuracy": masking.masked_mean(stats.correct.astype(stats.entropy.dtype), trained, axes),
+    }
+
+
+def evaluate(network: PolicyNetwork, params: PyTree, data: TokenBatch, batch_size: int) -> dict[str, float]:
+    """`eval/loss` and `eval/mean_token_accuracy` over all trained tokens of a split."""
+    stats = sequence_stats_all(network, params, data, batch_size)
+    trained = data.loss_mask[:, 1:]
+    return {
+        "eval/loss": float(-stats.logprobs[trained].mean()),
+        "eval/mean_token_accuracy": float(stats.correct[trained].mean()),
+    }

@@ -93,12 +93,12 @@ def split_of(snippet: int) -> str:
 def clean(text: str) -> str:
     """Mends what the collection of the data did to the text, and changes no word.
 
-    HTML entities become characters (`&amp;`). Two single quotes become a double one, backticks and the typographic
-    apostrophe a single one. The source has lost its hyphens: each became a space. Three or four spaces in a row
+    HTML entities become characters (`&amp;`). Backticks and the typographic apostrophe become single quotes, and two of
+    those a double one. The source has lost its hyphens: each became a space. Three or four spaces in a row
     were a dash between spaces and become ` - ` again, as does the en dash; two spaces may have been a hyphen or a dash
     and become one, and one space may have been a hyphen ("co writer") and stays.
     """
-    text = html.unescape(text).replace("''", '"').replace("`", "'").replace("\u2019", "'").replace("\u2013", "-")
+    text = html.unescape(text).replace("`", "'").replace("\u2019", "'").replace("''", '"').replace("\u2013", "-")
     text = re.sub(" {3,}", " - ", text)
     return re.sub(r"\s+", " ", text).strip()
 

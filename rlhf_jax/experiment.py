@@ -1,0 +1,144 @@
+"""An experiment: named stages, in order, inside one work directory."""
+
+import contextlib
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+from rich.console import Console
+
+from rlhf_jax import config as configs
+from rlhf_jax.data import formats
+from rlhf_jax.data.pipeline import DataConfig
+from rlhf_jax.runtime.files import read_rows, write_json
+from rlhf_jax.runtime.programs import RuntimeConfig
+from rlhf_jax.runtime.progress import Display
+from rlhf_jax.runtime.workdir import Identity, Workdir
+from rlhf_jax.stages import best_of_n, dpo, evaluate, gold, ppo, preferences, reward_model, sft
+from rlhf_jax.stages.context import Context
+from rlhf_jax.types import RlhfError
+
+StageRun = Callable[[Any, Context], dict[str, Any]]
+
+KINDS: dict[str, tuple[type, StageRun]] = {
+    "gold": (gold.GoldConfig, gold.run),
+    "sft": (sft.SFTConfig, sft.run),
+    "preferences": (preferences.PreferencesConfig, preferences.run),
+    "reward_model": (reward_model.RewardModelConfig, reward_model.run),
+    "best_of_n": (best_of_n.BestOfNConfig, best_of_n.run),
+    "dpo": (dpo.DPOConfig, dpo.run),
+    "ppo": (ppo.PPOConfig, ppo.run),
+    "evaluate": (evaluate.EvaluateConfig, evaluate.run),
+}
+
+ONLINE = (ppo.PPOConfig,)
+"""Stages that train `seeds` runs at once; the others train one, with `seed`."""
+
+COMMON = ("seed", "seeds", "stages", "data", "runtime")
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A whole config, checked: every key belongs to something that reads it."""
+
+    seed: int
+    seeds: int
+    data: DataConfig
+    runtime: RuntimeConfig
+    stages: dict[str, Any]  # a stage's name -> its kind's config, in the order they run
+
+    def identity(self, name: str, fingerprint: Callable[[str], str]) -> Identity:
+        """What a stage's result depends on; `fingerprint` gives those of the stages before it."""
+        stage = self.stages[name]
+        data = dataclasses.asdict(self.data)
+        hashes = {split: formats.file_hash(self.data.source(split)) for split in ("train", "eval", "test")}
+        common = {"seed": self.seed, "data": data, "data_sha256": hashes}
+        if isinstance(stage, ONLINE):
+            common["seeds"] = self.seeds
+        return Identity(
+            dataclasses.asdict(stage), common, {input: fingerprint(input) for input in configs.input_stages(stage)}
+        )
+
+
+def parse(config: ConfigDict) -> Experiment:
+    """The experiment that a ConfigDict describes. Raises RlhfError naming the first key that is wrong."""
+    for key in COMMON:
+        if key not in config:
+            raise RlhfError(f"config.{key} is missing")
+    common = configs.build(_Common, {key: config[key] for key in COMMON}, "config")
+    if common.seeds < 1:
+        raise RlhfError(f"config.seeds = {common.seeds} must be at least 1")
+    for key in config:
+        if key not in COMMON and key not in common.stages:
+            raise RlhfError(f"config.{key} is the section of no stage: add {key!r} to config.stages, or delete it")
+    stages: dict[str, Any] = {}
+    for name in common.stages:
+        stages[name] = _parse_stage(name, config)
+        for input in configs.input_stages(stages[name]):
+            if input not in stages:
+                raise RlhfError(
+                    f"config.{name} reads stage {input!r}, which is not before it in config.stages = {common.stages}"
+                )
+    return Experiment(common.seed, common.seeds, common.data, common.runtime, stages)
+
+
+def run(experiment: Experiment, workdir: Workdir, only: str | None, console: Console) -> bool:
+    """Runs the stages that are not complete, or one of them; returns whether anything was left to do."""
+    if only is not None and only not in experiment.stages:
+        raise RlhfError(f"--stage={only} is not in config.stages = {tuple(experiment.stages)}")
+    if workdir.root.exists() and not workdir.root.is_dir():
+        raise RlhfError(f"--workdir={workdir.root} is a file: name a directory")
+    if experiment.runtime.deterministic:
+        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
+    display = Display(console)
+    worked = False
+    with display.running():
+        for name in [only] if only else experiment.stages:
+            worked |= _run_stage(experiment, workdir, name, display)
+    return worked
+
+
+def _run_stage(experiment: Experiment, workdir: Workdir, name: str, display: Display) -> bool:
+    identity = experiment.identity(name, workdir.fingerprint)
+    if workdir.status(name, identity) in ("complete", "elsewhere"):
+        return False
+    directory = workdir.begin(name, identity)
+    stage = experiment.stages[name]
+    with display.bar(name) as bar, _timed(directory) as seconds:
+        context = Context(workdir, name, experiment.seed, experiment.seeds, experiment.data, experiment.runtime, bar)
+        summary = KINDS[stage.kind][1](stage, context)
+    write_json(directory / "summary.json", {**summary, "time/seconds": seconds[0]})
+    workdir.complete(name, identity)
+    return True
+
+
+@contextlib.contextmanager
+def _timed(directory: Path) -> Iterator[list[float]]:
+    """Seconds of a stage, with those that an interrupted run of it had put on record."""
+    earlier = read_rows(directory / "metrics.jsonl")
+    seconds = [earlier[-1]["time/elapsed"] if earlier else 0.0]
+    start = time.perf_counter()
+    yield seconds
+    seconds[0] += time.perf_counter() - start
+
+
+@dataclasses.dataclass(frozen=True)
+class _Common:
+    seed: int
+    seeds: int
+    stages: tuple[str, ...]
+    data: DataConfig
+    runtime: RuntimeConfig
+
+
+def _parse_stage(name: str, config: ConfigDict) -> Any:
+    if name not in config:
+        raise RlhfError(f"config.stages names {name!r}, which has no section config.{name}")
+    kind = config[name].get("kind")
+    if kind not in KINDS:
+        raise RlhfError(f"config.{name}.kind = {kind!r} should be one of {', '.join(KINDS)}")
+    return configs.build(KINDS[kind][0], config[name], f"config.{name}")

@@ -1,0 +1,146 @@
+"""The command line: flags in, one experiment (or one verb) out, and every error one message."""
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import absl.logging
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+from rich.console import Console
+
+from rlhf_jax import experiment
+from rlhf_jax.data.fetch import DATASETS, fetch
+from rlhf_jax.reports.report import is_current, print_summary, write_report
+from rlhf_jax.reports.run import Run
+from rlhf_jax.runtime.workdir import Workdir
+from rlhf_jax.types import RlhfError
+
+USAGE = """\
+rlhf-jax: learning from human preferences in JAX
+
+  rlhf-jax [run] --config=FILE[:ARG] --workdir=DIR [--config.KEY=VALUE ...] [--stage=NAME] [--inputs=DIR]
+      runs an experiment's stages, or what is left of them, and reports; --stage runs one of them
+  rlhf-jax fetch NAME
+      brings a data set here
+  rlhf-jax sample --workdir=DIR --stage=NAME --prompt=TEXT [--n=4] [--temperature=1.0] [--seed=0]
+      prints a trained policy's continuations with their scores
+
+--debug before or after any of them shows the traceback of an error.
+"""
+
+
+def entry_point() -> None:
+    """The console script."""
+    sys.exit(main(sys.argv[1:]))
+
+
+def main(argv: list[str]) -> int:
+    """Runs one command and returns its exit status: 0, or 1 with one message on stderr."""
+    debug = "--debug" in argv
+    arguments = [argument for argument in argv if argument != "--debug"]
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return 0
+    absl.logging.set_verbosity(absl.logging.ERROR)
+    verb = "run" if arguments[0].startswith("-") else arguments.pop(0)
+    try:
+        if verb not in VERBS:
+            raise RlhfError(f"there is no verb {verb!r}: say one of {', '.join(VERBS)}, or --help")
+        VERBS[verb](arguments)
+    except KeyboardInterrupt:
+        print("\nInterrupted. The same command goes on from the last checkpoint.", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        print(_message(error), file=sys.stderr)
+        return 1
+    return 0
+
+
+def run_verb(arguments: list[str]) -> None:
+    """Runs an experiment and reports on it."""
+    config, options = parse_run_flags(arguments)
+    workdir = Workdir(Path(options["workdir"]), Path(options["inputs"]) if options["inputs"] else None)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    worked = experiment.run(experiment.parse(config), workdir, options["stage"], console)
+    if options["stage"]:
+        console.print(f"Stage {options['stage']}: {workdir.find(options['stage'])}")
+        return
+    if worked or not is_current(workdir.root):
+        report = write_report(workdir.root, workdir.inputs)
+        print_summary(Run(workdir.root, workdir.inputs), console)
+    else:
+        report = workdir.root / "report.html"
+        console.print("Every stage is complete; nothing to do.")
+    console.print(f"Results: {workdir.root / 'results.csv'}\nReport:  {report}", soft_wrap=True)
+
+
+def fetch_verb(arguments: list[str]) -> None:
+    """Brings a data set here."""
+    parser = _Parser(prog="rlhf-jax fetch")
+    parser.add_argument("name", choices=list(DATASETS))
+    print(fetch(parser.parse_args(arguments).name))
+
+
+def sample_verb(arguments: list[str]) -> None:
+    """Prints continuations of prompts, with scores."""
+    parser = _Parser(prog="rlhf-jax sample")
+    parser.add_argument("--workdir", type=Path, required=True)
+    parser.add_argument("--inputs", type=Path)
+    parser.add_argument("--stage", required=True)
+    parser.add_argument("--prompt", action="append", required=True)
+    parser.add_argument("--n", type=int, default=4)
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    if options.n < 1 or options.temperature <= 0:
+        raise RlhfError(f"--n={options.n} must be at least 1, and --temperature={options.temperature} above 0")
+    rows = Run(options.workdir, options.inputs).sample(
+        options.prompt, stage=options.stage, n=options.n, temperature=options.temperature, seed=options.seed
+    )
+    for row in rows.itertuples():
+        score = "       " if row.score is None or row.score != row.score else f"{row.score:+7.3f}"
+        print(f"{score}  {row.prompt}{row.completion}")
+
+
+VERBS: dict[str, Callable[[list[str]], None]] = {"run": run_verb, "fetch": fetch_verb, "sample": sample_verb}
+
+
+def parse_run_flags(arguments: list[str]) -> tuple[ConfigDict, dict[str, str | None]]:
+    """The config with its overrides, and the other flags. Raises RlhfError for what absl and ml_collections refuse."""
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, "an experiment's file", flag_values=values)
+    for name in ("workdir", "stage", "inputs"):
+        flags.DEFINE_string(name, None, name, flag_values=values)
+    file = next((argument.split("=", 1)[1] for argument in arguments if argument.startswith("--config=")), None)
+    if file is not None and not os.path.exists(file.split(":")[0]):
+        raise RlhfError(f"--config={file}: there is no file {file.split(':')[0]}")
+    try:
+        rest = values(["rlhf-jax", *arguments])[1:]
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise RlhfError(f"the flags cannot be read: {' '.join(str(error).split())}") from error
+    if rest:
+        raise RlhfError(f"{rest[0]!r} is not a flag: write --NAME=VALUE")
+    for name in ("config", "workdir"):
+        if values[name].value is None:
+            raise RlhfError(f"--{name}=... is missing")
+    return values["config"].value, {name: values[name].value for name in ("workdir", "stage", "inputs")}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise RlhfError(f"{message}\n{self.format_usage().strip()}")
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, RlhfError):
+        return f"Error: {error}"
+    if isinstance(error, OSError):
+        place = f" ({error.filename})" if error.filename else ""
+        return f"Error: {error.strerror or error}{place}. What was complete is kept; mend it and run again."
+    return f"Error: {type(error).__name__}: {error}\nThis may be a bug in rlhf_jax: --debug shows the traceback."

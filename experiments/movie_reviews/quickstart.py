@@ -54,7 +54,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "policy": "sft",
             "preferences": "preferences",
             "init": None,
-            "model": model(d_model=96, n_layers=2),
+            "model": model(d_model=64, n_layers=1),
             "pooling": "mean",
             "optimizer": adamw(3e-3, schedule="cosine", warmup_steps=20, weight_decay=0.1),
             "batch_size": 64,

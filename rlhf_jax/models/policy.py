@@ -1,31 +1,24 @@
 """The policy: a transformer body whose embedding, transposed, gives the logits. Pure functions of its parameters."""
 
 import dataclasses
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from rlhf_jax.core import logprobs as lp
+from rlhf_jax.models import head
+from rlhf_jax.models.head import TokenStats
 from rlhf_jax.models.transformer import KVCache, ModelConfig, Transformer, empty_cache
 from rlhf_jax.types import PreferenceBatch, Rollout, TokenBatch
 
-LOGIT_CHUNK = 8192
-"""Positions whose logits over the vocabulary exist at one time; a larger batch is computed in slices of its time axis."""
-
-
-class TokenStats(NamedTuple):
-    """What the logits at each predicted token are reduced to before they are dropped."""
-
-    logprobs: Array  # float32[B, T], nats
-    entropy: Array  # float32[B, T], nats; carries no gradient
-    correct: Array  # bool[B, T]: the token is the most likely one
-
-
 @dataclasses.dataclass(frozen=True)
 class PolicyNetwork:
-    """A language model. Suppressed tokens (padding, BOS, unknown) have probability 0 wherever it is asked."""
+    """A language model that never emits its suppressed tokens (padding, BOS, unknown).
+
+    They have probability 0. Where a text has one all the same (a word unknown to the tokenizer), its log-probability is
+    given as 0: that token says nothing about the policy.
+    """
 
     config: ModelConfig
     vocab_size: int
@@ -78,37 +71,20 @@ class PolicyNetwork:
     def _body(self) -> Transformer:
         return Transformer(self.config, self.vocab_size)
 
-    def _logits(self, params: PyTree, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
-        embedding: Any = params["embedding"].astype(self.config.compute_dtype)
-        logits = jnp.einsum("...d,vd->...v", hidden, embedding, preferred_element_type=jnp.float32)
-        allowed = jnp.ones(self.vocab_size, bool).at[jnp.array(self.suppressed, jnp.int32)].set(False)
-        allowed = allowed.reshape((1,) * (logits.ndim - 1) + (-1,))
-        # Half the lowest number: subtracting a maximum from it stays finite, and its probability is exactly 0.
-        return jnp.where(allowed, logits, jnp.finfo(jnp.float32).min / 2)
+    @property
+    def _allowed(self) -> Bool[Array, "V"]:
+        return jnp.ones(self.vocab_size, bool).at[jnp.array(self.suppressed, jnp.int32)].set(False)
+
+    def _logits(self, params: PyTree, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
+        return head.logits(hidden, self._embedding(params), self._allowed)
 
     def _stats(
-        self,
-        params: PyTree,
-        hidden: Float[Array, "B T D"],
-        tokens: Int[Array, "B T"],
-        *,
-        temperature: float,
+        self, params: PyTree, hidden: Float[Array, "B T D"], tokens: Int[Array, "B T"], *, temperature: float
     ) -> TokenStats:
-        def of_slice(hidden: Array, tokens: Array) -> TokenStats:
-            logits = self._logits(params, hidden) / temperature
-            fixed = jax.lax.stop_gradient(logits)
-            best = jnp.take_along_axis(fixed, tokens[..., None], axis=-1)[..., 0] >= jnp.max(fixed, axis=-1)
-            return TokenStats(lp.token_logprobs(logits, tokens), lp.entropy(fixed), best)
+        return head.token_stats(hidden, self._embedding(params), self._allowed, tokens, temperature=temperature)
 
-        batch, length = tokens.shape
-        width = max(1, LOGIT_CHUNK // batch)
-        if length <= width:
-            return of_slice(hidden, tokens)
-        slices = [
-            jax.checkpoint(of_slice)(hidden[:, i : i + width], tokens[:, i : i + width])
-            for i in range(0, length, width)
-        ]
-        return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *slices)
+    def _embedding(self, params: PyTree) -> Float[Array, "V D"]:
+        return params["embedding"].astype(self.config.compute_dtype)
 
 
 def both_responses(batch: PreferenceBatch) -> Rollout:

@@ -37,14 +37,14 @@ class ModelConfig:
 class KVCache(NamedTuple):
     """Keys and values of the tokens seen so far, one pair of arrays a layer, and which slots hold a token."""
 
-    keys: tuple[Array, ...]  # L x [B, S, H, K]
-    values: tuple[Array, ...]  # L x [B, S, H, K]
+    keys: tuple[Array, ...]  # L x [B, H, S, K]: with the heads outside, decoding transposes nothing on CPUs
+    values: tuple[Array, ...]  # L x [B, H, S, K]
     mask: Array  # bool[B, S]
 
 
 def empty_cache(config: ModelConfig, batch: int, slots: int) -> KVCache:
     """A cache with room for `slots` tokens a row, none of them filled."""
-    shape = (batch, slots, config.n_heads, config.d_model // config.n_heads)
+    shape = (batch, config.n_heads, slots, config.d_model // config.n_heads)
     layers = tuple(jnp.zeros(shape, config.compute_dtype) for _ in range(config.n_layers))
     return KVCache(layers, layers, jnp.zeros((batch, slots), bool))
 
@@ -72,7 +72,7 @@ class Attention(nn.Module):
         attention_mask: Bool[Array, "B S C"],
         cached: tuple[Array, Array] | None,
         slot: Int[Array, ""] | int,
-    ) -> tuple[Float[Array, "B S D"], tuple[Array, Array]]:
+    ) -> tuple[Float[Array, "B S D"], tuple[Array, Array] | None]:
         """Attends from S new tokens to C slots: the tokens themselves, or a cache in which they start at `slot`."""
         config = self.config
         head_dim = config.d_model // config.n_heads
@@ -81,10 +81,13 @@ class Attention(nn.Module):
         k = rotate(nn.DenseGeneral((config.n_heads, head_dim), name="k", **dtypes)(x), positions)
         v = nn.DenseGeneral((config.n_heads, head_dim), name="v", **dtypes)(x)
         if cached is not None:
-            k = jax.lax.dynamic_update_slice_in_dim(cached[0], k, slot, axis=1)
-            v = jax.lax.dynamic_update_slice_in_dim(cached[1], v, slot, axis=1)
+            cached = (
+                jax.lax.dynamic_update_slice_in_dim(cached[0], jnp.swapaxes(k, 1, 2), slot, axis=2),
+                jax.lax.dynamic_update_slice_in_dim(cached[1], jnp.swapaxes(v, 1, 2), slot, axis=2),
+            )
+            k, v = jnp.swapaxes(cached[0], 1, 2), jnp.swapaxes(cached[1], 1, 2)
         mixed = jax.nn.dot_product_attention(q, k, v, mask=attention_mask[:, None])
-        return nn.DenseGeneral(config.d_model, axis=(-2, -1), name="o", **dtypes)(mixed), (k, v)
+        return nn.DenseGeneral(config.d_model, axis=(-2, -1), name="o", **dtypes)(mixed), cached
 
 
 class Block(nn.Module):
@@ -100,8 +103,8 @@ class Block(nn.Module):
         attention_mask: Bool[Array, "B S C"],
         cached: tuple[Array, Array] | None,
         slot: Int[Array, ""] | int,
-    ) -> tuple[Float[Array, "B S D"], tuple[Array, Array]]:
-        """The stream after this layer, and the layer's keys and values."""
+    ) -> tuple[Float[Array, "B S D"], tuple[Array, Array] | None]:
+        """The stream after this layer, and the layer's cache."""
         config = self.config
         dtypes = {"param_dtype": config.param_dtype, "dtype": config.compute_dtype}
         mixed, cached = Attention(config, name="attention")(

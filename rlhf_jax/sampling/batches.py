@@ -9,7 +9,8 @@ import numpy as np
 from jaxtyping import PRNGKeyArray, PyTree
 
 from rlhf_jax.core import kl, logprobs
-from rlhf_jax.models.policy import PolicyNetwork, TokenStats
+from rlhf_jax.models.head import TokenStats
+from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
 from rlhf_jax.sampling.generate import generate
 from rlhf_jax.types import PreferenceBatch, PromptBatch, Rollout, TokenBatch

@@ -19,12 +19,31 @@ def row_uniforms(key: PRNGKeyArray, rows: Int[Array, "B"], length: int) -> Float
     return jax.vmap(of_row)(rows)
 
 
+BLOCK = 64
+"""Tokens whose probabilities are summed into one before the running sum is taken over blocks."""
+
+
 def choose(logits: Float[Array, "B V"], uniforms: Float[Array, "B"], *, temperature: float) -> Int[Array, "B"]:
     """Samples from softmax(logits / temperature) by inverting its cumulative distribution at a uniform number.
 
-    A Gumbel draw needs a random number for every token of the vocabulary; this needs one.
+    A Gumbel draw needs a random number for every token of the vocabulary; this needs one. The running sum is taken over
+    blocks of tokens and then within the chosen block, which is quicker than one over the vocabulary, and more precise.
+    A token of probability 0 is never chosen.
     """
-    cumulative = jnp.cumsum(jax.nn.softmax(logits / temperature, axis=-1), axis=-1)
+    batch, vocab = logits.shape
+    shifted = (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature
+    padded = jnp.pad(jnp.exp(shifted), ((0, 0), (0, -vocab % BLOCK)))
+    blocks = padded.reshape(batch, -1, BLOCK)
+    block, left = _invert(jnp.sum(blocks, axis=-1), uniforms)
+    within, _ = _invert(jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0], left)
+    return block * BLOCK + within
+
+
+def _invert(masses: Float[Array, "B N"], uniforms: Float[Array, "B"]) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
+    """The item in which a uniform number falls, by mass, and how far into that item, in [0, 1)."""
+    cumulative = jnp.cumsum(masses, axis=-1)
     threshold = uniforms[:, None] * cumulative[:, -1:]
-    passed = jnp.sum(cumulative <= threshold, axis=-1, dtype=jnp.int32)
-    return jnp.minimum(passed, logits.shape[-1] - 1)
+    last = masses.shape[-1] - 1 - jnp.argmax(masses[:, ::-1] > 0, axis=-1)
+    item = jnp.minimum(jnp.sum(cumulative <= threshold, axis=-1, dtype=jnp.int32), last.astype(jnp.int32))
+    mass, end = (jnp.take_along_axis(x, item[:, None], axis=1) for x in (masses, cumulative))
+    return item, jnp.clip((threshold - (end - mass)) / mass, 0, 1)[:, 0]

@@ -1,7 +1,6 @@
 """Tokenizers trained on the experiment's own text, and the one interface through which the rest sees any tokenizer."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal
@@ -26,11 +25,12 @@ class TokenizerConfig:
 
 
 class Tokenizer:
-    """Encodes text to ids and decodes ids to text; spacing survives both ways."""
+    """Encodes text to ids and decodes ids to text; special tokens never come from text."""
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
-        """Wraps a tokenizer that knows the four special tokens."""
+        """Wraps a tokenizer that knows the four special tokens. Their names within a text are text."""
         self.backend = backend
+        self.backend.encode_special_tokens = True
         self.pad_id, self.bos_id, self.eos_id, self.unknown_id = map(self._special_id, SPECIAL_TOKENS)
         self.vocab_size = backend.get_vocab_size()
 
@@ -83,15 +83,17 @@ def load_tokenizer(path: Path) -> Tokenizer:
 def train_word_tokenizer(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
     """The most frequent lower-cased words and punctuation marks; the rest is unknown.
 
-    A word carries the space before it (as U+2581), so that decoding restores the spacing.
+    Decoding puts a space between tokens, except before marks that close and after those that open, so that any sequence
+    of known tokens, decoded, encodes to itself again.
     """
     tokenizer = tokenizers.Tokenizer(models.WordLevel(unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Lowercase()
-    words = Regex(r"▁?[\p{L}\p{N}_]+(?:'\p{L}+)*|▁?[^\s▁]|▁")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Metaspace("▁", "always", True), pre_tokenizers.Split(words, "isolated")]
-    )
-    tokenizer.decoder = decoders.Metaspace("▁", "always")
+    words = Regex(r"[\p{L}\p{N}_]+(?:'\p{L}+)*|[^\s\p{L}\p{N}_]")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(words, "removed", invert=True)
+    closing = [decoders.Replace(f" {mark}", mark) for mark in ".,!?;:)]}%"]
+    opening = [decoders.Replace(f"{mark} ", mark) for mark in "([{$"]
+    spaced = decoders.WordPiece(prefix="##", cleanup=False)
+    tokenizer.decoder = decoders.Sequence([spaced, decoders.Fuse(), *closing, *opening])
     trainer = trainers.WordLevelTrainer(vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
@@ -122,8 +124,3 @@ def train_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
     """A tokenizer trained on texts, which must be the training split's."""
     return Tokenizer(TRAINERS[config.kind](texts, config.vocab_size))
 
-
-@functools.lru_cache(maxsize=8)
-def cached_tokenizer(path: Path) -> Tokenizer:
-    """`load_tokenizer`, once a path."""
-    return load_tokenizer(path)

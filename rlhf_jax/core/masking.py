@@ -28,6 +28,7 @@ def mean(x: Float[Array, "*dims"], axes: tuple[str, ...]) -> Float[Array, ""]:
 
 def masked_variance(x: Float[Array, "*dims"], mask: Bool[Array, "*dims"], axes: tuple[str, ...]) -> Float[Array, ""]:
     """Population variance (divided by the count) of x where the mask is True, over all devices."""
+    x = jnp.where(mask, x, 0)  # first: 0 times a NaN in the padding would be a NaN in the gradient
     return masked_mean(jnp.square(x - masked_mean(x, mask, axes)), mask, axes)
 
 
@@ -37,6 +38,7 @@ def whiten(x: Float[Array, "B T"], mask: Bool[Array, "B T"], axes: tuple[str, ..
     As `masked_whiten` of Huang et al. 2024 (arXiv:2403.17031, detail 23): the variance is stabilised by 1e-8 under the
     root. We divide by the count, they by the count less one.
     """
+    x = jnp.where(mask, x, 0)
     scaled = (x - masked_mean(x, mask, axes)) * jax.lax.rsqrt(masked_variance(x, mask, axes) + 1e-8)
     return jnp.where(mask, scaled, 0)
 
@@ -47,7 +49,7 @@ def lengths(mask: Bool[Array, "B T"]) -> Int[Array, "B"]:
 
 
 def at_last_token(x: Float[Array, "B"], mask: Bool[Array, "B T"]) -> Float[Array, "B T"]:
-    """Puts one number a row on the last token of that row's mask (a prefix mask), 0 elsewhere; nothing on empty rows."""
+    """One number a row, on the last token of that row's mask (a prefix mask); 0 elsewhere, nothing on empty rows."""
     is_last = jnp.arange(mask.shape[1])[None, :] == (lengths(mask) - 1)[:, None]
     return jnp.where(is_last & mask, x[:, None], 0)
 

@@ -53,6 +53,8 @@ def value_loss(
 
     Returns: the loss and `val/clipfrac_avg`, the share of tokens where the clipped branch was taken.
     """
+    # First: 0 times a NaN in the padding would be a NaN in the gradient.
+    values, old_values, returns = (jnp.where(response_mask, x, 0) for x in (values, old_values, returns))
     clipped_values = jnp.clip(values, old_values - clip_range, old_values + clip_range)
     error, clipped_error = jnp.square(values - returns), jnp.square(clipped_values - returns)
     loss = 0.5 * masking.masked_mean(jnp.maximum(error, clipped_error), response_mask, axes)

@@ -18,7 +18,8 @@ def bradley_terry_loss(
     """
     margins = chosen_scores - rejected_scores
     scores = jnp.concatenate([chosen_scores, rejected_scores])
-    lowest, highest = jnp.min(scores), jnp.max(scores)
+    fixed = jax.lax.stop_gradient(scores)  # pmin and pmax have no gradient, not even one that nobody asks for
+    lowest, highest = jnp.min(fixed), jnp.max(fixed)
     return masking.mean(-jax.nn.log_sigmoid(margins), axes), {
         "accuracy": masking.mean(0.5 * (1 + jnp.sign(margins)), axes),
         "margin": masking.mean(margins, axes),

@@ -1,0 +1,144 @@
+"""Rows split over eight devices give the numbers, and the gradients, of one device that holds them all."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from rlhf_jax.core import logprobs, masking, policy_losses, preference_losses, reward_losses
+from tests.core.cases import normal, prefix_mask
+
+DEVICES, B, T = 8, 16, 5
+# Means of means would differ: devices hold between no token at all (the fourth) and ten.
+MASK = prefix_mask([5, 5, 1, 0, 3, 2, 0, 0, 4, 1, 5, 0, 2, 2, 1, 1], T)
+A, B_, C = (normal(seed, B, T) for seed in range(3))
+SCORES = normal(3, B, 4)
+
+
+def with_metrics(result: tuple[jax.Array, dict[str, jax.Array]]) -> dict[str, jax.Array]:
+    loss, metrics = result
+    return {"loss": loss, **metrics}
+
+
+# theta, the rows' arrays, axes -> a scalar, or several by name.
+FUNCTIONS: dict[str, Callable] = {
+    "total": lambda theta, a, b, c, mask, s, axes: masking.total(jnp.square(a * theta), axes),
+    "mean": lambda theta, a, b, c, mask, s, axes: masking.mean(jnp.square(a * theta), axes),
+    "masked_mean": lambda theta, a, b, c, mask, s, axes: masking.masked_mean(a * theta, mask, axes),
+    "masked_variance": lambda theta, a, b, c, mask, s, axes: masking.masked_variance(a * theta, mask, axes),
+    "whiten": lambda theta, a, b, c, mask, s, axes: masking.total(b * masking.whiten(a * theta, mask, axes), axes),
+    "cross_entropy": lambda theta, a, b, c, mask, s, axes: logprobs.cross_entropy(a * theta, mask, axes),
+    "policy_loss": lambda theta, a, b, c, mask, s, axes: with_metrics(
+        policy_losses.policy_loss(a * theta, a + 0.3 * b, c, mask, clip_ratio=0.2, axes=axes)
+    ),
+    "value_loss": lambda theta, a, b, c, mask, s, axes: with_metrics(
+        policy_losses.value_loss(a * theta, a + 0.3 * b, c, mask, clip_range=0.2, axes=axes)
+    ),
+    "explained_variance": lambda theta, a, b, c, mask, s, axes: policy_losses.explained_variance(
+        a * theta, c, mask, axes
+    ),
+    "dpo_loss": lambda theta, a, b, c, mask, s, axes: with_metrics(
+        preference_losses.dpo_loss(s[:, 0] * theta[0, 0], s[:, 1], s[:, 2], s[:, 3], beta=0.3, axes=axes)
+    ),
+    "bradley_terry_loss": lambda theta, a, b, c, mask, s, axes: with_metrics(
+        reward_losses.bradley_terry_loss(s[:, 0] * theta[0, 0], s[:, 1], axes=axes)
+    ),
+}
+THETA = jnp.linspace(0.5, 1.5, T)[None, :]
+ROWS = (A, B_, C, MASK, SCORES)
+
+
+def main_scalar(function: Callable, axes: tuple[str, ...]) -> Callable:
+    def scalar(theta, *rows):
+        out = function(theta, *rows, axes)
+        return (out["loss"], out) if isinstance(out, dict) else (out, {"value": out})
+
+    return scalar
+
+
+@functools.cache
+def on_one_device(function: Callable):
+    return jax.value_and_grad(main_scalar(function, ()), has_aux=True)(THETA, *ROWS)
+
+
+def under_pmap(function: Callable):
+    def step(theta, *rows):
+        result, grad = jax.value_and_grad(main_scalar(function, ("batch",)), has_aux=True)(theta, *rows)
+        return result, jax.lax.pmean(grad, "batch")
+
+    split = [x.reshape(DEVICES, B // DEVICES, *x.shape[1:]) for x in ROWS]
+    results = jax.pmap(step, axis_name="batch", in_axes=(None, 0, 0, 0, 0, 0))(THETA, *split)
+    for leaf in jax.tree.leaves(results):  # every device has the same answer
+        np.testing.assert_array_equal(leaf, np.broadcast_to(leaf[:1], leaf.shape))
+    return jax.tree.map(lambda x: x[0], results)
+
+
+def under_shard_map(function: Callable):
+    mesh = Mesh(np.asarray(jax.devices()), ("batch",))
+    mapped = jax.shard_map(
+        main_scalar(function, ("batch",)), mesh=mesh, in_specs=(P(), *(P("batch"),) * len(ROWS)), out_specs=P()
+    )
+    return jax.jit(jax.value_and_grad(mapped, has_aux=True))(THETA, *ROWS)
+
+
+def under_jit_on_a_mesh(function: Callable):
+    mesh = Mesh(np.asarray(jax.devices()), ("data",))
+    rows = [jax.device_put(x, NamedSharding(mesh, P("data"))) for x in ROWS]
+    theta = jax.device_put(THETA, NamedSharding(mesh, P()))
+    return jax.jit(jax.value_and_grad(main_scalar(function, ()), has_aux=True))(theta, *rows)
+
+
+@pytest.mark.parametrize("split", [under_pmap, under_shard_map, under_jit_on_a_mesh])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_values_metrics_and_gradients_are_those_of_one_device(name, split):
+    (value, metrics), grad = split(FUNCTIONS[name])
+    (expected, expected_metrics), expected_grad = on_one_device(FUNCTIONS[name])
+    assert np.any(np.abs(expected_grad) > 1e-4), "a gradient of zero proves nothing"
+    np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(grad, expected_grad, rtol=1e-4, atol=1e-6)
+    assert metrics.keys() == expected_metrics.keys()
+    for key, number in expected_metrics.items():
+        np.testing.assert_allclose(metrics[key], number, rtol=1e-5, atol=1e-6, err_msg=key)
+
+
+def on_every_device(function: Callable, *rows: jax.Array):
+    return jax.pmap(function, axis_name="batch")(*rows)
+
+
+def test_every_device_gathers_all_rows_in_their_order():
+    x, y = jnp.arange(2 * B).reshape(DEVICES, 2, 2), normal(0, DEVICES, 2)
+    gathered = on_every_device(lambda *tree: masking.gather_rows(tree, ("batch",)), x, y)
+    for device in range(DEVICES):
+        np.testing.assert_array_equal(gathered[0][device], x.reshape(B, 2))
+        np.testing.assert_array_equal(gathered[1][device], y.reshape(B))
+
+
+def own_rows(rows: jax.Array):
+    return on_every_device(lambda _: masking.own_rows(rows, ("batch",)), jnp.arange(DEVICES))
+
+
+def test_devices_share_the_rows_evenly_and_in_order():
+    rows = jnp.asarray(np.random.default_rng(0).permutation(B), jnp.int32)
+    np.testing.assert_array_equal(own_rows(rows), rows.reshape(DEVICES, B // DEVICES))
+
+
+def test_rows_that_do_not_divide_are_refused():
+    with pytest.raises(ValueError, match="12 rows do not divide over 8 devices"):
+        own_rows(jnp.arange(12))
+
+
+def test_a_minibatch_of_gathered_rows_is_the_same_minibatch_on_one_device():
+    minibatch = jnp.asarray(np.random.default_rng(1).permutation(B)[:DEVICES], jnp.int32)
+
+    def loss(a, mask, axes=("batch",)):
+        a, mask = masking.gather_rows((a, mask), axes)
+        own = masking.own_rows(minibatch, axes)
+        return masking.masked_mean(a[own], mask[own], axes)
+
+    got = on_every_device(loss, *(x.reshape(DEVICES, -1, T) for x in (A, MASK)))
+    np.testing.assert_allclose(got, np.full(DEVICES, loss(A, MASK, axes=())), rtol=1e-5)

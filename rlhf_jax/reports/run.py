@@ -1,0 +1,284 @@
+"""`Run`: a work directory as a notebook reads it, also while the experiment is still under way."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pandas as pd
+
+from rlhf_jax import config as configs
+from rlhf_jax.data import pipeline
+from rlhf_jax.data.pipeline import DataConfig
+from rlhf_jax.rewards import tfidf_ridge
+from rlhf_jax.runtime.files import read_json, read_rows
+from rlhf_jax.sampling.batches import sample_all, score_all, sequence_kl
+from rlhf_jax.stages import context
+from rlhf_jax.stages.samples import texts
+from rlhf_jax.text.tokenizer import Tokenizer
+from rlhf_jax.types import RlhfError
+
+RESULT_COLUMNS = (
+    "method",
+    "seed",
+    "n_prompts",
+    "gold_score",
+    "gold_se",
+    "win_rate",
+    "win_low",
+    "win_high",
+    "reward_score",
+    "kl",
+    "kl_se",
+    "length",
+    "vader",
+    "distinct_2",
+    "seconds",
+)
+"""The columns of results.csv, in their order."""
+
+SAMPLE_BATCH = 128
+
+
+class Run:
+    """What an experiment left in `workdir`, and, for stages that are missing there, in `inputs`."""
+
+    def __init__(self, workdir: str | Path, inputs: str | Path | None = None) -> None:
+        """Reads nothing yet. Raises RlhfError where a directory does not exist."""
+        self.workdir = Path(workdir)
+        self.inputs = None if inputs is None else Path(inputs)
+        for path in filter(None, (self.workdir, self.inputs)):
+            if not path.is_dir():
+                raise RlhfError(f"there is no work directory {path}: name one that an experiment has written")
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.workdir)!r}): {', '.join(self.stages) or 'no stage yet'}"
+
+    # ---- stages ----------------------------------------------------------------------------------------------------
+
+    @property
+    def stages(self) -> list[str]:
+        """Names of the stages that are complete or begun, each after those it reads, otherwise as they were begun."""
+        directories = self._directories()
+        ordered: list[str] = []
+        waiting = sorted(directories, key=lambda name: ((directories[name] / "config.json").stat().st_mtime_ns, name))
+        while waiting:
+            ready = (name for name in waiting if not set(self._read_config(directories[name])["inputs"]) & set(waiting))
+            ordered.append(next(ready, waiting[0]))
+            waiting.remove(ordered[-1])
+        return ordered
+
+    def directory(self, stage: str) -> Path:
+        """Where a stage's files are. Raises RlhfError, naming the stages there are, where it has none."""
+        directories = self._directories()
+        if stage not in directories:
+            known = ", ".join(self.stages) or "none yet"
+            raise RlhfError(f"{self.workdir} has no stage {stage!r}; its stages: {known}")
+        return directories[stage]
+
+    def is_complete(self, stage: str) -> bool:
+        """Whether a stage has run to its end."""
+        return (self.directory(stage) / "complete.json").exists()
+
+    def config(self, stage: str) -> dict[str, Any]:
+        """All that made a stage: `section` (its part of the config), `common` (seed, data) and `inputs`."""
+        return self._read_config(self.directory(stage))
+
+    def kind(self, stage: str) -> str:
+        """A stage's kind, such as `dpo`."""
+        return self.config(stage)["section"]["kind"]
+
+    def of_kind(self, kind: str, *, complete: bool = False) -> list[str]:
+        """The stages of a kind, in order; only complete ones if asked."""
+        return [name for name in self.stages if self.kind(name) == kind and (not complete or self.is_complete(name))]
+
+    def summary(self, stage: str) -> dict[str, Any]:
+        """What a complete stage says of itself, `time/seconds` included."""
+        return read_json(self._file(stage, "summary.json"))
+
+    # ---- tables ----------------------------------------------------------------------------------------------------
+
+    def metrics(self, stage: str) -> pd.DataFrame:
+        """One row a step (and seed) of a training stage; a row that is still being written is left out."""
+        return _table(self._file(stage, "metrics.jsonl"), ["step", "seed"])
+
+    def samples(self, stage: str) -> pd.DataFrame:
+        """`step, seed, prompt, completion, score, kl, length`; evaluate adds `method` and `gold`, one step a prompt."""
+        columns = ["step", "seed", "prompt", "completion", "score", "kl", "length"]
+        return _table(self._file(stage, "samples.jsonl"), columns)
+
+    def results(self) -> pd.DataFrame:
+        """The table on the test split: a row for every method and seed; NaN where no judge was asked."""
+        return self._results("results.jsonl")
+
+    def selection(self) -> pd.DataFrame:
+        """The same table on the evaluation split, on which beta and the like are chosen."""
+        return self._results("selection.jsonl")
+
+    def selected(self) -> list[str]:
+        """The methods chosen on the evaluation split, for each kind of stage that has several."""
+        stage = self.evaluation()
+        compared = [name for name in self.results()["method"].unique() if name in self.stages]
+        kinds = [self.kind(name) for name in compared]
+        return [name for kind, name in self.summary(stage)["selected"].items() if kinds.count(kind) > 1]
+
+    def best_of_n_curve(self, stage: str) -> pd.DataFrame:
+        """`n, kl, proxy, proxy_se, gold, gold_se`, a row for every n that a best_of_n stage reports."""
+        return _table(self._file(stage, "curve.jsonl"), ["n", "kl", "proxy", "proxy_se", "gold", "gold_se"])
+
+    def evaluation(self) -> str:
+        """The name of the last complete stage of kind evaluate. Raises RlhfError where there is none."""
+        found = self.of_kind("evaluate", complete=True)
+        if not found:
+            known = ", ".join(self.stages) or "none yet"
+            raise RlhfError(f"{self.workdir} has no complete stage of kind 'evaluate'; its stages: {known}")
+        return found[-1]
+
+    # ---- models ----------------------------------------------------------------------------------------------------
+
+    def load_policy(self, stage: str, seed: int | None = None, step: int | None = None) -> context.Policy:
+        """A stage's policy: of the first of its seeds, and of its newest checkpoint, unless told otherwise."""
+        return context.load_policy(self.directory(stage), seed=self._seed(stage) if seed is None else seed, step=step)
+
+    def load_reward_model(self, stage: str) -> context.RewardModel:
+        """A stage's reward model."""
+        return context.load_reward_model(self.directory(stage))
+
+    def load_judge(self) -> tfidf_ridge.TfidfRidge | None:
+        """The gold judge that the experiment's results were judged by, if it has one."""
+        asked = (self.config(name)["section"].get("judge") for name in reversed(self.stages))
+        stage = next((name for name in asked if name in self._directories() and self.is_complete(name)), None)
+        return None if stage is None else tfidf_ridge.load(self.directory(stage) / "judge.joblib")
+
+    def reward_model_of(self, stage: str) -> str | None:
+        """The reward model that a stage, or else a later one or any, scores this stage's responses by."""
+        tokenizer = self._file(stage, "tokenizer.json").read_bytes()
+        askers = [stage, *self.of_kind("evaluate"), *self.of_kind("ppo"), *self.of_kind("best_of_n")]
+        named = [self.config(name)["section"].get("reward_model") for name in askers]
+        for name in [*named, *reversed(self.of_kind("reward_model", complete=True))]:
+            complete = name in self._directories() and self.is_complete(name)
+            if complete and self._file(name, "tokenizer.json").read_bytes() == tokenizer:
+                return name
+        return None
+
+    def sample(
+        self,
+        prompts: list[str],
+        *,
+        stage: str,
+        n: int = 1,
+        temperature: float = 1.0,
+        seed: int = 0,
+        policy_seed: int | None = None,
+    ) -> pd.DataFrame:
+        """Draws n responses to each prompt from a stage's policy.
+
+        Args: seed makes the random numbers; policy_seed says whose policy, where a stage trained several.
+
+        Returns: `prompt, completion, score, kl`. The score is that of the experiment's reward model (NaN without one);
+        kl is log pi(y|x) - log pi_0(y|x) in nats, EOS included, where pi_0 is the policy that the stage started from (0
+        for one trained from scratch). Both policies are taken at the temperature that is sampled at.
+
+        Raises RlhfError where a prompt is too long or has words that the tokenizer does not know.
+        """
+        if n < 1 or temperature <= 0:
+            raise RlhfError(f"n = {n} must be at least 1, and temperature = {temperature} above 0")
+        policy, data = self.load_policy(stage, policy_seed), self._data(stage)
+        ids = [encode_prompt(prompt, policy.tokenizer, data.max_prompt_tokens) for prompt in prompts]
+        if not ids:
+            return pd.DataFrame(columns=["prompt", "completion", "score", "kl"])
+        batch_size = min(SAMPLE_BATCH, len(ids) * n)
+        rollout = sample_all(
+            policy.network,
+            policy.params,
+            pipeline.pad_left(ids, data.max_prompt_tokens),
+            jax.random.key(seed),
+            samples=n,
+            batch_size=batch_size,
+            max_new_tokens=data.max_response_tokens,
+            temperature=float(temperature),
+            eos_id=policy.tokenizer.eos_id,
+        )
+        scores, kl = np.full((2, len(rollout.response)), [[math.nan], [0.0]])
+        judge, start = self.reward_model_of(stage), self.config(stage)["section"].get("policy")
+        if judge is not None:
+            reward_model = self.load_reward_model(judge)
+            scores = score_all(reward_model.network, reward_model.params, rollout, batch_size)
+        if start is not None:
+            reference = self.load_policy(start)
+            kl = sequence_kl(
+                policy.network,
+                policy.params,
+                (reference.network, reference.params),
+                rollout,
+                batch_size=batch_size,
+                temperature=float(temperature),
+            )
+        completions = texts(policy.tokenizer, rollout)[1]
+        return pd.DataFrame({"prompt": np.repeat(prompts, n), "completion": completions, "score": scores, "kl": kl})
+
+    # ---- where things are ------------------------------------------------------------------------------------------
+
+    def _directories(self) -> dict[str, Path]:
+        """Every stage's directory: those begun here, then those complete under `inputs` that belong to them."""
+        found = {path.parent.name: path.parent for path in self.workdir.glob("*/config.json")}
+        if self.inputs is not None:
+            others = {path.parent.name: path.parent for path in self.inputs.glob("*/complete.json")}
+            found |= {name: path for name, path in others.items() if name not in found and self._belongs(path)}
+        return found
+
+    def _belongs(self, directory: Path) -> bool:
+        """Whether a stage under `inputs` was made from this run's stages, not from one that was run anew here."""
+        assert self.inputs is not None
+        for name, fingerprint in self._read_config(directory)["inputs"].items():
+            here = self.workdir / name
+            used = here if (here / "config.json").exists() else self.inputs / name
+            marker = used / "complete.json"
+            if not marker.exists() or read_json(marker)["fingerprint"] != fingerprint or not self._belongs(used):
+                return False
+        return True
+
+    def _read_config(self, directory: Path) -> dict[str, Any]:
+        return read_json(directory / "config.json")
+
+    def _file(self, stage: str, name: str) -> Path:
+        path = self.directory(stage) / name
+        if not path.exists():
+            have = ", ".join(sorted(entry.name for entry in path.parent.iterdir()))
+            state = "" if self.is_complete(stage) else ", which is not complete,"
+            raise RlhfError(f"stage {stage!r}{state} has no {name} in {path.parent}; it has {have}")
+        return path
+
+    def _seed(self, stage: str) -> int:
+        spec = self.directory(stage) / "model.json"
+        return read_json(spec).get("seeds", [0])[0] if spec.exists() else 0
+
+    def _data(self, stage: str) -> DataConfig:
+        return configs.build(DataConfig, self.config(stage)["common"]["data"], f"{stage}/config.json: common.data")
+
+    def _results(self, name: str) -> pd.DataFrame:
+        table = _table(self._file(self.evaluation(), name), list(RESULT_COLUMNS))
+        table = table[[*RESULT_COLUMNS, *(column for column in table.columns if column not in RESULT_COLUMNS)]]
+        numbers = table.columns.drop("method")
+        return table.astype({column: float for column in numbers.drop(["seed", "n_prompts"])})
+
+
+def encode_prompt(prompt: str, tokenizer: Tokenizer, max_prompt_tokens: int) -> list[int]:
+    """BOS and the tokens of a prompt. Raises RlhfError where it is too long, or has words without a token."""
+    encoding = tokenizer.backend.encode(prompt, add_special_tokens=False)
+    spans = [span for id, span in zip(encoding.ids, encoding.offsets, strict=True) if id == tokenizer.unknown_id]
+    unknown = [prompt[start:end].strip() or prompt[start:end] for start, end in spans]
+    if unknown:
+        raise RlhfError(f"prompt {prompt!r}: the tokenizer has no token for {', '.join(map(repr, unknown))}")
+    if len(encoding.ids) > max_prompt_tokens - 1:
+        raise RlhfError(
+            f"prompt {prompt!r} has {len(encoding.ids)} tokens, and this run's have at most {max_prompt_tokens - 1} "
+            f"(data.max_prompt_tokens = {max_prompt_tokens}, BOS included): shorten it"
+        )
+    return [tokenizer.bos_id, *encoding.ids]
+
+
+def _table(path: Path, columns: list[str]) -> pd.DataFrame:
+    rows = read_rows(path)
+    return pd.DataFrame(rows) if rows else pd.DataFrame(columns=columns)

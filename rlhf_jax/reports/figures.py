@@ -1,0 +1,327 @@
+"""One function a figure: from tables to a matplotlib Figure, without pyplot. Units stand on the axes."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from rlhf_jax.reports.style import (
+    COLORS,
+    INK,
+    MUTED,
+    OTHER,
+    EndLabel,
+    PointLabel,
+    context,
+    label_ends,
+    label_points,
+    panels,
+)
+
+
+class Series(NamedTuple):
+    """A column of metrics.jsonl, and its name in the figure; `eval/` columns have a value every so many steps."""
+
+    column: str
+    name: str
+    kind: str | None = None  # whose colour it has, if not the stage's own
+
+
+class Panel(NamedTuple):
+    """One small multiple of a figure of learning curves."""
+
+    title: str
+    unit: str
+    series: tuple[Series, ...]
+    chance: float | None = None  # a level to compare with
+
+
+CURVES: dict[str, tuple[Panel, ...]] = {
+    "sft": (
+        Panel("Cross-entropy", "nats a token", (Series("loss", "train"), Series("eval/loss", "held out"))),
+        Panel(
+            "Next token foreseen",
+            "share of tokens",
+            (Series("mean_token_accuracy", "train"), Series("eval/mean_token_accuracy", "held out")),
+        ),
+    ),
+    "reward_model": (
+        Panel(
+            "Bradley-Terry loss",
+            "nats a pair",
+            (Series("loss", "train"), Series("eval/loss", "held out")),
+            chance=float(np.log(2)),
+        ),
+        Panel(
+            "Pairs ordered rightly",
+            "share of pairs",
+            (
+                Series("accuracy", "train"),
+                Series("eval/accuracy", "held out"),
+                Series("eval/judge_agreement", "as the judge", "gold"),
+            ),
+            chance=0.5,
+        ),
+    ),
+    "dpo": (
+        Panel("Loss", "nats a pair", (Series("loss", ""), Series("eval/loss", "")), chance=float(np.log(2))),
+        Panel(
+            "Pairs ordered rightly",
+            "share of pairs",
+            (Series("rewards/accuracies", ""), Series("eval/rewards/accuracies", "")),
+            chance=0.5,
+        ),
+        Panel(
+            "Reward margin",
+            "β × nats",
+            (Series("rewards/margins", ""), Series("eval/rewards/margins", "")),
+            chance=0.0,
+        ),
+    ),
+    "ppo": (
+        Panel("Score", "reward model", (Series("objective/scores", ""),)),
+        Panel("KL from the start", "nats a response", (Series("objective/kl", ""),), chance=0.0),
+        Panel("Length", "tokens a response", (Series("completions/mean_length", ""),)),
+    ),
+}
+"""What is drawn of a training stage, by its kind: lines for training batches, dots for what was held out."""
+
+
+def learning_curves(kind: str, stages: Mapping[str, pd.DataFrame]) -> Figure:
+    """The curves of all stages of one kind, overlaid: a faint line for every step's value, a strong one for its trend.
+
+    Args: stages are the metrics by the name that labels them, from the weakest line to the strongest. Where a stage has
+    several seeds, the strong line is their mean and a band of one standard deviation over seeds lies around it.
+    """
+    shown = [panel for panel in CURVES[kind] if any(_has(table, panel) for table in stages.values())]
+    with context():
+        figure, axes = panels(len(shown), 2.5)
+        for panel, ax in zip(shown, axes, strict=True):
+            ends = []
+            for rank, (label, table) in enumerate(stages.items()):
+                strength = 1.0 if len(stages) == 1 else 0.35 + 0.65 * rank / (len(stages) - 1)
+                for series in panel.series:
+                    color = COLORS.get(series.kind or kind, OTHER)
+                    end = _curve(ax, table, series, color, strength)
+                    named = series.name or not series.column.startswith("eval/")
+                    text = " ".join(filter(None, (label if len(stages) > 1 else "", series.name)))
+                    if end is not None and named and text:
+                        ends.append(EndLabel(end, text, color, strength))
+            if panel.chance is not None:
+                ax.axhline(panel.chance, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
+            ax.set_title(panel.title)
+            ax.set_ylabel(panel.unit)
+            ax.set_xlabel("iteration" if kind == "ppo" else "step")
+            ax.margins(x=0.02)
+            label_ends(ax, ends)
+    return figure
+
+
+def frontier(
+    points: pd.DataFrame, curve: pd.DataFrame | None, paths: Mapping[str, pd.DataFrame], *, score: str, start: str
+) -> Figure:
+    """Score against divergence, of every method: what a method pays in nats for what it gains.
+
+    Args: points has `kind, label, kl, kl_se, score, score_se`, one row a method and seed, DPO's in the order of beta;
+    curve is Best-of-N's for all n (`n, kl, score, score_se`); paths are `kl, score` through training, by the label of
+    the method whose point they lead to. score names the y axis, start the method that divergence is measured from.
+    """
+    with context():
+        figure, (ax,) = panels(1, 4.4)
+        ax.set_xscale("function", functions=(_signed_root, _signed_square))
+        labels, seen = [], []
+        for label, path in paths.items():
+            color = COLORS.get(_kind_of(points, label), OTHER)
+            ends = points[points["label"] == label][["kl", "score"]].mean()
+            xs, ys = [*path["kl"], ends["kl"]], [*path["score"], ends["score"]]
+            ax.plot(xs, ys, color=color, alpha=0.55, linewidth=1.1, marker="o", markersize=2.2, zorder=2)
+            seen += _along(xs, ys)
+        if curve is not None:
+            labels += _best_of_n_line(ax, curve)
+            seen += _along(curve["kl"], curve["score"])
+        seen += _line_of_means(ax, points[points["kind"] == "dpo"], COLORS["dpo"])
+        labels = _method_points(ax, points) + labels
+        ax.set_xlabel(f"KL from {start} (nats a response; square-root scale)")
+        ax.set_ylabel(score)
+        _nats_ticks(ax, max(x for x, _ in [*seen, *zip(points["kl"], points["score"], strict=True)]))
+        ax.margins(x=0.04, y=0.08)
+        label_points(figure, ax, labels, seen)
+    return figure
+
+
+def best_of_n(curve: pd.DataFrame, deviations: tuple[float, float] | None) -> Figure:
+    """What choosing among n gains in the score that chooses (proxy) and in the judge's (gold), against root KL.
+
+    After fig. 1 of Gao et al. 2022. Both are measured from n = 1. Args: deviations are the standard deviations of SFT's
+    samples in proxy and in gold score, which put the two on one scale; without them each has a panel in its own unit.
+    """
+    series = [("proxy", "reward_model", "reward model (proxy)")]
+    if curve["gold"].notna().any():
+        series.append(("gold", "gold", "gold judge"))
+    together = deviations is not None
+    with context():
+        figure, axes = panels(1 if together else len(series), 3.3)
+        ends: list[EndLabel] = []
+        for i, (column, kind, name) in enumerate(series):
+            ax, scale = axes[0 if together else i], deviations[i] if deviations is not None else 1.0
+            x = np.sqrt(curve["kl"])
+            y, se = (curve[column] - curve[column].iloc[0]) / scale, curve[f"{column}_se"] / scale
+            ax.fill_between(x, y - se, y + se, color=COLORS[kind], alpha=0.18, linewidth=0)
+            ax.plot(x, y, color=COLORS[kind], marker="o", markersize=3.5)
+            ends.append(EndLabel(float(y.iloc[-1]), name if together else "", COLORS[kind]))
+            ax.set_title("Gain over n = 1" if together else f"Gain over n = 1, {name}")
+            ax.set_ylabel("standard deviations of SFT samples" if together else "its own score")
+            ax.set_xlabel("√KL from SFT (√nats)")
+            ax.margins(x=0.03)
+            _sizes_on_top(ax, curve)
+        if together:
+            label_ends(axes[0], ends)
+    return figure
+
+
+def win_rates(results: pd.DataFrame, *, judge: str, start: str) -> Figure:
+    """Pairs won against one method's answers to the same prompts, with Wilson's 95 % interval, a line a seed.
+
+    Args: results has `kind, label, seed, win_rate, win_low, win_high`, in the order of its lines from top to bottom;
+    start names the one method.
+    """
+    with context():
+        figure, (ax,) = panels(1, 0.9 + 0.26 * max(3, len(results)))
+        labels = []
+        for line, (_, row) in enumerate(results.iterrows()):
+            color = COLORS.get(row["kind"], OTHER)
+            low, middle, high = (100 * row[name] for name in ("win_low", "win_rate", "win_high"))
+            ax.plot([low, high], [line, line], color=color, linewidth=2.2, solid_capstyle="butt")
+            ax.plot([middle], [line], color=color, marker="o", markersize=6, linestyle="none")
+            ax.annotate(
+                f"{middle:.0f} %  [{low:.0f}, {high:.0f}]",
+                (1.02, line),
+                xycoords=("axes fraction", "data"),
+                va="center",
+                fontsize=8,
+                color=INK,
+            )
+            several = (results["label"] == row["label"]).sum() > 1
+            labels.append(f"{row['label']}, seed {row['seed']}" if several else row["label"])
+        ax.axvline(50, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
+        ax.set_yticks(range(len(labels)), labels)
+        ax.tick_params(axis="y", length=0, labelsize=8.5)
+        ax.grid(axis="y", visible=False)
+        ax.spines["left"].set_visible(False)
+        low, high = results["win_low"].min(), results["win_high"].max()
+        ax.set_xlim(min(45, 100 * low - 3), max(55, 100 * high + 3))
+        ax.set_ylim(len(labels) - 0.4, -0.6)
+        ax.set_xlabel(f"pairs won against {start}, by the {judge} (%; ties count half; 95 % intervals)")
+    return figure
+
+
+# ---- parts ---------------------------------------------------------------------------------------------------------
+
+
+def _has(table: pd.DataFrame, panel: Panel) -> bool:
+    return any(series.column in table and table[series.column].notna().any() for series in panel.series)
+
+
+def _curve(ax: Axes, table: pd.DataFrame, series: Series, color: str, strength: float) -> float | None:
+    """Draws one series of one stage; returns where it ends."""
+    if series.column not in table or table[series.column].dropna().empty:
+        return None
+    seeds = table.pivot(index="step", columns="seed", values=series.column).dropna(how="all").astype(float)
+    if series.column.startswith("eval/"):
+        mean = seeds.mean(axis=1)
+        ax.plot(mean.index, mean, color=color, alpha=strength, marker="o", markersize=4, linewidth=0.8, linestyle=":")
+        return float(mean.iloc[-1])
+    trends = seeds.rolling(trend_window(len(seeds)), min_periods=1, center=True).mean()
+    mean = trends.mean(axis=1)
+    if seeds.shape[1] > 1:
+        deviation = trends.std(axis=1, ddof=1)
+        ax.fill_between(mean.index, mean - deviation, mean + deviation, color=color, alpha=0.2 * strength, linewidth=0)
+    else:
+        ax.plot(seeds.index, seeds.iloc[:, 0], color=color, alpha=0.22 * strength, linewidth=0.7)
+    ax.plot(mean.index, mean, color=color, alpha=strength)
+    return float(mean.iloc[-1])
+
+
+def trend_window(steps: int) -> int:
+    """Steps that a trend line averages over, half before and half after: a twentieth of all."""
+    return max(1, round(steps / 20))
+
+
+def _method_points(ax: Axes, points: pd.DataFrame) -> list[PointLabel]:
+    labels = []
+    for label, rows in points.groupby("label", sort=False):
+        color, several = COLORS.get(rows["kind"].iloc[0], OTHER), len(rows) > 1
+        for _, row in rows.iterrows():
+            ax.errorbar(
+                row["kl"],
+                row["score"],
+                xerr=row["kl_se"] or None,
+                yerr=row["score_se"],
+                color=color,
+                alpha=0.45 if several else 1.0,
+                marker="o",
+                markersize=3.5 if several else 6,
+                elinewidth=1.1,
+                zorder=4,
+            )
+        middle = rows[["kl", "score"]].mean()
+        if several:
+            ax.plot(middle["kl"], middle["score"], color=color, marker="D", markersize=6, zorder=5)
+        labels.append(PointLabel(float(middle["kl"]), float(middle["score"]), str(label), color, bold=True))
+    return labels
+
+
+def _best_of_n_line(ax: Axes, curve: pd.DataFrame) -> list[PointLabel]:
+    color = COLORS["best_of_n"]
+    low, high = curve["score"] - curve["score_se"], curve["score"] + curve["score_se"]
+    ax.fill_between(curve["kl"], low, high, color=color, alpha=0.15, linewidth=0, zorder=1)
+    ax.plot(curve["kl"], curve["score"], color=color, marker="o", markersize=2.5, linewidth=1.3, zorder=2)
+    last = curve.iloc[-1]
+    return [PointLabel(float(last["kl"]), float(last["score"]), f"best of {last['n']:.0f}", color)]
+
+
+def _line_of_means(ax: Axes, points: pd.DataFrame, color: str) -> list[tuple[float, float]]:
+    means = points.groupby("label", sort=False)[["kl", "score"]].mean()
+    if len(means) > 1:
+        ax.plot(means["kl"], means["score"], color=color, alpha=0.6, linewidth=1.3, zorder=2)
+    return _along(means["kl"], means["score"])
+
+
+def _along(xs: Iterable[float], ys: Iterable[float]) -> list[tuple[float, float]]:
+    """Points along a polyline, which labels should not cover."""
+    vertices = np.array([*zip(xs, ys, strict=True)])
+    at = np.linspace(0, len(vertices) - 1, 8 * len(vertices))
+    return [
+        (float(x), float(y)) for x, y in zip(*(np.interp(at, range(len(vertices)), v) for v in vertices.T), strict=True)
+    ]
+
+
+def _kind_of(points: pd.DataFrame, label: str) -> str:
+    kinds = points.loc[points["label"] == label, "kind"]
+    return kinds.iloc[0] if len(kinds) else ""
+
+
+def _sizes_on_top(ax: Axes, curve: pd.DataFrame) -> None:
+    top = ax.secondary_xaxis("top")
+    shown = curve.iloc[::2] if len(curve) > 5 else curve
+    top.set_xticks(np.sqrt(shown["kl"]), [f"{n:.0f}" if i else f"n = {n:.0f}" for i, n in enumerate(shown["n"])])
+    top.tick_params(length=2)
+    top.spines["top"].set_visible(False)
+
+
+def _nats_ticks(ax: Axes, largest: float) -> None:
+    candidates: Sequence[float] = [0, 0.1, 0.5, 1, 2, 4, 6, 9, 12, 16, 25, 36, 49, 64, 100, 150, 200]
+    step = 1 if largest < 30 else 2
+    ticks = [tick for tick in candidates if tick <= max(largest, 0.5) * 1.05][::step]
+    ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+
+
+def _signed_root(x: np.ndarray) -> np.ndarray:
+    return np.sign(x) * np.sqrt(np.abs(x))
+
+
+def _signed_square(x: np.ndarray) -> np.ndarray:
+    return np.sign(x) * np.square(x)

@@ -1,0 +1,143 @@
+"""What tables and figures show, gathered from a run: methods by name, points of the frontier, answers side by side."""
+
+import numpy as np
+import pandas as pd
+
+from rlhf_jax.core.statistics import standard_error
+from rlhf_jax.reports.run import Run
+from rlhf_jax.rewards.tfidf_ridge import TfidfRidge
+
+KINDS = ("sft", "best_of_n", "dpo", "ppo")
+"""The order of methods in figures; within DPO by beta, the gentlest first."""
+
+
+def comparison(run: Run) -> pd.DataFrame:
+    """The results with `kind` and `label` of each method, in the order of figures, the `reference` first.
+
+    `score` and `score_se` are the gold judge's, or the reward model's where no judge was asked.
+    """
+    table = run.results()
+    names = list(table["method"].unique())
+    kinds = {name: _kind(run, name) for name in names}
+    strengths = {name: _strength(run, name) for name in names}
+    labels = stage_labels(run, names)
+    table = table.assign(
+        kind=table["method"].map(kinds), label=table["method"].map(labels), reference=table["method"] == reference(run)
+    )
+    if judged_by_gold(table):
+        table = table.assign(score=table["gold_score"], score_se=table["gold_se"])
+    else:
+        table = table.assign(score=table["reward_score"], score_se=_reward_errors(run, table))
+    ranks = {name: (name != reference(run), _rank(kinds[name]), strengths[name], i) for i, name in enumerate(names)}
+    order = table["method"].map({name: rank for rank, name in enumerate(sorted(names, key=ranks.__getitem__))})
+    return table.iloc[order.argsort(kind="stable")].reset_index(drop=True)
+
+
+def reference(run: Run) -> str:
+    """The method that the evaluation compares the others with."""
+    return run.config(run.evaluation())["section"]["reference"]
+
+
+def judged_by_gold(results: pd.DataFrame) -> bool:
+    """Whether a gold judge was asked."""
+    return bool(results["gold_score"].notna().any())
+
+
+def stage_labels(run: Run, names: list[str]) -> dict[str, str]:
+    """Names for readers, such as `DPO β = 0.1`; a stage's own name stands in brackets where two would be alike."""
+    plain = {name: _label(run, name) for name in names}
+    counts = pd.Series(plain).value_counts()
+    return {name: label if counts[label] == 1 else f"{label} ({name})" for name, label in plain.items()}
+
+
+def curves(run: Run, kind: str) -> dict[str, pd.DataFrame]:
+    """The metrics of all stages of a kind that have begun to train, by label; DPO's from the smallest beta on."""
+    names = sorted(run.of_kind(kind), key=lambda name: -_strength(run, name))
+    labels = stage_labels(run, names)
+    begun = [name for name in names if (run.directory(name) / "metrics.jsonl").exists()]
+    tables = {labels[name]: run.metrics(name) for name in begun}
+    return {label: table for label, table in tables.items() if len(table)}
+
+
+def best_of_n_points(run: Run, *, gold: bool) -> pd.DataFrame | None:
+    """`n, kl, score, score_se` of the last complete Best-of-N stage, scored by gold judge or reward model."""
+    stages = run.of_kind("best_of_n", complete=True)
+    curve = run.best_of_n_curve(stages[-1]) if stages else None
+    column = "gold" if gold else "proxy"
+    if curve is None or curve[column].isna().all():
+        return None
+    return curve.assign(score=curve[column], score_se=curve[f"{column}_se"])
+
+
+def training_paths(run: Run, judge: TfidfRidge | None) -> dict[str, pd.DataFrame]:
+    """`step, kl, score` of PPO's samples through training, means over samples and seeds, by the stage's label.
+
+    The samples are to training prompts. The judge scores prompt and completion; without one, the reward model's score
+    that was written with them stands.
+    """
+    names = run.of_kind("ppo", complete=True)
+    labels, paths = stage_labels(run, names), {}
+    for name in names:
+        samples = run.samples(name)
+        if judge is not None:
+            samples["score"] = judge.score((samples["prompt"] + samples["completion"]).tolist())
+        paths[labels[name]] = samples.groupby("step", as_index=False)[["kl", "score"]].mean()
+    return paths
+
+
+def sft_deviations(run: Run) -> tuple[float, float] | None:
+    """Standard deviations of the reference's test answers, in the reward model's score and in gold score, if judged."""
+    stages = run.of_kind("evaluate", complete=True)
+    if not stages:
+        return None
+    table = run.samples(stages[-1])
+    table = table[table["method"] == reference(run)]
+    if len(table) < 2 or table["gold"].isna().all():
+        return None
+    return float(table["score"].astype(float).std()), float(table["gold"].astype(float).std())
+
+
+def answers(run: Run, count: int) -> list[tuple[str, pd.DataFrame]]:
+    """The first test prompts, each with every method's answer: the samples' columns, `kind` and `label`.
+
+    Of a method with several seeds, the first seed's.
+    """
+    table, order = run.samples(run.evaluation()), comparison(run)
+    methods = order.drop_duplicates("method").set_index("method")[["kind", "label"]]
+    table = table[table["seed"] == table.groupby("method")["seed"].transform("min")].join(methods, on="method")
+    ranks = {name: rank for rank, name in enumerate(methods.index)}
+    table = table.sort_values("method", key=lambda names: names.map(ranks), kind="stable")
+    prompts = [table[table["step"] == step] for step in sorted(table["step"].unique())[:count]]
+    return [(rows["prompt"].iloc[0], rows.reset_index(drop=True)) for rows in prompts]
+
+
+def _kind(run: Run, method: str) -> str:
+    return "best_of_n" if method.startswith("best_of_") else run.kind(method)
+
+
+def _rank(kind: str) -> int:
+    return KINDS.index(kind) if kind in KINDS else len(KINDS)
+
+
+def _strength(run: Run, method: str) -> float:
+    section = {} if method.startswith("best_of_") else run.config(method)["section"]
+    return -section.get("beta", 0.0)
+
+
+def _label(run: Run, method: str) -> str:
+    if method.startswith("best_of_"):
+        return f"Best of {method.removeprefix('best_of_')}"
+    section = run.config(method)["section"]
+    return {
+        "sft": "SFT",
+        "dpo": f"DPO β = {section.get('beta', 0):g}",
+        "ppo": "PPO",
+        "reward_model": "reward model",
+    }.get(section["kind"], method)
+
+
+def _reward_errors(run: Run, table: pd.DataFrame) -> list[float]:
+    answers = run.samples(run.evaluation())
+    rows = zip(table["method"], table["seed"], strict=True)
+    found = [answers[(answers["method"] == method) & (answers["seed"] == seed)]["score"] for method, seed in rows]
+    return [standard_error(np.asarray(scores, float)) for scores in found]

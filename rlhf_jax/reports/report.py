@@ -1,0 +1,101 @@
+"""What an experiment leaves at the root of its work directory: results.csv, figures/ and report.html."""
+
+import os
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from rlhf_jax.reports import figures, frames, html, table
+from rlhf_jax.reports.run import Run
+from rlhf_jax.reports.style import context
+from rlhf_jax.runtime.files import write_text
+
+REPORT, RESULTS, FIGURES = "report.html", "results.csv", "figures"
+PNG_DPI = 200
+"""Twice the figures' own resolution: 1,400 pixels wide."""
+
+
+def write_report(workdir: str | Path, inputs: str | Path | None = None) -> Path:
+    """Writes results.csv (where there is an evaluation), figures/*.png and, last, report.html, and returns its path.
+
+    Each file is whole or not there. Whatever stages there are, complete or not, are shown.
+    """
+    run = Run(workdir, inputs)
+    if run.of_kind("evaluate", complete=True):
+        table.write_csv(run.results(), run.workdir / RESULTS)
+    drawn = draw(run)
+    if drawn:
+        (run.workdir / FIGURES).mkdir(exist_ok=True)
+    for name, figure in drawn.items():
+        _write_png(figure, run.workdir / FIGURES / f"{name}.png")
+    write_text(run.workdir / REPORT, html.page(run, drawn))
+    return run.workdir / REPORT
+
+
+def is_current(workdir: str | Path, inputs: str | Path | None = None) -> bool:
+    """Whether the report, which is written last, is there and no stage has been completed since."""
+    run = Run(workdir, inputs)
+    report = run.workdir / REPORT
+    evaluated = bool(run.of_kind("evaluate", complete=True))
+    if not report.exists() or (evaluated and not (run.workdir / RESULTS).exists()):
+        return False
+    markers = (run.directory(name) / "complete.json" for name in run.stages if run.is_complete(name))
+    return all(marker.stat().st_mtime_ns <= report.stat().st_mtime_ns for marker in markers)
+
+
+def print_summary(run: Run, console: Console) -> None:
+    """What the experiment found: answers side by side, then the table. Says so where there is no evaluation yet."""
+    if not run.of_kind("evaluate", complete=True):
+        complete = ", ".join(name for name in run.stages if run.is_complete(name)) or "none"
+        console.print(f"There is no evaluation to show yet; complete stages: {complete}", highlight=False)
+        return
+    console.print(table.answers_table(run), highlight=False)
+    console.print(table.results_table(run), highlight=False)
+
+
+def draw(run: Run) -> dict[str, Figure]:
+    """Every figure that the run has the data for, by the name of its file, in the order of the report."""
+    drawn: dict[str, Figure] = {}
+    if run.of_kind("evaluate", complete=True):
+        drawn |= _comparisons(run)
+    stages = run.of_kind("best_of_n", complete=True)
+    if stages:
+        drawn["best_of_n"] = figures.best_of_n(run.best_of_n_curve(stages[-1]), frames.sft_deviations(run))
+    for kind in figures.CURVES:
+        tables = frames.curves(run, kind)
+        if tables:
+            drawn[f"learning_{kind}"] = figures.learning_curves(kind, tables)
+    return drawn
+
+
+def _comparisons(run: Run) -> dict[str, Figure]:
+    results = frames.comparison(run)
+    gold = frames.judged_by_gold(results)
+    start = results.loc[results["reference"], "label"].iloc[0]
+    drawn = {
+        "frontier": figures.frontier(
+            results,
+            frames.best_of_n_points(run, gold=gold),
+            frames.training_paths(run, run.load_judge() if gold else None),
+            score="gold score (rating by the judge)" if gold else "score of the reward model",
+            start=start,
+        )
+    }
+    others = results[~results["reference"]]
+    if len(others):
+        drawn["win_rates"] = figures.win_rates(others, judge="gold judge" if gold else "reward model", start=start)
+    return drawn
+
+
+def _write_png(figure: Figure, path: Path) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with context(), temporary.open("wb") as file:
+            figure.savefig(file, format="png", dpi=PNG_DPI)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,198 @@
+"""How figures look: colours that colour-blind readers can tell apart, and labels beside what they name."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.transforms import Bbox
+
+INK, MUTED, RULE, PAPER = "#1f2328", "#656d76", "#d8dee4", "#ffffff"
+
+# Okabe & Ito 2008: distinct to readers with any of the common colour deficiencies.
+COLORS = {
+    "sft": "#4d5561",
+    "gold": "#c07f00",
+    "reward_model": "#b0568a",
+    "best_of_n": "#00875f",
+    "dpo": "#0072b2",
+    "ppo": "#c24e00",
+}
+OTHER = "#4d5561"
+
+# The same on a dark page, for figures that are drawn as SVG.
+DARK = {
+    INK: "#e6edf3",
+    MUTED: "#9aa4ae",
+    RULE: "#343b43",
+    PAPER: "#14181d",
+    "#4d5561": "#aab4c0",
+    "#c07f00": "#e6b450",
+    "#b0568a": "#df8fbd",
+    "#00875f": "#35c296",
+    "#0072b2": "#5eb1ea",
+    "#c24e00": "#ff9454",
+}
+
+RC: dict[str, Any] = {
+    "font.size": 9,
+    "font.family": "DejaVu Sans",
+    "text.color": INK,
+    "text.parse_math": False,  # stages are named by people, who may like dollar signs
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": INK,
+    "axes.labelsize": 9,
+    "axes.titlesize": 9.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 8,
+    "axes.linewidth": 0.7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.formatter.useoffset": False,
+    "figure.facecolor": PAPER,
+    "axes.facecolor": "none",
+    "grid.color": RULE,
+    "grid.linewidth": 0.6,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "lines.linewidth": 1.6,
+    "lines.solid_capstyle": "round",
+    "svg.fonttype": "none",
+    "svg.hashsalt": "rlhf_jax",
+}
+
+WIDTH = 7.0
+"""Inches; 700 pixels at 100 dots an inch."""
+
+
+def panels(count: int, height: float, **kwargs: Any) -> tuple[Figure, list[Axes]]:
+    """A figure with panels side by side, to be drawn on under `context()`."""
+    figure = Figure(
+        figsize=(WIDTH, height), dpi=100, layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06, wspace=0.04)
+    )
+    axes = figure.subplots(1, count, squeeze=False, **kwargs)[0]
+    return figure, list(axes)
+
+
+def context() -> Any:
+    """The style, for the length of a `with`."""
+    return matplotlib.rc_context(RC)
+
+
+class EndLabel(NamedTuple):
+    """A name for a line, to stand to the right of its last value."""
+
+    y: float
+    text: str
+    color: str
+    alpha: float = 1.0
+
+
+def label_ends(axes: Axes, labels: Sequence[EndLabel], *, gap: float = 0.085) -> None:
+    """Names lines at their right ends, moved apart where they would touch. Fixes the axis' limits.
+
+    Args: gap is the least distance between two labels, as a share of the panel's height.
+    """
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high)
+    ordered = sorted(labels, key=lambda label: label.y)
+    wanted = [(label.y - low) / (high - low) for label in ordered]
+    for label, height in zip(ordered, spread(wanted, gap), strict=True):
+        axes.text(
+            1.02,
+            height,
+            label.text,
+            color=label.color,
+            alpha=max(label.alpha, 0.75),
+            transform=axes.transAxes,
+            va="center",
+            ha="left",
+            fontsize=8,
+        )
+
+
+def spread(wanted: Sequence[float], gap: float) -> list[float]:
+    """Ascending positions near the wanted ones (ascending too), at least `gap` apart: least squares, by pooling.
+
+    What is wanted less i * gap must be made monotone, which is isotonic regression (pool adjacent violators).
+    """
+    blocks: list[list[float]] = []  # sum, count
+    for i, position in enumerate(wanted):
+        blocks.append([position - i * gap, 1.0])
+        while len(blocks) > 1 and blocks[-2][0] / blocks[-2][1] > blocks[-1][0] / blocks[-1][1]:
+            total, count = blocks.pop()
+            blocks[-1][0] += total
+            blocks[-1][1] += count
+    levels = [total / count for total, count in blocks for _ in range(int(count))]
+    return [level + i * gap for i, level in enumerate(levels)]
+
+
+class PointLabel(NamedTuple):
+    """A name for a point in data coordinates."""
+
+    x: float
+    y: float
+    text: str
+    color: str
+    bold: bool = False
+
+
+OFFSETS = [(7, 0), (7, 7), (7, -7), (0, 10), (0, -10), (-7, 7), (-7, -7), (-7, 0), (14, 14), (14, -14), (-14, 14)]
+
+
+def label_points(
+    figure: Figure, axes: Axes, labels: Sequence[PointLabel], obstacles: Sequence[tuple[float, float]]
+) -> None:
+    """Names points, each on the side where its name covers the fewest obstacles and other names.
+
+    Args: obstacles are data coordinates that should stay visible. Fixes the figure's layout.
+    """
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    blocked = axes.transData.transform(np.array([*obstacles, *((label.x, label.y) for label in labels)]))
+    taken: list[Bbox] = []
+    for label in labels:
+        text = axes.annotate(
+            label.text,
+            (label.x, label.y),
+            xytext=(0, 0),
+            textcoords="offset points",
+            color=label.color,
+            fontsize=8.5 if label.bold else 8,
+            fontweight="bold" if label.bold else "normal",
+            annotation_clip=False,
+        )
+        best = None
+        for rank, offset in enumerate(OFFSETS):
+            _put(text, offset)
+            box = text.get_window_extent(renderer).padded(1.5)
+            cost = 4 * sum(box.overlaps(other) for other in taken) + box.count_contains(blocked)
+            cost += 8 * (not _inside(box, axes)) + 0.01 * rank
+            if best is None or cost < best[0]:
+                best = (cost, offset, box)
+        assert best is not None
+        _put(text, best[1])
+        taken.append(best[2])
+
+
+def _put(text: Any, offset: tuple[int, int]) -> None:
+    text.xyann = offset
+    text.set_horizontalalignment("left" if offset[0] > 0 else "right" if offset[0] < 0 else "center")
+    text.set_verticalalignment("bottom" if offset[1] > 0 else "top" if offset[1] < 0 else "center")
+
+
+def _inside(box: Bbox, axes: Axes) -> bool:
+    frame, page = axes.bbox, axes.figure.bbox
+    return box.x0 >= frame.x0 and box.x1 <= page.x1 and box.y0 >= frame.y0 and box.y1 <= page.y1

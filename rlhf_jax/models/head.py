@@ -10,6 +10,9 @@ from jaxtyping import Array, Bool, Float, Int
 LOGIT_SLICE = 8192
 """Positions whose logits over the vocabulary exist at one time; a larger batch is computed in slices of its time axis."""
 
+RULED_OUT = float(jnp.finfo(jnp.float32).min / 2)
+"""Half the lowest number, because subtracting a maximum from the lowest number itself would overflow."""
+
 
 class TokenStats(NamedTuple):
     """What the logits at each predicted token are reduced to before they are dropped."""
@@ -22,13 +25,10 @@ class TokenStats(NamedTuple):
 def logits(
     hidden: Float[Array, "*rows D"], embedding: Float[Array, "V D"], allowed: Bool[Array, "V"]
 ) -> Float[Array, "*rows V"]:
-    """Logits in float32. Tokens that are not allowed get half the lowest number, whose probability is exactly 0.
-
-    Half, because subtracting a maximum from the lowest number itself would overflow.
-    """
+    """Logits in float32. Tokens that are not allowed get `RULED_OUT`, whose probability is exactly 0."""
     products = jnp.einsum("...d,vd->...v", hidden, embedding, preferred_element_type=jnp.float32)
     allowed = allowed.reshape((1,) * (products.ndim - 1) + (-1,))
-    return jnp.where(allowed, products, jnp.finfo(jnp.float32).min / 2)
+    return jnp.where(allowed, products, RULED_OUT)
 
 
 def token_stats(
@@ -62,7 +62,8 @@ def _stats(temperature: float, hidden: Array, embedding: Array, allowed: Array, 
 
 
 def _stats_forward(temperature: float, hidden: Array, embedding: Array, allowed: Array, tokens: Array) -> tuple:
-    scaled = logits(hidden, embedding, allowed) / temperature
+    # A temperature below 1/2 takes RULED_OUT to minus infinity, which times a probability of 0 is no entropy.
+    scaled = jnp.maximum(logits(hidden, embedding, allowed) / temperature, RULED_OUT)
     shifted = scaled - jnp.max(scaled, axis=-1, keepdims=True)
     exponentials = jnp.exp(shifted)
     normaliser = jnp.sum(exponentials, axis=-1)

@@ -27,7 +27,7 @@ def shardings(tree: PyTree, mesh: Mesh, *, leading_axes: int) -> PyTree:
     weight whose dimension does not divide over its mesh axis is kept whole along it.
     """
 
-    def sharding(path: tuple, leaf: jax.Array) -> NamedSharding:
+    def sharding(path: tuple, leaf: jax.Array | jax.ShapeDtypeStruct) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         spec = next((spec for pattern, spec in PARTITIONS if re.search(pattern, name)), P())
         sizes = leaf.shape[leading_axes:]

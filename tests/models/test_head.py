@@ -1,0 +1,168 @@
+"""The head's statistics, and its backward pass written by hand, against core's functions of the whole logits."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import jaxprs_in_params
+from jax.test_util import check_grads
+
+from rlhf_jax.core import logprobs as core
+from rlhf_jax.models import head
+
+BATCH, LENGTH, WIDTH, VOCAB = 3, 5, 6, 11
+ALLOWED = np.ones(VOCAB, bool)
+ALLOWED[[0, 4, VOCAB - 1]] = False
+SLICES = {"one": BATCH * LENGTH, "three, the last one smaller": BATCH * 2, "one a position": 1}
+
+
+def draw(seed: int, scale: float = 1.0):
+    rng = np.random.default_rng(seed)
+    hidden, embedding = rng.normal(size=(BATCH, LENGTH, WIDTH)), scale * rng.normal(size=(VOCAB, WIDTH))
+    tokens = rng.permuted(np.resize(np.arange(VOCAB), (BATCH, LENGTH)).ravel()).reshape(BATCH, LENGTH)
+    return jnp.asarray(hidden, jnp.float32), jnp.asarray(embedding, jnp.float32), jnp.asarray(tokens, jnp.int32)
+
+
+HIDDEN, EMBEDDING, TOKENS = draw(0)
+
+
+def ours(hidden, embedding, tokens=TOKENS, *, temperature):
+    return head.token_stats(hidden, embedding, jnp.asarray(ALLOWED), tokens, temperature=temperature)
+
+
+def whole(hidden, embedding, tokens=TOKENS, *, temperature):
+    """The same of the logits of the allowed tokens alone, all at one time, without a rule for the derivative."""
+    logits = jnp.einsum("btd,vd->btv", hidden, embedding[ALLOWED]) / temperature
+    names = jnp.asarray(np.cumsum(ALLOWED, dtype=np.int32) - 1)[tokens]
+    emitted = jnp.asarray(ALLOWED)[tokens]
+    logprobs = jnp.where(emitted, core.token_logprobs(logits, jnp.where(emitted, names, 0)), 0)
+    correct = emitted & (jnp.argmax(logits, axis=-1).astype(jnp.int32) == names)
+    return head.TokenStats(logprobs, jax.lax.stop_gradient(core.entropy(logits)), correct)
+
+
+def pulled_back(function, temperature, wrap=lambda f: f):
+    """Statistics, and gradients of all of their float parts with random weights."""
+    weights = np.random.default_rng(1).normal(size=(2, BATCH, LENGTH)).astype(np.float32)
+
+    def evaluate(hidden, embedding):
+        def loss(hidden, embedding):
+            stats = wrap(functools.partial(function, temperature=temperature))(hidden, embedding)
+            return jnp.sum(stats.logprobs * weights[0] + stats.entropy * weights[1]), stats
+
+        return jax.grad(loss, argnums=(0, 1), has_aux=True)(hidden, embedding)
+
+    return evaluate
+
+
+@functools.cache  # one compilation for all tests
+def exact(temperature):
+    return jax.jit(pulled_back(whole, temperature))
+
+
+def assert_all_close(got, expected, tolerance=1e-5):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance), got, expected)
+
+
+@pytest.mark.parametrize("temperature", [0.7, 2.5])
+@pytest.mark.parametrize("size", SLICES.values(), ids=SLICES)
+def test_equals_core_in_values_and_gradients(monkeypatch, size, temperature):
+    monkeypatch.setattr(head, "LOGIT_SLICE", size)
+    expected = exact(temperature)(HIDDEN, EMBEDDING)
+    assert 0 < np.mean(expected[1].correct) < 1
+    got = jax.jit(pulled_back(ours, temperature))(HIDDEN, EMBEDDING)
+    assert_all_close(got, expected)
+    np.testing.assert_array_equal(got[1].correct, expected[1].correct)
+    (d_hidden, d_embedding), _ = got
+    assert d_hidden.dtype == HIDDEN.dtype and d_embedding.shape == EMBEDDING.shape
+
+
+@pytest.mark.parametrize("size", [BATCH * LENGTH, BATCH * 2], ids=["one slice", "several"])
+def test_backward_pass_is_the_derivative_of_the_forward_pass(monkeypatch, size):
+    monkeypatch.setattr(head, "LOGIT_SLICE", size)
+    logprobs = jax.jit(lambda hidden, embedding: ours(hidden, embedding, temperature=0.6).logprobs)
+    check_grads(logprobs, (HIDDEN, EMBEDDING), order=1, modes=["rev"], atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("size", [BATCH * LENGTH, BATCH * 2], ids=["one slice", "several"])
+@pytest.mark.parametrize("wrap", [jax.checkpoint, jax.jit, lambda f: jax.checkpoint(jax.jit(f))], ids=str)
+def test_gradients_survive_checkpoint_and_jit(monkeypatch, size, wrap):
+    monkeypatch.setattr(head, "LOGIT_SLICE", size)
+    expected = exact(0.7)(HIDDEN, EMBEDDING)
+    assert_all_close(jax.jit(pulled_back(ours, 0.7, wrap))(HIDDEN, EMBEDDING), expected)
+
+
+@pytest.mark.parametrize("size", [BATCH * LENGTH, BATCH * 2], ids=["one slice", "several"])
+@pytest.mark.parametrize("axes", [(0, 0), (0, None), (None, 0)], ids=str)
+def test_vmap_gives_each_its_own(monkeypatch, size, axes):
+    monkeypatch.setattr(head, "LOGIT_SLICE", size)
+    pairs = zip(draw(2)[:2], draw(3)[:2], strict=True)
+    arrays = [jnp.stack(pair) if axis == 0 else pair[0] for pair, axis in zip(pairs, axes, strict=True)]
+    got = jax.jit(jax.vmap(pulled_back(ours, 0.7), in_axes=axes))(*arrays)
+    for i in range(2):
+        own = [array if axis is None else array[i] for array, axis in zip(arrays, axes, strict=True)]
+        assert_all_close(jax.tree.map(lambda leaf, i=i: leaf[i], got), exact(0.7)(*own))
+
+
+def test_entropy_carries_no_gradient():
+    grads = jax.grad(lambda *x: jnp.sum(ours(*x, temperature=0.7).entropy), argnums=(0, 1))(HIDDEN, EMBEDDING)
+    assert not any(np.any(grad) for grad in grads)
+
+
+# At 0.3 what is ruled out would, divided, be minus infinity.
+@pytest.mark.parametrize("temperature", [1.0, 0.3, 1e-3])
+@pytest.mark.parametrize("scale", [1.0, 1e4, 1e30], ids=str)
+def test_suppressed_tokens_count_for_nothing_and_all_is_finite(temperature, scale):
+    hidden, embedding, _ = draw(4, scale)
+    only = jnp.where(jnp.asarray(ALLOWED)[TOKENS], 0, TOKENS)  # suppressed tokens, and token 0 for all others
+
+    def loss(hidden, embedding, tokens):
+        stats = ours(hidden, embedding, tokens, temperature=temperature)
+        return jnp.sum(stats.logprobs), stats
+
+    (_, stats), grads = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(hidden, embedding, TOKENS)
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((stats.logprobs, stats.entropy, grads)))
+    assert not np.any(stats.logprobs[~ALLOWED[TOKENS]]) and not np.any(stats.correct[~ALLOWED[TOKENS]])
+    assert np.all(stats.entropy >= 0) and np.all(stats.entropy <= np.log(ALLOWED.sum()) + 1e-6)
+    assert not np.any(grads[1][~ALLOWED])
+    assert not np.any(grads[0][~ALLOWED[TOKENS]])
+
+    (_, stats), grads = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(hidden, embedding, only)
+    assert not np.any(stats.logprobs) and not np.any(stats.correct)
+    assert not any(np.any(grad) for grad in grads)
+
+
+def test_logits_of_suppressed_tokens_have_probability_0():
+    logits = head.logits(1e4 * HIDDEN, EMBEDDING, jnp.asarray(ALLOWED))
+    assert logits.dtype == jnp.float32 and np.all(np.isfinite(logits))
+    assert not np.any(jax.nn.softmax(logits)[..., ~ALLOWED])
+    np.testing.assert_allclose(logits[..., ALLOWED], 1e4 * HIDDEN @ EMBEDDING[ALLOWED].T, rtol=1e-5, atol=1e-2)
+
+
+def test_bfloat16_is_reduced_in_float32_and_gets_its_gradients_in_bfloat16():
+    low = HIDDEN.astype(jnp.bfloat16), EMBEDDING.astype(jnp.bfloat16)
+    (d_hidden, d_embedding), stats = pulled_back(ours, 0.7)(*low)
+    assert stats.logprobs.dtype == stats.entropy.dtype == jnp.float32
+    assert d_hidden.dtype == d_embedding.dtype == jnp.bfloat16
+    expected_grads, expected = exact(0.7)(*(x.astype(jnp.float32) for x in low))
+    assert_all_close(stats, expected)
+    got_grads = [grad.astype(jnp.float32) for grad in (d_hidden, d_embedding)]
+    assert_all_close(got_grads, list(expected_grads), tolerance=0.05)
+
+
+def test_no_more_than_one_slice_of_logits_exists_or_is_kept(monkeypatch):
+    monkeypatch.setattr(head, "LOGIT_SLICE", BATCH * 2)
+    evaluate = functools.partial(ours, temperature=1.0)
+    jaxpr = jax.make_jaxpr(evaluate)(HIDDEN, EMBEDDING).jaxpr
+    sizes = [variable.aval.size for equation in equations(jaxpr) for variable in equation.outvars]
+    assert max(sizes) == BATCH * 2 * VOCAB
+    _, pullback = jax.vjp(lambda *x: evaluate(*x).logprobs, HIDDEN, EMBEDDING)
+    assert all(leaf.shape[2:] != (VOCAB,) for leaf in jax.tree.leaves(pullback))
+
+
+def equations(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jaxprs_in_params(equation.params):
+            yield from equations(inner)

@@ -15,10 +15,14 @@ def total(x: Float[Array, "..."] | Int[Array, "..."], axes: tuple[str, ...]) -> 
     return jax.lax.psum(local, axes) if axes else local
 
 
+def count(mask: Bool[Array, "..."], axes: tuple[str, ...]) -> Int[Array, ""]:
+    """How many entries are True, over all devices."""
+    return total(mask.astype(jnp.int32), axes)
+
+
 def masked_mean(x: Float[Array, "*dims"], mask: Bool[Array, "*dims"], axes: tuple[str, ...]) -> Float[Array, ""]:
     """Mean of x where the mask is True, over all devices; 0 where nothing is (so that an empty batch is no NaN)."""
-    count = total(mask.astype(jnp.int32), axes)
-    return total(jnp.where(mask, x, 0), axes) / jnp.maximum(count, 1).astype(x.dtype)
+    return total(jnp.where(mask, x, 0), axes) / jnp.maximum(count(mask, axes), 1).astype(x.dtype)
 
 
 def mean(x: Float[Array, "*dims"], axes: tuple[str, ...]) -> Float[Array, ""]:

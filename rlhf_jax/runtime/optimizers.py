@@ -53,4 +53,4 @@ def update(
     if axes:
         grads = jax.lax.pmean(grads, axes)
     updates, opt_state = optimizer.update(grads, opt_state, params)
-    return optax.apply_updates(params, updates), opt_state, optax.global_norm(grads)
+    return optax.apply_updates(params, updates), opt_state, optax.tree.norm(grads)

@@ -70,9 +70,7 @@ def run(config: DPOConfig, context: Context) -> dict[str, Any]:
     return {"train_pairs": len(rows), "eval_pairs": len(held_out), "steps": steps}
 
 
-def make_step(
-    network: PolicyNetwork, beta: float, config: OptimizerConfig, steps: int, axes: tuple[str, ...]
-) -> Step:
+def make_step(network: PolicyNetwork, beta: float, config: OptimizerConfig, steps: int, axes: tuple[str, ...]) -> Step:
     """One update on a PreferenceBatch; `frozen["reference"]` are the reference's parameters."""
     optimizer, schedule = make_optimizer(config, steps), learning_rate(config, steps)
 
@@ -90,7 +88,7 @@ def make_step(
             "loss": loss,
             "grad_norm": grad_norm,
             "learning_rate": schedule(state.step),
-            "num_tokens": masking.total(batch.chosen_mask, axes) + masking.total(batch.rejected_mask, axes),
+            "num_tokens": masking.count(batch.chosen_mask, axes) + masking.count(batch.rejected_mask, axes),
         }
         return TrainState(state.step + 1, params, opt_state), metrics, ()
 

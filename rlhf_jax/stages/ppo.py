@@ -232,7 +232,7 @@ def score_rollout(
         "completions/mean_length": masking.mean(length, axes),
         "completions/min_length": jax.lax.pmin(jnp.min(length), axes) if axes else jnp.min(length),
         "completions/max_length": jax.lax.pmax(jnp.max(length), axes) if axes else jnp.max(length),
-        "val/num_eos_tokens": masking.total(ended.astype(jnp.int32), axes),
+        "val/num_eos_tokens": masking.count(ended, axes),
         "val/explained_variance": explained_variance(values, returns, mask, axes),
         "num_tokens": masking.total(lengths, axes),
     }

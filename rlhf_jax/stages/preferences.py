@@ -60,7 +60,9 @@ def run(config: PreferencesConfig, context: Context) -> dict[str, Any]:
     scores = judge.score([prompt + completion for prompt, completion in zip(prompts, completions, strict=True)])
     rng = np.random.default_rng(np.asarray(jax.random.key_data(label_key)))
     pairs = [
-        label(rng, prompts[a], (completions[a], completions[b]), (scores[a], scores[b]), config.rationality, scores.std())
+        label(
+            rng, prompts[a], (completions[a], completions[b]), (scores[a], scores[b]), config.rationality, scores.std()
+        )
         for first in range(0, len(prompts), config.samples_per_prompt)
         for a, b in itertools.combinations(range(first, first + config.samples_per_prompt), 2)
     ]

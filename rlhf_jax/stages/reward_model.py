@@ -63,7 +63,9 @@ def run(config: RewardModelConfig, context: Context) -> dict[str, Any]:
         run_key=context.key(),
         total_steps=steps,
         key_figures=("loss", "accuracy", "eval/accuracy"),
-        evaluate=lambda params, step: evaluate(network, params["reward"], eval_data, held_out, context, config.batch_size),
+        evaluate=lambda params, step: evaluate(
+            network, params["reward"], eval_data, held_out, context, config.batch_size
+        ),
         describe=lambda step, seed, samples: [],
     )
     train(task, config.loop, placement, context.seed, context.directory, context.bar)
@@ -88,7 +90,7 @@ def make_step(network: ScalarNetwork, config: OptimizerConfig, steps: int, axes:
             "loss": loss,
             "grad_norm": grad_norm,
             "learning_rate": schedule(state.step),
-            "num_tokens": masking.total(batch.chosen_mask, axes) + masking.total(batch.rejected_mask, axes),
+            "num_tokens": masking.count(batch.chosen_mask, axes) + masking.count(batch.rejected_mask, axes),
         }
         return TrainState(state.step + 1, params, opt_state), metrics, ()
 
@@ -104,7 +106,9 @@ def evaluate(
     batch_size: int,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """`eval/accuracy` against the labels, `eval/judge_agreement` where rows carry a judge's scores, and some samples."""
-    chosen, rejected = np.split(score_all(network, params, jax.tree.map(np.asarray, both_responses(data)), batch_size), 2)
+    chosen, rejected = np.split(
+        score_all(network, params, jax.tree.map(np.asarray, both_responses(data)), batch_size), 2
+    )
     metrics = {"eval/accuracy": _agreement(chosen - rejected, np.ones(len(chosen)))}
     if "chosen_score" in rows[0]:
         judged = np.array([row["chosen_score"] - row["rejected_score"] for row in rows])

@@ -87,7 +87,7 @@ def make_step(network: PolicyNetwork, config: OptimizerConfig, steps: int, axes:
             "loss": loss,
             "grad_norm": grad_norm,
             "learning_rate": schedule(state.step),
-            "num_tokens": masking.total(batch.loss_mask, axes),
+            "num_tokens": masking.count(batch.loss_mask, axes),
         }
         return TrainState(state.step + 1, params, opt_state), metrics, ()
 

@@ -1,0 +1,213 @@
+"""One step gives the same numbers on one device, on every mesh, and under pmap; several seeds are several runs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from rlhf_jax.runtime import optimizers
+from rlhf_jax.runtime.programs import RuntimeConfig, make_placement
+from rlhf_jax.stages import dpo, ppo
+from rlhf_jax.types import RlhfError
+from tests import tiny
+
+PLACEMENTS = {
+    "data=8": RuntimeConfig(strategy="jit", data=8, fsdp=1, tensor=1, deterministic=False),
+    "fsdp=4 x tensor=2": RuntimeConfig(strategy="jit", data=1, fsdp=4, tensor=2, deterministic=False),
+    "pmap=8": RuntimeConfig(strategy="pmap", data=8, fsdp=1, tensor=1, deterministic=False),
+}
+
+
+def run_dpo(runtime: RuntimeConfig):
+    """Three optimiser steps of DPO on three uneven batches."""
+    placement = make_placement(runtime, seeds=1)
+    step = dpo.make_step(tiny.POLICY, 0.1, tiny.OPTIMIZER, 3, placement.axes)
+    state = placement.put_state(tiny.dpo_state())
+    frozen = placement.put_frozen({"reference": tiny.policy_params(2)})
+    batches = tiny.several([tiny.preferences(16, seed) for seed in range(3)])
+    state, metrics, _ = placement.compile(step, state)(state, frozen, batches, jax.random.key(0))
+    return jax.device_get((placement.whole(state).params, metrics))
+
+
+def run_ppo(runtime: RuntimeConfig, config: ppo.PPOConfig = tiny.PPO, iterations: int = 1):
+    placement = make_placement(runtime, seeds=1)
+    step = ppo.make_step(tiny.NETWORKS, config, placement.axes, ())
+    state = placement.put_state(tiny.ppo_state(config))
+    frozen = placement.put_frozen(tiny.ppo_frozen())
+    batches = tiny.several([tiny.prompts(config.batch_size, seed) for seed in range(iterations)])
+    state, metrics, samples = placement.compile(step, state)(state, frozen, batches, jax.random.key(0))
+    return jax.device_get((placement.whole(state).params, metrics, samples))
+
+
+def assert_close(actual, expected, tolerance: float = 1e-5) -> None:
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=tolerance, rtol=tolerance), actual, expected)
+
+
+@pytest.fixture(scope="module")
+def dpo_on_one_device():
+    return run_dpo(tiny.ONE_DEVICE)
+
+
+@pytest.fixture(scope="module")
+def ppo_on_one_device():
+    return run_ppo(tiny.ONE_DEVICE)
+
+
+@pytest.mark.parametrize("name", PLACEMENTS)
+def test_three_dpo_steps_equal_one_device(name, dpo_on_one_device):
+    assert_close(run_dpo(PLACEMENTS[name]), dpo_on_one_device)
+
+
+def test_dpo_learns(dpo_on_one_device):
+    params, metrics = dpo_on_one_device
+    assert metrics["loss"].shape == (3,)
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), params, {"policy": jax.device_get(tiny.policy_params())})
+    assert max(jax.tree.leaves(moved)) > 1e-4
+
+
+@pytest.mark.parametrize("name", PLACEMENTS)
+def test_dpo_gradients_equal_one_device(name):
+    """A step of plain gradient descent at rate 1 moves by the gradient itself."""
+    def gradient(runtime: RuntimeConfig):
+        placement = make_placement(runtime, seeds=1)
+
+        def step(state, frozen, batch, run_key):
+            def loss_fn(params):
+                pairs = tiny.POLICY.pair_logprobs(params["policy"], batch)
+                reference = tiny.POLICY.pair_logprobs(frozen["reference"], batch)
+                return dpo.dpo_loss(*pairs, *reference, beta=0.1, axes=placement.axes)[0]
+
+            loss, grads = jax.value_and_grad(loss_fn)(state.params)
+            zeros = jax.tree.map(jnp.zeros_like, state.params)
+            minus_grads, opt_state, _ = optimizers.update(optax.sgd(1.0), grads, zeros, state.opt_state, placement.axes)
+            return state._replace(params=minus_grads, opt_state=opt_state), {"loss": loss}, ()
+
+        start = tiny.dpo_state()
+        state = placement.put_state(start._replace(opt_state=optax.sgd(1.0).init(start.params)))
+        frozen = placement.put_frozen({"reference": tiny.policy_params(2)})
+        batches = tiny.several([tiny.preferences(16)])
+        state, metrics, _ = placement.compile(step, state)(state, frozen, batches, jax.random.key(0))
+        return jax.device_get((placement.whole(state).params, metrics["loss"]))
+
+    assert_close(gradient(PLACEMENTS[name]), gradient(tiny.ONE_DEVICE))
+
+
+@pytest.mark.parametrize("name", PLACEMENTS)
+def test_one_ppo_iteration_equals_one_device(name, ppo_on_one_device):
+    params, metrics, samples = run_ppo(PLACEMENTS[name])
+    one_params, one_metrics, one_samples = ppo_on_one_device
+    np.testing.assert_array_equal(samples.rollout.response, one_samples.rollout.response)
+    np.testing.assert_array_equal(samples.rollout.response_mask, one_samples.rollout.response_mask)
+    assert_close(params, one_params)
+    assert_close(metrics, one_metrics)
+
+
+def test_masks_of_the_compared_iteration_are_uneven(ppo_on_one_device):
+    _, _, samples = ppo_on_one_device
+    lengths = samples.rollout.response_mask[0].sum(axis=1)
+    assert len(set(lengths.tolist())) > 2
+
+
+def test_first_ratio_is_one():
+    """Before the first update the learner is the policy that sampled: with one minibatch and one epoch, always."""
+    config = tiny.with_config(minibatches=1, epochs=1)
+    _, metrics, _ = run_ppo(tiny.ONE_DEVICE, config, iterations=3)
+    np.testing.assert_allclose(metrics["val/ratio"], 1.0, atol=1e-5)
+    np.testing.assert_allclose(metrics["val/ratio_var"], 0.0, atol=1e-9)
+    np.testing.assert_allclose(metrics["policy/approxkl_avg"], 0.0, atol=1e-9)
+
+
+def test_fsdp_and_tensor_split_the_weights():
+    placement = make_placement(PLACEMENTS["fsdp=4 x tensor=2"], seeds=1)
+    state = placement.put_state(tiny.ppo_state())
+    matrices = [leaf for leaf in jax.tree.leaves((state.params["policy"], state.opt_state)) if leaf.ndim > 1]
+    assert len(matrices) > 20
+    for leaf in matrices:
+        pieces = 1 if leaf.shape == (16, 1) else 8  # the value head is too small to split
+        assert leaf.addressable_shards[0].data.size == leaf.size // pieces
+
+
+def test_the_program_compiles_once_and_stays_on_the_device():
+    placement = make_placement(tiny.ONE_DEVICE, seeds=1)
+    state = placement.put_state(tiny.ppo_state())
+    frozen = placement.put_frozen(tiny.ppo_frozen())
+    step = ppo.make_step(tiny.NETWORKS, tiny.PPO, placement.axes, ())
+    program = placement.compile(step, state)
+    run_key = jax.random.key(0)
+    batches = [jax.device_put(tiny.several([tiny.prompts(16, 2 * i), tiny.prompts(16, 2 * i + 1)])) for i in range(3)]
+
+    text = program.compiled.lower(state, frozen, batches[0], run_key).compile().as_text()  # type: ignore[attr-defined]
+    assert not talks_to_host(text)
+    with jax.transfer_guard("disallow"):
+        for batch in batches:
+            state, metrics, _ = program(state, frozen, batch, run_key)
+    assert program.compiled._cache_size() == 1  # type: ignore[attr-defined]
+    assert int(state.step) == 6
+    assert metrics["loss"].shape == (2,)
+
+
+def test_a_callback_in_a_step_would_be_noticed():
+    def step(x):
+        jax.debug.callback(lambda value: None, x)
+        return x + 1
+
+    assert talks_to_host(jax.jit(step).lower(jnp.float32(0)).compile().as_text())
+
+
+def talks_to_host(compiled_text: str) -> bool:
+    return any(word in compiled_text for word in ("callback", "infeed", "outfeed", "SendToHost", "RecvFromHost"))
+
+
+def test_scanned_iterations_equal_single_calls():
+    placement = make_placement(tiny.ONE_DEVICE, seeds=1)
+    step = ppo.make_step(tiny.NETWORKS, tiny.PPO, placement.axes, ())
+    frozen = placement.put_frozen(tiny.ppo_frozen())
+    batches = [tiny.prompts(16, seed) for seed in range(3)]
+
+    together = placement.put_state(tiny.ppo_state())
+    together, _, samples = placement.compile(step, together)(together, frozen, tiny.several(batches), jax.random.key(0))
+    single = placement.put_state(tiny.ppo_state())
+    program = placement.compile(step, single)
+    for index, batch in enumerate(batches):
+        single, _, one = program(single, frozen, tiny.several([batch]), jax.random.key(0))
+        np.testing.assert_array_equal(one.rollout.response[0], samples.rollout.response[index])
+    assert_close(jax.device_get(together.params), jax.device_get(single.params), 1e-6)
+
+
+@pytest.mark.parametrize("strategy", ["jit", "pmap"])
+def test_seed_k_of_several_is_the_single_run_with_that_seed(strategy):
+    """Over 20 iterations: the same tokens, parameters within 1e-5."""
+    seeds, iterations = 3, 20
+    runtime = RuntimeConfig(strategy=strategy, data=2, fsdp=1, tensor=1, deterministic=False)
+    keys = [jax.random.key(100 + seed) for seed in range(seeds)]
+    batches = [[tiny.prompts(16, 1000 * seed + i) for i in range(iterations)] for seed in range(seeds)]
+
+    placement = make_placement(runtime, seeds=seeds)
+    step = ppo.make_step(tiny.NETWORKS, tiny.PPO, placement.axes, ("seed",))
+    stacked = jax.tree.map(lambda leaf: jnp.stack([leaf] * seeds), tiny.ppo_state())
+    state = placement.put_state(stacked)
+    frozen = placement.put_frozen(tiny.ppo_frozen())
+    per_iteration = tiny.several([tiny.several([batches[k][i] for k in range(seeds)]) for i in range(iterations)])
+    state, metrics, samples = placement.compile(step, state)(state, frozen, per_iteration, jnp.stack(keys))
+    params = jax.device_get(placement.whole(state).params)
+    assert metrics["loss"].shape == (iterations, seeds)
+
+    alone = make_placement(tiny.ONE_DEVICE, seeds=1)
+    single_step = ppo.make_step(tiny.NETWORKS, tiny.PPO, alone.axes, ())
+    program = alone.compile(single_step, alone.put_state(tiny.ppo_state()))
+    for k in range(seeds):
+        one = alone.put_state(tiny.ppo_state())
+        one, _, expected = program(one, alone.put_frozen(tiny.ppo_frozen()), tiny.several(batches[k]), keys[k])
+        np.testing.assert_array_equal(samples.rollout.response[:, k], expected.rollout.response)
+        assert_close(jax.tree.map(lambda leaf, k=k: leaf[k], params), jax.device_get(one.params))
+    assert not np.array_equal(samples.rollout.response[:, 0], samples.rollout.response[:, 1])
+
+
+def test_too_few_devices_and_rows_that_do_not_divide_are_named():
+    with pytest.raises(RlhfError, match="asks for 16 devices.*8 are present"):
+        make_placement(RuntimeConfig(strategy="jit", data=16, fsdp=1, tensor=1, deterministic=False), seeds=1)
+    with pytest.raises(RlhfError, match="12 rows does not divide over 8 devices"):
+        run_ppo(PLACEMENTS["pmap=8"], tiny.with_config(batch_size=12))
+    with pytest.raises(ValueError, match="pmap"):
+        RuntimeConfig(strategy="pmap", data=4, fsdp=2, tensor=1, deterministic=False)

@@ -1,0 +1,113 @@
+"""Tiny networks, batches and configs for tests of whole steps."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax.models.policy import PolicyNetwork
+from rlhf_jax.models.scalars import ScalarNetwork
+from rlhf_jax.models.transformer import ModelConfig
+from rlhf_jax.runtime.checkpoints import TrainState
+from rlhf_jax.runtime.loop import LoopConfig
+from rlhf_jax.runtime.optimizers import OptimizerConfig, make_optimizer
+from rlhf_jax.runtime.programs import RuntimeConfig
+from rlhf_jax.stages import ppo
+from rlhf_jax.types import PreferenceBatch, PromptBatch
+
+VOCAB, EOS, SUPPRESSED = 16, 2, (0, 1, 3)
+PROMPT, RESPONSE = 4, 6
+
+MODEL = ModelConfig(
+    d_model=16, n_layers=1, n_heads=2, d_ff=32, activation="relu", param_dtype="float32", compute_dtype="float32"
+)
+OPTIMIZER = OptimizerConfig(
+    learning_rate=3e-4, schedule="constant", warmup_steps=0, weight_decay=0.0, epsilon=1e-5, max_grad_norm=1.0
+)
+LOOP = LoopConfig(steps_per_call=1, eval_every=100, checkpoint_every=100)
+POLICY = PolicyNetwork(MODEL, VOCAB, SUPPRESSED)
+REWARD = ScalarNetwork(MODEL, VOCAB, "mean")
+ONE_DEVICE = RuntimeConfig(strategy="jit", data=1, fsdp=1, tensor=1, deterministic=False)
+
+PPO = ppo.PPOConfig(
+    kind="ppo",
+    policy="sft",  # type: ignore[arg-type]
+    reward_model="reward_model",  # type: ignore[arg-type]
+    iterations=20,
+    batch_size=16,
+    minibatches=2,
+    epochs=2,
+    temperature=1.0,
+    kl_coef=0.1,
+    missing_eos_penalty=0.5,
+    gamma=1.0,
+    gae_lambda=0.95,
+    clip_ratio=0.2,
+    value_clip=0.2,
+    vf_coef=0.1,
+    optimizer=OPTIMIZER,
+    samples_every=1,
+    samples_written=4,
+    loop=LOOP,
+)
+NETWORKS = ppo.Networks(POLICY, REWARD, EOS, RESPONSE)
+
+
+def sharper(params):
+    """Parameters whose distribution is far from uniform, so that texts end early and differ in length."""
+    return {**params, "embedding": 8 * params["embedding"]}
+
+
+def policy_params(seed: int = 0):
+    return sharper(POLICY.init(jax.random.key(seed)))
+
+
+def reward_params(seed: int = 1):
+    return REWARD.init(jax.random.key(seed))
+
+
+def ppo_state(config: ppo.PPOConfig = PPO) -> TrainState:
+    params = {"policy": policy_params(), "value": REWARD.init_value(reward_params())}
+    return ppo.init_state(params, config)
+
+
+def ppo_frozen():
+    return {"reference": policy_params(2), "reward": reward_params()}
+
+
+def dpo_state() -> TrainState:
+    params = {"policy": policy_params()}
+    return TrainState(jnp.int32(0), params, make_optimizer(OPTIMIZER, 3).init(params))
+
+
+def prefix_mask(rng: np.random.Generator, rows: int, width: int, least: int = 1) -> np.ndarray:
+    return np.arange(width)[None] < rng.integers(least, width + 1, rows)[:, None]
+
+
+def prompts(rows: int, seed: int = 0) -> PromptBatch:
+    """Left-padded prompts of uneven lengths; the padding is full of other tokens."""
+    rng = np.random.default_rng(seed)
+    return PromptBatch(
+        rng.integers(4, VOCAB, (rows, PROMPT)).astype(np.int32),  # type: ignore[arg-type]
+        prefix_mask(rng, rows, PROMPT)[:, ::-1],  # type: ignore[arg-type]
+        np.arange(rows, dtype=np.int32),  # type: ignore[arg-type]
+    )
+
+
+def preferences(rows: int, seed: int = 0) -> PreferenceBatch:
+    """Pairs with uneven masks on both sides; the padding is full of other tokens."""
+    rng = np.random.default_rng(seed)
+    before = prompts(rows, seed)
+    tokens = [rng.integers(4, VOCAB, (rows, RESPONSE)).astype(np.int32) for _ in range(2)]
+    masks = [prefix_mask(rng, rows, RESPONSE) for _ in range(2)]
+    return PreferenceBatch(before.tokens, before.mask, tokens[0], masks[0], tokens[1], masks[1])  # type: ignore[arg-type]
+
+
+def several(batches: list):
+    """Batches stacked as a program takes them."""
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
+
+
+def with_config(**changes) -> ppo.PPOConfig:
+    return dataclasses.replace(PPO, **changes)

@@ -1,0 +1,159 @@
+"""Our numbers against what TRL's trainers computed from the same inputs: values, gradients and metrics.
+
+The records come from TRL itself in `make parity`, and from tests/goldens, where such runs were written down, otherwise.
+"""
+
+import functools
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax.core import advantages, kl, logprobs, masking, policy_losses, preference_losses, reward_losses
+
+Record = Mapping[str, np.ndarray]
+close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+
+
+def read(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
+    """A golden: the versions that made it, and its arrays."""
+    golden = json.loads(path.read_text())
+    arrays = {name: np.asarray(values) for name, values in golden["arrays"].items()}
+    single = {name: array.astype(np.float32) for name, array in arrays.items() if array.dtype == np.float64}
+    return golden["versions"], {**arrays, **single}
+
+
+def check_dpo(trl: Record, beta: float = 0.3) -> None:
+    """DPOTrainer, from the hidden states that enter the head to the loss. Chosen rows come first, then rejected."""
+    tokens, mask = jnp.asarray(trl["tokens"][:, 1:], jnp.int32), jnp.asarray(trl["completion_mask"][:, 1:])
+
+    def sequences(hidden, head):
+        return jnp.split(logprobs.sequence_logprobs(logprobs.token_logprobs(hidden[:, :-1] @ head.T, tokens), mask), 2)
+
+    reference = sequences(jnp.asarray(trl["ref_hidden"]), jnp.asarray(trl["ref_head"]))
+
+    def loss(hidden, head):
+        return preference_losses.dpo_loss(*sequences(hidden, head), *reference, beta=beta, axes=())
+
+    (value, metrics), grads = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(
+        jnp.asarray(trl["hidden"]), jnp.asarray(trl["head"])
+    )
+    close(value, trl["loss"])
+    close(grads[0], trl["hidden_grad"])
+    close(grads[1], trl["head_grad"])
+    for name, number in metrics.items():  # TRL counts a tie as wrong, and we as half right; here there is none
+        close(number, trl[name], err_msg=name)
+
+
+def check_sft(trl: Record) -> None:
+    """SFTTrainer, from the hidden states that enter the head to the loss over the completions' tokens."""
+    tokens, mask = jnp.asarray(trl["tokens"][:, 1:], jnp.int32), jnp.asarray(trl["completion_mask"][:, 1:])
+
+    def loss(hidden, head):
+        logits = hidden[:, :-1] @ head.T
+        return logprobs.cross_entropy(logprobs.token_logprobs(logits, tokens), mask, ()), logprobs.entropy(logits)
+
+    (value, entropy), grads = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(
+        jnp.asarray(trl["hidden"]), jnp.asarray(trl["head"])
+    )
+    close(value, trl["loss"])
+    close(grads[0], trl["hidden_grad"])
+    close(grads[1], trl["head_grad"])
+    close(masking.masked_mean(entropy, mask, ()), trl["entropy"])
+
+
+def check_reward(trl: Record) -> None:
+    """RewardTrainer's Bradley-Terry loss."""
+    (value, metrics), grads = jax.value_and_grad(
+        functools.partial(reward_losses.bradley_terry_loss, axes=()), argnums=(0, 1), has_aux=True
+    )(jnp.asarray(trl["chosen_scores"]), jnp.asarray(trl["rejected_scores"]))
+    close(value, trl["loss"])
+    close(grads[0], trl["chosen_grad"])
+    close(grads[1], trl["rejected_grad"])
+    for name, number in metrics.items():
+        close(number, trl[name], err_msg=name)
+
+
+def check_rewards(trl: Record, kl_coef: float) -> None:
+    """PPOTrainer's penalty and score; TRL puts the score one position after the last token, where there is one."""
+    mask = jnp.asarray(trl["response_mask"])
+    divergence = kl.k1(jnp.asarray(trl["logprobs"]), jnp.asarray(trl["ref_logprobs"]))
+    close(jnp.where(mask, divergence, 0), trl["kl"])
+    ours = advantages.token_rewards(jnp.asarray(trl["scores"]), divergence, mask, kl_coef=kl_coef)
+
+    theirs = trl["rewards"].copy()
+    shorter, last = np.flatnonzero(~mask[:, -1]), np.sum(np.asarray(mask), axis=1) - 1
+    theirs[shorter, last[shorter]] += theirs[shorter, last[shorter] + 1]
+    theirs[shorter, last[shorter] + 1] = 0
+    close(ours, theirs)
+
+
+def check_gae(trl: Record, gamma: float, gae_lambda: float) -> None:
+    """PPOTrainer's advantages and returns, on its own mask, which reaches one position further than the response."""
+    mask = jnp.asarray(trl["value_mask"])
+    ours, returns = advantages.gae(
+        jnp.asarray(trl["rewards"]), jnp.asarray(trl["values"]), mask, gamma=gamma, gae_lambda=gae_lambda
+    )
+    close(ours, trl["unwhitened"])
+    close(returns, trl["returns"])
+
+
+def check_whitening(trl: Record) -> None:
+    """TRL divides the variance by the count less one, we by the count."""
+    for x, mask, theirs in (
+        (trl["unwhitened"], trl["response_mask"], trl["advantages"]),
+        (trl["random"], trl["random_mask"], np.where(trl["random_mask"], trl["random_white"], 0)),
+    ):
+        count = np.sum(mask)
+        ours = masking.whiten(jnp.asarray(x), jnp.asarray(mask), ())
+        close(np.sqrt((count - 1) / count) * ours, theirs)
+
+    x, mask = jnp.asarray(trl["random"]), jnp.asarray(trl["random_mask"])
+    weights = jnp.asarray(trl["random_weights"])
+    grad = jax.grad(lambda x: jnp.sum(weights * masking.whiten(x, mask, ())))(x)
+    count = np.sum(trl["random_mask"])
+    close(np.sqrt((count - 1) / count) * grad, trl["random_grad"])
+    variance = masking.masked_variance(x, mask, ())
+    close(variance, trl["random_population_variance"])
+    close(variance * (count / (count - 1)), trl["random_variance"])
+
+
+def check_policy_loss(trl: Record, clip_ratio: float) -> None:
+    """PPOTrainer's clipped surrogate at its last step, after three epochs, when many ratios are clipped."""
+    (value, metrics), grad = jax.value_and_grad(
+        functools.partial(policy_losses.policy_loss, clip_ratio=clip_ratio, axes=()), has_aux=True
+    )(*(jnp.asarray(trl[f"step_{name}"]) for name in ("new_logprobs", "logprobs", "advantage", "response_mask")))
+    close(value, trl["step_pg_loss"])
+    close(grad, trl["step_new_logprobs_grad"])
+    # TRL's approxkl and ratio average over padding too: ours are not compared.
+    close(metrics["policy/clipfrac_avg"], trl["step_pg_clipfrac"])
+    assert 0.1 < metrics["policy/clipfrac_avg"] < 0.9
+
+
+def check_value_loss(trl: Record, clip_range: float, value_coef: float) -> None:
+    """PPOTrainer's clipped value loss, on the mask that reaches one position further than the response."""
+    (value, metrics), grad = jax.value_and_grad(
+        functools.partial(policy_losses.value_loss, clip_range=clip_range, axes=()), has_aux=True
+    )(*(jnp.asarray(trl[f"step_{name}"]) for name in ("vpred", "values", "return", "value_mask")))
+    close(value, trl["step_vf_loss"])
+    close(value_coef * grad, trl["step_vpred_grad"])
+    close(metrics["val/clipfrac_avg"], trl["step_vf_clipfrac"])
+    assert 0.1 < metrics["val/clipfrac_avg"] < 0.9
+
+
+CHECKS: dict[str, list[Callable[[Record], None]]] = {
+    "dpo": [check_dpo],
+    "sft": [check_sft],
+    "reward": [check_reward],
+    # With the settings of tests/parity/trl_1_12.py.
+    "ppo": [
+        functools.partial(check_rewards, kl_coef=0.3),
+        functools.partial(check_gae, gamma=0.95, gae_lambda=0.9),
+        check_whitening,
+        functools.partial(check_policy_loss, clip_ratio=0.2),
+        functools.partial(check_value_loss, clip_range=0.3, value_coef=0.7),
+    ],
+}

@@ -1,0 +1,40 @@
+"""Losses, advantages and metrics against TRL's own trainers, in values and in gradients."""
+
+import numpy as np
+import pytest
+
+from tests.core.against_trl import CHECKS, read
+from tests.parity import trl_1_12, trl_1_16, write_goldens
+
+RECORD = {
+    "dpo": trl_1_16.record_dpo,
+    "sft": trl_1_16.record_sft,
+    "reward": trl_1_16.record_reward,
+    "ppo": trl_1_12.record,
+}
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("name", RECORD)
+def test_our_numbers_are_those_of_trl(name, seed):
+    for check in CHECKS[name]:
+        check(RECORD[name](seed))
+
+
+def test_ppo_saw_the_settings_that_the_checks_assume():
+    given = {}
+    for check in CHECKS["ppo"]:
+        given.update(getattr(check, "keywords", {}))
+    assert given == trl_1_12.SETTINGS
+
+
+def test_goldens_are_what_trl_computes_today(tmp_path):
+    write_goldens.write(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in write_goldens.GOLDENS.iterdir()}
+    for path in tmp_path.iterdir():
+        versions, arrays = read(path)
+        golden_versions, golden_arrays = read(write_goldens.GOLDENS / path.name)
+        assert versions == golden_versions, "write the goldens anew: python -m tests.parity.write_goldens"
+        assert arrays.keys() == golden_arrays.keys()
+        for name, array in arrays.items():
+            np.testing.assert_allclose(array, golden_arrays[name], rtol=1e-3, atol=1e-4, err_msg=f"{path.name} {name}")

@@ -43,7 +43,10 @@ def _invert(masses: Float[Array, "B N"], uniforms: Float[Array, "B"]) -> tuple[I
     """The item in which a uniform number falls, by mass, and how far into that item, in [0, 1)."""
     cumulative = jnp.cumsum(masses, axis=-1)
     threshold = uniforms[:, None] * cumulative[:, -1:]
-    last = masses.shape[-1] - 1 - jnp.argmax(masses[:, ::-1] > 0, axis=-1)
-    item = jnp.minimum(jnp.sum(cumulative <= threshold, axis=-1, dtype=jnp.int32), last.astype(jnp.int32))
+    # Asked of every item, because a running sum need not stand still at an item of mass 0 where it is summed in a tree.
+    positive = masses > 0
+    places = jnp.arange(masses.shape[-1], dtype=jnp.int32)[None, :]
+    last = jnp.max(jnp.where(positive, places, 0), axis=-1, keepdims=True)
+    item = jnp.min(jnp.where(positive & (cumulative > threshold), places, last), axis=-1)
     mass, end = (jnp.take_along_axis(x, item[:, None], axis=1) for x in (masses, cumulative))
     return item, jnp.clip((threshold - (end - mass)) / mass, 0, 1)[:, 0]

@@ -65,7 +65,7 @@ def main(argv: list[str]) -> int:
 def run_verb(arguments: list[str]) -> None:
     """Runs an experiment and reports on it."""
     config, options = parse_run_flags(arguments)
-    workdir = Workdir(Path(options["workdir"]), Path(options["inputs"]) if options["inputs"] else None)
+    workdir = Workdir(Path(str(options["workdir"])), Path(options["inputs"]) if options["inputs"] else None)
     console = Console(width=None if sys.stdout.isatty() else 120)
     worked = experiment.run(experiment.parse(config), workdir, options["stage"], console)
     if options["stage"]:
@@ -126,10 +126,10 @@ def parse_run_flags(arguments: list[str]) -> tuple[ConfigDict, dict[str, str | N
         raise RlhfError(f"the flags cannot be read: {' '.join(str(error).split())}") from error
     if rest:
         raise RlhfError(f"{rest[0]!r} is not a flag: write --NAME=VALUE")
-    for name in ("config", "workdir"):
-        if values[name].value is None:
-            raise RlhfError(f"--{name}=... is missing")
-    return values["config"].value, {name: values[name].value for name in ("workdir", "stage", "inputs")}
+    config, workdir = values["config"].value, values["workdir"].value
+    if config is None or workdir is None:
+        raise RlhfError(f"--{'config' if config is None else 'workdir'}=... is missing")
+    return config, {name: values[name].value for name in ("workdir", "stage", "inputs")}
 
 
 class _Parser(argparse.ArgumentParser):

@@ -10,9 +10,10 @@ Dimension letters, used in every jaxtyping annotation:
 Masks are boolean and positive: True counts. Batches are NamedTuples of arrays whose first axis is B.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
-import jax
+AnyArray: TypeAlias = Any
+"""A `jax.Array` on the device or a `np.ndarray` on the host: batches are made on the one and used on the other."""
 
 
 class RlhfError(Exception):
@@ -22,34 +23,34 @@ class RlhfError(Exception):
 class TokenBatch(NamedTuple):
     """Right-padded sequences for next-token training."""
 
-    tokens: jax.Array  # int32[B, S]
-    mask: jax.Array  # bool[B, S]: a token, not padding
-    loss_mask: jax.Array  # bool[B, S]: a token whose prediction is trained (never the first)
+    tokens: AnyArray  # int32[B, S]
+    mask: AnyArray  # bool[B, S]: a token, not padding
+    loss_mask: AnyArray  # bool[B, S]: a token whose prediction is trained (never the first)
 
 
 class PromptBatch(NamedTuple):
     """Left-padded prompts; `rows` numbers them within the global batch, so that each row has its own random key."""
 
-    tokens: jax.Array  # int32[B, P]
-    mask: jax.Array  # bool[B, P]
-    rows: jax.Array  # int32[B]
+    tokens: AnyArray  # int32[B, P]
+    mask: AnyArray  # bool[B, P]
+    rows: AnyArray  # int32[B]
 
 
 class Rollout(NamedTuple):
     """Prompts with one sampled response each. The response mask is a prefix and includes EOS where there is one."""
 
-    prompt: jax.Array  # int32[B, P]
-    prompt_mask: jax.Array  # bool[B, P]
-    response: jax.Array  # int32[B, T]
-    response_mask: jax.Array  # bool[B, T]
+    prompt: AnyArray  # int32[B, P]
+    prompt_mask: AnyArray  # bool[B, P]
+    response: AnyArray  # int32[B, T]
+    response_mask: AnyArray  # bool[B, T]
 
 
 class PreferenceBatch(NamedTuple):
     """Two responses to one prompt, the first preferred."""
 
-    prompt: jax.Array  # int32[B, P]
-    prompt_mask: jax.Array  # bool[B, P]
-    chosen: jax.Array  # int32[B, T]
-    chosen_mask: jax.Array  # bool[B, T]
-    rejected: jax.Array  # int32[B, T]
-    rejected_mask: jax.Array  # bool[B, T]
+    prompt: AnyArray  # int32[B, P]
+    prompt_mask: AnyArray  # bool[B, P]
+    chosen: AnyArray  # int32[B, T]
+    chosen_mask: AnyArray  # bool[B, T]
+    rejected: AnyArray  # int32[B, T]
+    rejected_mask: AnyArray  # bool[B, T]

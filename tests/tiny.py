@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlhf_jax.config import StageName
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
 from rlhf_jax.models.transformer import ModelConfig
@@ -32,8 +33,8 @@ ONE_DEVICE = RuntimeConfig(strategy="jit", data=1, fsdp=1, tensor=1, determinist
 
 PPO = ppo.PPOConfig(
     kind="ppo",
-    policy="sft",  # type: ignore[arg-type]
-    reward_model="reward_model",  # type: ignore[arg-type]
+    policy=StageName("sft"),
+    reward_model=StageName("reward_model"),
     iterations=20,
     batch_size=16,
     minibatches=2,
@@ -89,9 +90,9 @@ def prompts(rows: int, seed: int = 0) -> PromptBatch:
     """Left-padded prompts of uneven lengths; the padding is full of other tokens."""
     rng = np.random.default_rng(seed)
     return PromptBatch(
-        rng.integers(4, VOCAB, (rows, PROMPT)).astype(np.int32),  # type: ignore[arg-type]
-        prefix_mask(rng, rows, PROMPT)[:, ::-1],  # type: ignore[arg-type]
-        np.arange(rows, dtype=np.int32),  # type: ignore[arg-type]
+        rng.integers(4, VOCAB, (rows, PROMPT)).astype(np.int32),
+        prefix_mask(rng, rows, PROMPT)[:, ::-1],
+        np.arange(rows, dtype=np.int32),
     )
 
 
@@ -101,7 +102,7 @@ def preferences(rows: int, seed: int = 0) -> PreferenceBatch:
     before = prompts(rows, seed)
     tokens = [rng.integers(4, VOCAB, (rows, RESPONSE)).astype(np.int32) for _ in range(2)]
     masks = [prefix_mask(rng, rows, RESPONSE) for _ in range(2)]
-    return PreferenceBatch(before.tokens, before.mask, tokens[0], masks[0], tokens[1], masks[1])  # type: ignore[arg-type]
+    return PreferenceBatch(before.tokens, before.mask, tokens[0], masks[0], tokens[1], masks[1])
 
 
 def several(batches: list):

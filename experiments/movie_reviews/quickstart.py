@@ -45,7 +45,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "eval_prompts": 250,
             "samples_per_prompt": 4,
             "rationality": 2.0,
-            "batch_size": 500,
+            "batch_size": 512,
         }
     )
     config.reward_model = ConfigDict(
@@ -122,10 +122,34 @@ def get_config(arg: str = "") -> ConfigDict:
             "prompts": 1000,
             "selection_prompts": 500,
             "temperature": 1.0,
-            "batch_size": 500,
+            "batch_size": 512,
         }
     )
+    if arg == "smoke":
+        make_smaller(config)
+    elif arg:
+        raise ValueError(f"quickstart.py takes no argument but smoke, not {arg!r}")
     return config.lock()
+
+
+def make_smaller(config: ConfigDict) -> None:
+    """The smoke variant: two betas, few rows and steps, tiny networks, and a judge smaller than the policy."""
+    betas = ("dpo_1", "dpo_01")
+    for name in set(DPO_BETAS) - set(betas):
+        del config[name]
+    config.stages = ("gold", "sft", "preferences", "reward_model", "best_of_n", *betas, "ppo", "evaluate")
+    config.data.update({"limit": 1500, "max_response_tokens": 16})
+    config.sft.model.update(model(d_model=32, n_layers=1))
+    config.sft.tokenizer.vocab_size = 512
+    config.sft.update({"epochs": 2.0, "sample_prompts": 4})
+    config.preferences.update({"prompts": 200, "eval_prompts": 40, "batch_size": 128})
+    config.reward_model.model.update(model(d_model=16, n_layers=1))
+    config.best_of_n.update({"prompts": 16, "pool": 16, "batch_size": 128})
+    for name in betas:
+        config[name].update({"epochs": 1.0, "sample_prompts": 4})
+    config.ppo.update({"iterations": 10, "batch_size": 64, "samples_written": 16})
+    config.evaluate.update({"policies": (*betas, "ppo"), "best_of": (4,), "batch_size": 128})
+    config.evaluate.update({"prompts": 128, "selection_prompts": 64})
 
 
 def model(*, d_model: int, n_layers: int) -> dict:

@@ -13,7 +13,7 @@ def dpo_loss(
     ref_chosen_logprobs: Float[Array, "B"],
     ref_rejected_logprobs: Float[Array, "B"],
     *,
-    beta: float,
+    beta: float | Float[Array, ""],
     axes: tuple[str, ...],
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     r"""Direct preference optimisation, the sigmoid loss, averaged over the pairs of the whole batch.

@@ -1,0 +1,1 @@
+"""Data: fetching, TFDS builders, tables of text, and batches of tokens."""

@@ -38,7 +38,8 @@ class DataConfig:
             raise ValueError(f"text_prompt_tokens = {self.text_prompt_tokens} must be (least, most) with 1 <= least")
         if self.max_prompt_tokens < most + 1:
             raise ValueError(
-                f"max_prompt_tokens = {self.max_prompt_tokens} has no room for BOS and {most} tokens of text_prompt_tokens"
+                f"max_prompt_tokens = {self.max_prompt_tokens} has no room for BOS and "
+                f"the {most} tokens of text_prompt_tokens"
             )
         if self.max_response_tokens < 1:
             raise ValueError(f"max_response_tokens = {self.max_response_tokens} must be at least 1")
@@ -63,11 +64,16 @@ class Example(NamedTuple):
 
 
 def load_rows(config: DataConfig, split: str) -> list[Row]:
-    """The rows of a split. Preference rows come out as `prompt, chosen, rejected`, other columns kept."""
+    """The rows of a split. Preference rows come out as `prompt, chosen, rejected`, other columns kept.
+
+    Raises RlhfError naming file and row where a text is missing or is no text.
+    """
     source = config.source(split)
     rows = formats.read_table(source)[: config.limit]
-    if formats.kind_of(rows) in ("preference", "implicit_prompt_preference"):
+    kind = formats.kind_of(rows, source)
+    if kind in ("preference", "implicit_prompt_preference"):
         return formats.preference_rows(rows, source)
+    formats.require_texts(rows, [column for column in formats.KINDS[kind] if column != "label"], source)
     return rows
 
 

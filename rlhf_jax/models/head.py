@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 LOGIT_SLICE = 8192
-"""Positions whose logits over the vocabulary exist at one time; a larger batch is computed in slices of its time axis."""
+"""Positions whose logits exist at one time; a larger batch is computed in slices of its time axis."""
 
 RULED_OUT = float(jnp.finfo(jnp.float32).min / 2)
 """Half the lowest number, because subtracting a maximum from the lowest number itself would overflow."""
@@ -76,7 +76,7 @@ def _stats_forward(temperature: float, hidden: Array, embedding: Array, allowed:
 
 
 def _stats_backward(temperature: float, saved: tuple, cotangents: tuple) -> tuple:
-    """d logprob / d logits = one-hot - softmax.
+    """D logprob / d logits = one-hot - softmax.
 
     By hand, because the compiler would take a pass over all logits for each of a scatter, a select and a transposition
     (the last so that it can multiply by the transposed logits from the left): a third of the time of a training step on

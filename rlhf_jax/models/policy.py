@@ -1,8 +1,8 @@
 """The policy: a transformer body whose embedding, transposed, gives the logits. Pure functions of its parameters."""
 
 import dataclasses
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
@@ -11,6 +11,7 @@ from rlhf_jax.models import head
 from rlhf_jax.models.head import TokenStats
 from rlhf_jax.models.transformer import KVCache, ModelConfig, Transformer, empty_cache
 from rlhf_jax.types import PreferenceBatch, Rollout, TokenBatch
+
 
 @dataclasses.dataclass(frozen=True)
 class PolicyNetwork:
@@ -30,7 +31,7 @@ class PolicyNetwork:
 
     def sequence_stats(self, params: PyTree, batch: TokenBatch) -> TokenStats:
         """Statistics of tokens 1 .. S-1 of each sequence, each given those before it: arrays [B, S-1]."""
-        hidden = self._body.apply({"params": params}, batch.tokens, batch.mask)
+        hidden = self._apply(params, batch.tokens, batch.mask)
         return self._stats(params, hidden[:, :-1], batch.tokens[:, 1:], temperature=1.0)
 
     def response_stats(self, params: PyTree, rollout: Rollout, *, temperature: float) -> TokenStats:
@@ -40,7 +41,7 @@ class PolicyNetwork:
         """
         tokens = jnp.concatenate([rollout.prompt, rollout.response], axis=1)
         mask = jnp.concatenate([rollout.prompt_mask, rollout.response_mask], axis=1)
-        hidden = self._body.apply({"params": params}, tokens, mask)
+        hidden = self._apply(params, tokens, mask)
         predicting = hidden[:, rollout.prompt.shape[1] - 1 : -1]
         return self._stats(params, predicting, rollout.response, temperature=temperature)
 
@@ -56,7 +57,7 @@ class PolicyNetwork:
     ) -> tuple[Float[Array, "B V"], KVCache]:
         """Prefill: logits of the token after each left-padded prompt, and a cache with `slots` slots in all."""
         cache = empty_cache(self.config, tokens.shape[0], slots)
-        hidden, cache = self._body.apply({"params": params}, tokens, mask, cache, 0, method="extend")
+        hidden, cache = self._apply(params, tokens, mask, cache, 0, method="extend")
         return self._logits(params, hidden[:, -1]), cache
 
     def step(
@@ -64,12 +65,15 @@ class PolicyNetwork:
     ) -> tuple[Float[Array, "B V"], KVCache]:
         """Decode: logits of the token after one more token a row, which goes into the cache at `slot`."""
         seen = jnp.ones((tokens.shape[0], 1), bool)
-        hidden, cache = self._body.apply({"params": params}, tokens[:, None], seen, cache, slot, method="extend")
+        hidden, cache = self._apply(params, tokens[:, None], seen, cache, slot, method="extend")
         return self._logits(params, hidden[:, 0]), cache
 
     @property
     def _body(self) -> Transformer:
         return Transformer(self.config, self.vocab_size)
+
+    def _apply(self, params: PyTree, *args: Any, method: str | None = None) -> Any:
+        return self._body.apply({"params": params}, *args, method=method)
 
     @property
     def _allowed(self) -> Bool[Array, "V"]:

@@ -1,7 +1,7 @@
 """Networks with a scalar head: the reward model (one score a response) and the value function (one value a token)."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -68,18 +68,21 @@ class ScalarNetwork:
         else:
             last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
             pooled = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-        return self._module.apply({"params": params}, pooled)
+        return self._apply(params, pooled)
 
     def values(self, params: PyTree, rollout: Rollout) -> Float[Array, "B T"]:
         """The value of the state before each response token."""
         hidden, _ = self._hidden(params, rollout)
-        return self._module.apply({"params": params}, hidden[:, rollout.prompt.shape[1] - 1 : -1])
+        return self._apply(params, hidden[:, rollout.prompt.shape[1] - 1 : -1])
 
     @property
     def _module(self) -> ScalarTransformer:
         return ScalarTransformer(self.config, self.vocab_size)
 
+    def _apply(self, params: PyTree, *args: Any, method: str | None = None) -> Any:
+        return self._module.apply({"params": params}, *args, method=method)
+
     def _hidden(self, params: PyTree, rollout: Rollout) -> tuple[Array, Array]:
         tokens = jnp.concatenate([rollout.prompt, rollout.response], axis=1)
         mask = jnp.concatenate([rollout.prompt_mask, rollout.response_mask], axis=1)
-        return self._module.apply({"params": params}, tokens, mask, method="hidden"), mask
+        return self._apply(params, tokens, mask, method="hidden"), mask

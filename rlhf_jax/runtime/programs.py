@@ -161,8 +161,12 @@ def make_placement(config: RuntimeConfig, seeds: int) -> Placement:
     return MeshPlacement(mesh, seeds)
 
 
+@functools.lru_cache
 def _several(step: Step, seeds: int) -> Program:
-    """Scans a step over batches; with several seeds, each step is mapped over them first."""
+    """Scans a step over batches; with several seeds, each step is mapped over them first.
+
+    The same step gives the same function, for which JAX does not compile twice.
+    """
     if seeds > 1:
         step = jax.vmap(step, in_axes=(0, None, 0, 0), axis_name=SEED_AXIS)
 

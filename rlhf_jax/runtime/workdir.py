@@ -14,7 +14,7 @@ Status = Literal["new", "half-done", "complete", "elsewhere"]
 
 @dataclasses.dataclass(frozen=True)
 class Identity:
-    """All that a stage's result depends on: its section, what is common to the experiment, and its inputs' identities."""
+    """All that a stage's result depends on: its section, what the experiment has in common, and its inputs."""
 
     section: dict[str, Any]
     common: dict[str, Any]
@@ -65,9 +65,9 @@ class Workdir:
         if (directory / "config.json").exists():
             self._require_same(stage, read_json(directory / "config.json"), identity.as_json())
             return "complete" if (directory / "complete.json").exists() else "half-done"
-        if self.inputs and (self.inputs / stage / "complete.json").exists():
-            if read_json(self.inputs / stage / "complete.json")["fingerprint"] == identity.fingerprint:
-                return "elsewhere"
+        marker = self.inputs / stage / "complete.json" if self.inputs else None
+        if marker and marker.exists() and read_json(marker)["fingerprint"] == identity.fingerprint:
+            return "elsewhere"
         return "new"
 
     def begin(self, stage: str, identity: Identity) -> Path:
@@ -97,7 +97,7 @@ class Workdir:
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     flat_old, flat_new = _flatten(old), _flatten(new)
     return [
-        f"{key.removeprefix('section.').removeprefix('common.')}: {flat_old.get(key)!r} there, {flat_new.get(key)!r} now"
+        f"{key.split('.', 1)[1]}: {flat_old.get(key)!r} there, {flat_new.get(key)!r} now"
         for key in sorted(flat_old.keys() | flat_new.keys())
         if flat_old.get(key) != flat_new.get(key)
     ]

@@ -17,14 +17,13 @@ from rlhf_jax.types import PreferenceBatch, PromptBatch, Rollout, TokenBatch
 
 
 def map_batches(function: Callable[[Any], Any], arrays: Any, batch_size: int) -> Any:
-    """`function` of all rows, `batch_size` at a time, as NumPy arrays. The last batch is filled up with its last row."""
+    """A function of all rows, `batch_size` at a time, in NumPy. The last batch is filled up with its last row."""
     count = len(jax.tree.leaves(arrays)[0])
     parts = []
     for start in range(0, count, batch_size):
         rows = np.minimum(np.arange(start, start + batch_size), count - 1)
-        result = function(jax.tree.map(lambda leaf, rows=rows: leaf[rows], arrays))
-        parts.append(jax.tree.map(lambda leaf, n=min(batch_size, count - start): np.asarray(leaf)[:n], result))
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+        parts.append(function(jax.tree.map(lambda leaf, rows=rows: leaf[rows], arrays)))
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:count], *parts)
 
 
 def sample_all(
@@ -44,7 +43,7 @@ def sample_all(
     Row i * samples + j is sample j of prompt i, and is drawn with that number's key: the batch size changes nothing.
     """
     tokens, mask = (np.repeat(array, samples, axis=0) for array in prompts)
-    rows = PromptBatch(tokens, mask, np.arange(len(tokens), dtype=np.int32))  # type: ignore[arg-type]
+    rows = PromptBatch(tokens, mask, np.arange(len(tokens), dtype=np.int32))
     return map_batches(
         lambda batch: _generate(policy, params, batch, key, max_new_tokens, temperature, eos_id), rows, batch_size
     )
@@ -64,7 +63,7 @@ def sequence_kl(
     batch_size: int,
     temperature: float,
 ) -> np.ndarray:
-    """log pi(y|x) - log pi_ref(y|x) in nats for every row, EOS included: the k1 estimate of the divergence, float32[N]."""
+    """The k1 estimate log pi(y|x) - log pi_ref(y|x) of every row, in nats, EOS included: float32[N]."""
 
     def of_batch(batch: Rollout) -> jax.Array:
         own = _logprobs(policy, params, batch, temperature)

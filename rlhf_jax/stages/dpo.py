@@ -1,11 +1,11 @@
 """dpo: tunes a policy on preferences without a reward model (Rafailov et al. 2023, arXiv:2305.18290)."""
 
 import dataclasses
+import functools
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import PyTree
 
 from rlhf_jax.config import StageName
@@ -53,9 +53,9 @@ def run(config: DPOConfig, context: Context) -> dict[str, Any]:
     placement = context.placement()
     params = {"policy": reference.params}
     task = Task(
-        step=make_step(network, config.beta, config.optimizer, steps, placement.axes),
-        state=TrainState(np.int32(0), params, make_optimizer(config.optimizer, steps).init(params)),  # type: ignore[arg-type]
-        frozen={"reference": reference.params},
+        step=make_step(network, config.optimizer, steps, placement.axes),
+        state=TrainState(jnp.int32(0), params, make_optimizer(config.optimizer, steps).init(params)),
+        frozen={"reference": reference.params, "beta": jnp.float32(config.beta)},
         batch_at=batches.__getitem__,
         run_key=context.key(),
         total_steps=steps,
@@ -70,17 +70,21 @@ def run(config: DPOConfig, context: Context) -> dict[str, Any]:
     return {"train_pairs": len(rows), "eval_pairs": len(held_out), "steps": steps}
 
 
-def make_step(network: PolicyNetwork, beta: float, config: OptimizerConfig, steps: int, axes: tuple[str, ...]) -> Step:
-    """One update on a PreferenceBatch; `frozen["reference"]` are the reference's parameters."""
+@functools.lru_cache
+def make_step(network: PolicyNetwork, config: OptimizerConfig, steps: int, axes: tuple[str, ...]) -> Step:
+    """One update on a PreferenceBatch. `frozen` holds the reference's parameters, and beta.
+
+    Beta is data, so that runs which differ in it alone share one compiled program.
+    """
     optimizer, schedule = make_optimizer(config, steps), learning_rate(config, steps)
 
-    def step(state: TrainState, frozen: dict[str, PyTree], batch: PreferenceBatch, run_key: jax.Array) -> tuple:
+    def step(state: TrainState, frozen: dict[str, Any], batch: PreferenceBatch, run_key: jax.Array) -> tuple:
         del run_key  # nothing is random
         ref_chosen, ref_rejected = network.pair_logprobs(frozen["reference"], batch)
 
         def loss_fn(params: PyTree) -> tuple[jax.Array, dict[str, jax.Array]]:
             chosen, rejected = network.pair_logprobs(params["policy"], batch)
-            return dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=beta, axes=axes)
+            return dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=frozen["beta"], axes=axes)
 
         (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
         params, opt_state, grad_norm = update(optimizer, grads, state.params, state.opt_state, axes)

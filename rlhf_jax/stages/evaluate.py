@@ -4,7 +4,6 @@ What was to be chosen (a DPO's beta) is chosen on the evaluation split; the tabl
 """
 
 import dataclasses
-import math
 import zlib
 from typing import Any, Literal, NamedTuple
 
@@ -16,6 +15,7 @@ from rlhf_jax.core.best_of_n import best_of_n_kl
 from rlhf_jax.core.statistics import distinct_n, standard_error, wilson_interval
 from rlhf_jax.data import pipeline
 from rlhf_jax.rewards.lexicon import vader
+from rlhf_jax.rewards.tfidf_ridge import TfidfRidge
 from rlhf_jax.runtime.files import read_json, write_rows
 from rlhf_jax.sampling.batches import sample_all, score_all, sequence_kl
 from rlhf_jax.stages.context import Context, Policy, RewardModel, load_policy
@@ -33,13 +33,34 @@ class EvaluateConfig:
     kind: Literal["evaluate"]
     reference: StageName
     policies: tuple[StageName, ...]
-    best_of: tuple[int, ...]
+    best_of: tuple[int, ...]  # each above 1
     reward_model: StageName
     judge: StageName | None  # None: the reward model's score decides the pairs
     prompts: int  # at most, of the test split
     selection_prompts: int  # at most, of the evaluation split
     temperature: float
     batch_size: int
+
+    def __post_init__(self) -> None:
+        if any(n < 2 for n in self.best_of):
+            raise ValueError(f"best_of = {self.best_of} must be above 1: one sample is the reference itself")
+
+
+class Method(NamedTuple):
+    """A row of the table: one answer of a stage's policy, or the best of several by the reward model."""
+
+    name: str
+    stage: str
+    seed: int
+    best_of: int
+
+
+class Judges(NamedTuple):
+    """What every answer is measured by."""
+
+    reference: Policy
+    reward_model: RewardModel
+    judge: TfidfRidge | None
 
 
 class Answers(NamedTuple):
@@ -57,73 +78,93 @@ class Answers(NamedTuple):
 
 def run(config: EvaluateConfig, context: Context) -> dict[str, Any]:
     """Writes `results.jsonl`, `selection.jsonl` (the same columns) and every answer in `samples.jsonl`."""
+    judges = Judges(
+        context.policy(config.reference),
+        context.reward_model(config.reward_model),
+        None if config.judge is None else load_judge(context, config.judge),
+    )
     methods = _methods(config, context)
+    seconds = {method.name: _seconds(method.name, context) for method in methods if method.best_of == 1}
     tables: dict[str, list[dict[str, Any]]] = {}
     for split, count in (("eval", config.selection_prompts), ("test", config.prompts)):
-        answers = {}
-        for done, (method, seed) in enumerate(methods):
-            answers[method, seed] = answer(method, seed, split, count, config, context)
+        rows = pipeline.load_rows(context.data, split)
+        prompts = pipeline.prompts(rows, judges.reference.tokenizer, context.data)
+        prompts = pipeline.take(prompts, np.arange(min(count, len(prompts.tokens))))
+        answers = []
+        for done, method in enumerate(methods):
+            answers.append(answer(method, split, prompts, judges, config, context))
             context.bar.update(done + 1 + len(methods) * (split == "test"), 2 * len(methods), {})
-        reference = answers[config.reference, context.seed]
-        seconds = {method: _seconds(method, context) for method, _ in methods if not method.startswith("best_of_")}
         tables[split] = [
-            result(method, seed, found, reference, seconds.get(method, math.nan))
-            for (method, seed), found in answers.items()
+            result(method, found, answers[0], seconds.get(method.name))
+            for method, found in zip(methods, answers, strict=True)
         ]
     write_rows(context.directory / "selection.jsonl", tables["eval"])
     write_rows(context.directory / "results.jsonl", tables["test"])
     write_rows(
         context.directory / "samples.jsonl",
         [
-            {"step": index, "seed": seed, "method": method, **row}
-            for (method, seed), found in answers.items()
+            {"step": index, "seed": method.seed, "method": method.name, **row}
+            for method, found in zip(methods, answers, strict=True)
             for index, row in enumerate(found.rows)
         ],
     )
     return {"selected": select(tables["eval"], context), "judge": config.judge or config.reward_model}
 
 
-def answer(method: str, seed: int, split: str, count: int, config: EvaluateConfig, context: Context) -> Answers:
-    """One answer of a method to each of the first `count` prompts of a split."""
-    n = int(method.removeprefix("best_of_")) if method.startswith("best_of_") else None
-    stage = config.reference if n else method
-    policy = load_policy(context.workdir.find(stage), seed=seed, step=None)
-    reference, reward_model = context.policy(config.reference), context.reward_model(config.reward_model)
-    prompts = pipeline.prompts(pipeline.load_rows(context.data, split), policy.tokenizer, context.data)
+def answer(
+    method: Method,
+    split: str,
+    prompts: pipeline.Prompts,
+    judges: Judges,
+    config: EvaluateConfig,
+    context: Context,
+) -> Answers:
+    """One answer of a method to each prompt; a method has its own random numbers on each split."""
+    policy = load_policy(context.workdir.find(method.stage), seed=method.seed, step=None)
     rollout = sample_all(
         policy.network,
         policy.params,
-        pipeline.take(prompts, np.arange(min(count, len(prompts.tokens)))),
-        jax.random.fold_in(context.key(seed - context.seed), zlib.crc32(f"{method} {split}".encode())),
-        samples=n or 1,
+        prompts,
+        jax.random.fold_in(context.key(method.seed - context.seed), zlib.crc32(f"{method.name} {split}".encode())),
+        samples=method.best_of,
         batch_size=config.batch_size,
         max_new_tokens=context.data.max_response_tokens,
         temperature=config.temperature,
         eos_id=policy.tokenizer.eos_id,
     )
-    scores = score_all(reward_model.network, reward_model.params, rollout, config.batch_size)
-    if n:
-        rollout, scores = _best(rollout, scores, n)
-    divergence = sequence_kl(
+    scores = score_all(judges.reward_model.network, judges.reward_model.params, rollout, config.batch_size)
+    best = np.arange(0, len(scores), method.best_of) + scores.reshape(-1, method.best_of).argmax(axis=1)
+    rollout, scores = jax.tree.map(lambda leaf: leaf[best], rollout), scores[best]
+    divergence = _divergence(method, policy, rollout, judges, config)
+    rows = sample_rows(
+        policy.tokenizer, rollout, scores.tolist(), [None] * len(scores) if divergence is None else divergence
+    )
+    judged = [None] * len(rows)
+    if judges.judge is not None:
+        judged = judges.judge.score([row["prompt"] + row["completion"] for row in rows]).tolist()
+    rows = [row | {"gold": gold} for row, gold in zip(rows, judged, strict=True)]
+    if divergence is None:
+        return Answers(rows, float(best_of_n_kl(method.best_of)), 0.0)
+    return Answers(rows, float(np.mean(divergence)), standard_error(divergence))
+
+
+def _divergence(
+    method: Method, policy: Policy, rollout: Rollout, judges: Judges, config: EvaluateConfig
+) -> list[float] | None:
+    """Log pi/pi_ref of every answer; None for Best-of-N, which has no density but a known divergence."""
+    if method.best_of > 1:
+        return None
+    return sequence_kl(
         policy.network,
         policy.params,
-        (reference.network, reference.params),
+        (judges.reference.network, judges.reference.params),
         rollout,
         batch_size=config.batch_size,
         temperature=config.temperature,
-    )
-    rows = sample_rows(policy.tokenizer, rollout, scores.tolist(), [None] * len(scores) if n else divergence.tolist())
-    judged = [None] * len(rows)
-    if config.judge is not None:
-        texts = [row["prompt"] + row["completion"] for row in rows]
-        judged = load_judge(context, config.judge).score(texts).tolist()
-    rows = [row | {"gold": gold} for row, gold in zip(rows, judged, strict=True)]
-    if n:
-        return Answers(rows, float(best_of_n_kl(n)), 0.0)
-    return Answers(rows, float(divergence.mean()), standard_error(divergence))
+    ).tolist()
 
 
-def result(method: str, seed: int, found: Answers, reference: Answers, seconds: float) -> dict[str, Any]:
+def result(method: Method, found: Answers, reference: Answers, seconds: float | None) -> dict[str, Any]:
     """One row of the table: means over prompts, and pairs won against the reference's answers, ties counted half."""
     own, other = found.judged(), reference.judged()
     wins = float(np.sum(0.5 * (1 + np.sign(own - other))))
@@ -131,8 +172,8 @@ def result(method: str, seed: int, found: Answers, reference: Answers, seconds: 
     texts = [row["prompt"] + row["completion"] for row in found.rows]
     has_gold = found.rows[0]["gold"] is not None
     return {
-        "method": method,
-        "seed": seed,
+        "method": method.name,
+        "seed": method.seed,
         "n_prompts": len(own),
         "gold_score": float(own.mean()) if has_gold else None,
         "gold_se": standard_error(own) if has_gold else None,
@@ -147,7 +188,7 @@ def result(method: str, seed: int, found: Answers, reference: Answers, seconds: 
         "length": float(np.mean([row["length"] for row in found.rows])),
         "vader": float(vader(texts).mean()),
         "distinct_2": distinct_n([row["completion"].split() for row in found.rows], 2),
-        "seconds": None if math.isnan(seconds) else seconds,
+        "seconds": seconds,
     }
 
 
@@ -162,19 +203,14 @@ def select(table: list[dict[str, Any]], context: Context) -> dict[str, str]:
     return {kind: max(found, key=lambda name: float(np.mean(found[name]))) for kind, found in by_kind.items()}
 
 
-def _methods(config: EvaluateConfig, context: Context) -> list[tuple[str, int]]:
-    """Every (method, seed), the reference first. A stage that trained several seeds is one method with several."""
-    methods = [(config.reference, context.seed)] + [(f"best_of_{n}", context.seed) for n in config.best_of]
+def _methods(config: EvaluateConfig, context: Context) -> list[Method]:
+    """The reference first. A stage that trained several seeds is one method with several."""
+    methods = [Method(config.reference, config.reference, context.seed, 1)]
+    methods += [Method(f"best_of_{n}", config.reference, context.seed, n) for n in config.best_of]
     for stage in config.policies:
         first, stop = read_json(context.workdir.find(stage) / "model.json")["seeds"]
-        methods += [(stage, seed) for seed in range(first, stop)]
+        methods += [Method(stage, stage, seed, 1) for seed in range(first, stop)]
     return methods
-
-
-def _best(rollout: Rollout, scores: np.ndarray, n: int) -> tuple[Rollout, np.ndarray]:
-    groups = scores.reshape(-1, n)
-    best = np.arange(len(groups)) * n + groups.argmax(axis=1)
-    return jax.tree.map(lambda leaf: leaf[best], rollout), scores[best]
 
 
 def _seconds(stage: str, context: Context) -> float:

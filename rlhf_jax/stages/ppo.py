@@ -13,7 +13,6 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import PRNGKeyArray, PyTree
 
 from rlhf_jax.config import StageName
@@ -32,7 +31,7 @@ from rlhf_jax.runtime.programs import SEED_AXIS, Step
 from rlhf_jax.sampling.generate import generate
 from rlhf_jax.stages.context import Context, save_policy_spec
 from rlhf_jax.stages.samples import sample_rows
-from rlhf_jax.types import PromptBatch, RlhfError, Rollout
+from rlhf_jax.types import PromptBatch, Rollout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +162,7 @@ class PromptSource:
         batches = []
         for key in self._keys:
             drawn = np.asarray(self._draw(key, step))
-            batches.append(PromptBatch(self._pool.tokens[drawn], self._pool.mask[drawn], self._rows))  # type: ignore[arg-type]
+            batches.append(PromptBatch(self._pool.tokens[drawn], self._pool.mask[drawn], self._rows))
         return batches[0] if len(batches) == 1 else jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
 
 

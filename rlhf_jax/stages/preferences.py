@@ -21,7 +21,7 @@ TRAIN_FILE, EVAL_FILE = "preferences.jsonl", "preferences_eval.jsonl"
 
 @dataclasses.dataclass(frozen=True)
 class PreferencesConfig:
-    """How many prompts are drawn, how many samples each gets (all pairs of them are labelled), and how noisy labels are.
+    """How many prompts are drawn, how many samples each gets (all pairs are labelled), and how noisy labels are.
 
     `rationality` multiplies the difference of the judge's scores, in standard deviations of the samples' scores, to
     give the log-odds of the label.

@@ -57,7 +57,7 @@ def run(config: RewardModelConfig, context: Context) -> dict[str, Any]:
         params["reward"]["body"] = _same_shape(context.policy(config.init), params["reward"]["body"], config, context)
     task = Task(
         step=make_step(network, config.optimizer, steps, placement.axes),
-        state=TrainState(np.int32(0), params, make_optimizer(config.optimizer, steps).init(params)),  # type: ignore[arg-type]
+        state=TrainState(jnp.int32(0), params, make_optimizer(config.optimizer, steps).init(params)),
         frozen=(),
         batch_at=batches.__getitem__,
         run_key=context.key(),
@@ -105,7 +105,7 @@ def evaluate(
     context: Context,
     batch_size: int,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """`eval/accuracy` against the labels, `eval/judge_agreement` where rows carry a judge's scores, and some samples."""
+    """`eval/accuracy` against the labels, `eval/judge_agreement` where there are a judge's scores, and some samples."""
     chosen, rejected = np.split(
         score_all(network, params, jax.tree.map(np.asarray, both_responses(data)), batch_size), 2
     )

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any, Literal
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from rlhf_jax.core import masking
@@ -55,7 +55,7 @@ def run(config: SFTConfig, context: Context) -> dict[str, Any]:
     params = {"policy": network.init(context.key())}
     task = Task(
         step=make_step(network, config.optimizer, steps, placement.axes),
-        state=TrainState(np.int32(0), params, optimizer.init(params)),  # type: ignore[arg-type]
+        state=TrainState(jnp.int32(0), params, optimizer.init(params)),
         frozen=(),
         batch_at=batches.__getitem__,
         run_key=context.key(),

@@ -123,4 +123,3 @@ TRAINERS: dict[Kind, Callable[[Iterable[str], int], tokenizers.Tokenizer]] = {
 def train_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
     """A tokenizer trained on texts, which must be the training split's."""
     return Tokenizer(TRAINERS[config.kind](texts, config.vocab_size))
-

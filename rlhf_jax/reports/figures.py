@@ -19,6 +19,8 @@ from rlhf_jax.reports.style import (
     label_ends,
     label_points,
     panels,
+    settle,
+    shades,
 )
 
 
@@ -43,7 +45,7 @@ CURVES: dict[str, tuple[Panel, ...]] = {
     "sft": (
         Panel("Cross-entropy", "nats a token", (Series("loss", "train"), Series("eval/loss", "held out"))),
         Panel(
-            "Next token foreseen",
+            "Next token predicted",
             "share of tokens",
             (Series("mean_token_accuracy", "train"), Series("eval/mean_token_accuracy", "held out")),
         ),
@@ -56,12 +58,12 @@ CURVES: dict[str, tuple[Panel, ...]] = {
             chance=float(np.log(2)),
         ),
         Panel(
-            "Pairs ordered rightly",
+            "Pairs ranked correctly",
             "share of pairs",
             (
                 Series("accuracy", "train"),
                 Series("eval/accuracy", "held out"),
-                Series("eval/judge_agreement", "as the judge", "gold"),
+                Series("eval/judge_agreement", "judge agrees", "gold"),
             ),
             chance=0.5,
         ),
@@ -69,7 +71,7 @@ CURVES: dict[str, tuple[Panel, ...]] = {
     "dpo": (
         Panel("Loss", "nats a pair", (Series("loss", ""), Series("eval/loss", "")), chance=float(np.log(2))),
         Panel(
-            "Pairs ordered rightly",
+            "Pairs ranked correctly",
             "share of pairs",
             (Series("rewards/accuracies", ""), Series("eval/rewards/accuracies", "")),
             chance=0.5,
@@ -83,7 +85,7 @@ CURVES: dict[str, tuple[Panel, ...]] = {
     ),
     "ppo": (
         Panel("Score", "reward model", (Series("objective/scores", ""),)),
-        Panel("KL from the start", "nats a response", (Series("objective/kl", ""),), chance=0.0),
+        Panel("KL from SFT", "nats a response", (Series("objective/kl", ""),), chance=0.0),
         Panel("Length", "tokens a response", (Series("completions/mean_length", ""),)),
     ),
 }
@@ -91,32 +93,33 @@ CURVES: dict[str, tuple[Panel, ...]] = {
 
 
 def learning_curves(kind: str, stages: Mapping[str, pd.DataFrame]) -> Figure:
-    """The curves of all stages of one kind, overlaid: a faint line for every step's value, a strong one for its trend.
+    """The curves of all stages of one kind: a line for the trend and, for a stage alone, a faint one for every step.
 
-    Args: stages are the metrics by the name that labels them, from the weakest line to the strongest. Where a stage has
-    several seeds, the strong line is their mean and a band of one standard deviation over seeds lies around it.
+    Args: stages are the metrics by the name that labels them, from the lightest line to the darkest. Where a stage has
+    several seeds, its line is their mean and a band of one standard deviation over seeds lies around it.
     """
     shown = [panel for panel in CURVES[kind] if any(_has(table, panel) for table in stages.values())]
     with context():
         figure, axes = panels(len(shown), 2.5)
         for panel, ax in zip(shown, axes, strict=True):
             ends = []
-            for rank, (label, table) in enumerate(stages.items()):
-                strength = 1.0 if len(stages) == 1 else 0.35 + 0.65 * rank / (len(stages) - 1)
+            colors = shades(len(stages), COLORS.get(kind, OTHER))
+            for color, (label, table) in zip(colors, stages.items(), strict=True):
                 for series in panel.series:
-                    color = COLORS.get(series.kind or kind, OTHER)
-                    end = _curve(ax, table, series, color, strength)
+                    color = COLORS[series.kind] if series.kind else color
+                    end = _curve(ax, table, series, color, alone=len(stages) == 1)
                     named = series.name or not series.column.startswith("eval/")
                     text = " ".join(filter(None, (label if len(stages) > 1 else "", series.name)))
                     if end is not None and named and text:
-                        ends.append(EndLabel(end, text, color, strength))
+                        ends.append(EndLabel(end, text, color))
             if panel.chance is not None:
                 ax.axhline(panel.chance, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
             ax.set_title(panel.title)
             ax.set_ylabel(panel.unit)
             ax.set_xlabel("iteration" if kind == "ppo" else "step")
-            ax.margins(x=0.02)
+            ax.margins(x=0.04)
             label_ends(ax, ends)
+        settle(figure)
     return figure
 
 
@@ -127,7 +130,8 @@ def frontier(
 
     Args: points has `kind, label, kl, kl_se, score, score_se`, one row a method and seed, DPO's in the order of beta;
     curve is Best-of-N's for all n (`n, kl, score, score_se`); paths are `kl, score` through training, by the label of
-    the method whose point they lead to. score names the y axis, start the method that divergence is measured from.
+    the method whose point they lead to: dots, and a line through the means of three. score names the y axis, start the
+    method that divergence is measured from.
     """
     with context():
         figure, (ax,) = panels(1, 4.4)
@@ -136,9 +140,7 @@ def frontier(
         for label, path in paths.items():
             color = COLORS.get(_kind_of(points, label), OTHER)
             ends = points[points["label"] == label][["kl", "score"]].mean()
-            xs, ys = [*path["kl"], ends["kl"]], [*path["score"], ends["score"]]
-            ax.plot(xs, ys, color=color, alpha=0.55, linewidth=1.1, marker="o", markersize=2.2, zorder=2)
-            seen += _along(xs, ys)
+            seen += _path(ax, path, (ends["kl"], ends["score"]), color)
         if curve is not None:
             labels += _best_of_n_line(ax, curve)
             seen += _along(curve["kl"], curve["score"])
@@ -179,6 +181,7 @@ def best_of_n(curve: pd.DataFrame, deviations: tuple[float, float] | None) -> Fi
             _sizes_on_top(ax, curve)
         if together:
             label_ends(axes[0], ends)
+        settle(figure)
     return figure
 
 
@@ -215,6 +218,7 @@ def win_rates(results: pd.DataFrame, *, judge: str, start: str) -> Figure:
         ax.set_xlim(min(45, 100 * low - 3), max(55, 100 * high + 3))
         ax.set_ylim(len(labels) - 0.4, -0.6)
         ax.set_xlabel(f"pairs won against {start}, by the {judge} (%; ties count half; 95 % intervals)")
+        settle(figure)
     return figure
 
 
@@ -225,29 +229,29 @@ def _has(table: pd.DataFrame, panel: Panel) -> bool:
     return any(series.column in table and table[series.column].notna().any() for series in panel.series)
 
 
-def _curve(ax: Axes, table: pd.DataFrame, series: Series, color: str, strength: float) -> float | None:
+def _curve(ax: Axes, table: pd.DataFrame, series: Series, color: str, *, alone: bool) -> float | None:
     """Draws one series of one stage; returns where it ends."""
     if series.column not in table or table[series.column].dropna().empty:
         return None
     seeds = table.pivot(index="step", columns="seed", values=series.column).dropna(how="all").astype(float)
     if series.column.startswith("eval/"):
         mean = seeds.mean(axis=1)
-        ax.plot(mean.index, mean, color=color, alpha=strength, marker="o", markersize=4, linewidth=0.8, linestyle=":")
+        ax.plot(mean.index, mean, color=color, marker="o", markersize=4, linewidth=0.8, linestyle=":")
         return float(mean.iloc[-1])
-    trends = seeds.rolling(trend_window(len(seeds)), min_periods=1, center=True).mean()
+    trends = seeds.rolling(trend_window(len(seeds), alone=alone), min_periods=1, center=True).mean()
     mean = trends.mean(axis=1)
     if seeds.shape[1] > 1:
         deviation = trends.std(axis=1, ddof=1)
-        ax.fill_between(mean.index, mean - deviation, mean + deviation, color=color, alpha=0.2 * strength, linewidth=0)
-    else:
-        ax.plot(seeds.index, seeds.iloc[:, 0], color=color, alpha=0.22 * strength, linewidth=0.7)
-    ax.plot(mean.index, mean, color=color, alpha=strength)
+        ax.fill_between(mean.index, mean - deviation, mean + deviation, color=color, alpha=0.2, linewidth=0)
+    elif alone:
+        ax.plot(seeds.index, seeds.iloc[:, 0], color=color, alpha=0.22, linewidth=0.7)
+    ax.plot(mean.index, mean, color=color)
     return float(mean.iloc[-1])
 
 
-def trend_window(steps: int) -> int:
-    """Steps that a trend line averages over, half before and half after: a twentieth of all."""
-    return max(1, round(steps / 20))
+def trend_window(steps: int, *, alone: bool) -> int:
+    """Steps that a trend line averages over, half before and half after: a twentieth of all, an eighth among others."""
+    return max(1, round(steps / (20 if alone else 8)))
 
 
 def _method_points(ax: Axes, points: pd.DataFrame) -> list[PointLabel]:
@@ -290,10 +294,19 @@ def _line_of_means(ax: Axes, points: pd.DataFrame, color: str) -> list[tuple[flo
     return _along(means["kl"], means["score"])
 
 
+def _path(ax: Axes, path: pd.DataFrame, end: tuple[float, float], color: str) -> list[tuple[float, float]]:
+    ax.plot(path["kl"], path["score"], color=color, alpha=0.45, linestyle="none", marker="o", markersize=2.5, zorder=2)
+    trend = path[["kl", "score"]].rolling(3, min_periods=1, center=True).mean()
+    trend.iloc[0] = path[["kl", "score"]].iloc[0]
+    xs, ys = [*trend["kl"], end[0]], [*trend["score"], end[1]]
+    ax.plot(xs, ys, color=color, alpha=0.7, linewidth=1.2, zorder=2)
+    return _along(xs, ys)
+
+
 def _along(xs: Iterable[float], ys: Iterable[float]) -> list[tuple[float, float]]:
     """Points along a polyline, which labels should not cover."""
     vertices = np.array([*zip(xs, ys, strict=True)])
-    at = np.linspace(0, len(vertices) - 1, 8 * len(vertices))
+    at = np.linspace(0, len(vertices) - 1, 40 * len(vertices))
     return [
         (float(x), float(y)) for x, y in zip(*(np.interp(at, range(len(vertices)), v) for v in vertices.T), strict=True)
     ]

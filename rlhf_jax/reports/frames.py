@@ -51,11 +51,11 @@ def stage_labels(run: Run, names: list[str]) -> dict[str, str]:
 
 
 def curves(run: Run, kind: str) -> dict[str, pd.DataFrame]:
-    """The metrics of all stages of a kind that have begun to train, by label; DPO's from the smallest beta on."""
+    """The metrics of all stages of a kind that have begun to train, by label; DPO's by beta, the smallest first."""
     names = sorted(run.of_kind(kind), key=lambda name: -_strength(run, name))
     labels = stage_labels(run, names)
     begun = [name for name in names if (run.directory(name) / "metrics.jsonl").exists()]
-    tables = {labels[name]: run.metrics(name) for name in begun}
+    tables = {labels[name].removeprefix("DPO "): run.metrics(name) for name in begun}
     return {label: table for label, table in tables.items() if len(table)}
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from rlhf_jax.reports import frames, style, table
@@ -21,8 +22,8 @@ CAPTIONS = {
         "Score against divergence",
         "Large points: the methods of the table, on the test split, with bars of ±1 standard error over prompts; with "
         "several seeds, small points are seeds and the diamond is their mean. Green: Best-of-N for every n up to the "
-        "size of its pool (band: ±1 standard error). Blue: DPO, joined in the order of β. Thin line: PPO's samples "
-        "through training, to training prompts, leading to its point.",
+        "size of its pool (band: ±1 standard error). Blue: DPO, joined in the order of β. Small dots: PPO's samples "
+        "through training, to training prompts, with a line through the means of three that leads to its point.",
     ),
     "win_rates": (
         "Pairs won",
@@ -40,8 +41,8 @@ CAPTIONS = {
     "learning_ppo": ("PPO", ""),
 }
 CURVES_CAPTION = (
-    "Faint: every step. Strong: the mean of its neighbourhood, a twentieth of all steps; with several seeds, the mean "
-    "over seeds with a band of one standard deviation. Dots: held-out data."
+    "Faint: every step. Strong: the mean of its neighbourhood, a twentieth of all steps (an eighth where several share "
+    "a panel); with several seeds, the mean over seeds with a band of one standard deviation. Dots: held-out data."
 )
 
 CSS = """
@@ -60,7 +61,8 @@ p, figcaption, dd, dt, li { max-width: 44rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; width: 100%%; }
 th, td { padding: .4rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--rule); }
-th { color: var(--muted); font-weight: 600; vertical-align: bottom; }
+th, td { vertical-align: top; }
+th { color: var(--muted); font-weight: 600; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 tbody th { color: inherit; font-weight: inherit; position: sticky; left: 0; background: var(--paper); }
 tr.chosen th, tr.chosen td { font-weight: 650; }
@@ -80,6 +82,7 @@ details { border-top: 1px solid var(--rule); padding: .5rem 0; } details[open] {
 summary { cursor: pointer; font-weight: 600; font-size: .9375rem; }
 summary small { color: var(--muted); font-weight: normal; }
 pre { font: .8rem/1.5 ui-monospace, monospace; overflow-x: auto; margin: .5rem 0; }
+@media (max-width: 40rem) { tbody th small { display: block; } }
 td.text { text-align: left; white-space: pre-wrap; min-width: 16rem; overflow-wrap: anywhere; }
 """
 
@@ -135,9 +138,10 @@ def _lede(results: pd.DataFrame) -> str:
     row, sentence = means.loc[best], f"{best} has the highest {judge} score"
     if best == start:
         return sentence + "."
+    most = "at most " if (results.loc[results["label"] == best, "kind"] == "best_of_n").all() else ""
     return (
         f"{sentence}: {row['score']:.2f}, where {start} has {means.loc[start, 'score']:.2f}. It wins "
-        f"{100 * row['win_rate']:.0f} % of pairs against {start}, {row['kl']:.1f} nats away from it."
+        f"{100 * row['win_rate']:.0f} % of pairs against {start}, {most}{row['kl']:.1f} nats away from it."
     ).replace("-", "−")
 
 
@@ -209,7 +213,7 @@ def _stages(run: Run) -> str:
         '<section id="stages"><h2>Stages, times and configs</h2><div class="scroll"><table><thead><tr><th>stage</th>'
         "<th>kind</th><th>seed</th><th>wall time</th><th></th></tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table></div>"
-        f'<p class="note">{total:.0f} s in all.</p>{"".join(configs)}</section>'
+        f'<p class="note">{total:.0f} s in all.</p><h3>Configs</h3>{"".join(configs)}</section>'
     )
 
 
@@ -252,7 +256,7 @@ def svg(figure: Figure, name: str) -> str:
     """A figure as an inline SVG: text one can select, colours that follow the page, ids that no other figure has."""
     buffer = io.StringIO()
     with style.context():
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.DOTALL)

@@ -24,6 +24,9 @@ COLORS = {
 }
 OTHER = "#4d5561"
 
+# For stages of one kind in one panel, the gentlest first.
+SHADES = ("#6aaede", "#3f8fcb", "#1c6fb0", "#0a528c", "#063a67", "#02213f")
+
 # The same on a dark page, for figures that are drawn as SVG.
 DARK = {
     INK: "#e6edf3",
@@ -36,6 +39,7 @@ DARK = {
     "#00875f": "#35c296",
     "#0072b2": "#5eb1ea",
     "#c24e00": "#ff9454",
+    **dict(zip(SHADES, ("#4a7fae", "#4f8fc4", "#5a9fd6", "#7fb9e8", "#a9d2f3", "#d5eafb"), strict=True)),
 }
 
 RC: dict[str, Any] = {
@@ -85,9 +89,22 @@ def panels(count: int, height: float, **kwargs: Any) -> tuple[Figure, list[Axes]
     return figure, list(axes)
 
 
+def shades(count: int, own: str) -> list[str]:
+    """Colours for `count` lines of one kind: its own for one, else shades from light to dark."""
+    if count == 1:
+        return [own]
+    return [SHADES[round(i * (len(SHADES) - 1) / (count - 1))] for i in range(count)]
+
+
 def context() -> Any:
     """The style, for the length of a `with`."""
     return matplotlib.rc_context(RC)
+
+
+def settle(figure: Figure) -> None:
+    """Lays a figure out, once and for all: every drawing after this one is quicker."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
 
 
 class EndLabel(NamedTuple):
@@ -96,7 +113,6 @@ class EndLabel(NamedTuple):
     y: float
     text: str
     color: str
-    alpha: float = 1.0
 
 
 def label_ends(axes: Axes, labels: Sequence[EndLabel], *, gap: float = 0.085) -> None:
@@ -110,11 +126,10 @@ def label_ends(axes: Axes, labels: Sequence[EndLabel], *, gap: float = 0.085) ->
     wanted = [(label.y - low) / (high - low) for label in ordered]
     for label, height in zip(ordered, spread(wanted, gap), strict=True):
         axes.text(
-            1.02,
+            1.03,
             height,
             label.text,
             color=label.color,
-            alpha=max(label.alpha, 0.75),
             transform=axes.transAxes,
             va="center",
             ha="left",
@@ -158,10 +173,11 @@ def label_points(
 
     Args: obstacles are data coordinates that should stay visible. Fixes the figure's layout.
     """
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")
+    settle(figure)
     renderer = FigureCanvasAgg(figure).get_renderer()
-    blocked = axes.transData.transform(np.array([*obstacles, *((label.x, label.y) for label in labels)]))
+    points = axes.transData.transform(np.array([(label.x, label.y) for label in labels]))
+    marks = [points + corner for corner in ((-5, -5), (-5, 5), (5, -5), (5, 5))]
+    blocked = np.concatenate([axes.transData.transform(np.array(obstacles).reshape(-1, 2)), *marks])
     taken: list[Bbox] = []
     for label in labels:
         text = axes.annotate(
@@ -195,4 +211,4 @@ def _put(text: Any, offset: tuple[int, int]) -> None:
 
 def _inside(box: Bbox, axes: Axes) -> bool:
     frame, page = axes.bbox, axes.figure.bbox
-    return box.x0 >= frame.x0 and box.x1 <= page.x1 and box.y0 >= frame.y0 and box.y1 <= page.y1
+    return bool(box.x0 >= frame.x0 and box.x1 <= page.x1 and box.y0 >= frame.y0 and box.y1 <= page.y1)

@@ -10,6 +10,8 @@ import numpy as np
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
 from rlhf_jax.models.transformer import ModelConfig
+from rlhf_jax.rewards import tfidf_ridge
+from rlhf_jax.rewards.tfidf_ridge import TfidfRidgeConfig
 from rlhf_jax.runtime.checkpoints import Checkpoints, TrainState
 from rlhf_jax.runtime.files import write_json, write_rows
 from rlhf_jax.runtime.workdir import Identity, Workdir
@@ -105,6 +107,23 @@ def result_row(method: str, seed: int, gold: float | None, reward: float, kl: fl
     }
 
 
+def write_gold(root: Path) -> None:
+    """A judge that likes `fine`."""
+    directory = write_stage(root, "gold", {"kind": "gold"}, summary={"correlation": 0.7})
+    texts = ["a fine film", "fine", "it is", "it is a film"]
+    tfidf_ridge.fit(TfidfRidgeConfig(1.0, 1), texts, [2.0, 3.0, -1.0, 0.0]).save(directory / "judge.joblib")
+
+
+def write_all(root: Path, *, gold: bool = True, seeds: int = 1, text: str = "a fine film") -> Path:
+    """A complete experiment."""
+    if gold:
+        write_gold(root)
+    write_training(root, seeds=seeds)
+    write_best_of_n(root, gold=gold)
+    write_evaluate(root, gold=gold, seeds=seeds, text=text)
+    return root
+
+
 def write_training(root: Path, *, seeds: int = 1) -> None:
     """sft, preferences, reward_model, two DPOs and PPO."""
     sft = metric_rows({"loss": (6, 4), "eval/loss": (6, 4.5), "mean_token_accuracy": (0, 0.3)})
@@ -147,7 +166,9 @@ def write_best_of_n(root: Path, *, gold: bool) -> None:
     write_stage(root, "best_of_n", section, inputs=("sft", "reward_model"), files={"curve.jsonl": rows})
 
 
-def write_evaluate(root: Path, *, gold: bool, seeds: int = 1, text: str = "a fine film") -> None:
+def write_evaluate(
+    root: Path, *, gold: bool, seeds: int = 1, text: str = "a fine film", elsewhere: Path | None = None
+) -> None:
     """The evaluation, with scores that rise by method; `text` is what every answer says."""
     methods = [("sft", 0), ("best_of_16", 0), *((name, 0) for name in BETAS), *(("ppo", seed) for seed in range(seeds))]
     results, samples = [], []
@@ -174,6 +195,7 @@ def write_evaluate(root: Path, *, gold: bool, seeds: int = 1, text: str = "a fin
         inputs=("sft", *BETAS, "ppo", "reward_model"),
         files={"results.jsonl": results, "selection.jsonl": results, "samples.jsonl": samples},
         summary={"selected": {"sft": "sft", "dpo": "dpo_01", "ppo": "ppo"}, "judge": "gold"},
+        elsewhere=elsewhere,
     )
 
 

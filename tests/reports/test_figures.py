@@ -1,0 +1,201 @@
+import itertools
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Annotation
+
+from rlhf_jax.reports import figures, report
+from rlhf_jax.reports.run import Run
+from rlhf_jax.reports.style import spread
+from tests.reports import workdirs
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return Run(workdirs.write_all(tmp_path_factory.mktemp("run"), seeds=2))
+
+
+@pytest.fixture(scope="module")
+def drawn(run):
+    return report.draw(run)
+
+
+def lines(axes):
+    return [np.column_stack([line.get_xdata(), line.get_ydata()]) for line in axes.lines]
+
+
+def has_line(axes, xs, ys):
+    wanted = np.column_stack([xs, ys]).astype(float)
+    return any(found.shape == wanted.shape and np.allclose(found, wanted) for found in lines(axes))
+
+
+def has_point(axes, x, y):
+    return any(np.allclose(found, [[x, y]]) for found in lines(axes) if len(found) == 1)
+
+
+def texts(axes):
+    return [text.get_text() for text in axes.texts if text.get_text()]
+
+
+def boxes(figure, axes):
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    return [text.get_window_extent(renderer) for text in axes.texts if text.get_text()]
+
+
+def test_every_figure_that_the_data_allow_is_drawn(drawn):
+    learning = [f"learning_{kind}" for kind in ("sft", "reward_model", "dpo", "ppo")]
+    assert list(drawn) == ["frontier", "win_rates", "best_of_n", *learning]
+
+
+def test_the_frontier_shows_every_method_where_its_results_lie(run, drawn):
+    axes = drawn["frontier"].axes[0]
+    results = run.results()
+    for method in ("sft", "best_of_16", "dpo_1", "dpo_01"):
+        row = results.set_index("method").loc[method]
+        assert has_point(axes, row["kl"], row["gold_score"]), method
+    ppo = results[results["method"] == "ppo"]
+    assert has_point(axes, ppo["kl"].mean(), ppo["gold_score"].mean()), "the mean over PPO's seeds"
+    assert all(has_point(axes, row["kl"], row["gold_score"]) for _, row in ppo.iterrows())
+    assert {"SFT", "Best of 16", "DPO β = 1", "DPO β = 0.1", "PPO", "best of 16"} == set(texts(axes))
+    assert "nats" in axes.get_xlabel() and "gold" in axes.get_ylabel()
+
+
+def test_error_bars_are_one_standard_error_long(run, drawn):
+    dpo = run.results().set_index("method").loc["dpo_1"]
+    segments = [segment for bars in drawn["frontier"].axes[0].collections for segment in _segments(bars)]
+    low, high = dpo["gold_score"] - dpo["gold_se"], dpo["gold_score"] + dpo["gold_se"]
+    assert any(np.allclose(segment, [[dpo["kl"], low], [dpo["kl"], high]]) for segment in segments)
+    low, high = dpo["kl"] - dpo["kl_se"], dpo["kl"] + dpo["kl_se"]
+    assert any(np.allclose(segment, [[low, dpo["gold_score"]], [high, dpo["gold_score"]]]) for segment in segments)
+
+
+def _segments(collection):
+    return collection.get_segments() if hasattr(collection, "get_segments") else []
+
+
+def test_the_frontier_joins_dpo_by_beta_and_leads_ppos_path_to_its_point(run, drawn):
+    axes, results = drawn["frontier"].axes[0], run.results().set_index("method")
+    dpo = results.loc[["dpo_1", "dpo_01"]]
+    assert has_line(axes, dpo["kl"], dpo["gold_score"])
+    curve = run.best_of_n_curve("best_of_n")
+    assert has_line(axes, curve["kl"], curve["gold"])
+    judge = run.load_judge()
+    assert judge is not None
+    kl = run.samples("ppo").groupby("step")["kl"].mean().to_list()
+    scores = [judge.score([f"p{step} it is"])[0] for step in (1, 20, 40)]
+    assert has_line(axes, kl, scores)
+    end = results.loc["ppo"][["kl", "gold_score"]].mean()
+    assert has_line(axes, trend(kl, end["kl"]), trend(scores, end["gold_score"]))
+
+
+def trend(values, end):
+    """The means of three, from the first value of three and on to the end."""
+    a, b, c = values
+    return [a, (a + b + c) / 3, (b + c) / 2, end]
+
+
+def test_the_names_on_the_frontier_neither_touch_nor_leave_the_figure(drawn):
+    figure = drawn["frontier"]
+    found = boxes(figure, figure.axes[0])
+    assert len(found) == 6
+    for i, box in enumerate(found):
+        assert not any(box.overlaps(other) for other in found[:i])
+        assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y0 >= 0 and box.y1 <= figure.bbox.y1
+
+
+def test_without_a_judge_the_reward_model_scores_the_frontier(tmp_path):
+    run = Run(workdirs.write_all(tmp_path, gold=False))
+    axes = report.draw(run)["frontier"].axes[0]
+    results = run.results().set_index("method")
+    assert has_point(axes, results["kl"]["ppo"], results["reward_score"]["ppo"])
+    assert "reward model" in axes.get_ylabel()
+    path, end = run.samples("ppo").groupby("step")[["kl", "score"]].mean(), results.loc["ppo"]
+    assert has_line(axes, trend(path["kl"], end["kl"]), trend(path["score"], end["reward_score"]))
+
+
+def test_best_of_n_is_measured_in_deviations_of_sft_from_its_first_point(run, drawn):
+    axes, curve = drawn["best_of_n"].axes[0], run.best_of_n_curve("best_of_n")
+    answers = run.samples("evaluate")
+    answers = answers[answers["method"] == "sft"]
+    for score, column in (("proxy", "score"), ("gold", "gold")):
+        gain = (curve[score] - curve[score][0]) / answers[column].std()
+        assert has_line(axes, np.sqrt(curve["kl"]), gain), score
+    assert len(axes.collections) == 2, "a band each"
+    top = axes.collections[1].get_paths()[0].vertices[:, 1]
+    width = curve["gold_se"].iloc[-1] / answers["gold"].std()
+    assert math.isclose(top.max(), (curve["gold"].iloc[-1] - curve["gold"][0]) / answers["gold"].std() + width)
+
+
+def test_best_of_n_without_deviations_gives_each_score_its_own_scale(run):
+    curve = run.best_of_n_curve("best_of_n")
+    proxy, gold = figures.best_of_n(curve, None).axes[:2]
+    assert has_line(proxy, np.sqrt(curve["kl"]), curve["proxy"] - curve["proxy"][0])
+    assert has_line(gold, np.sqrt(curve["kl"]), curve["gold"] - curve["gold"][0])
+
+
+def test_learning_curves_end_where_training_does_and_show_every_held_out_value(run, drawn):
+    loss = drawn["learning_sft"].axes[0]
+    metrics = run.metrics("sft")
+    held_out = metrics.dropna(subset="eval/loss")
+    assert has_line(loss, metrics["step"], metrics["loss"])
+    assert has_line(loss, held_out["step"], held_out["eval/loss"])
+    assert texts(loss) == ["train", "held out"]
+    assert set(texts(drawn["learning_dpo"].axes[2])) == {"β = 1", "β = 0.1"}
+
+
+def test_several_seeds_show_as_their_mean_and_a_band_of_one_deviation(run, drawn):
+    axes = drawn["learning_ppo"].axes[1]
+    kl = run.metrics("ppo").pivot(index="step", columns="seed", values="objective/kl")
+    window = figures.trend_window(len(kl), alone=True)
+    smooth = kl.rolling(window, center=True, min_periods=1).mean()
+    assert has_line(axes, smooth.index, smooth.mean(axis=1))
+    (band,) = axes.collections
+    height = band.get_paths()[0].vertices[:, 1]
+    top = smooth.mean(axis=1) + smooth.std(axis=1)
+    assert math.isclose(height.max(), top.max(), rel_tol=1e-6)
+
+
+def test_win_rates_lie_on_their_intervals_one_line_a_seed(run, drawn):
+    axes, results = drawn["win_rates"].axes[0], run.results()
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert names == ["Best of 16", "DPO β = 1", "DPO β = 0.1", "PPO, seed 0", "PPO, seed 1"]
+    for line, (_, row) in enumerate(results[results["method"] != "sft"].iterrows()):
+        assert has_point(axes, 100 * row["win_rate"], line)
+        assert has_line(axes, [100 * row["win_low"], 100 * row["win_high"]], [line, line])
+    assert axes.get_xlim()[0] < 50 < axes.get_xlim()[1]
+    assert sum(isinstance(text, Annotation) and "[" in text.get_text() for text in axes.texts) == 5
+
+
+def test_a_name_with_dollars_is_no_formula(run):
+    table = run.metrics("sft")
+    figure = figures.learning_curves("sft", {"a $x_$": table, "b": table})
+    figure.canvas.draw()
+    assert "a $x_$ train" in texts(figure.axes[0])
+
+
+def test_one_step_is_enough_to_draw(tmp_path):
+    rows = workdirs.metric_rows({"loss": (2, 1)}, steps=1)
+    workdirs.write_stage(tmp_path, "sft", {"kind": "sft"}, files={"metrics.jsonl": rows}, complete=False)
+    workdirs.write_stage(tmp_path, "ppo", {"kind": "ppo"}, files={"metrics.jsonl": []}, complete=False)
+    drawn = report.draw(Run(tmp_path))
+    assert list(drawn) == ["learning_sft"]
+    drawn["learning_sft"].canvas.draw()
+
+
+@pytest.mark.parametrize("wanted", [[0.1, 0.1, 0.1], [0.0, 0.5, 0.52, 0.53, 1.0], [0.4], []])
+def test_labels_are_spread_in_order_with_the_gap_between_them_and_no_further_than_needed(wanted):
+    placed = spread(wanted, 0.1)
+    assert all(b - a >= 0.1 - 1e-9 for a, b in itertools.pairwise(placed))
+    assert math.isclose(sum(placed), sum(wanted), abs_tol=1e-9), "least squares keeps the mean of each cluster"
+    if len(wanted) == 5:
+        assert placed[0] == 0.0 and placed[-1] == 1.0, "what had room has not moved"
+
+
+def test_a_frontier_of_the_reference_alone_is_drawn():
+    points = pd.DataFrame([{"kind": "sft", "label": "SFT", "kl": 0.0, "kl_se": 0.0, "score": 0.1, "score_se": 0.05}])
+    figure = figures.frontier(points, None, {}, score="score", start="SFT")
+    figure.canvas.draw()
+    assert has_point(figure.axes[0], 0.0, 0.1)

@@ -1,0 +1,98 @@
+import csv
+import io
+
+import pandas as pd
+import pytest
+from rich.console import Console
+
+from rlhf_jax.reports import table
+from rlhf_jax.reports.report import print_summary
+from rlhf_jax.reports.run import Run
+from tests.reports import workdirs
+
+# As the issue that asked for the table wrote them.
+ISSUE = """method, seed, n_prompts, gold_score, gold_se, win_rate, win_low, win_high, reward_score, kl, kl_se, length,
+vader, distinct_2, seconds"""
+COLUMNS = [name.strip() for name in ISSUE.split(",")]
+
+
+def shown(run: Run, width: int = 100) -> str:
+    console = Console(width=width, file=io.StringIO(), force_terminal=False)
+    print_summary(run, console)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return Run(workdirs.write_all(tmp_path_factory.mktemp("run")))
+
+
+@pytest.fixture(scope="module")
+def seeds(tmp_path_factory):
+    return Run(workdirs.write_all(tmp_path_factory.mktemp("seeds"), gold=False, seeds=2, text=workdirs.EVIL))
+
+
+def test_the_csv_has_exactly_the_agreed_columns_and_empty_cells_for_what_was_not_measured(run, seeds, tmp_path):
+    for one, gold in ((run, True), (seeds, False)):
+        table.write_csv(one.results(), tmp_path / "results.csv")
+        with (tmp_path / "results.csv").open(newline="") as file:
+            header, *rows = csv.reader(file)
+        assert header == COLUMNS
+        assert [row[0] for row in rows][:4] == ["sft", "best_of_16", "dpo_1", "dpo_01"]
+        best_of_16 = dict(zip(header, rows[1], strict=True))
+        assert best_of_16["seconds"] == ""
+        assert (best_of_16["gold_score"] == "") is not gold
+        back = pd.read_csv(tmp_path / "results.csv")
+        pd.testing.assert_frame_equal(back, one.results()[COLUMNS], check_dtype=False)
+
+
+def test_the_table_says_what_the_results_say_and_marks_what_was_selected(run):
+    rows = {name: dict(zip([c.name for c in table.COLUMNS], cells, strict=True)) for name, *cells in table.cells(run)}
+    assert list(rows) == ["sft", "best_of_16", "dpo_1", "dpo_01 *", "ppo"]
+    results = run.results().set_index("method")
+    dpo = results.loc["dpo_01"]
+    assert rows["dpo_01 *"]["gold_score"] == f"{dpo['gold_score']:.2f} ± 0.05"
+    assert rows["dpo_01 *"]["win_rate"] == "61 [51, 71]"
+    assert rows["dpo_01 *"]["kl"] == "2.40 ± 0.02"
+    assert rows["best_of_16"]["kl"] == "0.80", "a bound has no standard error"
+    assert rows["best_of_16"]["seconds"] == "–"
+    assert rows["sft"]["win_rate"] == "–", "it is what the others are compared with"
+
+
+def test_with_seeds_the_table_shows_their_mean_and_spread(seeds):
+    rows = {name: cells for name, *cells in table.cells(seeds)}
+    results = seeds.results()
+    reward = results[results["method"] == "ppo"]["reward_score"]
+    assert rows["ppo"][2] == f"{reward.mean():.2f} ± {reward.std():.2f}"
+    assert rows["ppo"][0] == "–"
+    assert "2 seeds" in " ".join(table.notes(seeds)) and "No gold judge" in " ".join(table.notes(seeds))
+
+
+@pytest.mark.parametrize("name", ["run", "seeds"])
+def test_a_terminal_of_100_columns_shows_everything(name, request):
+    run = request.getfixturevalue(name)
+    text = shown(run)
+    assert max(map(len, text.splitlines())) <= 100
+    for row in table.cells(run):
+        line = next(line for line in text.splitlines() if line.split("  ")[0].strip() == row[0] and row[-2] in line)
+        assert all(cell in line for cell in row), "no cell is cut or wrapped"
+
+
+def test_five_prompts_stand_with_every_methods_answer_and_its_score(run):
+    text = shown(run)
+    for prompt in range(5):
+        for method in ("sft", "best_of_16", "dpo_1", "dpo_01", "ppo"):
+            assert f"… a fine film ({method} {prompt})" in text
+    assert "(sft 5)" not in text
+    ppo = next(line for line in text.splitlines() if "(ppo 3)" in line)
+    assert ppo.split()[-1] == "2.00", "the gold score of that answer"
+
+
+def test_what_a_model_says_cannot_steer_the_terminal(seeds):
+    assert "\u202e" not in shown(seeds)
+    assert table.printable("a\x1b[31m\nb\u200bc") == "a·[31m↵b·c"
+
+
+def test_without_an_evaluation_the_summary_says_so(tmp_path):
+    workdirs.write_training(tmp_path)
+    assert "no evaluation to show yet" in shown(Run(tmp_path))

@@ -86,7 +86,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         if dataclasses.is_dataclass(arm) and isinstance(value, (Mapping, ConfigDict)):
             return build(arm, value, path)
     if not _matches(hint, value):
-        raise RlhfError(f"{path} = {value!r} should be {describe(hint)}.")
+        raise RlhfError(f"{path} = {value!r} should be {describe(hint)}: set it with --{path}=....")
     return _cast(hint, value)
 
 

@@ -65,19 +65,22 @@ class Experiment:
 
 
 def parse(config: ConfigDict) -> Experiment:
-    """The experiment that a ConfigDict describes. Raises RlhfError naming the first key that is wrong."""
+    """The experiment that a ConfigDict describes. Raises RlhfError naming the first key that is wrong.
+
+    Sections of stages that `config.stages` leaves out are checked all the same.
+    """
     for key in COMMON:
         if key not in config:
             raise RlhfError(f"config.{key} is missing")
     common = configs.build(_Common, {key: config[key] for key in COMMON}, "config")
     if common.seeds < 1:
         raise RlhfError(f"config.seeds = {common.seeds} must be at least 1")
-    for key in config:
-        if key not in COMMON and key not in common.stages:
-            raise RlhfError(f"config.{key} is the section of no stage: add {key!r} to config.stages, or delete it")
+    sections = {name: _parse_stage(name, config) for name in config if name not in COMMON}
     stages: dict[str, Any] = {}
     for name in common.stages:
-        stages[name] = _parse_stage(name, config)
+        if name not in sections:
+            raise RlhfError(f"config.stages names {name!r}, which has no section config.{name}")
+        stages[name] = sections[name]
         for input in configs.input_stages(stages[name]):
             if input not in stages:
                 raise RlhfError(
@@ -136,9 +139,8 @@ class _Common:
 
 
 def _parse_stage(name: str, config: ConfigDict) -> Any:
-    if name not in config:
-        raise RlhfError(f"config.stages names {name!r}, which has no section config.{name}")
-    kind = config[name].get("kind")
+    section = config[name]
+    kind = section.get("kind") if isinstance(section, ConfigDict) else None
     if kind not in KINDS:
         raise RlhfError(f"config.{name}.kind = {kind!r} should be one of {', '.join(KINDS)}")
     return configs.build(KINDS[kind][0], config[name], f"config.{name}")

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import runpy
 import sys
 import traceback
 from collections.abc import Callable
@@ -65,10 +66,10 @@ def main(argv: list[str]) -> int:
 def run_verb(arguments: list[str]) -> None:
     """Runs an experiment and reports on it."""
     config, options = parse_run_flags(arguments)
-    workdir = Workdir(Path(str(options["workdir"])), Path(options["inputs"]) if options["inputs"] else None)
+    workdir = Workdir(options.workdir, options.inputs)
     console = Console(width=None if sys.stdout.isatty() else 120)
-    worked = experiment.run(experiment.parse(config), workdir, options["stage"], console)
-    if options["stage"]:
+    worked = experiment.run(experiment.parse(config), workdir, options.stage, console)
+    if options.stage:
         console.print(f"Stage {options['stage']}: {workdir.find(options['stage'])}")
         return
     if worked or not is_current(workdir.root):
@@ -111,25 +112,42 @@ def sample_verb(arguments: list[str]) -> None:
 VERBS: dict[str, Callable[[list[str]], None]] = {"run": run_verb, "fetch": fetch_verb, "sample": sample_verb}
 
 
-def parse_run_flags(arguments: list[str]) -> tuple[ConfigDict, dict[str, str | None]]:
-    """The config with its overrides, and the other flags. Raises RlhfError for what absl and ml_collections refuse."""
+def parse_run_flags(arguments: list[str]) -> tuple[ConfigDict, argparse.Namespace]:
+    """The config with its overrides, and the other flags. Raises RlhfError for whatever cannot be read."""
+    parser = _Parser(prog="rlhf-jax run", allow_abbrev=False, add_help=False)
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--workdir", type=Path, required=True)
+    parser.add_argument("--inputs", type=Path)
+    parser.add_argument("--stage")
+    options, overrides = parser.parse_known_args(arguments)
+    config = load_config(options.config)
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "an experiment's file", flag_values=values)
-    for name in ("workdir", "stage", "inputs"):
-        flags.DEFINE_string(name, None, name, flag_values=values)
-    file = next((argument.split("=", 1)[1] for argument in arguments if argument.startswith("--config=")), None)
-    if file is not None and not os.path.exists(file.split(":")[0]):
-        raise RlhfError(f"--config={file}: there is no file {file.split(':')[0]}")
+    argv = ["rlhf-jax", *overrides]
     try:
-        rest = values(["rlhf-jax", *arguments])[1:]
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise RlhfError(f"the flags cannot be read: {' '.join(str(error).split())}") from error
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+        rest = values(argv)[1:]
+    except (AttributeError, KeyError) as error:  # ml_collections gives the key, and perhaps a suggestion, in quotes
+        reason = " ".join(str(error.args[0]).split()).strip("'\"")
+        raise RlhfError(f"{' '.join(overrides)}: the config has no key {reason}") from error
+    except (flags.Error, TypeError, ValueError) as error:
+        raise RlhfError(f"{' '.join(overrides)}: {' '.join(str(error).split())}") from error
     if rest:
         raise RlhfError(f"{rest[0]!r} is not a flag: write --NAME=VALUE")
-    config, workdir = values["config"].value, values["workdir"].value
-    if config is None or workdir is None:
-        raise RlhfError(f"--{'config' if config is None else 'workdir'}=... is missing")
-    return config, {name: values[name].value for name in ("workdir", "stage", "inputs")}
+    return config, options
+
+
+def load_config(argument: str) -> ConfigDict:
+    """What `get_config` of FILE, or FILE:ARG, returns. Raises RlhfError naming the file."""
+    file, *variant = argument.split(":", 1)
+    if not os.path.isfile(file):
+        raise RlhfError(f"--config={argument}: there is no file {file}")
+    try:
+        config = runpy.run_path(file)["get_config"](*variant)
+    except Exception as error:  # the file is the user's code
+        raise RlhfError(f"--config={argument}: {type(error).__name__}: {error}") from error
+    if not isinstance(config, ConfigDict):
+        raise RlhfError(f"--config={argument}: get_config() returned a {type(config).__name__}, not a ConfigDict")
+    return config
 
 
 class _Parser(argparse.ArgumentParser):

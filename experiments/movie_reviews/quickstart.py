@@ -1,6 +1,6 @@
 """Which methods improve on SFT, by a gold judge of movie reviews?"""
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 DPO_BETAS = {"dpo_1": 1.0, "dpo_03": 0.3, "dpo_01": 0.1, "dpo_005": 0.05}
 
@@ -16,7 +16,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "train": "tfds:movie_reviews/train",
             "eval": "tfds:movie_reviews/validation",
             "test": "tfds:movie_reviews/test",
-            "limit": None,
+            "limit": config_dict.placeholder(int),
             "text_prompt_tokens": (2, 5),
             "max_prompt_tokens": 6,
             "max_response_tokens": 24,
@@ -53,7 +53,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "kind": "reward_model",
             "policy": "sft",
             "preferences": "preferences",
-            "init": None,
+            "init": config_dict.placeholder(str),
             "model": model(d_model=64, n_layers=1),
             "pooling": "mean",
             "optimizer": adamw(3e-3, schedule="cosine", warmup_steps=20, weight_decay=0.1),

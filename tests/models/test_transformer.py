@@ -263,8 +263,10 @@ def library_promotes(monkeypatch):
 @pytest.mark.usefixtures("library_promotes")
 @pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
 def test_bfloat16_computes_near_float32_and_reduces_in_float32(param_dtype):
-    network = PolicyNetwork(config(param_dtype=param_dtype, compute_dtype="bfloat16"), VOCAB, SUPPRESSED)
-    params = jax.tree.map(lambda leaf: leaf.astype(param_dtype), PARAMS)
+    exact_network = PolicyNetwork(config(n_layers=1), VOCAB, SUPPRESSED)
+    shape = config(n_layers=1, param_dtype=param_dtype, compute_dtype="bfloat16")
+    network = PolicyNetwork(shape, VOCAB, SUPPRESSED)
+    params = jax.tree.map(lambda leaf: leaf.astype(param_dtype), random_params(exact_network))
     drawn = jax.eval_shape(network.init, jax.random.key(0))
     assert {leaf.dtype for leaf in jax.tree.leaves(drawn)} == {jnp.dtype(param_dtype)}
     rollout = uneven_rollout()
@@ -273,11 +275,13 @@ def test_bfloat16_computes_near_float32_and_reduces_in_float32(param_dtype):
         stats = network.response_stats(params, rollout, temperature=0.7)
         return jnp.sum(jnp.where(rollout.response_mask, stats.logprobs, 0)), stats
 
-    (_, stats), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, rollout)
+    _, stats = jax.jit(loss)(params, rollout)
     assert stats.logprobs.dtype == stats.entropy.dtype == jnp.float32
+    grads, _ = promoting(jax.jit(jax.grad(loss, has_aux=True)))(params, rollout)  # attention's is the library's
     for grad, param in zip(jax.tree.leaves(grads), jax.tree.leaves(params), strict=True):
         assert grad.dtype == param.dtype and jnp.all(jnp.isfinite(grad)) and jnp.any(grad != 0)
-    exact = jax.jit(lambda p, r: POLICY.response_stats(p, r, temperature=0.7))(PARAMS, rollout)
+    exact_stats = jax.jit(lambda p, r: exact_network.response_stats(p, r, temperature=0.7))
+    exact = exact_stats(random_params(exact_network), rollout)
     difference = np.abs(np.asarray(stats.logprobs - exact.logprobs))[rollout.response_mask]
     assert 0 < difference.max() < 0.3
 

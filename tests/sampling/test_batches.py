@@ -1,0 +1,114 @@
+"""Any number of rows through functions of fixed batches: the batch size changes nothing."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.models.policy import PolicyNetwork
+from rlhf_jax.models.scalars import ScalarNetwork
+from rlhf_jax.sampling import batches
+from rlhf_jax.sampling.generate import generate
+from rlhf_jax.types import PreferenceBatch, PromptBatch, Rollout, TokenBatch
+from tests.models.cases import EOS, SUPPRESSED, config, padded, random_params
+
+VOCAB, SHAPE = 12, config(n_layers=1)
+POLICY = PolicyNetwork(SHAPE, VOCAB, SUPPRESSED)
+PARAMS, OTHER = random_params(POLICY), random_params(POLICY, 1)
+ROWS, LIMIT = 7, 5
+SETTINGS = {"max_new_tokens": LIMIT, "temperature": 0.9, "eos_id": EOS}
+
+
+def draw(seed=0, rows=ROWS):
+    """Rows of three prompt tokens and five of response, of which any number is padding."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(4, VOCAB, (rows, 8)).astype(np.int32)
+    prompt_lengths, lengths = rng.integers(1, 4, rows), rng.integers(1, LIMIT + 1, rows)
+    prompt_mask = np.arange(3)[::-1] < prompt_lengths[:, None]
+    mask = np.arange(LIMIT) < lengths[:, None]
+    tokens[np.arange(rows), 2 + lengths] = EOS
+    return Rollout(tokens[:, :3], prompt_mask, tokens[:, 3:], mask)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, ROWS, 10])
+def test_map_batches_gives_every_row_once_and_in_order(batch_size):
+    seen = []
+
+    def function(batch):
+        seen.append(batch["x"])
+        return {"double": jnp.asarray(2 * batch["x"]), "sum": (jnp.asarray(batch["x"].sum(axis=1) + batch["y"]),)}
+
+    x, y = np.arange(ROWS * 2).reshape(ROWS, 2).astype(np.int32), np.arange(ROWS, dtype=np.int32)
+    result = batches.map_batches(function, {"x": x, "y": y}, batch_size)
+    np.testing.assert_array_equal(result["double"], 2 * x)
+    np.testing.assert_array_equal(result["sum"][0], x.sum(axis=1) + y)
+    assert isinstance(result["double"], np.ndarray)
+    assert [len(batch) for batch in seen] == [batch_size] * -(-ROWS // batch_size)  # one shape, compiled once
+    assert np.all(seen[-1][(ROWS - 1) % batch_size :] == x[-1])
+
+
+def sample_all(batch_size, samples=3, seed=0):
+    prompts = padded([np.array(text, np.int32) for text in ([5, 6], [7], [8, 9, 10])], [1, 2, 0], 3)
+    key = jax.random.key(seed)
+    return batches.sample_all(POLICY, PARAMS, prompts, key, samples=samples, batch_size=batch_size, **SETTINGS)
+
+
+def test_samples_are_grouped_by_prompt_and_drawn_by_their_number_whatever_the_batch_size():
+    rollout = sample_all(batch_size=4)
+    assert rollout.response.shape == (9, LIMIT) and isinstance(rollout.response, np.ndarray)
+    np.testing.assert_array_equal(rollout.prompt[:, -1], [6, 6, 6, 7, 7, 7, 10, 10, 10])
+    jax.tree.map(np.testing.assert_array_equal, sample_all(batch_size=9), rollout)
+    prompts = PromptBatch(*map(jnp.asarray, (rollout.prompt, rollout.prompt_mask, np.arange(9, dtype=np.int32))))
+    at_once = jax.jit(functools.partial(generate, POLICY, **SETTINGS, loop_axes=()))
+    jax.tree.map(np.testing.assert_array_equal, at_once(PARAMS, prompts, jax.random.key(0)), rollout)
+    for group in np.split(rollout.response, 3):
+        assert len(np.unique(group, axis=0)) > 1
+    assert np.any(sample_all(batch_size=4, seed=1).response != rollout.response)
+
+
+def test_sequence_kl_is_the_sum_over_the_response_of_the_difference_of_logprobs():
+    rollout, temperature = draw(), 0.8
+    got = batches.sequence_kl(POLICY, PARAMS, (POLICY, OTHER), rollout, batch_size=3, temperature=temperature)
+    stats = jax.jit(lambda params: POLICY.response_stats(params, as_jax(rollout), temperature=temperature).logprobs)
+    own, reference = (np.asarray(stats(params), np.float64) for params in (PARAMS, OTHER))
+    for row in range(ROWS):
+        length = rollout.response_mask[row].sum()
+        assert rollout.response[row, length - 1] == EOS
+        expected = sum(own[row, t] - reference[row, t] for t in range(length))
+        np.testing.assert_allclose(got[row], expected, rtol=1e-4, atol=1e-5)
+    assert got.dtype == np.float32 and np.std(got) > 0.1
+    itself = batches.sequence_kl(POLICY, PARAMS, (POLICY, PARAMS), rollout, batch_size=3, temperature=temperature)
+    np.testing.assert_array_equal(itself, 0)
+
+
+def test_sequence_kl_is_not_changed_by_padding():
+    rollout = draw()
+    filled = rollout._replace(response=np.where(rollout.response_mask, rollout.response, 11).astype(np.int32))
+    kl, other = (
+        batches.sequence_kl(POLICY, PARAMS, (POLICY, OTHER), x, batch_size=3, temperature=0.8)
+        for x in (rollout, filled)
+    )
+    np.testing.assert_array_equal(kl, other)
+
+
+def as_jax(batch):
+    return type(batch)(*map(jnp.asarray, batch))
+
+
+def test_scores_statistics_and_pairs_are_those_of_the_networks():
+    rollout, other = draw(), draw(1)
+    network = ScalarNetwork(SHAPE, VOCAB, "last")
+    params = random_params(network)
+    pairs = PreferenceBatch(*rollout, *other[2:])
+    sequences = TokenBatch(rollout.response, rollout.response_mask, rollout.response_mask)
+    cases = [
+        (batches.score_all(network, params, rollout, 3), network.scores, params, rollout),
+        (batches.sequence_stats_all(POLICY, PARAMS, sequences, 3), POLICY.sequence_stats, PARAMS, sequences),
+        (batches.pair_logprobs_all(POLICY, PARAMS, pairs, 3), POLICY.pair_logprobs, PARAMS, pairs),
+    ]
+    for got, function, parameters, data in cases:
+        expected = jax.jit(function)(parameters, as_jax(data))
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)

@@ -146,6 +146,8 @@ def frontier(
             seen += _along(curve["kl"], curve["score"])
         seen += _line_of_means(ax, points[points["kind"] == "dpo"], COLORS["dpo"])
         labels = _method_points(ax, points) + labels
+        for _, row in points.iterrows():
+            seen += _along([row["kl"]] * 2, [row["score"] - row["score_se"], row["score"] + row["score_se"]])
         ax.set_xlabel(f"KL from {start} (nats a response; square-root scale)")
         ax.set_ylabel(score)
         _nats_ticks(ax, max(x for x, _ in [*seen, *zip(points["kl"], points["score"], strict=True)]))

@@ -17,6 +17,9 @@ from rlhf_jax.reports.run import Run
 SHOWN, FOLDED = 5, 25
 """Prompts whose answers stand open, and those behind a fold."""
 
+REPEATED = 60
+"""Characters of a prompt that is repeated before each of its answers."""
+
 CAPTIONS = {
     "frontier": (
         "Score against divergence",
@@ -77,6 +80,7 @@ figure svg { display: block; width: 100%%; min-width: 35rem; max-width: 47rem; h
 .answer p { margin: .25rem 0 0; white-space: pre-wrap; }
 .answer header { display: flex; justify-content: space-between; gap: .5rem; font-size: .8rem; color: var(--muted); }
 .answer header b { color: var(--ink); }
+h3.prose { white-space: pre-wrap; overflow-wrap: anywhere; max-width: 44rem; }
 .prompt { color: var(--muted); }
 details { border-top: 1px solid var(--rule); padding: .5rem 0; } details[open] { padding-bottom: 1rem; }
 summary { cursor: pointer; font-weight: 600; font-size: .9375rem; }
@@ -155,8 +159,9 @@ def _results(run: Run) -> str:
         cells = "".join(f"<td>{_text(value)}</td>" for value in values)
         style_class = ' class="chosen"' if chosen else ""
         rows.append(f"<tr{style_class}><th>{_text(name)} <small>{_text(label)}</small></th>{cells}</tr>")
-    head = "".join(f"<th>{_text(column.heading)}</th>" for column in table.COLUMNS)
-    meanings = "".join(f"<dt>{_text(c.heading)}</dt><dd>{_text(c.meaning)}</dd>" for c in table.COLUMNS)
+    columns = table.columns(run)
+    head = "".join(f"<th>{_text(column.heading)}</th>" for column in columns)
+    meanings = "".join(f"<dt>{_text(c.heading)}</dt><dd>{_text(c.meaning)}</dd>" for c in columns)
     return (
         '<section id="results"><h2>Results</h2><div class="scroll"><table>'
         f"<thead><tr><th>method</th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
@@ -180,16 +185,16 @@ def _answers(run: Run) -> str:
 
 
 def _answers_to(prompt: str, rows: pd.DataFrame, gold: bool) -> str:
-    cards = []
+    cards, opening = [], prompt if len(prompt) <= REPEATED else "…"
     for _, row in rows.iterrows():
         score = f"{row['gold' if gold else 'score']:.2f}".replace("-", "−")
         color = style.COLORS.get(row["kind"], style.OTHER)
         cards.append(
             f'<article class="answer" style="--color: {_variable(color)}"><header><b>{_text(row["label"])}</b>'
-            f'<span>{score}</span></header><p><span class="prompt">{_text(row["prompt"])}</span>'
+            f'<span>{score}</span></header><p><span class="prompt">{_text(opening)}</span>'
             f"{_text(row['completion'])}</p></article>"
         )
-    return f'<h3>{_text(prompt)} …</h3><div class="answers">{"".join(cards)}</div>'
+    return f'<h3 class="prose">{_text(prompt)} …</h3><div class="answers">{"".join(cards)}</div>'
 
 
 def _stages(run: Run) -> str:

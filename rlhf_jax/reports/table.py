@@ -57,16 +57,22 @@ def write_csv(results: pd.DataFrame, path: Path) -> None:
     write_text(path, results[list(RESULT_COLUMNS)].to_csv(index=False, lineterminator="\n"))
 
 
+def columns(run: Run) -> list[Column]:
+    """COLUMNS, without those that nothing was measured for."""
+    results = run.results()
+    return [column for column in COLUMNS if results[column.name].notna().any()]
+
+
 def cells(run: Run) -> list[list[str]]:
-    """The table's body as text, a row a method: its name (with * if it was selected), then COLUMNS.
+    """The table's body as text, a row a method: its name (with * if it was selected), then its `columns`.
 
     With several seeds a figure is the mean over them ± their standard deviation. A dash is what was not measured.
     """
-    results, selected = frames.comparison(run), run.selected()
+    results, selected, shown = frames.comparison(run), run.selected(), columns(run)
     rows = []
     for method, group in results.groupby("method", sort=False):
         name = f"{method} {CHOSEN}" if method in selected else str(method)
-        rows.append([name, *(_cell(group, column, bool(group["reference"].iloc[0])) for column in COLUMNS)])
+        rows.append([name, *(_cell(group, column, bool(group["reference"].iloc[0])) for column in shown)])
     return rows
 
 
@@ -89,7 +95,7 @@ def results_table(run: Run) -> Table:
     caption = Text("\n".join(notes(run)), style="dim")
     table = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left", pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("method", no_wrap=True)
-    for column in COLUMNS:
+    for column in columns(run):
         table.add_column(column.heading, justify="right", no_wrap=True)
     for name, *values in cells(run):
         table.add_row(Text(name, style="bold" if name.endswith(CHOSEN) else ""), *map(Text, values))

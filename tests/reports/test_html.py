@@ -3,6 +3,7 @@ import re
 import shutil
 import subprocess
 
+import pandas as pd
 import pytest
 
 from rlhf_jax.reports import html as page
@@ -107,6 +108,13 @@ def test_the_page_shows_results_answers_configs_and_times(plain):
     assert parsed.text.count("a fine film (ppo") == workdirs.PROMPTS
     folded = plain.read_text().split("<summary>3 more prompts</summary>")[1]
     assert "(ppo 5)" in folded and "(ppo 4)" not in folded.split("</details>")[0]
+
+
+def test_a_long_prompt_is_not_repeated_before_every_answer():
+    row = {"label": "SFT", "kind": "sft", "completion": " yes", "gold": 1.0, "score": 0.5}
+    for prompt, times in (("short", 3), ("long " * 30, 1)):
+        rows = pd.DataFrame([{**row, "prompt": prompt}] * 2)
+        assert page._answers_to(prompt, rows, gold=True).count(prompt) == times
 
 
 def test_figures_have_text_to_select_and_follow_the_page_by_day_and_night(plain):

@@ -73,6 +73,7 @@ td small, th small { color: var(--muted); font-weight: normal; }
 dl { font-size: .875rem; display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; }
 dt { font-weight: 600; } dd { margin: 0; color: var(--muted); }
 figure { margin: 1rem 0 2rem; } figcaption { margin-top: .5rem; }
+figure svg * { stroke-linejoin: round; stroke-linecap: butt; }
 figure svg { display: block; width: 100%%; min-width: 35rem; max-width: 47rem; height: auto; }
 .answers { display: grid; grid-template-columns: repeat(auto-fill, minmax(13.5rem, 1fr)); gap: .75rem; }
 .answer { border: 1px solid var(--rule); border-left: 3px solid var(--color, var(--rule)); border-radius: 4px; }
@@ -251,10 +252,9 @@ def _samples(rows: pd.DataFrame) -> str:
 def _figure(name: str, figure: Figure) -> str:
     title, caption = CAPTIONS[name]
     level = "h3" if name.startswith("learning_") else "h2"
-    return (
-        f'<{level}>{_text(title)}</{level}><figure id="{name}"><div class="scroll">{svg(figure, name)}</div>'
-        f"<figcaption>{_text(caption)}</figcaption></figure>"
-    )
+    below = f"<figcaption>{_text(caption)}</figcaption>" if caption else ""
+    drawing = f'<div class="scroll">{svg(figure, name)}</div>'
+    return f'<{level}>{_text(title)}</{level}><figure id="{name}">{drawing}{below}</figure>'
 
 
 def svg(figure: Figure, name: str) -> str:
@@ -264,13 +264,10 @@ def svg(figure: Figure, name: str) -> str:
         FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.DOTALL)
-    text = (
-        text.replace("xlink:href=", "href=").replace("*{", "svg *{").replace("'DejaVu Sans'", "system-ui, sans-serif")
-    )
-    text = re.sub(
-        r"<svg[^>]*?(viewBox=\"[^\"]*\")[^>]*>", rf'<svg \1 role="img" aria-label="{CAPTIONS[name][0]}">', text
-    )
+    text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|<style.*?</style>", "", text, flags=re.DOTALL)
+    text = text.replace("xlink:href=", "href=").replace("'DejaVu Sans'", "system-ui, sans-serif")
+    head = rf'<svg \1 role="img" aria-label="{CAPTIONS[name][0]}">'
+    text = re.sub(r"<svg[^>]*?(viewBox=\"[^\"]*\")[^>]*>", head, text)
     referred = set(re.findall(r"(?:url\(#|href=\"#)([^)\"]+)", text))
     text = re.sub(r' id="([^"]*)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in referred else "", text)
     text = re.sub(r"(url\(#|href=\"#)", rf"\g<1>{name}-", text)

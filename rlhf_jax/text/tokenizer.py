@@ -23,6 +23,11 @@ class TokenizerConfig:
     kind: Kind
     vocab_size: int
 
+    def __post_init__(self) -> None:
+        least = len(SPECIAL_TOKENS) + {"word": 1, "byte_bpe": 256}[self.kind]
+        if self.vocab_size < least:
+            raise ValueError(f"vocab_size = {self.vocab_size} must be at least {least} for the kind {self.kind!r}")
+
 
 class Tokenizer:
     """Encodes text to ids and decodes ids to text; special tokens never come from text."""
@@ -74,8 +79,8 @@ def load_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer in a tokenizer.json. Raises RlhfError where there is none or it does not parse."""
     try:
         return Tokenizer(tokenizers.Tokenizer.from_file(str(path)))
-    except RlhfError:
-        raise
+    except RlhfError as error:
+        raise RlhfError(f"{path}: {error}") from error
     except Exception as error:  # tokenizers raises bare Exception
         raise RlhfError(f"{path} is not a readable tokenizer.json: {error}") from error
 

@@ -43,6 +43,8 @@ class DataConfig:
             )
         if self.max_response_tokens < 1:
             raise ValueError(f"max_response_tokens = {self.max_response_tokens} must be at least 1")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit = {self.limit} must be at least 1, or None for every row")
 
     def source(self, split: str) -> str:
         """Where a split ("train", "eval" or "test") is read from."""
@@ -79,7 +81,7 @@ def load_rows(config: DataConfig, split: str) -> list[Row]:
 
 def training_texts(rows: list[Row]) -> list[str]:
     """Every text a tokenizer is trained on: whole texts, or prompts with their (chosen) completions."""
-    return ["".join(parts) for parts in map(_demonstration, rows)]
+    return [(prompt or "") + completion for prompt, completion in map(_demonstration, rows)]
 
 
 def demonstrations(rows: list[Row], tokenizer: Tokenizer, config: DataConfig) -> TokenBatch:
@@ -113,7 +115,10 @@ def prompts(rows: list[Row], tokenizer: Tokenizer, config: DataConfig) -> Prompt
             if len(ids) > length and tokenizer.unknown_id not in ids[:length]:
                 found.append([tokenizer.bos_id, *ids[:length]])
     if not found:
-        raise RlhfError("no row of the data gives a prompt: every text is shorter than text_prompt_tokens")
+        raise RlhfError(
+            "no row of the data gives a prompt: every text is too short for text_prompt_tokens, or begins with words "
+            "that the tokenizer does not know"
+        )
     return Prompts(*pad_left(found, config.max_prompt_tokens))
 
 
@@ -130,22 +135,22 @@ def preferences(rows: list[Row], tokenizer: Tokenizer, config: DataConfig) -> Pr
 
 
 def tokenise(
-    prompts: Sequence[str], completions: Sequence[str], tokenizer: Tokenizer, config: DataConfig
+    prompts: Sequence[str | None], completions: Sequence[str], tokenizer: Tokenizer, config: DataConfig
 ) -> list[Example]:
     """Tokens of prompts and of their completions, long prompts cut at their start, long completions at their end.
+
+    Where the prompt is None the completion is a plain text, the response to BOS: as long as both may be.
 
     A prompt and its completion are encoded together, as the model will see them. Where that changes the prompt's own
     tokens (a merge across the border), the completion is encoded apart instead.
     """
     examples = []
-    alone = tokenizer.encode_all(list(prompts))
-    joined = tokenizer.encode_all([p + c for p, c in zip(prompts, completions, strict=True)])
-    for prompt, whole, completion in zip(alone, joined, completions, strict=True):
+    alone = tokenizer.encode_all([prompt or "" for prompt in prompts])
+    joined = tokenizer.encode_all([(p or "") + c for p, c in zip(prompts, completions, strict=True)])
+    for text, prompt, whole, completion in zip(prompts, alone, joined, completions, strict=True):
         response = whole[len(prompt) :] if whole[: len(prompt)] == prompt else tokenizer.encode(completion)
-        response = [*response, tokenizer.eos_id][: config.max_response_tokens]
-        if not prompt:  # plain text: the whole sequence is the response to BOS, as long as prompt and response may be
-            response = [*whole, tokenizer.eos_id][: config.max_prompt_tokens - 1 + config.max_response_tokens]
-        examples.append(Example(_with_bos(prompt, tokenizer, config), response))
+        room = config.max_response_tokens + (config.max_prompt_tokens - 1 if text is None else 0)
+        examples.append(Example(_with_bos(prompt, tokenizer, config), [*response, tokenizer.eos_id][:room]))
     return examples
 
 
@@ -182,10 +187,14 @@ def take(arrays: Batch, rows: np.ndarray) -> Batch:
     return type(arrays)(*(array[rows] for array in arrays))
 
 
-def _demonstration(row: Row) -> tuple[str, str]:
-    if "text" in row:
-        return "", row["text"]
-    return row["prompt"], row["completion"] if "completion" in row else row["chosen"]
+def _demonstration(row: Row) -> tuple[str | None, str]:
+    """A prompt and what should follow it, or None and a plain text: by the first columns of these that a row has."""
+    for answer in ("chosen", "completion"):
+        if "prompt" in row and answer in row:
+            return row["prompt"], row[answer]
+    if "text" not in row:
+        raise RlhfError(f"rows of {', '.join(row)} show no completion to learn from: add one, or a column text")
+    return None, row["text"]
 
 
 def _with_bos(ids: list[int], tokenizer: Tokenizer, config: DataConfig) -> list[int]:

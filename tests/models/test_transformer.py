@@ -138,7 +138,7 @@ def masked_sum_and_gradients(tokens, mask):
     weights = jnp.asarray(np.random.default_rng(0).normal(size=(*tokens.shape, CONFIG.d_model)), jnp.float32)
 
     def loss(params):
-        hidden = Transformer(CONFIG, VOCAB).apply({"params": params}, tokens, mask)
+        hidden = body(POLICY, params, tokens, mask)
         return jnp.sum(jnp.where(mask[..., None], hidden, 0) * weights), hidden
 
     return jax.value_and_grad(loss, has_aux=True)(PARAMS)

@@ -54,7 +54,7 @@ def test_inverts_the_distribution_function(seed, vocab, temperature):
     logits = 3 * rng.normal(size=(200, vocab)).astype(np.float32)
     uniforms = rng.random(200, np.float32)
     ends = np.cumsum(scipy.special.softmax(logits.astype(np.float64) / temperature, axis=1), axis=1)
-    tokens = np.asarray(chosen(logits, uniforms, temperature))
+    tokens = np.asarray(chosen(logits, uniforms, temperature), int)
     rows = np.arange(200)
     starts = np.where(tokens > 0, ends[rows, tokens - 1], 0)
     assert np.all(starts - 1e-6 <= uniforms) and np.all(uniforms <= ends[rows, tokens] + 1e-6)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -111,7 +112,7 @@ def test_every_token_is_drawn_given_all_tokens_before_it():
     @jax.jit
     def logits_after(tokens, count):
         tokens, mask = tokens[None], (jnp.arange(width) < count)[None]
-        hidden = Transformer(POLICY.config, VOCAB).apply({"params": PARAMS}, tokens, mask)
+        hidden: Any = Transformer(POLICY.config, VOCAB).apply({"params": PARAMS}, tokens, mask)
         return hidden[0, count - 1] @ PARAMS["embedding"].T
 
     for row in range(ROWS):

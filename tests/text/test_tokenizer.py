@@ -37,7 +37,7 @@ def byte_bpe():
 
 
 WORDS = range(len(SPECIAL_TOKENS), word().vocab_size)
-MARKS = [i for i in WORDS if not word().backend.id_to_token(i).isalnum()]
+MARKS = [i for i in WORDS if not str(word().backend.id_to_token(i)).isalnum()]
 assert len(WORDS) > 60 and len(MARKS) > 30
 known = st.lists(st.one_of(st.sampled_from(WORDS), st.sampled_from(MARKS)), max_size=12)
 

@@ -1,1 +1,6 @@
 """What a run looks like afterwards: tables, figures, the HTML report, and `Run` for notebooks."""
+
+from rlhf_jax.reports.report import draw, write_report
+from rlhf_jax.reports.run import Run
+
+__all__ = ["Run", "draw", "write_report"]

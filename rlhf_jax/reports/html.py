@@ -268,9 +268,7 @@ def svg(figure: Figure, name: str) -> str:
     text = text.replace("xlink:href=", "href=").replace("'DejaVu Sans'", "system-ui, sans-serif")
     head = rf'<svg \1 role="img" aria-label="{CAPTIONS[name][0]}">'
     text = re.sub(r"<svg[^>]*?(viewBox=\"[^\"]*\")[^>]*>", head, text)
-    referred = set(re.findall(r"(?:url\(#|href=\"#)([^)\"]+)", text))
-    text = re.sub(r' id="([^"]*)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in referred else "", text)
-    text = re.sub(r"(url\(#|href=\"#)", rf"\g<1>{name}-", text)
+    text = re.sub(r"( id=\"|url\(#|href=\"#)", rf"\g<1>{name}-", text)
     return re.sub("|".join(style.DARK), lambda m: _variable(m[0]), text).strip()
 
 

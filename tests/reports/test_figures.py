@@ -9,7 +9,7 @@ from matplotlib.text import Annotation
 
 from rlhf_jax.reports import figures, report
 from rlhf_jax.reports.run import Run
-from rlhf_jax.reports.style import spread
+from rlhf_jax.reports.style import PointLabel, context, label_points, panels, spread
 from tests.reports import workdirs
 
 
@@ -85,7 +85,7 @@ def test_the_frontier_joins_dpo_by_beta_and_leads_ppos_path_to_its_point(run, dr
     judge = run.load_judge()
     assert judge is not None
     kl = run.samples("ppo").groupby("step")["kl"].mean().to_list()
-    scores = [judge.score([f"p{step} it is"])[0] for step in (1, 20, 40)]
+    scores = [judge.score([f"film {step} it is"])[0] for step in (1, 20, 40)]
     assert has_line(axes, kl, scores)
     end = results.loc["ppo"][["kl", "gold_score"]].mean()
     assert has_line(axes, trend(kl, end["kl"]), trend(scores, end["gold_score"]))
@@ -104,6 +104,20 @@ def test_the_names_on_the_frontier_neither_touch_nor_leave_the_figure(drawn):
     for i, box in enumerate(found):
         assert not any(box.overlaps(other) for other in found[:i])
         assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y0 >= 0 and box.y1 <= figure.bbox.y1
+
+
+def test_crowded_points_have_names_that_neither_touch_nor_leave_the_figure():
+    with context():
+        figure, (axes,) = panels(1, 2)
+        axes.set(xlim=(0, 1), ylim=(0, 1))
+        points = [
+            PointLabel(x, y, "a longer name", "k") for x, y in ((0.5, 0.5), (0.55, 0.52), (0.5, 0.45), (0.99, 0.5))
+        ]
+        label_points(figure, axes, points, [])
+    found = boxes(figure, axes)
+    for i, box in enumerate(found):
+        assert not any(box.overlaps(other) for other in found[:i])
+        assert box.x1 <= figure.bbox.x1
 
 
 def test_without_a_judge_the_reward_model_scores_the_frontier(tmp_path):

@@ -75,7 +75,7 @@ def sample_row(step: int, seed: int, text: str, score: float | None, kl: float |
     return {
         "step": step,
         "seed": seed,
-        "prompt": f"p{step}",
+        "prompt": f"film {step}",
         "completion": f" {text}",
         "score": score,
         "kl": kl,

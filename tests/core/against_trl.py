@@ -30,6 +30,7 @@ def check_dpo(trl: Record, beta: float = 0.3) -> None:
     """DPOTrainer, from the hidden states that enter the head to the loss. Chosen rows come first, then rejected."""
     tokens, mask = jnp.asarray(trl["tokens"][:, 1:], jnp.int32), jnp.asarray(trl["completion_mask"][:, 1:])
 
+    @jax.jit
     def sequences(hidden, head):
         return jnp.split(logprobs.sequence_logprobs(logprobs.token_logprobs(hidden[:, :-1] @ head.T, tokens), mask), 2)
 
@@ -38,7 +39,7 @@ def check_dpo(trl: Record, beta: float = 0.3) -> None:
     def loss(hidden, head):
         return preference_losses.dpo_loss(*sequences(hidden, head), *reference, beta=beta, axes=())
 
-    (value, metrics), grads = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(
+    (value, metrics), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(
         jnp.asarray(trl["hidden"]), jnp.asarray(trl["head"])
     )
     close(value, trl["loss"])
@@ -56,7 +57,7 @@ def check_sft(trl: Record) -> None:
         logits = hidden[:, :-1] @ head.T
         return logprobs.cross_entropy(logprobs.token_logprobs(logits, tokens), mask, ()), logprobs.entropy(logits)
 
-    (value, entropy), grads = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(
+    (value, entropy), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(
         jnp.asarray(trl["hidden"]), jnp.asarray(trl["head"])
     )
     close(value, trl["loss"])
@@ -67,9 +68,10 @@ def check_sft(trl: Record) -> None:
 
 def check_reward(trl: Record) -> None:
     """RewardTrainer's Bradley-Terry loss."""
-    (value, metrics), grads = jax.value_and_grad(
-        functools.partial(reward_losses.bradley_terry_loss, axes=()), argnums=(0, 1), has_aux=True
-    )(jnp.asarray(trl["chosen_scores"]), jnp.asarray(trl["rejected_scores"]))
+    loss = functools.partial(reward_losses.bradley_terry_loss, axes=())
+    (value, metrics), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(
+        jnp.asarray(trl["chosen_scores"]), jnp.asarray(trl["rejected_scores"])
+    )
     close(value, trl["loss"])
     close(grads[0], trl["chosen_grad"])
     close(grads[1], trl["rejected_grad"])
@@ -113,7 +115,7 @@ def check_whitening(trl: Record) -> None:
 
     x, mask = jnp.asarray(trl["random"]), jnp.asarray(trl["random_mask"])
     weights = jnp.asarray(trl["random_weights"])
-    grad = jax.grad(lambda x: jnp.sum(weights * masking.whiten(x, mask, ())))(x)
+    grad = jax.jit(jax.grad(lambda x: jnp.sum(weights * masking.whiten(x, mask, ()))))(x)
     count = np.sum(trl["random_mask"])
     close(np.sqrt((count - 1) / count) * grad, trl["random_grad"])
     variance = masking.masked_variance(x, mask, ())
@@ -123,9 +125,10 @@ def check_whitening(trl: Record) -> None:
 
 def check_policy_loss(trl: Record, clip_ratio: float) -> None:
     """PPOTrainer's clipped surrogate at its last step, after three epochs, when many ratios are clipped."""
-    (value, metrics), grad = jax.value_and_grad(
-        functools.partial(policy_losses.policy_loss, clip_ratio=clip_ratio, axes=()), has_aux=True
-    )(*(jnp.asarray(trl[f"step_{name}"]) for name in ("new_logprobs", "logprobs", "advantage", "response_mask")))
+    loss = functools.partial(policy_losses.policy_loss, clip_ratio=clip_ratio, axes=())
+    (value, metrics), grad = jax.jit(jax.value_and_grad(loss, has_aux=True))(
+        *(jnp.asarray(trl[f"step_{name}"]) for name in ("new_logprobs", "logprobs", "advantage", "response_mask"))
+    )
     close(value, trl["step_pg_loss"])
     close(grad, trl["step_new_logprobs_grad"])
     # TRL's approxkl and ratio average over padding too: ours are not compared.
@@ -135,9 +138,10 @@ def check_policy_loss(trl: Record, clip_ratio: float) -> None:
 
 def check_value_loss(trl: Record, clip_range: float, value_coef: float) -> None:
     """PPOTrainer's clipped value loss, on the mask that reaches one position further than the response."""
-    (value, metrics), grad = jax.value_and_grad(
-        functools.partial(policy_losses.value_loss, clip_range=clip_range, axes=()), has_aux=True
-    )(*(jnp.asarray(trl[f"step_{name}"]) for name in ("vpred", "values", "return", "value_mask")))
+    loss = functools.partial(policy_losses.value_loss, clip_range=clip_range, axes=())
+    (value, metrics), grad = jax.jit(jax.value_and_grad(loss, has_aux=True))(
+        *(jnp.asarray(trl[f"step_{name}"]) for name in ("vpred", "values", "return", "value_mask"))
+    )
     close(value, trl["step_vf_loss"])
     close(value_coef * grad, trl["step_vpred_grad"])
     close(metrics["val/clipfrac_avg"], trl["step_vf_clipfrac"])

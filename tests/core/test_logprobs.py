@@ -47,7 +47,7 @@ def test_tokens_ruled_out_by_a_finite_minimum_count_for_nothing():
     masked = jnp.where(allowed, logits, jnp.finfo(jnp.float32).min / 2)
     for function in (lambda x: logprobs.token_logprobs(x, tokens), logprobs.entropy):
         np.testing.assert_allclose(function(masked), function(logits[..., :4]), rtol=1e-5)
-        gradient = jax.grad(lambda x, function=function: jnp.sum(function(x)))
+        gradient = jax.jit(jax.grad(lambda x, function=function: jnp.sum(function(x))))
         np.testing.assert_allclose(gradient(masked)[..., :4], gradient(logits[..., :4]), atol=1e-6)
         np.testing.assert_array_equal(gradient(masked)[..., 4:], 0)
 

@@ -20,7 +20,7 @@ CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 jaxtyping.install_import_hook("rlhf_jax", CHECKER)
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Hundreds of small programs: with all of them cached, the second run of tests/core takes half the time it does with 0.3.
+# Hundreds of small programs: with all of them kept, the second run of tests/core takes half the time it does with 0.3.
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 # The same examples in every run, and no deadline: the first example compiles.

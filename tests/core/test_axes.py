@@ -118,6 +118,11 @@ def test_every_device_gathers_all_rows_in_their_order():
         np.testing.assert_array_equal(gathered[1][device], y.reshape(B))
 
 
+def test_tokens_are_counted_over_all_devices():
+    counted = on_every_device(lambda mask: masking.count(mask, ("batch",)), MASK.reshape(DEVICES, -1, T))
+    np.testing.assert_array_equal(counted, np.full(DEVICES, np.count_nonzero(MASK)))
+
+
 def own_rows(rows: jax.Array):
     return on_every_device(lambda _: masking.own_rows(rows, ("batch",)), jnp.arange(DEVICES))
 

@@ -14,6 +14,12 @@ def test_total_sums_every_element():
     assert masking.total(jnp.full((2, 2), 0.25), ()) == 1
 
 
+def test_count_is_how_many_entries_are_true():
+    counted = masking.count(jnp.asarray([[True, False], [True, True]]), ())
+    assert counted == 3
+    assert counted.dtype == jnp.int32
+
+
 @given(seeds)
 def test_mean_and_variance_are_those_of_the_selected_entries(seed):
     x, mask = normal(seed, ROWS, WIDTH), random_mask(seed)

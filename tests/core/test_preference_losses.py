@@ -44,6 +44,13 @@ def test_loss_is_log_2_where_the_policy_is_the_reference_whatever_beta(seed, bet
     assert metrics["rewards/margins"] == metrics["rewards/chosen"] == metrics["rewards/rejected"] == 0
 
 
+def test_beta_may_be_an_array_so_that_several_train_at_once():
+    args, betas = case(0), jnp.asarray([0.05, 0.3, 1.0])
+    losses = jax.vmap(lambda beta: preference_losses.dpo_loss(*args, beta=beta, axes=())[0])(betas)
+    alone = [preference_losses.dpo_loss(*args, beta=float(beta), axes=())[0] for beta in betas]
+    np.testing.assert_allclose(losses, alone, rtol=1e-6)
+
+
 @given(seeds)
 def test_swapping_the_responses_adds_the_mean_margin(seed):
     chosen, rejected, ref_chosen, ref_rejected = case(seed)

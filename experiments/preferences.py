@@ -3,12 +3,12 @@
     rlhf-jax --config=experiments/preferences.py --workdir=runs/mine \
         --config.data.train=train.jsonl --config.data.eval=eval.jsonl
 
-Files may be JSONL (also .gz and .xz), Parquet, CSV, or a Hugging Face dataset directory, with text in `prompt`, `chosen`
-and `rejected` (or `chosen` and `rejected` that begin alike). A byte-level tokenizer and a small transformer are trained
-on the chosen answers from scratch, then the reward model and DPO on the pairs, and PPO on the prompts against the reward
-model. There is no gold judge: what is reported is the reward model's accuracy on the held-out pairs, and for each
-policy the reward model's score, the pairs won by it against SFT, and the divergence. Who optimises a score is flattered
-by it: read the samples too.
+Files may be JSONL (also .gz and .xz), Parquet, CSV, or a Hugging Face dataset directory, with text in `prompt`,
+`chosen` and `rejected` (or in `chosen` and `rejected` that begin alike). A byte-level tokenizer and a small transformer
+are trained on the chosen answers from scratch, then the reward model and DPO on the pairs, and PPO on the prompts
+against the reward model. There is no gold judge: what is reported is the reward model's accuracy on the held-out pairs,
+and for each policy the reward model's score, the pairs won by it against SFT, and the divergence. Who optimises a score
+is flattered by it: read the samples too.
 
 `--config=experiments/preferences.py:smoke` runs in seconds and shows nothing but that everything works.
 """
@@ -33,7 +33,17 @@ def get_config(arg: str = "") -> ConfigDict:
             "max_response_tokens": 128,
         }
     )
-    config.runtime = ConfigDict({"strategy": "jit", "data": 1, "fsdp": 1, "tensor": 1, "deterministic": True})
+    config.runtime = ConfigDict(
+        {
+            "strategy": "jit",
+            "data": 1,
+            "fsdp": 1,
+            "tensor": 1,
+            "inference_batch": 64,
+            "deterministic": True,
+            "xla_optimization_level": 3,
+        }
+    )
     config.sft = ConfigDict(
         {
             "kind": "sft",
@@ -107,7 +117,6 @@ def get_config(arg: str = "") -> ConfigDict:
             "prompts": 500,
             "selection_prompts": 200,
             "temperature": 1.0,
-            "batch_size": 64,
         }
     )
     if arg == "smoke":
@@ -120,6 +129,7 @@ def get_config(arg: str = "") -> ConfigDict:
 def make_smaller(config: ConfigDict) -> None:
     """The smoke variant: few rows and steps, tiny networks."""
     config.data.update({"limit": 64, "max_prompt_tokens": 16, "max_response_tokens": 12})
+    config.runtime.update({"inference_batch": 16, "xla_optimization_level": 1})
     config.sft.tokenizer.vocab_size = 320
     for name in ("sft", "reward_model"):
         config[name].model.update(model(d_model=16, n_layers=1))
@@ -129,7 +139,7 @@ def make_smaller(config: ConfigDict) -> None:
         config[name].loop.steps_per_call = 2
     config.ppo.update({"iterations": 2, "batch_size": 16, "samples_every": 1})
     config.ppo.loop.steps_per_call = 2
-    config.evaluate.update({"prompts": 16, "selection_prompts": 16, "batch_size": 16})
+    config.evaluate.update({"prompts": 16, "selection_prompts": 16})
 
 
 def model(*, d_model: int, n_layers: int) -> dict:

@@ -3,11 +3,14 @@
 import contextlib
 import dataclasses
 import os
+import platform
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 from rich.console import Console
 
@@ -95,8 +98,7 @@ def run(experiment: Experiment, workdir: Workdir, only: str | None, console: Con
         raise RlhfError(f"--stage={only} is not in config.stages = {tuple(experiment.stages)}")
     if workdir.root.exists() and not workdir.root.is_dir():
         raise RlhfError(f"--workdir={workdir.root} is a file: name a directory")
-    if experiment.runtime.deterministic:
-        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {experiment.runtime.xla_flags}"
     display = Display(console)
     worked = False
     with display.running():
@@ -114,7 +116,7 @@ def _run_stage(experiment: Experiment, workdir: Workdir, name: str, display: Dis
     with display.bar(name) as bar, _timed(directory) as seconds:
         context = Context(workdir, name, experiment.seed, experiment.seeds, experiment.data, experiment.runtime, bar)
         summary = KINDS[stage.kind][1](stage, context)
-    write_json(directory / "summary.json", {**summary, "time/seconds": seconds[0]})
+    write_json(directory / "summary.json", {**summary, "environment": _environment(), "time/seconds": seconds[0]})
     workdir.complete(name, identity)
     return True
 
@@ -127,6 +129,23 @@ def _timed(directory: Path) -> Iterator[list[float]]:
     start = time.perf_counter()
     yield seconds
     seconds[0] += time.perf_counter() - start
+
+
+def _environment() -> dict[str, Any]:
+    """What a reader of a stage's figures must know of where and when they were made."""
+    processors = re.findall(r"^model name\s*: (.*)$", _text_of("/proc/cpuinfo"), re.MULTILINE)
+    return {
+        "processor": processors[0] if processors else platform.processor(),
+        "cores": os.cpu_count(),
+        "devices": [device.device_kind for device in jax.devices()],
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _text_of(path: str) -> str:
+    return Path(path).read_text() if os.path.exists(path) else ""
 
 
 @dataclasses.dataclass(frozen=True)

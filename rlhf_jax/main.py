@@ -72,7 +72,7 @@ def run_verb(arguments: list[str]) -> None:
     if options.stage:
         console.print(f"Stage {options['stage']}: {workdir.find(options['stage'])}")
         return
-    if worked or not is_current(workdir.root):
+    if worked or not is_current(workdir.root, workdir.inputs):
         report = write_report(workdir.root, workdir.inputs)
         print_summary(Run(workdir.root, workdir.inputs), console)
     else:
@@ -127,7 +127,7 @@ def parse_run_flags(arguments: list[str]) -> tuple[ConfigDict, argparse.Namespac
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
         rest = values(argv)[1:]
     except (AttributeError, KeyError) as error:  # ml_collections gives the key, and perhaps a suggestion, in quotes
-        reason = " ".join(str(error.args[0]).split()).strip("'\"")
+        reason = " ".join(str(error.args[0]).replace("\\n", " ").replace("\\'", "").split()).strip("'\"")
         raise RlhfError(f"{' '.join(overrides)}: the config has no key {reason}") from error
     except (flags.Error, TypeError, ValueError) as error:
         raise RlhfError(f"{' '.join(overrides)}: {' '.join(str(error).split())}") from error

@@ -29,7 +29,9 @@ OPTIMIZER = OptimizerConfig(
 LOOP = LoopConfig(steps_per_call=1, eval_every=100, checkpoint_every=100)
 POLICY = PolicyNetwork(MODEL, VOCAB, SUPPRESSED)
 REWARD = ScalarNetwork(MODEL, VOCAB, "mean")
-ONE_DEVICE = RuntimeConfig(strategy="jit", data=1, fsdp=1, tensor=1, deterministic=False)
+ONE_DEVICE = RuntimeConfig(
+    strategy="jit", data=1, fsdp=1, tensor=1, inference_batch=16, deterministic=False, xla_optimization_level=3
+)
 
 PPO = ppo.PPOConfig(
     kind="ppo",

@@ -22,7 +22,17 @@ def get_config(arg: str = "") -> ConfigDict:
             "max_response_tokens": 24,
         }
     )
-    config.runtime = ConfigDict({"strategy": "jit", "data": 1, "fsdp": 1, "tensor": 1, "deterministic": True})
+    config.runtime = ConfigDict(
+        {
+            "strategy": "jit",
+            "data": 1,
+            "fsdp": 1,
+            "tensor": 1,
+            "inference_batch": 512,
+            "deterministic": True,
+            "xla_optimization_level": 3,
+        }
+    )
     config.gold = ConfigDict({"kind": "gold", "model": {"alpha": 1.0, "min_df": 2}, "rating": "rating"})
     config.sft = ConfigDict(
         {
@@ -31,7 +41,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "model": model(d_model=96, n_layers=2),
             "optimizer": adamw(3e-3, schedule="cosine", warmup_steps=20, weight_decay=0.1),
             "batch_size": 64,
-            "epochs": 5.0,
+            "epochs": 4.0,
             "sample_prompts": 8,
             "loop": loop(steps_per_call=10, eval_every=130),
         }
@@ -45,7 +55,6 @@ def get_config(arg: str = "") -> ConfigDict:
             "eval_prompts": 250,
             "samples_per_prompt": 4,
             "rationality": 2.0,
-            "batch_size": 512,
         }
     )
     config.reward_model = ConfigDict(
@@ -71,7 +80,6 @@ def get_config(arg: str = "") -> ConfigDict:
             "prompts": 128,
             "pool": 256,
             "temperature": 1.0,
-            "batch_size": 512,
         }
     )
     for name, beta in DPO_BETAS.items():
@@ -83,7 +91,7 @@ def get_config(arg: str = "") -> ConfigDict:
                 "beta": beta,
                 "optimizer": adamw(3e-4, schedule="linear", warmup_steps=10, weight_decay=0.0),
                 "batch_size": 64,
-                "epochs": 0.6,
+                "epochs": 0.5,
                 "sample_prompts": 8,
                 "loop": loop(steps_per_call=10, eval_every=70),
             }
@@ -98,7 +106,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "minibatches": 2,
             "epochs": 2,
             "temperature": 1.0,
-            "kl_coef": 0.2,
+            "kl_coef": 0.1,
             "missing_eos_penalty": 0.0,
             "gamma": 1.0,
             "gae_lambda": 0.95,
@@ -120,9 +128,8 @@ def get_config(arg: str = "") -> ConfigDict:
             "reward_model": "reward_model",
             "judge": "gold",
             "prompts": 1000,
-            "selection_prompts": 500,
+            "selection_prompts": 300,
             "temperature": 1.0,
-            "batch_size": 512,
         }
     )
     if arg == "smoke":
@@ -139,16 +146,17 @@ def make_smaller(config: ConfigDict) -> None:
         del config[name]
     config.stages = ("gold", "sft", "preferences", "reward_model", "best_of_n", *betas, "ppo", "evaluate")
     config.data.update({"limit": 1500, "max_response_tokens": 16})
+    config.runtime.update({"inference_batch": 128, "xla_optimization_level": 1})
     config.sft.model.update(model(d_model=32, n_layers=1))
     config.sft.tokenizer.vocab_size = 512
     config.sft.update({"epochs": 2.0, "sample_prompts": 4})
-    config.preferences.update({"prompts": 200, "eval_prompts": 40, "batch_size": 128})
+    config.preferences.update({"prompts": 200, "eval_prompts": 40})
     config.reward_model.model.update(model(d_model=16, n_layers=1))
-    config.best_of_n.update({"prompts": 16, "pool": 16, "batch_size": 128})
+    config.best_of_n.update({"prompts": 16, "pool": 16})
     for name in betas:
         config[name].update({"epochs": 1.0, "sample_prompts": 4})
     config.ppo.update({"iterations": 10, "batch_size": 64, "samples_written": 16})
-    config.evaluate.update({"policies": (*betas, "ppo"), "best_of": (4,), "batch_size": 128})
+    config.evaluate.update({"policies": (*betas, "ppo"), "best_of": (4,)})
     config.evaluate.update({"prompts": 128, "selection_prompts": 64})
 
 

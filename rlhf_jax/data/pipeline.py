@@ -1,6 +1,7 @@
 """From rows of text to padded arrays of tokens, and from those to shuffled batches that any step can be asked for."""
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -71,7 +72,7 @@ def load_rows(config: DataConfig, split: str) -> list[Row]:
     Raises RlhfError naming file and row where a text is missing or is no text.
     """
     source = config.source(split)
-    rows = formats.read_table(source)[: config.limit]
+    rows = _table(source, formats.file_hash(source))[: config.limit]
     kind = formats.kind_of(rows, source)
     if kind in ("preference", "implicit_prompt_preference"):
         return formats.preference_rows(rows, source)
@@ -185,6 +186,12 @@ def shuffled_batches(arrays: Batch, batch_size: int, seed: int) -> grain.MapData
 def take(arrays: Batch, rows: np.ndarray) -> Batch:
     """The rows of a tuple of arrays."""
     return type(arrays)(*(array[rows] for array in arrays))
+
+
+@functools.lru_cache(maxsize=4)
+def _table(source: str, content: str) -> list[Row]:
+    del content  # a key: a file that has changed is read again
+    return formats.read_table(source)
 
 
 def _demonstration(row: Row) -> tuple[str | None, str]:

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
@@ -27,7 +28,8 @@ class PolicyNetwork:
 
     def init(self, key: PRNGKeyArray) -> PyTree:
         """Random parameters."""
-        return self._body.init(key, jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool))["params"]
+        init = jax.jit(self._body.init)  # or every weight's draw would be a program of its own
+        return init(key, jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool))["params"]
 
     def sequence_stats(self, params: PyTree, batch: TokenBatch) -> TokenStats:
         """Statistics of tokens 1 .. S-1 of each sequence, each given those before it: arrays [B, S-1]."""

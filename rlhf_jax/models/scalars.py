@@ -1,6 +1,7 @@
 """Networks with a scalar head: the reward model (one score a response) and the value function (one value a token)."""
 
 import dataclasses
+import functools
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -49,7 +50,8 @@ class ScalarNetwork:
     def init(self, key: PRNGKeyArray) -> PyTree:
         """Random parameters: `body` and `head`."""
         tokens, mask = jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool)
-        return self._module.init(key, tokens, mask, method="parameters")["params"]
+        init = jax.jit(functools.partial(self._module.init, method="parameters"))
+        return init(key, tokens, mask)["params"]
 
     def init_value(self, reward_params: PyTree) -> PyTree:
         """Parameters of a value function: the reward model's body, and a head that says 0 everywhere.

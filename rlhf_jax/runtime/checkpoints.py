@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
@@ -39,7 +38,7 @@ class Checkpoints:
 
         The state is copied first: on CPUs Orbax reads the arrays' own memory, which the next step reuses.
         """
-        copy = jax.tree.map(jnp.copy, state)
+        copy = jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, state), may_alias=False)
         items = {name: ocp.args.StandardSave(tree) for name, tree in copy.params.items()}
         rest = ocp.args.StandardSave({"step": copy.step, "opt_state": copy.opt_state})
         self._manager.save(int(np.ravel(state.step)[0]), args=ocp.args.Composite(rest=rest, **items))

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -33,17 +32,30 @@ BATCH_AXIS = "batch"
 
 @dataclasses.dataclass(frozen=True)
 class RuntimeConfig:
-    """Devices: `jit` over a mesh of data x fsdp x tensor devices, or `pmap` with replicated weights over `data`."""
+    """Devices, and what concerns speed: a result depends on these up to rounding.
+
+    `jit` runs over a mesh of data x fsdp x tensor devices, `pmap` with replicated weights over `data` devices.
+    """
 
     strategy: Literal["jit", "pmap"]
     data: int
     fsdp: int
     tensor: int
+    inference_batch: int  # rows a call when sampling and scoring outside of training
     deterministic: bool  # XLA's deterministic operations on GPUs, so that a resumed run is the same bit for bit
+    xla_optimization_level: Literal[0, 1, 2, 3]  # 3 is XLA's default; 1 compiles sooner, for runs of seconds
+
+    @property
+    def xla_flags(self) -> str:
+        """The compiler's flags, which count when they are set before the first computation."""
+        deterministic = "--xla_gpu_deterministic_ops=true " if self.deterministic else ""
+        return f"{deterministic}--xla_backend_optimization_level={self.xla_optimization_level}"
 
     def __post_init__(self) -> None:
         if min(self.data, self.fsdp, self.tensor) < 1:
             raise ValueError(f"data x fsdp x tensor = {self.data} x {self.fsdp} x {self.tensor} must all be at least 1")
+        if self.inference_batch < 1:
+            raise ValueError(f"inference_batch = {self.inference_batch} must be at least 1")
         if self.strategy == "pmap" and self.fsdp * self.tensor > 1:
             raise ValueError("strategy = 'pmap' replicates the weights: set fsdp = tensor = 1, or use strategy = 'jit'")
 
@@ -58,8 +70,8 @@ class MeshPlacement:
 
     def put_state(self, state: PyTree) -> PyTree:
         """Lays a copy of a state out by the models' partition patterns: programs reuse its memory, not the caller's."""
-        state = jax.tree.map(jnp.copy, state)
-        return jax.device_put(state, shardings(state, self.mesh, leading_axes=int(self.seeds > 1)))
+        layout = shardings(state, self.mesh, leading_axes=int(self.seeds > 1))
+        return jax.device_put(state, layout, may_alias=False)
 
     def put_frozen(self, frozen: PyTree) -> PyTree:
         """Lays frozen parameters out by the same patterns; they are never stacked over seeds."""

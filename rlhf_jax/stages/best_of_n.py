@@ -32,7 +32,6 @@ class BestOfNConfig:
     prompts: int
     pool: int  # samples a prompt; every power of two up to it is reported
     temperature: float
-    batch_size: int
 
     def __post_init__(self) -> None:
         if self.pool < 1 or self.prompts < 1:
@@ -53,12 +52,12 @@ def run(config: BestOfNConfig, context: Context) -> dict[str, Any]:
         pipeline.take(prompts, drawn),
         sample_key,
         samples=config.pool,
-        batch_size=config.batch_size,
+        batch_size=context.runtime.inference_batch,
         max_new_tokens=context.data.max_response_tokens,
         temperature=config.temperature,
         eos_id=policy.tokenizer.eos_id,
     )
-    scores = score_all(reward_model.network, reward_model.params, rollout, config.batch_size)
+    scores = score_all(reward_model.network, reward_model.params, rollout, context.runtime.inference_batch)
     rows = sample_rows(policy.tokenizer, rollout, scores.tolist(), [None] * len(scores))
     proxy = scores.reshape(config.prompts, config.pool)
     gold = None

@@ -1,13 +1,11 @@
 """What a stage is given beside its own config, and how it finds what earlier stages left."""
 
 import dataclasses
-import math
 import zlib
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray, PyTree
 
 from rlhf_jax import config as configs
@@ -114,14 +112,8 @@ def load_reward_model(directory: Path) -> RewardModel:
 
 
 def steps_for(epochs: float, rows: int, batch_size: int, steps_per_call: int) -> int:
-    """Steps that see every row `epochs` times, rounded up to whole calls."""
-    steps = epochs * rows / batch_size
-    return max(1, math.ceil(steps / steps_per_call)) * steps_per_call
-
-
-def host_mean(values: list[jax.Array], weights: list[jax.Array]) -> float:
-    """Weighted mean over batches, as a Python number."""
-    return float(jnp.dot(jnp.stack(values), jnp.stack(weights)) / jnp.sum(jnp.stack(weights)))
+    """Steps that see every row `epochs` times, rounded to whole calls, of which there is at least one."""
+    return max(1, round(epochs * rows / batch_size / steps_per_call)) * steps_per_call
 
 
 def _read_spec(directory: Path, network: str) -> dict:

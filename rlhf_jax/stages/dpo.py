@@ -61,7 +61,9 @@ def run(config: DPOConfig, context: Context) -> dict[str, Any]:
         total_steps=steps,
         key_figures=("loss", "rewards/accuracies", "rewards/margins"),
         evaluate=lambda params, step: (
-            evaluate(network, params["policy"], reference.params, eval_data, config),
+            evaluate(
+                network, params["policy"], reference.params, eval_data, config.beta, context.runtime.inference_batch
+            ),
             policy_samples(Policy(network, params["policy"], tokenizer), eval_prompts, config.sample_prompts, context),
         ),
         describe=lambda step, seed, samples: [],
@@ -100,10 +102,10 @@ def make_step(network: PolicyNetwork, config: OptimizerConfig, steps: int, axes:
 
 
 def evaluate(
-    network: PolicyNetwork, params: PyTree, ref_params: PyTree, data: PreferenceBatch, config: DPOConfig
+    network: PolicyNetwork, params: PyTree, ref_params: PyTree, data: PreferenceBatch, beta: float, batch_size: int
 ) -> dict[str, float]:
     """Loss and implicit rewards on held-out pairs, under `eval/`."""
-    own = pair_logprobs_all(network, params, data, config.batch_size)
-    reference = pair_logprobs_all(network, ref_params, data, config.batch_size)
-    loss, metrics = dpo_loss(*map(jnp.asarray, own + reference), beta=config.beta, axes=())
+    own = pair_logprobs_all(network, params, data, batch_size)
+    reference = pair_logprobs_all(network, ref_params, data, batch_size)
+    loss, metrics = dpo_loss(*map(jnp.asarray, own + reference), beta=beta, axes=())
     return {"eval/loss": float(loss)} | {f"eval/{name}": float(value) for name, value in metrics.items()}

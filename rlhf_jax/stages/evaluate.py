@@ -39,7 +39,6 @@ class EvaluateConfig:
     prompts: int  # at most, of the test split
     selection_prompts: int  # at most, of the evaluation split
     temperature: float
-    batch_size: int
 
     def __post_init__(self) -> None:
         if any(n < 2 for n in self.best_of):
@@ -127,15 +126,17 @@ def answer(
         prompts,
         jax.random.fold_in(context.key(method.seed - context.seed), zlib.crc32(f"{method.name} {split}".encode())),
         samples=method.best_of,
-        batch_size=config.batch_size,
+        batch_size=context.runtime.inference_batch,
         max_new_tokens=context.data.max_response_tokens,
         temperature=config.temperature,
         eos_id=policy.tokenizer.eos_id,
     )
-    scores = score_all(judges.reward_model.network, judges.reward_model.params, rollout, config.batch_size)
+    scores = score_all(
+        judges.reward_model.network, judges.reward_model.params, rollout, context.runtime.inference_batch
+    )
     best = np.arange(0, len(scores), method.best_of) + scores.reshape(-1, method.best_of).argmax(axis=1)
     rollout, scores = jax.tree.map(lambda leaf: leaf[best], rollout), scores[best]
-    divergence = _divergence(method, policy, rollout, judges, config)
+    divergence = _divergence(method, policy, rollout, judges, config.temperature, context)
     rows = sample_rows(
         policy.tokenizer, rollout, scores.tolist(), [None] * len(scores) if divergence is None else divergence
     )
@@ -149,7 +150,7 @@ def answer(
 
 
 def _divergence(
-    method: Method, policy: Policy, rollout: Rollout, judges: Judges, config: EvaluateConfig
+    method: Method, policy: Policy, rollout: Rollout, judges: Judges, temperature: float, context: Context
 ) -> list[float] | None:
     """Log pi/pi_ref of every answer; None for Best-of-N, which has no density but a known divergence."""
     if method.best_of > 1:
@@ -159,8 +160,8 @@ def _divergence(
         policy.params,
         (judges.reference.network, judges.reference.params),
         rollout,
-        batch_size=config.batch_size,
-        temperature=config.temperature,
+        batch_size=context.runtime.inference_batch,
+        temperature=temperature,
     ).tolist()
 
 

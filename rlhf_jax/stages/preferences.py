@@ -34,7 +34,6 @@ class PreferencesConfig:
     eval_prompts: int  # of the prompts, those held out
     samples_per_prompt: int
     rationality: float
-    batch_size: int
 
 
 def run(config: PreferencesConfig, context: Context) -> dict[str, Any]:
@@ -51,7 +50,7 @@ def run(config: PreferencesConfig, context: Context) -> dict[str, Any]:
         pipeline.take(pool, drawn),
         sample_key,
         samples=config.samples_per_prompt,
-        batch_size=config.batch_size,
+        batch_size=context.runtime.inference_batch,
         max_new_tokens=context.data.max_response_tokens,
         temperature=1.0,
         eos_id=policy.tokenizer.eos_id,

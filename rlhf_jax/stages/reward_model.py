@@ -63,9 +63,7 @@ def run(config: RewardModelConfig, context: Context) -> dict[str, Any]:
         run_key=context.key(),
         total_steps=steps,
         key_figures=("loss", "accuracy", "eval/accuracy"),
-        evaluate=lambda params, step: evaluate(
-            network, params["reward"], eval_data, held_out, context, config.batch_size
-        ),
+        evaluate=lambda params, step: evaluate(network, params["reward"], eval_data, held_out, context),
         describe=lambda step, seed, samples: [],
     )
     train(task, config.loop, placement, context.seed, context.directory, context.bar)
@@ -103,11 +101,10 @@ def evaluate(
     data: PreferenceBatch,
     rows: list[dict[str, Any]],
     context: Context,
-    batch_size: int,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """`eval/accuracy` against the labels, `eval/judge_agreement` where there are a judge's scores, and some samples."""
     chosen, rejected = np.split(
-        score_all(network, params, jax.tree.map(np.asarray, both_responses(data)), batch_size), 2
+        score_all(network, params, jax.tree.map(np.asarray, both_responses(data)), context.runtime.inference_batch), 2
     )
     metrics = {"eval/accuracy": _agreement(chosen - rejected, np.ones(len(chosen)))}
     if "chosen_score" in rows[0]:

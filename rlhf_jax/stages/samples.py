@@ -44,7 +44,7 @@ def policy_samples(policy: Policy, prompts: Prompts, count: int, context: Contex
         first,
         context.key(),
         samples=1,
-        batch_size=len(first.tokens),
+        batch_size=context.runtime.inference_batch,
         max_new_tokens=context.data.max_response_tokens,
         temperature=1.0,
         eos_id=policy.tokenizer.eos_id,

@@ -62,7 +62,7 @@ def run(config: SFTConfig, context: Context) -> dict[str, Any]:
         total_steps=steps,
         key_figures=("loss", "eval/loss"),
         evaluate=lambda params, step: (
-            evaluate(network, params["policy"], eval_data, config.batch_size),
+            evaluate(network, params["policy"], eval_data, context.runtime.inference_batch),
             policy_samples(Policy(network, params["policy"], tokenizer), eval_prompts, config.sample_prompts, context),
         ),
         describe=lambda step, seed, samples: [],

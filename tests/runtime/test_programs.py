@@ -1,5 +1,8 @@
 """One step gives the same numbers on one device, on every mesh, and under pmap; several seeds are several runs."""
 
+import dataclasses
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,16 +15,21 @@ from rlhf_jax.stages import dpo, ppo
 from rlhf_jax.types import RlhfError
 from tests import tiny
 
+
+def runtime(strategy: Literal["jit", "pmap"], **sizes: int) -> RuntimeConfig:
+    return dataclasses.replace(tiny.ONE_DEVICE, strategy=strategy, **sizes)
+
+
 PLACEMENTS = {
-    "data=8": RuntimeConfig(strategy="jit", data=8, fsdp=1, tensor=1, deterministic=False),
-    "fsdp=4 x tensor=2": RuntimeConfig(strategy="jit", data=1, fsdp=4, tensor=2, deterministic=False),
-    "pmap=8": RuntimeConfig(strategy="pmap", data=8, fsdp=1, tensor=1, deterministic=False),
+    "data=8": runtime("jit", data=8, fsdp=1, tensor=1),
+    "fsdp=4 x tensor=2": runtime("jit", data=1, fsdp=4, tensor=2),
+    "pmap=8": runtime("pmap", data=8, fsdp=1, tensor=1),
 }
 
 
-def run_dpo(runtime: RuntimeConfig):
+def run_dpo(config: RuntimeConfig):
     """Three optimiser steps of DPO on three uneven batches."""
-    placement = make_placement(runtime, seeds=1)
+    placement = make_placement(config, seeds=1)
     step = dpo.make_step(tiny.POLICY, tiny.OPTIMIZER, 3, placement.axes)
     state = placement.put_state(tiny.dpo_state())
     frozen = placement.put_frozen({"reference": tiny.policy_params(2), "beta": jnp.float32(0.1)})
@@ -30,8 +38,8 @@ def run_dpo(runtime: RuntimeConfig):
     return jax.device_get((placement.whole(state).params, metrics))
 
 
-def run_ppo(runtime: RuntimeConfig, config: ppo.PPOConfig = tiny.PPO, iterations: int = 1):
-    placement = make_placement(runtime, seeds=1)
+def run_ppo(where: RuntimeConfig, config: ppo.PPOConfig = tiny.PPO, iterations: int = 1):
+    placement = make_placement(where, seeds=1)
     step = ppo.make_step(tiny.NETWORKS, config, placement.axes, ())
     state = placement.put_state(tiny.ppo_state(config))
     frozen = placement.put_frozen(tiny.ppo_frozen())
@@ -70,8 +78,8 @@ def test_dpo_learns(dpo_on_one_device):
 def test_dpo_gradients_equal_one_device(name):
     """A step of plain gradient descent at rate 1 moves by the gradient itself."""
 
-    def gradient(runtime: RuntimeConfig):
-        placement = make_placement(runtime, seeds=1)
+    def gradient(config: RuntimeConfig):
+        placement = make_placement(config, seeds=1)
 
         def step(state, frozen, batch, run_key):
             def loss_fn(params):
@@ -181,11 +189,10 @@ def test_scanned_iterations_equal_single_calls():
 def test_seed_k_of_several_is_the_single_run_with_that_seed(strategy):
     """Over 20 iterations: the same tokens, parameters within 1e-5."""
     seeds, iterations = 3, 20
-    runtime = RuntimeConfig(strategy=strategy, data=2, fsdp=1, tensor=1, deterministic=False)
     keys = [jax.random.key(100 + seed) for seed in range(seeds)]
     batches = [[tiny.prompts(16, 1000 * seed + i) for i in range(iterations)] for seed in range(seeds)]
 
-    placement = make_placement(runtime, seeds=seeds)
+    placement = make_placement(runtime(strategy, data=2, fsdp=1, tensor=1), seeds=seeds)
     step = ppo.make_step(tiny.NETWORKS, tiny.PPO, placement.axes, ("seed",))
     stacked = jax.tree.map(lambda leaf: jnp.stack([leaf] * seeds), tiny.ppo_state())
     state = placement.put_state(stacked)
@@ -208,8 +215,8 @@ def test_seed_k_of_several_is_the_single_run_with_that_seed(strategy):
 
 def test_too_few_devices_and_rows_that_do_not_divide_are_named():
     with pytest.raises(RlhfError, match=r"asks for 16 devices.*8 are present"):
-        make_placement(RuntimeConfig(strategy="jit", data=16, fsdp=1, tensor=1, deterministic=False), seeds=1)
+        make_placement(runtime("jit", data=16, fsdp=1, tensor=1), seeds=1)
     with pytest.raises(RlhfError, match="12 rows does not divide over 8 devices"):
         run_ppo(PLACEMENTS["pmap=8"], tiny.with_config(batch_size=12))
     with pytest.raises(ValueError, match="pmap"):
-        RuntimeConfig(strategy="pmap", data=4, fsdp=2, tensor=1, deterministic=False)
+        runtime("pmap", data=4, fsdp=2, tensor=1)

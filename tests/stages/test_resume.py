@@ -1,0 +1,124 @@
+"""Kill a run with SIGKILL, start the same command again: nothing shows that anything had happened."""
+
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+ROOT = Path(__file__).parents[2]
+STAGES = ("sft", "reward_model", "dpo", "ppo")
+PLACES = ("step", "save")
+
+
+def arguments(workdir: Path, data: Path) -> list[str]:
+    flags = [f"--config={ROOT}/experiments/preferences.py:smoke", f"--workdir={workdir}"]
+    flags += [f"--config.data.{split}={data}" for split in ("train", "eval")]
+    flags += [f"--config.{stage}.loop.checkpoint_every=2" for stage in STAGES]
+    flags += [f"--config.{stage}.epochs=2.0" for stage in STAGES if stage != "ppo"]
+    return [*flags, "--config.ppo.iterations=8", f"--config.stages={STAGES}"]
+
+
+class Process:
+    """One run of the command line, in a process with a compilation cache of its own."""
+
+    def __init__(self, directory: Path, cache: Path, stage: str, place: str, args: list[str]) -> None:
+        self.marker = directory / f"marker-{stage}-{place}"
+        own_cache = directory / f"cache-{stage}-{place}"
+        if cache != own_cache:
+            shutil.copytree(cache, own_cache, dirs_exist_ok=True)
+        command = [sys.executable, str(ROOT / "tests/stages/interrupted.py"), stage, place]
+        self.log = directory / f"log-{stage}-{place}"
+        with self.log.open("w") as log:
+            self.popen = subprocess.Popen(
+                [*command, str(self.marker), str(own_cache), *args],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""},
+            )
+
+    def kill_at_marker(self) -> None:
+        while not self.marker.exists():
+            assert self.popen.poll() is None, self.log.read_text()
+            time.sleep(0.05)
+        self.popen.send_signal(signal.SIGKILL)
+        assert self.popen.wait() == -signal.SIGKILL
+
+    def finish(self) -> None:
+        assert self.popen.wait() == 0, self.log.read_text()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """64 pairs over a handful of words."""
+    rng = np.random.default_rng(0)
+    words = ["the", "film", "is", "good", "bad", "dull", "bright", "and", "never", "slow"]
+    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    with path.open("w") as file:
+        for _ in range(64):
+            prompt, chosen, rejected = (" ".join(rng.choice(words, rng.integers(2, 6))) for _ in range(3))
+            file.write(json.dumps({"prompt": prompt, "chosen": f" {chosen}.", "rejected": f" {rejected}!"}) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def workdirs(tmp_path_factory, data) -> tuple[Path, Path]:
+    """A run that nobody disturbed, and one that was killed twice in every stage."""
+    directory = tmp_path_factory.mktemp("resume")
+    whole, disturbed = directory / "whole", directory / "disturbed"
+    cache = directory / "cache-all-never"
+    Process(directory, cache, "all", "never", arguments(whole, data)).finish()
+    for stage, place in itertools.product(STAGES, PLACES):
+        Process(directory, cache, stage, place, arguments(disturbed, data)).kill_at_marker()
+        assert not (disturbed / stage / "complete.json").exists()
+    Process(directory, cache, "none", "never", arguments(disturbed, data)).finish()
+    return whole, disturbed
+
+
+def final_state(stage_directory: Path):
+    with ocp.CheckpointManager(stage_directory / "checkpoints") as manager:
+        names = [path.name for path in (stage_directory / "checkpoints" / str(manager.latest_step())).iterdir()]
+        items = {name: ocp.args.StandardRestore() for name in names if not name.startswith(("_", "commit"))}
+        return manager.latest_step(), manager.restore(manager.latest_step(), args=ocp.args.Composite(**items))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_parameters_and_optimiser_are_the_same_bits(workdirs, stage):
+    (step, whole), (other_step, disturbed) = (final_state(workdir / stage) for workdir in workdirs)
+    assert step == other_step == 8
+    leaves, others = jax.tree.leaves(dict(whole.items())), jax.tree.leaves(dict(disturbed.items()))
+    assert len(leaves) == len(others) > 10
+    for leaf, other in zip(leaves, others, strict=True):
+        assert leaf.dtype == other.dtype
+        assert np.asarray(leaf).tobytes() == np.asarray(other).tobytes()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_metrics_and_samples_are_the_same_bytes(workdirs, stage):
+    whole, disturbed = (without_clock(workdir / stage / "metrics.jsonl") for workdir in workdirs)
+    assert [row["step"] for row in whole] == list(range(1, 9))
+    assert whole == disturbed
+    samples = [(workdir / stage / "samples.jsonl").read_bytes() for workdir in workdirs]
+    assert samples[0] == samples[1] != b""
+
+
+def test_summaries_are_equal_but_for_the_clock(workdirs):
+    for stage in STAGES:
+        whole, disturbed = (json.loads((workdir / stage / "summary.json").read_text()) for workdir in workdirs)
+        assert {key: value for key, value in whole.items() if not key.startswith("time/")} == {
+            key: value for key, value in disturbed.items() if not key.startswith("time/")
+        }
+
+
+def without_clock(path: Path) -> list[dict]:
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{key: value for key, value in row.items() if not key.startswith("time/")} for row in rows]

@@ -53,7 +53,8 @@ def get_config(arg: str = "") -> ConfigDict:
             "batch_size": 32,
             "epochs": 3.0,
             "sample_prompts": 8,
-            "loop": loop(eval_every=200),
+            "eval_every": 200,
+            "loop": loop(steps_per_call=10),
         }
     )
     config.reward_model = ConfigDict(
@@ -67,7 +68,8 @@ def get_config(arg: str = "") -> ConfigDict:
             "optimizer": adamw(3e-4, schedule="cosine", weight_decay=0.1),
             "batch_size": 32,
             "epochs": 1.0,
-            "loop": loop(eval_every=100),
+            "eval_every": 100,
+            "loop": loop(steps_per_call=10),
         }
     )
     config.dpo = ConfigDict(
@@ -80,7 +82,8 @@ def get_config(arg: str = "") -> ConfigDict:
             "batch_size": 32,
             "epochs": 1.0,
             "sample_prompts": 8,
-            "loop": loop(eval_every=100),
+            "eval_every": 100,
+            "loop": loop(steps_per_call=10),
         }
     )
     config.ppo = ConfigDict(
@@ -103,7 +106,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "optimizer": adamw(1e-4, schedule="linear", weight_decay=0.0),
             "samples_every": 20,
             "samples_written": 16,
-            "loop": loop(eval_every=200),
+            "loop": loop(steps_per_call=10),
         }
     )
     config.evaluate = ConfigDict(
@@ -167,6 +170,6 @@ def adamw(learning_rate: float, *, schedule: str, weight_decay: float) -> dict:
     }
 
 
-def loop(*, eval_every: int) -> dict:
+def loop(*, steps_per_call: int) -> dict:
     """A training loop's section."""
-    return {"steps_per_call": 10, "eval_every": eval_every, "checkpoint_every": 100}
+    return {"steps_per_call": steps_per_call, "checkpoint_every": 100}

@@ -26,7 +26,7 @@ MODEL = ModelConfig(
 OPTIMIZER = OptimizerConfig(
     learning_rate=3e-4, schedule="constant", warmup_steps=0, weight_decay=0.0, epsilon=1e-5, max_grad_norm=1.0
 )
-LOOP = LoopConfig(steps_per_call=1, eval_every=100, checkpoint_every=100)
+LOOP = LoopConfig(steps_per_call=1, checkpoint_every=100)
 POLICY = PolicyNetwork(MODEL, VOCAB, SUPPRESSED)
 REWARD = ScalarNetwork(MODEL, VOCAB, "mean")
 ONE_DEVICE = RuntimeConfig(

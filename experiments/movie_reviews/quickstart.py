@@ -43,7 +43,8 @@ def get_config(arg: str = "") -> ConfigDict:
             "batch_size": 64,
             "epochs": 4.0,
             "sample_prompts": 8,
-            "loop": loop(steps_per_call=10, eval_every=130),
+            "eval_every": 130,
+            "loop": loop(steps_per_call=10),
         }
     )
     config.preferences = ConfigDict(
@@ -68,7 +69,8 @@ def get_config(arg: str = "") -> ConfigDict:
             "optimizer": adamw(3e-3, schedule="cosine", warmup_steps=20, weight_decay=0.1),
             "batch_size": 64,
             "epochs": 1.0,
-            "loop": loop(steps_per_call=10, eval_every=100),
+            "eval_every": 100,
+            "loop": loop(steps_per_call=10),
         }
     )
     config.best_of_n = ConfigDict(
@@ -93,7 +95,8 @@ def get_config(arg: str = "") -> ConfigDict:
                 "batch_size": 64,
                 "epochs": 0.5,
                 "sample_prompts": 8,
-                "loop": loop(steps_per_call=10, eval_every=70),
+                "eval_every": 70,
+                "loop": loop(steps_per_call=10),
             }
         )
     config.ppo = ConfigDict(
@@ -116,7 +119,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "optimizer": adamw(3e-4, schedule="linear", warmup_steps=10, weight_decay=0.0),
             "samples_every": 10,
             "samples_written": 64,
-            "loop": loop(steps_per_call=5, eval_every=100),
+            "loop": loop(steps_per_call=5),
         }
     )
     config.evaluate = ConfigDict(
@@ -185,6 +188,6 @@ def adamw(learning_rate: float, *, schedule: str, warmup_steps: int, weight_deca
     }
 
 
-def loop(*, steps_per_call: int, eval_every: int) -> dict:
+def loop(*, steps_per_call: int) -> dict:
     """A training loop's section."""
-    return {"steps_per_call": steps_per_call, "eval_every": eval_every, "checkpoint_every": 100}
+    return {"steps_per_call": steps_per_call, "checkpoint_every": 100}

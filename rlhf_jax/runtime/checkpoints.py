@@ -1,5 +1,7 @@
 """Checkpoints of a training state: Orbax, asynchronous, one directory a step, one item a network."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +26,7 @@ class Checkpoints:
 
     def __init__(self, directory: Path, keep: int) -> None:
         """Opens a directory, making it where it is missing; what an interrupted save left there is removed."""
+        self._directory = directory
         self._manager = ocp.CheckpointManager(
             directory.absolute(),
             options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
@@ -41,7 +44,8 @@ class Checkpoints:
         copy = jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, state), may_alias=False)
         items = {name: ocp.args.StandardSave(tree) for name, tree in copy.params.items()}
         rest = ocp.args.StandardSave({"step": copy.step, "opt_state": copy.opt_state})
-        self._manager.save(int(np.ravel(state.step)[0]), args=ocp.args.Composite(rest=rest, **items))
+        with _writing(self._directory):
+            self._manager.save(int(np.ravel(state.step)[0]), args=ocp.args.Composite(rest=rest, **items))
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """The state saved at a step, laid out as `like` is."""
@@ -53,8 +57,9 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for the last save, and reports what went wrong in it."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        with _writing(self._directory):
+            self._manager.wait_until_finished()
+            self._manager.close()
 
 
 def load_params(directory: Path, network: str, like: PyTree, *, step: int | None) -> PyTree:
@@ -74,6 +79,18 @@ def load_params(directory: Path, network: str, like: PyTree, *, step: int | None
         target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), like)
         chosen = max(steps) if step is None else step
         return manager.restore(chosen, args=ocp.args.Composite(**{network: ocp.args.StandardRestore(target)}))[network]
+
+
+@contextlib.contextmanager
+def _writing(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # what the writing threads raise depends on the file system
+        reason = str(error).strip().split("\n")[0][:300]
+        raise RlhfError(
+            f"a checkpoint could not be written to {directory} ({reason}): see that the disk has room, and run again; "
+            "the last whole checkpoint is kept"
+        ) from error
 
 
 def _abstract(tree: PyTree) -> PyTree:

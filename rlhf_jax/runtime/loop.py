@@ -24,11 +24,10 @@ class LoopConfig:
     """How often, in steps. `steps_per_call` of them are scanned in one call, after which the rest may happen."""
 
     steps_per_call: int
-    eval_every: int
     checkpoint_every: int
 
     def __post_init__(self) -> None:
-        for name in ("steps_per_call", "eval_every", "checkpoint_every"):
+        for name in ("steps_per_call", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
 
@@ -44,8 +43,20 @@ class Task:
     run_key: jax.Array  # a key, or one a seed
     total_steps: int
     key_figures: tuple[str, ...]  # metrics shown beside the bar
-    evaluate: Callable[[PyTree, int], tuple[dict[str, Any], Rows]]  # params, step -> metrics and sample rows
-    describe: Callable[[int, int, Any], Rows]  # step, seed index, one step's samples -> sample rows
+    evaluation: "Evaluation | None"
+    describe: Callable[[int, Any], Rows]  # step, one seed's samples -> sample rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What is done every so many steps, and after the last one, for a task with one seed."""
+
+    every: int
+    run: Callable[[PyTree], tuple[dict[str, Any], Rows]]  # params -> metrics and sample rows
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise RlhfError(f"eval_every = {self.every} must be at least 1")
 
 
 def train(task: Task, config: LoopConfig, placement: Placement, first_seed: int, directory: Path, bar: Bar) -> None:
@@ -72,19 +83,19 @@ def train(task: Task, config: LoopConfig, placement: Placement, first_seed: int,
         steps = range(done, done + config.steps_per_call)
         batches = jax.tree.map(lambda *leaves: np.stack(leaves), *map(task.batch_at, steps))
         state, metrics, samples = program(state, frozen, batches, task.run_key)
-        metrics = jax.device_get(metrics)
+        metrics, samples = jax.device_get((metrics, samples))
         _check_finite(metrics, steps, directory.name)
         previous, done = done, done + config.steps_per_call
 
         rows = _metric_rows(metrics, steps, first_seed, placement.seeds)
-        if _crossed(config.eval_every, previous, done, task.total_steps):
-            evaluation, described = task.evaluate(placement.whole(state).params, done)
+        if task.evaluation and _crossed(task.evaluation.every, previous, done, task.total_steps):
+            evaluation, described = task.evaluation.run(placement.whole(state).params)
             rows[-1].update(evaluation)
             sample_rows.write({"step": done, **row} for row in described)
         for index, step in enumerate(steps):
             for seed in range(placement.seeds):
                 one = jax.tree.map(lambda leaf, i=index, k=seed: _pick(leaf, i, k, placement.seeds), samples)
-                described = task.describe(step + 1, seed, one)
+                described = task.describe(step + 1, one)
                 sample_rows.write({"step": step + 1, "seed": first_seed + seed, **row} for row in described)
         rows[-1].update(clock.read(config.steps_per_call, rows[-placement.seeds :]))
         metric_rows.write(rows)

@@ -14,7 +14,7 @@ from rlhf_jax.core.preference_losses import dpo_loss
 from rlhf_jax.data import pipeline
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.runtime.checkpoints import TrainState
-from rlhf_jax.runtime.loop import LoopConfig, Task, train
+from rlhf_jax.runtime.loop import Evaluation, LoopConfig, Task, train
 from rlhf_jax.runtime.optimizers import OptimizerConfig, learning_rate, make_optimizer, update
 from rlhf_jax.runtime.programs import Step
 from rlhf_jax.sampling.batches import pair_logprobs_all
@@ -36,6 +36,7 @@ class DPOConfig:
     batch_size: int
     epochs: float
     sample_prompts: int  # evaluation prompts continued at every evaluation
+    eval_every: int  # steps
     loop: LoopConfig
 
 
@@ -60,13 +61,18 @@ def run(config: DPOConfig, context: Context) -> dict[str, Any]:
         run_key=context.key(),
         total_steps=steps,
         key_figures=("loss", "rewards/accuracies", "rewards/margins"),
-        evaluate=lambda params, step: (
-            evaluate(
-                network, params["policy"], reference.params, eval_data, config.beta, context.runtime.inference_batch
+        evaluation=Evaluation(
+            config.eval_every,
+            lambda params: (
+                evaluate(
+                    network, params["policy"], reference.params, eval_data, config.beta, context.runtime.inference_batch
+                ),
+                policy_samples(
+                    Policy(network, params["policy"], tokenizer), eval_prompts, config.sample_prompts, context
+                ),
             ),
-            policy_samples(Policy(network, params["policy"], tokenizer), eval_prompts, config.sample_prompts, context),
         ),
-        describe=lambda step, seed, samples: [],
+        describe=lambda step, samples: [],
     )
     train(task, config.loop, placement, context.seed, context.directory, context.bar)
     return {"train_pairs": len(rows), "eval_pairs": len(held_out), "steps": steps}

@@ -113,11 +113,10 @@ def run(config: PPOConfig, context: Context) -> dict[str, Any]:
     params = {"policy": reference.params, "value": reward_model.network.init_value(reward_model.params)}
     state = init_state(params, config)
 
-    def describe(step: int, seed: int, samples: Samples) -> list[dict[str, Any]]:
-        del seed
+    def describe(step: int, samples: Samples) -> list[dict[str, Any]]:
         if step % config.samples_every and step != 1:
             return []
-        shown = jax.tree.map(lambda leaf: np.asarray(leaf)[: config.samples_written], samples)
+        shown = jax.tree.map(lambda leaf: leaf[: config.samples_written], samples)
         return sample_rows(reference.tokenizer, shown.rollout, shown.scores, shown.kl)
 
     several = context.seeds > 1
@@ -129,7 +128,7 @@ def run(config: PPOConfig, context: Context) -> dict[str, Any]:
         run_key=jnp.stack(run_keys) if several else run_keys[0],
         total_steps=config.iterations,
         key_figures=("objective/scores", "objective/kl", "val/num_eos_tokens"),
-        evaluate=lambda params, step: ({}, []),
+        evaluation=None,
         describe=describe,
     )
     train(task, config.loop, placement, context.seed, context.directory, context.bar)

@@ -16,7 +16,7 @@ from rlhf_jax.models.policy import both_responses
 from rlhf_jax.models.scalars import Pooling, ScalarNetwork
 from rlhf_jax.models.transformer import ModelConfig
 from rlhf_jax.runtime.checkpoints import TrainState
-from rlhf_jax.runtime.loop import LoopConfig, Task, train
+from rlhf_jax.runtime.loop import Evaluation, LoopConfig, Task, train
 from rlhf_jax.runtime.optimizers import OptimizerConfig, learning_rate, make_optimizer, update
 from rlhf_jax.runtime.programs import Step
 from rlhf_jax.sampling.batches import score_all
@@ -38,6 +38,7 @@ class RewardModelConfig:
     optimizer: OptimizerConfig
     batch_size: int
     epochs: float
+    eval_every: int  # steps
     loop: LoopConfig
 
 
@@ -63,8 +64,10 @@ def run(config: RewardModelConfig, context: Context) -> dict[str, Any]:
         run_key=context.key(),
         total_steps=steps,
         key_figures=("loss", "accuracy", "eval/accuracy"),
-        evaluate=lambda params, step: evaluate(network, params["reward"], eval_data, held_out, context),
-        describe=lambda step, seed, samples: [],
+        evaluation=Evaluation(
+            config.eval_every, lambda params: evaluate(network, params["reward"], eval_data, held_out, context)
+        ),
+        describe=lambda step, samples: [],
     )
     train(task, config.loop, placement, context.seed, context.directory, context.bar)
     return {"train_pairs": len(rows), "eval_pairs": len(held_out), "steps": steps}

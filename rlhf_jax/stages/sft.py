@@ -13,7 +13,7 @@ from rlhf_jax.data import pipeline
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.transformer import ModelConfig
 from rlhf_jax.runtime.checkpoints import TrainState
-from rlhf_jax.runtime.loop import LoopConfig, Task, train
+from rlhf_jax.runtime.loop import Evaluation, LoopConfig, Task, train
 from rlhf_jax.runtime.optimizers import OptimizerConfig, learning_rate, make_optimizer, update
 from rlhf_jax.runtime.programs import Step
 from rlhf_jax.sampling.batches import sequence_stats_all
@@ -34,6 +34,7 @@ class SFTConfig:
     batch_size: int
     epochs: float
     sample_prompts: int  # evaluation prompts continued at every evaluation
+    eval_every: int  # steps
     loop: LoopConfig
 
 
@@ -61,11 +62,16 @@ def run(config: SFTConfig, context: Context) -> dict[str, Any]:
         run_key=context.key(),
         total_steps=steps,
         key_figures=("loss", "eval/loss"),
-        evaluate=lambda params, step: (
-            evaluate(network, params["policy"], eval_data, context.runtime.inference_batch),
-            policy_samples(Policy(network, params["policy"], tokenizer), eval_prompts, config.sample_prompts, context),
+        evaluation=Evaluation(
+            config.eval_every,
+            lambda params: (
+                evaluate(network, params["policy"], eval_data, context.runtime.inference_batch),
+                policy_samples(
+                    Policy(network, params["policy"], tokenizer), eval_prompts, config.sample_prompts, context
+                ),
+            ),
         ),
-        describe=lambda step, seed, samples: [],
+        describe=lambda step, samples: [],
     )
     train(task, config.loop, placement, context.seed, context.directory, context.bar)
     return {"rows": len(rows), "steps": steps, "vocab_size": network.vocab_size}

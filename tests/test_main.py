@@ -1,0 +1,198 @@
+"""The command line: whatever is wrong, one message, a non-zero exit, and nothing lost."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from rlhf_jax.main import main
+
+ROOT = Path(__file__).parents[1]
+PREFERENCES = f"--config={ROOT}/experiments/preferences.py:smoke"
+QUICKSTART = f"--config={ROOT}/experiments/movie_reviews/quickstart.py:smoke"
+
+
+def pairs(rows: int, seed: int = 0) -> pd.DataFrame:
+    rng = np.random.default_rng(seed)
+    words = ["the", "film", "is", "good", "bad", "dull", "bright", "and", "never", "slow"]
+
+    def text() -> str:
+        return " ".join(rng.choice(words, rng.integers(2, 6)))
+
+    return pd.DataFrame([{"prompt": text(), "chosen": f" {text()}.", "rejected": f" {text()}!"} for _ in range(rows)])
+
+
+WRITERS = {
+    "jsonl": lambda table, path: table.to_json(path, orient="records", lines=True),
+    "parquet": lambda table, path: table.to_parquet(path),
+    "csv": lambda table, path: table.to_csv(path, index=False),
+}
+
+
+def files(directory: Path, ending: str = "jsonl") -> list[str]:
+    flags = []
+    for split, rows in (("train", 64), ("eval", 24)):
+        path = directory / f"{split}.{ending}"
+        WRITERS[ending](pairs(rows, seed=rows), path)
+        flags.append(f"--config.data.{split}={path}")
+    return flags
+
+
+def fails(capsys, *arguments: str) -> str:
+    """The one message of a command that must fail without a traceback."""
+    assert main(list(arguments)) == 1
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err + captured.out
+    assert captured.err.startswith("Error: ")
+    return captured.err
+
+
+@pytest.mark.parametrize("ending", WRITERS)
+def test_own_preferences_run_whole(ending, tmp_path, capsys):
+    arguments = [PREFERENCES, f"--workdir={tmp_path / 'run'}", *files(tmp_path, ending)]
+    assert main(arguments) == 0
+    results = pd.read_csv(tmp_path / "run" / "results.csv")
+    assert results["method"].tolist() == ["sft", "best_of_4", "dpo", "ppo"]
+    assert results["gold_score"].isna().all()
+    assert results["win_rate"].between(0, 1).all()
+    assert np.isfinite(results[["reward_score", "kl", "length", "distinct_2"]]).all(axis=None)
+    assert "eval/accuracy" in (tmp_path / "run" / "reward_model" / "metrics.jsonl").read_text()
+
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert main(arguments) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--config.sft.epoch=3", "epochs"),
+        ("--config.nothing=3", "nothing"),
+        ("--config.seed=abc", "abc"),
+        ("--config.ppo.kl_coef=high", "high"),
+        ("--config.ppo.minibatches=3", "does not divide into 3 minibatches"),
+        ("--config.sft.model.n_heads=3", "d_model = 16 must be a multiple"),
+        ("--config.sft.model.activation=tanh", "one of 'relu', 'gelu', 'silu'"),
+        ("--config.dpo.policy=nobody", "'nobody'"),
+        ("--config.stages=('sft','nobody')", "'nobody'"),
+        ("--config.runtime.data=99", "99 devices"),
+        ("--nonsense=3", "nonsense"),
+        ("nonsense", "nonsense"),
+        ("--stage=nobody", "nobody"),
+    ],
+)
+def test_flags_that_cannot_be(flag, words, tmp_path, capsys):
+    message = fails(capsys, PREFERENCES, f"--workdir={tmp_path / 'run'}", *files(tmp_path), flag)
+    assert words in message
+    assert not (tmp_path / "run" / "sft" / "complete.json").exists()
+
+
+def test_configs_that_cannot_be(tmp_path, capsys):
+    broken = tmp_path / "broken.py"
+    broken.write_text("def get_config(:\n")
+    assert "SyntaxError" in fails(capsys, f"--config={broken}", "--workdir=x")
+    broken.write_text("def get_config():\n    return 3\n")
+    assert "returned a int" in fails(capsys, f"--config={broken}", "--workdir=x")
+    assert "no file" in fails(capsys, "--config=nowhere.py", "--workdir=x")
+    assert "--workdir" in fails(capsys, PREFERENCES)
+    assert "config.data.train" in fails(capsys, PREFERENCES, f"--workdir={tmp_path / 'run'}")
+    assert "no verb 'traim'" in fails(capsys, "traim")
+
+
+def test_a_traceback_only_with_debug(tmp_path, capsys):
+    assert main(["--config=nowhere.py", f"--workdir={tmp_path}", "--debug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_stage_whose_inputs_are_missing(tmp_path, capsys):
+    message = fails(capsys, PREFERENCES, f"--workdir={tmp_path / 'run'}", *files(tmp_path), "--stage=ppo")
+    assert "'sft' is missing" in message
+    assert "--stage=sft" in message
+
+
+def test_a_workdir_of_another_config(tmp_path, capsys):
+    arguments = [PREFERENCES, f"--workdir={tmp_path / 'run'}", *files(tmp_path), "--stage=sft"]
+    assert main(arguments) == 0
+    checkpoint = sorted((tmp_path / "run" / "sft").rglob("*"))
+    message = fails(capsys, *arguments, "--config.sft.optimizer.learning_rate=0.5")
+    assert "optimizer.learning_rate: 0.001 there, 0.5 now" in message
+    assert f"--inputs={tmp_path / 'run'}" in message
+    assert sorted((tmp_path / "run" / "sft").rglob("*")) == checkpoint
+
+    # What the message suggests works: SFT is read from there, the reward model is trained here.
+    moved = [argument.replace(str(tmp_path / "run"), str(tmp_path / "new")) for argument in arguments[:-1]]
+    assert main([*moved, f"--inputs={tmp_path / 'run'}", "--stage=reward_model"]) == 0
+    assert not (tmp_path / "new" / "sft").exists()
+    assert (tmp_path / "new" / "reward_model" / "complete.json").exists()
+
+
+def test_a_changed_data_file_is_another_config(tmp_path, capsys):
+    arguments = [PREFERENCES, f"--workdir={tmp_path / 'run'}", *files(tmp_path), "--stage=sft"]
+    assert main(arguments) == 0
+    WRITERS["jsonl"](pairs(64, seed=1), tmp_path / "train.jsonl")
+    assert "data_sha256.train" in fails(capsys, *arguments)
+
+
+def test_a_truncated_data_file(tmp_path, capsys):
+    flags = files(tmp_path)
+    train = tmp_path / "train.jsonl"
+    train.write_text(train.read_text()[:-20])
+    message = fails(capsys, PREFERENCES, f"--workdir={tmp_path / 'run'}", *flags)
+    assert f"{train}" in message
+    assert "64" in message
+
+
+def test_a_file_where_a_directory_belongs(tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    assert "is a file" in fails(capsys, PREFERENCES, f"--workdir={tmp_path / 'file'}", *files(tmp_path))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "sft").write_text("mine")
+    assert "is a file" in fails(capsys, PREFERENCES, f"--workdir={tmp_path / 'run'}", *files(tmp_path))
+    assert (tmp_path / "file").read_text() == (tmp_path / "run" / "sft").read_text() == "mine"
+
+
+def test_a_full_disk_loses_nothing(tmp_path):
+    """Files may grow to 60 KB: configs and tokenizer fit, a checkpoint does not. Then there is room again."""
+    command = [sys.executable, "-m", "rlhf_jax", PREFERENCES, f"--workdir={tmp_path / 'run'}", *files(tmp_path)]
+    command += ["--stage=sft", "--config.sft.model.d_model=64"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+
+    full = subprocess.run(command, preexec_fn=limit, env=environment, capture_output=True, text=True)
+    assert full.returncode == 1, full.stdout + full.stderr
+    assert "Traceback" not in full.stderr
+    assert full.stderr.count("Error: ") == 1
+    assert "sft" in full.stderr.split("Error: ")[1]
+    assert not (tmp_path / "run" / "sft" / "complete.json").exists()
+
+    again = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert json.loads((tmp_path / "run" / "sft" / "summary.json").read_text())["steps"] == 4
+
+
+def test_sample_prints_continuations_with_scores(tmp_path, capsys):
+    arguments = [
+        PREFERENCES,
+        f"--workdir={tmp_path / 'run'}",
+        *files(tmp_path),
+        "--config.stages=('sft','reward_model')",
+    ]
+    assert main(arguments) == 0
+    capsys.readouterr()
+    sample = ["sample", f"--workdir={tmp_path / 'run'}", "--stage=sft", "--prompt=the film", "--n=3"]
+    assert main(sample) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert main(sample) == 0
+    assert capsys.readouterr().out.splitlines() == lines
+    assert sum("the film" in line for line in lines) == 3
+    assert "no verb" not in fails(capsys, "sample", f"--workdir={tmp_path / 'run'}", "--stage=ppo", "--prompt=x")

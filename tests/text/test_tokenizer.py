@@ -22,7 +22,7 @@ TEXTS = [
     "The film isn't good -- it's the best film (of 1999), I'd say.",
     'A "masterpiece"? No; $5 [or 7%] {at most}: don\'t go!',
     "O'Neil's café, naïve ΣΟΦΙΑΣ, l'amour d'été, 日本 映画, x_1 _y_ '' # ## `~@^&*+=|\\/<> … — “so it’s”",
-    "<pad> <bos> <eos> <unk> and e\u0301 \u200b \u0000",
+    "s <pad> <bos> <eos> <unk> and e\u0301 \u200b \u0000",
 ]
 
 
@@ -45,6 +45,13 @@ known = st.lists(st.one_of(st.sampled_from(WORDS), st.sampled_from(MARKS)), max_
 @pytest.mark.parametrize("token", WORDS)
 def test_every_word_and_mark_is_itself(token):
     assert word().encode(word().decode([token])) == [token]
+
+
+def test_every_mark_between_words_and_other_marks_is_itself():
+    words = ["film", "it's", "s", "1999", "_y_", "'", "(", "."]
+    outer = [word().encode(text)[0] for text in words]
+    sequences = [[first, mark, last] for first in outer for mark in MARKS for last in outer]
+    assert word().encode_all([word().decode(ids) for ids in sequences]) == sequences
 
 
 @given(known)

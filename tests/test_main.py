@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -165,10 +164,8 @@ def test_a_full_disk_loses_nothing(tmp_path):
     command += ["--stage=sft", "--config.sft.model.d_model=64"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
 
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
-
-    full = subprocess.run(command, preexec_fn=limit, env=environment, capture_output=True, text=True)
+    limited = ["bash", "-c", 'ulimit -f 60; exec "$@"', "bash", *command]  # RLIMIT_FSIZE, in units of 1,024 bytes
+    full = subprocess.run(limited, env=environment, capture_output=True, text=True)
     assert full.returncode == 1, full.stdout + full.stderr
     assert "Traceback" not in full.stderr
     assert full.stderr.count("Error: ") == 1

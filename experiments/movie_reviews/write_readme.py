@@ -81,15 +81,14 @@ def claims(runs: list[Run], tables: list[pd.DataFrame]) -> list[str]:
     """Whether each claim holds: gain over SFT in standard errors, share of pairs won, and PPO's divergence."""
     lines = []
     for run, table in zip(runs, tables, strict=True):
-        rows = table.set_index("method").astype(float)
-        methods = ["best_of_16", *run.selected(), "ppo"]
-        errors = {name: rows.loc[name, "gold_gain"] / rows.loc[name, "gold_gain_se"] for name in methods}
+        rows = table.set_index("method").loc[["best_of_16", *run.selected(), "ppo"]]
+        errors = rows["gold_gain"] / rows["gold_gain_se"]
         held = (
-            all(errors[name] > CLAIM_STANDARD_ERRORS for name in methods)
-            and all(rows.loc[name, "win_rate"] > CLAIM_WIN_RATE for name in methods)
-            and rows.loc["ppo", "kl"] < CLAIM_KL
+            (errors > CLAIM_STANDARD_ERRORS).all()
+            and (rows["win_rate"] > CLAIM_WIN_RATE).all()
+            and (rows["kl"].tail(1) < CLAIM_KL).all()
         )
-        gains = ", ".join(f"`{name}` {errors[name]:.0f}" for name in methods)
+        gains = ", ".join(f"`{name}` {error:.0f}" for name, error in errors.items())
         lines.append(
             f"- seed {table['seed'].iloc[0]}: gains over SFT in standard errors: {gains}. Each method gains more than "
             f"{CLAIM_STANDARD_ERRORS:.0f} and wins more than {CLAIM_WIN_RATE:.0%} of pairs, PPO under {CLAIM_KL:.0f} "

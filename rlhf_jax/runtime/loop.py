@@ -1,5 +1,6 @@
 """The one training loop: call the program, write what it said, save, and start again where a killed run stopped."""
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable
@@ -70,43 +71,38 @@ def train(task: Task, config: LoopConfig, placement: Placement, first_seed: int,
             f"{directory.name}: {task.total_steps} steps are no multiple of steps_per_call = {config.steps_per_call}: "
             "a shorter last call would compile a second program"
         )
-    checkpoints = Checkpoints(directory / "checkpoints", keep=2)
-    done = checkpoints.latest_step() or 0
-    state = checkpoints.restore(done, task.state) if done else task.state
-    metric_rows = RowWriter(directory / "metrics.jsonl", done)
-    sample_rows = RowWriter(directory / "samples.jsonl", done)
-    state, frozen = placement.put_state(state), placement.put_frozen(task.frozen)
-    program = placement.compile(task.step, state)
-    clock = _Clock(directory / "metrics.jsonl")
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(directory / "checkpoints", keep=2)))
+        done = checkpoints.latest_step() or 0
+        metric_rows, sample_rows = (
+            stack.enter_context(contextlib.closing(RowWriter(directory / f"{name}.jsonl", done)))
+            for name in ("metrics", "samples")
+        )
+        state = placement.put_state(checkpoints.restore(done, task.state) if done else task.state)
+        frozen = placement.put_frozen(task.frozen)
+        program = placement.compile(task.step, state)
+        clock = _Clock(directory / "metrics.jsonl")
+        while done < task.total_steps:
+            steps = range(done, done + config.steps_per_call)
+            batches = jax.tree.map(lambda *leaves: np.stack(leaves), *map(task.batch_at, steps))
+            state, metrics, samples = program(state, frozen, batches, task.run_key)
+            metrics, samples = jax.device_get((metrics, samples))
+            _check_finite(metrics, steps, directory.name)
+            previous, done = done, steps.stop
 
-    while done < task.total_steps:
-        steps = range(done, done + config.steps_per_call)
-        batches = jax.tree.map(lambda *leaves: np.stack(leaves), *map(task.batch_at, steps))
-        state, metrics, samples = program(state, frozen, batches, task.run_key)
-        metrics, samples = jax.device_get((metrics, samples))
-        _check_finite(metrics, steps, directory.name)
-        previous, done = done, done + config.steps_per_call
-
-        rows = _metric_rows(metrics, steps, first_seed, placement.seeds)
-        if task.evaluation and _crossed(task.evaluation.every, previous, done, task.total_steps):
-            evaluation, described = task.evaluation.run(placement.whole(state).params)
-            rows[-1].update(evaluation)
-            sample_rows.write({"step": done, **row} for row in described)
-        for index, step in enumerate(steps):
-            for seed in range(placement.seeds):
-                one = jax.tree.map(lambda leaf, i=index, k=seed: _pick(leaf, i, k, placement.seeds), samples)
-                described = task.describe(step + 1, one)
-                sample_rows.write({"step": step + 1, "seed": first_seed + seed, **row} for row in described)
-        rows[-1].update(clock.read(config.steps_per_call, rows[-placement.seeds :]))
-        metric_rows.write(rows)
-        bar.update(done, task.total_steps, {name: rows[-1][name] for name in task.key_figures if name in rows[-1]})
-        if _crossed(config.checkpoint_every, previous, done, task.total_steps):
-            metric_rows.flush()
-            sample_rows.flush()
-            checkpoints.save(placement.whole(state))
-    metric_rows.close()
-    sample_rows.close()
-    checkpoints.close()
+            rows = _metric_rows(metrics, steps, first_seed, placement.seeds)
+            sample_rows.write(_sample_rows(samples, steps, first_seed, placement.seeds, task.describe))
+            if task.evaluation and _crossed(task.evaluation.every, previous, done, task.total_steps):
+                evaluation, described = task.evaluation.run(placement.whole(state).params)
+                rows[-1].update(evaluation)
+                sample_rows.write({"step": done, **row} for row in described)
+            rows[-1].update(clock.read(config.steps_per_call, rows[-placement.seeds :]))
+            metric_rows.write(rows)
+            bar.update(done, task.total_steps, {name: rows[-1][name] for name in task.key_figures if name in rows[-1]})
+            if _crossed(config.checkpoint_every, previous, done, task.total_steps):
+                metric_rows.flush()
+                sample_rows.flush()
+                checkpoints.save(placement.whole(state))
 
 
 class _Clock:
@@ -137,6 +133,15 @@ def _metric_rows(metrics: dict[str, np.ndarray], steps: range, first_seed: int, 
         }
         for index, step in enumerate(steps)
         for seed in range(seeds)
+    ]
+
+
+def _sample_rows(samples: Any, steps: range, first_seed: int, seeds: int, describe: Callable[[int, Any], Rows]) -> Rows:
+    return [
+        {"step": step + 1, "seed": first_seed + seed, **row}
+        for index, step in enumerate(steps)
+        for seed in range(seeds)
+        for row in describe(step + 1, jax.tree.map(lambda leaf, i=index, k=seed: _pick(leaf, i, k, seeds), samples))
     ]
 
 

@@ -117,7 +117,7 @@ def run(config: PPOConfig, context: Context) -> dict[str, Any]:
         if step % config.samples_every and step != 1:
             return []
         shown = jax.tree.map(lambda leaf: leaf[: config.samples_written], samples)
-        return sample_rows(reference.tokenizer, shown.rollout, shown.scores, shown.kl)
+        return sample_rows(reference.tokenizer, shown.rollout, shown.scores.tolist(), shown.kl.tolist())
 
     several = context.seeds > 1
     task = Task(

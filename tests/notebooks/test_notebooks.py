@@ -3,14 +3,18 @@
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import jupytext
 import nbclient
-import nbformat
 import pytest
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def read(path: Path) -> Any:
+    return jupytext.read(path)
 
 
 def test_there_are_notebooks_but_few():
@@ -19,7 +23,7 @@ def test_there_are_notebooks_but_few():
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_is_its_script(path):
-    notebook, script = nbformat.read(path, as_version=4), jupytext.read(path.with_suffix(".py"))
+    notebook, script = read(path), read(path.with_suffix(".py"))
     assert [(cell.cell_type, cell.source) for cell in notebook.cells] == [
         (cell.cell_type, cell.source) for cell in script.cells
     ]
@@ -27,7 +31,7 @@ def test_a_notebook_is_its_script(path):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_keeps_its_figures(path):
-    notebook = nbformat.read(path, as_version=4)
+    notebook = read(path)
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert sum("image/png" in output.get("data", {}) for output in outputs) >= 4
     assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code")
@@ -37,7 +41,7 @@ def test_a_notebook_keeps_its_figures(path):
 def test_a_notebook_runs(path, tmp_path, movie_reviews):
     for name in ("notebooks", "experiments"):
         shutil.copytree(ROOT / name, tmp_path / name)
-    notebook = jupytext.read(tmp_path / "notebooks" / path.with_suffix(".py").name)
+    notebook = read(path.with_suffix(".py"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))
         patch.setenv("XLA_FLAGS", "")

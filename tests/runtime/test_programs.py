@@ -1,7 +1,7 @@
 """One step gives the same numbers on one device, on every mesh, and under pmap; several seeds are several runs."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from rlhf_jax.types import RlhfError
 from tests import tiny
 
 
-def runtime(strategy: Literal["jit", "pmap"], **sizes: int) -> RuntimeConfig:
+def runtime(strategy: Literal["jit", "pmap"], **sizes: Any) -> RuntimeConfig:
     return dataclasses.replace(tiny.ONE_DEVICE, strategy=strategy, **sizes)
 
 

@@ -53,7 +53,7 @@ def trap_steps(trap: Trap) -> None:
         trap.spring()
         return device_get(tree)
 
-    jax.device_get = trapped
+    jax.device_get = trapped  # pyrefly: ignore[bad-assignment]
 
 
 def trap_saves(trap: Trap) -> None:

@@ -1,0 +1,120 @@
+"""Each stage's step, repeated, learns what it is for."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax.data.pipeline import Prompts
+from rlhf_jax.runtime.checkpoints import TrainState
+from rlhf_jax.runtime.optimizers import make_optimizer
+from rlhf_jax.runtime.programs import make_placement
+from rlhf_jax.stages import dpo, ppo, reward_model, sft
+from rlhf_jax.types import TokenBatch
+from tests import tiny
+
+QUICK = dataclasses.replace(tiny.OPTIMIZER, learning_rate=1e-2)
+
+
+def run(step, params, frozen, batches):
+    """All metrics of a run of one step a batch, and the last samples."""
+    state = TrainState(jnp.int32(0), params, make_optimizer(QUICK, len(batches)).init(params))
+    placement = make_placement(tiny.ONE_DEVICE, seeds=1)
+    state = placement.put_state(state)
+    program = placement.compile(step, state)
+    _, metrics, samples = program(state, placement.put_frozen(frozen), tiny.several(batches), jax.random.key(0))
+    return jax.device_get((metrics, samples))
+
+
+def preferred_token_pairs(seed: int):
+    """Pairs that differ in one thing: only the chosen response ends in token 5."""
+    pairs = tiny.preferences(16, seed)
+    last = pairs.chosen_mask.sum(axis=1) - 1
+    chosen, rejected = np.where(pairs.chosen == 5, 6, pairs.chosen), np.where(pairs.rejected == 5, 6, pairs.rejected)
+    chosen[np.arange(16), last] = 5
+    return pairs._replace(chosen=chosen, rejected=rejected)
+
+
+def test_sft_learns_a_sequence():
+    tokens = np.tile(np.array([1, 4, 5, 6, 7, 8, 2, 0], np.int32), (16, 1))
+    mask = tokens != 0
+    batch = TokenBatch(tokens, mask, mask & (np.arange(8) > 0))
+    metrics, _ = run(sft.make_step(tiny.POLICY, QUICK, 60, ()), {"policy": tiny.policy_params()}, (), [batch] * 60)
+    assert metrics["loss"][0] > 1.5
+    assert metrics["loss"][-1] < 0.1
+    assert metrics["mean_token_accuracy"][-1] == 1
+    assert metrics["num_tokens"].tolist() == [16 * 6] * 60
+
+
+def test_the_reward_model_learns_what_is_preferred():
+    batches = [preferred_token_pairs(seed) for seed in range(60)]
+    metrics, _ = run(reward_model.make_step(tiny.REWARD, QUICK, 60, ()), {"reward": tiny.reward_params()}, (), batches)
+    assert metrics["accuracy"][:5].mean() < 0.9
+    assert metrics["accuracy"][-5:].mean() > 0.95
+
+
+def test_dpo_learns_what_is_preferred():
+    frozen = {"reference": tiny.policy_params(), "beta": jnp.float32(0.1)}
+    batches = [preferred_token_pairs(seed % 4) for seed in range(100)]
+    metrics, _ = run(dpo.make_step(tiny.POLICY, QUICK, 100, ()), {"policy": tiny.policy_params()}, frozen, batches)
+    np.testing.assert_allclose(metrics["loss"][0], np.log(2), atol=1e-6)  # the policy is still its reference
+    assert metrics["rewards/accuracies"][-5:].mean() > 0.95
+    assert metrics["rewards/margins"][-1] > metrics["rewards/margins"][1] > 0
+
+
+def test_ppo_pleases_the_reward_model_and_a_penalty_holds_it_back():
+    def train(kl_coef: float):
+        config = tiny.with_config(kl_coef=kl_coef, optimizer=QUICK, iterations=40, missing_eos_penalty=0.0)
+        params = {"policy": tiny.policy_params(), "value": tiny.REWARD.init_value(tiny.reward_params())}
+        frozen = {"reference": tiny.policy_params(), "reward": tiny.reward_params()}
+        step = ppo.make_step(tiny.NETWORKS, config, (), ())
+        return run(step, params, frozen, [tiny.prompts(16, seed) for seed in range(40)])
+
+    free, samples = train(0.0)
+    held, _ = train(1.0)
+    scores = free["objective/scores"]
+    np.testing.assert_allclose(free["objective/kl"][0], 0, atol=1e-5)  # the policy is still its reference
+    assert scores[-5:].mean() > scores[:5].mean() + 3 * scores[:5].std()
+    assert free["objective/kl"][-5:].mean() > 2 * held["objective/kl"][-5:].mean()
+    np.testing.assert_allclose(free["objective/rlhf_reward"], scores + free["objective/non_score_reward"], atol=1e-5)
+    lengths = samples.rollout.response_mask.sum(axis=-1)
+    assert samples.scores.shape == lengths.shape == (40, 16)
+
+
+def test_a_missing_eos_is_penalised_and_nothing_else():
+    params = {"policy": tiny.policy_params(), "value": tiny.REWARD.init_value(tiny.reward_params())}
+    frozen = {"reference": tiny.policy_params(2), "reward": tiny.reward_params()}
+    rollout = ppo.Rollout(
+        *map(jnp.asarray, tiny.prompts(2)[:2]),
+        jnp.array([[4, 5, tiny.EOS, 0, 0, 0], [4, 5, 6, 7, 8, 9]], jnp.int32),
+        jnp.array([[True] * 3 + [False] * 3, [True] * 6]),
+    )
+
+    def scored(penalty: float):
+        config = tiny.with_config(missing_eos_penalty=penalty, kl_coef=0.0, gae_lambda=1.0)
+        return ppo.score_rollout(tiny.NETWORKS, config, params, frozen, rollout, ())
+
+    (plain, _, _), (batch, samples, metrics) = scored(0.0), scored(3.0)
+    # The value function starts at 0, so returns are the rewards to go: the score, from the first token to the last.
+    np.testing.assert_allclose(plain.returns[0, :3], samples.scores[0], rtol=1e-5)
+    np.testing.assert_allclose(plain.returns[0, 3:], 0)
+    np.testing.assert_allclose(plain.returns - batch.returns, [[0.0] * 6, [3.0] * 6], atol=1e-5)
+    assert metrics["val/num_eos_tokens"] == 1
+
+
+def test_prompts_are_drawn_by_key_and_step_alone():
+    pool = Prompts(np.arange(40, dtype=np.int32)[:, None], np.ones((40, 1), bool))
+    keys = (jax.random.key(1), jax.random.key(2))
+    source = ppo.PromptSource(pool, keys, 64)
+    batch = source(3)
+    assert batch.tokens.shape == (2, 64, 1)
+    np.testing.assert_array_equal(batch.rows[0], np.arange(64))
+    for k, key in enumerate(keys):
+        alone = ppo.PromptSource(pool, (key,), 64)
+        np.testing.assert_array_equal(alone(3).tokens, batch.tokens[k])
+        assert not np.array_equal(alone(4).tokens, batch.tokens[k])
+    drawn = np.concatenate([source(step).tokens.ravel() for step in range(20)])
+    counts = np.bincount(drawn, minlength=40)
+    assert len(counts) == 40
+    assert np.abs(counts - 64).max() < 5 * np.sqrt(64)

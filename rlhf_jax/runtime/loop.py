@@ -34,6 +34,18 @@ class LoopConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What is done every so many steps, and after the last one, for a task with one seed."""
+
+    every: int
+    run: Callable[[PyTree], tuple[dict[str, Any], Rows]]  # params -> metrics and sample rows
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise RlhfError(f"eval_every = {self.every} must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
 class Task:
     """What a stage wants trained."""
 
@@ -44,20 +56,8 @@ class Task:
     run_key: jax.Array  # a key, or one a seed
     total_steps: int
     key_figures: tuple[str, ...]  # metrics shown beside the bar
-    evaluation: "Evaluation | None"
+    evaluation: Evaluation | None
     describe: Callable[[int, Any], Rows]  # step, one seed's samples -> sample rows
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """What is done every so many steps, and after the last one, for a task with one seed."""
-
-    every: int
-    run: Callable[[PyTree], tuple[dict[str, Any], Rows]]  # params -> metrics and sample rows
-
-    def __post_init__(self) -> None:
-        if self.every < 1:
-            raise RlhfError(f"eval_every = {self.every} must be at least 1")
 
 
 def train(task: Task, config: LoopConfig, placement: Placement, first_seed: int, directory: Path, bar: Bar) -> None:

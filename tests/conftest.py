@@ -72,3 +72,8 @@ def movie_reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setenv("RLHF_JAX_DATA", str(directory))
         fetch.fetch("movie_reviews")
     return directory
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest chain of processes first, so that one worker is not left alone with it at the end."""
+    items.sort(key=lambda item: item.path.name != "test_resume.py")

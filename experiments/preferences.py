@@ -41,7 +41,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "tensor": 1,
             "inference_batch": 64,
             "deterministic": True,
-            "xla_optimization_level": 3,
+            "compile_quickly": False,
         }
     )
     config.sft = ConfigDict(
@@ -132,7 +132,7 @@ def get_config(arg: str = "") -> ConfigDict:
 def make_smaller(config: ConfigDict) -> None:
     """The smoke variant: few rows and steps, tiny networks."""
     config.data.update({"limit": 64, "max_prompt_tokens": 16, "max_response_tokens": 12})
-    config.runtime.update({"inference_batch": 16, "xla_optimization_level": 1})
+    config.runtime.update({"inference_batch": 16, "compile_quickly": True})
     config.sft.tokenizer.vocab_size = 320
     for name in ("sft", "reward_model"):
         config[name].model.update(model(d_model=16, n_layers=1))

@@ -30,7 +30,7 @@ LOOP = LoopConfig(steps_per_call=1, checkpoint_every=100)
 POLICY = PolicyNetwork(MODEL, VOCAB, SUPPRESSED)
 REWARD = ScalarNetwork(MODEL, VOCAB, "mean")
 ONE_DEVICE = RuntimeConfig(
-    strategy="jit", data=1, fsdp=1, tensor=1, inference_batch=16, deterministic=False, xla_optimization_level=3
+    strategy="jit", data=1, fsdp=1, tensor=1, inference_batch=16, deterministic=False, compile_quickly=False
 )
 
 PPO = ppo.PPOConfig(

@@ -30,7 +30,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "tensor": 1,
             "inference_batch": 512,
             "deterministic": True,
-            "xla_optimization_level": 3,
+            "compile_quickly": False,
         }
     )
     config.gold = ConfigDict({"kind": "gold", "model": {"alpha": 1.0, "min_df": 2}, "rating": "rating"})
@@ -148,17 +148,19 @@ def make_smaller(config: ConfigDict) -> None:
     for name in set(DPO_BETAS) - set(betas):
         del config[name]
     config.stages = ("gold", "sft", "preferences", "reward_model", "best_of_n", *betas, "ppo", "evaluate")
-    config.data.update({"limit": 1500, "max_response_tokens": 16})
-    config.runtime.update({"inference_batch": 128, "xla_optimization_level": 1})
+    for split, rows in (("train", 1500), ("eval", 300), ("test", 300)):
+        config.data[split] += f"[:{rows}]"
+    config.data.max_response_tokens = 16
+    config.runtime.update({"inference_batch": 128, "compile_quickly": True})
     config.sft.model.update(model(d_model=32, n_layers=1))
     config.sft.tokenizer.vocab_size = 512
-    config.sft.update({"epochs": 2.0, "sample_prompts": 4})
+    config.sft.update({"epochs": 1.0, "sample_prompts": 4})
     config.preferences.update({"prompts": 200, "eval_prompts": 40})
     config.reward_model.model.update(model(d_model=16, n_layers=1))
     config.best_of_n.update({"prompts": 16, "pool": 16})
     for name in betas:
-        config[name].update({"epochs": 1.0, "sample_prompts": 4})
-    config.ppo.update({"iterations": 10, "batch_size": 64, "samples_written": 16})
+        config[name].update({"epochs": 0.5, "sample_prompts": 4})
+    config.ppo.update({"iterations": 5, "batch_size": 64, "samples_written": 16})
     config.evaluate.update({"policies": (*betas, "ppo"), "best_of": (4,)})
     config.evaluate.update({"prompts": 128, "selection_prompts": 64})
 

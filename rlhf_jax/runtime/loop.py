@@ -93,7 +93,7 @@ def train(task: Task, config: LoopConfig, placement: Placement, first_seed: int,
             rows = _metric_rows(metrics, steps, first_seed, placement.seeds)
             sample_rows.write(_sample_rows(samples, steps, first_seed, placement.seeds, task.describe))
             if task.evaluation and _crossed(task.evaluation.every, previous, done, task.total_steps):
-                evaluation, described = task.evaluation.run(placement.whole(state).params)
+                evaluation, described = task.evaluation.run(placement.on_one_device(state.params))
                 rows[-1].update(evaluation)
                 sample_rows.write({"step": done, **row} for row in described)
             rows[-1].update(clock.read(config.steps_per_call, rows[-placement.seeds :]))

@@ -43,13 +43,17 @@ class RuntimeConfig:
     tensor: int
     inference_batch: int  # rows a call when sampling and scoring outside of training
     deterministic: bool  # XLA's deterministic operations on GPUs, so that a resumed run is the same bit for bit
-    xla_optimization_level: Literal[0, 1, 2, 3]  # 3 is XLA's default; 1 compiles sooner, for runs of seconds
+    compile_quickly: bool  # programs that are ready sooner and run slower, for runs of seconds
 
     @property
     def xla_flags(self) -> str:
         """The compiler's flags, which count when they are set before the first computation."""
-        deterministic = "--xla_gpu_deterministic_ops=true " if self.deterministic else ""
-        return f"{deterministic}--xla_backend_optimization_level={self.xla_optimization_level}"
+        flags = ["--xla_gpu_deterministic_ops=true"] if self.deterministic else []
+        if self.compile_quickly:
+            flags.append("--xla_backend_optimization_level=1")
+            if jax.__version_info__ < (0, 11):  # later releases do not know this flag, and stop at it
+                flags.append("--xla_cpu_use_fusion_emitters=false")
+        return " ".join(flags)
 
     def __post_init__(self) -> None:
         if min(self.data, self.fsdp, self.tensor) < 1:
@@ -97,6 +101,10 @@ class MeshPlacement:
     def whole(self, state: PyTree) -> PyTree:
         """The state as checkpoints hold it."""
         return state
+
+    def on_one_device(self, params: PyTree) -> PyTree:
+        """Parameters as other code holds loaded ones, so that evaluating both compiles nothing twice."""
+        return jax.device_put(params, self.mesh.devices.flat[0])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,6 +160,10 @@ class PmapPlacement:
     def whole(self, state: PyTree) -> PyTree:
         """The state as checkpoints hold it: one device's copy."""
         return jax.tree.map(lambda leaf: leaf[0], state)
+
+    def on_one_device(self, params: PyTree) -> PyTree:
+        """The first device's copy."""
+        return jax.device_put(self.whole(params), self.devices[0])
 
 
 Placement = MeshPlacement | PmapPlacement

@@ -86,7 +86,8 @@ def test_a_missing_eos_is_penalised_and_nothing_else():
     params = {"policy": tiny.policy_params(), "value": tiny.REWARD.init_value(tiny.reward_params())}
     frozen = {"reference": tiny.policy_params(2), "reward": tiny.reward_params()}
     rollout = ppo.Rollout(
-        *map(jnp.asarray, tiny.prompts(2)[:2]),
+        jnp.asarray(tiny.prompts(2).tokens),
+        jnp.asarray(tiny.prompts(2).mask),
         jnp.array([[4, 5, tiny.EOS, 0, 0, 0], [4, 5, 6, 7, 8, 9]], jnp.int32),
         jnp.array([[True] * 3 + [False] * 3, [True] * 6]),
     )

@@ -216,6 +216,16 @@ def test_seeds_under_vmap_sample_what_they_sample_alone():
         jax.tree.map(lambda a, b, seed=seed: np.testing.assert_array_equal(a[seed], b), together, alone)
 
 
+def test_a_seed_that_has_ended_waits_for_the_others():
+    policy = Countdown(POLICY.config, VOCAB, SUPPRESSED)
+    last = jnp.array([[3, 4], [7, 3]])[..., None]
+    prompts = PromptBatch(last, jnp.ones(last.shape, bool), jnp.zeros(last.shape[:2], jnp.int32))
+    function = jax.vmap(jitted(policy, 8, TEMPERATURE, ("seed",)), in_axes=(None, 0, None), axis_name="seed")
+    result = jax.jit(function)({}, prompts, KEY)
+    np.testing.assert_array_equal(result.response_mask.sum(axis=2), last[..., 0] - 2)
+    np.testing.assert_array_equal(result.response[1, 0], [6, 5, 4, 3, 2, 0, 0, 0])
+
+
 @pytest.mark.parametrize("loop_axes", [("seed",), ()], ids=["reduced", "batched"])
 def test_under_vmap_the_loop_has_one_predicate_and_selects_nothing_over_the_cache(loop_axes):
     function, arguments = over_seeds(loop_axes)

@@ -69,14 +69,20 @@ class Example(NamedTuple):
 def load_rows(config: DataConfig, split: str) -> list[Row]:
     """The rows of a split. Preference rows come out as `prompt, chosen, rejected`, other columns kept.
 
-    Raises RlhfError naming file and row where a text is missing or is no text.
+    Raises RlhfError naming file and row where a text is missing or is no text, and for unpaired data, which no stage
+    learns from yet: its bad completions must not pass for demonstrations.
     """
     source = config.source(split)
     rows = _table(source, formats.file_hash(source))[: config.limit]
     kind = formats.kind_of(rows, source)
     if kind in ("preference", "implicit_prompt_preference"):
         return formats.preference_rows(rows, source)
-    formats.require_texts(rows, [column for column in formats.KINDS[kind] if column != "label"], source)
+    if kind == "unpaired":
+        raise RlhfError(
+            f"{source} is unpaired data (prompt, completion, label), which no stage learns from: keep the rows with good "
+            "completions and drop the column label, or make pairs of chosen and rejected"
+        )
+    formats.require_texts(rows, formats.KINDS[kind], source)
     return rows
 
 

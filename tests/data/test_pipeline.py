@@ -295,3 +295,10 @@ def test_take_takes_the_same_rows_of_every_array():
     assert isinstance(taken, TokenBatch)
     np.testing.assert_array_equal(taken.tokens[:, 0], [3, 0])
     np.testing.assert_array_equal(taken.loss_mask, [False, True])
+
+
+def test_unpaired_rows_do_not_pass_for_demonstrations(tmp_path):
+    path = tmp_path / "unpaired.jsonl"
+    path.write_text('{"prompt": "a", "completion": " bad", "label": false}\n')
+    with pytest.raises(RlhfError, match=r"unpaired\.jsonl is unpaired data .*drop the column label"):
+        pipeline.load_rows(config(train=str(path)), "train")

@@ -79,8 +79,8 @@ def load_rows(config: DataConfig, split: str) -> list[Row]:
         return formats.preference_rows(rows, source)
     if kind == "unpaired":
         raise RlhfError(
-            f"{source} is unpaired data (prompt, completion, label), which no stage learns from: keep the rows with good "
-            "completions and drop the column label, or make pairs of chosen and rejected"
+            f"{source} is unpaired data (prompt, completion, label), which no stage learns from: keep the rows with "
+            "good completions and drop the column label, or make pairs of chosen and rejected"
         )
     formats.require_texts(rows, formats.KINDS[kind], source)
     return rows

@@ -16,7 +16,7 @@ from rlhf_jax.runtime.files import read_json, read_rows
 from rlhf_jax.sampling.batches import sample_all, score_all, sequence_kl
 from rlhf_jax.stages import context
 from rlhf_jax.stages.samples import texts
-from rlhf_jax.text.tokenizer import Tokenizer
+from rlhf_jax.text.tokenizer import TOKENIZER_FILE, Tokenizer
 from rlhf_jax.types import RlhfError
 
 RESULT_COLUMNS = (
@@ -153,12 +153,12 @@ class Run:
 
     def reward_model_of(self, stage: str) -> str | None:
         """The reward model that a stage, or else a later one or any, scores this stage's responses by."""
-        tokenizer = self._file(stage, "tokenizer.json").read_bytes()
+        tokenizer = (self._file(stage, "tokenizer") / TOKENIZER_FILE).read_bytes()
         askers = [stage, *self.of_kind("evaluate"), *self.of_kind("ppo"), *self.of_kind("best_of_n")]
         named = [self.config(name)["section"].get("reward_model") for name in askers]
         for name in [*named, *reversed(self.of_kind("reward_model", complete=True))]:
             complete = name in self._directories() and self.is_complete(name)
-            if complete and self._file(name, "tokenizer.json").read_bytes() == tokenizer:
+            if complete and (self._file(name, "tokenizer") / TOKENIZER_FILE).read_bytes() == tokenizer:
                 return name
         return None
 

@@ -73,15 +73,15 @@ class RewardModel(NamedTuple):
 
 
 def save_policy_spec(directory: Path, network: PolicyNetwork, tokenizer: Tokenizer, seeds: range) -> None:
-    """Writes what is needed beside the checkpoints to load a policy: `model.json`, `tokenizer.json`."""
-    tokenizer.save(directory / "tokenizer.json")
+    """Writes what is needed beside the checkpoints to load a policy: `model.json`, `tokenizer/`."""
+    tokenizer.save(directory / "tokenizer")
     spec = {"config": dataclasses.asdict(network.config), "vocab_size": network.vocab_size}
     write_json(directory / "model.json", {**spec, "network": "policy", "seeds": [seeds.start, seeds.stop]})
 
 
 def save_reward_spec(directory: Path, network: ScalarNetwork, tokenizer: Tokenizer) -> None:
     """Writes what is needed beside the checkpoints to load a reward model."""
-    tokenizer.save(directory / "tokenizer.json")
+    tokenizer.save(directory / "tokenizer")
     spec = {"config": dataclasses.asdict(network.config), "vocab_size": network.vocab_size}
     write_json(directory / "model.json", {**spec, "network": "reward", "pooling": network.pooling})
 
@@ -89,7 +89,7 @@ def save_reward_spec(directory: Path, network: ScalarNetwork, tokenizer: Tokeniz
 def load_policy(directory: Path, *, seed: int, step: int | None) -> Policy:
     """A stage's policy. Raises RlhfError where the stage trains none, or has no such seed or checkpoint."""
     spec = _read_spec(directory, "policy")
-    tokenizer = load_tokenizer(directory / "tokenizer.json")
+    tokenizer = load_tokenizer(directory / "tokenizer")
     network = PolicyNetwork(_model_config(spec, directory), spec["vocab_size"], tokenizer.suppressed)
     first, stop = spec["seeds"]
     if not first <= seed < stop:
@@ -108,7 +108,7 @@ def load_reward_model(directory: Path) -> RewardModel:
     network = ScalarNetwork(_model_config(spec, directory), spec["vocab_size"], spec["pooling"])
     like = jax.eval_shape(network.init, jax.random.key(0))
     params = load_params(directory / "checkpoints", "reward", like, step=None)
-    return RewardModel(network, params, load_tokenizer(directory / "tokenizer.json"))
+    return RewardModel(network, params, load_tokenizer(directory / "tokenizer"))
 
 
 def steps_for(epochs: float, rows: int, batch_size: int, steps_per_call: int) -> int:

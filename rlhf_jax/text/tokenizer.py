@@ -12,6 +12,7 @@ from rlhf_jax.types import RlhfError
 
 PAD, BOS, EOS, UNKNOWN = "<pad>", "<bos>", "<eos>", "<unk>"
 SPECIAL_TOKENS = [PAD, BOS, EOS, UNKNOWN]
+TOKENIZER_FILE = "tokenizer.json"
 
 Kind = Literal["word", "byte_bpe"]
 
@@ -62,11 +63,12 @@ class Tokenizer:
         before, whole = self.decode(prompt), self.decode([*prompt, *response])
         return whole[len(before) :] if whole.startswith(before) else self.decode(response)
 
-    def save(self, path: Path) -> None:
-        """Writes tokenizer.json, whole or not at all."""
-        temporary = path.with_suffix(".tmp")
+    def save(self, directory: Path) -> None:
+        """Writes tokenizer.json into a directory, which it makes; the file is whole or not there."""
+        directory.mkdir(parents=True, exist_ok=True)
+        temporary = directory / ".tokenizer.tmp"
         self.backend.save(str(temporary))
-        temporary.replace(path)
+        temporary.replace(directory / TOKENIZER_FILE)
 
     def _special_id(self, token: str) -> int:
         found = self.backend.token_to_id(token)
@@ -75,8 +77,9 @@ class Tokenizer:
         return found
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer in a tokenizer.json. Raises RlhfError where there is none or it does not parse."""
+def load_tokenizer(directory: Path) -> Tokenizer:
+    """The tokenizer that `save` left in a directory. Raises RlhfError where there is none or it does not parse."""
+    path = directory / TOKENIZER_FILE
     try:
         return Tokenizer(tokenizers.Tokenizer.from_file(str(path)))
     except RlhfError as error:

@@ -137,9 +137,9 @@ def test_special_tokens_leave_nothing_in_decoded_text(tokenizer):
 
 @pytest.mark.parametrize("tokenizer", [word, byte_bpe])
 def test_a_saved_tokenizer_is_the_same(tokenizer, tmp_path):
-    tokenizer, path = tokenizer(), tmp_path / "tokenizer.json"
-    tokenizer.save(path)
-    loaded = load_tokenizer(path)
+    tokenizer, directory = tokenizer(), tmp_path / "stage" / "tokenizer"
+    tokenizer.save(directory)
+    loaded = load_tokenizer(directory)
     assert loaded.backend.to_str() == tokenizer.backend.to_str()
     assert (loaded.vocab_size, loaded.suppressed, loaded.eos_id) == (
         tokenizer.vocab_size,
@@ -149,8 +149,8 @@ def test_a_saved_tokenizer_is_the_same(tokenizer, tmp_path):
     for text in [*TEXTS, "<eos>", "unheard-of"]:
         ids = tokenizer.encode(text)
         assert loaded.encode(text) == ids and loaded.decode(ids) == tokenizer.decode(ids)
-    assert [file.name for file in tmp_path.iterdir()] == ["tokenizer.json"]
-    tokenizer.save(path)  # over an old one
+    assert [file.name for file in directory.iterdir()] == ["tokenizer.json"]
+    tokenizer.save(directory)  # over an old one
 
 
 def test_training_again_gives_the_same_tokenizer():
@@ -188,7 +188,7 @@ def test_an_unreadable_file_is_one_clear_error(write, message, tmp_path):
     path = tmp_path / "tokenizer.json"
     write(path)
     with pytest.raises(RlhfError, match=message) as error:
-        load_tokenizer(path)
+        load_tokenizer(tmp_path)
     assert str(path) in str(error.value)
 
 

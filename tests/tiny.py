@@ -9,7 +9,7 @@ import numpy as np
 from rlhf_jax.config import StageName
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
-from rlhf_jax.models.transformer import ModelConfig
+from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.runtime.loop import LoopConfig
 from rlhf_jax.runtime.optimizers import OptimizerConfig, make_optimizer

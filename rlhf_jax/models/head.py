@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-LOGIT_SLICE = 8192
-"""Positions whose logits exist at one time; a larger batch is computed in slices of its time axis."""
+LOGIT_SLICE = 2**26
+"""Logits that exist at one time (256 MB); a larger batch is computed in slices of its time axis."""
 
 RULED_OUT = float(jnp.finfo(jnp.float32).min / 2)
 """Half the lowest number, because subtracting a maximum from the lowest number itself would overflow."""
@@ -23,10 +23,12 @@ class TokenStats(NamedTuple):
 
 
 def logits(
-    hidden: Float[Array, "*rows D"], embedding: Float[Array, "V D"], allowed: Bool[Array, "V"]
+    hidden: Float[Array, "*rows D"], embedding: Float[Array, "V D"], allowed: Bool[Array, "V"], *, softcap: float | None
 ) -> Float[Array, "*rows V"]:
-    """Logits in float32. Tokens that are not allowed get `RULED_OUT`, whose probability is exactly 0."""
+    """Logits x in float32, or c tanh(x / c) with a soft cap c. What is not allowed gets `RULED_OUT`: probability 0."""
     products = jnp.einsum("...d,vd->...v", hidden, embedding, preferred_element_type=jnp.float32)
+    if softcap is not None:
+        products = softcap * jnp.tanh(products / softcap)
     allowed = allowed.reshape((1,) * (products.ndim - 1) + (-1,))
     return jnp.where(allowed, products, RULED_OUT)
 
@@ -38,15 +40,16 @@ def token_stats(
     tokens: Int[Array, "B T"],
     *,
     temperature: float,
+    softcap: float | None,
 ) -> TokenStats:
     """Statistics of tokens under softmax(logits / temperature); a token that is not allowed gets log-probability 0.
 
     Equal to `core.logprobs.token_logprobs` and `entropy` of the whole logits. Where there are several slices, the
     backward pass computes each one's logits again instead of keeping them.
     """
-    of_slice = functools.partial(_stats, temperature)
+    of_slice = functools.partial(_stats, temperature, softcap)
     batch, length = tokens.shape
-    width = max(1, LOGIT_SLICE // batch)
+    width = max(1, LOGIT_SLICE // (batch * embedding.shape[0]))
     if length <= width:
         return TokenStats(*of_slice(hidden, embedding, allowed, tokens))
     slices = [
@@ -56,15 +59,20 @@ def token_stats(
     return TokenStats(*(jnp.concatenate(parts, axis=1) for parts in zip(*slices, strict=True)))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _stats(temperature: float, hidden: Array, embedding: Array, allowed: Array, tokens: Array) -> tuple:
-    return _stats_forward(temperature, hidden, embedding, allowed, tokens)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _stats(
+    temperature: float, softcap: float | None, hidden: Array, embedding: Array, allowed: Array, tokens: Array
+) -> tuple:
+    return _stats_forward(temperature, softcap, hidden, embedding, allowed, tokens)[0]
 
 
-def _stats_forward(temperature: float, hidden: Array, embedding: Array, allowed: Array, tokens: Array) -> tuple:
+def _stats_forward(
+    temperature: float, softcap: float | None, hidden: Array, embedding: Array, allowed: Array, tokens: Array
+) -> tuple:
     # A temperature below 1/2 takes RULED_OUT to minus infinity, which times a probability of 0 is no entropy.
-    scaled = jnp.maximum(logits(hidden, embedding, allowed) / temperature, RULED_OUT)
-    shifted = scaled - jnp.max(scaled, axis=-1, keepdims=True)
+    scaled = jnp.maximum(logits(hidden, embedding, allowed, softcap=softcap) / temperature, RULED_OUT)
+    most = jnp.max(scaled, axis=-1, keepdims=True)
+    shifted = scaled - most
     exponentials = jnp.exp(shifted)
     normaliser = jnp.sum(exponentials, axis=-1)
     chosen = jnp.sum(jnp.where(_one_hot(tokens, shifted.shape[-1]), shifted, 0), axis=-1)
@@ -72,21 +80,24 @@ def _stats_forward(temperature: float, hidden: Array, embedding: Array, allowed:
     logprobs = jnp.where(emitted, chosen - jnp.log(normaliser), 0)
     entropy = jnp.log(normaliser) - jnp.sum(exponentials * shifted, axis=-1) / normaliser
     outputs = (logprobs, entropy, (chosen >= 0) & emitted)
-    return outputs, (hidden, embedding, tokens, emitted, shifted, normaliser)
+    return outputs, (hidden, embedding, tokens, emitted, shifted, most, normaliser)
 
 
-def _stats_backward(temperature: float, saved: tuple, cotangents: tuple) -> tuple:
+def _stats_backward(temperature: float, softcap: float | None, saved: tuple, cotangents: tuple) -> tuple:
     """D logprob / d logits = one-hot - softmax.
 
     By hand, because the compiler would take a pass over all logits for each of a scatter, a select and a transposition
     (the last so that it can multiply by the transposed logits from the left): a third of the time of a training step on
     CPUs. Here it is one fused pass, and the small factor is the one that is transposed.
     """
-    hidden, embedding, tokens, emitted, shifted, normaliser = saved
+    hidden, embedding, tokens, emitted, shifted, most, normaliser = saved
     scale = jnp.where(emitted, cotangents[0], 0) / temperature
     softmax = jnp.exp(shifted) / normaliser[..., None]
     one_hot = _one_hot(tokens, shifted.shape[-1])
-    d_logits = ((one_hot.astype(jnp.float32) - softmax) * scale[..., None]).astype(hidden.dtype)
+    d_logits = (one_hot.astype(jnp.float32) - softmax) * scale[..., None]
+    if softcap is not None:  # d tanh(x) = 1 - tanh(x)^2; what is not allowed has no gradient anyway
+        d_logits *= 1 - jnp.square(jnp.clip((shifted + most) * (temperature / softcap), -1, 1))
+    d_logits = d_logits.astype(hidden.dtype)
     d_hidden = jnp.einsum("btv,vd->btd", d_logits, embedding)
     d_transposed = jax.lax.optimization_barrier(jnp.einsum("btd,btv->dv", hidden, d_logits))
     return d_hidden, d_transposed.T.astype(embedding.dtype), None, None

@@ -10,7 +10,8 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 from rlhf_jax.core import logprobs as lp
 from rlhf_jax.models import head
 from rlhf_jax.models.head import TokenStats
-from rlhf_jax.models.transformer import KVCache, ModelConfig, Transformer, empty_cache
+from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.models.transformer import KVCache, Transformer, empty_cache
 from rlhf_jax.types import PreferenceBatch, Rollout, TokenBatch
 
 
@@ -82,15 +83,22 @@ class PolicyNetwork:
         return jnp.ones(self.vocab_size, bool).at[jnp.array(self.suppressed, jnp.int32)].set(False)
 
     def _logits(self, params: PyTree, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
-        return head.logits(hidden, self._embedding(params), self._allowed)
+        return head.logits(hidden, self._head(params), self._allowed, softcap=self.config.logit_softcap)
 
     def _stats(
         self, params: PyTree, hidden: Float[Array, "B T D"], tokens: Int[Array, "B T"], *, temperature: float
     ) -> TokenStats:
-        return head.token_stats(hidden, self._embedding(params), self._allowed, tokens, temperature=temperature)
+        return head.token_stats(
+            hidden,
+            self._head(params),
+            self._allowed,
+            tokens,
+            temperature=temperature,
+            softcap=self.config.logit_softcap,
+        )
 
-    def _embedding(self, params: PyTree) -> Float[Array, "V D"]:
-        return params["embedding"].astype(self.config.compute_dtype)
+    def _head(self, params: PyTree) -> Float[Array, "V D"]:
+        return params["embedding" if self.config.tied else "head"].astype(self.config.compute_dtype)
 
 
 def both_responses(batch: PreferenceBatch) -> Rollout:

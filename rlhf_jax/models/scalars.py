@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from rlhf_jax.models.transformer import ModelConfig, Transformer
+from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.types import Rollout
 
 Pooling = Literal["mean", "last"]
@@ -79,7 +80,7 @@ class ScalarNetwork:
 
     @property
     def _module(self) -> ScalarTransformer:
-        return ScalarTransformer(self.config, self.vocab_size)
+        return ScalarTransformer(dataclasses.replace(self.config, tied=True), self.vocab_size)  # no second table
 
     def _apply(self, params: PyTree, *args: Any, method: str | None = None) -> Any:
         return self._module.apply({"params": params}, *args, method=method)

@@ -9,10 +9,10 @@ from jaxtyping import PyTree
 
 # The first pattern found in a path decides. Optimiser states contain the parameters' paths, and follow them.
 PARTITIONS: tuple[tuple[str, P], ...] = (
-    (r"embedding$", P("tensor", "fsdp")),
+    (r"(embedding|(^|/)head)$", P("tensor", "fsdp")),
     (r"attention/[qkv]/kernel$", P("fsdp", "tensor", None)),
     (r"attention/o/kernel$", P("tensor", None, "fsdp")),
-    (r"up/kernel$", P("fsdp", "tensor")),
+    (r"(up|gate)/kernel$", P("fsdp", "tensor")),
     (r"down/kernel$", P("tensor", "fsdp")),
 )
 

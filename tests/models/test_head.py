@@ -15,7 +15,7 @@ from rlhf_jax.models import head
 BATCH, LENGTH, WIDTH, VOCAB = 3, 5, 6, 11
 ALLOWED = np.ones(VOCAB, bool)
 ALLOWED[[0, 4, VOCAB - 1]] = False
-SLICES = {"one": BATCH * LENGTH, "three, the last one smaller": BATCH * 2, "one a position": 1}
+SLICES = {"one": BATCH * LENGTH * VOCAB, "three, the last one smaller": BATCH * 2 * VOCAB, "one a position": 1}
 
 
 def draw(seed: int, scale: float = 1.0):
@@ -28,13 +28,16 @@ def draw(seed: int, scale: float = 1.0):
 HIDDEN, EMBEDDING, TOKENS = draw(0)
 
 
-def ours(hidden, embedding, tokens=TOKENS, *, temperature):
-    return head.token_stats(hidden, embedding, jnp.asarray(ALLOWED), tokens, temperature=temperature)
+def ours(hidden, embedding, tokens=TOKENS, *, temperature, softcap=None):
+    return head.token_stats(
+        hidden, embedding, jnp.asarray(ALLOWED), tokens, temperature=temperature, softcap=softcap
+    )
 
 
-def whole(hidden, embedding, tokens=TOKENS, *, temperature):
+def whole(hidden, embedding, tokens=TOKENS, *, temperature, softcap=None):
     """The same of the logits of the allowed tokens alone, all at one time, without a rule for the derivative."""
-    logits = jnp.einsum("btd,vd->btv", hidden, embedding[ALLOWED]) / temperature
+    logits = jnp.einsum("btd,vd->btv", hidden, embedding[ALLOWED])
+    logits = (logits if softcap is None else softcap * jnp.tanh(logits / softcap)) / temperature
     names = jnp.asarray(np.cumsum(ALLOWED, dtype=np.int32) - 1)[tokens]
     emitted = jnp.asarray(ALLOWED)[tokens]
     logprobs = jnp.where(emitted, core.token_logprobs(logits, jnp.where(emitted, names, 0)), 0)
@@ -42,13 +45,13 @@ def whole(hidden, embedding, tokens=TOKENS, *, temperature):
     return head.TokenStats(logprobs, jax.lax.stop_gradient(core.entropy(logits)), correct)
 
 
-def pulled_back(function, temperature, wrap=lambda f: f):
+def pulled_back(function, temperature, wrap=lambda f: f, softcap=None):
     """Statistics, and gradients of all of their float parts with random weights."""
     weights = np.random.default_rng(1).normal(size=(2, BATCH, LENGTH)).astype(np.float32)
 
     def evaluate(hidden, embedding):
         def loss(hidden, embedding):
-            stats = wrap(functools.partial(function, temperature=temperature))(hidden, embedding)
+            stats = wrap(functools.partial(function, temperature=temperature, softcap=softcap))(hidden, embedding)
             return jnp.sum(stats.logprobs * weights[0] + stats.entropy * weights[1]), stats
 
         return jax.grad(loss, argnums=(0, 1), has_aux=True)(hidden, embedding)
@@ -78,14 +81,21 @@ def test_equals_core_in_values_and_gradients(monkeypatch, size, temperature):
     assert d_hidden.dtype == HIDDEN.dtype and d_embedding.shape == EMBEDDING.shape
 
 
-@pytest.mark.parametrize("size", [BATCH * LENGTH, BATCH * 2], ids=["one slice", "several"])
+@pytest.mark.parametrize("temperature", [0.7, 2.5])
+def test_capped_logits_equal_core_in_values_and_gradients(temperature):
+    hidden, embedding, _ = draw(5, 3.0)
+    expected = jax.jit(pulled_back(whole, temperature, softcap=2.0))(hidden, embedding)
+    assert_all_close(jax.jit(pulled_back(ours, temperature, softcap=2.0))(hidden, embedding), expected)
+
+
+@pytest.mark.parametrize("size", [BATCH * LENGTH * VOCAB, BATCH * 2 * VOCAB], ids=["one slice", "several"])
 def test_backward_pass_is_the_derivative_of_the_forward_pass(monkeypatch, size):
     monkeypatch.setattr(head, "LOGIT_SLICE", size)
     logprobs = jax.jit(lambda hidden, embedding: ours(hidden, embedding, temperature=0.6).logprobs)
     check_grads(logprobs, (HIDDEN, EMBEDDING), order=1, modes=["rev"], atol=1e-2, rtol=1e-2)
 
 
-@pytest.mark.parametrize("size", [BATCH * LENGTH, BATCH * 2], ids=["one slice", "several"])
+@pytest.mark.parametrize("size", [BATCH * LENGTH * VOCAB, BATCH * 2 * VOCAB], ids=["one slice", "several"])
 @pytest.mark.parametrize("wrap", [jax.checkpoint, lambda f: jax.checkpoint(jax.jit(f))], ids=["checkpoint", "both"])
 def test_gradients_survive_checkpoint_and_jit(monkeypatch, size, wrap):
     monkeypatch.setattr(head, "LOGIT_SLICE", size)
@@ -93,7 +103,7 @@ def test_gradients_survive_checkpoint_and_jit(monkeypatch, size, wrap):
     assert_all_close(jax.jit(pulled_back(ours, 0.7, wrap))(HIDDEN, EMBEDDING), expected)
 
 
-@pytest.mark.parametrize("size", [BATCH * LENGTH, BATCH * 2], ids=["one slice", "several"])
+@pytest.mark.parametrize("size", [BATCH * LENGTH * VOCAB, BATCH * 2 * VOCAB], ids=["one slice", "several"])
 @pytest.mark.parametrize("axes", [(0, 0), (0, None), (None, 0)], ids=str)
 def test_vmap_gives_each_its_own(monkeypatch, size, axes):
     monkeypatch.setattr(head, "LOGIT_SLICE", size)
@@ -137,7 +147,7 @@ def test_suppressed_tokens_count_for_nothing_and_all_is_finite(temperature, scal
 @pytest.mark.parametrize("scale", [1e4, -1e4, -1e30])
 def test_suppressed_tokens_have_probability_0_however_low_all_others_are(scale):
     hidden, embedding = scale * jnp.abs(HIDDEN), jnp.abs(EMBEDDING)
-    logits = head.logits(hidden, embedding, jnp.asarray(ALLOWED))
+    logits = head.logits(hidden, embedding, jnp.asarray(ALLOWED), softcap=None)
     assert logits.dtype == jnp.float32 and np.all(np.isfinite(logits))
     assert not np.any(jax.nn.softmax(logits)[..., ~ALLOWED])
     np.testing.assert_allclose(logits[..., ALLOWED], np.asarray(hidden) @ np.asarray(embedding)[ALLOWED].T, rtol=1e-4)
@@ -155,7 +165,7 @@ def test_bfloat16_is_reduced_in_float32_and_gets_its_gradients_in_bfloat16():
 
 
 def test_no_more_than_one_slice_of_logits_exists_or_is_kept(monkeypatch):
-    monkeypatch.setattr(head, "LOGIT_SLICE", BATCH * 2)
+    monkeypatch.setattr(head, "LOGIT_SLICE", BATCH * 2 * VOCAB)
     evaluate = functools.partial(ours, temperature=1.0)
     jaxpr = jax.make_jaxpr(evaluate)(HIDDEN, EMBEDDING).jaxpr
     sizes = [variable.aval.size for equation in equations(jaxpr) for variable in equation.outvars]

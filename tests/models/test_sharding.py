@@ -1,5 +1,6 @@
 """Which weights are split, by the patterns on their paths, in real trees of parameters and of optimiser states."""
 
+import dataclasses
 import re
 
 import jax
@@ -18,10 +19,16 @@ from tests.models.cases import config
 SHAPE = config(d_model=32, n_heads=4, d_ff=64)
 TREES = {
     "policy": jax.eval_shape(PolicyNetwork(SHAPE, 64, (0,)).init, jax.random.key(0)),
+    "gated, untied, grouped heads": jax.eval_shape(
+        PolicyNetwork(dataclasses.replace(SHAPE, gated=True, tied=False, n_kv_heads=2, qkv_bias=True), 64, ()).init,
+        jax.random.key(0),
+    ),
     "scalar": jax.eval_shape(ScalarNetwork(SHAPE, 64, "mean").init, jax.random.key(0)),
 }
 SPLIT = {  # what each weight [rows, columns, ...] should be, by its last names
     "embedding": P("tensor", "fsdp"),
+    "head": P("tensor", "fsdp"),
+    "gate/kernel": P("fsdp", "tensor"),
     "q/kernel": P("fsdp", "tensor", None),
     "k/kernel": P("fsdp", "tensor", None),
     "v/kernel": P("fsdp", "tensor", None),
@@ -59,7 +66,7 @@ def test_every_big_weight_is_split_over_both_axes_and_nothing_else_is(tree):
     specs = by_path(shardings(tree, mesh(), leading_axes=0))
     for path, leaf in by_path(tree).items():
         assert stripped(specs[path].spec) == stripped(expected(path)), path
-        if leaf.size >= SHAPE.d_model**2:
+        if leaf.size >= SHAPE.d_model**2 / 2:
             assert {"fsdp", "tensor"} <= set(specs[path].spec), path
             assert specs[path].shard_shape(leaf.shape) != leaf.shape
         else:

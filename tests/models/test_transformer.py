@@ -11,7 +11,7 @@ import pytest
 import scipy.special
 
 from rlhf_jax.models.policy import PolicyNetwork
-from rlhf_jax.models.transformer import Transformer
+from rlhf_jax.models.transformer import EMPTY, Transformer
 from rlhf_jax.types import PreferenceBatch, TokenBatch
 from tests.models.cases import (
     CONFIG,
@@ -183,8 +183,8 @@ def test_decoding_with_a_cache_equals_the_whole_pass():
         expected = slow_logits(PARAMS, CONFIG, [*prompt, *response[i]])[len(prompt) - 1 : -1]
         expected[:, list(SUPPRESSED)] = np.finfo(np.float32).min / 2
         np.testing.assert_allclose(np.stack(decoded, axis=1)[i], expected, rtol=1e-4, atol=1e-4)
-    np.testing.assert_array_equal(cache.mask[:, :-1], np.hstack([rollout.prompt_mask, np.ones((4, length - 1), bool)]))
-    assert not np.any(cache.mask[:, -1])
+    np.testing.assert_array_equal(cache.positions[:, :-1] >= 0, np.hstack([rollout.prompt_mask, np.ones((4, length - 1), bool)]))
+    assert np.all(cache.positions[:, -1] == EMPTY)
 
 
 def test_a_cache_takes_chunks_with_padding_of_their_own():

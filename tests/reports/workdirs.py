@@ -9,7 +9,7 @@ import numpy as np
 
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
-from rlhf_jax.models.transformer import ModelConfig
+from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.rewards import tfidf_ridge
 from rlhf_jax.rewards.tfidf_ridge import TfidfRidgeConfig
 from rlhf_jax.runtime.checkpoints import Checkpoints, TrainState

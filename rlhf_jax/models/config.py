@@ -1,0 +1,94 @@
+"""The shape of a transformer: one dataclass that covers the families, each difference between them a field."""
+
+import dataclasses
+from typing import Literal
+
+DType = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """Rotary positions (Su et al. 2021, arXiv:2104.09864): which channels turn, and how fast.
+
+    The frequency of pair i is `theta ** (-i / pairs) / factors[i]`. Sequences that are given more room than
+    `short_context` tokens take `long_factors` in the place of `factors` (LongRoPE, Ding et al. 2024, arXiv:2402.13753).
+    """
+
+    theta: float = 10_000.0
+    fraction: float = 1.0  # share of a head's channels that turn, the first ones
+    factors: tuple[float, ...] | None = None
+    long_factors: tuple[float, ...] | None = None
+    short_context: int | None = None
+    amplitude: float = 1.0  # multiplies queries and keys alike
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Shape of a decoder-only transformer. By default pre-norm blocks with RMSNorm, rotary positions and a plain MLP."""
+
+    d_model: int
+    n_layers: int
+    n_heads: int
+    d_ff: int
+    activation: Literal["relu", "gelu", "gelu_exact", "silu"]  # gelu is the tanh approximation
+    param_dtype: DType
+    compute_dtype: DType
+    remat: bool = False  # keep only the layers' inputs for the backward pass, and compute the rest again
+    n_kv_heads: int | None = None  # heads of keys and values, shared by groups of query heads; None: n_heads
+    head_dim: int | None = None  # None: d_model / n_heads
+    gated: bool = False  # the MLP multiplies its activation by a second projection (GLU)
+    parallel: bool = False  # attention and MLP read the same stream (GPT-NeoX)
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    norm: Literal["rms", "layer"] = "rms"
+    norm_epsilon: float = 1e-6
+    norm_offset: float = 0.0  # added to the scales of RMSNorm (Gemma stores scale - 1)
+    norm_placement: Literal["before", "after", "around"] = "before"  # of each attention and MLP
+    qk_norm: Literal["none", "head", "all"] = "none"  # RMSNorm of queries and keys, over a head or over all heads
+    positions: Literal["rotary", "learned"] = "rotary"
+    context: int | None = None  # most tokens a sequence may have: the size of the table of learned positions
+    rope: Rope = Rope()
+    local_rope: Rope | None = None  # of layers with a window; None: rope
+    windows: tuple[int | None, ...] | None = None  # per layer, how many tokens back it sees, itself included; None: all
+    query_scale: float | None = None  # None: head_dim ** -0.5
+    attention_softcap: float | None = None  # c: logits become c tanh(logits / c) (Gemma 2)
+    logit_softcap: float | None = None
+    embedding_scale: float = 1.0
+    tied: bool = True  # the head is the embedding, transposed
+
+    def __post_init__(self) -> None:
+        for name in ("d_model", "n_layers", "n_heads", "d_ff"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
+        if self.head_dim is None and self.d_model % self.n_heads:
+            raise ValueError(f"d_model = {self.d_model} must be a multiple of n_heads = {self.n_heads}")
+        if self.positions == "rotary" and self.head_width % 2:
+            raise ValueError(
+                f"d_model = {self.d_model} must be a multiple of 2 * n_heads = {2 * self.n_heads}: "
+                "rotary positions turn pairs of channels in each head"
+            )
+        if self.positions == "learned" and self.context is None:
+            raise ValueError("positions = 'learned' needs context, the number of positions")
+        if self.n_heads % self.kv_heads:
+            raise ValueError(f"n_heads = {self.n_heads} must be a multiple of n_kv_heads = {self.kv_heads}")
+        if self.windows is not None and len(self.windows) != self.n_layers:
+            raise ValueError(f"windows has {len(self.windows)} entries for n_layers = {self.n_layers}")
+
+    @property
+    def head_width(self) -> int:
+        """Channels of one head."""
+        return self.head_dim if self.head_dim is not None else self.d_model // self.n_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.n_kv_heads if self.n_kv_heads is not None else self.n_heads
+
+    def window(self, layer: int) -> int | None:
+        """How many tokens back a layer sees, itself included; None for all."""
+        return self.windows[layer] if self.windows is not None else None
+
+    def layer_rope(self, layer: int) -> Rope:
+        """The rotary positions of a layer."""
+        return self.local_rope if self.local_rope is not None and self.window(layer) is not None else self.rope

@@ -1,0 +1,170 @@
+"""A transformer's layers: norms, rotary positions, attention and the MLP, each written once for all families."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from rlhf_jax.models.config import ModelConfig, Rope
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "relu": jax.nn.relu,
+    "gelu": jax.nn.gelu,
+    "gelu_exact": lambda x: jax.nn.gelu(x, approximate=False),
+    "silu": jax.nn.silu,
+}
+
+
+class Place(NamedTuple):
+    """Where new tokens stand: what one layer's attention needs to know of them."""
+
+    sin: Array | None  # [B, S, pairs], or None without rotary positions
+    cos: Array | None
+    attention_mask: Array  # bool[B, S, C]: which of C slots each of S new tokens sees
+    slot: Array | int  # where in the cache the new tokens go
+
+
+def rope_angles(rope: Rope, head_width: int, positions: Int[Array, "B S"], room: int) -> tuple[Array, Array]:
+    """Sine and cosine of every pair's angle at every position, [B, S, pairs] each, in float32.
+
+    Args: room is how many tokens a sequence may grow to, which chooses between short and long factors.
+    """
+    pairs = int(head_width * rope.fraction) // 2
+    frequencies = rope.theta ** (-jnp.arange(pairs, dtype=jnp.float32) / pairs)
+    long = rope.short_context is not None and room > rope.short_context
+    factors = rope.long_factors if long else rope.factors
+    if factors is not None:
+        frequencies = frequencies / jnp.array(factors, jnp.float32)
+    angles = positions[:, :, None].astype(jnp.float32) * frequencies[None, None, :]
+    return jnp.sin(angles) * rope.amplitude, jnp.cos(angles) * rope.amplitude
+
+
+def rotate(
+    x: Float[Array, "B S H K"], sin: Float[Array, "B S pairs"], cos: Float[Array, "B S pairs"]
+) -> Float[Array, "B S H K"]:
+    """Turns the pairs (i, i + pairs) of each head's first channels; channels beyond the pairs stay as they are."""
+    pairs = sin.shape[-1]
+    sin, cos = sin[:, :, None].astype(x.dtype), cos[:, :, None].astype(x.dtype)
+    first, second, rest = x[..., :pairs], x[..., pairs : 2 * pairs], x[..., 2 * pairs :]
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate([*turned, rest] if rest.shape[-1] else turned, axis=-1)
+
+
+class Norm(nn.Module):
+    """RMSNorm (Zhang & Sennrich 2019) or LayerNorm over the last axis, computed in float32."""
+
+    config: ModelConfig
+    kind: str
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
+        """The normalised stream, in the compute dtype."""
+        config, shape = self.config, x.shape[-1:]
+        start = nn.initializers.constant(1 - config.norm_offset)
+        scale = self.param("scale", start, shape, config.param_dtype).astype(jnp.float32) + config.norm_offset
+        wide = (1,) * (x.ndim - 1) + shape
+        x32 = x.astype(jnp.float32)
+        if self.kind == "rms":
+            mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+            out = x32 * (jax.lax.rsqrt(mean_square + config.norm_epsilon) * scale.reshape(wide))
+        else:
+            bias = self.param("bias", nn.initializers.zeros, shape, config.param_dtype).astype(jnp.float32)
+            centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+            variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+            out = centred * (jax.lax.rsqrt(variance + config.norm_epsilon) * scale.reshape(wide)) + bias.reshape(wide)
+        return out.astype(config.compute_dtype)
+
+
+def attend(
+    q: Float[Array, "B S H K"],
+    k: Float[Array, "B C G K"],
+    v: Float[Array, "B C G K"],
+    mask: Bool[Array, "B S C"],
+    *,
+    scale: float,
+    softcap: float | None,
+) -> Float[Array, "B S H K"]:
+    """Attention of S queries to C slots; G heads of keys and values serve H / G query heads each."""
+    if softcap is None:
+        return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], scale=scale)
+    groups = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
+    logits = jnp.einsum("bsgrk,bcgk->bgrsc", groups, k, preferred_element_type=jnp.float32) * scale
+    capped = softcap * jnp.tanh(logits / softcap)
+    weights = jax.nn.softmax(jnp.where(mask[:, None, None], capped, jnp.finfo(jnp.float32).min), axis=-1)
+    return jnp.einsum("bgrsc,bcgk->bsgrk", weights.astype(v.dtype), v).reshape(q.shape)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped heads."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B S D"], place: Place, cached: tuple[Array, Array] | None
+    ) -> tuple[Float[Array, "B S D"], tuple[Array, Array] | None]:
+        """Attends from S new tokens to C slots: the tokens themselves, or a cache in which they start at a slot."""
+        config = self.config
+        width = config.head_width
+        dtypes = {"param_dtype": config.param_dtype, "dtype": config.compute_dtype}
+        q, k, v = (
+            nn.DenseGeneral((heads, width), name=name, use_bias=config.qkv_bias, **dtypes)(x)
+            for name, heads in (("q", config.n_heads), ("k", config.kv_heads), ("v", config.kv_heads))
+        )
+        if config.qk_norm == "head":
+            q, k = Norm(config, "rms", name="q_norm")(q), Norm(config, "rms", name="k_norm")(k)
+        elif config.qk_norm == "all":
+            q, k = (
+                Norm(config, "rms", name=f"{name}_norm")(y.reshape(*y.shape[:2], -1)).reshape(y.shape)
+                for name, y in (("q", q), ("k", k))
+            )
+        if place.sin is not None and place.cos is not None:
+            q, k = rotate(q, place.sin, place.cos), rotate(k, place.sin, place.cos)
+        if cached is not None:
+            cached = (
+                jax.lax.dynamic_update_slice_in_dim(cached[0], jnp.swapaxes(k, 1, 2), place.slot, axis=2),
+                jax.lax.dynamic_update_slice_in_dim(cached[1], jnp.swapaxes(v, 1, 2), place.slot, axis=2),
+            )
+            k, v = jnp.swapaxes(cached[0], 1, 2), jnp.swapaxes(cached[1], 1, 2)
+        scale = config.query_scale if config.query_scale is not None else width**-0.5
+        mixed = attend(q, k, v, place.attention_mask, scale=scale, softcap=config.attention_softcap)
+        out = nn.DenseGeneral(config.d_model, axis=(-2, -1), name="o", use_bias=config.out_bias, **dtypes)
+        return out(mixed), cached
+
+
+class Block(nn.Module):
+    """One layer: attention and an MLP, each added to the stream, with norms before, after or around them."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B S D"], place: Place, cached: tuple[Array, Array] | None
+    ) -> tuple[Float[Array, "B S D"], tuple[Array, Array] | None]:
+        """The stream after this layer, and the layer's cache."""
+        config = self.config
+
+        def norm(y: Array, where: str, name: str) -> Array:
+            return Norm(config, config.norm, name=name)(y) if config.norm_placement in (where, "around") else y
+
+        mixed, cached = Attention(config, name="attention")(norm(x, "before", "attention_norm"), place, cached)
+        mixed = norm(mixed, "after", "attention_out_norm")
+        h = self._mlp(norm(x if config.parallel else x + mixed, "before", "mlp_norm"))
+        return x + mixed + norm(h, "after", "mlp_out_norm"), cached
+
+    def _mlp(self, x: Array) -> Array:
+        """Two projections with an activation between them, or three where the activation is gated."""
+        config = self.config
+        options: dict[str, Any] = {
+            "param_dtype": config.param_dtype,
+            "dtype": config.compute_dtype,
+            "use_bias": config.mlp_bias,
+        }
+        activation = ACTIVATIONS[config.activation]
+        up = nn.Dense(config.d_ff, name="up", **options)(x)
+        gated = config.gated
+        h = activation(nn.Dense(config.d_ff, name="gate", **options)(x)) * up if gated else activation(up)
+        return nn.Dense(config.d_model, name="down", **options)(h)

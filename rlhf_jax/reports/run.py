@@ -265,18 +265,19 @@ class Run:
 
 
 def encode_prompt(prompt: str, tokenizer: Tokenizer, max_prompt_tokens: int) -> list[int]:
-    """BOS and the tokens of a prompt. Raises RlhfError where it is too long, or has words without a token."""
+    """The tokens of a prompt, BOS included. Raises RlhfError where it is too long, or has words without a token."""
     encoding = tokenizer.backend.encode(prompt, add_special_tokens=False)
     spans = [span for id, span in zip(encoding.ids, encoding.offsets, strict=True) if id == tokenizer.unknown_id]
     unknown = [prompt[start:end].strip() or prompt[start:end] for start, end in spans]
     if unknown:
         raise RlhfError(f"prompt {prompt!r}: the tokenizer has no token for {', '.join(map(repr, unknown))}")
-    if len(encoding.ids) > max_prompt_tokens - 1:
+    room = max_prompt_tokens - len(tokenizer.prefix)
+    if len(encoding.ids) > room:
         raise RlhfError(
-            f"prompt {prompt!r} has {len(encoding.ids)} tokens, and this run's have at most {max_prompt_tokens - 1} "
+            f"prompt {prompt!r} has {len(encoding.ids)} tokens, and this run's have at most {room} "
             f"(data.max_prompt_tokens = {max_prompt_tokens}, BOS included): shorten it"
         )
-    return [tokenizer.bos_id, *encoding.ids]
+    return tokenizer.begin(encoding.ids)
 
 
 def _table(path: Path, columns: list[str]) -> pd.DataFrame:

@@ -3,27 +3,18 @@
 A table is a list of rows, a row a dict from column to value. Messages count rows from 1, without a CSV's header.
 """
 
-import codecs
 import contextlib
-import csv
 import glob
-import gzip
 import hashlib
 import json
-import lzma
 import re
-import sys
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import pyarrow as pa
-import pyarrow.parquet
-
+from rlhf_jax.data.readers import Row, read_file
 from rlhf_jax.types import RlhfError
 
-Row = dict[str, Any]
 Kind = Literal["preference", "implicit_prompt_preference", "unpaired", "prompt_completion", "text", "prompt"]
 
 # In this order, because a table may have more columns than its kind needs.
@@ -38,7 +29,6 @@ KINDS: dict[Kind, tuple[str, ...]] = {
 
 _TFDS = "tfds:"
 _TURN = "\n\nAssistant:"  # Anthropic's HH-RLHF, the best known table of implicit prompts
-_END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # closes an Arrow stream, which can be read without it
 
 
 def read_table(source: str) -> list[Row]:
@@ -54,7 +44,7 @@ def read_table(source: str) -> list[Row]:
         rows = _read_tfds(source)
     else:
         with _readable(source):
-            rows = [row for file in _files(Path(source)) for row in _read_file(file)]
+            rows = [row for file in _files(Path(source)) for row in read_file(file)]
     if not rows:
         raise RlhfError(f"{source} holds no rows: give a table with at least one")
     return rows
@@ -231,126 +221,6 @@ def _parquet_files(directory: Path) -> list[Path]:
     return files
 
 
-def _read_file(file: Path) -> list[Row]:
-    for suffix, read in _READERS.items():
-        if file.name.lower().endswith(suffix):
-            return read(file)
-    raise RlhfError(f"{file} is of no kind that can be read: give one of {', '.join(_READERS)}")
-
-
-def _read_jsonl(file: Path) -> list[Row]:
-    open_file = {".gz": gzip.open, ".xz": lzma.open}.get(file.suffix.lower(), open)
-    rows = []
-    try:
-        with open_file(file, "rb") as lines:
-            for line in lines:
-                if line.strip():
-                    rows.append(_parse_object(line, f"{file}, row {len(rows) + 1}"))
-    except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
-        raise RlhfError(
-            f"{file}, row {len(rows) + 1}: cut short or damaged from here on ({error}): copy it again"
-        ) from error
-    return rows
-
-
-def _parse_object(line: bytes, where: str) -> Row:
-    try:
-        value = json.loads(line.decode("utf-8-sig"))
-    except ValueError as error:
-        raise RlhfError(
-            f"{where} is not JSON ({error}): mend it, or copy the file again if it was cut short"
-        ) from error
-    return _object(value, where)
-
-
-def _object(value: Any, where: str) -> Row:
-    if not isinstance(value, dict):
-        raise RlhfError(f"{where} is not a JSON object from column to value: write {{...}}")
-    return value
-
-
-def _read_json(file: Path) -> list[Row]:
-    content = file.read_bytes()
-    if not content.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
-        return _read_jsonl(file)
-    try:
-        values = json.loads(content.decode("utf-8-sig"))
-    except ValueError as error:
-        raise RlhfError(f"{file} is not JSON ({error}): mend it, or copy it again if it was cut short") from error
-    return [_object(value, f"{file}, row {number}") for number, value in enumerate(values, start=1)]
-
-
-def _read_parquet(file: Path) -> list[Row]:
-    try:
-        return pa.parquet.ParquetFile(file).read().to_pylist()
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise RlhfError(_damaged(file, "Parquet", error)) from error
-
-
-def _read_arrow(file: Path) -> list[Row]:
-    content = file.read_bytes()
-    try:
-        rows = pa.ipc.open_stream(content).read_all().to_pylist()
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise RlhfError(_damaged(file, "Arrow", error)) from error
-    if not content.endswith(_END_OF_STREAM):
-        raise RlhfError(f"{file} is cut short after row {len(rows)}: copy it again")
-    return rows
-
-
-def _damaged(file: Path, format: str, error: Exception) -> str:
-    return f"{file} cannot be read as {format} (" + str(error).partition("\n")[0] + "): copy or write it again"
-
-
-def _read_csv(file: Path) -> list[Row]:
-    limit = csv.field_size_limit(sys.maxsize)  # the default refuses texts of more than 131,072 characters
-    try:
-        with open(file, "rb") as lines:
-            if lines.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
-                lines.seek(0)
-            return _parse_csv(lines, file)
-    finally:
-        csv.field_size_limit(limit)
-
-
-def _parse_csv(lines: Iterable[bytes], file: Path) -> list[Row]:
-    # Decoded line by line, so that a wrong byte is found in its row.
-    reader = csv.reader((line.decode("utf-8") for line in lines), strict=True)
-    rows: list[Row] = []
-    try:
-        header = _header(next(reader, []), file)
-        for values in filter(None, reader):
-            if len(values) != len(header):
-                raise RlhfError(
-                    f"{file}, row {len(rows) + 1} (line {reader.line_num}) has {len(values)} values for {len(header)} "
-                    "columns: quote values that hold commas, or copy the file again if it was cut short"
-                )
-            rows.append(dict(zip(header, values, strict=True)))
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise RlhfError(
-            f"{file}, row {len(rows) + 1} (line {reader.line_num}) is not CSV in UTF-8 ({error}): mend it, or copy the "
-            "file again if it was cut short"
-        ) from error
-    return rows
-
-
-def _header(names: list[str], file: Path) -> list[str]:
-    if len(set(names)) < len(names) or "" in names:
-        raise RlhfError(f"{file}: the header ({', '.join(names)}) must name every column, each differently")
-    return names
-
-
 def _digest(file: Path) -> str:
     with open(file, "rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
-
-
-_READERS: dict[str, Callable[[Path], list[Row]]] = {
-    ".jsonl": _read_jsonl,
-    ".jsonl.gz": _read_jsonl,
-    ".jsonl.xz": _read_jsonl,
-    ".json": _read_json,
-    ".parquet": _read_parquet,
-    ".csv": _read_csv,
-    ".arrow": _read_arrow,
-}

@@ -21,11 +21,13 @@ class ScalarTransformer(nn.Module):
 
     config: ModelConfig
     vocab_size: int
+    bias: bool
 
     def setup(self) -> None:
         """Declares the parameters; the head starts at N(0, 1/(d+1)), as in Stiennon et al. 2020."""
         self.body = Transformer(self.config, self.vocab_size)
-        self.head = nn.Dense(1, kernel_init=nn.initializers.normal((self.config.d_model + 1) ** -0.5))
+        start = nn.initializers.normal((self.config.d_model + 1) ** -0.5)
+        self.head = nn.Dense(1, use_bias=self.bias, kernel_init=start)
 
     def hidden(self, tokens: Array, mask: Array) -> Float[Array, "B S D"]:
         """Hidden states, in float32."""
@@ -47,6 +49,7 @@ class ScalarNetwork:
     config: ModelConfig
     vocab_size: int
     pooling: Pooling
+    bias: bool = True  # of the head; transformers' classifiers have none
 
     def init(self, key: PRNGKeyArray) -> PyTree:
         """Random parameters: `body` and `head`."""
@@ -80,7 +83,7 @@ class ScalarNetwork:
 
     @property
     def _module(self) -> ScalarTransformer:
-        return ScalarTransformer(dataclasses.replace(self.config, tied=True), self.vocab_size)  # no second table
+        return ScalarTransformer(dataclasses.replace(self.config, tied=True), self.vocab_size, self.bias)
 
     def _apply(self, params: PyTree, *args: Any, method: str | None = None) -> Any:
         return self._module.apply({"params": params}, *args, method=method)

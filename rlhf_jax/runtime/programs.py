@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -74,8 +75,10 @@ class MeshPlacement:
 
     def put_state(self, state: PyTree) -> PyTree:
         """Lays a copy of a state out by the models' partition patterns: programs reuse its memory, not the caller's."""
+        # Copied first: a shard that device_put makes on the device its array is on may be that array, also where it is
+        # told may_alias=False. The frozen reference often is the same array, and would be donated with the state.
         layout = shardings(state, self.mesh, leading_axes=int(self.seeds > 1))
-        return jax.device_put(state, layout, may_alias=False)
+        return jax.device_put(jax.tree.map(jnp.copy, state), layout)
 
     def put_frozen(self, frozen: PyTree) -> PyTree:
         """Lays frozen parameters out by the same patterns; they are never stacked over seeds."""

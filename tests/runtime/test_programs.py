@@ -67,6 +67,23 @@ def test_three_dpo_steps_equal_one_device(name, dpo_on_one_device):
     assert_close(run_dpo(PLACEMENTS[name]), dpo_on_one_device)
 
 
+@pytest.mark.parametrize("name", ["one device", *PLACEMENTS])
+def test_a_policy_may_start_as_the_very_arrays_of_its_reference(name):
+    """Its memory is reused by the first step; the reference's must not be. And one step later it must have moved."""
+    placement = make_placement(PLACEMENTS.get(name, tiny.ONE_DEVICE), seeds=1)
+    start = tiny.dpo_state()
+    state = placement.put_state(start)
+    frozen = placement.put_frozen({"reference": start.params["policy"], "beta": jnp.float32(0.1)})
+    program = placement.compile(dpo.make_step(tiny.POLICY, tiny.OPTIMIZER, 3, placement.axes), state)
+    losses = []
+    for seed in range(2):
+        state, metrics, _ = program(state, frozen, tiny.several([tiny.preferences(16, seed)]), jax.random.key(0))
+        losses.append(float(metrics["loss"][0]))
+    np.testing.assert_allclose(losses[0], np.log(2), rtol=1e-5)
+    assert abs(losses[1] - np.log(2)) > 1e-5
+    assert_close(jax.device_get(start.params["policy"]), jax.device_get(tiny.policy_params()), tolerance=0)
+
+
 def test_dpo_learns(dpo_on_one_device):
     params, metrics = dpo_on_one_device
     assert metrics["loss"].shape == (3,)

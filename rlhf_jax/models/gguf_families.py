@@ -1,0 +1,268 @@
+"""What a GGUF file's metadata and tensors are called on the Hugging Face hub, one table for each architecture.
+
+The tensors' names are llama.cpp's (its gguf-py/gguf/constants.py); what its conversion does to their values is in its
+conversion/*.py, and is undone here.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rlhf_jax.types import RlhfError
+
+Sizes = Mapping[str, int]
+
+
+class Header(NamedTuple):
+    """What a GGUF file says of itself: its metadata, and the shapes of its tensors (rows first)."""
+
+    path: Path
+    metadata: Mapping[str, Any]
+    shapes: Mapping[str, tuple[int, ...]]
+    rope_factors: np.ndarray | None  # rope_freqs.weight: what Llama 3 divides each rotary frequency by
+
+    @property
+    def architecture(self) -> str:
+        """The family's name in llama.cpp. Raises RlhfError where the file does not say."""
+        if "general.architecture" not in self.metadata:
+            raise RlhfError(f"{self.path} does not say what architecture it is of (general.architecture is missing)")
+        return self.metadata["general.architecture"]
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of the architecture's key, such as `block_count` for `llama.block_count`."""
+        return self.metadata.get(f"{self.architecture}.{key}", default)
+
+    def number(self, key: str) -> Any:
+        """The same, of a key that must be there and be one number. Raises RlhfError naming it."""
+        value = self.get(key)
+        if not isinstance(value, int | float):
+            raise RlhfError(f"{self.path} has no number under {self.architecture}.{key}, which its model needs")
+        return value
+
+
+class Family(NamedTuple):
+    """One architecture.
+
+    The tables go from names in the GGUF file to names on the hub, with the shape as letters: V vocabulary, D width,
+    F width of the feed-forward layer, Q and J all query and all key heads together, K one head, C context, A and G
+    those that are fused (Q + 2 J, 2 F).
+    """
+
+    model_type: str
+    model_class: str
+    outside: Mapping[str, tuple[str, str]]
+    layer: str  # the prefix on the hub of what is called blk.N. in the file
+    inside: Mapping[str, tuple[str, str]]
+    config: Callable[[Header, Sizes], dict[str, Any]]
+    head: str = "lm_head.weight"
+    interleaved: bool = False  # q and k are stored for rotary pairs (2i, 2i + 1) instead of (i, i + K / 2)
+    norm_offset: float = 0.0  # what llama.cpp adds to the weights of norms
+    transposed: bool = False  # the hub keeps the layers' matrices with the input axis first
+
+
+def _decoder(header: Header, sizes: Sizes) -> dict[str, Any]:
+    """What all but GPT-2 have in common."""
+    if header.get("rope.dimension_count", sizes["K"]) != sizes["K"]:
+        raise RlhfError(f"{header.path} rotates a part of each head ({header.architecture}.rope.dimension_count)")
+    if header.get("attention.causal") is False:
+        raise RlhfError(f"{header.path} is no language model: its attention is not causal")
+    return {
+        "hidden_size": sizes["D"],
+        "intermediate_size": sizes["F"],
+        "num_hidden_layers": header.number("block_count"),
+        "num_attention_heads": sizes["heads"],
+        "num_key_value_heads": sizes["kv_heads"],
+        "head_dim": sizes["K"],
+        "max_position_embeddings": sizes["C"],
+        "rms_norm_eps": header.number("attention.layer_norm_rms_epsilon"),
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "rope_parameters": _rope(header, sizes),
+    }
+
+
+def _rope(header: Header, sizes: Sizes) -> dict[str, Any]:
+    base = {"rope_theta": float(header.get("rope.freq_base", 10000.0))}
+    factor = header.get("rope.scaling.factor", 0.0)
+    kind = header.get("rope.scaling.type", "linear" if factor else "none")
+    if header.rope_factors is not None:
+        return base | _llama3(header, base["rope_theta"], sizes["K"])
+    if kind == "none" or (kind == "linear" and factor in (0.0, 1.0)):
+        return base | {"rope_type": "default"}
+    if kind == "linear":
+        return base | {"rope_type": "linear", "factor": factor}
+    corrections = ("rope.scaling.yarn_attn_factor", "rope.scaling.yarn_ext_factor", "rope.scaling.attn_factor")
+    if kind == "yarn" and not any(header.get(key) for key in corrections):
+        length = header.number("rope.scaling.original_context_length")
+        betas = {f"beta_{end}": header.get(f"rope.scaling.yarn_beta_{end}") for end in ("fast", "slow")}
+        yarn = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": length}
+        return base | yarn | {name: beta for name, beta in betas.items() if beta is not None}
+    raise RlhfError(f"{header.path} stretches its rotary positions by {kind!r}, in a way that cannot be converted")
+
+
+def _llama3(header: Header, theta: float, head_width: int) -> dict[str, Any]:
+    """Llama 3's scaling, of which a GGUF file has the result alone: all models so far differ in the factor only.
+
+    Raises: RlhfError if Llama 3's formula does not give what is in the file.
+    """
+    assert header.rope_factors is not None
+    factor, low, high, length = float(header.rope_factors.max()), 1.0, 4.0, 8192
+    wavelengths = 2 * math.pi * theta ** (np.arange(0, head_width, 2) / head_width)
+    smooth = np.clip((length / wavelengths - low) / (high - low), 0, 1)
+    expected = 1 / ((1 - smooth) / factor + smooth)
+    if header.rope_factors.shape != expected.shape or not np.allclose(header.rope_factors, expected, rtol=1e-3):
+        raise RlhfError(f"{header.path}: rope_freqs.weight is not Llama 3's scaling, and there is no other to choose")
+    scaling = {"rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high}
+    return scaling | {"original_max_position_embeddings": length}
+
+
+def _llama(header: Header, sizes: Sizes) -> dict[str, Any]:
+    window = header.get("attention.sliding_window")
+    mistral = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": window}
+    return _decoder(header, sizes) | {"mlp_bias": False} | (mistral if window else {})
+
+
+def _qwen(header: Header, sizes: Sizes) -> dict[str, Any]:
+    if header.get("attention.sliding_window"):
+        raise RlhfError(f"{header.path} has a sliding window, in layers that the file does not name")
+    return _decoder(header, sizes) | {"use_sliding_window": False}
+
+
+def _gemma(header: Header, sizes: Sizes) -> dict[str, Any]:
+    return _decoder(header, sizes) | {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
+
+
+def _gemma2(header: Header, sizes: Sizes) -> dict[str, Any]:
+    # The scale of attention is not in the file; llama.cpp too knows the 27B model by its number of layers.
+    largest = header.number("block_count") == 46
+    return _gemma(header, sizes) | {
+        "query_pre_attn_scalar": sizes["D"] // sizes["heads"] if largest else sizes["K"],
+        "sliding_window": header.number("attention.sliding_window"),
+        "layer_types": _layer_types(header, period=2),
+        "attn_logit_softcapping": header.get("attn_logit_softcapping", 50.0),
+        "final_logit_softcapping": header.get("final_logit_softcapping", 30.0),
+    }
+
+
+def _gemma3(header: Header, sizes: Sizes) -> dict[str, Any]:
+    largest = header.number("block_count") == 62
+    local = {"rope_type": "default", "rope_theta": float(header.get("rope.freq_base_swa", 10000.0))}
+    return _gemma(header, sizes) | {
+        "query_pre_attn_scalar": sizes["D"] // sizes["heads"] if largest else sizes["K"],
+        "sliding_window": header.number("attention.sliding_window"),
+        "layer_types": _layer_types(header, period=6),
+        "final_logit_softcapping": header.get("final_logit_softcapping"),
+        "attn_logit_softcapping": None,
+        "rope_parameters": {"full_attention": _rope(header, sizes), "sliding_attention": local},
+    }
+
+
+def _layer_types(header: Header, period: int) -> list[str]:
+    last = period - 1
+    layers = range(header.number("block_count"))
+    return ["full_attention" if layer % period == last else "sliding_attention" for layer in layers]
+
+
+def _phi3(header: Header, sizes: Sizes) -> dict[str, Any]:
+    length = header.get("rope.scaling.original_context_length", sizes["C"])
+    return _decoder(header, sizes) | {
+        "sliding_window": header.get("attention.sliding_window") or None,
+        "original_max_position_embeddings": length,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+    }
+
+
+def _gpt2(header: Header, sizes: Sizes) -> dict[str, Any]:
+    return {
+        "n_embd": sizes["D"],
+        "n_layer": header.number("block_count"),
+        "n_head": sizes["heads"],
+        "n_inner": None if sizes["F"] == 4 * sizes["D"] else sizes["F"],
+        "n_positions": sizes["C"],
+        "layer_norm_epsilon": header.number("attention.layer_norm_epsilon"),
+        "activation_function": "gelu_new",
+    }
+
+
+_OUTSIDE = {"token_embd.weight": ("model.embed_tokens.weight", "V D"), "output_norm.weight": ("model.norm.weight", "D")}
+_ATTENTION = {
+    "attn_norm.weight": ("input_layernorm.weight", "D"),
+    "attn_q.weight": ("self_attn.q_proj.weight", "Q D"),
+    "attn_k.weight": ("self_attn.k_proj.weight", "J D"),
+    "attn_v.weight": ("self_attn.v_proj.weight", "J D"),
+    "attn_output.weight": ("self_attn.o_proj.weight", "D Q"),
+}
+_QKV_BIAS = {
+    "attn_q.bias": ("self_attn.q_proj.bias", "Q"),
+    "attn_k.bias": ("self_attn.k_proj.bias", "J"),
+    "attn_v.bias": ("self_attn.v_proj.bias", "J"),
+}
+_QK_NORM = {
+    "attn_q_norm.weight": ("self_attn.q_norm.weight", "K"),
+    "attn_k_norm.weight": ("self_attn.k_norm.weight", "K"),
+}
+_FEED_FORWARD = {
+    "ffn_gate.weight": ("mlp.gate_proj.weight", "F D"),
+    "ffn_up.weight": ("mlp.up_proj.weight", "F D"),
+    "ffn_down.weight": ("mlp.down_proj.weight", "D F"),
+}
+_NORM = {"ffn_norm.weight": ("post_attention_layernorm.weight", "D")}
+_NORMS_AROUND = {
+    "post_attention_norm.weight": ("post_attention_layernorm.weight", "D"),
+    "ffn_norm.weight": ("pre_feedforward_layernorm.weight", "D"),
+    "post_ffw_norm.weight": ("post_feedforward_layernorm.weight", "D"),
+}
+_LLAMA_LAYER = _ATTENTION | _NORM | _FEED_FORWARD
+_GEMMA2_LAYER = _ATTENTION | _NORMS_AROUND | _FEED_FORWARD
+_PHI3_LAYER = {
+    "attn_norm.weight": ("input_layernorm.weight", "D"),
+    "attn_qkv.weight": ("self_attn.qkv_proj.weight", "A D"),
+    "attn_output.weight": ("self_attn.o_proj.weight", "D Q"),
+    "ffn_up.weight": ("mlp.gate_up_proj.weight", "G D"),
+    "ffn_down.weight": ("mlp.down_proj.weight", "D F"),
+} | _NORM
+_GPT2_OUTSIDE = {
+    "token_embd.weight": ("transformer.wte.weight", "V D"),
+    "position_embd.weight": ("transformer.wpe.weight", "C D"),
+    "output_norm.weight": ("transformer.ln_f.weight", "D"),
+    "output_norm.bias": ("transformer.ln_f.bias", "D"),
+}
+_GPT2_LAYER = {
+    f"{source}.{part}": (f"{target}.{part}", shape if part == "weight" else shape.split()[0])
+    for source, target, shape in (
+        ("attn_norm", "ln_1", "D"),
+        ("attn_qkv", "attn.c_attn", "A D"),
+        ("attn_output", "attn.c_proj", "D Q"),
+        ("ffn_norm", "ln_2", "D"),
+        ("ffn_up", "mlp.c_fc", "F D"),
+        ("ffn_down", "mlp.c_proj", "D F"),
+    )
+    for part in ("weight", "bias")
+}
+
+_LLAMA = Family("llama", "LlamaForCausalLM", _OUTSIDE, "model.layers", _LLAMA_LAYER, _llama, interleaved=True)
+_QWEN2 = Family("qwen2", "Qwen2ForCausalLM", _OUTSIDE, "model.layers", _LLAMA_LAYER | _QKV_BIAS, _qwen)
+_QWEN3 = Family("qwen3", "Qwen3ForCausalLM", _OUTSIDE, "model.layers", _LLAMA_LAYER | _QK_NORM, _qwen)
+_GEMMA = Family("gemma", "GemmaForCausalLM", _OUTSIDE, "model.layers", _LLAMA_LAYER, _gemma, norm_offset=1.0)
+_GEMMA2 = Family("gemma2", "Gemma2ForCausalLM", _OUTSIDE, "model.layers", _GEMMA2_LAYER, _gemma2, norm_offset=1.0)
+_GEMMA3 = _GEMMA2._replace(
+    model_type="gemma3_text", model_class="Gemma3ForCausalLM", inside=_GEMMA2_LAYER | _QK_NORM, config=_gemma3
+)
+_GPT2 = Family("gpt2", "GPT2LMHeadModel", _GPT2_OUTSIDE, "transformer.h", _GPT2_LAYER, _gpt2, transposed=True)
+_PHI3 = Family("phi3", "Phi3ForCausalLM", _OUTSIDE, "model.layers", _PHI3_LAYER, _phi3)
+
+FAMILIES: dict[str, Family] = {
+    "llama": _LLAMA,
+    "qwen2": _QWEN2,
+    "qwen3": _QWEN3,
+    "gemma": _GEMMA,
+    "gemma2": _GEMMA2,
+    "gemma3": _GEMMA3,
+    "gpt2": _GPT2,
+    "phi3": _PHI3,
+}
+"""By the name llama.cpp gives an architecture (Mistral is a `llama` there, as is SmolLM2)."""

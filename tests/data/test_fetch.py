@@ -1,12 +1,10 @@
 """Fetching, for real once from the configured index, and from small ones made here for everything that goes wrong."""
 
-import contextlib
 import hashlib
 import io
 import math
 import os
 import re
-import resource
 import statistics
 import subprocess
 import sys
@@ -22,6 +20,7 @@ import pytest
 
 from rlhf_jax.data import builders, fetch
 from rlhf_jax.types import RlhfError
+from tests.disk import largest_file, left_in
 
 SETUP = "from setuptools import setup; open({marker!r}, 'w').close(); setup(name='vaderSentiment', version='3.3.2')"
 
@@ -86,21 +85,6 @@ def write_wheel(links: Path, size: int = 10) -> Path:
         archive.writestr("weights-1.0.dist-info/RECORD", "")
         archive.writestr("weights/parameters", bytes(size))
     return path
-
-
-@contextlib.contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """No file may grow beyond `size` bytes, neither ours nor pip's: the nearest thing to a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def left_in(data: Path) -> list[str]:
-    return sorted(str(path.relative_to(data)) for path in data.rglob("*") if path.name != ".lock")
 
 
 def digest(path: Path) -> str:

@@ -44,7 +44,9 @@ def find_checkpoint(source: str) -> Path:
     if Path(source).is_dir():
         return Path(source)
     if source.startswith((".", "/", "~")) or source.count("/") > 1 or Path(source).exists():
-        raise RlhfError(f"{source} is not a directory: give that of a Hugging Face checkpoint, or the id of one on the hub")
+        raise RlhfError(
+            f"{source} is not a directory: give that of a Hugging Face checkpoint, or the id of one on the hub"
+        )
     import huggingface_hub  # takes a second, and only those who download need it
 
     try:
@@ -79,7 +81,7 @@ def load_pretrained(
     shapes = _parameter_shapes(kind, config, hf_config["vocab_size"])
     stored = find_tensors(directory)
     family = family_of(hf_config, str(directory))
-    place = place or (lambda path, array: jnp.array(array))
+    place = place or (lambda path, array: jax.device_put(array))
     params: dict[str, jax.Array] = {}
     known = set()
     for tensor in tensors_of(family, config.n_layers, shapes):
@@ -91,8 +93,10 @@ def load_pretrained(
         known.add(name)
         entry = stored[name]
         _check(entry, name, tensor_shape(tensor, wanted))
-        for part, value in zip(tensor.parts, unpack(read_tensor(entry), tensor, wanted), strict=True):
-            params[part] = place(part, value if param_dtype is None else value.astype(jnp.dtype(param_dtype)))
+        dtype = DTYPES[entry.dtype] if param_dtype is None else jnp.dtype(param_dtype)
+        values = [_aligned(value, dtype) for value in unpack(read_tensor(entry), tensor, wanted)]
+        for part in tensor.parts:
+            params[part] = place(part, values.pop(0))
     _refuse_unknown(set(stored) - known, config, directory)
     if param_dtype is None:
         dtype = params[next(path for path in params if path.endswith("embedding"))].dtype.name
@@ -170,6 +174,15 @@ def _model_config(
         return model_config(completed, param_dtype=param_dtype, compute_dtype=compute_dtype, remat=remat)
     except (RlhfError, ValueError, TypeError, KeyError) as error:
         raise RlhfError(f"{directory / 'config.json'}: {error}") from error
+
+
+def _aligned(array: np.ndarray, dtype: Any) -> np.ndarray:
+    """A copy at an address that is a multiple of 64, as JAX's own are: on CPUs it is then the parameter, uncopied."""
+    buffer = np.empty(array.size * np.dtype(dtype).itemsize + 64, np.uint8)
+    start = -buffer.ctypes.data % 64
+    copy = buffer[start : start + buffer.size - 64].view(dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
 
 
 def _kind(hf_config: dict[str, Any], directory: Path) -> Kind:

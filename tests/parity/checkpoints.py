@@ -31,13 +31,23 @@ LONGROPE = {
     "rope_type": "longrope",
     "rope_theta": 10000.0,
     "original_max_position_embeddings": 32,
+    "factor": 2.0,
     "short_factor": [1.0, 1.1, 1.3, 2.0],
     "long_factor": [1.0, 2.0, 4.0, 8.0],
 }
 
 
 def gpt2(**changes: Any) -> dict[str, Any]:
-    return {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2, **changes}
+    return {
+        "vocab_size": 64,
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 64,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        **changes,
+    }
 
 
 # name -> (family, its config)
@@ -47,46 +57,81 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox": ("gpt_neox", SMALL),
     "gpt_neox, in sequence, tied, no bias": (
         "gpt_neox",
-        {**SMALL, "use_parallel_residual": False, "tie_word_embeddings": True, "attention_bias": False,
-         "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}},
+        {
+            **SMALL,
+            "use_parallel_residual": False,
+            "tie_word_embeddings": True,
+            "attention_bias": False,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5},
+        },
     ),
     "llama, grouped": ("llama", GROUPED),
     "llama, tied, biases": (
-        "llama", {**SMALL, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True, "rms_norm_eps": 1e-3},
+        "llama",
+        {**SMALL, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True, "rms_norm_eps": 1e-3},
     ),
     "llama 3, long": ("llama", {**GROUPED, "rope_parameters": LLAMA3, "head_dim": 16}),
     "llama, linear rope": (
-        "llama", {**GROUPED, "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
+        "llama",
+        {**GROUPED, "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
     ),
     "mistral, window": ("mistral", {**GROUPED, "sliding_window": 5}),
     "mistral, no window": ("mistral", {**GROUPED, "sliding_window": None}),
     "qwen2": ("qwen2", {**GROUPED, "tie_word_embeddings": True}),
     "qwen2, windows": (
-        "qwen2", {**GROUPED, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+        "qwen2",
+        {**GROUPED, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
     ),
     "qwen3": ("qwen3", {**GROUPED, "head_dim": 16}),
     "qwen3, biases, tied": ("qwen3", {**GROUPED, "head_dim": 6, "attention_bias": True, "tie_word_embeddings": True}),
     "gemma": ("gemma", {**GROUPED, "head_dim": 16}),
     "gemma, one kv head": ("gemma", {**SMALL, "num_key_value_heads": 1, "head_dim": 10}),
-    "gemma2": ("gemma2", {**GROUPED, "head_dim": 16, "sliding_window": 5, "query_pre_attn_scalar": 24,
-                          "attn_logit_softcapping": 1.0, "final_logit_softcapping": 2.0}),
-    "gemma2, no caps": ("gemma2", {**GROUPED, "head_dim": 8, "sliding_window": 3, "attn_logit_softcapping": None,
-                                   "final_logit_softcapping": None}),
+    "gemma2": (
+        "gemma2",
+        {
+            **GROUPED,
+            "head_dim": 16,
+            "sliding_window": 5,
+            "query_pre_attn_scalar": 24,
+            "attn_logit_softcapping": 1.0,
+            "final_logit_softcapping": 2.0,
+        },
+    ),
+    "gemma2, no caps": (
+        "gemma2",
+        {
+            **GROUPED,
+            "head_dim": 8,
+            "sliding_window": 3,
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+        },
+    ),
     "gemma3": (
         "gemma3_text",
-        {**GROUPED, "head_dim": 16, "sliding_window": 5, "query_pre_attn_scalar": 20,
-         "layer_types": ["sliding_attention", "full_attention"],
-         "rope_parameters": {"sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
-                             "full_attention": {"rope_type": "linear", "rope_theta": 1e4, "factor": 8.0}}},
+        {
+            **GROUPED,
+            "head_dim": 16,
+            "sliding_window": 5,
+            "query_pre_attn_scalar": 20,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+                "full_attention": {"rope_type": "linear", "rope_theta": 1e4, "factor": 8.0},
+            },
+        },
     ),
     "olmo2": ("olmo2", GROUPED),
     "olmo2, tied": ("olmo2", {**SMALL, "tie_word_embeddings": True, "attention_bias": True}),
     "phi3": ("phi3", {**GROUPED, "sliding_window": 6}),
-    "phi3, longrope, short": ("phi3", {**GROUPED, "rope_parameters": LONGROPE, "original_max_position_embeddings": 32}),
+    "phi3, longrope, short": ("phi3", {**GROUPED, "rope_parameters": LONGROPE}),
     "phi3, partial": (
         "phi3",
-        {**GROUPED, "tie_word_embeddings": True,
-         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+        {
+            **GROUPED,
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+        },
     ),
 }
 

@@ -55,9 +55,9 @@ def test_logits_and_gradients_are_those_of_transformers(name):
     weights = np.random.default_rng(1).normal(size=expected.shape).astype(np.float32) / expected.numel()
     made.model.zero_grad()
     (expected * torch.as_tensor(weights)).sum().backward()
-    grads = jax.jit(
-        jax.grad(lambda params: jnp.sum(logits_of(pretrained, params, ids_, everything) * weights))
-    )(pretrained.params)
+    grads = jax.jit(jax.grad(lambda params: jnp.sum(logits_of(pretrained, params, ids_, everything) * weights)))(
+        pretrained.params
+    )
     with tempfile.TemporaryDirectory() as directory:
         hf.save_pretrained(Path(directory) / "grads", "policy", grads, pretrained.hf_config)
         ours = load_file(Path(directory) / "grads" / "model.safetensors")
@@ -104,7 +104,9 @@ def test_the_way_in_and_out_keeps_every_byte_and_transformers_reads_it_without_a
     pretrained = hf.load_pretrained(str(made.directory))
     hf.save_pretrained(tmp_path / "out", "policy", pretrained.params, pretrained.hf_config)
     before, after = (load_file(d / "model.safetensors") for d in (made.directory, tmp_path / "out"))
-    assert {n: (t.dtype, t.tobytes()) for n, t in before.items()} == {n: (t.dtype, t.tobytes()) for n, t in after.items()}
+    assert {n: (t.dtype, t.tobytes()) for n, t in before.items()} == {
+        n: (t.dtype, t.tobytes()) for n, t in after.items()
+    }
     with caplog.at_level("WARNING"):
         model, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not caplog.records and not any(info.values()), (caplog.text, info)
@@ -177,8 +179,15 @@ print(int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text(
 def test_no_second_copy_of_the_model_is_made_in_memory(tmp_path):
     """Peak memory of a process that loads a model, over that of one that loads next to nothing."""
     small = checkpoint("llama, grouped").directory
-    config = transformers.LlamaConfig(**{**checkpoints.SMALL, "hidden_size": 1024, "intermediate_size": 4096,
-                                         "num_hidden_layers": 8, "vocab_size": 8192})
+    config = transformers.LlamaConfig(
+        **{
+            **checkpoints.SMALL,
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 8,
+            "vocab_size": 8192,
+        }
+    )
     model = transformers.LlamaForCausalLM(config)
     model.save_pretrained(tmp_path / "big")
     size = sum(p.numel() * 4 for p in model.parameters())
@@ -188,4 +197,4 @@ def test_no_second_copy_of_the_model_is_made_in_memory(tmp_path):
         int(subprocess.run([sys.executable, "-c", PEAK, str(path)], check=True, capture_output=True, text=True).stdout)
         for path in (small, tmp_path / "big")
     ]
-    assert size < peaks[1] < size + 2 * largest + 200e6 + peaks[0], (size, largest, peaks)
+    assert size < peaks[1] - peaks[0] + 2 * largest and peaks[1] - peaks[0] < size + 2 * largest, (size, peaks)

@@ -24,7 +24,7 @@ class Rope:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Shape of a decoder-only transformer. By default pre-norm blocks with RMSNorm, rotary positions and a plain MLP."""
+    """Shape of a decoder-only transformer; by default pre-norm with RMSNorm, rotary positions and a plain MLP."""
 
     d_model: int
     n_layers: int

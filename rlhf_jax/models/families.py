@@ -14,7 +14,7 @@ from rlhf_jax.models.config import ModelConfig, Rope
 from rlhf_jax.types import RlhfError
 
 Layout = Literal["flat", "out_in", "in_out", "heads_qkv"]
-"""flat: embeddings, scales, biases; out_in: torch.nn.Linear; in_out: GPT-2's Conv1D; heads_qkv: GPT-NeoX's fused qkv."""
+"""flat: embeddings, scales, biases; out_in: torch's Linear; in_out: GPT-2's Conv1D; heads_qkv: GPT-NeoX's fused qkv."""
 
 
 class Tensor(NamedTuple):
@@ -276,11 +276,7 @@ def _llama_tensors(**norms: str) -> tuple[Tensor, ...]:
     """Llama's names, and those of its norms: what we call them, by what the family calls them."""
     return (
         *_ends("model.embed_tokens.weight", "model.norm"),
-        *(
-            tensor
-            for part in "qkvo"
-            for tensor in _linear(f"{_LLAMA}self_attn.{part}_proj", f"attention/{part}")
-        ),
+        *(tensor for part in "qkvo" for tensor in _linear(f"{_LLAMA}self_attn.{part}_proj", f"attention/{part}")),
         *_norm(f"{_LLAMA}self_attn.q_norm", "block_{i}/attention/q_norm"),
         *_norm(f"{_LLAMA}self_attn.k_norm", "block_{i}/attention/k_norm"),
         *(tensor for part in ("gate", "up", "down") for tensor in _linear(f"{_LLAMA}mlp.{part}_proj", part)),

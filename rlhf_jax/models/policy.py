@@ -9,8 +9,8 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from rlhf_jax.core import logprobs as lp
 from rlhf_jax.models import head
-from rlhf_jax.models.head import TokenStats
 from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.models.head import TokenStats
 from rlhf_jax.models.transformer import KVCache, Transformer, empty_cache
 from rlhf_jax.types import PreferenceBatch, Rollout, TokenBatch
 

@@ -106,9 +106,7 @@ def _positions(mask: Bool[Array, "B S"]) -> Int[Array, "B S"]:
     return jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
 
 
-def _visible(
-    positions: Int[Array, "B S"], known: Int[Array, "B C"], window: int | None
-) -> Bool[Array, "B S C"]:
+def _visible(positions: Int[Array, "B S"], known: Int[Array, "B C"], window: int | None) -> Bool[Array, "B S C"]:
     back = positions[:, :, None] - known[:, None, :]
     visible = (back >= 0) & (known[:, None, :] != EMPTY)
     return visible if window is None else visible & (back < window)

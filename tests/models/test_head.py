@@ -29,9 +29,7 @@ HIDDEN, EMBEDDING, TOKENS = draw(0)
 
 
 def ours(hidden, embedding, tokens=TOKENS, *, temperature, softcap=None):
-    return head.token_stats(
-        hidden, embedding, jnp.asarray(ALLOWED), tokens, temperature=temperature, softcap=softcap
-    )
+    return head.token_stats(hidden, embedding, jnp.asarray(ALLOWED), tokens, temperature=temperature, softcap=softcap)
 
 
 def whole(hidden, embedding, tokens=TOKENS, *, temperature, softcap=None):

@@ -183,7 +183,9 @@ def test_decoding_with_a_cache_equals_the_whole_pass():
         expected = slow_logits(PARAMS, CONFIG, [*prompt, *response[i]])[len(prompt) - 1 : -1]
         expected[:, list(SUPPRESSED)] = np.finfo(np.float32).min / 2
         np.testing.assert_allclose(np.stack(decoded, axis=1)[i], expected, rtol=1e-4, atol=1e-4)
-    np.testing.assert_array_equal(cache.positions[:, :-1] >= 0, np.hstack([rollout.prompt_mask, np.ones((4, length - 1), bool)]))
+    np.testing.assert_array_equal(
+        cache.positions[:, :-1] >= 0, np.hstack([rollout.prompt_mask, np.ones((4, length - 1), bool)])
+    )
     assert np.all(cache.positions[:, -1] == EMPTY)
 
 

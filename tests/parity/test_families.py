@@ -3,7 +3,6 @@
 """Every family of models against transformers' own: logits, padding, gradients, and the way in and out again."""
 
 import functools
-import json
 import subprocess
 import sys
 import tempfile

@@ -147,7 +147,7 @@ def test_a_sliding_window_makes_a_llama_a_mistral(tmp_path: Path):
 
 
 def test_linear_and_yarn_scaling(tmp_path: Path):
-    linear = {"rope__scaling__type": "linear", "rope__scaling__factor": 4.0}
+    linear: dict[str, Any] = {"rope__scaling__type": "linear", "rope__scaling__factor": 4.0}
     config, _ = convert(with_keys(tmp_path, **linear))
     assert config["rope_parameters"] == {"rope_type": "linear", "factor": 4.0, "rope_theta": 20000.0}
     (tmp_path / "yarn").mkdir()

@@ -8,6 +8,7 @@ import subprocess
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -54,6 +55,10 @@ def small_file(directory: Path, **changes: object) -> Path:
     return write_gguf(path, "llama", FAMILY_KEYS["llama"], hub_tensors("llama"), tokenizer=TOKENIZER | changes)
 
 
+def load_tokenizer(directory: Path) -> Any:
+    return transformers.AutoTokenizer.from_pretrained(directory)
+
+
 def test_a_gguf_file_becomes_a_directory(tmp_path: Path):
     out = tmp_path / "models" / "small"
     pretrained.convert_gguf(small_file(tmp_path), out, dtype="float32")
@@ -63,7 +68,7 @@ def test_a_gguf_file_becomes_a_directory(tmp_path: Path):
         load_file(out / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"],
         hub_tensors("llama")["model.layers.0.self_attn.q_proj.weight"],
     )
-    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    tokenizer = load_tokenizer(out)
     assert tokenizer.decode(tokenizer("<s>naïve</s>")["input_ids"]) == "<s>naïve</s>"
     assert json.loads((out / "config.json").read_text())["eos_token_id"] == tokenizer.eos_token_id
 
@@ -157,7 +162,7 @@ def test_smollm2_is_whole(smollm2: Path):
 
 
 def test_smollm2s_tokenizer_gives_the_ids_of_its_own(smollm2: Path):
-    tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2)
+    tokenizer = load_tokenizer(smollm2)
     ids = tokenizer(TELLING_TEXT)["input_ids"]
     assert hashlib.sha256(str(ids).encode()).hexdigest() == SMOLLM
     assert tokenizer.decode(ids) == TELLING_TEXT

@@ -182,3 +182,16 @@ def test_what_is_wrong_is_named(metadata: dict[str, Any], message: str, tmp_path
     with pytest.raises(RlhfError, match=message):
         write_tokenizer(metadata, tmp_path, source=Path("model.gguf"))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("pre", "whole"), [("llama-bpe", True), ("tekken", True), ("qwen2", False)])
+def test_words_that_no_merge_leads_to(pre: str, whole: bool, tmp_path: Path):
+    metadata = byte_level(pre)
+    metadata["tokenizer.ggml.tokens"].append("Ġzyzzyva")
+    metadata["tokenizer.ggml.token_type"].append(1)
+    assert ("Ġzyzzyva" in load(metadata, tmp_path).tokenize("a zyzzyva")) is whole
+
+
+def test_added_tokens_within_words(tmp_path: Path):
+    tokens = load(sentencepiece(), tmp_path).tokenize("the<think>the</s>")
+    assert tokens == ["▁the", "<think>", "▁the", "</s>"]

@@ -1,6 +1,7 @@
-"""Tables of text in TRL's column conventions, read from the files and directories people keep them in.
+"""Tables of text or chat in TRL's column conventions, read from the files and directories people keep them in.
 
-A table is a list of rows, a row a dict from column to value. Messages count rows from 1, without a CSV's header.
+A table is a list of rows, a row a dict from column to value. Errors count rows from 1, without a CSV's header. A value
+is a text, or a chat: a list of messages, each with `role` and `content`.
 """
 
 import contextlib
@@ -15,7 +16,9 @@ from typing import Any, Literal
 from rlhf_jax.data.readers import Row, read_file
 from rlhf_jax.types import RlhfError
 
-Kind = Literal["preference", "implicit_prompt_preference", "unpaired", "prompt_completion", "text", "prompt"]
+Kind = Literal[
+    "preference", "implicit_prompt_preference", "unpaired", "prompt_completion", "messages", "text", "prompt"
+]
 
 # In this order, because a table may have more columns than its kind needs.
 KINDS: dict[Kind, tuple[str, ...]] = {
@@ -23,6 +26,7 @@ KINDS: dict[Kind, tuple[str, ...]] = {
     "implicit_prompt_preference": ("chosen", "rejected"),
     "unpaired": ("prompt", "completion", "label"),
     "prompt_completion": ("prompt", "completion"),
+    "messages": ("messages",),
     "text": ("text",),
     "prompt": ("prompt",),
 }
@@ -74,14 +78,12 @@ def file_hash(source: str) -> str:
 def kind_of(rows: Sequence[Row], source: str = "the table") -> Kind:
     """Which of TRL's conventions a table follows, by the columns of its first row.
 
-    Raises: RlhfError if it follows none, or holds chat messages.
+    Raises: RlhfError if it follows none.
     """
     columns = rows[0].keys()
     for kind, needed in KINDS.items():
         if columns >= set(needed):
             return kind
-    if "messages" in columns:
-        raise RlhfError(_chat(f"{source}, column messages"))
     known = "; ".join(", ".join(needed) for needed in KINDS.values())
     raise RlhfError(
         f"{source} has the columns {', '.join(columns)}, of which nothing can be learned: name them {known}"
@@ -96,40 +98,71 @@ def require_columns(rows: Sequence[Row], columns: Iterable[str], source: str) ->
                 raise RlhfError(f"{source}, row {number} has no column {column} (it has {', '.join(row)}): add it")
 
 
-def require_texts(rows: Sequence[Row], columns: Iterable[str], source: str) -> None:
-    """Raises RlhfError, naming row and column, unless every row has text (perhaps empty) in every one of `columns`."""
+def checked_rows(rows: Sequence[Row], columns: Iterable[str], source: str) -> list[Row]:
+    """Rows whose `columns` all hold texts (perhaps empty), or all hold chats, as the first row's do.
+
+    Keys of messages that are null, as Parquet and Arrow write those that only other messages have, are left out.
+
+    Raises: RlhfError, naming row and column, if a value is missing or is neither.
+    """
     columns = tuple(columns)
     require_columns(rows, columns, source)
-    for number, row in enumerate(rows, start=1):
-        for column in columns:
-            _check_text(row[column], f"{source}, row {number}, column {column}")
+    chat = isinstance(rows[0][columns[0]], list)
+    check = _checked_chat if chat else _checked_text
+    return [
+        row | {column: check(row[column], f"{source}, row {number}, column {column}") for column in columns}
+        for number, row in enumerate(rows, start=1)
+    ]
 
 
 def preference_rows(rows: Sequence[Row], source: str) -> list[Row]:
     """Checked rows with `prompt`, `chosen` and `rejected`, and other columns as they are.
 
-    An implicit prompt is taken out of the two answers: what both begin with, cut after the last shared "Assistant:"
-    turn of HH-RLHF, else before the last shared word boundary, so that answers keep their leading space. TRL's
-    `extract_prompt` cuts at the first differing character, which can be inside a word.
+    An implicit prompt is taken out of the two answers. Of chats it is the messages that both begin with, up to the last
+    after which the assistant answers in both. Of texts it is what both begin with, cut after the last shared
+    "Assistant:" turn of HH-RLHF, else before the last shared word boundary, so that answers keep their leading space.
+    TRL's `extract_prompt` cuts at the first differing character, which can be inside a word.
 
-    Raises: RlhfError, naming the row, if a value is not text or an answer is empty.
+    Raises: RlhfError, naming the row, if a value is neither text nor chat, an answer is empty, or chats begin
+        differently.
     """
     kind = kind_of(rows, source)
     if kind not in ("preference", "implicit_prompt_preference"):
         raise RlhfError(f"{source} is no preference data: it needs the columns chosen and rejected (and prompt)")
-    require_texts(rows, KINDS[kind], source)
-    for number, row in enumerate(rows, start=1):
+    checked = checked_rows(rows, KINDS[kind], source)
+    for number, row in enumerate(checked, start=1):
         for column in ("chosen", "rejected"):
-            if not row[column].strip():
+            if is_blank(row[column]):
                 raise RlhfError(f"{source}, row {number}, column {column} is empty: remove the row or give an answer")
-    if kind == "implicit_prompt_preference":
-        return [row | _with_prompt(row["chosen"], row["rejected"]) for row in rows]
-    return list(rows)
+    if kind == "preference":
+        return checked
+    return [
+        row | _with_prompt(row["chosen"], row["rejected"], f"{source}, row {number}")
+        for number, row in enumerate(checked, start=1)
+    ]
 
 
-def _with_prompt(chosen: str, rejected: str) -> dict[str, str]:
-    end = _prompt_end(chosen, rejected)
+def is_blank(value: str | list) -> bool:
+    """Whether a text has nothing but spaces, or a chat no message."""
+    return not (value.strip() if isinstance(value, str) else value)
+
+
+def _with_prompt(chosen: Any, rejected: Any, where: str) -> dict[str, Any]:
+    end = _prompt_end(chosen, rejected) if isinstance(chosen, str) else _shared_messages(chosen, rejected, where)
     return {"prompt": chosen[:end], "chosen": chosen[end:], "rejected": rejected[end:]}
+
+
+def _shared_messages(chosen: list, rejected: list, where: str) -> int:
+    """The number of messages both begin with, such that the assistant answers them in both."""
+    pairs = enumerate(zip(chosen, rejected, strict=False))
+    shared = next((place for place, (one, other) in pairs if one != other), min(len(chosen), len(rejected)))
+    for end in range(shared, 0, -1):
+        if all(len(chat) > end and chat[end]["role"] == "assistant" for chat in (chosen, rejected)):
+            return end
+    raise RlhfError(
+        f"{where}: chosen and rejected begin with no message in common that the assistant answers in both: give the "
+        "shared messages in a column prompt, or remove the row"
+    )
 
 
 def _prompt_end(chosen: str, rejected: str) -> int:
@@ -144,18 +177,37 @@ def _prompt_end(chosen: str, rejected: str) -> int:
     return next(ends, 0)
 
 
-def _check_text(value: Any, where: str) -> None:
-    if isinstance(value, list):
-        raise RlhfError(_chat(where))
+def _checked_text(value: Any, where: str) -> str:
     if not isinstance(value, str):
-        found = "null" if value is None else f"of type {type(value).__name__}"
-        raise RlhfError(f"{where} is {found}, not text: give a string")
+        hint = ", as elsewhere; or lists of messages everywhere, in no column prompt if answers begin with it"
+        raise RlhfError(f"{where} is {_kind(value)}, not text: give a string{hint if isinstance(value, list) else ''}")
     if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
         raise RlhfError(f"{where} holds half of a surrogate pair, which is no character: write the text anew in UTF-8")
+    return value
 
 
-def _chat(where: str) -> str:
-    return f"{where} holds chat messages, which need a chat template and are not supported yet: give text"
+def _checked_chat(value: Any, where: str) -> list[Row]:
+    if not isinstance(value, list):
+        raise RlhfError(
+            f"{where} is {_kind(value)}, where the first row has a list of messages: give lists of messages everywhere"
+        )
+    chat = []
+    for number, message in enumerate(value, start=1):
+        place = f"{where}, message {number}"
+        if not isinstance(message, dict):
+            raise RlhfError(f"{place} is {_kind(message)}: write it as {{'role': ..., 'content': ...}}")
+        known = {key: part for key, part in message.items() if part is not None}
+        for key in ("role", "content"):
+            if key in known:
+                _checked_text(known[key], f"{place}, {key}")
+            elif key == "role" or "tool_calls" not in known:
+                raise RlhfError(f"{place} has no {key} (it has {', '.join(known) or 'nothing'}): add it")
+        chat.append(known)
+    return chat
+
+
+def _kind(value: Any) -> str:
+    return "null" if value is None else f"of type {type(value).__name__}"
 
 
 @contextlib.contextmanager

@@ -2,19 +2,24 @@
 
 import dataclasses
 import functools
+import logging
 import zlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import grain
 import numpy as np
 
-from rlhf_jax.data import formats
-from rlhf_jax.text.tokenizer import Tokenizer
+from rlhf_jax.data import chat, formats
+from rlhf_jax.text.tokenizer import NO_TEMPLATE, Messages, Tokenizer
 from rlhf_jax.types import PreferenceBatch, RlhfError, TokenBatch
 
 Batch = TypeVar("Batch", bound=tuple)
 Row = dict[str, Any]
+Content: TypeAlias = Any
+"""A text, or a chat (`Messages`), of which the tokenizer's template makes one; None for no prompt."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +28,7 @@ class DataConfig:
 
     A source is a file, a Hugging Face dataset directory, or `tfds:NAME/SPLIT`. Nothing is chosen on `test`; None takes
     `eval` in its place. Rows of plain `text` become prompts by their first `text_prompt_tokens` (least, most) tokens.
+    SFT learns the completion (of `messages`, the assistant's last), or all that the assistant says in a chat.
     """
 
     train: str
@@ -32,6 +38,7 @@ class DataConfig:
     text_prompt_tokens: tuple[int, int]
     max_prompt_tokens: int  # BOS included
     max_response_tokens: int  # EOS included
+    loss_on: Literal["completion", "assistant"] = "completion"
 
     def __post_init__(self) -> None:
         least, most = self.text_prompt_tokens
@@ -60,7 +67,7 @@ class Prompts(NamedTuple):
 
 
 class Example(NamedTuple):
-    """One tokenised row: the prompt with BOS, and the response with EOS unless it was cut off."""
+    """One tokenised row: the prompt, with BOS where the model has one, and the response with EOS unless cut off."""
 
     prompt: list[int]
     response: list[int]
@@ -69,8 +76,8 @@ class Example(NamedTuple):
 def load_rows(config: DataConfig, split: str) -> list[Row]:
     """The rows of a split. Preference rows come out as `prompt, chosen, rejected`, other columns kept.
 
-    Raises RlhfError naming file and row where a text is missing or is no text, and for unpaired data, which no stage
-    learns from yet: its bad completions must not pass for demonstrations.
+    Raises RlhfError naming file and row where a value is missing or is neither text nor chat, and for unpaired data,
+    which no stage learns from yet: its bad completions must not pass for demonstrations.
     """
     source = config.source(split)
     rows = _table(source, formats.file_hash(source))[: config.limit]
@@ -82,45 +89,66 @@ def load_rows(config: DataConfig, split: str) -> list[Row]:
             f"{source} is unpaired data (prompt, completion, label), which no stage learns from: keep the rows with "
             "good completions and drop the column label, or make pairs of chosen and rejected"
         )
-    formats.require_texts(rows, formats.KINDS[kind], source)
-    return rows
+    return formats.checked_rows(rows, formats.KINDS[kind], source)
 
 
 def training_texts(rows: list[Row]) -> list[str]:
-    """Every text a tokenizer is trained on: whole texts, or prompts with their (chosen) completions."""
-    return [(prompt or "") + completion for prompt, completion in map(_demonstration, rows)]
+    """Every text a tokenizer is trained on: whole texts, or prompts with their (chosen) completions.
+
+    Raises: RlhfError for chats, which only a checkpoint's tokenizer has a template for.
+    """
+    prompts, completions = _demonstrations(rows)
+    if _is_chat(completions):
+        raise RlhfError(NO_TEMPLATE)
+    return [(prompt or "") + completion for prompt, completion in zip(prompts, completions, strict=True)]
 
 
 def demonstrations(rows: list[Row], tokenizer: Tokenizer, config: DataConfig) -> TokenBatch:
     """Sequences for SFT, right-padded: the loss is on completions, or on all of a row of plain text.
 
-    Unknown words are read but not learnt, for a policy never emits them. Cut-off responses have no EOS.
+    With `loss_on = "assistant"` it is on all that the assistant says in a chat. Unknown words are read but not learnt,
+    for a policy never emits them. Cut-off responses have no EOS.
+
+    Raises: RlhfError, naming the row, where a chat has nothing to learn or its template cannot say what the assistant
+        wrote; where plain texts should have an assistant.
     """
-    prompts, completions = zip(*map(_demonstration, rows), strict=True)
-    examples = tokenise(prompts, completions, tokenizer, config)
-    sequences = [example.prompt + example.response for example in examples]
-    tokens, mask = pad_right(sequences, config.max_prompt_tokens + config.max_response_tokens)
-    starts = np.array([len(example.prompt) for example in examples])
-    loss_mask = mask & (np.arange(tokens.shape[1])[None, :] >= starts[:, None]) & (tokens != tokenizer.unknown_id)
+    prompts, completions = _demonstrations(rows)
+    if config.loss_on == "assistant":
+        if not _is_chat(completions):
+            raise RlhfError("data.loss_on = 'assistant' needs chats, and the rows are texts: set it to 'completion'")
+        sequences, trained = _assistant_turns(prompts, completions, tokenizer, config)
+    else:
+        examples = tokenise(prompts, completions, tokenizer, config)
+        sequences = [example.prompt + example.response for example in examples]
+        trained = [[False] * len(example.prompt) + [True] * len(example.response) for example in examples]
+    width = config.max_prompt_tokens + config.max_response_tokens
+    tokens, mask = pad_right(sequences, width)
+    loss_mask = pad_right(trained, width)[0].astype(bool)
+    loss_mask[:, 0] = False
+    if tokenizer.unknown_id is not None:
+        loss_mask &= tokens != tokenizer.unknown_id
     return TokenBatch(tokens, mask, loss_mask)
 
 
 def prompts(rows: list[Row], tokenizer: Tokenizer, config: DataConfig) -> Prompts:
-    """Prompts of a split: the `prompt` column, or beginnings of plain text that the tokenizer knows every word of.
+    """Prompts of a split: the `prompt` column, what the assistant last answers in `messages`, or beginnings of texts.
 
-    The length of a beginning is fixed by a hash of its text, uniform over `text_prompt_tokens`.
+    A beginning is one that the tokenizer knows every word of; its length is fixed by a hash of the whole text, uniform
+    over `text_prompt_tokens`.
     """
-    if "prompt" in rows[0]:
-        texts = [row["prompt"] for row in rows]
-        found = [_with_bos(ids, tokenizer, config) for ids in tokenizer.encode_all(texts)]
+    contents = [_prompt(row) for row in rows]
+    if _is_chat(contents):
+        texts = chat.render_prompts(contents, tokenizer)
+        found = [_chat_prompt(ids, tokenizer, config) for ids in tokenizer.encode_all(texts)]
+    elif "prompt" in rows[0]:
+        found = [_text_prompt(ids, tokenizer, config) for ids in tokenizer.encode_all(contents)]
     else:
-        texts = [row["text"] for row in rows]
         found = []
-        for text, ids in zip(texts, tokenizer.encode_all(texts), strict=True):
+        for text, ids in zip(contents, tokenizer.encode_all(contents), strict=True):
             least, most = config.text_prompt_tokens
             length = least + zlib.crc32(text.encode()) % (most - least + 1)
             if len(ids) > length and tokenizer.unknown_id not in ids[:length]:
-                found.append([tokenizer.bos_id, *ids[:length]])
+                found.append(tokenizer.begin(ids[:length]))
     if not found:
         raise RlhfError(
             "no row of the data gives a prompt: every text is too short for text_prompt_tokens, or begins with words "
@@ -131,9 +159,9 @@ def prompts(rows: list[Row], tokenizer: Tokenizer, config: DataConfig) -> Prompt
 
 def preferences(rows: list[Row], tokenizer: Tokenizer, config: DataConfig) -> PreferenceBatch:
     """All pairs of a table of preferences, padded."""
-    texts = [row["prompt"] for row in rows]
-    chosen = tokenise(texts, [row["chosen"] for row in rows], tokenizer, config)
-    rejected = tokenise(texts, [row["rejected"] for row in rows], tokenizer, config)
+    asked = [row["prompt"] for row in rows]
+    chosen = tokenise(asked, [row["chosen"] for row in rows], tokenizer, config)
+    rejected = tokenise(asked, [row["rejected"] for row in rows], tokenizer, config)
     return PreferenceBatch(
         *pad_left([example.prompt for example in chosen], config.max_prompt_tokens),
         *pad_right([example.response for example in chosen], config.max_response_tokens),
@@ -142,26 +170,48 @@ def preferences(rows: list[Row], tokenizer: Tokenizer, config: DataConfig) -> Pr
 
 
 def tokenise(
-    prompts: Sequence[str | None], completions: Sequence[str], tokenizer: Tokenizer, config: DataConfig
+    prompts: Sequence[Content], completions: Sequence[Content], tokenizer: Tokenizer, config: DataConfig
 ) -> list[Example]:
     """Tokens of prompts and of their completions, long prompts cut at their start, long completions at their end.
 
-    Where the prompt is None the completion is a plain text, the response to BOS: as long as both may be.
+    Where the prompt is None the completion is a plain text, the response to BOS: as long as both may be. Chats are
+    written by the tokenizer's template, whose end of a turn is the response's EOS.
 
     A prompt and its completion are encoded together, as the model will see them. Where that changes the prompt's own
-    tokens (a merge across the border), the completion is encoded apart instead.
+    tokens (a merge across the border), the completion is encoded apart instead, as a policy that is given the prompt
+    would write it; a warning says how often.
+
+    Raises: RlhfError, naming the row, for chats that the template cannot write so.
     """
-    examples = []
-    alone = tokenizer.encode_all([prompt or "" for prompt in prompts])
-    joined = tokenizer.encode_all([(p or "") + c for p, c in zip(prompts, completions, strict=True)])
-    for text, prompt, whole, completion in zip(prompts, alone, joined, completions, strict=True):
-        response = whole[len(prompt) :] if whole[: len(prompt)] == prompt else tokenizer.encode(completion)
-        room = config.max_response_tokens + (config.max_prompt_tokens - 1 if text is None else 0)
-        examples.append(Example(_with_bos(prompt, tokenizer, config), [*response, tokenizer.eos_id][:room]))
+    fit = _chat_prompt if _is_chat(completions) else _text_prompt
+    if _is_chat(completions):
+        before, after = chat.render_completions(prompts, completions, tokenizer)
+    else:
+        before, after = [prompt or "" for prompt in prompts], completions
+    examples, apart = [], []
+    alone = tokenizer.encode_all(before)
+    joined = tokenizer.encode_all([p + c for p, c in zip(before, after, strict=True)])
+    for number, (asked, prompt, whole, text) in enumerate(zip(prompts, alone, joined, after, strict=True), start=1):
+        response = whole[len(prompt) :]
+        if whole[: len(prompt)] != prompt:
+            apart.append(number)
+            response = _encode_apart(text, tokenizer)
+        room = config.max_response_tokens
+        if asked is None:
+            room += config.max_prompt_tokens - len(tokenizer.begin([]))
+        examples.append(Example(fit(prompt, tokenizer, config), tokenizer.end(response)[:room]))
+    if apart:
+        logger.warning(
+            "In %d of %d rows (the first is row %d) the end of the prompt and the beginning of the completion would "
+            "share a token: the completion was encoded apart.",
+            len(apart),
+            len(examples),
+            apart[0],
+        )
     return examples
 
 
-def pad_right(sequences: Sequence[list[int]], width: int) -> tuple[np.ndarray, np.ndarray]:
+def pad_right(sequences: Sequence[Sequence[int]], width: int) -> tuple[np.ndarray, np.ndarray]:
     """int32[N, width] with padding 0 on the right, and its mask."""
     tokens, mask = np.zeros((len(sequences), width), np.int32), np.zeros((len(sequences), width), bool)
     for row, ids in enumerate(sequences):
@@ -169,7 +219,7 @@ def pad_right(sequences: Sequence[list[int]], width: int) -> tuple[np.ndarray, n
     return tokens, mask
 
 
-def pad_left(sequences: Sequence[list[int]], width: int) -> tuple[np.ndarray, np.ndarray]:
+def pad_left(sequences: Sequence[Sequence[int]], width: int) -> tuple[np.ndarray, np.ndarray]:
     """int32[N, width] with padding 0 on the left, and its mask."""
     tokens, mask = np.zeros((len(sequences), width), np.int32), np.zeros((len(sequences), width), bool)
     for row, ids in enumerate(sequences):
@@ -200,15 +250,74 @@ def _table(source: str, content: str) -> list[Row]:
     return formats.read_table(source)
 
 
-def _demonstration(row: Row) -> tuple[str | None, str]:
-    """A prompt and what should follow it, or None and a plain text: by the first columns of these that a row has."""
+def _demonstrations(rows: list[Row]) -> tuple[list[Content], list[Content]]:
+    """Prompts, and what should follow them; the prompts of plain texts are None."""
+    pairs = []
+    for number, row in enumerate(rows, start=1):
+        with chat.naming_row(number):
+            pairs.append(_demonstration(row))
+    prompts, completions = zip(*pairs, strict=True)
+    return list(prompts), list(completions)
+
+
+def _demonstration(row: Row) -> tuple[Content, Content]:
+    """By the first columns of these that a row has."""
     for answer in ("chosen", "completion"):
         if "prompt" in row and answer in row:
             return row["prompt"], row[answer]
+    if "messages" in row:
+        return chat.last_answer(row["messages"])
     if "text" not in row:
-        raise RlhfError(f"rows of {', '.join(row)} show no completion to learn from: add one, or a column text")
+        raise RlhfError(f"its columns {', '.join(row)} show no completion to learn from: add one, or a column text")
     return None, row["text"]
 
 
-def _with_bos(ids: list[int], tokenizer: Tokenizer, config: DataConfig) -> list[int]:
-    return [tokenizer.bos_id, *ids[max(0, len(ids) - config.max_prompt_tokens + 1) :]]
+def _prompt(row: Row) -> Content:
+    """The prompt of a row, or the plain text that begins with one."""
+    if "prompt" in row:
+        return row["prompt"]
+    return chat.question(row["messages"]) if "messages" in row else row["text"]
+
+
+def _is_chat(contents: Sequence[Content]) -> bool:
+    return isinstance(contents[0], list)
+
+
+def _assistant_turns(
+    prompts: list[Messages], completions: list[Messages], tokenizer: Tokenizer, config: DataConfig
+) -> tuple[list[list[int]], list[list[bool]]]:
+    """Whole conversations up to the last answer, cut as prompt and response are, and what the assistant writes."""
+    sequences, trained = [], []
+    for number, messages in enumerate(map(list.__add__, prompts, completions), start=1):
+        with chat.naming_row(number):
+            ids, written = tokenizer.encode_turns(messages)
+            if not any(written):
+                raise RlhfError("the chat template marks nothing as written by the assistant: mend it")
+        end = len(ids) - written[::-1].index(True)
+        start = next((place + 1 for place in reversed(range(end)) if not written[place]), 0)
+        response = tokenizer.end(ids[start:])[: config.max_response_tokens]
+        kept = _kept(ids[:start], tokenizer, config)
+        sequences.append([ids[place] for place in kept] + response)
+        # One more, for an EOS that the template did not write.
+        trained.append([written[place] for place in kept] + [*written[start:], True][: len(response)])
+    return sequences, trained
+
+
+def _encode_apart(completion: str, tokenizer: Tokenizer) -> list[int]:
+    # After a newline, because sentencepiece's tokenizers put a space before every text.
+    line, whole = tokenizer.encode("\n"), tokenizer.encode("\n" + completion)
+    return whole[len(line) :] if whole[: len(line)] == line else tokenizer.encode(completion)
+
+
+def _text_prompt(ids: list[int], tokenizer: Tokenizer, config: DataConfig) -> list[int]:
+    return tokenizer.begin(ids[max(0, len(ids) - config.max_prompt_tokens + len(tokenizer.prefix)) :])
+
+
+def _chat_prompt(ids: list[int], tokenizer: Tokenizer, config: DataConfig) -> list[int]:
+    return [ids[place] for place in _kept(ids, tokenizer, config)]
+
+
+def _kept(ids: list[int], tokenizer: Tokenizer, config: DataConfig) -> list[int]:
+    """The places of a rendered prompt's tokens that fit: its end, after BOS where the template writes one."""
+    head = len(tokenizer.prefix) if tuple(ids[: len(tokenizer.prefix)]) == tokenizer.prefix else 0
+    return [*range(head), *range(max(head, len(ids) - config.max_prompt_tokens + head), len(ids))]

@@ -106,7 +106,9 @@ class PretrainedTokenizer(Tokenizer):
                 messages, chat_template=_without_clock(self.chat_template), **arguments
             )
         except (TemplateError, TypeError, LookupError, ValueError) as error:
-            raise RlhfError(f"the chat template refuses these messages: {error}") from error
+            raise RlhfError(
+                f"the chat template refuses these messages ({error}): give the roles that it knows, in its order"
+            ) from error
 
     def _turns(self, messages: Messages, whole: tokenizers.Encoding) -> Iterator[tuple[int, int]]:
         """The tokens of each answer: from its first to the one that ends it."""

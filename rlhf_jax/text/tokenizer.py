@@ -15,7 +15,7 @@ PAD, BOS, EOS, UNKNOWN = "<pad>", "<bos>", "<eos>", "<unk>"
 SPECIAL_TOKENS = [PAD, BOS, EOS, UNKNOWN]
 TOKENIZER_FILE, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
 
-_NO_TEMPLATE = (
+NO_TEMPLATE = (
     "a tokenizer trained here has no chat template, which chat messages need: give texts (columns text, or prompt and "
     "completion), or begin with a checkpoint whose tokenizer has a template"
 )
@@ -128,11 +128,11 @@ class TrainedTokenizer(Tokenizer):
 
     def render(self, messages: Messages, *, add_generation_prompt: bool) -> str:
         """Raises RlhfError: there is no chat template."""
-        raise RlhfError(_NO_TEMPLATE)
+        raise RlhfError(NO_TEMPLATE)
 
     def encode_turns(self, messages: Messages) -> tuple[list[int], list[bool]]:
         """Raises RlhfError: there is no chat template."""
-        raise RlhfError(_NO_TEMPLATE)
+        raise RlhfError(NO_TEMPLATE)
 
     def _special_id(self, token: str) -> int:
         found = self.backend.token_to_id(token)

@@ -338,6 +338,9 @@ def test_the_hash_of_nothing(tmp_path: Path):
         ("rejected chosen prompt margin", "preference"),
         ("chosen rejected", "implicit_prompt_preference"),
         ("prompt id", "prompt"),
+        ("id messages", "messages"),
+        ("text messages prompt", "messages"),
+        ("messages prompt completion", "prompt_completion"),
     ],
 )
 def test_kinds(columns: str, kind: str):
@@ -347,8 +350,6 @@ def test_kinds(columns: str, kind: str):
 def test_a_table_of_no_kind_lists_its_columns():
     with pytest.raises(RlhfError, match=r"t\.csv has the columns question, answer, .*prompt, chosen, rejected; chosen"):
         formats.kind_of([{"question": "x", "answer": "y"}], "t.csv")
-    with pytest.raises(RlhfError, match=r"t\.jsonl, column messages holds chat messages.*not supported yet"):
-        formats.kind_of([{"messages": [{"role": "user", "content": "x"}]}], "t.jsonl")
 
 
 def test_missing_columns_name_the_row():
@@ -364,15 +365,54 @@ def test_missing_columns_name_the_row():
         (None, "row 2, column prompt is null, not text"),
         (7, "row 2, column prompt is of type int, not text"),
         (math.nan, "row 2, column prompt is of type float, not text"),
-        ([{"role": "user", "content": "x"}], "row 2, column prompt holds chat messages"),
+        (
+            [{"role": "user", "content": "x"}],
+            "row 2, column prompt is of type list, not text.*lists of messages everywh",
+        ),
         ("a\ud83d", "row 2, column prompt holds half of a surrogate pair"),
     ],
 )
 def test_what_is_not_text_names_the_row(value: Any, message: str):
     rows = [{"prompt": ""}, {"prompt": value}]
     with pytest.raises(RlhfError, match=rf"t.jsonl, {message}"):
-        formats.require_texts(rows, iter(["prompt"]), "t.jsonl")
-    formats.require_texts(rows[:1], ["prompt"], "t.jsonl")
+        formats.checked_rows(rows, iter(["prompt"]), "t.jsonl")
+    assert formats.checked_rows(rows[:1], ["prompt"], "t.jsonl") == rows[:1]
+
+
+def say(*contents: str) -> list[Row]:
+    """A conversation that the user begins."""
+    return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("x", "column prompt is of type str, where the first row has a list of messages"),
+        (None, "column prompt is null, where"),
+        ([*say("x"), "y"], "column prompt, message 2 is of type str: write it as {'role': ..., 'content': ...}"),
+        ([{"from": "human", "value": "x"}], r"column prompt, message 1 has no role \(it has from, value\): add it"),
+        ([{"role": "user"}], r"column prompt, message 1 has no content \(it has role\)"),
+        ([{"role": "user", "content": None}], r"column prompt, message 1 has no content \(it has role\)"),
+        ([{"content": "x"}], "column prompt, message 1 has no role"),
+        ([{}], r"column prompt, message 1 has no role \(it has nothing\)"),
+        ([{"role": 3, "content": "x"}], "column prompt, message 1, role is of type int, not text"),
+        ([{"role": "user", "content": ["x"]}], "column prompt, message 1, content is of type list, not text"),
+        ([{"role": "user", "content": "a\ud83d"}], "column prompt, message 1, content holds half of a surrogate"),
+    ],
+)
+def test_what_is_no_chat_names_row_and_message(value: Any, message: str):
+    rows = [{"prompt": say("x")}, {"prompt": value}]
+    with pytest.raises(RlhfError, match=rf"t.jsonl, row 2, {message}"):
+        formats.checked_rows(rows, ["prompt"], "t.jsonl")
+
+
+def test_keys_that_other_messages_have_are_left_out(tmp_path: Path):
+    call = {"role": "assistant", "tool_calls": [{"name": "look"}]}
+    rows = [{"messages": [*say("x"), call]}, {"messages": say("y")}]
+    write_parquet(tmp_path / "t.parquet", rows)
+    read = formats.read_table(str(tmp_path / "t.parquet"))
+    assert set(read[1]["messages"][0]) == {"role", "content", "tool_calls"}
+    assert formats.checked_rows(read, ["messages"], "t.parquet") == rows
 
 
 def test_preference_rows_keep_other_columns():
@@ -397,6 +437,42 @@ def test_bad_preferences_name_the_row(row: Row, message: str):
 def test_other_tables_are_no_preferences():
     with pytest.raises(RlhfError, match=r"t\.csv is no preference data"):
         formats.preference_rows([{"text": "x"}], "t.csv")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "shared"),
+    [
+        (say("q", "good"), say("q", "bad"), 1),
+        (say("q", "a", "r", "good"), say("q", "a", "r", "bad"), 3),
+        (say("q", "same"), say("q", "same"), 1),
+        (say("q", "a", "r", "b"), say("q", "a", "s", "b"), 1),  # they part where the user speaks
+        (say("q", "a"), say("q", "a", "r", "b"), 1),
+        ([{"role": "system", "content": "s"}, *say("q", "a")], [{"role": "system", "content": "s"}, *say("q", "b")], 2),
+    ],
+)
+def test_an_implicit_prompt_of_chats_is_what_the_assistant_answers_in_both(chosen: list, rejected: list, shared: int):
+    (row,) = formats.preference_rows([{"chosen": chosen, "rejected": rejected, "id": 3}], "t.jsonl")
+    expected = {"prompt": chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:], "id": 3}
+    assert row == expected and row["chosen"][0]["role"] == row["rejected"][0]["role"] == "assistant"
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"chosen": say("q", "a"), "rejected": say("r", "a")}, "chosen and rejected begin with no message in common"),
+        ({"chosen": say("q"), "rejected": say("q", "a")}, "chosen and rejected begin with no message in common"),
+        ({"chosen": say("q", "a"), "rejected": []}, "column rejected is empty"),
+        ({"chosen": "q", "rejected": say("q", "a")}, "column chosen is of type str, where the first row has a list"),
+    ],
+)
+def test_bad_preferences_of_chats_name_the_row(row: Row, message: str):
+    with pytest.raises(RlhfError, match=rf"t.jsonl, row 2[:,] {message}"):
+        formats.preference_rows([{"chosen": say("q", "a"), "rejected": say("q", "b")}, row], "t.jsonl")
+
+
+def test_a_prompt_of_text_does_not_go_with_answers_in_messages():
+    with pytest.raises(RlhfError, match=r"row 1, column chosen is of type list.*in no column prompt if answers begin"):
+        formats.preference_rows([{"prompt": "q", "chosen": say("q", "a"), "rejected": say("q", "b")}], "t.jsonl")
 
 
 TURNS = "\n\nHuman: Is it good?\n\nAssistant: Yes.\n\nHuman: How good?\n\nAssistant:"

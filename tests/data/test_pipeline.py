@@ -100,8 +100,10 @@ def test_lengths_vary_with_the_texts(texts):
     assert not np.any(np.isin(batch.tokens, TOKENIZER.suppressed) & batch.loss_mask)
 
 
-def test_a_word_that_spans_prompt_and_completion_leaves_the_prompt_as_it_is():
-    (example,) = pipeline.tokenise(["don"], ["'t a"], TOKENIZER, CONFIG)
+def test_a_word_that_spans_prompt_and_completion_leaves_the_prompt_as_it_is_and_is_told(caplog):
+    _, example, _ = pipeline.tokenise(["a", "don", "don"], [" b", "'t a", "'t b"], TOKENIZER, CONFIG)
+    (record,) = caplog.records
+    assert record.getMessage().startswith("In 2 of 3 rows (the first is row 2) the end of the prompt")
     assert example.prompt == [BOS, *TOKENIZER.encode("don")]
     assert example.response == [*TOKENIZER.encode("'t a"), EOS]
     assert TOKENIZER.encode("don't") != [*TOKENIZER.encode("don"), *TOKENIZER.encode("'t")]
@@ -186,7 +188,7 @@ def test_no_prompt_at_all_is_an_error():
 
 
 def test_rows_without_anything_to_learn_from_are_an_error():
-    with pytest.raises(RlhfError, match="prompt, id show no completion"):
+    with pytest.raises(RlhfError, match="row 1 of the data: its columns prompt, id show no completion"):
         pipeline.demonstrations([{"prompt": "a", "id": 1}], TOKENIZER, CONFIG)
 
 

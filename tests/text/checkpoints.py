@@ -64,7 +64,9 @@ def metaspace_bpe() -> tokenizers.Tokenizer:
     fallback = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     backend.decoder = decoders.Sequence(fallback)
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    backend.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")  # no merge across words, as in sentencepiece
     backend.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=420, special_tokens=special, show_progress=False))
+    backend.pre_tokenizer = None
     return with_bos(backend, "<s>")
 
 

@@ -47,9 +47,11 @@ class PretrainedTokenizer(Tokenizer):
         self.prefix = self._prefix()
         self.suppressed = ()
         self.vocab_size = 1 + max(self.backend.get_vocab(with_added_tokens=True).values())
-        # GPT-2's unknown token is its EOS, which is learnt.
+        # GPT-2's tokenizer calls EOS its unknown token, SmolLM2's the end of a document, but bytes hold every word.
+        model: Any = self.backend.model
+        emitted = isinstance(model, tokenizers.models.Unigram) or model.unk_token is not None
         named = {*self.stop_ids, self.pad_id, self.start_id}
-        self.unknown_id = None if wrapped.unk_token_id in named else wrapped.unk_token_id
+        self.unknown_id = wrapped.unk_token_id if emitted and wrapped.unk_token_id not in named else None
 
     def save(self, directory: Path) -> None:
         """Writes the files that transformers reads, and the further stop ids as a generation config if there is none.

@@ -99,7 +99,8 @@ def gpt2(directory: Path) -> Path:
 def chatml(directory: Path, template: str = CHATML) -> Path:
     """As SmolLM2 or Qwen2 (instruct): turns end with EOS and a newline, padding is EOS, no BOS."""
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    return save(directory, byte_bpe(special), template, eos_token="<|im_end|>", pad_token="<|im_end|>")
+    names = {"eos_token": "<|im_end|>", "pad_token": "<|im_end|>", "unk_token": "<|endoftext|>"}
+    return save(directory, byte_bpe(special), template, **names)
 
 
 def llama2(directory: Path) -> Path:

@@ -4,6 +4,7 @@ import json
 
 import huggingface_hub
 import pytest
+import tokenizers
 from huggingface_hub.errors import LocalEntryNotFoundError
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -108,6 +109,19 @@ def test_one_id_or_several_end_a_response(directories, tmp_path, ends):
     load_tokenizer(directories["gpt2"]).save(tmp_path)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends, "max_length": 5}))
     assert set(load_tokenizer(tmp_path).stop_ids) == {0, *([ends] if isinstance(ends, int) else ends)}
+
+
+@pytest.mark.parametrize("unknown", ["<unk>", "</s>"])
+def test_a_vocabulary_of_words_has_an_unknown_one_unless_that_is_eos(tmp_path, unknown):
+    model = tokenizers.models.WordLevel({"</s>": 0, "<unk>": 1, "film": 2}, unk_token=unknown)
+    directory = checkpoints.save(tmp_path, tokenizers.Tokenizer(model), eos_token="</s>", unk_token=unknown)
+    assert load_tokenizer(directory).unknown_id == {"<unk>": 1, "</s>": None}[unknown]
+
+
+def test_pieces_of_a_unigram_model_have_an_unknown_one(tmp_path):
+    model = tokenizers.models.Unigram([("</s>", 0.0), ("<unk>", 0.0), ("film", -1.0)], unk_id=1)
+    directory = checkpoints.save(tmp_path, tokenizers.Tokenizer(model), eos_token="</s>", unk_token="<unk>")
+    assert load_tokenizer(directory).unknown_id == 1
 
 
 def test_lengths_set_for_training_encoders_do_not_hold_here(directories, tmp_path):

@@ -56,11 +56,14 @@ class PolicyNetwork:
         return chosen, rejected
 
     def start(
-        self, params: PyTree, tokens: Int[Array, "B P"], mask: Bool[Array, "B P"], slots: int
+        self, params: PyTree, tokens: Int[Array, "B P"], mask: Bool[Array, "B P"], slots: int, room: int | None = None
     ) -> tuple[Float[Array, "B V"], KVCache]:
-        """Prefill: logits of the token after each left-padded prompt, and a cache with `slots` slots in all."""
+        """Prefill: logits of the token after each left-padded prompt, and a cache with `slots` slots in all.
+
+        Args: room is how many tokens a sequence may grow to, where that is more than `slots`.
+        """
         cache = empty_cache(self.config, tokens.shape[0], slots)
-        hidden, cache = self._apply(params, tokens, mask, cache, 0, method="extend")
+        hidden, cache = self._apply(params, tokens, mask, cache, 0, room, method="extend")
         return self._logits(params, hidden[:, -1]), cache
 
     def step(

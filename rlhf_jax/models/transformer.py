@@ -54,7 +54,7 @@ class Transformer(nn.Module):
     def __call__(self, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"]) -> Float[Array, "B S D"]:
         """Hidden states of whole sequences with padding anywhere; those of padding mean nothing."""
         positions = jnp.where(mask, _positions(mask), EMPTY)
-        hidden, _ = self._layers(tokens, positions, positions, [None] * self.config.n_layers, 0)
+        hidden, _ = self._layers(tokens, positions, positions, [None] * self.config.n_layers, 0, tokens.shape[1])
         return hidden
 
     def extend(
@@ -63,13 +63,17 @@ class Transformer(nn.Module):
         mask: Bool[Array, "B S"],
         cache: KVCache,
         slot: Int[Array, ""] | int,
+        room: int | None = None,
     ) -> tuple[Float[Array, "B S D"], KVCache]:
-        """Hidden states of S more tokens a row, put into the cache at `slot` (the same for every row) and after it."""
+        """Hidden states of S more tokens a row, put into the cache at `slot` (the same for every row) and after it.
+
+        Args: room is how many tokens a sequence may grow to, where that is more than the cache has slots.
+        """
         seen = jnp.max(cache.positions, axis=1) + 1
         positions = jnp.where(mask, seen[:, None] + _positions(mask), EMPTY)
         known = jax.lax.dynamic_update_slice_in_dim(cache.positions, positions, slot, axis=1)
         layers = list(zip(cache.keys, cache.values, strict=True))
-        hidden, layers = self._layers(tokens, positions, known, layers, slot)
+        hidden, layers = self._layers(tokens, positions, known, layers, slot, room or known.shape[1])
         return hidden, KVCache(tuple(k for k, _ in layers), tuple(v for _, v in layers), known)
 
     def _layers(
@@ -79,6 +83,7 @@ class Transformer(nn.Module):
         known: Int[Array, "B C"],
         cached: list,
         slot: Array | int,
+        room: int,
     ) -> tuple[Array, list]:
         """S new tokens at `positions` (EMPTY for padding), seeing those among the `known` positions up to their own."""
         config, present = self.config, jnp.maximum(positions, 0)
@@ -94,7 +99,7 @@ class Transformer(nn.Module):
             rope, window = config.layer_rope(i), config.window(i)
             if rope not in angles:
                 rotary = config.positions == "rotary"
-                angles[rope] = rope_angles(rope, config.head_width, present, known.shape[1]) if rotary else (None, None)
+                angles[rope] = rope_angles(rope, config.head_width, present, room) if rotary else (None, None)
             if window not in masks:
                 masks[window] = _visible(positions, known, window)
             x, layer = block(x, Place(*angles[rope], masks[window], slot), layer)

@@ -14,6 +14,7 @@ from rlhf_jax.data.pipeline import DataConfig
 from rlhf_jax.rewards import tfidf_ridge
 from rlhf_jax.runtime.files import read_json, read_rows
 from rlhf_jax.sampling.batches import sample_all, score_all, sequence_kl
+from rlhf_jax.sampling.choice import Sampling
 from rlhf_jax.stages import context
 from rlhf_jax.stages.samples import texts
 from rlhf_jax.text.tokenizer import TOKENIZER_FILE, Tokenizer
@@ -194,11 +195,9 @@ class Run:
             policy.params,
             pipeline.pad_left(ids, data.max_prompt_tokens),
             jax.random.key(seed),
+            Sampling(data.max_response_tokens, float(temperature), policy.tokenizer.stop_ids),
             samples=n,
             batch_size=batch_size,
-            max_new_tokens=data.max_response_tokens,
-            temperature=float(temperature),
-            eos_id=policy.tokenizer.eos_id,
         )
         scores, kl = np.full((2, len(rollout.response)), [[math.nan], [0.0]])
         judge, start = self.reward_model_of(stage), self.config(stage)["section"].get("policy")

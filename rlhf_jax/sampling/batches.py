@@ -12,6 +12,7 @@ from rlhf_jax.core import kl, logprobs
 from rlhf_jax.models.head import TokenStats
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
+from rlhf_jax.sampling.choice import Sampling
 from rlhf_jax.sampling.generate import generate
 from rlhf_jax.types import PreferenceBatch, PromptBatch, Rollout, TokenBatch
 
@@ -31,12 +32,10 @@ def sample_all(
     params: PyTree,
     prompts: tuple[np.ndarray, np.ndarray],
     key: PRNGKeyArray,
+    sampling: Sampling,
     *,
     samples: int,
     batch_size: int,
-    max_new_tokens: int,
-    temperature: float,
-    eos_id: int,
 ) -> Rollout:
     """`samples` responses to each of N prompts (tokens and mask, left-padded): a Rollout of N * samples rows, grouped.
 
@@ -44,9 +43,7 @@ def sample_all(
     """
     tokens, mask = (np.repeat(array, samples, axis=0) for array in prompts)
     rows = PromptBatch(tokens, mask, np.arange(len(tokens), dtype=np.int32))
-    return map_batches(
-        lambda batch: _generate(policy, params, batch, key, max_new_tokens, temperature, eos_id), rows, batch_size
-    )
+    return map_batches(lambda batch: _generate(policy, params, batch, key, sampling).rollout, rows, batch_size)
 
 
 def score_all(network: ScalarNetwork, params: PyTree, rollout: Rollout, batch_size: int) -> np.ndarray:
@@ -84,18 +81,9 @@ def pair_logprobs_all(
     return map_batches(lambda batch: _pair_logprobs(policy, params, batch), data, batch_size)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4, 5, 6))
-def _generate(policy, params, prompts, key, max_new_tokens, temperature, eos_id):
-    return generate(
-        policy,
-        params,
-        prompts,
-        key,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        eos_id=eos_id,
-        loop_axes=(),
-    )
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def _generate(policy, params, prompts, key, sampling):
+    return generate(policy, params, prompts, key, sampling)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -1,8 +1,87 @@
-"""The choice of a token from its logits, by one uniform number a token."""
+"""The choice of a token from its logits: which tokens may be chosen, and by one uniform number, which one is."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """The distribution that tokens are drawn from, and what ends a response.
+
+    The temperature comes first, then the filters in this order, as in transformers' `generate`: `top_k` keeps the k
+    most likely tokens, `top_p` the fewest whose probabilities reach p (Holtzman et al. 2020, arXiv:1904.09751), `min_p`
+    those with at least that share of the most likely one's probability (Nguyen et al. 2024, arXiv:2407.01082).
+    Temperature 0 takes the most likely token.
+    """
+
+    max_new_tokens: int
+    temperature: float
+    stop_ids: tuple[int, ...]  # each ends a response, and is its last token
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens = {self.max_new_tokens} must be at least 1")
+        if self.temperature < 0:
+            raise ValueError(f"temperature = {self.temperature} must be at least 0")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k = {self.top_k} must be at least 1")
+        for name in ("top_p", "min_p"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise ValueError(f"{name} = {value} must be above 0 and at most 1")
+
+    @property
+    def filtered(self) -> bool:
+        """Whether some tokens may be ruled out."""
+        return self.top_k is not None or self.top_p is not None or self.min_p is not None
+
+
+def draw(
+    logits: Float[Array, "B V"], uniforms: Float[Array, "B"], sampling: Sampling
+) -> tuple[Int[Array, "B"], Float[Array, "B"], Float[Array, "B"]]:
+    """A token a row, its log-probability where it was drawn from, and under softmax(logits), in nats.
+
+    The most likely token, which temperature 0 takes, has log-probability 0 where it was drawn from.
+    """
+    if sampling.temperature == 0:
+        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return token, jnp.zeros(token.shape, jnp.float32), _logprob(logits, token)
+    if not sampling.filtered:
+        token = choose(logits, uniforms, temperature=sampling.temperature)
+        model = _logprob(logits, token)
+        return token, model if sampling.temperature == 1 else _logprob(logits / sampling.temperature, token), model
+    kept = keep_likely(logits / sampling.temperature, sampling)
+    token = choose(kept, uniforms, temperature=1.0)
+    return token, _logprob(kept, token), _logprob(logits, token)
+
+
+def keep_likely(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
+    """Logits, minus infinity where a filter rules a token out. Of equally likely tokens at a border, all stay."""
+    if sampling.top_k is not None:
+        least = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[-1]))[0][:, -1:]
+        logits = jnp.where(logits >= least, logits, -jnp.inf)
+    if sampling.top_p is not None:
+        falling = -jnp.sort(-logits, axis=-1)
+        before = jnp.cumsum(jax.nn.softmax(falling, axis=-1), axis=-1)
+        before = jnp.pad(before[:, :-1], ((0, 0), (1, 0)))  # what all more likely tokens have together
+        least = jnp.min(jnp.where(before < sampling.top_p, falling, jnp.inf), axis=-1, keepdims=True)
+        logits = jnp.where(logits >= least, logits, -jnp.inf)
+    if sampling.min_p is not None:
+        least = jnp.max(logits, axis=-1, keepdims=True) + jnp.log(jnp.float32(sampling.min_p))
+        logits = jnp.where(logits >= least, logits, -jnp.inf)
+    return logits
+
+
+def _logprob(logits: Float[Array, "B V"], token: Int[Array, "B"]) -> Float[Array, "B"]:
+    shifted = logits - jnp.max(logits, axis=-1, keepdims=True)
+    chosen = jnp.take_along_axis(shifted, token[:, None], axis=-1)[:, 0]
+    return chosen - jnp.log(jnp.sum(jnp.exp(shifted), axis=-1))
 
 
 def row_uniforms(key: PRNGKeyArray, rows: Int[Array, "B"], length: int) -> Float[Array, "B T"]:
@@ -11,12 +90,12 @@ def row_uniforms(key: PRNGKeyArray, rows: Int[Array, "B"], length: int) -> Float
     They depend on the key, the row's global number and the position alone, so the same row gets the same text however
     the batch is split or padded.
     """
+    return jax.vmap(lambda row: jax.vmap(lambda t: uniform_at(key, row, t))(jnp.arange(length)))(rows)
 
-    def of_row(row: Array) -> Array:
-        row_key = jax.random.fold_in(key, row)
-        return jax.vmap(lambda t: jax.random.uniform(jax.random.fold_in(row_key, t)))(jnp.arange(length))
 
-    return jax.vmap(of_row)(rows)
+def uniform_at(key: PRNGKeyArray, row: Int[Array, ""], position: Int[Array, ""]) -> Float[Array, ""]:
+    """The uniform number of one row's token at one position."""
+    return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, row), position))
 
 
 BLOCK = 64

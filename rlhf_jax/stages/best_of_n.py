@@ -51,11 +51,9 @@ def run(config: BestOfNConfig, context: Context) -> dict[str, Any]:
         policy.params,
         pipeline.take(prompts, drawn),
         sample_key,
+        context.sampling(policy.tokenizer, config.temperature),
         samples=config.pool,
         batch_size=context.runtime.inference_batch,
-        max_new_tokens=context.data.max_response_tokens,
-        temperature=config.temperature,
-        eos_id=policy.tokenizer.eos_id,
     )
     scores = score_all(reward_model.network, reward_model.params, rollout, context.runtime.inference_batch)
     rows = sample_rows(policy.tokenizer, rollout, scores.tolist(), [None] * len(scores))

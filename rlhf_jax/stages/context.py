@@ -10,14 +10,15 @@ from jaxtyping import PRNGKeyArray, PyTree
 
 from rlhf_jax import config as configs
 from rlhf_jax.data.pipeline import DataConfig
+from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
-from rlhf_jax.models.transformer import ModelConfig
 from rlhf_jax.runtime.checkpoints import load_params
 from rlhf_jax.runtime.files import read_json, write_json
 from rlhf_jax.runtime.programs import Placement, RuntimeConfig, make_placement
 from rlhf_jax.runtime.progress import Bar
 from rlhf_jax.runtime.workdir import Workdir
+from rlhf_jax.sampling.choice import Sampling
 from rlhf_jax.text.tokenizer import Tokenizer, load_tokenizer
 from rlhf_jax.types import RlhfError
 
@@ -46,6 +47,10 @@ class Context:
     def placement(self, seeds: int = 1) -> Placement:
         """The devices, for a stage with this many runs at once."""
         return make_placement(self.runtime, seeds)
+
+    def sampling(self, tokenizer: Tokenizer, temperature: float) -> Sampling:
+        """Responses of the length that the data has room for."""
+        return Sampling(self.data.max_response_tokens, temperature, tokenizer.stop_ids)
 
     def policy(self, stage: str) -> "Policy":
         """The policy that an earlier stage trained; the first seed's where there are several."""

@@ -125,11 +125,9 @@ def answer(
         policy.params,
         prompts,
         jax.random.fold_in(context.key(method.seed - context.seed), zlib.crc32(f"{method.name} {split}".encode())),
+        context.sampling(policy.tokenizer, config.temperature),
         samples=method.best_of,
         batch_size=context.runtime.inference_batch,
-        max_new_tokens=context.data.max_response_tokens,
-        temperature=config.temperature,
-        eos_id=policy.tokenizer.eos_id,
     )
     scores = score_all(
         judges.reward_model.network, judges.reward_model.params, rollout, context.runtime.inference_batch

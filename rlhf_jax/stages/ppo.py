@@ -28,7 +28,8 @@ from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.runtime.loop import LoopConfig, Task, train
 from rlhf_jax.runtime.optimizers import OptimizerConfig, learning_rate, make_optimizer, update
 from rlhf_jax.runtime.programs import SEED_AXIS, Step
-from rlhf_jax.sampling.generate import generate
+from rlhf_jax.sampling.choice import Sampling
+from rlhf_jax.sampling.generate import generate, is_stop
 from rlhf_jax.stages.context import Context, save_policy_spec
 from rlhf_jax.stages.samples import sample_rows
 from rlhf_jax.types import PromptBatch, Rollout
@@ -94,7 +95,7 @@ class Networks:
 
     policy: PolicyNetwork
     reward: ScalarNetwork  # the value function has its shape
-    eos_id: int
+    stop_ids: tuple[int, ...]
     max_new_tokens: int
 
 
@@ -107,7 +108,7 @@ def run(config: PPOConfig, context: Context) -> dict[str, Any]:
 
     placement = context.placement(context.seeds)
     networks = Networks(
-        reference.network, reward_model.network, reference.tokenizer.eos_id, context.data.max_response_tokens
+        reference.network, reward_model.network, reference.tokenizer.stop_ids, context.data.max_response_tokens
     )
     prompt_keys, run_keys = zip(*(jax.random.split(context.key(k)) for k in range(context.seeds)), strict=True)
     params = {"policy": reference.params, "value": reward_model.network.init_value(reward_model.params)}
@@ -180,11 +181,9 @@ def make_step(networks: Networks, config: PPOConfig, axes: tuple[str, ...], loop
             state.params["policy"],
             prompts,
             sample_key,
-            max_new_tokens=networks.max_new_tokens,
-            temperature=config.temperature,
-            eos_id=networks.eos_id,
+            Sampling(networks.max_new_tokens, config.temperature, networks.stop_ids),
             loop_axes=loop_axes,
-        )
+        ).rollout
         batch, samples, metrics = score_rollout(networks, config, state.params, frozen, rollout, axes)
         state, update_metrics = optimise(networks, config, state, batch, order_key, axes)
         return state, metrics | update_metrics, samples
@@ -207,7 +206,7 @@ def score_rollout(
     values = networks.reward.values(params["value"], rollout)
     scores = networks.reward.scores(frozen["reward"], rollout)
 
-    ended = jnp.any((rollout.response == networks.eos_id) & mask, axis=1)
+    ended = jnp.any(is_stop(rollout.response, networks.stop_ids) & mask, axis=1)
     penalised = scores - config.missing_eos_penalty * ~ended
     kl = k1(stats.logprobs, reference.logprobs)
     rewards = token_rewards(penalised, kl, mask, kl_coef=config.kl_coef)

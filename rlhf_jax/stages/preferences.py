@@ -49,11 +49,9 @@ def run(config: PreferencesConfig, context: Context) -> dict[str, Any]:
         policy.params,
         pipeline.take(pool, drawn),
         sample_key,
+        context.sampling(policy.tokenizer, 1.0),
         samples=config.samples_per_prompt,
         batch_size=context.runtime.inference_batch,
-        max_new_tokens=context.data.max_response_tokens,
-        temperature=1.0,
-        eos_id=policy.tokenizer.eos_id,
     )
     prompts, completions = texts(policy.tokenizer, rollout)
     scores = judge.score([prompt + completion for prompt, completion in zip(prompts, completions, strict=True)])

@@ -12,9 +12,9 @@ from rlhf_jax.config import StageName
 from rlhf_jax.core import masking
 from rlhf_jax.core.reward_losses import bradley_terry_loss
 from rlhf_jax.data import pipeline
+from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.policy import both_responses
 from rlhf_jax.models.scalars import Pooling, ScalarNetwork
-from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.runtime.loop import Evaluation, LoopConfig, Task, train
 from rlhf_jax.runtime.optimizers import OptimizerConfig, learning_rate, make_optimizer, update

@@ -43,11 +43,9 @@ def policy_samples(policy: Policy, prompts: Prompts, count: int, context: Contex
         policy.params,
         first,
         context.key(),
+        context.sampling(policy.tokenizer, 1.0),
         samples=1,
         batch_size=context.runtime.inference_batch,
-        max_new_tokens=context.data.max_response_tokens,
-        temperature=1.0,
-        eos_id=policy.tokenizer.eos_id,
     )
     nothing = [None] * len(first.tokens)
     return [{"seed": context.seed, **row} for row in sample_rows(policy.tokenizer, rollout, nothing, nothing)]

@@ -10,8 +10,8 @@ from jaxtyping import PyTree
 from rlhf_jax.core import masking
 from rlhf_jax.core.logprobs import cross_entropy
 from rlhf_jax.data import pipeline
-from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.runtime.loop import Evaluation, LoopConfig, Task, train
 from rlhf_jax.runtime.optimizers import OptimizerConfig, learning_rate, make_optimizer, update

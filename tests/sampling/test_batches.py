@@ -1,6 +1,5 @@
 """Any number of rows through functions of fixed batches: the batch size changes nothing."""
 
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +9,7 @@ import pytest
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
 from rlhf_jax.sampling import batches
+from rlhf_jax.sampling.choice import Sampling
 from rlhf_jax.sampling.generate import generate
 from rlhf_jax.types import PreferenceBatch, PromptBatch, Rollout, TokenBatch
 from tests.models.cases import EOS, SUPPRESSED, config, padded, random_params
@@ -18,7 +18,7 @@ VOCAB, SHAPE = 12, config(n_layers=1)
 POLICY = PolicyNetwork(SHAPE, VOCAB, SUPPRESSED)
 PARAMS, OTHER = random_params(POLICY), random_params(POLICY, 1)
 ROWS, LIMIT = 7, 5
-SETTINGS = {"max_new_tokens": LIMIT, "temperature": 0.9, "eos_id": EOS}
+SAMPLING = Sampling(LIMIT, 0.9, (EOS,))
 
 
 def draw(seed=0, rows=ROWS):
@@ -52,7 +52,7 @@ def test_map_batches_gives_every_row_once_and_in_order(batch_size):
 def sample_all(batch_size, samples=3, seed=0):
     prompts = padded([np.array(text, np.int32) for text in ([5, 6], [7], [8, 9, 10])], [1, 2, 0], 3)
     key = jax.random.key(seed)
-    return batches.sample_all(POLICY, PARAMS, prompts, key, samples=samples, batch_size=batch_size, **SETTINGS)
+    return batches.sample_all(POLICY, PARAMS, prompts, key, SAMPLING, samples=samples, batch_size=batch_size)
 
 
 def test_samples_are_grouped_by_prompt_and_drawn_by_their_number_whatever_the_batch_size():
@@ -61,7 +61,7 @@ def test_samples_are_grouped_by_prompt_and_drawn_by_their_number_whatever_the_ba
     np.testing.assert_array_equal(rollout.prompt[:, -1], [6, 6, 6, 7, 7, 7, 10, 10, 10])
     jax.tree.map(np.testing.assert_array_equal, sample_all(batch_size=9), rollout)
     prompts = PromptBatch(*map(jnp.asarray, (rollout.prompt, rollout.prompt_mask, np.arange(9, dtype=np.int32))))
-    at_once = jax.jit(functools.partial(generate, POLICY, **SETTINGS, loop_axes=()))
+    at_once = jax.jit(lambda *arguments: generate(POLICY, *arguments, SAMPLING).rollout)
     jax.tree.map(np.testing.assert_array_equal, at_once(PARAMS, prompts, jax.random.key(0)), rollout)
     for group in np.split(rollout.response, 3):
         assert len(np.unique(group, axis=0)) > 1

@@ -16,7 +16,7 @@ from jax.extend.core import jaxprs_in_params
 
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.transformer import Transformer, empty_cache
-from rlhf_jax.sampling.choice import row_uniforms
+from rlhf_jax.sampling.choice import Sampling, row_uniforms
 from rlhf_jax.sampling.generate import generate
 from rlhf_jax.types import PromptBatch, Rollout
 from tests.models.cases import EOS, SUPPRESSED, config, padded, random_params
@@ -44,15 +44,15 @@ def run(policy, params, prompts, key=KEY, *, limit=LIMIT, temperature=TEMPERATUR
 @functools.cache
 def jitted(policy, limit, temperature, loop_axes=()):
     return jax.jit(
-        lambda params, prompts, key: generate(
-            policy,
-            params,
-            prompts,
-            key,
-            max_new_tokens=limit,
-            temperature=temperature,
-            eos_id=EOS,
-            loop_axes=loop_axes,
+        lambda params, prompts, key: (
+            generate(
+                policy,
+                params,
+                prompts,
+                key,
+                Sampling(limit, temperature, (EOS,)),
+                loop_axes=loop_axes,
+            ).rollout
         )
     )
 
@@ -72,7 +72,7 @@ class Countdown(PolicyNetwork):
 
     told: list = dataclasses.field(default_factory=list, hash=False, compare=False)
 
-    def start(self, params, tokens, mask, slots):
+    def start(self, params, tokens, mask, slots, room=None):
         return self._logits_after(tokens[:, -1]), empty_cache(self.config, len(tokens), slots)
 
     def step(self, params, tokens, cache, slot):
@@ -251,3 +251,40 @@ def equations(jaxpr):
         yield equation
         for inner in jaxprs_in_params(equation.params):
             yield from equations(inner)
+
+
+def test_samples_of_one_prompt_share_its_prefill_and_are_those_of_the_prompt_repeated():
+    prompts, sampling = PromptBatch(*map(jnp.asarray, draw_prompts())), Sampling(LIMIT, TEMPERATURE, (EOS,))
+    together = jax.jit(lambda params: generate(POLICY, params, prompts, KEY, sampling, samples=3))(PARAMS)
+    repeated = PromptBatch(
+        jnp.repeat(prompts.tokens, 3, axis=0), jnp.repeat(prompts.mask, 3, axis=0), jnp.arange(3 * ROWS)
+    )
+    apart = jax.jit(lambda params: generate(POLICY, params, repeated, KEY, sampling))(PARAMS)
+    jax.tree.map(np.testing.assert_array_equal, together.rollout, apart.rollout)
+    np.testing.assert_allclose(together.logprobs, apart.logprobs, atol=1e-5)
+
+
+def test_log_probabilities_are_those_that_the_whole_pass_gives():
+    prompts, sampling = PromptBatch(*map(jnp.asarray, draw_prompts())), Sampling(LIMIT, TEMPERATURE, (EOS,))
+    result = jax.jit(lambda params: generate(POLICY, params, prompts, KEY, sampling))(PARAMS)
+    stats = jax.jit(POLICY.response_stats, static_argnames="temperature")
+    mask = np.asarray(result.rollout.response_mask)
+    for got, temperature in ((result.logprobs, TEMPERATURE), (result.model_logprobs, 1.0)):
+        expected = stats(PARAMS, result.rollout, temperature=temperature).logprobs
+        np.testing.assert_allclose(got, np.where(mask, expected, 0), atol=1e-4)
+
+
+def test_every_row_has_its_own_limit_and_any_stop_token_ends_it():
+    prompts = PromptBatch(*map(jnp.asarray, draw_prompts()))
+    limits = jnp.asarray(1 + np.arange(ROWS) % LIMIT, jnp.int32)
+    free = jax.jit(lambda params: generate(POLICY, params, prompts, KEY, Sampling(LIMIT, TEMPERATURE, ())))(PARAMS)
+    assert np.all(free.rollout.response_mask)
+    stops = (EOS, int(free.rollout.response[0, 2]))
+    sampling = Sampling(LIMIT, TEMPERATURE, stops)
+    result = jax.jit(lambda params: generate(POLICY, params, prompts, KEY, sampling, limits=limits))(PARAMS)
+    for row in range(ROWS):
+        text = np.asarray(free.rollout.response[row]).tolist()
+        ends = [t + 1 for t, token in enumerate(text) if token in stops]
+        length = min([*ends, int(limits[row])])
+        assert np.asarray(result.rollout.response_mask[row]).sum() == length
+        assert np.asarray(result.rollout.response[row, :length]).tolist() == text[:length]

@@ -1,0 +1,89 @@
+"""A queue of prompts through a few slots: the same texts as all at once, in fewer steps than padding to the longest."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.models.policy import PolicyNetwork
+from rlhf_jax.sampling.choice import Sampling
+from rlhf_jax.sampling.continuous import generate_queue
+from rlhf_jax.sampling.generate import generate
+from rlhf_jax.types import PromptBatch
+from tests.models.cases import CONFIG, EOS, POLICY, SUPPRESSED, VOCAB, padded, random_params
+
+PROMPT, LIMIT, ROWS = 4, 9, 23
+KEY = jax.random.key(3)
+FAMILIES = {
+    "plain": POLICY,
+    "windows": PolicyNetwork(dataclasses.replace(CONFIG, windows=(3, None)), VOCAB, SUPPRESSED),
+    "learned positions, grouped": PolicyNetwork(
+        dataclasses.replace(CONFIG, positions="learned", context=PROMPT + LIMIT, n_kv_heads=1, norm="layer"), VOCAB, ()
+    ),
+}
+
+
+def prompts() -> PromptBatch:
+    rng = np.random.default_rng(0)
+    texts = [rng.integers(4, VOCAB, 1 + i % PROMPT).astype(np.int32) for i in range(ROWS)]
+    tokens, mask = padded(texts, [PROMPT - len(text) for text in texts], PROMPT, filling=5)
+    return PromptBatch(jnp.asarray(tokens), jnp.asarray(mask), jnp.arange(100, 100 + ROWS, dtype=jnp.int32))
+
+
+LIMITS = jnp.asarray(np.random.default_rng(1).integers(1, LIMIT + 1, ROWS), jnp.int32)
+
+
+@functools.cache
+def all_at_once(name, sampling):
+    policy = FAMILIES[name]
+    function = jax.jit(lambda params: generate(policy, params, prompts(), KEY, sampling, limits=LIMITS))
+    return jax.device_get(function(random_params(policy)))
+
+
+@pytest.mark.parametrize("slots, refill", [(1, 1), (4, 1), (4, 3), (8, 8), (40, 2)])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_texts_are_those_of_all_prompts_at_once(name, slots, refill):
+    sampling = Sampling(LIMIT, 0.9, (EOS, 7), top_k=20)
+    policy = FAMILIES[name]
+    function = jax.jit(
+        lambda params: generate_queue(
+            policy, params, prompts(), KEY, sampling, slots=slots, refill=refill, limits=LIMITS
+        )
+    )
+    got, _ = jax.device_get(function(random_params(policy)))
+    expected = all_at_once(name, sampling)
+    lengths = expected.rollout.response_mask.sum(axis=1)
+    assert len(set(lengths)) > 4 and np.any(lengths < LIMITS)
+    jax.tree.map(np.testing.assert_array_equal, got.rollout, expected.rollout)
+    np.testing.assert_allclose(got.logprobs, expected.logprobs, atol=1e-4)
+    np.testing.assert_allclose(got.model_logprobs, expected.model_logprobs, atol=1e-4)
+
+
+def test_slots_do_not_wait_for_the_longest():
+    """Decoding steps, against those of as many batches that each wait for their longest response."""
+    sampling = Sampling(LIMIT, 1.0, ())
+    lengths = np.minimum(np.random.default_rng(2).geometric(0.3, ROWS), LIMIT).astype(np.int32)
+    function = jax.jit(
+        lambda params: generate_queue(
+            POLICY, params, prompts(), KEY, sampling, slots=4, refill=1, limits=jnp.asarray(lengths)
+        )
+    )
+    result, steps = jax.device_get(function(random_params(POLICY)))
+    np.testing.assert_array_equal(result.rollout.response_mask.sum(axis=1), lengths)
+    waiting = sum(lengths[i : i + 4].max() - 1 for i in range(0, ROWS, 4))
+    assert steps <= np.ceil((lengths - 1).sum() / 4) + LIMIT / 2 < waiting
+
+
+def test_one_program_whatever_the_lengths():
+    compiled = jax.jit(
+        lambda params, limits: generate_queue(
+            POLICY, params, prompts(), KEY, Sampling(LIMIT, 1.0, (EOS,)), slots=4, refill=2, limits=limits
+        )
+    )
+    for seed in range(3):
+        limits = np.random.default_rng(seed).integers(1, LIMIT + 1, ROWS)
+        compiled(random_params(POLICY), jnp.asarray(limits, jnp.int32))
+    assert compiled._cache_size() == 1

@@ -92,6 +92,9 @@ def test_a_template_without_bos_gets_none(tmp_path):
     assert tokenizer.prefix == (0,)
     assert learnt(tokenizer, [{"messages": FOUR}])[0][0] == WHOLE
     assert learnt(tokenizer, [{"text": "film"}])[0] == ("<s>film<|im_end|>", "film<|im_end|>")
+    asked = pipeline.prompts([{"messages": FOUR}], tokenizer, config(max_prompt_tokens=10))
+    prompt = tokenizer.encode(tokenizer.render(FOUR[:3], add_generation_prompt=True))
+    assert asked.tokens.tolist() == [prompt[-10:]]
 
 
 @pytest.mark.parametrize("name", ["gpt2", "chatml", "llama2"])
@@ -194,10 +197,30 @@ def test_long_chats_keep_bos_the_end_of_the_prompt_and_the_beginning_of_the_answ
     assert trained.endswith(tokenizer.decode(tokenizer.encode(response)[:3]))
 
 
+JOINED = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+
+
+@pytest.mark.parametrize("loss_on", ["completion", "assistant"])
+def test_a_template_that_ends_nothing_leaves_it_to_eos(tmp_path, loss_on):
+    backend = checkpoints.byte_bpe(["<|endoftext|>"])
+    tokenizer = load_tokenizer(checkpoints.save(tmp_path, backend, JOINED, eos_token="<|endoftext|>"))
+    (one,) = learnt(tokenizer, [{"messages": say("is it?", " yes")}], loss_on=loss_on)
+    assert one == ("is it? yes<|endoftext|>", " yes<|endoftext|>")
+    (small,) = learnt(tokenizer, [{"messages": say("is it?", " yes")}], loss_on=loss_on, max_response_tokens=1)
+    assert small[0] != one[0] and one[1].startswith(small[1])
+
+
+def test_the_first_token_of_all_is_given_though_a_template_marks_it(tmp_path):
+    backend = checkpoints.byte_bpe(["<|endoftext|>"])
+    template = JOINED.replace("{{ message['content'] }}", "{% generation %}{{ message['content'] }}{% endgeneration %}")
+    tokenizer = load_tokenizer(checkpoints.save(tmp_path, backend, template, eos_token="<|endoftext|>"))
+    batch = pipeline.demonstrations([{"messages": say("x", "y")}], tokenizer, config(loss_on="assistant"))
+    assert batch.loss_mask[0][:4].tolist() == [False, True, True, False]
+
+
 def test_where_the_border_merges_the_prompt_stays_as_it_is_and_it_is_told(tmp_path, caplog):
     backend = checkpoints.byte_bpe(["<|endoftext|>"])
-    joined = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    tokenizer = load_tokenizer(checkpoints.save(tmp_path, backend, joined, eos_token="<|endoftext|>"))
+    tokenizer = load_tokenizer(checkpoints.save(tmp_path, backend, JOINED, eos_token="<|endoftext|>"))
     assert tokenizer.encode("the film") != [*tokenizer.encode("the fi"), *tokenizer.encode("lm")]
     rows = [{"messages": say("the fi", "lm")}]
     batch = pipeline.demonstrations(rows, tokenizer, CONFIG)
@@ -207,17 +230,21 @@ def test_where_the_border_merges_the_prompt_stays_as_it_is_and_it_is_told(tmp_pa
     assert [record.getMessage()[:40] for record in caplog.records] == ["In 1 of 1 rows (the first is row 1) the "]
 
 
-def test_a_word_that_is_cut_in_two_gains_no_space(tokenizers, caplog):
-    for name in ("gpt2", "llama2"):
-        assert tokenizers[name].encode("the film") != [
-            *tokenizers[name].encode("the fi"),
-            *tokenizers[name].encode("lm"),
-        ]
-        for prompt, completion in (("the fi", "lm was good"), ("the film was", " good"), ("the", " film")):
-            (example,) = pipeline.tokenise([prompt], [completion], tokenizers[name], CONFIG)
-            assert tokenizers[name].decode(example.prompt) == prompt
-            assert tokenizers[name].decode_completion(example.prompt, example.response) == completion
-    assert len(caplog.records) == 2
+@pytest.mark.parametrize(
+    ("name", "prompt", "completion", "merges"),
+    [
+        ("gpt2", "the fi", "lm was good", True),
+        ("gpt2", "is\n", "\n", True),
+        ("gpt2", "the film was", " good", False),
+        ("llama2", "the fi", "lm was good", True),
+        ("llama2", "the film was", " good", False),
+    ],
+)
+def test_what_is_cut_in_two_gains_no_space(tokenizers, caplog, name, prompt, completion, merges):
+    (example,) = pipeline.tokenise([prompt], [completion], tokenizers[name], CONFIG)
+    assert tokenizers[name].decode(example.prompt) == prompt
+    assert tokenizers[name].decode_completion(example.prompt, example.response) == completion
+    assert len(caplog.records) == merges
 
 
 @pytest.mark.parametrize(

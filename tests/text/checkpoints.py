@@ -12,6 +12,7 @@ TEXTS = [
     "The film was good.",
     "user: is it good?\n\nassistant: it is, it's the best film (of 1999).",
     "[INST] [/INST]",
+    *["\n\n"] * 5,
 ] * 3
 
 CHATML = r"""
@@ -40,7 +41,8 @@ PHI3 = (
     "{% for message in messages %}<|im_start|>{{ message['role'] + '\n' + message['content'] }}<|im_end|>{{ '\n' }}"
     "{% endfor %}{{ '<|im_start|>assistant\n' if add_generation_prompt else '<|endoftext|>' }}"
 )
-LAST_DIFFERS = CHATML.replace("message['content']", "('' if loop.last else 'old: ') + message['content']")
+THINKS = "('thinks: ' if loop.last and message['role'] == 'assistant' else '') + message['content']"
+LAST_DIFFERS = CHATML.replace("message['content']", THINKS)  # as Qwen3's
 DATED = "Today is {{ strftime_now('%d %b %Y') }}.\n" + CHATML
 
 

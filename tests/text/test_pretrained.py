@@ -1,6 +1,7 @@
 """Tokenizers of Hugging Face checkpoints: ids and texts are those of transformers, and a response ends once."""
 
 import json
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -95,6 +96,17 @@ def test_a_saved_tokenizer_is_the_same_and_saved_again_the_same_files(loaded, na
     assert ("generation_config.json" in files) == (name == "gemma")
     theirs = load_theirs(tmp_path / "again")
     assert theirs.get_vocab() == loaded[name].wrapped.get_vocab()
+
+
+def test_the_file_that_makes_it_theirs_is_written_last(loaded, tmp_path, monkeypatch):
+    def recorded(self, target):
+        names.append(target.name)
+        return replace(self, target)
+
+    names, replace = [], Path.replace
+    monkeypatch.setattr(Path, "replace", recorded)
+    loaded["gemma"].save(tmp_path)
+    assert names[-1] == "tokenizer_config.json" and set(names) == {file.name for file in tmp_path.iterdir()}
 
 
 def test_a_generation_config_that_is_there_is_left_alone(loaded, tmp_path):
@@ -223,6 +235,7 @@ def test_the_date_in_a_template_is_the_same_every_day(tmp_path):
         ("gpt2", "it is", "it is<|endoftext|>"),
         ("gemma", "it is<|im_end|>\n", "it is<|im_end|>"),
         ("gemma", "it is<|eom|>", "it is<|eom|>"),
+        ("gemma", "it is<|im_end|>\n<eos>", "it is<|im_end|>"),
         ("gemma", "it is", "it is<eos>"),
     ],
 )

@@ -31,6 +31,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "text_prompt_tokens": (2, 8),
             "max_prompt_tokens": 128,
             "max_response_tokens": 128,
+            "loss_on": "completion",
         }
     )
     config.runtime = ConfigDict(
@@ -60,10 +61,9 @@ def get_config(arg: str = "") -> ConfigDict:
     config.reward_model = ConfigDict(
         {
             "kind": "reward_model",
-            "policy": "sft",
+            "policy": config_dict.placeholder(str),
             "preferences": config_dict.placeholder(str),
-            "init": "sft",
-            "model": model(d_model=256, n_layers=4),
+            "model": {"init": "sft"},
             "pooling": "mean",
             "optimizer": adamw(3e-4, schedule="cosine", weight_decay=0.1),
             "batch_size": 32,
@@ -134,8 +134,7 @@ def make_smaller(config: ConfigDict) -> None:
     config.data.update({"limit": 64, "max_prompt_tokens": 16, "max_response_tokens": 12})
     config.runtime.update({"inference_batch": 16, "compile_quickly": True})
     config.sft.tokenizer.vocab_size = 320
-    for name in ("sft", "reward_model"):
-        config[name].model.update(model(d_model=16, n_layers=1))
+    config.sft.model.update(model(d_model=16, n_layers=1))
     for name in ("sft", "reward_model", "dpo"):
         config[name].batch_size = 16
         config[name].epochs = 1.0

@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Any, NewType, TypeVar
 
 from ml_collections import ConfigDict
@@ -15,6 +15,9 @@ T = TypeVar("T")
 
 StageName = NewType("StageName", str)
 """A field of this type names an earlier stage of the experiment, which thereby becomes an input of this one."""
+
+ModelSource = NewType("ModelSource", str)
+"""A field of this type names an earlier stage, or a checkpoint: a directory, a GGUF file, an id on the hub."""
 
 
 def build(cls: type[T], section: Mapping[str, Any] | ConfigDict, path: str) -> T:
@@ -40,16 +43,27 @@ def build(cls: type[T], section: Mapping[str, Any] | ConfigDict, path: str) -> T
         raise RlhfError(f"{path}: {error}") from error
 
 
-def input_stages(config: Any) -> tuple[str, ...]:
-    """Names of the stages that a stage's config refers to, in the order of its fields."""
-    names: list[str] = []
+def input_stages(config: Any, known: Container[str]) -> tuple[str, ...]:
+    """Names of the stages that a stage's config refers to, in the order of its fields.
+
+    Args: known are the experiment's stages, by which a stage is told from a checkpoint where a field may name either.
+    """
+    return tuple(dict.fromkeys([*_named(config, StageName), *(x for x in _named(config, ModelSource) if x in known)]))
+
+
+def checkpoints(config: Any, known: Container[str]) -> tuple[str, ...]:
+    """The checkpoints that a stage's config refers to: what may be either and is no stage's name."""
+    return tuple(dict.fromkeys(name for name in _named(config, ModelSource) if name not in known))
+
+
+def _named(config: Any, kind: Any) -> Iterator[str]:
+    """Values of a config's fields of one kind of name, sections within it included."""
     for field, hint in typing.get_type_hints(type(config)).items():
         value = getattr(config, field)
         if dataclasses.is_dataclass(value):
-            names.extend(input_stages(value))
-        elif _mentions_stage(hint) and value is not None:
-            names.extend([value] if isinstance(value, str) else value)
-    return tuple(dict.fromkeys(names))
+            yield from _named(value, kind)
+        elif _mentions(hint, kind) and value is not None:
+            yield from [value] if isinstance(value, str) else value
 
 
 def describe(hint: Any) -> str:
@@ -57,6 +71,8 @@ def describe(hint: Any) -> str:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is StageName:
         return "the name of a stage"
+    if hint is ModelSource:
+        return "the name of a stage, or a checkpoint's directory, GGUF file or hub id"
     if hint is types.NoneType:
         return "None"
     if dataclasses.is_dataclass(hint):
@@ -71,8 +87,8 @@ def describe(hint: Any) -> str:
     return {bool: "True or False", int: "an integer", float: "a number", str: "a text"}.get(hint, str(hint))
 
 
-def _mentions_stage(hint: Any) -> bool:
-    return hint is StageName or any(_mentions_stage(arg) for arg in typing.get_args(hint))
+def _mentions(hint: Any, kind: Any) -> bool:
+    return hint is kind or any(_mentions(arg, kind) for arg in typing.get_args(hint))
 
 
 def _suggestion(key: str, known: list[str]) -> str:
@@ -81,13 +97,19 @@ def _suggestion(key: str, known: list[str]) -> str:
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
-    for arm in _arms(hint):
-        # A ConfigDict is not a Mapping.
-        if dataclasses.is_dataclass(arm) and isinstance(value, (Mapping, ConfigDict)):
-            return build(arm, value, path)
+    sections = [arm for arm in _arms(hint) if dataclasses.is_dataclass(arm)]
+    if sections and isinstance(value, (Mapping, ConfigDict)):  # a ConfigDict is not a Mapping
+        return build(max(sections, key=lambda section: _likeness(section, value)), value, path)
     if not _matches(hint, value):
         raise RlhfError(f"{path} = {value!r} should be {describe(hint)}: set it with --{path}=....")
     return _cast(hint, value)
+
+
+def _likeness(section: Any, value: Any) -> tuple[int, int]:
+    """Of several sections that may stand in one place, the one meant has the most of the keys, and lacks the fewest."""
+    fields = dataclasses.fields(section)
+    needed = {field.name for field in fields if field.default is field.default_factory is dataclasses.MISSING}
+    return sum(key in {field.name for field in fields} for key in value), -len(needed.difference(value))
 
 
 def _cast(hint: Any, value: Any) -> Any:
@@ -118,7 +140,7 @@ def _matches(hint: Any, value: Any) -> bool:
             return False
         elements = _elements(hint, value)
         return len(elements) == len(value) and all(map(_matches, elements, value))
-    if hint is StageName:
+    if hint in (StageName, ModelSource):
         return isinstance(value, str)
     if hint is float:
         return type(value) in (int, float)

@@ -17,12 +17,14 @@ from rich.console import Console
 from rlhf_jax import config as configs
 from rlhf_jax.data import formats
 from rlhf_jax.data.pipeline import DataConfig
+from rlhf_jax.models import hf
 from rlhf_jax.runtime.files import read_rows, write_json
 from rlhf_jax.runtime.programs import RuntimeConfig
 from rlhf_jax.runtime.progress import Display
 from rlhf_jax.runtime.workdir import Identity, Workdir
 from rlhf_jax.stages import best_of_n, dpo, evaluate, gold, ppo, preferences, reward_model, sft
 from rlhf_jax.stages.context import Context
+from rlhf_jax.stages.models import checkpoint_directory
 from rlhf_jax.types import RlhfError
 
 StageRun = Callable[[Any, Context], dict[str, Any]]
@@ -62,9 +64,10 @@ class Experiment:
         common = {"seed": self.seed, "data": data, "data_sha256": hashes}
         if isinstance(stage, ONLINE):
             common["seeds"] = self.seeds
-        return Identity(
-            dataclasses.asdict(stage), common, {input: fingerprint(input) for input in configs.input_stages(stage)}
-        )
+        inputs = {input: fingerprint(input) for input in configs.input_stages(stage, self.stages)}
+        for source in configs.checkpoints(stage, self.stages):
+            inputs[source] = hf.checkpoint_hash(checkpoint_directory(source))
+        return Identity(dataclasses.asdict(stage), common, inputs)
 
 
 def parse(config: ConfigDict) -> Experiment:
@@ -84,7 +87,13 @@ def parse(config: ConfigDict) -> Experiment:
         if name not in sections:
             raise RlhfError(f"config.stages names {name!r}, which has no section config.{name}")
         stages[name] = sections[name]
-        for input in configs.input_stages(stages[name]):
+        for source in configs.checkpoints(stages[name], sections):
+            if not os.path.exists(source) and not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+                raise RlhfError(
+                    f"config.{name} names {source!r}, which is no stage ({', '.join(sections)}), and no file or "
+                    "directory either; an id on the Hugging Face hub is written OWNER/NAME"
+                )
+        for input in configs.input_stages(stages[name], sections):
             if input not in stages:
                 raise RlhfError(
                     f"config.{name} reads stage {input!r}, which is not before it in config.stages = {common.stages}"
@@ -114,7 +123,16 @@ def _run_stage(experiment: Experiment, workdir: Workdir, name: str, display: Dis
     directory = workdir.begin(name, identity)
     stage = experiment.stages[name]
     with display.bar(name) as bar, _timed(directory) as seconds:
-        context = Context(workdir, name, experiment.seed, experiment.seeds, experiment.data, experiment.runtime, bar)
+        context = Context(
+            workdir=workdir,
+            stages=tuple(experiment.stages),
+            name=name,
+            seed=experiment.seed,
+            seeds=experiment.seeds,
+            data=experiment.data,
+            runtime=experiment.runtime,
+            bar=bar,
+        )
         summary = KINDS[stage.kind][1](stage, context)
     write_json(directory / "summary.json", {**summary, "environment": _environment(), "time/seconds": seconds[0]})
     workdir.complete(name, identity)

@@ -183,6 +183,6 @@ def test_what_the_dataclass_itself_refuses_is_the_same_kind_of_error():
 
 def test_input_stages_are_every_stage_named_in_the_order_of_fields_and_once():
     stage = build(others=["rm", "sft", "gold"], judge={"stage": "critic"}, name="not_a_stage")
-    assert config.input_stages(stage) == ("sft", "rm", "gold", "critic")
-    assert config.input_stages(build()) == ("sft",)
-    assert config.input_stages(Judge()) == ()
+    assert config.input_stages(stage, ()) == ("sft", "rm", "gold", "critic")
+    assert config.input_stages(build(), ()) == ("sft",)
+    assert config.input_stages(Judge(), ()) == ()

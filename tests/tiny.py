@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.config import StageName
+from rlhf_jax.config import ModelSource
+from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
-from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.runtime.loop import LoopConfig
 from rlhf_jax.runtime.optimizers import OptimizerConfig, make_optimizer
@@ -35,8 +35,8 @@ ONE_DEVICE = RuntimeConfig(
 
 PPO = ppo.PPOConfig(
     kind="ppo",
-    policy=StageName("sft"),
-    reward_model=StageName("reward_model"),
+    policy=ModelSource("sft"),
+    reward_model=ModelSource("reward_model"),
     iterations=20,
     batch_size=16,
     minibatches=2,

@@ -20,6 +20,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "text_prompt_tokens": (2, 5),
             "max_prompt_tokens": 6,
             "max_response_tokens": 24,
+            "loss_on": "completion",
         }
     )
     config.runtime = ConfigDict(
@@ -63,7 +64,6 @@ def get_config(arg: str = "") -> ConfigDict:
             "kind": "reward_model",
             "policy": "sft",
             "preferences": "preferences",
-            "init": config_dict.placeholder(str),
             "model": model(d_model=64, n_layers=1),
             "pooling": "mean",
             "optimizer": adamw(3e-3, schedule="cosine", warmup_steps=20, weight_decay=0.1),

@@ -1,5 +1,6 @@
 """Checkpoints of Hugging Face transformers, in and out: config.json and safetensors, one tensor at a time."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -156,11 +157,24 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
+def checkpoint_hash(directory: Path) -> str:
+    """A hash that notices a changed checkpoint: of its configs, and of the beginnings and sizes of its weights."""
+    digest = hashlib.sha256()
+    for file in sorted([*directory.glob("*.json"), *directory.glob("*.safetensors")]):
+        with open(file, "rb") as content:
+            digest.update(f"{file.name} {file.stat().st_size} ".encode() + content.read(2**20))
+    return digest.hexdigest()
+
+
 def network_of(pretrained: Pretrained) -> PolicyNetwork | ScalarNetwork:
     """The functions of a checkpoint's parameters."""
-    if pretrained.kind == "policy":
-        return PolicyNetwork(pretrained.config, pretrained.vocab_size, ())
-    return ScalarNetwork(pretrained.config, pretrained.vocab_size, "last", bias=False)
+    return _network(pretrained.kind, pretrained.config, pretrained.vocab_size)
+
+
+def _network(kind: Kind, config: ModelConfig, vocab_size: int) -> PolicyNetwork | ScalarNetwork:
+    if kind == "policy":
+        return PolicyNetwork(config, vocab_size, ())
+    return ScalarNetwork(config, vocab_size, "last", bias=False)
 
 
 def _model_config(
@@ -198,11 +212,7 @@ def _kind(hf_config: dict[str, Any], directory: Path) -> Kind:
 
 
 def _parameter_shapes(kind: Kind, config: ModelConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
-    if kind == "policy":
-        network: PolicyNetwork | ScalarNetwork = PolicyNetwork(config, vocab_size, ())
-    else:
-        network = ScalarNetwork(config, vocab_size, "last", bias=False)
-    tree = jax.eval_shape(network.init, jax.random.key(0))
+    tree = jax.eval_shape(_network(kind, config, vocab_size).init, jax.random.key(0))
     return {_path(path, kind): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 

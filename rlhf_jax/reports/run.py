@@ -15,7 +15,7 @@ from rlhf_jax.rewards import tfidf_ridge
 from rlhf_jax.runtime.files import read_json, read_rows
 from rlhf_jax.sampling.batches import sample_all, score_all, sequence_kl
 from rlhf_jax.sampling.choice import Sampling
-from rlhf_jax.stages import context
+from rlhf_jax.stages import models
 from rlhf_jax.stages.samples import texts
 from rlhf_jax.text.tokenizer import TOKENIZER_FILE, Tokenizer
 from rlhf_jax.types import RlhfError
@@ -138,13 +138,13 @@ class Run:
 
     # ---- models ----------------------------------------------------------------------------------------------------
 
-    def load_policy(self, stage: str, seed: int | None = None, step: int | None = None) -> context.Policy:
+    def load_policy(self, stage: str, seed: int | None = None, step: int | None = None) -> models.Policy:
         """A stage's policy: of the first of its seeds, and of its newest checkpoint, unless told otherwise."""
-        return context.load_policy(self.directory(stage), seed=self._seed(stage) if seed is None else seed, step=step)
+        return models.load_policy(self.directory(stage), seed=self._seed(stage) if seed is None else seed, step=step)
 
-    def load_reward_model(self, stage: str) -> context.RewardModel:
+    def load_reward_model(self, stage: str) -> models.RewardModel:
         """A stage's reward model."""
-        return context.load_reward_model(self.directory(stage))
+        return models.load_reward_model(self.directory(stage))
 
     def load_judge(self) -> tfidf_ridge.TfidfRidge | None:
         """The gold judge that the experiment's results were judged by, if it has one."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
@@ -41,7 +42,7 @@ class Checkpoints:
 
         The state is copied first: on CPUs Orbax reads the arrays' own memory, which the next step reuses.
         """
-        copy = jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, state), may_alias=False)
+        copy = jax.tree.map(jnp.copy, state)
         items = {name: ocp.args.StandardSave(tree) for name, tree in copy.params.items()}
         rest = ocp.args.StandardSave({"step": copy.step, "opt_state": copy.opt_state})
         with _writing(self._directory):

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from rlhf_jax.config import StageName
+from rlhf_jax.config import ModelSource, StageName
 from rlhf_jax.core.best_of_n import best_of_n, best_of_n_kl
 from rlhf_jax.core.statistics import standard_error
 from rlhf_jax.data import pipeline
@@ -26,8 +26,8 @@ class BestOfNConfig:
     """The policy that is sampled, the reward model that chooses, and the judge that is asked afterwards, if any."""
 
     kind: Literal["best_of_n"]
-    policy: StageName
-    reward_model: StageName
+    policy: ModelSource
+    reward_model: ModelSource
     judge: StageName | None
     prompts: int
     pool: int  # samples a prompt; every power of two up to it is reported

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from rlhf_jax.config import StageName
+from rlhf_jax.config import ModelSource, StageName
 from rlhf_jax.core import masking
 from rlhf_jax.core.preference_losses import dpo_loss
 from rlhf_jax.data import pipeline
@@ -18,7 +18,8 @@ from rlhf_jax.runtime.loop import Evaluation, LoopConfig, Task, train
 from rlhf_jax.runtime.optimizers import OptimizerConfig, learning_rate, make_optimizer, update
 from rlhf_jax.runtime.programs import Step
 from rlhf_jax.sampling.batches import pair_logprobs_all
-from rlhf_jax.stages.context import Context, Policy, save_policy_spec, steps_for
+from rlhf_jax.stages.context import Context, steps_for
+from rlhf_jax.stages.models import AS_IT_IS, Tuning, save_policy_spec
 from rlhf_jax.stages.preferences import load_preferences
 from rlhf_jax.stages.samples import policy_samples
 from rlhf_jax.types import PreferenceBatch
@@ -29,7 +30,7 @@ class DPOConfig:
     """The policy that is start and reference, the pairs, and beta, the strength of the pull to the reference."""
 
     kind: Literal["dpo"]
-    policy: StageName
+    policy: ModelSource
     preferences: StageName | None  # None: the experiment's own data
     beta: float
     optimizer: OptimizerConfig
@@ -38,13 +39,14 @@ class DPOConfig:
     sample_prompts: int  # evaluation prompts continued at every evaluation
     eval_every: int  # steps
     loop: LoopConfig
+    tuning: Tuning = AS_IT_IS
 
 
 def run(config: DPOConfig, context: Context) -> dict[str, Any]:
     """Trains on the training pairs; evaluates loss and accuracy on the held-out pairs."""
-    reference = context.policy(config.policy)
+    reference = context.policy(config.policy, config.tuning)
     network, tokenizer = reference.network, reference.tokenizer
-    save_policy_spec(context.directory, network, tokenizer, range(context.seed, context.seed + 1))
+    save_policy_spec(context.directory, reference, range(context.seed, context.seed + 1))
     rows, held_out = load_preferences(context, config.preferences)
     data, eval_data = (pipeline.preferences(table, tokenizer, context.data) for table in (rows, held_out))
     eval_prompts = pipeline.prompts(pipeline.load_rows(context.data, "eval"), tokenizer, context.data)
@@ -68,7 +70,7 @@ def run(config: DPOConfig, context: Context) -> dict[str, Any]:
                     network, params["policy"], reference.params, eval_data, config.beta, context.runtime.inference_batch
                 ),
                 policy_samples(
-                    Policy(network, params["policy"], tokenizer), eval_prompts, config.sample_prompts, context
+                    reference._replace(params=params["policy"]), eval_prompts, config.sample_prompts, context
                 ),
             ),
         ),

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from rlhf_jax.config import StageName
+from rlhf_jax.config import ModelSource, StageName
 from rlhf_jax.core.best_of_n import best_of_n_kl
 from rlhf_jax.core.statistics import distinct_n, standard_error, wilson_interval
 from rlhf_jax.data import pipeline
@@ -18,8 +18,9 @@ from rlhf_jax.rewards.lexicon import vader
 from rlhf_jax.rewards.tfidf_ridge import TfidfRidge
 from rlhf_jax.runtime.files import read_json, write_rows
 from rlhf_jax.sampling.batches import sample_all, score_all, sequence_kl
-from rlhf_jax.stages.context import Context, Policy, RewardModel, load_policy
+from rlhf_jax.stages.context import Context
 from rlhf_jax.stages.gold import load_judge
+from rlhf_jax.stages.models import Policy, RewardModel, load_policy
 from rlhf_jax.stages.samples import sample_rows
 from rlhf_jax.types import Rollout
 
@@ -31,10 +32,10 @@ class EvaluateConfig:
     """Which policies are compared with the reference, and with its own Best-of-N."""
 
     kind: Literal["evaluate"]
-    reference: StageName
+    reference: ModelSource
     policies: tuple[StageName, ...]
     best_of: tuple[int, ...]  # each above 1
-    reward_model: StageName
+    reward_model: ModelSource
     judge: StageName | None  # None: the reward model's score decides the pairs
     prompts: int  # at most, of the test split
     selection_prompts: int  # at most, of the evaluation split
@@ -119,7 +120,9 @@ def answer(
     context: Context,
 ) -> Answers:
     """One answer of a method to each prompt; a method has its own random numbers on each split."""
-    policy = load_policy(context.workdir.find(method.stage), seed=method.seed, step=None)
+    policy = judges.reference
+    if method.stage != config.reference:
+        policy = load_policy(context.workdir.find(method.stage), seed=method.seed, step=None)
     rollout = sample_all(
         policy.network,
         policy.params,
@@ -195,7 +198,7 @@ def select(table: list[dict[str, Any]], context: Context) -> dict[str, str]:
     """The stage with the highest judged score on the evaluation split, for each kind of stage that has several."""
     by_kind: dict[str, dict[str, list[float]]] = {}
     for row in table:
-        if not row["method"].startswith("best_of_"):
+        if row["method"] in context.stages:
             column = "reward_score" if row["gold_score"] is None else "gold_score"
             kind = read_json(context.workdir.find(row["method"]) / "config.json")["section"]["kind"]
             by_kind.setdefault(kind, {}).setdefault(row["method"], []).append(row[column])
@@ -204,7 +207,8 @@ def select(table: list[dict[str, Any]], context: Context) -> dict[str, str]:
 
 def _methods(config: EvaluateConfig, context: Context) -> list[Method]:
     """The reference first. A stage that trained several seeds is one method with several."""
-    methods = [Method(config.reference, config.reference, context.seed, 1)]
+    name = config.reference if config.reference in context.stages else "reference"
+    methods = [Method(name, config.reference, context.seed, 1)]
     methods += [Method(f"best_of_{n}", config.reference, context.seed, n) for n in config.best_of]
     for stage in config.policies:
         first, stop = read_json(context.workdir.find(stage) / "model.json")["seeds"]
@@ -212,5 +216,8 @@ def _methods(config: EvaluateConfig, context: Context) -> list[Method]:
     return methods
 
 
-def _seconds(stage: str, context: Context) -> float:
+def _seconds(stage: str, context: Context) -> float | None:
+    """Wall time of a method's stage; a checkpoint's is not known."""
+    if stage not in context.stages:
+        return None
     return read_json(context.workdir.find(stage) / "summary.json")["time/seconds"]

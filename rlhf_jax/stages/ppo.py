@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray, PyTree
 
-from rlhf_jax.config import StageName
+from rlhf_jax.config import ModelSource
 from rlhf_jax.core import masking
 from rlhf_jax.core.advantages import gae, token_rewards
 from rlhf_jax.core.kl import k1
@@ -30,7 +30,8 @@ from rlhf_jax.runtime.optimizers import OptimizerConfig, learning_rate, make_opt
 from rlhf_jax.runtime.programs import SEED_AXIS, Step
 from rlhf_jax.sampling.choice import Sampling
 from rlhf_jax.sampling.generate import generate, is_stop
-from rlhf_jax.stages.context import Context, save_policy_spec
+from rlhf_jax.stages.context import Context
+from rlhf_jax.stages.models import AS_IT_IS, Tuning, save_policy_spec
 from rlhf_jax.stages.samples import sample_rows
 from rlhf_jax.types import PromptBatch, Rollout
 
@@ -40,8 +41,8 @@ class PPOConfig:
     """The policy that is start and reference, the reward model, and the algorithm's numbers."""
 
     kind: Literal["ppo"]
-    policy: StageName
-    reward_model: StageName
+    policy: ModelSource
+    reward_model: ModelSource
     iterations: int
     batch_size: int  # prompts, and responses, an iteration
     minibatches: int
@@ -58,6 +59,7 @@ class PPOConfig:
     samples_every: int  # iterations between those whose samples are written
     samples_written: int
     loop: LoopConfig
+    tuning: Tuning = AS_IT_IS
 
     def __post_init__(self) -> None:
         if self.batch_size % self.minibatches:
@@ -101,9 +103,9 @@ class Networks:
 
 def run(config: PPOConfig, context: Context) -> dict[str, Any]:
     """Trains `context.seeds` policies at once, each with its own prompts, samples and initial key."""
-    reference, reward_model = context.policy(config.policy), context.reward_model(config.reward_model)
+    reference, reward_model = context.policy(config.policy, config.tuning), context.reward_model(config.reward_model)
     seeds = range(context.seed, context.seed + context.seeds)
-    save_policy_spec(context.directory, reference.network, reference.tokenizer, seeds)
+    save_policy_spec(context.directory, reference, seeds)
     pool = pipeline.prompts(pipeline.load_rows(context.data, "train"), reference.tokenizer, context.data)
 
     placement = context.placement(context.seeds)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from rlhf_jax.config import StageName
+from rlhf_jax.config import ModelSource, StageName
 from rlhf_jax.data import pipeline
 from rlhf_jax.runtime.files import write_rows
 from rlhf_jax.sampling.batches import sample_all
@@ -28,7 +28,7 @@ class PreferencesConfig:
     """
 
     kind: Literal["preferences"]
-    policy: StageName
+    policy: ModelSource
     judge: StageName
     prompts: int
     eval_prompts: int  # of the prompts, those held out

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from rlhf_jax.config import StageName
+from rlhf_jax.config import ModelSource, StageName
 from rlhf_jax.core import masking
 from rlhf_jax.core.reward_losses import bradley_terry_loss
 from rlhf_jax.data import pipeline
@@ -20,20 +20,20 @@ from rlhf_jax.runtime.loop import Evaluation, LoopConfig, Task, train
 from rlhf_jax.runtime.optimizers import OptimizerConfig, learning_rate, make_optimizer, update
 from rlhf_jax.runtime.programs import Step
 from rlhf_jax.sampling.batches import score_all
-from rlhf_jax.stages.context import Context, Policy, save_reward_spec, steps_for
+from rlhf_jax.stages.context import Context, steps_for
+from rlhf_jax.stages.models import Pretrained, RewardModel, as_reward_model, save_reward_spec
 from rlhf_jax.stages.preferences import load_preferences
-from rlhf_jax.types import PreferenceBatch, RlhfError
+from rlhf_jax.types import PreferenceBatch
 
 
 @dataclasses.dataclass(frozen=True)
 class RewardModelConfig:
-    """The reward model's own shape, and its start: random, or the body of `init`, a policy of the same shape."""
+    """The reward model: of its own shape and from scratch, or from a checkpoint or a stage of its own."""
 
     kind: Literal["reward_model"]
-    policy: StageName  # whose tokenizer it reads
+    policy: ModelSource | None  # whose tokenizer one from scratch reads
     preferences: StageName | None  # None: the experiment's own data
-    init: StageName | None
-    model: ModelConfig
+    model: ModelConfig | Pretrained  # of a language model, the body is taken
     pooling: Pooling
     optimizer: OptimizerConfig
     batch_size: int
@@ -41,21 +41,23 @@ class RewardModelConfig:
     eval_every: int  # steps
     loop: LoopConfig
 
+    def __post_init__(self) -> None:
+        if (self.policy is None) != isinstance(self.model, Pretrained):
+            raise ValueError("policy names whose tokenizer a model from scratch reads; it is None with model.init")
+
 
 def run(config: RewardModelConfig, context: Context) -> dict[str, Any]:
     """Trains on the training pairs; evaluates on the held-out pairs."""
-    policy = context.policy(config.policy)
-    network = ScalarNetwork(config.model, policy.network.vocab_size, config.pooling)
-    save_reward_spec(context.directory, network, policy.tokenizer)
+    start = make_reward_model(config, context)
+    network = start.network
+    save_reward_spec(context.directory, start)
     rows, held_out = load_preferences(context, config.preferences)
-    data, eval_data = (pipeline.preferences(table, policy.tokenizer, context.data) for table in (rows, held_out))
+    data, eval_data = (pipeline.preferences(table, start.tokenizer, context.data) for table in (rows, held_out))
     batches = pipeline.shuffled_batches(data, config.batch_size, context.seed)
     steps = steps_for(config.epochs, len(rows), config.batch_size, config.loop.steps_per_call)
 
     placement = context.placement()
-    params = {"reward": network.init(context.key())}
-    if config.init is not None:
-        params["reward"]["body"] = _same_shape(context.policy(config.init), params["reward"]["body"], config, context)
+    params = {"reward": start.params}
     task = Task(
         step=make_step(network, config.optimizer, steps, placement.axes),
         state=TrainState(jnp.int32(0), params, make_optimizer(config.optimizer, steps).init(params)),
@@ -71,6 +73,18 @@ def run(config: RewardModelConfig, context: Context) -> dict[str, Any]:
     )
     train(task, config.loop, placement, context.seed, context.directory, context.bar)
     return {"train_pairs": len(rows), "eval_pairs": len(held_out), "steps": steps}
+
+
+def make_reward_model(config: RewardModelConfig, context: Context) -> RewardModel:
+    """The reward model before the first step."""
+    if not isinstance(config.model, Pretrained):
+        assert config.policy is not None
+        policy = context.policy(config.policy)
+        network = ScalarNetwork(config.model, policy.network.vocab_size, config.pooling)
+        return RewardModel(network, network.init(context.key()), policy.tokenizer)
+    found = context.model(config.model.init, config.model)
+    start = found if isinstance(found, RewardModel) else as_reward_model(found, context.key())
+    return start._replace(network=dataclasses.replace(start.network, pooling=config.pooling))
 
 
 def make_step(network: ScalarNetwork, config: OptimizerConfig, steps: int, axes: tuple[str, ...]) -> Step:
@@ -131,12 +145,3 @@ def evaluate(
 def _agreement(margins: np.ndarray, other: np.ndarray) -> float:
     """Share of pairs that two margins order alike; a tie in either counts half."""
     return float(np.mean(0.5 * (1 + np.sign(margins) * np.sign(other))))
-
-
-def _same_shape(policy: Policy, body: PyTree, config: RewardModelConfig, context: Context) -> PyTree:
-    if jax.tree.map(jnp.shape, policy.params) != jax.tree.map(jnp.shape, body):
-        raise RlhfError(
-            f"config.{context.name}.init = {config.init!r} has another shape than config.{context.name}.model: "
-            "make them equal, or set init to None"
-        )
-    return policy.params

@@ -7,7 +7,8 @@ import numpy as np
 
 from rlhf_jax.data.pipeline import Prompts, take
 from rlhf_jax.sampling.batches import sample_all
-from rlhf_jax.stages.context import Context, Policy
+from rlhf_jax.stages.context import Context
+from rlhf_jax.stages.models import Policy
 from rlhf_jax.text.tokenizer import Tokenizer
 from rlhf_jax.types import Rollout
 

@@ -17,7 +17,8 @@ from rlhf_jax.runtime.loop import Evaluation, LoopConfig, Task, train
 from rlhf_jax.runtime.optimizers import OptimizerConfig, learning_rate, make_optimizer, update
 from rlhf_jax.runtime.programs import Step
 from rlhf_jax.sampling.batches import sequence_stats_all
-from rlhf_jax.stages.context import Context, Policy, save_policy_spec, steps_for
+from rlhf_jax.stages.context import Context, steps_for
+from rlhf_jax.stages.models import Policy, Pretrained, save_policy_spec
 from rlhf_jax.stages.samples import policy_samples
 from rlhf_jax.text.tokenizer import TokenizerConfig, train_tokenizer
 from rlhf_jax.types import TokenBatch
@@ -25,11 +26,11 @@ from rlhf_jax.types import TokenBatch
 
 @dataclasses.dataclass(frozen=True)
 class SFTConfig:
-    """The tokenizer, the model, and how it is trained from scratch."""
+    """The model, from scratch with its tokenizer or from a checkpoint with that one's, and how it is trained."""
 
     kind: Literal["sft"]
-    tokenizer: TokenizerConfig
-    model: ModelConfig
+    tokenizer: TokenizerConfig | None  # None: that of the checkpoint
+    model: ModelConfig | Pretrained
     optimizer: OptimizerConfig
     batch_size: int
     epochs: float
@@ -37,13 +38,17 @@ class SFTConfig:
     eval_every: int  # steps
     loop: LoopConfig
 
+    def __post_init__(self) -> None:
+        if (self.tokenizer is None) != isinstance(self.model, Pretrained):
+            raise ValueError("tokenizer is to be trained for a model from scratch, and None for one with model.init")
+
 
 def run(config: SFTConfig, context: Context) -> dict[str, Any]:
     """Trains on the training split; evaluates loss and samples on the evaluation split."""
     rows, held_out = (pipeline.load_rows(context.data, split) for split in ("train", "eval"))
-    tokenizer = train_tokenizer(config.tokenizer, pipeline.training_texts(rows))
-    network = PolicyNetwork(config.model, tokenizer.vocab_size, tokenizer.suppressed)
-    save_policy_spec(context.directory, network, tokenizer, range(context.seed, context.seed + 1))
+    start = make_policy(config, rows, context)
+    network, tokenizer = start.network, start.tokenizer
+    save_policy_spec(context.directory, start, range(context.seed, context.seed + 1))
 
     data = pipeline.demonstrations(rows, tokenizer, context.data)
     eval_data = pipeline.demonstrations(held_out, tokenizer, context.data)
@@ -53,7 +58,7 @@ def run(config: SFTConfig, context: Context) -> dict[str, Any]:
 
     placement = context.placement()
     optimizer = make_optimizer(config.optimizer, steps)
-    params = {"policy": network.init(context.key())}
+    params = {"policy": start.params}
     task = Task(
         step=make_step(network, config.optimizer, steps, placement.axes),
         state=TrainState(jnp.int32(0), params, optimizer.init(params)),
@@ -66,15 +71,23 @@ def run(config: SFTConfig, context: Context) -> dict[str, Any]:
             config.eval_every,
             lambda params: (
                 evaluate(network, params["policy"], eval_data, context.runtime.inference_batch),
-                policy_samples(
-                    Policy(network, params["policy"], tokenizer), eval_prompts, config.sample_prompts, context
-                ),
+                policy_samples(start._replace(params=params["policy"]), eval_prompts, config.sample_prompts, context),
             ),
         ),
         describe=lambda step, samples: [],
     )
     train(task, config.loop, placement, context.seed, context.directory, context.bar)
     return {"rows": len(rows), "steps": steps, "vocab_size": network.vocab_size}
+
+
+def make_policy(config: SFTConfig, rows: list[dict[str, Any]], context: Context) -> Policy:
+    """The policy before the first step."""
+    if isinstance(config.model, Pretrained):
+        return context.policy(config.model.init, config.model)
+    assert config.tokenizer is not None
+    tokenizer = train_tokenizer(config.tokenizer, pipeline.training_texts(rows))
+    network = PolicyNetwork(config.model, tokenizer.vocab_size, tokenizer.suppressed)
+    return Policy(network, network.init(context.key()), tokenizer)
 
 
 def make_step(network: PolicyNetwork, config: OptimizerConfig, steps: int, axes: tuple[str, ...]) -> Step:

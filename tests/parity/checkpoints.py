@@ -1,3 +1,5 @@
+# torch and transformers are in .venv-parity only, where types are not checked.
+# pyrefly: ignore-errors[missing-import]
 """Checkpoints that transformers makes at random, of every family and in several shapes each."""
 
 import dataclasses

@@ -1,5 +1,5 @@
 # torch and transformers are in .venv-parity only, where types are not checked.
-# pyrefly: ignore-errors[missing-import]
+# pyrefly: ignore-errors[missing-import, missing-attribute]
 """Every family of models against transformers' own: logits, padding, gradients, and the way in and out again."""
 
 import functools

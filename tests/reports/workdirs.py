@@ -7,15 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
-from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.rewards import tfidf_ridge
 from rlhf_jax.rewards.tfidf_ridge import TfidfRidgeConfig
 from rlhf_jax.runtime.checkpoints import Checkpoints, TrainState
 from rlhf_jax.runtime.files import write_json, write_rows
 from rlhf_jax.runtime.workdir import Identity, Workdir
-from rlhf_jax.stages.context import save_policy_spec, save_reward_spec
+from rlhf_jax.stages.models import Policy, RewardModel, save_policy_spec, save_reward_spec
 from rlhf_jax.text.tokenizer import TokenizerConfig, train_tokenizer
 
 DATA = {
@@ -224,9 +224,9 @@ def write_models(root: Path, *, with_reward_model: bool = True, seeds: int = 1) 
             continue
         directory = write_stage(root, name, section, inputs=inputs)
         if "reward" in params:
-            save_reward_spec(directory, reward, tokenizer)
+            save_reward_spec(directory, RewardModel(reward, None, tokenizer))
         else:
-            save_policy_spec(directory, policy, tokenizer, range(seeds if name == "ppo" else 1))
+            save_policy_spec(directory, Policy(policy, None, tokenizer), range(seeds if name == "ppo" else 1))
         checkpoints = Checkpoints(directory / "checkpoints", keep=1)
         checkpoints.save(TrainState(jnp.int32(7), params, ()))
         checkpoints.close()

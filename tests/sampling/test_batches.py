@@ -1,6 +1,5 @@
 """Any number of rows through functions of fixed batches: the batch size changes nothing."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,7 +60,7 @@ def test_samples_are_grouped_by_prompt_and_drawn_by_their_number_whatever_the_ba
     np.testing.assert_array_equal(rollout.prompt[:, -1], [6, 6, 6, 7, 7, 7, 10, 10, 10])
     jax.tree.map(np.testing.assert_array_equal, sample_all(batch_size=9), rollout)
     prompts = PromptBatch(*map(jnp.asarray, (rollout.prompt, rollout.prompt_mask, np.arange(9, dtype=np.int32))))
-    at_once = jax.jit(lambda *arguments: generate(POLICY, *arguments, SAMPLING).rollout)
+    at_once = jax.jit(lambda params, prompts, key: generate(POLICY, params, prompts, key, SAMPLING).rollout)
     jax.tree.map(np.testing.assert_array_equal, at_once(PARAMS, prompts, jax.random.key(0)), rollout)
     for group in np.split(rollout.response, 3):
         assert len(np.unique(group, axis=0)) > 1

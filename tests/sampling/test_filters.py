@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,10 @@ FILTERS = {
     "min_p": {"min_p": 0.1},
     "all": {"top_k": 12, "top_p": 0.9, "min_p": 0.05},
 }
+
+
+def replaced(fields: dict[str, Any]) -> Sampling:
+    return dataclasses.replace(PLAIN, **fields)
 
 
 def slow_kept(logits, sampling):
@@ -67,14 +72,14 @@ def test_filters_keep_what_slow_ones_keep(fields, seed):
 def test_the_most_likely_token_always_stays_and_equals_stay_together():
     logits = jnp.array([[5.0, 0.0, 0.0, -1.0], [1.0, 1.0, 1.0, 0.0]])
     for fields in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}):
-        finite = np.isfinite(kept(logits, dataclasses.replace(PLAIN, **fields)))
+        finite = np.isfinite(kept(logits, replaced(fields)))
         np.testing.assert_array_equal(finite, [[True, False, False, False], [True, True, True, False]])
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 @pytest.mark.parametrize("fields", [{}, *FILTERS.values()], ids=["none", *FILTERS])
 def test_log_probabilities_are_those_of_the_distribution_drawn_from_and_of_the_model(fields, temperature):
-    sampling = Sampling(1, temperature, (), **fields)
+    sampling = dataclasses.replace(replaced(fields), temperature=temperature)
     rows = 30_000
     logits = 1.5 * np.random.default_rng(1).normal(size=VOCAB).astype(np.float32)
     uniforms = row_uniforms(jax.random.key(0), jnp.arange(rows), 1)[:, 0]

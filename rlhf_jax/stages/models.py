@@ -1,0 +1,195 @@
+"""Models as stages exchange them: from scratch, from an earlier stage, or from a checkpoint that others trained."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
+
+from rlhf_jax import config as configs
+from rlhf_jax.config import ModelSource
+from rlhf_jax.models import hf
+from rlhf_jax.models.config import DType, ModelConfig
+from rlhf_jax.models.policy import PolicyNetwork
+from rlhf_jax.models.scalars import ScalarNetwork
+from rlhf_jax.runtime.checkpoints import load_params
+from rlhf_jax.runtime.files import read_json, write_json
+from rlhf_jax.runtime.pretrained import converted
+from rlhf_jax.text.tokenizer import Tokenizer, load_tokenizer
+from rlhf_jax.types import RlhfError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """How a model that exists already is held while it is trained on. None leaves things as they are in its source."""
+
+    param_dtype: DType | None = None
+    compute_dtype: DType | None = None  # a checkpoint's is float32
+    remat: bool | None = None
+
+
+AS_IT_IS = Tuning()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pretrained(Tuning):
+    """A model's section where it does not start from scratch: the stage or the checkpoint that it starts from."""
+
+    init: ModelSource
+
+
+class Policy(NamedTuple):
+    """A language model one can use: its network, its parameters and its tokenizer."""
+
+    network: PolicyNetwork
+    params: PyTree
+    tokenizer: Tokenizer
+    hf_config: dict[str, Any] | None = None  # of the checkpoint that it goes back to
+
+
+class RewardModel(NamedTuple):
+    """A reward model one can use; it reads the tokens of the tokenizer."""
+
+    network: ScalarNetwork
+    params: PyTree
+    tokenizer: Tokenizer
+    hf_config: dict[str, Any] | None = None
+
+
+def save_policy_spec(directory: Path, policy: Policy, seeds: range) -> None:
+    """Writes what is needed beside the checkpoints to load a policy: `model.json`, `tokenizer/`."""
+    _save_spec(directory, policy, {"network": "policy", "seeds": [seeds.start, seeds.stop]})
+
+
+def save_reward_spec(directory: Path, model: RewardModel) -> None:
+    """Writes what is needed beside the checkpoints to load a reward model."""
+    network = model.network
+    _save_spec(directory, model, {"network": "reward", "pooling": network.pooling, "bias": network.bias})
+
+
+def load_stage(directory: Path, *, seed: int) -> Policy | RewardModel:
+    """What a stage trained. Raises RlhfError where it trains no model."""
+    if _read_spec(directory)["network"] == "policy":
+        return load_policy(directory, seed=seed, step=None)
+    return load_reward_model(directory)
+
+
+def load_policy(directory: Path, *, seed: int, step: int | None) -> Policy:
+    """A stage's policy. Raises RlhfError where the stage trains none, or has no such seed or checkpoint."""
+    spec = _spec_of(directory, "policy")
+    tokenizer = load_tokenizer(directory / "tokenizer")
+    network = PolicyNetwork(_model_config(spec, directory), spec["vocab_size"], tokenizer.suppressed)
+    first, stop = spec["seeds"]
+    if not first <= seed < stop:
+        raise RlhfError(f"{directory} holds seeds {first} to {stop - 1}, not {seed}")
+    like = jax.eval_shape(network.init, jax.random.key(0))
+    if stop - first > 1:
+        like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((stop - first, *leaf.shape), leaf.dtype), like)
+    params = load_params(directory / "checkpoints", "policy", like, step=step)
+    if stop - first > 1:
+        params = jax.tree.map(lambda leaf: leaf[seed - first], params)
+    return Policy(network, params, tokenizer, spec["hf_config"])
+
+
+def load_reward_model(directory: Path) -> RewardModel:
+    """A stage's reward model. Raises RlhfError where the stage trains none."""
+    spec = _spec_of(directory, "reward")
+    network = ScalarNetwork(_model_config(spec, directory), spec["vocab_size"], spec["pooling"], spec["bias"])
+    like = jax.eval_shape(network.init, jax.random.key(0))
+    params = load_params(directory / "checkpoints", "reward", like, step=None)
+    return RewardModel(network, params, load_tokenizer(directory / "tokenizer"), spec["hf_config"])
+
+
+def load_checkpoint(source: str, tuning: Tuning = AS_IT_IS) -> Policy | RewardModel:
+    """A model that others trained: a Hugging Face directory, a GGUF file, or an id on the hub.
+
+    Raises RlhfError where there is none, where it is of a family that is not covered, or has no tokenizer.
+    """
+    directory = checkpoint_directory(source)
+    found = hf.load_pretrained(
+        str(directory),
+        param_dtype=tuning.param_dtype,
+        compute_dtype=tuning.compute_dtype or "float32",
+        remat=bool(tuning.remat),
+    )
+    tokenizer = load_tokenizer(directory)
+    if tokenizer.vocab_size > found.vocab_size:
+        raise RlhfError(
+            f"{source}: the tokenizer has {tokenizer.vocab_size} tokens, and the model {found.vocab_size}: they are "
+            "not of the same checkpoint"
+        )
+    network = hf.network_of(found)
+    if isinstance(network, PolicyNetwork):
+        return Policy(network, found.params, tokenizer, found.hf_config)
+    return RewardModel(network, found.params, tokenizer, found.hf_config)
+
+
+def checkpoint_directory(source: str) -> Path:
+    """The Hugging Face directory of a checkpoint: itself, a GGUF file's conversion, or what the hub has."""
+    return converted(Path(source)) if source.endswith(".gguf") else hf.find_checkpoint(source)
+
+
+def tuned(model: Policy | RewardModel, tuning: Tuning) -> Policy | RewardModel:
+    """A model with its parameters and its computations in the dtypes asked for."""
+    old = model.network.config
+    config = dataclasses.replace(
+        old,
+        param_dtype=tuning.param_dtype or old.param_dtype,
+        compute_dtype=tuning.compute_dtype or old.compute_dtype,
+        remat=old.remat if tuning.remat is None else tuning.remat,
+    )
+    params = cast(model.params, tuning.param_dtype)
+    if isinstance(model, Policy):
+        return model._replace(network=dataclasses.replace(model.network, config=config), params=params)
+    return model._replace(network=dataclasses.replace(model.network, config=config), params=params)
+
+
+def cast(params: PyTree, dtype: DType | None) -> PyTree:
+    """Parameters in another dtype, or as they are."""
+    return params if dtype is None else jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), params)
+
+
+def as_reward_model(policy: Policy, key: jax.Array) -> RewardModel:
+    """A reward model that starts as a policy's body, with a new head (Stiennon et al. 2020), read at the last token.
+
+    The head has no bias, so that transformers can load it as a classifier with one label.
+    """
+    network = ScalarNetwork(policy.network.config, policy.network.vocab_size, "last", bias=False)
+    body = {name: leaf for name, leaf in policy.params.items() if name != "head"}
+    params = network.init(key)
+    hf_config = policy.hf_config
+    if hf_config is not None:
+        name = (hf_config.get("architectures") or ["ForCausalLM"])[0]
+        base = name.removesuffix("LMHeadModel").removesuffix("ForCausalLM")
+        hf_config = hf_config | {
+            "architectures": [f"{base}ForSequenceClassification"],
+            "id2label": {"0": "LABEL_0"},
+            "label2id": {"LABEL_0": 0},
+            "pad_token_id": policy.tokenizer.pad_id,
+        }
+    return RewardModel(network, {**params, "body": body}, policy.tokenizer, hf_config)
+
+
+def _save_spec(directory: Path, model: Policy | RewardModel, more: dict[str, Any]) -> None:
+    model.tokenizer.save(directory / "tokenizer")
+    spec = {"config": dataclasses.asdict(model.network.config), "vocab_size": model.network.vocab_size}
+    write_json(directory / "model.json", {**spec, "hf_config": model.hf_config, **more})
+
+
+def _read_spec(directory: Path) -> dict[str, Any]:
+    if not (directory / "model.json").exists():
+        raise RlhfError(f"stage {directory.name!r} in {directory.parent} trains no model: name one that does")
+    return read_json(directory / "model.json")
+
+
+def _spec_of(directory: Path, network: str) -> dict[str, Any]:
+    spec = _read_spec(directory)
+    if spec["network"] != network:
+        raise RlhfError(f"stage {directory.name!r} in {directory.parent} trains a {spec['network']}, not a {network}")
+    return spec
+
+
+def _model_config(spec: dict[str, Any], directory: Path) -> ModelConfig:
+    return configs.build(ModelConfig, spec["config"], f"{directory / 'model.json'}: config")

@@ -20,6 +20,11 @@ def count(mask: Bool[Array, "..."], axes: tuple[str, ...]) -> Int[Array, ""]:
     return total(mask.astype(jnp.int32), axes)
 
 
+def rows(x: Float[Array, "B ..."] | Int[Array, "B ..."], axes: tuple[str, ...]) -> Int[Array, ""]:
+    """How many rows a batch has, over all devices."""
+    return total(jnp.ones(x.shape[0], jnp.int32), axes)
+
+
 def masked_mean(x: Float[Array, "*dims"], mask: Bool[Array, "*dims"], axes: tuple[str, ...]) -> Float[Array, ""]:
     """Mean of x where the mask is True, over all devices; 0 where nothing is (so that an empty batch is no NaN)."""
     return total(jnp.where(mask, x, 0), axes) / jnp.maximum(count(mask, axes), 1).astype(x.dtype)

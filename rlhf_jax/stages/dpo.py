@@ -15,7 +15,7 @@ from rlhf_jax.data import pipeline
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.runtime.loop import Evaluation, LoopConfig, Task, train
-from rlhf_jax.runtime.optimizers import OptimizerConfig, learning_rate, make_optimizer, update
+from rlhf_jax.runtime.optimizers import OptimizerConfig, gradients, learning_rate, make_optimizer, update
 from rlhf_jax.runtime.programs import Step
 from rlhf_jax.sampling.batches import pair_logprobs_all
 from rlhf_jax.stages.context import Context, steps_for
@@ -90,13 +90,15 @@ def make_step(network: PolicyNetwork, config: OptimizerConfig, steps: int, axes:
 
     def step(state: TrainState, frozen: dict[str, Any], batch: PreferenceBatch, run_key: jax.Array) -> tuple:
         del run_key  # nothing is random
-        ref_chosen, ref_rejected = network.pair_logprobs(frozen["reference"], batch)
 
-        def loss_fn(params: PyTree) -> tuple[jax.Array, dict[str, jax.Array]]:
-            chosen, rejected = network.pair_logprobs(params["policy"], batch)
-            return dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=frozen["beta"], axes=axes)
+        def loss_fn(params: PyTree, rows: PreferenceBatch) -> tuple[jax.Array, dict[str, jax.Array]]:
+            reference = network.pair_logprobs(frozen["reference"], rows)
+            own = network.pair_logprobs(params["policy"], rows)
+            return dpo_loss(*own, *reference, beta=frozen["beta"], axes=axes)
 
-        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        loss, metrics, grads = gradients(
+            config, loss_fn, state.params, batch, lambda rows: masking.rows(rows.prompt, axes), axes
+        )
         params, opt_state, grad_norm = update(optimizer, grads, state.params, state.opt_state, axes)
         metrics |= {
             "loss": loss,

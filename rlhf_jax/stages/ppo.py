@@ -26,7 +26,7 @@ from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
 from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.runtime.loop import LoopConfig, Task, train
-from rlhf_jax.runtime.optimizers import OptimizerConfig, learning_rate, make_optimizer, update
+from rlhf_jax.runtime.optimizers import OptimizerConfig, gradients, learning_rate, make_optimizer, update
 from rlhf_jax.runtime.programs import SEED_AXIS, Step
 from rlhf_jax.sampling.choice import Sampling
 from rlhf_jax.sampling.generate import generate, is_stop
@@ -254,11 +254,17 @@ def optimise(
     order = jax.vmap(lambda epoch: jax.random.permutation(jax.random.fold_in(order_key, epoch), rows))
     minibatches = order(jnp.arange(config.epochs)).reshape(config.epochs * config.minibatches, -1)
 
+    def loss_fn(params: PyTree, rows: PPOBatch) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return ppo_loss(params, networks, config, rows, axes)
+
+    def response_tokens(rows: PPOBatch) -> jax.Array:
+        return masking.count(rows.rollout.response_mask, axes)
+
     def update_minibatch(carry: tuple[PyTree, Any], indices: jax.Array) -> tuple[tuple[PyTree, Any], dict]:
         params, opt_state = carry
         own = masking.own_rows(indices, axes)
         minibatch = jax.tree.map(lambda leaf: leaf[own], whole_batch)
-        (loss, metrics), grads = jax.value_and_grad(ppo_loss, has_aux=True)(params, networks, config, minibatch, axes)
+        loss, metrics, grads = gradients(config.optimizer, loss_fn, params, minibatch, response_tokens, axes)
         params, opt_state, grad_norm = update(optimizer, grads, params, opt_state, axes)
         return (params, opt_state), metrics | {"loss": loss, "grad_norm": grad_norm}
 

@@ -17,7 +17,7 @@ from rlhf_jax.models.policy import both_responses
 from rlhf_jax.models.scalars import Pooling, ScalarNetwork
 from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.runtime.loop import Evaluation, LoopConfig, Task, train
-from rlhf_jax.runtime.optimizers import OptimizerConfig, learning_rate, make_optimizer, update
+from rlhf_jax.runtime.optimizers import OptimizerConfig, gradients, learning_rate, make_optimizer, update
 from rlhf_jax.runtime.programs import Step
 from rlhf_jax.sampling.batches import score_all
 from rlhf_jax.stages.context import Context, steps_for
@@ -94,12 +94,14 @@ def make_step(network: ScalarNetwork, config: OptimizerConfig, steps: int, axes:
     def step(state: TrainState, frozen: Any, batch: PreferenceBatch, run_key: jax.Array) -> tuple:
         del frozen, run_key  # nothing is frozen, nothing is random
 
-        def loss_fn(params: PyTree) -> tuple[jax.Array, dict[str, jax.Array]]:
-            scores = network.scores(params["reward"], both_responses(batch))
+        def loss_fn(params: PyTree, rows: PreferenceBatch) -> tuple[jax.Array, dict[str, jax.Array]]:
+            scores = network.scores(params["reward"], both_responses(rows))
             chosen, rejected = jnp.split(scores, 2)
             return bradley_terry_loss(chosen, rejected, axes=axes)
 
-        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        loss, metrics, grads = gradients(
+            config, loss_fn, state.params, batch, lambda rows: masking.rows(rows.prompt, axes), axes
+        )
         params, opt_state, grad_norm = update(optimizer, grads, state.params, state.opt_state, axes)
         metrics |= {
             "loss": loss,

@@ -14,7 +14,7 @@ from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.runtime.loop import Evaluation, LoopConfig, Task, train
-from rlhf_jax.runtime.optimizers import OptimizerConfig, learning_rate, make_optimizer, update
+from rlhf_jax.runtime.optimizers import OptimizerConfig, gradients, learning_rate, make_optimizer, update
 from rlhf_jax.runtime.programs import Step
 from rlhf_jax.sampling.batches import sequence_stats_all
 from rlhf_jax.stages.context import Context, steps_for
@@ -97,10 +97,13 @@ def make_step(network: PolicyNetwork, config: OptimizerConfig, steps: int, axes:
     def step(state: TrainState, frozen: Any, batch: TokenBatch, run_key: jax.Array) -> tuple:
         del frozen, run_key  # nothing is frozen, nothing is random
 
-        def loss_fn(params: PyTree) -> tuple[jax.Array, dict[str, jax.Array]]:
-            return sft_loss(network, params["policy"], batch, axes)
+        def loss_fn(params: PyTree, rows: TokenBatch) -> tuple[jax.Array, dict[str, jax.Array]]:
+            return sft_loss(network, params["policy"], rows, axes)
 
-        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        def trained_tokens(rows: TokenBatch) -> jax.Array:
+            return masking.count(rows.loss_mask[:, 1:], axes)
+
+        loss, metrics, grads = gradients(config, loss_fn, state.params, batch, trained_tokens, axes)
         params, opt_state, grad_norm = update(optimizer, grads, state.params, state.opt_state, axes)
         metrics |= {
             "loss": loss,

@@ -19,6 +19,7 @@ from rlhf_jax.data import formats
 from rlhf_jax.data.pipeline import DataConfig
 from rlhf_jax.models import hf
 from rlhf_jax.runtime.files import read_rows, write_json
+from rlhf_jax.runtime.pretrained import MODELS
 from rlhf_jax.runtime.programs import RuntimeConfig
 from rlhf_jax.runtime.progress import Display
 from rlhf_jax.runtime.workdir import Identity, Workdir
@@ -88,10 +89,10 @@ def parse(config: ConfigDict) -> Experiment:
             raise RlhfError(f"config.stages names {name!r}, which has no section config.{name}")
         stages[name] = sections[name]
         for source in configs.checkpoints(stages[name], sections):
-            if not os.path.exists(source) and not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+            if not (os.path.exists(source) or source in MODELS or re.fullmatch(r"[\w.-]+/[\w.-]+", source)):
                 raise RlhfError(
-                    f"config.{name} names {source!r}, which is no stage ({', '.join(sections)}), and no file or "
-                    "directory either; an id on the Hugging Face hub is written OWNER/NAME"
+                    f"config.{name} names {source!r}, which is no stage ({', '.join(sections)}), no model to fetch "
+                    f"({', '.join(MODELS)}), no file and no directory; an id on the hub is written OWNER/NAME"
                 )
         for input in configs.input_stages(stages[name], sections):
             if input not in stages:

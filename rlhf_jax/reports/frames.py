@@ -5,7 +5,7 @@ import pandas as pd
 
 from rlhf_jax.core.statistics import standard_error
 from rlhf_jax.reports.run import Run
-from rlhf_jax.rewards.tfidf_ridge import TfidfRidge
+from rlhf_jax.rewards.tfidf import TfidfJudge
 
 KINDS = ("sft", "best_of_n", "dpo", "ppo")
 """The order of methods in figures; within DPO by beta, the gentlest first."""
@@ -69,7 +69,7 @@ def best_of_n_points(run: Run, *, gold: bool) -> pd.DataFrame | None:
     return curve.assign(score=curve[column], score_se=curve[f"{column}_se"])
 
 
-def training_paths(run: Run, judge: TfidfRidge | None) -> dict[str, pd.DataFrame]:
+def training_paths(run: Run, judge: TfidfJudge | None) -> dict[str, pd.DataFrame]:
     """`step, kl, score` of PPO's samples through training, means over samples and seeds, by the stage's label.
 
     The samples are to training prompts. The judge scores prompt and completion; without one, the reward model's score

@@ -11,7 +11,7 @@ import pandas as pd
 from rlhf_jax import config as configs
 from rlhf_jax.data import pipeline
 from rlhf_jax.data.pipeline import DataConfig
-from rlhf_jax.rewards import tfidf_ridge
+from rlhf_jax.rewards import tfidf
 from rlhf_jax.runtime.files import read_json, read_rows
 from rlhf_jax.sampling.batches import sample_all, score_all, sequence_kl
 from rlhf_jax.sampling.choice import Sampling
@@ -142,15 +142,19 @@ class Run:
         """A stage's policy: of the first of its seeds, and of its newest checkpoint, unless told otherwise."""
         return models.load_policy(self.directory(stage), seed=self._seed(stage) if seed is None else seed, step=step)
 
+    def load_model(self, stage: str, seed: int | None = None) -> models.Policy | models.RewardModel:
+        """A stage's policy or reward model, whichever it trained."""
+        return models.load_stage(self.directory(stage), seed=self._seed(stage) if seed is None else seed)
+
     def load_reward_model(self, stage: str) -> models.RewardModel:
         """A stage's reward model."""
         return models.load_reward_model(self.directory(stage))
 
-    def load_judge(self) -> tfidf_ridge.TfidfRidge | None:
+    def load_judge(self) -> tfidf.TfidfJudge | None:
         """The gold judge that the experiment's results were judged by, if it has one."""
         asked = (self.config(name)["section"].get("judge") for name in reversed(self.stages))
         stage = next((name for name in asked if name in self._directories() and self.is_complete(name)), None)
-        return None if stage is None else tfidf_ridge.load(self.directory(stage) / "judge.joblib")
+        return None if stage is None else tfidf.load(self.directory(stage) / "judge.joblib")
 
     def reward_model_of(self, stage: str) -> str | None:
         """The reward model that a stage, or else a later one or any, scores this stage's responses by."""

@@ -15,7 +15,7 @@ from rlhf_jax.core.best_of_n import best_of_n_kl
 from rlhf_jax.core.statistics import distinct_n, standard_error, wilson_interval
 from rlhf_jax.data import pipeline
 from rlhf_jax.rewards.lexicon import vader
-from rlhf_jax.rewards.tfidf_ridge import TfidfRidge
+from rlhf_jax.rewards.tfidf import TfidfJudge
 from rlhf_jax.runtime.files import read_json, write_rows
 from rlhf_jax.sampling.batches import sample_all, score_all, sequence_kl
 from rlhf_jax.stages.context import Context
@@ -60,7 +60,7 @@ class Judges(NamedTuple):
 
     reference: Policy
     reward_model: RewardModel
-    judge: TfidfRidge | None
+    judge: TfidfJudge | None
 
 
 class Answers(NamedTuple):

@@ -1,4 +1,4 @@
-"""gold: fits the judge that stands in for the person to people's ratings of the training split."""
+"""gold: fits the judge that stands in for the person to people's ratings or labels of the training split."""
 
 import dataclasses
 from typing import Any, Literal
@@ -7,17 +7,17 @@ import numpy as np
 
 from rlhf_jax.data import pipeline
 from rlhf_jax.data.formats import require_columns
-from rlhf_jax.rewards import lexicon, tfidf_ridge
-from rlhf_jax.rewards.tfidf_ridge import TfidfRidge, TfidfRidgeConfig
+from rlhf_jax.rewards import lexicon, tfidf
+from rlhf_jax.rewards.tfidf import TfidfJudge, TfidfLogisticConfig, TfidfRidgeConfig
 from rlhf_jax.stages.context import Context
 
 
 @dataclasses.dataclass(frozen=True)
 class GoldConfig:
-    """The judge, and the column with the mean human rating."""
+    """The judge, and the column with the mean human rating, or with one of two labels."""
 
     kind: Literal["gold"]
-    model: TfidfRidgeConfig
+    model: TfidfRidgeConfig | TfidfLogisticConfig
     rating: str
 
 
@@ -26,22 +26,23 @@ def run(config: GoldConfig, context: Context) -> dict[str, Any]:
     train, held_out = (pipeline.load_rows(context.data, split) for split in ("train", "eval"))
     for split, rows in (("train", train), ("eval", held_out)):
         require_columns(rows, ["text", config.rating], context.data.source(split))
-    judge = tfidf_ridge.fit(config.model, [row["text"] for row in train], [row[config.rating] for row in train])
+    judge = tfidf.fit(config.model, [row["text"] for row in train], [row[config.rating] for row in train])
     judge.save(context.directory / "judge.joblib")
     texts, ratings = [row["text"] for row in held_out], [row[config.rating] for row in held_out]
-    summary = {
-        "train_rows": len(train),
-        "eval_rows": len(held_out),
-        "correlation": _correlation(judge.score(texts), ratings),
+    scores = judge.score(texts)
+    figures = {
+        "correlation": _correlation(scores, ratings),
         "vader_correlation": _correlation(lexicon.vader(texts), ratings),
     }
-    context.bar.update(1, 1, {"correlation": summary["correlation"]})
-    return summary
+    if isinstance(config.model, TfidfLogisticConfig):
+        figures["accuracy"] = float(np.mean((scores > 0) == (np.array(ratings) == max(ratings))))
+    context.bar.update(1, 1, {name: figures[name] for name in ("correlation", "accuracy") if name in figures})
+    return {"train_rows": len(train), "eval_rows": len(held_out), **figures}
 
 
-def load_judge(context: Context, stage: str) -> TfidfRidge:
+def load_judge(context: Context, stage: str) -> TfidfJudge:
     """The judge that an earlier gold stage fitted."""
-    return tfidf_ridge.load(context.workdir.find(stage) / "judge.joblib")
+    return tfidf.load(context.workdir.find(stage) / "judge.joblib")
 
 
 def _correlation(scores: np.ndarray, ratings: list[float]) -> float:

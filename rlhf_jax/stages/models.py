@@ -16,7 +16,7 @@ from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
 from rlhf_jax.runtime.checkpoints import load_params
 from rlhf_jax.runtime.files import read_json, write_json
-from rlhf_jax.runtime.pretrained import converted
+from rlhf_jax.runtime.pretrained import MODELS, converted, fetch_model
 from rlhf_jax.text.tokenizer import Tokenizer, load_tokenizer
 from rlhf_jax.types import RlhfError
 
@@ -127,7 +127,9 @@ def load_checkpoint(source: str, tuning: Tuning = AS_IT_IS) -> Policy | RewardMo
 
 
 def checkpoint_directory(source: str) -> Path:
-    """The Hugging Face directory of a checkpoint: itself, a GGUF file's conversion, or what the hub has."""
+    """The Hugging Face directory of a checkpoint: itself, a model to fetch, a GGUF file's conversion, or the hub's."""
+    if source in MODELS:
+        return fetch_model(source)
     return converted(Path(source)) if source.endswith(".gguf") else hf.find_checkpoint(source)
 
 

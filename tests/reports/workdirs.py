@@ -10,8 +10,8 @@ import numpy as np
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
-from rlhf_jax.rewards import tfidf_ridge
-from rlhf_jax.rewards.tfidf_ridge import TfidfRidgeConfig
+from rlhf_jax.rewards import tfidf
+from rlhf_jax.rewards.tfidf import TfidfRidgeConfig
 from rlhf_jax.runtime.checkpoints import Checkpoints, TrainState
 from rlhf_jax.runtime.files import write_json, write_rows
 from rlhf_jax.runtime.workdir import Identity, Workdir
@@ -111,7 +111,7 @@ def write_gold(root: Path) -> None:
     """A judge that likes `fine`."""
     directory = write_stage(root, "gold", {"kind": "gold"}, summary={"correlation": 0.7})
     texts = ["a fine film", "fine", "it is", "it is a film"]
-    tfidf_ridge.fit(TfidfRidgeConfig(1.0, 1), texts, [2.0, 3.0, -1.0, 0.0]).save(directory / "judge.joblib")
+    tfidf.fit(TfidfRidgeConfig(1.0, 1), texts, [2.0, 3.0, -1.0, 0.0]).save(directory / "judge.joblib")
 
 
 def write_all(root: Path, *, gold: bool = True, seeds: int = 1, text: str = "a fine film") -> Path:

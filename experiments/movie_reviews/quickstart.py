@@ -187,6 +187,8 @@ def adamw(learning_rate: float, *, schedule: str, warmup_steps: int, weight_deca
         "weight_decay": weight_decay,
         "epsilon": 1e-5,
         "max_grad_norm": 1.0,
+        "micro_batch": config_dict.placeholder(int),
+        "freeze": (),
     }
 
 

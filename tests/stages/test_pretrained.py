@@ -1,0 +1,123 @@
+"""Stages on a model that others trained: SFT, reward model, DPO and PPO on chats, and out again."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pandas as pd
+import pytest
+
+from rlhf_jax.main import main
+from rlhf_jax.models import hf
+from rlhf_jax.reports import Run
+from rlhf_jax.stages.models import Policy, RewardModel, load_checkpoint
+from tests import checkpoints
+
+ROOT = Path(__file__).parents[2]
+
+
+def chats(path: Path, rows: int, seed: int) -> Path:
+    rng = np.random.default_rng(seed)
+    words = ["the", "film", "is", "good", "bad", "dull"]
+
+    def text() -> str:
+        return " ".join(rng.choice(words, rng.integers(1, 3)))
+
+    def message(role: str) -> dict[str, str]:
+        return {"role": role, "content": text()}
+
+    with path.open("w") as file:
+        for _ in range(rows):
+            row = {"prompt": [message("user")], "chosen": [message("assistant")], "rejected": [message("assistant")]}
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+def arguments(model: str, directory: Path) -> list[str]:
+    data = [
+        f"--config.data.{split}={chats(directory / f'{split}.jsonl', rows, rows)}"
+        for split, rows in (("train", 40), ("eval", 16))
+    ]
+    return [
+        f"--config={ROOT}/experiments/preferences.py:smoke,init={model}",
+        *data,
+        "--config.data.max_prompt_tokens=48",
+        "--config.data.max_response_tokens=16",
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[Path, Path]:
+    directory = tmp_path_factory.mktemp("pretrained")
+    model = checkpoints.llama(directory / "model")
+    assert main([*arguments(str(model), directory), f"--workdir={directory / 'run'}"]) == 0
+    return model, directory / "run"
+
+
+def test_all_stages_run_and_say_what_they_should(finished):
+    _, workdir = finished
+    results = pd.read_csv(workdir / "results.csv")
+    assert results["method"].tolist() == ["sft", "best_of_4", "dpo", "ppo"]
+    assert np.isfinite(results[["reward_score", "kl", "length"]]).all(axis=None)
+    samples = [json.loads(line) for line in (workdir / "sft" / "samples.jsonl").read_text().splitlines()]
+    assert all("assistant" in row["prompt"] for row in samples)  # by the model's own template
+
+
+def test_sft_starts_as_the_checkpoint_and_the_reward_model_as_sft(finished):
+    model, workdir = finished
+    start, run = load_checkpoint(str(model)), Run(workdir)
+    assert isinstance(start, Policy)
+    trained, reward = run.load_policy("sft"), run.load_reward_model("reward_model")
+    far = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), start.params, trained.params)
+    assert 0 < max(jax.tree.leaves(far)) < 1e-3
+    near = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), trained.params, reward.params["body"])
+    assert 0 < max(jax.tree.leaves(near)) < 1e-3
+    assert trained.hf_config == start.hf_config and trained.tokenizer.stop_ids == start.tokenizer.stop_ids
+
+
+def test_what_was_trained_goes_out_again(finished, tmp_path):
+    _, workdir = finished
+    run = Run(workdir)
+    policy, reward = run.load_policy("dpo"), run.load_reward_model("reward_model")
+    hf.save_pretrained(tmp_path / "policy", "policy", policy.params, policy.hf_config)
+    hf.save_pretrained(tmp_path / "reward", "reward", reward.params, reward.hf_config)
+    policy.tokenizer.save(tmp_path / "policy")
+    reward.tokenizer.save(tmp_path / "reward")
+    back, judge = load_checkpoint(str(tmp_path / "policy")), load_checkpoint(str(tmp_path / "reward"))
+    assert isinstance(back, Policy) and isinstance(judge, RewardModel)
+    jax.tree.map(np.testing.assert_array_equal, back.params, policy.params)
+    jax.tree.map(np.testing.assert_array_equal, judge.params, reward.params)
+
+
+def test_a_changed_checkpoint_is_noticed(finished, tmp_path, capsys):
+    model, workdir = finished
+    assert main([*arguments(str(model), tmp_path), f"--workdir={workdir}"]) == 1  # the files are others, too
+    assert "data.train" in capsys.readouterr().err
+    same = [*arguments(str(model), workdir.parent), f"--workdir={workdir}"]
+    assert main(same) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    weights = model / "model.safetensors"
+    before = weights.read_bytes()
+    weights.write_bytes(before[:-4] + b"\0\0\0\1")
+    try:
+        assert main(same) == 1
+        assert f"{model}: '" in capsys.readouterr().err
+    finally:
+        weights.write_bytes(before)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("nothing", "no stage"), ("./nowhere", "no stage"), ("sft", "which is not before it")],
+)
+def test_a_model_that_is_not_there(name, message, tmp_path, capsys):
+    assert main([*arguments(name, tmp_path), f"--workdir={tmp_path / 'run'}"]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_language_model_is_no_reward_model(finished, tmp_path, capsys):
+    model, workdir = finished
+    flags = [*arguments(str(model), workdir.parent), f"--workdir={tmp_path / 'run'}", f"--inputs={workdir}"]
+    assert main([*flags, f"--config.ppo.reward_model={model}", "--stage=ppo"]) == 1
+    assert "is a language model where a reward model is needed" in capsys.readouterr().err

@@ -89,7 +89,7 @@ def parse(config: ConfigDict) -> Experiment:
             raise RlhfError(f"config.stages names {name!r}, which has no section config.{name}")
         stages[name] = sections[name]
         for source in configs.checkpoints(stages[name], sections):
-            if not (os.path.exists(source) or source in MODELS or re.fullmatch(r"[\w.-]+/[\w.-]+", source)):
+            if not (os.path.exists(source) or source in MODELS or re.fullmatch(r"\w[\w.-]*/[\w.-]+", source)):
                 raise RlhfError(
                     f"config.{name} names {source!r}, which is no stage ({', '.join(sections)}), no model to fetch "
                     f"({', '.join(MODELS)}), no file and no directory; an id on the hub is written OWNER/NAME"

@@ -87,18 +87,18 @@ def parse(config: ConfigDict) -> Experiment:
     for name in common.stages:
         if name not in sections:
             raise RlhfError(f"config.stages names {name!r}, which has no section config.{name}")
-        stages[name] = sections[name]
-        for source in configs.checkpoints(stages[name], sections):
+        for source in configs.checkpoints(sections[name], sections):
             if not (os.path.exists(source) or source in MODELS or re.fullmatch(r"\w[\w.-]*/[\w.-]+", source)):
                 raise RlhfError(
                     f"config.{name} names {source!r}, which is no stage ({', '.join(sections)}), no model to fetch "
                     f"({', '.join(MODELS)}), no file and no directory; an id on the hub is written OWNER/NAME"
                 )
-        for input in configs.input_stages(stages[name], sections):
+        for input in configs.input_stages(sections[name], sections):
             if input not in stages:
                 raise RlhfError(
                     f"config.{name} reads stage {input!r}, which is not before it in config.stages = {common.stages}"
                 )
+        stages[name] = sections[name]
     return Experiment(common.seed, common.seeds, common.data, common.runtime, stages)
 
 

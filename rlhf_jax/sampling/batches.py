@@ -69,6 +69,11 @@ def sequence_kl(
     return map_batches(of_batch, rollout, batch_size)
 
 
+def response_logprobs_all(policy: PolicyNetwork, params: PyTree, rollout: Rollout, batch_size: int) -> np.ndarray:
+    """The model's own log-probability of every response token, in nats: float32[N, T], of no meaning at padding."""
+    return map_batches(lambda batch: _logprobs(policy, params, batch, 1.0), rollout, batch_size)
+
+
 def sequence_stats_all(policy: PolicyNetwork, params: PyTree, data: TokenBatch, batch_size: int) -> TokenStats:
     """Statistics of every predicted token of every sequence: arrays [N, S-1]."""
     return map_batches(lambda batch: _sequence_stats(policy, params, batch), data, batch_size)

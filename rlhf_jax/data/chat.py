@@ -23,24 +23,25 @@ def last_answer(messages: Messages) -> tuple[Messages, Messages]:
     return messages[: answers[-1]], messages[answers[-1] : answers[-1] + 1]
 
 
-def render_prompts(prompts: Sequence[Messages], tokenizer: Tokenizer) -> list[str]:
+def render_prompts(prompts: Sequence[Messages], tokenizer: Tokenizer, *, first: int = 1) -> list[str]:
     """Text of each prompt, ended by the beginning of an answer. Raises RlhfError, naming the row."""
     texts = []
-    for number, prompt in enumerate(prompts, start=1):
+    for number, prompt in enumerate(prompts, start=first):
         with naming_row(number):
             texts.append(tokenizer.render(prompt, add_generation_prompt=True))
     return texts
 
 
 def render_completions(
-    prompts: Sequence[Messages], completions: Sequence[Messages], tokenizer: Tokenizer
+    prompts: Sequence[Messages], completions: Sequence[Messages], tokenizer: Tokenizer, *, first: int = 1
 ) -> tuple[list[str], list[str]]:
     """Texts of the prompts, as `render_prompts` gives them, and of what the whole conversations add to them.
 
+    Args: first is the number of the first row.
     Raises: RlhfError, naming the row, where the template writes a prompt otherwise once it is answered.
     """
-    before, after = render_prompts(prompts, tokenizer), []
-    for number, (prompt, completion, start) in enumerate(zip(prompts, completions, before, strict=True), start=1):
+    before, after = render_prompts(prompts, tokenizer, first=first), []
+    for number, (prompt, completion, start) in enumerate(zip(prompts, completions, before, strict=True), start=first):
         with naming_row(number):
             whole = tokenizer.render([*prompt, *completion], add_generation_prompt=False)
             if not whole.startswith(start):

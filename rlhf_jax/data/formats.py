@@ -108,11 +108,16 @@ def checked_rows(rows: Sequence[Row], columns: Iterable[str], source: str) -> li
     columns = tuple(columns)
     require_columns(rows, columns, source)
     chat = isinstance(rows[0][columns[0]], list)
-    check = _checked_chat if chat else _checked_text
-    return [
-        row | {column: check(row[column], f"{source}, row {number}, column {column}") for column in columns}
-        for number, row in enumerate(rows, start=1)
-    ]
+    return [_checked(row, columns, chat, f"{source}, row {number}") for number, row in enumerate(rows, start=1)]
+
+
+def checked_row(row: Row, columns: Iterable[str], where: str) -> Row:
+    """One row as `checked_rows` gives it, whatever its neighbours are. Raises RlhfError that begins with `where`."""
+    columns = tuple(columns)
+    for column in columns:
+        if column not in row:
+            raise RlhfError(f"{where} has no column {column} (it has {', '.join(row) or 'none'}): add it")
+    return _checked(row, columns, isinstance(row[columns[0]], list), where)
 
 
 def preference_rows(rows: Sequence[Row], source: str) -> list[Row]:
@@ -177,6 +182,11 @@ def _prompt_end(chosen: str, rejected: str) -> int:
     return next(ends, 0)
 
 
+def _checked(row: Row, columns: tuple[str, ...], chat: bool, where: str) -> Row:
+    check = _checked_chat if chat else _checked_text
+    return row | {column: check(row[column], f"{where}, column {column}") for column in columns}
+
+
 def _checked_text(value: Any, where: str) -> str:
     if not isinstance(value, str):
         hint = ", as elsewhere; or lists of messages everywhere, in no column prompt if answers begin with it"
@@ -189,7 +199,7 @@ def _checked_text(value: Any, where: str) -> str:
 def _checked_chat(value: Any, where: str) -> list[Row]:
     if not isinstance(value, list):
         raise RlhfError(
-            f"{where} is {_kind(value)}, where the first row has a list of messages: give lists of messages everywhere"
+            f"{where} is {_kind(value)}, where others are lists of messages: give lists of messages everywhere"
         )
     chat = []
     for number, message in enumerate(value, start=1):

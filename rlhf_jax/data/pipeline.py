@@ -172,34 +172,8 @@ def preferences(rows: list[Row], tokenizer: Tokenizer, config: DataConfig) -> Pr
 def tokenise(
     prompts: Sequence[Content], completions: Sequence[Content], tokenizer: Tokenizer, config: DataConfig
 ) -> list[Example]:
-    """Tokens of prompts and of their completions, long prompts cut at their start, long completions at their end.
-
-    Where the prompt is None the completion is a plain text, the response to BOS: as long as both may be. Chats are
-    written by the tokenizer's template, whose end of a turn is the response's EOS.
-
-    A prompt and its completion are encoded together, as the model will see them. Where that changes the prompt's own
-    tokens (a merge across the border), the completion is encoded apart instead, as a policy that is given the prompt
-    would write it; a warning says how often.
-
-    Raises: RlhfError, naming the row, for chats that the template cannot write so.
-    """
-    fit = _chat_prompt if _is_chat(completions) else _text_prompt
-    if _is_chat(completions):
-        before, after = chat.render_completions(prompts, completions, tokenizer)
-    else:
-        before, after = [prompt or "" for prompt in prompts], completions
-    examples, apart = [], []
-    alone = tokenizer.encode_all(before)
-    joined = tokenizer.encode_all([p + c for p, c in zip(before, after, strict=True)])
-    for number, (asked, prompt, whole, text) in enumerate(zip(prompts, alone, joined, after, strict=True), start=1):
-        response = whole[len(prompt) :]
-        if whole[: len(prompt)] != prompt:
-            apart.append(number)
-            response = _encode_apart(text, tokenizer)
-        room = config.max_response_tokens
-        if asked is None:
-            room += config.max_prompt_tokens - len(tokenizer.begin([]))
-        examples.append(Example(fit(prompt, tokenizer, config), tokenizer.end(response)[:room]))
+    """What `encode_pairs` gives; a warning says how many completions were encoded apart."""
+    examples, apart = encode_pairs(prompts, completions, tokenizer, config)
     if apart:
         logger.warning(
             "In %d of %d rows (the first is row %d) the end of the prompt and the beginning of the completion would "
@@ -209,6 +183,47 @@ def tokenise(
             apart[0],
         )
     return examples
+
+
+def encode_pairs(
+    prompts: Sequence[Content],
+    completions: Sequence[Content],
+    tokenizer: Tokenizer,
+    config: DataConfig,
+    *,
+    first: int = 1,
+) -> tuple[list[Example], list[int]]:
+    """Tokens of prompts and of their completions, long prompts cut at their start, long completions at their end.
+
+    Where the prompt is None the completion is a plain text, the response to BOS: as long as both may be. Chats are
+    written by the tokenizer's template, whose end of a turn is the response's EOS.
+
+    A prompt and its completion are encoded together, as the model will see them. Where that changes the prompt's own
+    tokens (a merge across the border), the completion is encoded apart instead, as a policy that is given the prompt
+    would write it.
+
+    Args: first is the number of the first row.
+    Returns: the examples, and the numbers of the rows that were encoded apart.
+    Raises: RlhfError, naming the row, for chats that the template cannot write so.
+    """
+    fit = _chat_prompt if _is_chat(completions) else _text_prompt
+    if _is_chat(completions):
+        before, after = chat.render_completions(prompts, completions, tokenizer, first=first)
+    else:
+        before, after = [prompt or "" for prompt in prompts], completions
+    examples, apart = [], []
+    alone = tokenizer.encode_all(before)
+    joined = tokenizer.encode_all([p + c for p, c in zip(before, after, strict=True)])
+    for number, (asked, prompt, whole, text) in enumerate(zip(prompts, alone, joined, after, strict=True), start=first):
+        response = whole[len(prompt) :]
+        if whole[: len(prompt)] != prompt:
+            apart.append(number)
+            response = _encode_apart(text, tokenizer)
+        room = config.max_response_tokens
+        if asked is None:
+            room += config.max_prompt_tokens - len(tokenizer.begin([]))
+        examples.append(Example(fit(prompt, tokenizer, config), tokenizer.end(response)[:room]))
+    return examples, apart
 
 
 def pad_right(sequences: Sequence[Sequence[int]], width: int) -> tuple[np.ndarray, np.ndarray]:

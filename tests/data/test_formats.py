@@ -387,7 +387,7 @@ def say(*contents: str) -> list[Row]:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("x", "column prompt is of type str, where the first row has a list of messages"),
+        ("x", "column prompt is of type str, where others are lists of messages"),
         (None, "column prompt is null, where"),
         ([*say("x"), "y"], "column prompt, message 2 is of type str: write it as {'role': ..., 'content': ...}"),
         ([{"from": "human", "value": "x"}], r"column prompt, message 1 has no role \(it has from, value\): add it"),
@@ -462,7 +462,7 @@ def test_an_implicit_prompt_of_chats_is_what_the_assistant_answers_in_both(chose
         ({"chosen": say("q", "a"), "rejected": say("r", "a")}, "chosen and rejected begin with no message in common"),
         ({"chosen": say("q"), "rejected": say("q", "a")}, "chosen and rejected begin with no message in common"),
         ({"chosen": say("q", "a"), "rejected": []}, "column rejected is empty"),
-        ({"chosen": "q", "rejected": say("q", "a")}, "column chosen is of type str, where the first row has a list"),
+        ({"chosen": "q", "rejected": say("q", "a")}, "column chosen is of type str, where others are lists"),
     ],
 )
 def test_bad_preferences_of_chats_name_the_row(row: Row, message: str):

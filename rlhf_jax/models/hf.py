@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -180,6 +181,8 @@ def _network(kind: Kind, config: ModelConfig, vocab_size: int) -> PolicyNetwork 
 def _model_config(
     directory: Path, hf_config: dict[str, Any], param_dtype: str, compute_dtype: DType, remat: bool
 ) -> ModelConfig:
+    # transformers says that it found no PyTorch, which nobody here misses.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoConfig  # takes two seconds, and only those who bring a model need it
 
     try:

@@ -5,12 +5,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, PyTree
 
 from rlhf_jax.core import logprobs as lp
-from rlhf_jax.models import head
+from rlhf_jax.models import head, lora
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.head import TokenStats
+from rlhf_jax.models.lora import Adapted, LoraConfig
 from rlhf_jax.models.transformer import KVCache, Transformer, empty_cache
 from rlhf_jax.types import PreferenceBatch, Rollout, TokenBatch
 
@@ -21,37 +22,57 @@ class PolicyNetwork:
 
     They have probability 0. Where a text has one all the same (a word unknown to the tokenizer), its log-probability is
     given as 0: that token says nothing about the policy.
+
+    Parameters are plain, or `Adapted` where the network has a LoraConfig: then the adapter is on, and `dropout_keys`,
+    one a row, switch its dropout on.
     """
 
     config: ModelConfig
     vocab_size: int
     suppressed: tuple[int, ...]
+    lora: LoraConfig | None = None
 
     def init(self, key: PRNGKeyArray) -> PyTree:
         """Random parameters."""
         init = jax.jit(self._body.init)  # or every weight's draw would be a program of its own
         return init(key, jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool))["params"]
 
-    def sequence_stats(self, params: PyTree, batch: TokenBatch) -> TokenStats:
+    def init_adapter(self, params: PyTree, key: PRNGKeyArray) -> PyTree:
+        """A new adapter to plain parameters or their shapes; see `lora.init_adapter`."""
+        return lora.init_adapter(lora.required(self.lora), params, key)
+
+    def merge(self, params: Adapted) -> PyTree:
+        """Plain parameters that compute what the adapted ones do; see `lora.merge`."""
+        return lora.merge(params.base, params.adapter, lora.required(self.lora))
+
+    def sequence_stats(
+        self, params: PyTree, batch: TokenBatch, *, dropout_keys: Key[Array, "B"] | None = None
+    ) -> TokenStats:
         """Statistics of tokens 1 .. S-1 of each sequence, each given those before it: arrays [B, S-1]."""
-        hidden = self._apply(params, batch.tokens, batch.mask)
+        hidden = self._apply(params, batch.tokens, batch.mask, dropout_keys=dropout_keys)
         return self._stats(params, hidden[:, :-1], batch.tokens[:, 1:], temperature=1.0)
 
-    def response_stats(self, params: PyTree, rollout: Rollout, *, temperature: float) -> TokenStats:
+    def response_stats(
+        self, params: PyTree, rollout: Rollout, *, temperature: float, dropout_keys: Key[Array, "B"] | None = None
+    ) -> TokenStats:
         """Statistics of each response token given the prompt and the tokens before it: arrays [B, T].
 
         The distribution is the softmax of logits / temperature, the one that responses are sampled from.
         """
         tokens = jnp.concatenate([rollout.prompt, rollout.response], axis=1)
         mask = jnp.concatenate([rollout.prompt_mask, rollout.response_mask], axis=1)
-        hidden = self._apply(params, tokens, mask)
+        hidden = self._apply(params, tokens, mask, dropout_keys=dropout_keys)
         predicting = hidden[:, rollout.prompt.shape[1] - 1 : -1]
         return self._stats(params, predicting, rollout.response, temperature=temperature)
 
-    def pair_logprobs(self, params: PyTree, batch: PreferenceBatch) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
+    def pair_logprobs(
+        self, params: PyTree, batch: PreferenceBatch, *, dropout_keys: Key[Array, "B"] | None = None
+    ) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
         """Log-probabilities in nats of the chosen and of the rejected responses, in one forward pass."""
         both = both_responses(batch)
-        stats = self.response_stats(params, both, temperature=1.0)
+        if dropout_keys is not None:  # another mask for each of the two
+            dropout_keys = jax.vmap(jax.random.split, out_axes=1)(dropout_keys).reshape(-1)
+        stats = self.response_stats(params, both, temperature=1.0, dropout_keys=dropout_keys)
         chosen, rejected = jnp.split(lp.sequence_logprobs(stats.logprobs, both.response_mask), 2)
         return chosen, rejected
 
@@ -78,8 +99,10 @@ class PolicyNetwork:
     def _body(self) -> Transformer:
         return Transformer(self.config, self.vocab_size)
 
-    def _apply(self, params: PyTree, *args: Any, method: str | None = None) -> Any:
-        return self._body.apply({"params": params}, *args, method=method)
+    def _apply(
+        self, params: PyTree, *args: Any, method: str | None = None, dropout_keys: Key[Array, "B"] | None = None
+    ) -> Any:
+        return lora.apply(self._body, params, self.lora, *args, method=method, dropout_keys=dropout_keys)
 
     @property
     def _allowed(self) -> Bool[Array, "V"]:
@@ -101,6 +124,7 @@ class PolicyNetwork:
         )
 
     def _head(self, params: PyTree) -> Float[Array, "V D"]:
+        params = params.base if isinstance(params, Adapted) else params  # adapters leave the head as it is
         return params["embedding" if self.config.tied else "head"].astype(self.config.compute_dtype)
 
 

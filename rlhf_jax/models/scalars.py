@@ -7,9 +7,11 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Key, PRNGKeyArray, PyTree
 
+from rlhf_jax.models import lora
 from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.models.lora import Adapted, LoraConfig
 from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.types import Rollout
 
@@ -44,12 +46,17 @@ class ScalarTransformer(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class ScalarNetwork:
-    """The pure functions of a body with a scalar head; `pooling` says which hidden states a score is read from."""
+    """The pure functions of a body with a scalar head; `pooling` says which hidden states a score is read from.
+
+    Parameters are plain, or `Adapted` where the network has a LoraConfig: then the adapter is on, and `dropout_keys`,
+    one a row, switch its dropout on.
+    """
 
     config: ModelConfig
     vocab_size: int
     pooling: Pooling
     bias: bool = True  # of the head; transformers' classifiers have none
+    lora: LoraConfig | None = None
 
     def init(self, key: PRNGKeyArray) -> PyTree:
         """Random parameters: `body` and `head`."""
@@ -65,9 +72,23 @@ class ScalarNetwork:
         """
         return {"body": reward_params["body"], "head": jax.tree.map(jnp.zeros_like, reward_params["head"])}
 
-    def scores(self, params: PyTree, rollout: Rollout) -> Float[Array, "B"]:
+    def init_adapter(self, params: PyTree, key: PRNGKeyArray) -> PyTree:
+        """A new adapter to plain parameters or their shapes: one of the body, and the head, which is trained whole.
+
+        The head starts at random or at 0, and has next to no weights (PEFT: `modules_to_save`).
+        """
+        return {"body": lora.init_adapter(lora.required(self.lora), params["body"], key), "head": params["head"]}
+
+    def merge(self, params: Adapted) -> PyTree:
+        """Plain parameters that compute what the adapted ones do; see `lora.merge`."""
+        body = lora.merge(params.base["body"], params.adapter["body"], lora.required(self.lora))
+        return {"body": body, "head": params.adapter["head"]}
+
+    def scores(
+        self, params: PyTree, rollout: Rollout, *, dropout_keys: Key[Array, "B"] | None = None
+    ) -> Float[Array, "B"]:
         """One score for each response, read from the mean over all its and its prompt's tokens, or from the last."""
-        hidden, mask = self._hidden(params, rollout)
+        hidden, mask = self._hidden(params, rollout, dropout_keys)
         if self.pooling == "mean":
             count = jnp.maximum(jnp.sum(mask, axis=1, dtype=jnp.float32), 1)
             pooled = jnp.sum(jnp.where(mask[..., None], hidden, 0), axis=1) / count[:, None]
@@ -76,19 +97,25 @@ class ScalarNetwork:
             pooled = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
         return self._apply(params, pooled)
 
-    def values(self, params: PyTree, rollout: Rollout) -> Float[Array, "B T"]:
+    def values(
+        self, params: PyTree, rollout: Rollout, *, dropout_keys: Key[Array, "B"] | None = None
+    ) -> Float[Array, "B T"]:
         """The value of the state before each response token."""
-        hidden, _ = self._hidden(params, rollout)
+        hidden, _ = self._hidden(params, rollout, dropout_keys)
         return self._apply(params, hidden[:, rollout.prompt.shape[1] - 1 : -1])
 
     @property
     def _module(self) -> ScalarTransformer:
         return ScalarTransformer(dataclasses.replace(self.config, tied=True), self.vocab_size, self.bias)
 
-    def _apply(self, params: PyTree, *args: Any, method: str | None = None) -> Any:
-        return self._module.apply({"params": params}, *args, method=method)
+    def _apply(
+        self, params: PyTree, *args: Any, method: str | None = None, dropout_keys: Key[Array, "B"] | None = None
+    ) -> Any:
+        if isinstance(params, Adapted):
+            params = Adapted(params.base | {"head": params.adapter["head"]}, params.adapter)
+        return lora.apply(self._module, params, self.lora, *args, method=method, dropout_keys=dropout_keys)
 
-    def _hidden(self, params: PyTree, rollout: Rollout) -> tuple[Array, Array]:
+    def _hidden(self, params: PyTree, rollout: Rollout, dropout_keys: Key[Array, "B"] | None) -> tuple[Array, Array]:
         tokens = jnp.concatenate([rollout.prompt, rollout.response], axis=1)
         mask = jnp.concatenate([rollout.prompt_mask, rollout.response_mask], axis=1)
-        return self._apply(params, tokens, mask, method="hidden"), mask
+        return self._apply(params, tokens, mask, method="hidden", dropout_keys=dropout_keys), mask

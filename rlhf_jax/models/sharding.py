@@ -14,6 +14,13 @@ PARTITIONS: tuple[tuple[str, P], ...] = (
     (r"attention/o/kernel$", P("tensor", None, "fsdp")),
     (r"(up|gate)/kernel$", P("fsdp", "tensor")),
     (r"down/kernel$", P("tensor", "fsdp")),
+    # Adapters: the long axis of A and of B as in the kernel, the rank whole.
+    (r"(attention/([qkv]|qkv)|up|gate)/A$", P("fsdp", None)),
+    (r"attention/o/A$", P("tensor", None, None)),
+    (r"down/A$", P("tensor", None)),
+    (r"attention/([qkv]/B|qkv/B/[qkv])$", P(None, "tensor", None)),
+    (r"((up|gate)/B|gate_up/B/(up|gate))$", P(None, "tensor")),
+    (r"(attention/o|down)/B$", P(None, "fsdp")),
 )
 
 ROWS = P(("data", "fsdp"))

@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from rlhf_jax.models.lora import LoraConfig, init_adapter
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
 from rlhf_jax.models.sharding import PARTITIONS, ROWS, shardings
@@ -56,6 +57,10 @@ def stripped(spec):
     return axes
 
 
+def adapter_of(tree, targets):
+    return jax.eval_shape(lambda key: init_adapter(LoraConfig(2, 1.0, (targets,)), tree, key), jax.random.key(0))
+
+
 def expected(path):
     name = next((name for name in SPLIT if re.search(rf"(^|/){name}$", path)), None)
     return SPLIT[name] if name else P()
@@ -75,7 +80,8 @@ def test_every_big_weight_is_split_over_both_axes_and_nothing_else_is(tree):
 
 @pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
 def test_every_pattern_matches_and_none_takes_from_another(tree):
-    paths = by_path(tree)
+    each, shared = (adapter_of(tree, targets) for targets in (r"attention/\w|up|gate|down", "attention/qkv"))
+    paths = by_path({"params": tree, "adapter": each, "shared": shared})
     for pattern, spec in PARTITIONS:
         matched = [path for path in paths if re.search(pattern, path)]
         assert matched, pattern
@@ -99,6 +105,22 @@ def test_optimiser_states_follow_their_parameters(tree):
         else:
             assert sharding.is_fully_replicated, path
     assert set(followers.values()) == {3}  # itself, and Adam's two moments
+
+
+@pytest.mark.parametrize("targets", [r"attention/\w|up|gate|down", "attention/qkv|attention/o|gate_up|down"])
+def test_adapters_are_split_as_the_kernels_and_their_rank_is_not(targets):
+    tree = TREES["gated, untied, grouped heads"]
+    specs = by_path(shardings(adapter_of(tree, targets), mesh(), leading_axes=0))
+    for path, leaf in by_path(adapter_of(tree, targets)).items():
+        layer, which, part = re.split(r"/([AB])/?", path)
+        part = part or {"qkv": "q", "gate_up": "up"}.get(layer.rpartition("/")[2])
+        kernel = f"{layer.rpartition('/')[0]}/{part}" if part else layer
+        whole = list(expected(f"{kernel}/kernel"))
+        whole += [None] * (by_path(tree)[f"{kernel}/kernel"].ndim - len(whole))
+        inputs = 2 if kernel.endswith("/o") else 1
+        assert leaf.shape[-1 if which == "A" else 0] == 2
+        split = [*whole[:inputs], None] if which == "A" else [None, *whole[inputs:]]
+        assert stripped(specs[path].spec) == stripped(P(*split)), path
 
 
 def test_what_does_not_divide_stays_whole_along_that_axis_alone():

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -18,7 +17,7 @@ from rlhf_jax.models.config import DType, ModelConfig
 from rlhf_jax.models.families import family_of, model_config, pack, tensor_shape, tensors_of, unpack
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
-from rlhf_jax.models.tensor_files import DTYPES, StoredTensor, find_tensors, read_tensor, write_tensors
+from rlhf_jax.models.tensor_files import DTYPES, StoredTensor, find_tensors, new_directory, read_tensor, write_tensors
 from rlhf_jax.types import RlhfError
 
 Place = Callable[[str, np.ndarray], jax.Array]
@@ -111,15 +110,9 @@ def save_pretrained(directory: Path, kind: Kind, params: PyTree, hf_config: dict
 
     Tensors have their parameters' dtypes. Raises RlhfError where the directory exists and is not empty.
     """
-    if directory.exists() and any(directory.iterdir()):
-        raise RlhfError(f"{directory} exists and is not empty: name a new directory")
     flat = {_path(path, kind): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
-    bias = flat.pop("head/bias", None) if kind == "reward" else None
-    if bias is not None and np.any(np.asarray(bias)):
-        raise RlhfError(
-            "the reward model's head has a bias, which transformers' classifiers have not: scores would move by "
-            f"{float(np.asarray(bias)[0]):+.4g}. Train it with model.init set to a checkpoint, which has none"
-        )
+    if kind == "reward":
+        refuse_bias(flat.pop("head/bias", None))
     family = family_of(hf_config, "config.json")
     layers = len({path.split("/")[0] for path in flat if path.startswith("block_")})
     tensors = {tensor.name: tensor for tensor in tensors_of(family, layers, flat)}
@@ -133,14 +126,18 @@ def save_pretrained(directory: Path, kind: Kind, params: PyTree, hf_config: dict
     ]
     dtype = np.dtype(next(leaf.dtype for path, leaf in flat.items() if path.endswith("embedding"))).name
     hf_config = {name: value for name, value in hf_config.items() if name != "torch_dtype"} | {"dtype": dtype}
-    temporary = directory.with_name(f"{directory.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    (temporary / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n")
-    write_tensors(temporary / "model.safetensors", header, fetch)
-    if directory.exists():
-        directory.rmdir()
-    temporary.replace(directory)
+    with new_directory(directory) as partial:
+        (partial / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n")
+        write_tensors(partial / "model.safetensors", header, fetch)
+
+
+def refuse_bias(bias: Any | None) -> None:
+    """Raises RlhfError for a reward model's head whose bias says something, because theirs have none."""
+    if bias is not None and np.any(np.asarray(bias)):
+        raise RlhfError(
+            "the reward model's head has a bias, which transformers' classifiers have not: scores would move by "
+            f"{float(np.asarray(bias)[0]):+.4g}. Train it with model.init set to a checkpoint, which has none"
+        )
 
 
 def read_config(directory: Path) -> dict[str, Any]:

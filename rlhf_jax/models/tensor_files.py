@@ -4,9 +4,11 @@ The safetensors package maps a file into memory, and its pages then count as the
 twice while it is loaded. Its format is a few lines: the length of a header in 8 bytes, the header in JSON, the tensors.
 """
 
+import contextlib
 import json
 import math
-from collections.abc import Callable, Iterable
+import shutil
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,7 +44,7 @@ def find_tensors(directory: Path) -> dict[str, StoredTensor]:
         files = [directory / shard for shard in shards]
     else:
         files = [directory / "model.safetensors"]
-    return {name: tensor for file in files for name, tensor in _read_header(file).items()}
+    return {name: tensor for file in files for name, tensor in read_header(file).items()}
 
 
 def read_tensor(tensor: StoredTensor) -> np.ndarray:
@@ -75,7 +77,25 @@ def write_tensors(
                 file.write(np.ascontiguousarray(array).tobytes())
 
 
-def _read_header(file: Path) -> dict[str, StoredTensor]:
+@contextlib.contextmanager
+def new_directory(directory: Path) -> Iterator[Path]:
+    """Where to write what shall be found in a directory once all of it is written.
+
+    Raises RlhfError where the directory exists and is not empty.
+    """
+    if directory.exists() and any(directory.iterdir()):
+        raise RlhfError(f"{directory} exists and is not empty: name a new directory")
+    partial = directory.with_name(f"{directory.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    if directory.exists():
+        directory.rmdir()
+    partial.replace(directory)
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """The tensors of one safetensors file. Raises RlhfError where it is missing, cut short or of another format."""
     if not file.exists():
         raise RlhfError(
             f"{file} is missing: give a directory with a whole checkpoint in safetensors (one in PyTorch's own format "

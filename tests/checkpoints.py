@@ -8,12 +8,13 @@ import jax.numpy as jnp
 from rlhf_jax.models import hf
 from rlhf_jax.models.config import ModelConfig, Rope
 from rlhf_jax.models.policy import PolicyNetwork
+from rlhf_jax.models.scalars import ScalarNetwork
 from tests.text import checkpoints as tokenizers
 
 LLAMA = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 330,  # more rows than the tokenizer has tokens
+    "vocab_size": 370,  # more rows than the tokenizer has tokens
     "hidden_size": 16,
     "intermediate_size": 24,
     "num_hidden_layers": 2,
@@ -43,6 +44,15 @@ CONFIG = ModelConfig(
     param_dtype="float32",
     compute_dtype="float32",
 )
+
+
+def judge(directory: Path, *, tokenizer: str = "gpt2") -> Path:
+    """A reward model with a tokenizer of its own: a classifier with one label."""
+    config = {**LLAMA, "architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "LABEL_0"}}
+    network = ScalarNetwork(CONFIG, LLAMA["vocab_size"], "last", bias=False)
+    params = jax.tree.map(lambda leaf: jnp.asarray(3 * leaf), network.init(jax.random.key(7)))
+    hf.save_pretrained(directory, "reward", params, config)
+    return tokenizers.CHECKPOINTS[tokenizer](directory)
 
 
 def llama(directory: Path, *, seed: int = 0, tokenizer: str = "chatml") -> Path:

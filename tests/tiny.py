@@ -54,7 +54,7 @@ PPO = ppo.PPOConfig(
     samples_written=4,
     loop=LOOP,
 )
-NETWORKS = ppo.Networks(POLICY, REWARD, (EOS,), RESPONSE)
+NETWORKS = ppo.Networks(POLICY, REWARD, REWARD, (EOS,), RESPONSE)
 
 
 def sharper(params):

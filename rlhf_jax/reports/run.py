@@ -13,10 +13,11 @@ from rlhf_jax.data import pipeline
 from rlhf_jax.data.pipeline import DataConfig
 from rlhf_jax.rewards import tfidf
 from rlhf_jax.runtime.files import read_json, read_rows
-from rlhf_jax.sampling.batches import sample_all, score_all, sequence_kl
+from rlhf_jax.sampling.batches import sample_all, sequence_kl
 from rlhf_jax.sampling.choice import Sampling
 from rlhf_jax.stages import models
 from rlhf_jax.stages.samples import texts
+from rlhf_jax.stages.scoring import make_scorer
 from rlhf_jax.text.tokenizer import TOKENIZER_FILE, Tokenizer
 from rlhf_jax.types import RlhfError
 
@@ -207,9 +208,9 @@ class Run:
         judge, start = self.reward_model_of(stage), self.config(stage)["section"].get("policy")
         if judge is not None:
             reward_model = self.load_reward_model(judge)
-            scores = score_all(reward_model.network, reward_model.params, rollout, batch_size)
+            scores = make_scorer(reward_model, policy, [{}], data, batch_size)(rollout)
         if start is not None:
-            reference = self.load_policy(start)
+            reference = self.load_policy(start) if start in self.stages else self._checkpoint(start)
             kl = sequence_kl(
                 policy.network,
                 policy.params,
@@ -220,6 +221,11 @@ class Run:
             )
         completions = texts(policy.tokenizer, rollout)[1]
         return pd.DataFrame({"prompt": np.repeat(prompts, n), "completion": completions, "score": scores, "kl": kl})
+
+    def _checkpoint(self, source: str) -> models.Policy:
+        found = models.load_checkpoint(source)
+        assert isinstance(found, models.Policy), source  # the stage would not have run
+        return found
 
     # ---- where things are ------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from jaxtyping import PyTree
 
 from rlhf_jax.runtime.checkpoints import Checkpoints, TrainState
 from rlhf_jax.runtime.files import RowWriter, read_rows
-from rlhf_jax.runtime.programs import Placement, Step
+from rlhf_jax.runtime.programs import HostSteps, Placement, Step, compile_host_steps
 from rlhf_jax.runtime.progress import Bar
 from rlhf_jax.types import RlhfError
 
@@ -49,7 +49,7 @@ class Evaluation:
 class Task:
     """What a stage wants trained."""
 
-    step: Step
+    step: Step | HostSteps
     state: TrainState  # at step 0; stacked over seeds where there are several
     frozen: PyTree
     batch_at: Callable[[int], Any]  # arrays [B, ...], or [seeds, B, ...], for the step that follows `step` steps
@@ -80,7 +80,10 @@ def train(task: Task, config: LoopConfig, placement: Placement, first_seed: int,
         )
         state = placement.put_state(checkpoints.restore(done, task.state) if done else task.state)
         frozen = placement.put_frozen(task.frozen)
-        program = placement.compile(task.step, state)
+        if isinstance(task.step, HostSteps):
+            program = compile_host_steps(placement, task.step, state)
+        else:
+            program = placement.compile(task.step, state)
         clock = _Clock(directory / "metrics.jsonl")
         while done < task.total_steps:
             steps = range(done, done + config.steps_per_call)

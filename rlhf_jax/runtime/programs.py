@@ -12,7 +12,7 @@ Metrics are equal on all devices (a step reduces them); every leaf of samples ha
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,15 @@ from rlhf_jax.types import RlhfError
 
 Step = Callable[[Any, Any, Any, jax.Array], tuple[Any, dict[str, jax.Array], Any]]
 Program = Callable[[Any, Any, Any, jax.Array], tuple[Any, dict[str, jax.Array], Any]]
+
+
+class HostSteps(NamedTuple):
+    """An iteration in two steps, between which the host scores what the first one sampled."""
+
+    sample: Step  # -> its samples are a rollout
+    score: Callable[[Any], np.ndarray]  # a rollout of any number of rows, in NumPy -> float32[rows]
+    learn: Step  # on a batch (rollout, scores)
+
 
 SEED_AXIS = "seed"
 BATCH_AXIS = "batch"
@@ -186,6 +195,25 @@ def make_placement(config: RuntimeConfig, seeds: int) -> Placement:
     sizes = (config.data, config.fsdp, config.tensor)
     mesh = Mesh(np.array(devices).reshape(sizes), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
     return MeshPlacement(mesh, seeds)
+
+
+def compile_host_steps(placement: Placement, steps: HostSteps, state: PyTree) -> Program:
+    """A program that leaves the device once an iteration, with the rollouts of all seeds at once."""
+    sample, learn = (placement.compile(step, state) for step in (steps.sample, steps.learn))
+
+    def program(state: Any, frozen: Any, batches: Any, run_key: jax.Array) -> tuple:
+        results, leading = [], _leading_axes(placement.seeds) + 1
+        for i in range(len(jax.tree.leaves(batches)[0])):
+            state, _, rollout = sample(state, frozen, jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], batches), run_key)
+            rollout = jax.device_get(rollout)
+            flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[leading:]), rollout)
+            scores = np.asarray(steps.score(flat), np.float32).reshape(jax.tree.leaves(rollout)[0].shape[:leading])
+            state, metrics, samples = learn(state, frozen, (rollout, scores), run_key)
+            results.append(jax.device_get((metrics, samples)))
+        metrics, samples = jax.tree.map(lambda *leaves: np.concatenate(leaves), *results)
+        return state, metrics, samples
+
+    return program
 
 
 @functools.lru_cache

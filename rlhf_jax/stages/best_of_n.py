@@ -14,10 +14,11 @@ from rlhf_jax.core.best_of_n import best_of_n, best_of_n_kl
 from rlhf_jax.core.statistics import standard_error
 from rlhf_jax.data import pipeline
 from rlhf_jax.runtime.files import write_rows
-from rlhf_jax.sampling.batches import sample_all, score_all
+from rlhf_jax.sampling.batches import sample_all
 from rlhf_jax.stages.context import Context
 from rlhf_jax.stages.gold import load_judge
 from rlhf_jax.stages.samples import sample_rows
+from rlhf_jax.stages.scoring import make_scorer
 from rlhf_jax.types import RlhfError
 
 
@@ -41,7 +42,8 @@ class BestOfNConfig:
 def run(config: BestOfNConfig, context: Context) -> dict[str, Any]:
     """Writes `curve.jsonl` (n, kl, proxy, proxy_se, gold, gold_se) and the chosen responses of a few prompts."""
     policy, reward_model = context.policy(config.policy), context.reward_model(config.reward_model)
-    prompts = pipeline.prompts(pipeline.load_rows(context.data, "test"), policy.tokenizer, context.data)
+    table = pipeline.load_rows(context.data, "test")
+    prompts = pipeline.prompts(table, policy.tokenizer, context.data)
     prompt_key, sample_key = jax.random.split(context.key())
     if config.prompts > len(prompts.tokens):
         raise RlhfError(f"config.{context.name}.prompts = {config.prompts}: the data has only {len(prompts.tokens)}")
@@ -55,7 +57,7 @@ def run(config: BestOfNConfig, context: Context) -> dict[str, Any]:
         samples=config.pool,
         batch_size=context.runtime.inference_batch,
     )
-    scores = score_all(reward_model.network, reward_model.params, rollout, context.runtime.inference_batch)
+    scores = make_scorer(reward_model, policy, table, context.data, context.runtime.inference_batch)(rollout)
     rows = sample_rows(policy.tokenizer, rollout, scores.tolist(), [None] * len(scores))
     proxy = scores.reshape(config.prompts, config.pool)
     gold = None

@@ -17,11 +17,12 @@ from rlhf_jax.data import pipeline
 from rlhf_jax.rewards.lexicon import vader
 from rlhf_jax.rewards.tfidf import TfidfJudge
 from rlhf_jax.runtime.files import read_json, write_rows
-from rlhf_jax.sampling.batches import sample_all, score_all, sequence_kl
+from rlhf_jax.sampling.batches import sample_all, sequence_kl
 from rlhf_jax.stages.context import Context
 from rlhf_jax.stages.gold import load_judge
-from rlhf_jax.stages.models import Policy, RewardModel, load_policy
+from rlhf_jax.stages.models import Policy, load_policy
 from rlhf_jax.stages.samples import sample_rows
+from rlhf_jax.stages.scoring import Scorer, make_scorer
 from rlhf_jax.types import Rollout
 
 Z_95 = 1.959964
@@ -59,7 +60,7 @@ class Judges(NamedTuple):
     """What every answer is measured by."""
 
     reference: Policy
-    reward_model: RewardModel
+    score: Scorer  # by the reward model
     judge: TfidfJudge | None
 
 
@@ -78,18 +79,17 @@ class Answers(NamedTuple):
 
 def run(config: EvaluateConfig, context: Context) -> dict[str, Any]:
     """Writes `results.jsonl`, `selection.jsonl` (the same columns) and every answer in `samples.jsonl`."""
-    judges = Judges(
-        context.policy(config.reference),
-        context.reward_model(config.reward_model),
-        None if config.judge is None else load_judge(context, config.judge),
-    )
+    reference, reward_model = context.policy(config.reference), context.reward_model(config.reward_model)
+    judge = None if config.judge is None else load_judge(context, config.judge)
     methods = _methods(config, context)
     seconds = {method.name: _seconds(method.name, context) for method in methods if method.best_of == 1}
     tables: dict[str, list[dict[str, Any]]] = {}
     for split, count in (("eval", config.selection_prompts), ("test", config.prompts)):
         rows = pipeline.load_rows(context.data, split)
-        prompts = pipeline.prompts(rows, judges.reference.tokenizer, context.data)
+        prompts = pipeline.prompts(rows, reference.tokenizer, context.data)
         prompts = pipeline.take(prompts, np.arange(min(count, len(prompts.tokens))))
+        scorer = make_scorer(reward_model, reference, rows, context.data, context.runtime.inference_batch)
+        judges = Judges(reference, scorer, judge)
         answers = []
         for done, method in enumerate(methods):
             answers.append(answer(method, split, prompts, judges, config, context))
@@ -132,9 +132,7 @@ def answer(
         samples=method.best_of,
         batch_size=context.runtime.inference_batch,
     )
-    scores = score_all(
-        judges.reward_model.network, judges.reward_model.params, rollout, context.runtime.inference_batch
-    )
+    scores = judges.score(rollout)
     best = np.arange(0, len(scores), method.best_of) + scores.reshape(-1, method.best_of).argmax(axis=1)
     rollout, scores = jax.tree.map(lambda leaf: leaf[best], rollout), scores[best]
     divergence = _divergence(method, policy, rollout, judges, config.temperature, context)

@@ -27,12 +27,13 @@ from rlhf_jax.models.scalars import ScalarNetwork
 from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.runtime.loop import LoopConfig, Task, train
 from rlhf_jax.runtime.optimizers import OptimizerConfig, gradients, learning_rate, make_optimizer, update
-from rlhf_jax.runtime.programs import SEED_AXIS, Step
+from rlhf_jax.runtime.programs import SEED_AXIS, HostSteps, Step
 from rlhf_jax.sampling.choice import Sampling
 from rlhf_jax.sampling.generate import generate, is_stop
 from rlhf_jax.stages.context import Context
-from rlhf_jax.stages.models import AS_IT_IS, Tuning, save_policy_spec
+from rlhf_jax.stages.models import AS_IT_IS, Tuning, as_reward_model, save_policy_spec
 from rlhf_jax.stages.samples import sample_rows
+from rlhf_jax.stages.scoring import make_scorer, reads_same_tokens
 from rlhf_jax.types import PromptBatch, Rollout
 
 
@@ -96,7 +97,8 @@ class Networks:
     """The networks' functions. Parameters: state has `policy` and `value`, frozen has `reference` and `reward`."""
 
     policy: PolicyNetwork
-    reward: ScalarNetwork  # the value function has its shape
+    value: ScalarNetwork
+    reward: ScalarNetwork | None  # None where responses are scored on the host
     stop_ids: tuple[int, ...]
     max_new_tokens: int
 
@@ -106,14 +108,31 @@ def run(config: PPOConfig, context: Context) -> dict[str, Any]:
     reference, reward_model = context.policy(config.policy, config.tuning), context.reward_model(config.reward_model)
     seeds = range(context.seed, context.seed + context.seeds)
     save_policy_spec(context.directory, reference, seeds)
-    pool = pipeline.prompts(pipeline.load_rows(context.data, "train"), reference.tokenizer, context.data)
+    rows = pipeline.load_rows(context.data, "train")
+    pool = pipeline.prompts(rows, reference.tokenizer, context.data)
 
     placement = context.placement(context.seeds)
-    networks = Networks(
-        reference.network, reward_model.network, reference.tokenizer.stop_ids, context.data.max_response_tokens
-    )
+    several = context.seeds > 1
     prompt_keys, run_keys = zip(*(jax.random.split(context.key(k)) for k in range(context.seeds)), strict=True)
-    params = {"policy": reference.params, "value": reward_model.network.init_value(reward_model.params)}
+    on_device = reads_same_tokens(reward_model.tokenizer, reference.tokenizer)
+    value = reward_model if on_device else as_reward_model(reference, context.key())
+    networks = Networks(
+        policy=reference.network,
+        value=value.network,
+        reward=reward_model.network if on_device else None,
+        stop_ids=reference.tokenizer.stop_ids,
+        max_new_tokens=context.data.max_response_tokens,
+    )
+    axes = (placement.axes, (SEED_AXIS,) if several else ())
+    frozen = {"reference": reference.params}
+    if on_device:
+        step: Step | HostSteps = make_step(networks, config, *axes)
+        frozen["reward"] = reward_model.params
+    else:
+        scorer = make_scorer(reward_model, reference, rows, context.data, context.runtime.inference_batch)
+        sample, learn = make_halves(networks, config, *axes)
+        step = HostSteps(sample, scorer, learn)
+    params = {"policy": reference.params, "value": value.network.init_value(value.params)}
     state = init_state(params, config)
 
     def describe(step: int, samples: Samples) -> list[dict[str, Any]]:
@@ -122,11 +141,10 @@ def run(config: PPOConfig, context: Context) -> dict[str, Any]:
         shown = jax.tree.map(lambda leaf: leaf[: config.samples_written], samples)
         return sample_rows(reference.tokenizer, shown.rollout, shown.scores.tolist(), shown.kl.tolist())
 
-    several = context.seeds > 1
     task = Task(
-        step=make_step(networks, config, placement.axes, (SEED_AXIS,) if several else ()),
+        step=step,
         state=jax.tree.map(lambda leaf: jnp.stack([leaf] * context.seeds), state) if several else state,
-        frozen={"reference": reference.params, "reward": reward_model.params},
+        frozen=frozen,
         batch_at=PromptSource(pool, prompt_keys, config.batch_size),
         run_key=jnp.stack(run_keys) if several else run_keys[0],
         total_steps=config.iterations,
@@ -173,24 +191,47 @@ def make_step(networks: Networks, config: PPOConfig, axes: tuple[str, ...], loop
 
     Args: axes are the mapped axes that rows are split over; loop_axes those of the seeds around the iteration.
     """
+    reward = networks.reward
+    assert reward is not None
+    sample, learn = make_halves(networks, config, axes, loop_axes)
 
     def step(
         state: TrainState, frozen: dict[str, PyTree], prompts: PromptBatch, run_key: PRNGKeyArray
     ) -> tuple[TrainState, dict[str, jax.Array], Samples]:
-        sample_key, order_key = jax.random.split(jax.random.fold_in(run_key, state.step))
-        rollout = generate(
-            networks.policy,
-            state.params["policy"],
-            prompts,
-            sample_key,
-            Sampling(networks.max_new_tokens, config.temperature, networks.stop_ids),
-            loop_axes=loop_axes,
-        ).rollout
-        batch, samples, metrics = score_rollout(networks, config, state.params, frozen, rollout, axes)
-        state, update_metrics = optimise(networks, config, state, batch, order_key, axes)
-        return state, metrics | update_metrics, samples
+        state, _, rollout = sample(state, frozen, prompts, run_key)
+        return learn(state, frozen, (rollout, reward.scores(frozen["reward"], rollout)), run_key)
 
     return step
+
+
+def make_halves(
+    networks: Networks, config: PPOConfig, axes: tuple[str, ...], loop_axes: tuple[str, ...]
+) -> tuple[Step, Step]:
+    """An iteration in two steps, between which responses are scored: PromptBatch -> Rollout, and (Rollout, scores)."""
+
+    def sample(
+        state: TrainState, frozen: dict[str, PyTree], prompts: PromptBatch, run_key: PRNGKeyArray
+    ) -> tuple[TrainState, dict[str, jax.Array], Rollout]:
+        del frozen
+        sampling = Sampling(networks.max_new_tokens, config.temperature, networks.stop_ids)
+        key = _keys(run_key, state)[0]
+        params = state.params["policy"]
+        return state, {}, generate(networks.policy, params, prompts, key, sampling, loop_axes=loop_axes).rollout
+
+    def learn(
+        state: TrainState, frozen: dict[str, PyTree], scored: tuple[Rollout, jax.Array], run_key: PRNGKeyArray
+    ) -> tuple[TrainState, dict[str, jax.Array], Samples]:
+        batch, samples, metrics = score_rollout(networks, config, state.params, frozen, *scored, axes)
+        state, update_metrics = optimise(networks, config, state, batch, _keys(run_key, state)[1], axes)
+        return state, metrics | update_metrics, samples
+
+    return sample, learn
+
+
+def _keys(run_key: PRNGKeyArray, state: TrainState) -> tuple[PRNGKeyArray, PRNGKeyArray]:
+    """An iteration's keys: for sampling, and for the order of minibatches."""
+    sample_key, order_key = jax.random.split(jax.random.fold_in(run_key, state.step))
+    return sample_key, order_key
 
 
 def score_rollout(
@@ -199,14 +240,14 @@ def score_rollout(
     params: dict[str, PyTree],
     frozen: dict[str, PyTree],
     rollout: Rollout,
+    scores: jax.Array,
     axes: tuple[str, ...],
 ) -> tuple[PPOBatch, Samples, dict[str, jax.Array]]:
-    """From responses to advantages, with the metrics of the objective."""
+    """From scored responses to advantages, with the metrics of the objective."""
     mask = rollout.response_mask
     stats = networks.policy.response_stats(params["policy"], rollout, temperature=config.temperature)
     reference = networks.policy.response_stats(frozen["reference"], rollout, temperature=config.temperature)
-    values = networks.reward.values(params["value"], rollout)
-    scores = networks.reward.scores(frozen["reward"], rollout)
+    values = networks.value.values(params["value"], rollout)
 
     ended = jnp.any(is_stop(rollout.response, networks.stop_ids) & mask, axis=1)
     penalised = scores - config.missing_eos_penalty * ~ended
@@ -280,7 +321,7 @@ def ppo_loss(
     """Clipped policy loss plus `vf_coef` times the clipped value loss."""
     mask = batch.rollout.response_mask
     stats = networks.policy.response_stats(params["policy"], batch.rollout, temperature=config.temperature)
-    values = networks.reward.values(params["value"], batch.rollout)
+    values = networks.value.values(params["value"], batch.rollout)
     policy, policy_metrics = policy_loss(
         stats.logprobs, batch.logprobs, batch.advantages, mask, clip_ratio=config.clip_ratio, axes=axes
     )

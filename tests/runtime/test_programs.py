@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from rlhf_jax.runtime import optimizers
-from rlhf_jax.runtime.programs import RuntimeConfig, make_placement
+from rlhf_jax.runtime.programs import SEED_AXIS, HostSteps, RuntimeConfig, compile_host_steps, make_placement
 from rlhf_jax.stages import dpo, ppo
 from rlhf_jax.types import RlhfError
 from tests import tiny
@@ -127,6 +127,40 @@ def test_one_ppo_iteration_equals_one_device(name, ppo_on_one_device):
     np.testing.assert_array_equal(samples.rollout.response_mask, one_samples.rollout.response_mask)
     assert_close(params, one_params)
     assert_close(metrics, one_metrics)
+
+
+@pytest.mark.parametrize("name, seeds", [("one device", 2), ("pmap=8", 1)])
+def test_scores_from_the_host_give_the_same_iterations(name, seeds):
+    """Two iterations, scored by the same network on the host between two programs, and within one program."""
+    placement = make_placement(PLACEMENTS.get(name, tiny.ONE_DEVICE), seeds=seeds)
+    axes = (placement.axes, (SEED_AXIS,) if seeds > 1 else ())
+    start, frozen = tiny.ppo_state(), tiny.ppo_frozen()
+    batches = tiny.several([tiny.prompts(16, seed) for seed in range(2)])
+    keys = jax.random.key(0)
+    if seeds > 1:
+        start = jax.tree.map(lambda leaf: jnp.stack([leaf] * seeds), start)
+        batches = jax.tree.map(lambda leaf: np.stack([leaf] * seeds, axis=1), batches)
+        keys = jnp.stack([jax.random.key(seed) for seed in range(seeds)])
+    scored = []
+
+    def score(rollout):
+        scored.append(len(rollout.response))
+        assert isinstance(rollout.response, np.ndarray)
+        return np.asarray(jax.jit(tiny.REWARD.scores)(frozen["reward"], rollout))
+
+    def run(program):
+        state = placement.put_state(start)
+        state, metrics, samples = program(state)(state, placement.put_frozen(frozen), batches, keys)
+        return jax.device_get((placement.whole(state).params, metrics, samples))
+
+    step = ppo.make_step(tiny.NETWORKS, tiny.PPO, *axes)
+    halves = ppo.make_halves(dataclasses.replace(tiny.NETWORKS, reward=None), tiny.PPO, *axes)
+    steps = HostSteps(halves[0], score, halves[1])
+    assert_close(
+        run(lambda state: compile_host_steps(placement, steps, state)),
+        run(lambda state: placement.compile(step, state)),
+    )
+    assert scored == [16 * seeds] * 2
 
 
 def test_masks_of_the_compared_iteration_are_uneven(ppo_on_one_device):

@@ -94,7 +94,8 @@ def test_a_missing_eos_is_penalised_and_nothing_else():
 
     def scored(penalty: float):
         config = tiny.with_config(missing_eos_penalty=penalty, kl_coef=0.0, gae_lambda=1.0)
-        return ppo.score_rollout(tiny.NETWORKS, config, params, frozen, rollout, ())
+        scores = tiny.REWARD.scores(frozen["reward"], rollout)
+        return ppo.score_rollout(tiny.NETWORKS, config, params, frozen, rollout, scores, ())
 
     (plain, _, _), (batch, samples, metrics) = scored(0.0), scored(3.0)
     # The value function starts at 0, so returns are the rewards to go: the score, from the first token to the last.

@@ -4,16 +4,29 @@ import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import pytest
 
+from rlhf_jax.data import pipeline
 from rlhf_jax.main import main
 from rlhf_jax.models import hf
 from rlhf_jax.reports import Run
 from rlhf_jax.stages.models import Policy, RewardModel, load_checkpoint
+from rlhf_jax.stages.scoring import make_scorer
+from rlhf_jax.types import Rollout
 from tests import checkpoints
 
+DATA = pipeline.DataConfig(
+    train="",
+    eval="",
+    test=None,
+    limit=None,
+    text_prompt_tokens=(1, 2),
+    max_prompt_tokens=48,
+    max_response_tokens=32,
+)
 ROOT = Path(__file__).parents[2]
 
 
@@ -114,6 +127,43 @@ def test_a_changed_checkpoint_is_noticed(finished, tmp_path, capsys):
 def test_a_model_that_is_not_there(name, message, tmp_path, capsys):
     assert main([*arguments(name, tmp_path), f"--workdir={tmp_path / 'run'}"]) == 1
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tokenizer", ["gpt2", "llama2"])
+def test_a_reward_model_with_another_tokenizer_reads_the_texts(tokenizer, tmp_path):
+    """gpt2 has no chat template: it reads what the policy's makes of a text; llama2 has one of its own."""
+    policy = load_checkpoint(str(checkpoints.llama(tmp_path / "policy")))
+    judge = load_checkpoint(str(checkpoints.judge(tmp_path / "judge", tokenizer=tokenizer)))
+    assert isinstance(policy, Policy) and isinstance(judge, RewardModel)
+    data = DATA
+    if tokenizer == "llama2":
+        rows = [{"prompt": [{"role": "user", "content": text}]} for text in ("is it good?", "the film")]
+    else:
+        rows = [{"prompt": "is it good?"}, {"prompt": "the film"}]
+    prompts = pipeline.prompts(rows, policy.tokenizer, data)
+    answers = [" it is.", " was bad, the worst"]
+    responses = pipeline.pad_right([[*policy.tokenizer.encode(text), policy.tokenizer.eos_id] for text in answers], 32)
+    scores = make_scorer(judge, policy, rows, data, 4)(Rollout(*prompts, *responses))
+    for row, answer, score in zip(rows, answers, scores, strict=True):
+        if tokenizer == "llama2":
+            messages = [*row["prompt"], {"role": "assistant", "content": answer}]
+            ids = judge.tokenizer.encode(judge.tokenizer.render(messages, add_generation_prompt=False))
+        else:
+            ids = [*judge.tokenizer.encode(row["prompt"] + answer), judge.tokenizer.eos_id]
+        alone = Rollout(*(np.asarray([x]) for x in (ids[:1], [True], ids[1:], [True] * (len(ids) - 1))))
+        np.testing.assert_allclose(
+            judge.network.scores(judge.params, jax.tree.map(jnp.asarray, alone))[0], score, atol=1e-5
+        )
+
+
+def test_ppo_against_a_reward_model_with_another_tokenizer(finished, tmp_path):
+    model, workdir = finished
+    judge = checkpoints.judge(tmp_path / "judge", tokenizer="llama2")
+    flags = [*arguments(str(model), workdir.parent), f"--workdir={tmp_path / 'run'}", f"--inputs={workdir}"]
+    assert main([*flags, f"--config.ppo.reward_model={judge}", "--config.seeds=2", "--stage=ppo"]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "ppo" / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["seed"]) for row in rows] == [(1, 0), (1, 1), (2, 0), (2, 1)]
+    assert all(np.isfinite(row["objective/scores"]) for row in rows)
 
 
 def test_a_language_model_is_no_reward_model(finished, tmp_path, capsys):

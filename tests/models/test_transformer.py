@@ -312,3 +312,21 @@ def test_impossible_shapes_are_named(changes, message):
     else:
         with pytest.raises(ValueError, match=message):
             config(**changes)
+
+
+def test_remat_keeps_less_and_changes_nothing():
+    tokens = random_tokens(3, 4, 12)
+    batch = TokenBatch(jnp.asarray(tokens), jnp.ones(tokens.shape, bool), jnp.ones(tokens.shape, bool))
+
+    def loss(network):
+        return lambda params: jnp.sum(network.sequence_stats(params, batch).logprobs)
+
+    def kept(network):
+        """Numbers that the forward pass keeps for the backward pass."""
+        pullback = jax.eval_shape(lambda params: jax.vjp(loss(network), params)[1], PARAMS)
+        return sum(leaf.size for leaf in jax.tree.leaves(pullback))
+
+    again = PolicyNetwork(config(remat=True), VOCAB, SUPPRESSED)
+    assert kept(again) < 0.8 * kept(POLICY)
+    expected, got = (jax.jit(jax.grad(loss(network)))(PARAMS) for network in (POLICY, again))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, expected)

@@ -10,6 +10,10 @@ from jaxtyping import Array, Bool, Float, Int
 LOGIT_SLICE = 2**26
 """Logits that exist at one time (256 MB); a larger batch is computed in slices of its time axis."""
 
+FEW_ROWS = 32
+"""Up to so many rows of one token each, CPUs multiply with the embedding on the left: it is then read where it is, and
+not first copied into the order in which a right factor is read, which takes as long as the product."""
+
 RULED_OUT = float(jnp.finfo(jnp.float32).min / 2)
 """Half the lowest number, because subtracting a maximum from the lowest number itself would overflow."""
 
@@ -26,11 +30,23 @@ def logits(
     hidden: Float[Array, "*rows D"], embedding: Float[Array, "V D"], allowed: Bool[Array, "V"], *, softcap: float | None
 ) -> Float[Array, "*rows V"]:
     """Logits x in float32, or c tanh(x / c) with a soft cap c. What is not allowed gets `RULED_OUT`: probability 0."""
-    products = jnp.einsum("...d,vd->...v", hidden, embedding, preferred_element_type=jnp.float32)
+    if hidden.ndim == 2 and hidden.shape[0] <= FEW_ROWS:
+        products = jax.lax.platform_dependent(hidden, embedding, cpu=_embedding_first, default=_hidden_first)
+    else:
+        products = _hidden_first(hidden, embedding)
     if softcap is not None:
         products = softcap * jnp.tanh(products / softcap)
     allowed = allowed.reshape((1,) * (products.ndim - 1) + (-1,))
     return jnp.where(allowed, products, RULED_OUT)
+
+
+def _embedding_first(hidden: Array, embedding: Array) -> Array:
+    products = jnp.einsum("vd,bd->vb", embedding, hidden, preferred_element_type=jnp.float32)
+    return jax.lax.optimization_barrier(products).T  # or the compiler would exchange the factors again
+
+
+def _hidden_first(hidden: Array, embedding: Array) -> Array:
+    return jnp.einsum("...d,vd->...v", hidden, embedding, preferred_element_type=jnp.float32)
 
 
 def token_stats(

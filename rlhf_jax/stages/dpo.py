@@ -22,6 +22,7 @@ from rlhf_jax.stages.context import Context, steps_for
 from rlhf_jax.stages.models import AS_IT_IS, Tuning, save_policy_spec
 from rlhf_jax.stages.preferences import load_preferences
 from rlhf_jax.stages.samples import policy_samples
+from rlhf_jax.stages.training import adapted_network, begin, dropout_keys, whole
 from rlhf_jax.types import PreferenceBatch
 
 
@@ -45,8 +46,11 @@ class DPOConfig:
 def run(config: DPOConfig, context: Context) -> dict[str, Any]:
     """Trains on the training pairs; evaluates loss and accuracy on the held-out pairs."""
     reference = context.policy(config.policy, config.tuning)
-    network, tokenizer = reference.network, reference.tokenizer
-    save_policy_spec(context.directory, reference, range(context.seed, context.seed + 1))
+    lora, tokenizer = config.tuning.lora, reference.tokenizer
+    network = adapted_network(reference.network, lora)
+    reference = reference._replace(network=network)
+    seeds = range(context.seed, context.seed + 1)
+    save_policy_spec(context.directory, reference, seeds, base=config.policy if lora else None)
     rows, held_out = load_preferences(context, config.preferences)
     data, eval_data = (pipeline.preferences(table, tokenizer, context.data) for table in (rows, held_out))
     eval_prompts = pipeline.prompts(pipeline.load_rows(context.data, "eval"), tokenizer, context.data)
@@ -54,26 +58,24 @@ def run(config: DPOConfig, context: Context) -> dict[str, Any]:
     steps = steps_for(config.epochs, len(rows), config.batch_size, config.loop.steps_per_call)
 
     placement = context.placement()
-    params = {"policy": reference.params}
+    params = {"policy": begin(network, reference.params, context.key()).trained}
+    frozen = {"reference": reference.params, "beta": jnp.float32(config.beta)}
+
+    def evaluation(trained: PyTree) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        policy = reference._replace(params=whole(network, trained["policy"], frozen, "reference"))
+        rows = context.runtime.inference_batch
+        metrics = evaluate(network, policy.params, reference.params, eval_data, config.beta, rows)
+        return metrics, policy_samples(policy, eval_prompts, config.sample_prompts, context)
+
     task = Task(
         step=make_step(network, config.optimizer, steps, placement.axes),
         state=TrainState(jnp.int32(0), params, make_optimizer(config.optimizer, steps).init(params)),
-        frozen={"reference": reference.params, "beta": jnp.float32(config.beta)},
+        frozen=frozen,
         batch_at=batches.__getitem__,
         run_key=context.key(),
         total_steps=steps,
         key_figures=("loss", "rewards/accuracies", "rewards/margins"),
-        evaluation=Evaluation(
-            config.eval_every,
-            lambda params: (
-                evaluate(
-                    network, params["policy"], reference.params, eval_data, config.beta, context.runtime.inference_batch
-                ),
-                policy_samples(
-                    reference._replace(params=params["policy"]), eval_prompts, config.sample_prompts, context
-                ),
-            ),
-        ),
+        evaluation=Evaluation(config.eval_every, evaluation),
         describe=lambda step, samples: [],
     )
     train(task, config.loop, placement, context.seed, context.directory, context.bar)
@@ -82,22 +84,23 @@ def run(config: DPOConfig, context: Context) -> dict[str, Any]:
 
 @functools.lru_cache
 def make_step(network: PolicyNetwork, config: OptimizerConfig, steps: int, axes: tuple[str, ...]) -> Step:
-    """One update on a PreferenceBatch. `frozen` holds the reference's parameters, and beta.
+    """One update on a PreferenceBatch. `frozen` holds the reference, which is an adapter's base, and beta.
 
     Beta is data, so that runs which differ in it alone share one compiled program.
     """
     optimizer, schedule = make_optimizer(config, steps), learning_rate(config, steps)
 
     def step(state: TrainState, frozen: dict[str, Any], batch: PreferenceBatch, run_key: jax.Array) -> tuple:
-        del run_key  # nothing is random
-
-        def loss_fn(params: PyTree, rows: PreferenceBatch) -> tuple[jax.Array, dict[str, jax.Array]]:
+        def loss_fn(params: PyTree, given: tuple) -> tuple[jax.Array, dict[str, jax.Array]]:
+            rows, keys = given
             reference = network.pair_logprobs(frozen["reference"], rows)
-            own = network.pair_logprobs(params["policy"], rows)
+            policy = whole(network, params["policy"], frozen, "reference")
+            own = network.pair_logprobs(policy, rows, dropout_keys=keys)
             return dpo_loss(*own, *reference, beta=frozen["beta"], axes=axes)
 
+        keys = dropout_keys(network, run_key, state.step, len(batch.prompt), axes)
         loss, metrics, grads = gradients(
-            config, loss_fn, state.params, batch, lambda rows: masking.rows(rows.prompt, axes), axes
+            config, loss_fn, state.params, (batch, keys), lambda given: masking.rows(given[0].prompt, axes), axes
         )
         params, opt_state, grad_norm = update(optimizer, grads, state.params, state.opt_state, axes)
         metrics |= {

@@ -122,7 +122,7 @@ def answer(
     """One answer of a method to each prompt; a method has its own random numbers on each split."""
     policy = judges.reference
     if method.stage != config.reference:
-        policy = load_policy(context.workdir.find(method.stage), seed=method.seed, step=None)
+        policy = load_policy(context.workdir.find(method.stage), seed=method.seed, step=None, find=context.workdir.find)
     rollout = sample_all(
         policy.network,
         policy.params,

@@ -1,6 +1,7 @@
 """Models as stages exchange them: from scratch, from an earlier stage, or from a checkpoint that others trained."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from rlhf_jax import config as configs
 from rlhf_jax.config import ModelSource
 from rlhf_jax.models import hf
 from rlhf_jax.models.config import DType, ModelConfig
+from rlhf_jax.models.lora import Adapted, LoraConfig
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
 from rlhf_jax.runtime.checkpoints import load_params
@@ -28,6 +30,7 @@ class Tuning:
     param_dtype: DType | None = None
     compute_dtype: DType | None = None  # a checkpoint's is float32
     remat: bool | None = None
+    lora: LoraConfig | None = None  # trains an adapter beside the model, which stays as it is
 
 
 AS_IT_IS = Tuning()
@@ -58,48 +61,84 @@ class RewardModel(NamedTuple):
     hf_config: dict[str, Any] | None = None
 
 
-def save_policy_spec(directory: Path, policy: Policy, seeds: range) -> None:
-    """Writes what is needed beside the checkpoints to load a policy: `model.json`, `tokenizer/`."""
-    _save_spec(directory, policy, {"network": "policy", "seeds": [seeds.start, seeds.stop]})
+Find = Callable[[str], Path]
+"""Where an experiment's stages are: a stage's name -> its directory."""
 
 
-def save_reward_spec(directory: Path, model: RewardModel) -> None:
+def save_policy_spec(directory: Path, policy: Policy, seeds: range, *, base: str | None = None) -> None:
+    """Writes what is needed beside the checkpoints to load a policy: `model.json`, `tokenizer/`.
+
+    Args: base is the stage or the checkpoint that the policy starts from, where only an adapter is trained.
+    """
+    _save_spec(directory, policy, {"network": "policy", "seeds": [seeds.start, seeds.stop], "base": base})
+
+
+def save_reward_spec(directory: Path, model: RewardModel, *, base: str | None = None) -> None:
     """Writes what is needed beside the checkpoints to load a reward model."""
     network = model.network
-    _save_spec(directory, model, {"network": "reward", "pooling": network.pooling, "bias": network.bias})
+    more = {"network": "reward", "pooling": network.pooling, "bias": network.bias, "base": base}
+    _save_spec(directory, model, more)
 
 
-def load_stage(directory: Path, *, seed: int) -> Policy | RewardModel:
+def load_stage(directory: Path, *, seed: int, find: Find | None = None) -> Policy | RewardModel:
     """What a stage trained. Raises RlhfError where it trains no model."""
     if _read_spec(directory)["network"] == "policy":
-        return load_policy(directory, seed=seed, step=None)
-    return load_reward_model(directory)
+        return load_policy(directory, seed=seed, step=None, find=find)
+    return load_reward_model(directory, find=find)
 
 
-def load_policy(directory: Path, *, seed: int, step: int | None) -> Policy:
-    """A stage's policy. Raises RlhfError where the stage trains none, or has no such seed or checkpoint."""
+def load_policy(directory: Path, *, seed: int, step: int | None, find: Find | None = None) -> Policy:
+    """A stage's policy: its parameters, or `Adapted` ones where the stage trained an adapter.
+
+    Args: find says where the stage is that an adapter's base comes from; by default beside this one.
+    Raises RlhfError where the stage trains no policy, or has no such seed or checkpoint.
+    """
     spec = _spec_of(directory, "policy")
     tokenizer = load_tokenizer(directory / "tokenizer")
-    network = PolicyNetwork(_model_config(spec, directory), spec["vocab_size"], tokenizer.suppressed)
+    config, lora = _model_config(spec, directory), _lora(spec, directory)
+    network = PolicyNetwork(config, spec["vocab_size"], tokenizer.suppressed, lora)
     first, stop = spec["seeds"]
     if not first <= seed < stop:
         raise RlhfError(f"{directory} holds seeds {first} to {stop - 1}, not {seed}")
     like = jax.eval_shape(network.init, jax.random.key(0))
+    if lora is not None:
+        like = jax.eval_shape(network.init_adapter, like, jax.random.key(0))
     if stop - first > 1:
         like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((stop - first, *leaf.shape), leaf.dtype), like)
     params = load_params(directory / "checkpoints", "policy", like, step=step)
     if stop - first > 1:
         params = jax.tree.map(lambda leaf: leaf[seed - first], params)
+    if lora is not None:
+        base = _base(spec, directory, seed, find)
+        assert isinstance(base, Policy)
+        params = Adapted(cast(base.params, config.param_dtype), params)
     return Policy(network, params, tokenizer, spec["hf_config"])
 
 
-def load_reward_model(directory: Path) -> RewardModel:
-    """A stage's reward model. Raises RlhfError where the stage trains none."""
+def load_reward_model(directory: Path, *, find: Find | None = None) -> RewardModel:
+    """A stage's reward model, as `load_policy` gives a policy. Raises RlhfError where the stage trains none."""
     spec = _spec_of(directory, "reward")
-    network = ScalarNetwork(_model_config(spec, directory), spec["vocab_size"], spec["pooling"], spec["bias"])
+    config, lora = _model_config(spec, directory), _lora(spec, directory)
+    network = ScalarNetwork(config, spec["vocab_size"], spec["pooling"], spec["bias"], lora)
     like = jax.eval_shape(network.init, jax.random.key(0))
+    if lora is not None:
+        like = jax.eval_shape(network.init_adapter, like, jax.random.key(0))
     params = load_params(directory / "checkpoints", "reward", like, step=None)
+    if lora is not None:
+        base = _base(spec, directory, 0, find)
+        body = base.params["body"] if isinstance(base, RewardModel) else _body(base.params)
+        params = Adapted({"body": cast(body, config.param_dtype), "head": params["head"]}, params)
     return RewardModel(network, params, load_tokenizer(directory / "tokenizer"), spec["hf_config"])
+
+
+def merged(model: Policy | RewardModel) -> Policy | RewardModel:
+    """A model with plain parameters: those of an adapter added to its base."""
+    if not isinstance(model.params, Adapted):
+        return model
+    params = model.network.merge(model.params)
+    if isinstance(model, Policy):
+        return model._replace(network=dataclasses.replace(model.network, lora=None), params=params)
+    return model._replace(network=dataclasses.replace(model.network, lora=None), params=params)
 
 
 def load_checkpoint(source: str, tuning: Tuning = AS_IT_IS) -> Policy | RewardModel:
@@ -159,7 +198,6 @@ def as_reward_model(policy: Policy, key: jax.Array) -> RewardModel:
     The head has no bias, so that transformers can load it as a classifier with one label.
     """
     network = ScalarNetwork(policy.network.config, policy.network.vocab_size, "last", bias=False)
-    body = {name: leaf for name, leaf in policy.params.items() if name != "head"}
     params = network.init(key)
     hf_config = policy.hf_config
     if hf_config is not None:
@@ -171,12 +209,14 @@ def as_reward_model(policy: Policy, key: jax.Array) -> RewardModel:
             "label2id": {"LABEL_0": 0},
             "pad_token_id": policy.tokenizer.pad_id,
         }
-    return RewardModel(network, {**params, "body": body}, policy.tokenizer, hf_config)
+    return RewardModel(network, {**params, "body": _body(policy.params)}, policy.tokenizer, hf_config)
 
 
 def _save_spec(directory: Path, model: Policy | RewardModel, more: dict[str, Any]) -> None:
     model.tokenizer.save(directory / "tokenizer")
-    spec = {"config": dataclasses.asdict(model.network.config), "vocab_size": model.network.vocab_size}
+    network = model.network
+    lora = None if network.lora is None else dataclasses.asdict(network.lora)
+    spec = {"config": dataclasses.asdict(network.config), "vocab_size": network.vocab_size, "lora": lora}
     write_json(directory / "model.json", {**spec, "hf_config": model.hf_config, **more})
 
 
@@ -191,6 +231,33 @@ def _spec_of(directory: Path, network: str) -> dict[str, Any]:
     if spec["network"] != network:
         raise RlhfError(f"stage {directory.name!r} in {directory.parent} trains a {spec['network']}, not a {network}")
     return spec
+
+
+def _lora(spec: dict[str, Any], directory: Path) -> LoraConfig | None:
+    if spec["lora"] is None:
+        return None
+    return configs.build(LoraConfig, spec["lora"], f"{directory / 'model.json'}: lora")
+
+
+def _base(spec: dict[str, Any], directory: Path, seed: int, find: Find | None) -> Policy | RewardModel:
+    """The model that an adapter was trained beside."""
+    source = spec["base"]
+    place = find(source) if find is not None and _is_stage(find, source) else directory.parent / source
+    if (place / "model.json").exists():
+        return merged(load_stage(place, seed=seed, find=find))
+    return load_checkpoint(source)
+
+
+def _is_stage(find: Find, source: str) -> bool:
+    try:
+        return (find(source) / "model.json").exists()
+    except RlhfError:
+        return False
+
+
+def _body(params: PyTree) -> PyTree:
+    """A language model's parameters without its head."""
+    return {name: leaf for name, leaf in params.items() if name != "head"}
 
 
 def _model_config(spec: dict[str, Any], directory: Path) -> ModelConfig:

@@ -32,8 +32,10 @@ from rlhf_jax.sampling.choice import Sampling
 from rlhf_jax.sampling.generate import generate, is_stop
 from rlhf_jax.stages.context import Context
 from rlhf_jax.stages.models import AS_IT_IS, Tuning, as_reward_model, save_policy_spec
+from rlhf_jax.stages.prompts import PromptSource
 from rlhf_jax.stages.samples import sample_rows
 from rlhf_jax.stages.scoring import make_scorer, reads_same_tokens
+from rlhf_jax.stages.training import adapted_network, adapted_scalar, begin, whole
 from rlhf_jax.types import PromptBatch, Rollout
 
 
@@ -65,6 +67,8 @@ class PPOConfig:
     def __post_init__(self) -> None:
         if self.batch_size % self.minibatches:
             raise ValueError(f"batch_size = {self.batch_size} does not divide into {self.minibatches} minibatches")
+        if self.tuning.lora is not None and self.tuning.lora.dropout:
+            raise ValueError("tuning.lora.dropout must be 0: with dropout the first ratio would not be 1")
         if self.temperature <= 0:
             raise ValueError(f"temperature = {self.temperature} must be above 0")
 
@@ -94,7 +98,10 @@ class Samples(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Networks:
-    """The networks' functions. Parameters: state has `policy` and `value`, frozen has `reference` and `reward`."""
+    """The networks' functions. Parameters: state has `policy` and `value`, frozen has `reference` and `reward`.
+
+    Where the policy and the value are adapters, their bases are frozen's `reference` and `value_base`.
+    """
 
     policy: PolicyNetwork
     value: ScalarNetwork
@@ -102,12 +109,20 @@ class Networks:
     stop_ids: tuple[int, ...]
     max_new_tokens: int
 
+    def whole(self, params: dict[str, PyTree], frozen: dict[str, PyTree]) -> dict[str, PyTree]:
+        """The parameters of policy and value, of what is trained and what is not."""
+        return {
+            "policy": whole(self.policy, params["policy"], frozen, "reference"),
+            "value": whole(self.value, params["value"], frozen, "value_base"),
+        }
+
 
 def run(config: PPOConfig, context: Context) -> dict[str, Any]:
     """Trains `context.seeds` policies at once, each with its own prompts, samples and initial key."""
     reference, reward_model = context.policy(config.policy, config.tuning), context.reward_model(config.reward_model)
-    seeds = range(context.seed, context.seed + context.seeds)
-    save_policy_spec(context.directory, reference, seeds)
+    seeds, lora = range(context.seed, context.seed + context.seeds), config.tuning.lora
+    reference = reference._replace(network=adapted_network(reference.network, lora))
+    save_policy_spec(context.directory, reference, seeds, base=config.policy if lora else None)
     rows = pipeline.load_rows(context.data, "train")
     pool = pipeline.prompts(rows, reference.tokenizer, context.data)
 
@@ -118,7 +133,7 @@ def run(config: PPOConfig, context: Context) -> dict[str, Any]:
     value = reward_model if on_device else as_reward_model(reference, context.key())
     networks = Networks(
         policy=reference.network,
-        value=value.network,
+        value=adapted_scalar(value.network, lora),
         reward=reward_model.network if on_device else None,
         stop_ids=reference.tokenizer.stop_ids,
         max_new_tokens=context.data.max_response_tokens,
@@ -132,8 +147,10 @@ def run(config: PPOConfig, context: Context) -> dict[str, Any]:
         scorer = make_scorer(reward_model, reference, rows, context.data, context.runtime.inference_batch)
         sample, learn = make_halves(networks, config, *axes)
         step = HostSteps(sample, scorer, learn)
-    params = {"policy": reference.params, "value": value.network.init_value(value.params)}
-    state = init_state(params, config)
+    policy = begin(networks.policy, reference.params, context.key())
+    value_start = begin(networks.value, networks.value.init_value(value.params), context.key())
+    frozen["value_base"] = value_start.base
+    state = init_state({"policy": policy.trained, "value": value_start.trained}, config)
 
     def describe(step: int, samples: Samples) -> list[dict[str, Any]]:
         if step % config.samples_every and step != 1:
@@ -165,27 +182,6 @@ def init_state(params: dict[str, PyTree], config: PPOConfig) -> TrainState:
     return TrainState(jnp.int32(0), params, make_optimizer(config.optimizer, config.updates).init(params))
 
 
-class PromptSource:
-    """Prompts drawn at random, with replacement, from the prompt distribution: a function of key and step."""
-
-    def __init__(self, pool: pipeline.Prompts, keys: tuple[PRNGKeyArray, ...], batch_size: int) -> None:
-        """One key a seed. With one key a batch is [B, ...], with several [seeds, B, ...]."""
-        self._pool, self._keys, self._rows = pool, keys, np.arange(batch_size, dtype=np.int32)
-        self._draw = jax.jit(
-            lambda key, step: jax.random.randint(
-                jax.random.fold_in(key, step), (batch_size,), 0, len(pool.tokens), dtype=jnp.int32
-            )
-        )
-
-    def __call__(self, step: int) -> PromptBatch:
-        """The prompts of the iteration that follows `step` iterations."""
-        batches = []
-        for key in self._keys:
-            drawn = np.asarray(self._draw(key, step))
-            batches.append(PromptBatch(self._pool.tokens[drawn], self._pool.mask[drawn], self._rows))
-        return batches[0] if len(batches) == 1 else jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
-
-
 def make_step(networks: Networks, config: PPOConfig, axes: tuple[str, ...], loop_axes: tuple[str, ...]) -> Step:
     """One PPO iteration on a PromptBatch: sample, score, penalise, estimate advantages, and all epochs of updates.
 
@@ -212,17 +208,17 @@ def make_halves(
     def sample(
         state: TrainState, frozen: dict[str, PyTree], prompts: PromptBatch, run_key: PRNGKeyArray
     ) -> tuple[TrainState, dict[str, jax.Array], Rollout]:
-        del frozen
         sampling = Sampling(networks.max_new_tokens, config.temperature, networks.stop_ids)
         key = _keys(run_key, state)[0]
-        params = state.params["policy"]
+        params = networks.whole(state.params, frozen)["policy"]
         return state, {}, generate(networks.policy, params, prompts, key, sampling, loop_axes=loop_axes).rollout
 
     def learn(
         state: TrainState, frozen: dict[str, PyTree], scored: tuple[Rollout, jax.Array], run_key: PRNGKeyArray
     ) -> tuple[TrainState, dict[str, jax.Array], Samples]:
-        batch, samples, metrics = score_rollout(networks, config, state.params, frozen, *scored, axes)
-        state, update_metrics = optimise(networks, config, state, batch, _keys(run_key, state)[1], axes)
+        params = networks.whole(state.params, frozen)
+        batch, samples, metrics = score_rollout(networks, config, params, frozen, *scored, axes)
+        state, update_metrics = optimise(networks, config, state, frozen, batch, _keys(run_key, state)[1], axes)
         return state, metrics | update_metrics, samples
 
     return sample, learn
@@ -283,6 +279,7 @@ def optimise(
     networks: Networks,
     config: PPOConfig,
     state: TrainState,
+    frozen: dict[str, PyTree],
     batch: PPOBatch,
     order_key: PRNGKeyArray,
     axes: tuple[str, ...],
@@ -296,7 +293,7 @@ def optimise(
     minibatches = order(jnp.arange(config.epochs)).reshape(config.epochs * config.minibatches, -1)
 
     def loss_fn(params: PyTree, rows: PPOBatch) -> tuple[jax.Array, dict[str, jax.Array]]:
-        return ppo_loss(params, networks, config, rows, axes)
+        return ppo_loss(networks.whole(params, frozen), networks, config, rows, axes)
 
     def response_tokens(rows: PPOBatch) -> jax.Array:
         return masking.count(rows.rollout.response_mask, axes)

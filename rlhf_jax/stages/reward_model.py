@@ -23,6 +23,7 @@ from rlhf_jax.sampling.batches import score_all
 from rlhf_jax.stages.context import Context, steps_for
 from rlhf_jax.stages.models import Pretrained, RewardModel, as_reward_model, save_reward_spec
 from rlhf_jax.stages.preferences import load_preferences
+from rlhf_jax.stages.training import adapted_scalar, begin, dropout_keys, whole
 from rlhf_jax.types import PreferenceBatch
 
 
@@ -49,26 +50,32 @@ class RewardModelConfig:
 def run(config: RewardModelConfig, context: Context) -> dict[str, Any]:
     """Trains on the training pairs; evaluates on the held-out pairs."""
     start = make_reward_model(config, context)
-    network = start.network
-    save_reward_spec(context.directory, start)
+    tuning = config.model if isinstance(config.model, Pretrained) else None
+    network = adapted_scalar(start.network, tuning.lora if tuning else None)
+    trained, base = begin(network, start.params, context.key())
+    save_reward_spec(
+        context.directory, start._replace(network=network), base=tuning.init if tuning and tuning.lora else None
+    )
     rows, held_out = load_preferences(context, config.preferences)
     data, eval_data = (pipeline.preferences(table, start.tokenizer, context.data) for table in (rows, held_out))
     batches = pipeline.shuffled_batches(data, config.batch_size, context.seed)
     steps = steps_for(config.epochs, len(rows), config.batch_size, config.loop.steps_per_call)
 
     placement = context.placement()
-    params = {"reward": start.params}
+    params, frozen = {"reward": trained}, {"base": base}
+
+    def evaluation(trained: PyTree) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        return evaluate(network, whole(network, trained["reward"], frozen, "base"), eval_data, held_out, context)
+
     task = Task(
         step=make_step(network, config.optimizer, steps, placement.axes),
         state=TrainState(jnp.int32(0), params, make_optimizer(config.optimizer, steps).init(params)),
-        frozen=(),
+        frozen=frozen,
         batch_at=batches.__getitem__,
         run_key=context.key(),
         total_steps=steps,
         key_figures=("loss", "accuracy", "eval/accuracy"),
-        evaluation=Evaluation(
-            config.eval_every, lambda params: evaluate(network, params["reward"], eval_data, held_out, context)
-        ),
+        evaluation=Evaluation(config.eval_every, evaluation),
         describe=lambda step, samples: [],
     )
     train(task, config.loop, placement, context.seed, context.directory, context.bar)
@@ -92,15 +99,19 @@ def make_step(network: ScalarNetwork, config: OptimizerConfig, steps: int, axes:
     optimizer, schedule = make_optimizer(config, steps), learning_rate(config, steps)
 
     def step(state: TrainState, frozen: Any, batch: PreferenceBatch, run_key: jax.Array) -> tuple:
-        del frozen, run_key  # nothing is frozen, nothing is random
+        keys = dropout_keys(network, run_key, state.step, len(batch.prompt), axes)
 
-        def loss_fn(params: PyTree, rows: PreferenceBatch) -> tuple[jax.Array, dict[str, jax.Array]]:
-            scores = network.scores(params["reward"], both_responses(rows))
+        def loss_fn(params: PyTree, given: tuple) -> tuple[jax.Array, dict[str, jax.Array]]:
+            rows, keys = given
+            if keys is not None:  # another mask for each of the two
+                keys = jax.vmap(jax.random.split, out_axes=1)(keys).reshape(-1)
+            reward = whole(network, params["reward"], frozen, "base")
+            scores = network.scores(reward, both_responses(rows), dropout_keys=keys)
             chosen, rejected = jnp.split(scores, 2)
             return bradley_terry_loss(chosen, rejected, axes=axes)
 
         loss, metrics, grads = gradients(
-            config, loss_fn, state.params, batch, lambda rows: masking.rows(rows.prompt, axes), axes
+            config, loss_fn, state.params, (batch, keys), lambda given: masking.rows(given[0].prompt, axes), axes
         )
         params, opt_state, grad_norm = update(optimizer, grads, state.params, state.opt_state, axes)
         metrics |= {

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
+from jaxtyping import Array, Key, PyTree
 
 from rlhf_jax.core import masking
 from rlhf_jax.core.logprobs import cross_entropy
@@ -20,6 +20,7 @@ from rlhf_jax.sampling.batches import sequence_stats_all
 from rlhf_jax.stages.context import Context, steps_for
 from rlhf_jax.stages.models import Policy, Pretrained, save_policy_spec
 from rlhf_jax.stages.samples import policy_samples
+from rlhf_jax.stages.training import adapted_network, begin, dropout_keys, whole
 from rlhf_jax.text.tokenizer import TokenizerConfig, train_tokenizer
 from rlhf_jax.types import TokenBatch
 
@@ -47,8 +48,12 @@ def run(config: SFTConfig, context: Context) -> dict[str, Any]:
     """Trains on the training split; evaluates loss and samples on the evaluation split."""
     rows, held_out = (pipeline.load_rows(context.data, split) for split in ("train", "eval"))
     start = make_policy(config, rows, context)
-    network, tokenizer = start.network, start.tokenizer
-    save_policy_spec(context.directory, start, range(context.seed, context.seed + 1))
+    tuning = config.model if isinstance(config.model, Pretrained) else None
+    network, tokenizer = adapted_network(start.network, tuning.lora if tuning else None), start.tokenizer
+    start = start._replace(network=network)
+    trained, base = begin(network, start.params, context.key())
+    seeds = range(context.seed, context.seed + 1)
+    save_policy_spec(context.directory, start, seeds, base=tuning.init if tuning and tuning.lora else None)
 
     data = pipeline.demonstrations(rows, tokenizer, context.data)
     eval_data = pipeline.demonstrations(held_out, tokenizer, context.data)
@@ -58,22 +63,22 @@ def run(config: SFTConfig, context: Context) -> dict[str, Any]:
 
     placement = context.placement()
     optimizer = make_optimizer(config.optimizer, steps)
-    params = {"policy": start.params}
+    params, frozen = {"policy": trained}, {"base": base}
+
+    def evaluation(trained: PyTree) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        policy = start._replace(params=whole(network, trained["policy"], frozen, "base"))
+        metrics = evaluate(network, policy.params, eval_data, context.runtime.inference_batch)
+        return metrics, policy_samples(policy, eval_prompts, config.sample_prompts, context)
+
     task = Task(
         step=make_step(network, config.optimizer, steps, placement.axes),
         state=TrainState(jnp.int32(0), params, optimizer.init(params)),
-        frozen=(),
+        frozen=frozen,
         batch_at=batches.__getitem__,
         run_key=context.key(),
         total_steps=steps,
         key_figures=("loss", "eval/loss"),
-        evaluation=Evaluation(
-            config.eval_every,
-            lambda params: (
-                evaluate(network, params["policy"], eval_data, context.runtime.inference_batch),
-                policy_samples(start._replace(params=params["policy"]), eval_prompts, config.sample_prompts, context),
-            ),
-        ),
+        evaluation=Evaluation(config.eval_every, evaluation),
         describe=lambda step, samples: [],
     )
     train(task, config.loop, placement, context.seed, context.directory, context.bar)
@@ -95,15 +100,16 @@ def make_step(network: PolicyNetwork, config: OptimizerConfig, steps: int, axes:
     optimizer, schedule = make_optimizer(config, steps), learning_rate(config, steps)
 
     def step(state: TrainState, frozen: Any, batch: TokenBatch, run_key: jax.Array) -> tuple:
-        del frozen, run_key  # nothing is frozen, nothing is random
+        keys = dropout_keys(network, run_key, state.step, len(batch.tokens), axes)
 
-        def loss_fn(params: PyTree, rows: TokenBatch) -> tuple[jax.Array, dict[str, jax.Array]]:
-            return sft_loss(network, params["policy"], rows, axes)
+        def loss_fn(params: PyTree, given: tuple) -> tuple[jax.Array, dict[str, jax.Array]]:
+            rows, keys = given
+            return sft_loss(network, whole(network, params["policy"], frozen, "base"), rows, keys, axes)
 
-        def trained_tokens(rows: TokenBatch) -> jax.Array:
-            return masking.count(rows.loss_mask[:, 1:], axes)
+        def trained_tokens(given: tuple) -> jax.Array:
+            return masking.count(given[0].loss_mask[:, 1:], axes)
 
-        loss, metrics, grads = gradients(config, loss_fn, state.params, batch, trained_tokens, axes)
+        loss, metrics, grads = gradients(config, loss_fn, state.params, (batch, keys), trained_tokens, axes)
         params, opt_state, grad_norm = update(optimizer, grads, state.params, state.opt_state, axes)
         metrics |= {
             "loss": loss,
@@ -117,10 +123,17 @@ def make_step(network: PolicyNetwork, config: OptimizerConfig, steps: int, axes:
 
 
 def sft_loss(
-    network: PolicyNetwork, params: PyTree, batch: TokenBatch, axes: tuple[str, ...]
+    network: PolicyNetwork,
+    params: PyTree,
+    batch: TokenBatch,
+    keys: Key[Array, "B"] | None,
+    axes: tuple[str, ...],
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Cross-entropy of the trained tokens, in nats a token, with `entropy` and `mean_token_accuracy`."""
-    stats, trained = network.sequence_stats(params, batch), batch.loss_mask[:, 1:]
+    """Cross-entropy of the trained tokens, in nats a token, with `entropy` and `mean_token_accuracy`.
+
+    Args: keys of an adapter's dropout, one a row, or None for none.
+    """
+    stats, trained = network.sequence_stats(params, batch, dropout_keys=keys), batch.loss_mask[:, 1:]
     return cross_entropy(stats.logprobs, trained, axes), {
         "entropy": masking.masked_mean(stats.entropy, trained, axes),
         "mean_token_accuracy": masking.masked_mean(stats.correct.astype(stats.entropy.dtype), trained, axes),

@@ -78,7 +78,7 @@ def test_an_unweighted_mean_would_be_another_gradient():
     batch, params = jax.tree.map(jnp.asarray, demonstrations()), {"policy": tiny.policy_params()}
 
     def loss_fn(params, rows):
-        return sft.sft_loss(tiny.POLICY, params["policy"], rows, ())
+        return sft.sft_loss(tiny.POLICY, params["policy"], rows, None, ())
 
     def gradient(config, weight):
         return gradients(config, loss_fn, params, batch, weight, ())[2]

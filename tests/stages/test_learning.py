@@ -11,6 +11,7 @@ from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.runtime.optimizers import make_optimizer
 from rlhf_jax.runtime.programs import make_placement
 from rlhf_jax.stages import dpo, ppo, reward_model, sft
+from rlhf_jax.stages.prompts import PromptSource
 from rlhf_jax.types import TokenBatch
 from tests import tiny
 
@@ -108,12 +109,12 @@ def test_a_missing_eos_is_penalised_and_nothing_else():
 def test_prompts_are_drawn_by_key_and_step_alone():
     pool = Prompts(np.arange(40, dtype=np.int32)[:, None], np.ones((40, 1), bool))
     keys = (jax.random.key(1), jax.random.key(2))
-    source = ppo.PromptSource(pool, keys, 64)
+    source = PromptSource(pool, keys, 64)
     batch = source(3)
     assert batch.tokens.shape == (2, 64, 1)
     np.testing.assert_array_equal(batch.rows[0], np.arange(64))
     for k, key in enumerate(keys):
-        alone = ppo.PromptSource(pool, (key,), 64)
+        alone = PromptSource(pool, (key,), 64)
         np.testing.assert_array_equal(alone(3).tokens, batch.tokens[k])
         assert not np.array_equal(alone(4).tokens, batch.tokens[k])
     drawn = np.concatenate([source(step).tokens.ravel() for step in range(20)])

@@ -1,0 +1,125 @@
+"""Stages that train an adapter: what is checkpointed, what the reference is, and what others read of it."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.main import main
+from rlhf_jax.models.lora import Adapted, LoraConfig
+from rlhf_jax.reports import Run
+from rlhf_jax.runtime.checkpoints import TrainState
+from rlhf_jax.runtime.optimizers import make_optimizer
+from rlhf_jax.runtime.programs import make_placement
+from rlhf_jax.stages import dpo, ppo, reward_model, sft
+from rlhf_jax.stages.training import begin
+from tests import checkpoints, tiny
+from tests.runtime.test_gradients import demonstrations
+from tests.runtime.test_programs import PLACEMENTS, assert_close
+from tests.stages.test_pretrained import arguments
+
+LORA = LoraConfig(rank=2, alpha=4.0, targets=("attention/[qv]", "up"))
+POLICY = dataclasses.replace(tiny.POLICY, lora=LORA)
+REWARD = dataclasses.replace(tiny.REWARD, lora=LORA)
+
+
+def run(name, lora=LORA, where=tiny.ONE_DEVICE):
+    """Two steps of a stage: what it trains, its metrics, and the frozen base."""
+    placement = make_placement(where, seeds=1)
+    policy, reward = dataclasses.replace(POLICY, lora=lora), dataclasses.replace(REWARD, lora=lora)
+    key, base, judge = jax.random.key(5), tiny.policy_params(), tiny.reward_params()
+    if name == "ppo":
+        networks = dataclasses.replace(tiny.NETWORKS, policy=policy, value=reward)
+        trained = {"policy": begin(policy, base, key).trained, "value": begin(reward, judge, key).trained}
+        frozen = {"reference": base, "reward": judge, "value_base": judge}
+        step = ppo.make_step(networks, tiny.PPO, placement.axes, ())
+        state, batches = ppo.init_state(trained, tiny.PPO), [tiny.prompts(16, seed) for seed in range(2)]
+    else:
+        make, network, trained, frozen, batches = {
+            "sft": (sft.make_step, policy, {"policy": base}, {"base": base}, [demonstrations()] * 2),
+            "dpo": (
+                dpo.make_step,
+                policy,
+                {"policy": base},
+                {"reference": base, "beta": jnp.float32(0.1)},
+                [tiny.preferences(16, seed) for seed in range(2)],
+            ),
+            "reward_model": (
+                reward_model.make_step,
+                reward,
+                {"reward": judge},
+                {"base": judge},
+                [tiny.preferences(16, seed) for seed in range(2)],
+            ),
+        }[name]
+        trained = {name: begin(network, params, key).trained for name, params in trained.items()}
+        step = make(network, tiny.OPTIMIZER, 2, placement.axes)
+        state = TrainState(jnp.int32(0), trained, make_optimizer(tiny.OPTIMIZER, 2).init(trained))
+    state = placement.put_state(state)
+    program = placement.compile(step, state)
+    state, metrics, _ = program(state, placement.put_frozen(frozen), tiny.several(batches), jax.random.key(0))
+    return jax.device_get((trained, placement.whole(state).params, metrics))
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo", "reward_model", "ppo"])
+def test_only_the_adapter_is_trained_and_all_of_it_moves(name):
+    before, after, metrics = run(name)
+    sizes = [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (after, tiny.policy_params())]
+    assert sizes[0] < 0.7 * sizes[1]
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), before, after)
+    if name == "reward_model":
+        assert moved["reward"]["head"].pop("bias") == 0  # it moves both scores of a pair alike
+    assert min(jax.tree.leaves(moved)) > 0, moved
+    assert all(np.all(np.isfinite(value)) for value in metrics.values())
+    if name == "dpo":
+        np.testing.assert_allclose(metrics["loss"][0], np.log(2), rtol=1e-5)  # it starts as its reference
+    if name == "ppo":
+        np.testing.assert_allclose(metrics["objective/kl"][0], 0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name, where", [("sft", "fsdp=4 x tensor=2"), ("dpo", "pmap=8")])
+def test_dropout_too_is_the_same_on_several_devices(name, where):
+    lora = dataclasses.replace(LORA, dropout=0.3)
+    plain, one, several = run(name), run(name, lora), run(name, lora, PLACEMENTS[where])
+    assert_close(several[1:], one[1:])
+    assert np.any(one[2]["loss"] != plain[2]["loss"])
+
+
+def test_ppo_refuses_dropout():
+    with pytest.raises(ValueError, match=r"tuning\.lora\.dropout must be 0"):
+        tiny.with_config(tuning=dataclasses.replace(tiny.PPO.tuning, lora=dataclasses.replace(LORA, dropout=0.1)))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("adapters")
+    model = checkpoints.llama(directory / "model")
+    flags = [*arguments(f"{model},lora=2", directory), f"--workdir={directory / 'run'}"]
+    assert main(flags) == 0
+    return directory / "run"
+
+
+def test_stages_with_adapters_run_and_others_read_them(finished, tmp_path):
+    runs = Run(finished)
+    policies = {name: runs.load_policy(name) for name in ("sft", "dpo", "ppo")}
+    assert all(isinstance(policy.params, Adapted) for policy in policies.values())
+    assert runs.load_reward_model("reward_model").network.lora is not None
+    sizes = {
+        name: sum(file.stat().st_size for file in (finished / name / "checkpoints").rglob("*") if file.is_file())
+        for name in policies
+    }
+    assert json.loads((finished / "dpo" / "model.json").read_text())["base"] == "sft"
+    assert sizes["dpo"] < 200_000, sizes
+    table = runs.sample(["the film"], stage="dpo", n=2)
+    assert np.isfinite(table[["score", "kl"]]).all(axis=None)
+
+
+def test_an_adapters_base_is_the_stage_it_started_from(finished):
+    runs = Run(finished)
+    sft, tuned = runs.load_policy("sft"), runs.load_policy("dpo")
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), tuned.params.base, sft.network.merge(sft.params)
+    )

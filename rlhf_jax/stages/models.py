@@ -198,7 +198,7 @@ def as_reward_model(policy: Policy, key: jax.Array) -> RewardModel:
     The head has no bias, so that transformers can load it as a classifier with one label.
     """
     network = ScalarNetwork(policy.network.config, policy.network.vocab_size, "last", bias=False)
-    params = network.init(key)
+    head = jax.jit(lambda key: network.init(key)["head"])(key)  # nothing of the body is drawn
     hf_config = policy.hf_config
     if hf_config is not None:
         name = (hf_config.get("architectures") or ["ForCausalLM"])[0]
@@ -209,7 +209,7 @@ def as_reward_model(policy: Policy, key: jax.Array) -> RewardModel:
             "label2id": {"LABEL_0": 0},
             "pad_token_id": policy.tokenizer.pad_id,
         }
-    return RewardModel(network, {**params, "body": _body(policy.params)}, policy.tokenizer, hf_config)
+    return RewardModel(network, {"body": _body(policy.params), "head": head}, policy.tokenizer, hf_config)
 
 
 def _save_spec(directory: Path, model: Policy | RewardModel, more: dict[str, Any]) -> None:

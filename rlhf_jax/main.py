@@ -20,6 +20,11 @@ from rlhf_jax.reports.run import Run
 from rlhf_jax.runtime.pretrained import MODELS, fetch_model
 from rlhf_jax.runtime.workdir import Workdir
 from rlhf_jax.types import RlhfError
+from rlhf_jax.verbs.chat import chat_verb
+from rlhf_jax.verbs.export import export_verb
+from rlhf_jax.verbs.logprobs import logprobs_verb
+from rlhf_jax.verbs.options import Parser
+from rlhf_jax.verbs.sample import sample_verb
 
 USAGE = """\
 rlhf-jax: learning from human preferences in JAX
@@ -28,9 +33,16 @@ rlhf-jax: learning from human preferences in JAX
       runs an experiment's stages, or what is left of them, and reports; --stage runs one of them
   rlhf-jax fetch NAME
       brings a data set or a model here
-  rlhf-jax sample --workdir=DIR --stage=NAME --prompt=TEXT [--n=4] [--temperature=1.0] [--seed=0]
-      prints a trained policy's continuations with their scores
+  rlhf-jax sample MODEL --prompt=TEXT [--chat] [--n=4] [--temperature=1.0] [--seed=0]
+      prints what a model writes after a prompt, with scores where there is a reward model
+  rlhf-jax chat MODEL [--system=TEXT] [--reward-model=DIR]
+      talks to a model in the terminal
+  rlhf-jax logprobs MODEL < ROWS.jsonl > OUT.jsonl
+      adds the log-probabilities of completions to rows of prompt and completion
+  rlhf-jax export MODEL --out=DIR
+      writes a model as a directory that transformers loads
 
+MODEL is --model=DIR|FILE.gguf|OWNER/NAME, or --workdir=DIR --stage=NAME. `rlhf-jax VERB --help` lists a verb's flags;
 --debug before or after any of them shows the traceback of an error.
 """
 
@@ -58,7 +70,8 @@ def main(argv: list[str]) -> int:
             raise RlhfError(f"there is no verb {verb!r}: say one of {', '.join(VERBS)}, or --help")
         VERBS[verb](arguments)
     except KeyboardInterrupt:
-        print("\nInterrupted. The same command goes on from the last checkpoint.", file=sys.stderr)
+        advice = " The same command goes on from the last checkpoint." if verb == "run" else ""
+        print(f"\nInterrupted.{advice}", file=sys.stderr)
         return 130
     except Exception as error:
         if debug:
@@ -88,39 +101,25 @@ def run_verb(arguments: list[str]) -> None:
 
 def fetch_verb(arguments: list[str]) -> None:
     """Brings a data set or a model here."""
-    parser = _Parser(prog="rlhf-jax fetch")
+    parser = Parser("rlhf-jax fetch", "Brings a data set or a model here.")
     parser.add_argument("name", choices=[*DATASETS, *MODELS])
     name = parser.parse_args(arguments).name
     print(fetch_model(name) if name in MODELS else fetch(name))
 
 
-def sample_verb(arguments: list[str]) -> None:
-    """Prints continuations of prompts, with scores."""
-    parser = _Parser(prog="rlhf-jax sample")
-    parser.add_argument("--workdir", type=Path, required=True)
-    parser.add_argument("--inputs", type=Path)
-    parser.add_argument("--stage", required=True)
-    parser.add_argument("--prompt", action="append", required=True)
-    parser.add_argument("--n", type=int, default=4)
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(arguments)
-    if options.n < 1 or options.temperature <= 0:
-        raise RlhfError(f"--n={options.n} must be at least 1, and --temperature={options.temperature} above 0")
-    rows = Run(options.workdir, options.inputs).sample(
-        options.prompt, stage=options.stage, n=options.n, temperature=options.temperature, seed=options.seed
-    )
-    for row in rows.itertuples():
-        score = "       " if row.score is None or row.score != row.score else f"{row.score:+7.3f}"
-        print(f"{score}  {row.prompt}{row.completion}")
-
-
-VERBS: dict[str, Callable[[list[str]], None]] = {"run": run_verb, "fetch": fetch_verb, "sample": sample_verb}
+VERBS: dict[str, Callable[[list[str]], None]] = {
+    "run": run_verb,
+    "fetch": fetch_verb,
+    "sample": sample_verb,
+    "chat": chat_verb,
+    "logprobs": logprobs_verb,
+    "export": export_verb,
+}
 
 
 def parse_run_flags(arguments: list[str]) -> tuple[ConfigDict, argparse.Namespace]:
     """The config with its overrides, and the other flags. Raises RlhfError for whatever cannot be read."""
-    parser = _Parser(prog="rlhf-jax run", allow_abbrev=False, add_help=False)
+    parser = Parser("rlhf-jax run", "Runs an experiment's stages, or what is left of them.")
     parser.add_argument("--config", required=True)
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--inputs", type=Path)
@@ -154,11 +153,6 @@ def load_config(argument: str) -> ConfigDict:
     if not isinstance(config, ConfigDict):
         raise RlhfError(f"--config={argument}: get_config() returned a {type(config).__name__}, not a ConfigDict")
     return config
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:  # type: ignore[override]
-        raise RlhfError(f"{message}\n{self.format_usage().strip()}")
 
 
 def _message(error: Exception) -> str:

@@ -1,5 +1,7 @@
 """Responses a token at a time: those of `generate`, by few programs for many lengths."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,7 +49,8 @@ def collect(stream: Stream, rows: int) -> list[list[int]]:
 )
 def test_what_generate_gives_for_the_same_rows(sampling):
     asked, rows = prompts([1, 3, 40, 2, 17]), np.array([4, 0, 9, 2, 11], np.int32)
-    batch = PromptBatch(*map(jnp.asarray, pad_left(asked, 40)), jnp.asarray(rows))
+    tokens, mask = pad_left(asked, 40)
+    batch = PromptBatch(jnp.asarray(tokens), jnp.asarray(mask), jnp.asarray(rows))
     whole = jax.jit(lambda params: generate(POLICY, params, batch, KEY, sampling).rollout)(PARAMS)
     expected = [np.asarray(row)[np.asarray(mask)].tolist() for row, mask in zip(*whole[2:], strict=True)]
     assert len({len(response) for response in expected}) > 1 or not sampling.stop_ids
@@ -84,7 +87,7 @@ def test_buckets_hold_what_they_are_for():
 
 
 def test_mixed_lengths_compile_a_handful_of_programs():
-    programs = (streams._prefill, streams._decode, streams._choose)
+    programs: list[Any] = [streams._prefill, streams._decode, streams._choose]
     before = [program._cache_size() for program in programs]
     policy = PolicyNetwork(config(n_layers=1, d_ff=24), VOCAB, SUPPRESSED)  # no other test's
     params = random_params(policy)

@@ -1,0 +1,140 @@
+"""What the verbs' command lines have in common: which model, how it is sampled, and how errors are told."""
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+
+from rlhf_jax.data.pipeline import DataConfig
+from rlhf_jax.reports.run import Run, encode_prompt
+from rlhf_jax.sampling.choice import Sampling
+from rlhf_jax.stages import models
+from rlhf_jax.stages.models import Policy, RewardModel, Tuning
+from rlhf_jax.types import RlhfError
+
+UNCUT = DataConfig(
+    train="", eval="", test=None, limit=None, text_prompt_tokens=(1, 1), max_prompt_tokens=2**30,
+    max_response_tokens=2**30,
+)  # fmt: skip
+"""Texts are tokenised whole; those that a model has no room for are refused, not cut."""
+
+
+EXACT = Tuning(param_dtype="float32", compute_dtype="float32")
+"""What a checkpoint's numbers are computed in, unless told otherwise. Anything less depends on the device too."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises RlhfError where argparse would print a usage and exit."""
+
+    def __init__(self, prog: str, description: str) -> None:
+        """Knows every flag by its whole name only."""
+        form = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog=prog, description=description, formatter_class=form, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        """Raises RlhfError with the message and the usage."""
+        raise RlhfError(f"{message}\n{self.format_usage().strip()}")
+
+
+def add_model_flags(parser: Parser) -> None:
+    """The flags that `load_model` reads."""
+    which = parser.add_argument_group("which model", "--model, or --workdir and --stage")
+    which.add_argument("--model", metavar="DIR", help="a Hugging Face directory, a GGUF file, or OWNER/NAME on the hub")
+    which.add_argument("--workdir", type=Path, metavar="DIR", help="where an experiment was run")
+    which.add_argument("--stage", metavar="NAME", help="the stage of it whose model is meant")
+    which.add_argument("--inputs", type=Path, metavar="DIR", help="where stages are that the experiment only read")
+    which.add_argument("--policy-seed", type=int, metavar="N", help="of a stage that trained several (the first)")
+    which.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        help="of parameters and computing; otherwise float32, or as the stage trained it",
+    )
+
+
+def load_model(options: argparse.Namespace, tuning: Tuning) -> Policy | RewardModel:
+    """The model that the flags name; a checkpoint is held as `tuning` says, where --dtype says nothing.
+
+    An adapter is merged into its base.
+    Raises RlhfError where the flags name no model, or two.
+    """
+    if options.dtype is not None:
+        tuning = Tuning(param_dtype=options.dtype, compute_dtype=options.dtype)
+    if options.model is not None:
+        clashing = [
+            name for name in ("workdir", "stage", "inputs", "policy_seed") if getattr(options, name) is not None
+        ]
+        if clashing:
+            raise RlhfError(f"--model and --{clashing[0].replace('_', '-')} name two models: leave one of them out")
+        return models.load_checkpoint(options.model, tuning)
+    if options.workdir is None or options.stage is None:
+        raise RlhfError("no model is named: give --model=DIR, or --workdir=DIR --stage=NAME")
+    model = models.merged(Run(options.workdir, options.inputs).load_model(options.stage, options.policy_seed))
+    return model if options.dtype is None else models.tuned(model, tuning)
+
+
+def load_policy(options: argparse.Namespace) -> Policy:
+    """The language model that the flags name. Raises RlhfError where it is a reward model."""
+    model = load_model(options, EXACT)
+    if not isinstance(model, Policy):
+        raise RlhfError(f"{options.model or options.stage} is a reward model, which writes nothing: name a policy")
+    return model
+
+
+def add_sampling_flags(parser: Parser) -> None:
+    """The flags that `sampling` reads, and --seed and --stop."""
+    how = parser.add_argument_group("how it answers")
+    how.add_argument("--temperature", type=float, default=1.0, help="0 takes the most likely token (default 1)")
+    how.add_argument("--top-k", type=int, metavar="K", help="only the K most likely tokens")
+    how.add_argument("--top-p", type=float, metavar="P", help="only the fewest tokens whose probabilities reach P")
+    how.add_argument("--min-p", type=float, metavar="P", help="only tokens at least P times as likely as the likeliest")
+    how.add_argument("--max-new-tokens", type=int, metavar="N", help="the most tokens of an answer")
+    how.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends an answer; may be given again")
+    how.add_argument("--seed", type=int, default=0, help="of the random numbers (default 0)")
+
+
+def sampling(options: argparse.Namespace, policy: Policy, max_new_tokens: int) -> Sampling:
+    """How the flags say that the policy is sampled. Raises RlhfError naming the flag that cannot be."""
+    if "" in options.stop:
+        raise RlhfError("--stop= is empty, and would end every answer at once: give the text that ends one")
+    most = max_new_tokens if options.max_new_tokens is None else options.max_new_tokens
+    try:
+        return Sampling(
+            most, options.temperature, policy.tokenizer.stop_ids, options.top_k, options.top_p, options.min_p
+        )
+    except ValueError as error:
+        name, _, rest = str(error).partition(" ")
+        raise RlhfError(f"--{name.replace('_', '-')} {rest}") from error
+
+
+def text_prompt(policy: Policy, text: str) -> list[int]:
+    """Tokens of a prompt of plain text. Raises RlhfError where it has words without a token."""
+    return encode_prompt(text, policy.tokenizer, UNCUT.max_prompt_tokens)
+
+
+def chat_prompt(policy: Policy, messages: list[dict[str, str]]) -> list[int]:
+    """Tokens of a conversation, up to the beginning of an answer."""
+    return policy.tokenizer.encode(policy.tokenizer.render(messages, add_generation_prompt=True))
+
+
+def within_context(policy: Policy, prompt: list[int], sampling: Sampling) -> Sampling:
+    """The sampling, with no more new tokens than the model has room for. Raises RlhfError where it has none."""
+    context = policy.network.config.context
+    if context is None:
+        return sampling
+    if len(prompt) >= context:
+        raise RlhfError(f"the prompt has {len(prompt)} tokens, and the model sees {context}, its answer included")
+    return dataclasses.replace(sampling, max_new_tokens=min(sampling.max_new_tokens, context - len(prompt)))
+
+
+@contextlib.contextmanager
+def until_closed() -> Iterator[None]:
+    """Ends quietly when nobody reads what is printed any more, as `head` does not."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it exits

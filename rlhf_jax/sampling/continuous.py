@@ -15,12 +15,16 @@ from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.transformer import EMPTY, KVCache, empty_cache
 from rlhf_jax.sampling.choice import Sampling, draw, uniform_at
-from rlhf_jax.sampling.generate import Generation, is_stop
+from rlhf_jax.sampling.generate import Generation, cast_weights, is_stop
 from rlhf_jax.types import PromptBatch, Rollout
 
 
 class _Slots(NamedTuple):
-    """What the slots hold, and what has come out of them. Row N of the outputs is written by slots without a prompt."""
+    """What the slots hold, and what has come out of them.
+
+    What a slot without a prompt would write goes to a row of its own beyond the last one, and is dropped: all indices
+    then differ, and a scatter need not take one after the other (on GPUs, and above all in a deterministic program).
+    """
 
     time: Array  # int32: steps taken; the ring's place of the next token is `time` modulo its length
     queue: Array  # int32: prompts taken so far
@@ -28,11 +32,16 @@ class _Slots(NamedTuple):
     last: Array  # int32[slots]: its last token
     length: Array  # int32[slots]: response tokens written
     cache: KVCache
-    response: Array  # int32[N + 1, T]
-    response_mask: Array  # bool[N + 1, T]
-    logprobs: Array  # float32[N + 1, T]
-    model_logprobs: Array  # float32[N + 1, T]
+    response: Array  # int32[N, T]
+    response_mask: Array  # bool[N, T]
+    logprobs: Array  # float32[N, T]
+    model_logprobs: Array  # float32[N, T]
     steps: Array  # int32: decoding steps, for those who measure
+
+
+def default_refill(slots: int) -> int:
+    """How many slots fall free before a prefill: few, so that little idles, but so many that a prefill is a batch."""
+    return max(1, slots // 8)
 
 
 def generate_queue(
@@ -52,14 +61,18 @@ def generate_queue(
     tokens a prompt. Not for use under `vmap`, where both branches of a refill would be run at every step.
     Returns: the responses in the order of the prompts, and the number of decoding steps taken.
     """
+    params = cast_weights(params, policy.config.compute_dtype)
     count, prompt_length = prompts.tokens.shape
     ring = prompt_length + sampling.max_new_tokens
     slots, refill = min(slots, count), min(refill, slots, count)
     ends = jnp.full(count, sampling.max_new_tokens, jnp.int32) if limits is None else limits
     ends = jnp.append(ends, 0)
     numbers = jnp.append(prompts.rows, 0)
-    blank = jnp.zeros((count + 1, sampling.max_new_tokens), jnp.int32)
+    blank = jnp.zeros((count, sampling.max_new_tokens), jnp.int32)
     nothing = jnp.zeros(blank.shape, jnp.float32)
+
+    def put(whole: Array, index: Array | tuple, part: Array | int) -> Array:
+        return whole.at[index].set(part, mode="drop", unique_indices=True)
 
     def write(state: _Slots, rows: Array, slot: Array, length: Array, logits: Array) -> _Slots:
         """The next token of some slots, given its logits; `rows` are their prompts."""
@@ -67,14 +80,15 @@ def generate_queue(
         token, logprob, model_logprob = draw(logits, uniforms, sampling)
         going = rows < count
         ended = is_stop(token, sampling.stop_ids) | (length + 1 >= ends[rows])
+        place = (jnp.where(going, rows, count + jnp.arange(rows.size, dtype=jnp.int32)), length)
         return state._replace(
-            response=state.response.at[rows, length].set(jnp.where(going, token, 0)),
-            response_mask=state.response_mask.at[rows, length].set(going),
-            logprobs=state.logprobs.at[rows, length].set(jnp.where(going, logprob, 0)),
-            model_logprobs=state.model_logprobs.at[rows, length].set(jnp.where(going, model_logprob, 0)),
-            prompt=state.prompt.at[slot].set(jnp.where(ended, count, rows), mode="drop"),
-            last=state.last.at[slot].set(token, mode="drop"),
-            length=state.length.at[slot].set(jnp.where(going, length + 1, 0), mode="drop"),
+            response=put(state.response, place, token),
+            response_mask=put(state.response_mask, place, going),
+            logprobs=put(state.logprobs, place, logprob),
+            model_logprobs=put(state.model_logprobs, place, model_logprob),
+            prompt=put(state.prompt, slot, jnp.where(ended, count, rows)),
+            last=put(state.last, slot, token),
+            length=put(state.length, slot, jnp.where(going, length + 1, 0)),
         )
 
     def take(state: _Slots) -> _Slots:
@@ -84,20 +98,20 @@ def generate_queue(
         rows = state.queue + jnp.cumsum(free[chosen], dtype=jnp.int32) - 1
         usable = free[chosen] & (rows < count)
         rows = jnp.where(usable, rows, count)
-        slot = jnp.where(usable, chosen, slots)  # out of bounds: dropped
+        slot = jnp.where(usable, chosen, slots + jnp.arange(refill, dtype=jnp.int32))  # out of bounds: dropped
         source = jnp.minimum(rows, count - 1)
         logits, filled = policy.start(params, prompts.tokens[source], prompts.mask[source], prompt_length, ring)
         places = (state.time - prompt_length + jnp.arange(prompt_length, dtype=jnp.int32)) % ring
         index = (slot[:, None], slice(None), places[None, :])
 
-        def put(whole: Array, part: Array) -> Array:
-            return whole.at[index].set(jnp.swapaxes(part, 1, 2), mode="drop")
+        def fill(whole: Array, part: Array) -> Array:
+            return put(whole, index, jnp.swapaxes(part, 1, 2))
 
-        positions = state.cache.positions.at[slot].set(EMPTY, mode="drop")
+        positions = put(state.cache.positions, slot, EMPTY)
         cache = KVCache(
-            tuple(map(put, state.cache.keys, filled.keys)),
-            tuple(map(put, state.cache.values, filled.values)),
-            positions.at[slot[:, None], places[None, :]].set(filled.positions, mode="drop"),
+            tuple(map(fill, state.cache.keys, filled.keys)),
+            tuple(map(fill, state.cache.values, filled.values)),
+            put(positions, (slot[:, None], places[None, :]), filled.positions),
         )
         state = state._replace(cache=cache, queue=state.queue + jnp.sum(usable, dtype=jnp.int32))
         return write(state, rows, slot, jnp.zeros(refill, jnp.int32), logits)
@@ -132,5 +146,5 @@ def generate_queue(
         steps=jnp.int32(0),
     )
     state = jax.lax.while_loop(lambda state: (state.queue < count) | jnp.any(state.prompt < count), advance, state)
-    rollout = Rollout(prompts.tokens, prompts.mask, state.response[:-1], state.response_mask[:-1])
-    return Generation(rollout, state.logprobs[:-1], state.model_logprobs[:-1]), state.steps
+    rollout = Rollout(prompts.tokens, prompts.mask, state.response, state.response_mask)
+    return Generation(rollout, state.logprobs, state.model_logprobs), state.steps

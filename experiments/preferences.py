@@ -21,7 +21,7 @@ from ml_collections import ConfigDict, config_dict
 
 def get_config(arg: str = "") -> ConfigDict:
     """The experiment; `init=MODEL` starts from a checkpoint, `smoke` is the smoke variant."""
-    options = dict(option.partition("=")[::2] for option in filter(None, arg.split(",")))
+    options = {name: value for name, _, value in (option.partition("=") for option in arg.split(",")) if name}
     if unknown := set(options) - {"smoke", "init", "lora"}:
         raise ValueError(f"preferences.py takes smoke, init=MODEL and lora=RANK, not {', '.join(sorted(unknown))}")
     if "lora" in options and "init" not in options:

@@ -8,11 +8,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 # Before JAX is imported, here and in the processes that tests start. Programs here run once: they are compiled quickly.
-FLAGS = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=1"]
-if tuple(map(int, version("jax").split(".")[:2])) < (0, 11):  # later releases do not know this flag, and stop at it
-    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+old_jax = tuple(map(int, version("jax").split(".")[:2])) < (0, 11)  # later ones stop at a flag that they do not know
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=1"
+    f"{' --xla_cpu_use_fusion_emitters=false' if old_jax else ''}"
+)
 
 import hypothesis
 import jax

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +50,7 @@ def run(name: str, optimizer: OptimizerConfig, where=tiny.ONE_DEVICE):
             ),
             "reward_model": (reward_model.make_step, reward, (), tiny.preferences(16)),
         }[name]
-        network = tiny.REWARD if name == "reward_model" else tiny.POLICY
+        network: Any = tiny.REWARD if name == "reward_model" else tiny.POLICY
         step = make(network, optimizer, 3, placement.axes)
         state = TrainState(jnp.int32(0), params, make_optimizer(optimizer, 3).init(params))
     state = placement.put_state(state)

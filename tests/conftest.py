@@ -8,11 +8,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 # Before JAX is imported, here and in the processes that tests start. Programs here run once: they are compiled quickly.
-old_jax = tuple(map(int, version("jax").split(".")[:2])) < (0, 11)  # later ones stop at a flag that they do not know
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=1"
-    f"{' --xla_cpu_use_fusion_emitters=false' if old_jax else ''}"
+    f"{' --xla_cpu_use_fusion_emitters=false' if version('jax') < '0.11' else ''}"  # later ones do not know this flag
 )
 
 import hypothesis

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, PRNGKeyArray, PyTree
 
+from rlhf_jax.models.config import DType
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.transformer import KVCache
 from rlhf_jax.sampling.choice import Sampling, draw, row_uniforms
@@ -52,6 +53,7 @@ def generate(
 
     Returns: the prompts with their responses, padded on the right with token 0 and a False mask.
     """
+    params = cast_weights(params, policy.config.compute_dtype)
     rows = _numbers(prompts, samples)
     uniforms = row_uniforms(key, rows, sampling.max_new_tokens)
     most = sampling.max_new_tokens
@@ -71,6 +73,19 @@ def generate(
     prompt, mask = (jnp.repeat(leaf, samples, axis=0) for leaf in (prompts.tokens, prompts.mask))
     rollout = Rollout(prompt, mask, decoding.response, decoding.response_mask)
     return Generation(rollout, decoding.logprobs, decoding.model_logprobs)
+
+
+def cast_weights(params: PyTree, dtype: DType) -> PyTree:
+    """Matrices in the dtype that they are multiplied in, to which every step would otherwise cast them all.
+
+    The compiler need not move the cast out of the loop. Norms and adapters are computed in float32, and stay so.
+    """
+
+    def cast(path: tuple, leaf: Array) -> Array:
+        name = jax.tree_util.keystr(path[-1:], simple=True)
+        return leaf.astype(dtype) if name in ("kernel", "embedding", "head") else leaf
+
+    return jax.tree_util.tree_map_with_path(cast, params)
 
 
 def start(

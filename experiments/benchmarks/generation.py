@@ -39,6 +39,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig
 
+from rlhf_jax.models.config import DType
 from rlhf_jax.models.families import model_config
 from rlhf_jax.models.hf import load_pretrained, save_pretrained
 from rlhf_jax.models.policy import PolicyNetwork
@@ -68,7 +69,7 @@ class Model(NamedTuple):
     directory: str | None  # where its weights come from, or None for random ones
 
 
-def load(shape: str, directory: str | None, dtype: str) -> Model:
+def load(shape: str, directory: str | None, dtype: DType) -> Model:
     """A checkpoint, or random weights of a shape: the dtype is that of weights and of computation."""
     if directory is not None:
         loaded = load_pretrained(directory, param_dtype=dtype, compute_dtype=dtype)
@@ -77,7 +78,7 @@ def load(shape: str, directory: str | None, dtype: str) -> Model:
         policy = PolicyNetwork(loaded.config, loaded.vocab_size, ())
         return Model(Path(directory).name, policy, loaded.params, loaded.hf_config, directory)
     layers, width, heads, kv_heads, ff_width, vocab, theta = SIZES[shape]
-    hf_config = LLAMA | {
+    hf_config: dict[str, Any] = LLAMA | {
         "num_hidden_layers": layers,
         "hidden_size": width,
         "num_attention_heads": heads,
@@ -238,7 +239,7 @@ def measure_mixed(model: Model, slots: int, args: argparse.Namespace) -> dict[st
 
 def peer_samplers(model: Model, prompts: PromptBatch, args: argparse.Namespace) -> dict[str, Callable[[], Any]]:
     """Transformers' `generate` of the same weights, by its defaults: a cache that grows, and nothing compiled."""
-    import torch
+    import torch  # pyrefly: ignore[missing-import]
     import transformers
     from transformers import AutoModelForCausalLM, GenerationConfig
 

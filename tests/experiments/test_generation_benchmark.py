@@ -1,7 +1,8 @@
 """The benchmark of sampling: its rows are complete, and its numbers agree with each other."""
 
-import importlib.util
 import json
+import runpy
+import types
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,7 @@ FLAGS = ["--shape=tiny", "--prompt=8", "--repeats=2", "--dtype=float32"]
 
 @pytest.fixture(scope="module")
 def benchmark():
-    spec = importlib.util.spec_from_file_location("generation_benchmark", FILE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return types.SimpleNamespace(**runpy.run_path(str(FILE)))
 
 
 def test_rows_of_one_length(benchmark, tmp_path):

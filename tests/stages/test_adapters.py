@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +39,7 @@ def run(name, lora=LORA, where=tiny.ONE_DEVICE):
         step = ppo.make_step(networks, tiny.PPO, placement.axes, ())
         state, batches = ppo.init_state(trained, tiny.PPO), [tiny.prompts(16, seed) for seed in range(2)]
     else:
-        make, network, trained, frozen, batches = {
+        cases: dict[str, Any] = {
             "sft": (sft.make_step, policy, {"policy": base}, {"base": base}, [demonstrations()] * 2),
             "dpo": (
                 dpo.make_step,
@@ -54,7 +55,8 @@ def run(name, lora=LORA, where=tiny.ONE_DEVICE):
                 {"base": judge},
                 [tiny.preferences(16, seed) for seed in range(2)],
             ),
-        }[name]
+        }
+        make, network, trained, frozen, batches = cases[name]
         trained = {name: begin(network, params, key).trained for name, params in trained.items()}
         step = make(network, tiny.OPTIMIZER, 2, placement.axes)
         state = TrainState(jnp.int32(0), trained, make_optimizer(tiny.OPTIMIZER, 2).init(trained))

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -93,6 +94,7 @@ def test_what_was_trained_goes_out_again(finished, tmp_path):
     _, workdir = finished
     run = Run(workdir)
     policy, reward = run.load_policy("dpo"), run.load_reward_model("reward_model")
+    assert policy.hf_config is not None and reward.hf_config is not None
     hf.save_pretrained(tmp_path / "policy", "policy", policy.params, policy.hf_config)
     hf.save_pretrained(tmp_path / "reward", "reward", reward.params, reward.hf_config)
     policy.tokenizer.save(tmp_path / "policy")
@@ -136,6 +138,7 @@ def test_a_reward_model_with_another_tokenizer_reads_the_texts(tokenizer, tmp_pa
     judge = load_checkpoint(str(checkpoints.judge(tmp_path / "judge", tokenizer=tokenizer)))
     assert isinstance(policy, Policy) and isinstance(judge, RewardModel)
     data = DATA
+    rows: list[dict[str, Any]]
     if tokenizer == "llama2":
         rows = [{"prompt": [{"role": "user", "content": text}]} for text in ("is it good?", "the film")]
     else:

@@ -41,7 +41,7 @@ class _Slots(NamedTuple):
 
 def default_refill(slots: int) -> int:
     """How many slots fall free before a prefill: few, so that little idles, but so many that a prefill is a batch."""
-    return max(1, slots // 8)
+    return max(2, slots // 8)
 
 
 def generate_queue(

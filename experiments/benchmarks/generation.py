@@ -282,8 +282,7 @@ def show(rows: list[dict[str, Any]]) -> None:
     table = Table(*(name.replace("_per_second", "/s").replace("_", " ") for name in names))
     for row in rows:
         table.add_row(*(text(row[name]) for name in names))
-    console = Console()
-    console.print(table)
+    (console := Console()).print(table)
     console.print(*(f"{name} {first[name]}" for name in ("prompt", "new", "dtype", "repeats", "device", "jax", "date")))
     if "bandwidth" in first:
         console.print(f"memory roofline at {first['bandwidth'] / 1e9:,.0f} GB/s, {first['bandwidth_from']}")

@@ -4,7 +4,9 @@ import argparse
 import contextlib
 import dataclasses
 import importlib
+import signal
 import sys
+import threading
 import unicodedata
 from collections.abc import Iterator
 
@@ -77,19 +79,15 @@ class Terminal:
     def _answer(self, line: str) -> None:
         answer = Answer()
         pieces = self._conversation.reply(line, answer)
-        try:
+        with _until_interrupted() as interrupted:
             with self._console.status("[dim]reading[/dim]"):  # and, the first time, compiling
                 first = next(pieces, "")
             self._print(first)
-            for piece in pieces:
+            while not interrupted.is_set() and (piece := next(pieces, None)) is not None:
                 self._print(piece)
-        except KeyboardInterrupt:
             pieces.close()
-            stopped = True
-        else:
-            stopped = False
         self._console.print()
-        self._console.print(f"[dim]{_told(answer, stopped)}[/dim]\n")
+        self._console.print(f"[dim]{_told(answer, interrupted.is_set())}[/dim]\n")
 
     def _command(self, line: str) -> None:
         name, _, rest = line.partition(" ")
@@ -142,6 +140,20 @@ def _load_judge(options: argparse.Namespace) -> RewardModel | None:
     if not isinstance(judge, RewardModel):
         raise RlhfError(f"--reward-model={options.reward_model} is a language model: give a classifier with one label")
     return judge
+
+
+@contextlib.contextmanager
+def _until_interrupted() -> Iterator[threading.Event]:
+    """An event that Ctrl-C sets, where else it would raise an exception.
+
+    An exception that is raised while JAX calls back into Python can be lost, and with it the wish to stop.
+    """
+    interrupted = threading.Event()
+    before = signal.signal(signal.SIGINT, lambda *_: interrupted.set())
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _lines() -> Iterator[str]:

@@ -100,15 +100,14 @@ def finished(tmp_path_factory):
     directory = tmp_path_factory.mktemp("adapters")
     model = checkpoints.llama(directory / "model")
     flags = [*arguments(f"{model},lora=2", directory), f"--workdir={directory / 'run'}"]
-    assert main(flags) == 0
+    assert main([*flags, "--config.stages=('sft','dpo')"]) == 0
     return directory / "run"
 
 
 def test_stages_with_adapters_run_and_others_read_them(finished, tmp_path):
     runs = Run(finished)
-    policies = {name: runs.load_policy(name) for name in ("sft", "dpo", "ppo")}
+    policies = {name: runs.load_policy(name) for name in ("sft", "dpo")}
     assert all(isinstance(policy.params, Adapted) for policy in policies.values())
-    assert runs.load_reward_model("reward_model").network.lora is not None
     sizes = {
         name: sum(file.stat().st_size for file in (finished / name / "checkpoints").rglob("*") if file.is_file())
         for name in policies
@@ -116,7 +115,7 @@ def test_stages_with_adapters_run_and_others_read_them(finished, tmp_path):
     assert json.loads((finished / "dpo" / "model.json").read_text())["base"] == "sft"
     assert sizes["dpo"] < 200_000, sizes
     table = runs.sample(["the film"], stage="dpo", n=2)
-    assert np.isfinite(table[["score", "kl"]]).all(axis=None)
+    assert np.isfinite(table["kl"]).all() and np.any(table["kl"] != 0)
 
 
 def test_an_adapters_base_is_the_stage_it_started_from(finished):

@@ -17,7 +17,8 @@ from tests.verbs.commands import fails, reads, succeeds
 
 ROOT = Path(__file__).parents[2]
 AT_A_TERMINAL = """
-import fcntl, termios
+import fcntl, signal, termios
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a process started in the background has not
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # whose keys are signals
 from rlhf_jax.main import entry_point
 entry_point()
@@ -89,10 +90,6 @@ def test_a_conversation_in_a_terminal(tmp_path):
         person.reads("> ")
         person.type("/score\r")
         person.reads(r"score [+-]\d\.\d{3}")
-        person.reads("> ")
-        person.type("half a line")
-        person.reads("half a line")
-        person.type(CTRL_C)
         person.reads("> ")
         person.type("/temperature 0.5\r")
         person.reads("temperature 0.5\x1b")  # printed, not typed

@@ -148,6 +148,7 @@ def start_from(config: ConfigDict, model: str) -> None:
         {"init": model, "param_dtype": "float32", "compute_dtype": config_dict.placeholder(str), "remat": False}
     )
     config.sft.epochs = 1.0
+    config.reward_model.pooling = "last"  # as transformers reads a classifier, so that it can be exported
     for name, rate in (("sft", 2e-5), ("reward_model", 1e-5), ("dpo", 1e-6), ("ppo", 1e-6)):
         config[name].optimizer.learning_rate = rate
 

@@ -64,9 +64,17 @@ class Context:
     def model(self, source: str, tuning: Tuning = AS_IT_IS) -> Policy | RewardModel:
         """The model of an earlier stage or of a checkpoint, held as `tuning` says."""
         if source not in self.stages:
-            return load_checkpoint(source, tuning)
-        found = load_stage(self.workdir.find(source), seed=self.seed, find=self.workdir.find)
-        return tuned(merged(found), tuning)
+            found = load_checkpoint(source, tuning)
+        else:
+            stage = load_stage(self.workdir.find(source), seed=self.seed, find=self.workdir.find)
+            found = tuned(merged(stage), tuning)
+        config, most = found.network.config, self.data.max_prompt_tokens + self.data.max_response_tokens
+        if config.positions == "learned" and config.context is not None and most > config.context:
+            raise RlhfError(
+                f"config.{self.name}: {source} has learnt {config.context} positions, and data.max_prompt_tokens + "
+                f"data.max_response_tokens = {most}: lower them"
+            )
+        return found
 
 
 def steps_for(epochs: float, rows: int, batch_size: int, steps_per_call: int) -> int:

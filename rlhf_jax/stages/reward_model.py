@@ -143,8 +143,8 @@ def evaluate(
     samples = [
         {
             "seed": context.seed,
-            "prompt": rows[i]["prompt"],
-            "completion": rows[i][side],
+            "prompt": _shown(rows[i]["prompt"]),
+            "completion": _shown(rows[i][side]),
             "score": float(scores[i]),
             "kl": None,
             "length": int(mask[i].sum()),
@@ -153,6 +153,13 @@ def evaluate(
         for side, scores, mask in (("chosen", chosen, data.chosen_mask), ("rejected", rejected, data.rejected_mask))
     ]
     return metrics, samples
+
+
+def _shown(content: Any) -> str:
+    """A text as it is, a chat with the roles before what they say."""
+    if isinstance(content, str):
+        return content
+    return "\n".join(f"{message['role']}: {message['content']}" for message in content)
 
 
 def _agreement(margins: np.ndarray, other: np.ndarray) -> float:

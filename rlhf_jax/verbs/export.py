@@ -36,8 +36,16 @@ def export_verb(arguments: list[str]) -> None:
 
 
 def export(model: Policy | RewardModel, out: Path) -> None:
-    """Writes a model that goes back to a checkpoint; whole or not at all."""
+    """Writes a model that goes back to a checkpoint; whole or not at all.
+
+    Raises RlhfError for a reward model that transformers would read otherwise.
+    """
     assert model.hf_config is not None
+    if isinstance(model, RewardModel) and model.network.pooling != "last":
+        raise RlhfError(
+            f"the reward model reads its score with pooling = {model.network.pooling!r}, and transformers' classifiers "
+            "read the last token: its scores would be others there. Train it with pooling = 'last'"
+        )
     kind: hf.Kind = "policy" if isinstance(model, Policy) else "reward"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -78,6 +78,11 @@ def test_all_stages_run_and_say_what_they_should(finished):
     assert all("assistant" in row["prompt"] for row in samples)  # by the model's own template
 
 
+def test_samples_of_chats_are_texts_with_their_roles(finished):
+    rows = [json.loads(line) for line in (finished[1] / "reward_model" / "samples.jsonl").read_text().splitlines()]
+    assert all(row["prompt"].startswith("user: ") and row["completion"].startswith("assistant: ") for row in rows)
+
+
 def test_sft_starts_as_the_checkpoint_and_the_reward_model_as_sft(finished):
     model, workdir = finished
     start, run = load_checkpoint(str(model)), Run(workdir)

@@ -16,6 +16,8 @@ from rlhf_jax.runtime.checkpoints import Checkpoints, TrainState
 from rlhf_jax.stages import models
 from rlhf_jax.stages.models import Policy, RewardModel, load_checkpoint
 from rlhf_jax.text.tokenizer import TokenizerConfig, train_tokenizer
+from rlhf_jax.types import RlhfError
+from rlhf_jax.verbs.export import export
 from tests import tiny
 from tests.text import checkpoints as tokenizers
 from tests.verbs import checkpoints
@@ -116,3 +118,12 @@ def test_whole_or_not_at_all(tmp_path, capsys, monkeypatch):
     before = sorted(tmp_path.iterdir())
     assert "No space left" in fails(capsys, "export", f"--model={source}", f"--out={tmp_path / 'out'}")
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_reward_model_that_transformers_would_read_otherwise_is_refused(tmp_path):
+    model = models.load_checkpoint(str(checkpoints.reward_model(tmp_path / "judge")))
+    assert isinstance(model, RewardModel)
+    mean = model._replace(network=dataclasses.replace(model.network, pooling="mean"))
+    with pytest.raises(RlhfError, match="pooling = 'mean'"):
+        export(mean, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

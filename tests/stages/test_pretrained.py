@@ -9,10 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import pytest
+from transformers import GPT2Config
 
 from rlhf_jax.data import pipeline
 from rlhf_jax.main import main
 from rlhf_jax.models import hf
+from rlhf_jax.models.families import model_config
+from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.reports import Run
 from rlhf_jax.stages.models import Policy, RewardModel, load_checkpoint
 from rlhf_jax.stages.scoring import make_scorer
@@ -179,3 +182,15 @@ def test_a_language_model_is_no_reward_model(finished, tmp_path, capsys):
     flags = [*arguments(str(model), workdir.parent), f"--workdir={tmp_path / 'run'}", f"--inputs={workdir}"]
     assert main([*flags, f"--config.ppo.reward_model={model}", "--stage=ppo"]) == 1
     assert "is a language model where a reward model is needed" in capsys.readouterr().err
+
+
+def test_more_tokens_than_learnt_positions_are_refused(tmp_path, capsys):
+    fields = {"n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 40, "vocab_size": 370}
+    config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], **fields}
+    shape = model_config(GPT2Config(**fields), param_dtype="float32", compute_dtype="float32")
+    params = PolicyNetwork(shape, 370, ()).init(jax.random.key(0))
+    hf.save_pretrained(tmp_path / "model", "policy", params, config)
+    checkpoints.tokenizers.chatml(tmp_path / "model")
+    flags = [*arguments(str(tmp_path / "model"), tmp_path), f"--workdir={tmp_path / 'run'}", "--stage=sft"]
+    assert main(flags) == 1
+    assert "has learnt 40 positions" in capsys.readouterr().err

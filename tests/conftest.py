@@ -4,14 +4,14 @@ import fcntl
 import itertools
 import os
 from contextlib import nullcontext
-from importlib.metadata import version
 from pathlib import Path
 
-# Before JAX is imported, here and in the processes that tests start. Programs here run once: they are compiled quickly.
+from tests import quickly
+
+# Before JAX is imported, here and in the processes that tests start.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=1"
-    f"{' --xla_cpu_use_fusion_emitters=false' if version('jax') < '0.11' else ''}"  # later ones do not know this flag
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {quickly.XLA_FLAGS}"
 )
 
 import hypothesis

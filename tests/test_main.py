@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 
 from rlhf_jax.main import main
+from tests import quickly
 
 ROOT = Path(__file__).parents[1]
 PREFERENCES = f"--config={ROOT}/experiments/preferences.py:smoke"
@@ -52,9 +53,8 @@ def fails(capsys, *arguments: str) -> str:
     return captured.err
 
 
-@pytest.mark.parametrize("ending", WRITERS)
-def test_own_preferences_run_whole(ending, tmp_path, capsys):
-    arguments = [PREFERENCES, f"--workdir={tmp_path / 'run'}", *files(tmp_path, ending)]
+def test_own_preferences_run_whole(tmp_path, capsys):
+    arguments = [PREFERENCES, f"--workdir={tmp_path / 'run'}", *files(tmp_path)]
     assert main(arguments) == 0
     results = pd.read_csv(tmp_path / "run" / "results.csv")
     assert results["method"].tolist() == ["sft", "best_of_4", "dpo", "ppo"]
@@ -68,6 +68,16 @@ def test_own_preferences_run_whole(ending, tmp_path, capsys):
     assert main(arguments) == 0
     assert "nothing to do" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+
+def test_every_kind_of_file_gives_the_same_run(tmp_path):
+    summaries = []
+    for ending in WRITERS:
+        flags = [f"--workdir={tmp_path / ending}", *files(tmp_path, ending), "--stage=sft"]
+        assert main([PREFERENCES, *flags]) == 0
+        summary = json.loads((tmp_path / ending / "sft" / "summary.json").read_text())
+        summaries.append({key: value for key, value in summary.items() if not key.startswith("time/")})
+    assert summaries[0] == summaries[1] == summaries[2]
 
 
 @pytest.mark.parametrize(
@@ -162,7 +172,7 @@ def test_a_full_disk_loses_nothing(tmp_path):
     """Files may grow to 60 KB: configs and tokenizer fit, a checkpoint does not. Then there is room again."""
     command = [sys.executable, "-m", "rlhf_jax", PREFERENCES, f"--workdir={tmp_path / 'run'}", *files(tmp_path)]
     command += ["--stage=sft", "--config.sft.model.d_model=64"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": quickly.XLA_FLAGS}
 
     limited = ["bash", "-c", 'ulimit -f 60; exec "$@"', "bash", *command]  # RLIMIT_FSIZE, in units of 1,024 bytes
     full = subprocess.run(limited, env=environment, capture_output=True, text=True)

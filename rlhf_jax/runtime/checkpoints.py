@@ -1,6 +1,7 @@
 """Checkpoints of a training state: Orbax, asynchronous, one directory a step, one item a network."""
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,12 +23,24 @@ class TrainState(NamedTuple):
     opt_state: Any
 
 
+class _Repeated(logging.Filter):
+    """Stops asyncio's log of what other files' writers ran into: the first of them is raised, and reported."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        return not ("exception was never retrieved" in message and "orbax" in message)
+
+
+_REPEATED = _Repeated()
+
+
 class Checkpoints:
     """The checkpoints of one stage. The newest `keep` steps stay."""
 
     def __init__(self, directory: Path, keep: int) -> None:
         """Opens a directory, making it where it is missing; what an interrupted save left there is removed."""
         self._directory = directory
+        logging.getLogger("asyncio").addFilter(_REPEATED)
         self._manager = ocp.CheckpointManager(
             directory.absolute(),
             options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),

@@ -9,13 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType, Mesh, NamedSharding
 
 from rlhf_jax.models import lora
 from rlhf_jax.models.lora import Adapted, LoraConfig, layers_of
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
-from rlhf_jax.models.sharding import ROWS, shardings
 from rlhf_jax.types import PreferenceBatch, RlhfError, TokenBatch
 from tests.models.cases import SUPPRESSED, VOCAB, config, random_params, random_tokens, uneven_rollout
 
@@ -436,27 +434,3 @@ def test_seeds_share_one_base():
         assert_close((losses[k], jax.tree.map(lambda x, k=k: x[k], grads)), (loss, grad), atol=1e-4)
     merged = jax.vmap(lambda adapter: POLICY.merge(Adapted(seeds[0].base, adapter)))(stacked)
     assert_close(jax.tree.map(lambda x: x[2], merged), POLICY.merge(seeds[2]))
-
-
-def test_a_mesh_and_pmap_give_the_same_numbers():
-    network, lora = SHARING, SHARING.lora
-    assert lora is not None
-    params, rollout = adapted(network), ROLLOUT
-    keys = jax.random.split(jax.random.key(0), 4)
-    dropping = dataclasses.replace(network, lora=dataclasses.replace(lora, dropout=0.2))
-
-    def loss(adapter, base, rollout, keys):
-        stats = dropping.response_stats(Adapted(base, adapter), rollout, temperature=1.0, dropout_keys=keys)
-        return jnp.mean(stats.logprobs)
-
-    expected = jax.jit(jax.value_and_grad(loss))(params.adapter, params.base, rollout, keys)
-    devices = np.array(jax.devices()).reshape(2, 2, 2)
-    mesh = Mesh(devices, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
-    adapter, base = (jax.device_put(tree, shardings(tree, mesh, leading_axes=0)) for tree in (params[1], params[0]))
-    rows = jax.device_put((rollout, keys), NamedSharding(mesh, ROWS))
-    got = jax.jit(jax.value_and_grad(loss))(adapter, base, *rows)
-    assert_close(got, expected, atol=1e-4)
-
-    halves = jax.tree.map(lambda x: x.reshape(2, 2, *x.shape[1:]), (rollout, keys))
-    each = jax.pmap(jax.value_and_grad(loss), in_axes=(None, None, 0, 0))(params.adapter, params.base, *halves)
-    assert_close(jax.tree.map(lambda x: x.mean(axis=0), each), expected, atol=1e-4)

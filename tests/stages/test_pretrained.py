@@ -163,7 +163,7 @@ def test_a_reward_model_with_another_tokenizer_reads_the_texts(tokenizer, tmp_pa
             ids = [*judge.tokenizer.encode(row["prompt"] + answer), judge.tokenizer.eos_id]
         alone = Rollout(*(np.asarray([x]) for x in (ids[:1], [True], ids[1:], [True] * (len(ids) - 1))))
         np.testing.assert_allclose(
-            judge.network.scores(judge.params, jax.tree.map(jnp.asarray, alone))[0], score, atol=1e-5
+            jax.jit(judge.network.scores)(judge.params, jax.tree.map(jnp.asarray, alone))[0], score, atol=1e-5
         )
 
 
@@ -171,9 +171,9 @@ def test_ppo_against_a_reward_model_with_another_tokenizer(finished, tmp_path):
     model, workdir = finished
     judge = checkpoints.judge(tmp_path / "judge", tokenizer="llama2")
     flags = [*arguments(str(model), workdir.parent), f"--workdir={tmp_path / 'run'}", f"--inputs={workdir}"]
-    assert main([*flags, f"--config.ppo.reward_model={judge}", "--config.seeds=2", "--stage=ppo"]) == 0
+    assert main([*flags, f"--config.ppo.reward_model={judge}", "--stage=ppo"]) == 0
     rows = [json.loads(line) for line in (tmp_path / "run" / "ppo" / "metrics.jsonl").read_text().splitlines()]
-    assert [(row["step"], row["seed"]) for row in rows] == [(1, 0), (1, 1), (2, 0), (2, 1)]
+    assert [row["step"] for row in rows] == [1, 2]
     assert all(np.isfinite(row["objective/scores"]) for row in rows)
 
 

@@ -15,6 +15,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from tests import quickly
+
 ROOT = Path(__file__).parents[2]
 STAGES = ("sft", "reward_model", "dpo", "ppo")
 PLACES = ("step", "save")
@@ -43,7 +45,7 @@ class Process:
                 [*command, str(self.marker), str(own_cache), *args],
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""},
+                env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": quickly.XLA_FLAGS},
             )
 
     def kill_at_marker(self) -> None:

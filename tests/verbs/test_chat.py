@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import quickly
 from tests.text import checkpoints as tokenizers
 from tests.verbs import checkpoints
 from tests.verbs.commands import fails, reads, succeeds
@@ -32,7 +33,13 @@ class Typist:
 
     def __init__(self, *arguments: str) -> None:
         self.terminal, theirs = pty.openpty()
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "120", "XLA_FLAGS": ""}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "TERM": "xterm",
+            "COLUMNS": "120",
+            "XLA_FLAGS": quickly.XLA_FLAGS,
+        }
         self.process = subprocess.Popen(
             [sys.executable, "-c", AT_A_TERMINAL, "chat", *arguments],
             stdin=theirs,

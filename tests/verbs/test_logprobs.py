@@ -1,5 +1,6 @@
 """`rlhf-jax logprobs`: the numbers of `response_stats`, whatever the batch, and rows that cannot be."""
 
+import functools
 import json
 import os
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -57,7 +59,8 @@ def expected(directory, row, eos: bool) -> list[float]:
         response = tokenizer.encode(f"{answer}<|im_end|>")
     arrays = [jnp.array([ids], jnp.int32) for ids in (prompt, response)]
     rollout = Rollout(arrays[0], arrays[0] >= 0, arrays[1], arrays[1] >= 0)
-    logprobs = policy.network.response_stats(policy.params, rollout, temperature=1.0).logprobs[0].tolist()
+    stats = jax.jit(functools.partial(policy.network.response_stats, temperature=1.0))(policy.params, rollout)
+    logprobs = stats.logprobs[0].tolist()
     return logprobs if eos else logprobs[:-1]
 
 

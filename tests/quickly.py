@@ -1,0 +1,7 @@
+"""How XLA compiles in tests: programs here run once, so they are compiled quickly."""
+
+from importlib.metadata import version
+
+XLA_FLAGS = "--xla_backend_optimization_level=1"
+if version("jax") < "0.11":  # later ones do not know this flag
+    XLA_FLAGS += " --xla_cpu_use_fusion_emitters=false"

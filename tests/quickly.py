@@ -2,6 +2,6 @@
 
 from importlib.metadata import version
 
-XLA_FLAGS = "--xla_backend_optimization_level=1"
+XLA_FLAGS = "--xla_backend_optimization_level=0"
 if version("jax") < "0.11":  # later ones do not know this flag
     XLA_FLAGS += " --xla_cpu_use_fusion_emitters=false"

@@ -1,9 +1,18 @@
 """What a table reports beside a mean."""
 
 import math
+from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float, Int
 from numpy.typing import ArrayLike
+
+
+class LengthControlled(NamedTuple):
+    """A win rate had the answers been equally long, and its standard error."""
+
+    rate: float
+    se: float
 
 
 def standard_error(x: ArrayLike) -> float:
@@ -21,6 +30,66 @@ def wilson_interval(wins: float, n: int, *, z: float) -> tuple[float, float]:
     centre = p + z**2 / (2 * n)
     half = z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
     return (centre - half) / scale, (centre + half) / scale
+
+
+def bootstrap_interval(x: Float[np.ndarray, "N"], *, level: float, rounds: int, seed: int) -> tuple[float, float]:
+    """Percentile bootstrap interval for the mean of independent rows (Efron & Tibshirani 1993, chapter 13).
+
+    The rows (prompts) are drawn with replacement, `rounds` times; the interval lies between the quantiles (1 - level)/2
+    and (1 + level)/2 of their means. Unlike Wilson's it takes rows of any value, ties as half wins among them, as they
+    are. The same seed gives the same interval.
+    """
+    rng = np.random.default_rng(seed)
+    means = [x[rng.integers(len(x), size=len(x))].mean() for _ in range(rounds)]
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def length_controlled_win_rate(
+    wins: Float[np.ndarray, "N"], lengths: Int[np.ndarray, "N"], other_lengths: Int[np.ndarray, "N"]
+) -> LengthControlled:
+    r"""The win rate had the answers been equally long, by logistic regression (Dubois et al. 2024, arXiv:2404.04475).
+
+    $P(\text{win}) = \sigma(\theta + \phi \tanh(\Delta / \mathrm{std}(\Delta)))$ with $\Delta$ the answer's length less
+    the other's; the rate is $\sigma(\theta)$, the length term being set to 0. Wins lie in 0 .. 1, and one half is a
+    tie, which counts as half of each outcome.
+
+    The paper's model has a third term, of the instruction's difficulty. It is left out: its one parameter a prompt is
+    known only where very many models answer the same prompts, and only it varies over prompts once the lengths are
+    equal, so that the paper's mean over prompts is $\sigma(\theta)$ here. $\phi$ has the penalty $\phi^2 / 2$ (that of
+    scikit-learn's `LogisticRegression` at its default), without which it would be infinite where lengths tell all wins
+    from all losses; $\theta$ has none.
+
+    Returns: the rate and its standard error, by the curvature of the penalised likelihood. Where all is won or lost, or
+    all answers are as long as the others, the plain rate (its standard error is then the binomial one).
+    """
+    mean, count, difference = float(wins.mean()), len(wins), (lengths - other_lengths).astype(np.float64)
+    if mean in (0.0, 1.0) or not difference.std():
+        return LengthControlled(mean, math.sqrt(mean * (1 - mean) / count))
+    inputs = np.stack([np.ones(count), np.tanh(difference / difference.std())], axis=1)
+    penalty, weights = np.array([0.0, 1.0]), np.array([math.log(mean / (1 - mean)), 0.0])
+    for _ in range(100):
+        chances = 1 / (1 + np.exp(-inputs @ weights))
+        curvature = inputs.T @ (inputs * (chances * (1 - chances))[:, None]) + np.diag(penalty)
+        step = np.linalg.solve(curvature, inputs.T @ (wins - chances) - penalty * weights)
+        weights = weights + step / max(1.0, float(np.abs(step).max()))  # Newton's, shortened far from the end
+        if np.abs(step).max() < 1e-10:
+            break
+    rate = 1 / (1 + math.exp(-weights[0]))
+    return LengthControlled(rate, rate * (1 - rate) * math.sqrt(np.linalg.inv(curvature)[0, 0]))
+
+
+def repetition(token_lists: list[list[str]], n: int) -> float:
+    r"""Repeated n-grams within a text, the mean over texts: seq-rep-n of Welleck et al. 2020 (arXiv:1908.04319).
+
+    $1 - |\text{unique n-grams}| / |\text{n-grams}|$: 0 is no repetition. Texts with fewer than n tokens do not count.
+    """
+    shares = []
+    for tokens in token_lists:
+        grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+        if grams:
+            shares.append(1 - len(set(grams)) / len(grams))
+    return float(np.mean(shares)) if shares else math.nan
 
 
 def distinct_n(token_lists: list[list[str]], n: int) -> float:

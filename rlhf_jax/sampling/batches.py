@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -15,6 +15,13 @@ from rlhf_jax.models.scalars import ScalarNetwork
 from rlhf_jax.sampling.choice import Sampling
 from rlhf_jax.sampling.generate import generate
 from rlhf_jax.types import PreferenceBatch, PromptBatch, Rollout, TokenBatch
+
+
+class Divergences(NamedTuple):
+    """Estimates of KL(pi || pi_ref) from each response, sums of its tokens' in nats: float32[N] each."""
+
+    k1: np.ndarray  # unbiased, of either sign
+    k3: np.ndarray  # unbiased, of lower variance, never negative
 
 
 def map_batches(function: Callable[[Any], Any], arrays: Any, batch_size: int) -> Any:
@@ -69,6 +76,26 @@ def sequence_kl(
     return map_batches(of_batch, rollout, batch_size)
 
 
+def sequence_divergences(
+    policy: PolicyNetwork,
+    params: PyTree,
+    reference: tuple[PolicyNetwork, PyTree],
+    rollout: Rollout,
+    *,
+    batch_size: int,
+    temperature: float,
+) -> Divergences:
+    """What `sequence_kl` gives, with the k3 estimate beside it, from the same forward passes."""
+
+    def of_batch(batch: Rollout) -> Divergences:
+        own = _logprobs(policy, params, batch, temperature)
+        theirs = _logprobs(*reference, batch, temperature)
+        mask = batch.response_mask
+        return Divergences(_summed_k1(own, theirs, mask), _summed_k3(own, theirs, mask))
+
+    return map_batches(of_batch, rollout, batch_size)
+
+
 def response_logprobs_all(policy: PolicyNetwork, params: PyTree, rollout: Rollout, batch_size: int) -> np.ndarray:
     """The model's own log-probability of every response token, in nats: float32[N, T], of no meaning at padding."""
     return map_batches(lambda batch: _logprobs(policy, params, batch, 1.0), rollout, batch_size)
@@ -104,6 +131,11 @@ def _logprobs(policy, params, rollout, temperature):
 @jax.jit
 def _summed_k1(own, reference, mask):
     return logprobs.sequence_logprobs(kl.k1(own, reference), mask)
+
+
+@jax.jit
+def _summed_k3(own, reference, mask):
+    return logprobs.sequence_logprobs(kl.k3(own, reference), mask)
 
 
 @functools.partial(jax.jit, static_argnums=0)

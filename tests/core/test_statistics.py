@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import numpy as np
@@ -6,8 +7,16 @@ import scipy.optimize
 import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.linear_model import LogisticRegression
 
-from rlhf_jax.core.statistics import distinct_n, standard_error, wilson_interval
+from rlhf_jax.core.statistics import (
+    bootstrap_interval,
+    distinct_n,
+    length_controlled_win_rate,
+    repetition,
+    standard_error,
+    wilson_interval,
+)
 from tests.core.cases import seeds
 
 
@@ -52,3 +61,81 @@ def test_distinct_n_counts_each_ngram_once_and_crosses_no_text():
     assert distinct_n(texts, 1) == 3 / 7
     assert distinct_n(texts, 2) == 2 / 4  # ab, ba, ab, ba; not the pair across two texts
     assert math.isnan(distinct_n([["a"]], 2))
+
+
+def test_the_bootstrap_of_few_rows_has_the_quantiles_of_all_that_can_be_drawn():
+    x = np.array([0.0, 0.5, 1.0, 1.0])
+    every = [np.mean(drawn) for drawn in itertools.product(x, repeat=len(x))]
+    for level in (0.5, 0.9):
+        expected = np.quantile(every, [(1 - level) / 2, (1 + level) / 2])
+        np.testing.assert_allclose(bootstrap_interval(x, level=level, rounds=20000, seed=0), expected, atol=1e-12)
+
+
+def test_the_bootstrap_interval_is_scipys_and_follows_its_seed():
+    x = np.random.default_rng(0).choice([0.0, 0.5, 1.0], 200, p=[0.3, 0.2, 0.5])
+    low, high = bootstrap_interval(x, level=0.95, rounds=5000, seed=1)
+    theirs = scipy.stats.bootstrap((x,), np.mean, method="percentile", n_resamples=5000, rng=2).confidence_interval
+    np.testing.assert_allclose((low, high), theirs, atol=0.006)
+    assert bootstrap_interval(x, level=0.95, rounds=100, seed=1) == bootstrap_interval(
+        x, level=0.95, rounds=100, seed=1
+    )
+    assert bootstrap_interval(x, level=0.95, rounds=100, seed=1) != bootstrap_interval(
+        x, level=0.95, rounds=100, seed=2
+    )
+
+
+def judged(seed, n=60):
+    """Wins, ties and losses that longer answers win more often, and the lengths."""
+    rng = np.random.default_rng(seed)
+    lengths, others = rng.integers(1, 40, (2, n))
+    chance = 1 / (1 + np.exp(-0.5 - 0.1 * (lengths - others)))
+    wins = np.where(rng.random(n) < 0.2, 0.5, (rng.random(n) < chance).astype(float))
+    return wins, lengths, others
+
+
+@given(seeds)
+def test_the_length_controlled_win_rate_is_scikit_learns_at_equal_lengths(seed):
+    wins, lengths, others = judged(seed)
+    delta = (lengths - others).astype(float)
+    inputs = np.tanh(delta / delta.std())[:, None]
+    model = LogisticRegression(C=1.0, tol=1e-12, max_iter=1000)  # a tie is half a win and half a loss
+    outcomes, weights = np.repeat([1, 0], len(wins)), np.concatenate([wins, 1 - wins])
+    model.fit(np.concatenate([inputs, inputs]), outcomes, sample_weight=weights)
+    found = length_controlled_win_rate(wins, lengths, others)
+    np.testing.assert_allclose(found.rate, model.predict_proba([[0.0]])[0, 1], atol=1e-6)
+    other_way = length_controlled_win_rate(1 - wins, others, lengths)
+    np.testing.assert_allclose((other_way.rate, other_way.se), (1 - found.rate, found.se), atol=1e-9)
+
+
+def test_a_win_by_length_alone_is_controlled_away():
+    rng = np.random.default_rng(0)
+    delta = rng.integers(-10, 30, 2000)
+    wins = (rng.random(2000) < 1 / (1 + np.exp(-2 * np.tanh(delta / delta.std())))).astype(float)
+    found = length_controlled_win_rate(wins, delta, np.zeros_like(delta))
+    assert wins.mean() > 0.65
+    assert abs(found.rate - 0.5) < 3 * found.se < 0.06
+    never = length_controlled_win_rate(wins, np.roll(delta, 7), np.zeros_like(delta))
+    assert abs(never.rate - wins.mean()) < 0.03, "lengths that have nothing to do with it change nothing"
+
+
+def test_the_length_controlled_standard_error_is_that_of_samples():
+    rates = [length_controlled_win_rate(*judged(seed, n=400)) for seed in range(200)]
+    # A tie varies less than a win or a loss, and is counted as if it varied as much.
+    spread = np.std([found.rate for found in rates])
+    assert 0.8 * np.mean([found.se for found in rates]) < spread < 1.05 * np.mean([found.se for found in rates])
+
+
+def test_a_win_rate_that_lengths_cannot_explain_or_explain_wholly_is_finite():
+    longer = np.array([3, 4, 5, 1, 1, 1])
+    wins = (longer > 2).astype(float)
+    separated = length_controlled_win_rate(wins, longer, np.full(6, 2))
+    assert 0 < separated.rate < 1 and np.isfinite(separated.se)
+    assert length_controlled_win_rate(wins, longer, longer).rate == 0.5
+    assert length_controlled_win_rate(np.ones(6), longer, np.full(6, 2)) == (1.0, 0.0)
+
+
+def test_repetition_counts_within_each_text_and_leaves_short_texts_out():
+    texts = [[*"abababab"], [*"abcdefgh"], [*"abc"], [*"aaaaa"]]
+    assert repetition(texts, 4) == pytest.approx(np.mean([3 / 5, 0, 1 / 2]))
+    assert repetition([[*"ab"], [*"ab"]], 1) == 0
+    assert math.isnan(repetition([[*"abc"]], 4))

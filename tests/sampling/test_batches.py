@@ -67,16 +67,19 @@ def test_samples_are_grouped_by_prompt_and_drawn_by_their_number_whatever_the_ba
     assert np.any(sample_all(batch_size=4, seed=1).response != rollout.response)
 
 
-def test_sequence_kl_is_the_sum_over_the_response_of_the_difference_of_logprobs():
+def test_sequence_kl_and_k3_are_sums_over_the_response_of_functions_of_the_difference_of_logprobs():
     rollout, temperature = draw(), 0.8
     got = batches.sequence_kl(POLICY, PARAMS, (POLICY, OTHER), rollout, batch_size=3, temperature=temperature)
+    both = batches.sequence_divergences(POLICY, PARAMS, (POLICY, OTHER), rollout, batch_size=3, temperature=temperature)
+    np.testing.assert_array_equal(both.k1, got)
     stats = jax.jit(lambda params: POLICY.response_stats(params, as_jax(rollout), temperature=temperature).logprobs)
     own, reference = (np.asarray(stats(params), np.float64) for params in (PARAMS, OTHER))
     for row in range(ROWS):
         length = rollout.response_mask[row].sum()
         assert rollout.response[row, length - 1] == EOS
-        expected = sum(own[row, t] - reference[row, t] for t in range(length))
-        np.testing.assert_allclose(got[row], expected, rtol=1e-4, atol=1e-5)
+        ratios = reference[row, :length] - own[row, :length]
+        np.testing.assert_allclose(got[row], -ratios.sum(), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(both.k3[row], (np.exp(ratios) - 1 - ratios).sum(), rtol=1e-4, atol=1e-5)
     assert got.dtype == np.float32 and np.std(got) > 0.1
     itself = batches.sequence_kl(POLICY, PARAMS, (POLICY, PARAMS), rollout, batch_size=3, temperature=temperature)
     np.testing.assert_array_equal(itself, 0)
@@ -86,10 +89,10 @@ def test_sequence_kl_is_not_changed_by_padding():
     rollout = draw()
     filled = rollout._replace(response=np.where(rollout.response_mask, rollout.response, 11).astype(np.int32))
     kl, other = (
-        batches.sequence_kl(POLICY, PARAMS, (POLICY, OTHER), x, batch_size=3, temperature=0.8)
+        batches.sequence_divergences(POLICY, PARAMS, (POLICY, OTHER), x, batch_size=3, temperature=0.8)
         for x in (rollout, filled)
     )
-    np.testing.assert_array_equal(kl, other)
+    jax.tree.map(np.testing.assert_array_equal, kl, other)
 
 
 def as_jax(batch):

@@ -10,20 +10,22 @@ from jaxtyping import PyTree
 
 from rlhf_jax.config import ModelSource, StageName
 from rlhf_jax.core import masking
-from rlhf_jax.core.preference_losses import dpo_loss
 from rlhf_jax.data import pipeline
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.runtime.loop import Evaluation, LoopConfig, Task, train
 from rlhf_jax.runtime.optimizers import OptimizerConfig, gradients, learning_rate, make_optimizer, update
 from rlhf_jax.runtime.programs import Step
-from rlhf_jax.sampling.batches import pair_logprobs_all
+from rlhf_jax.sampling.batches import map_batches
 from rlhf_jax.stages.context import Context, steps_for
 from rlhf_jax.stages.models import AS_IT_IS, Tuning, save_policy_spec
+from rlhf_jax.stages.preference_loss import PairStats, PreferenceLossConfig, join, pair_stats, preference_loss
 from rlhf_jax.stages.preferences import load_preferences
 from rlhf_jax.stages.samples import policy_samples
 from rlhf_jax.stages.training import adapted_network, begin, dropout_keys, whole
 from rlhf_jax.types import PreferenceBatch
+
+SIGMOID = PreferenceLossConfig()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +43,7 @@ class DPOConfig:
     eval_every: int  # steps
     loop: LoopConfig
     tuning: Tuning = AS_IT_IS
+    loss: PreferenceLossConfig = SIGMOID
 
 
 def run(config: DPOConfig, context: Context) -> dict[str, Any]:
@@ -64,11 +67,13 @@ def run(config: DPOConfig, context: Context) -> dict[str, Any]:
     def evaluation(trained: PyTree) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         policy = reference._replace(params=whole(network, trained["policy"], frozen, "reference"))
         rows = context.runtime.inference_batch
-        metrics = evaluate(network, policy.params, reference.params, eval_data, config.beta, rows)
+        reference_stats = stats_all(config.loss, network, reference.params, eval_data, rows)
+        own = stats_all(config.loss, network, policy.params, eval_data, rows)
+        metrics = evaluate(config.loss, own, reference_stats, eval_data, config.beta)
         return metrics, policy_samples(policy, eval_prompts, config.sample_prompts, context)
 
     task = Task(
-        step=make_step(network, config.optimizer, steps, placement.axes),
+        step=make_step(network, config.optimizer, steps, placement.axes, config.loss),
         state=TrainState(jnp.int32(0), params, make_optimizer(config.optimizer, steps).init(params)),
         frozen=frozen,
         batch_at=batches.__getitem__,
@@ -83,7 +88,13 @@ def run(config: DPOConfig, context: Context) -> dict[str, Any]:
 
 
 @functools.lru_cache
-def make_step(network: PolicyNetwork, config: OptimizerConfig, steps: int, axes: tuple[str, ...]) -> Step:
+def make_step(
+    network: PolicyNetwork,
+    config: OptimizerConfig,
+    steps: int,
+    axes: tuple[str, ...],
+    loss_config: PreferenceLossConfig = SIGMOID,
+) -> Step:
     """One update on a PreferenceBatch. `frozen` holds the reference, which is an adapter's base, and beta.
 
     Beta is data, so that runs which differ in it alone share one compiled program.
@@ -93,10 +104,10 @@ def make_step(network: PolicyNetwork, config: OptimizerConfig, steps: int, axes:
     def step(state: TrainState, frozen: dict[str, Any], batch: PreferenceBatch, run_key: jax.Array) -> tuple:
         def loss_fn(params: PyTree, given: tuple) -> tuple[jax.Array, dict[str, jax.Array]]:
             rows, keys = given
-            reference = network.pair_logprobs(frozen["reference"], rows)
+            reference = pair_stats(loss_config, network, frozen["reference"], rows)
             policy = whole(network, params["policy"], frozen, "reference")
-            own = network.pair_logprobs(policy, rows, dropout_keys=keys)
-            return dpo_loss(*own, *reference, beta=frozen["beta"], axes=axes)
+            own = pair_stats(loss_config, network, policy, rows, keys)
+            return preference_loss(loss_config, join(own, reference, rows), beta=frozen["beta"], axes=axes)
 
         keys = dropout_keys(network, run_key, state.step, len(batch.prompt), axes)
         loss, metrics, grads = gradients(
@@ -115,10 +126,20 @@ def make_step(network: PolicyNetwork, config: OptimizerConfig, steps: int, axes:
 
 
 def evaluate(
-    network: PolicyNetwork, params: PyTree, ref_params: PyTree, data: PreferenceBatch, beta: float, batch_size: int
+    config: PreferenceLossConfig, own: PairStats, reference: PairStats | None, data: PreferenceBatch, beta: float
 ) -> dict[str, float]:
-    """Loss and implicit rewards on held-out pairs, under `eval/`."""
-    own = pair_logprobs_all(network, params, data, batch_size)
-    reference = pair_logprobs_all(network, ref_params, data, batch_size)
-    loss, metrics = dpo_loss(*map(jnp.asarray, own + reference), beta=beta, axes=())
+    """Loss and implicit rewards on all held-out pairs at once, under `eval/`."""
+    loss, metrics = preference_loss(config, jax.tree.map(jnp.asarray, join(own, reference, data)), beta=beta, axes=())
     return {"eval/loss": float(loss)} | {f"eval/{name}": float(value) for name, value in metrics.items()}
+
+
+def stats_all(
+    config: PreferenceLossConfig, network: PolicyNetwork, params: PyTree, data: PreferenceBatch, batch_size: int
+) -> PairStats:
+    """`pair_stats` of any number of pairs, in NumPy."""
+    return map_batches(lambda batch: _stats(config, network, params, batch), data, batch_size)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _stats(config, network, params, batch):
+    return pair_stats(config, network, params, batch)

@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.core import advantages, kl, logprobs, masking, policy_losses, preference_losses, reward_losses
+from rlhf_jax.core import advantages, kl, logprobs, masking, policy_losses, reward_losses
+from rlhf_jax.core.preference_losses import Pairs
+from rlhf_jax.stages.preference_loss import PreferenceLossConfig, preference_loss
 
 Record = Mapping[str, np.ndarray]
 close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
@@ -37,7 +39,9 @@ def check_dpo(trl: Record, beta: float = 0.3) -> None:
     reference = sequences(jnp.asarray(trl["ref_hidden"]), jnp.asarray(trl["ref_head"]))
 
     def loss(hidden, head):
-        return preference_losses.dpo_loss(*sequences(hidden, head), *reference, beta=beta, axes=())
+        tokens = jnp.split(masking.lengths(mask), 2)
+        pairs = Pairs(*sequences(hidden, head), *reference, *tokens)
+        return preference_loss(PreferenceLossConfig(), pairs, beta=beta, axes=())
 
     (value, metrics), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(
         jnp.asarray(trl["hidden"]), jnp.asarray(trl["head"])

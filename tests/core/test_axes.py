@@ -10,7 +10,9 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from rlhf_jax.core import logprobs, masking, policy_losses, preference_losses, reward_losses
+from rlhf_jax.core import logprobs, masking, policy_losses, reward_losses
+from rlhf_jax.core.preference_losses import Pairs
+from rlhf_jax.stages.preference_loss import PreferenceLossConfig, preference_loss
 from tests.core.cases import normal, prefix_mask
 
 DEVICES, B, T = 8, 16, 5
@@ -23,6 +25,11 @@ SCORES = normal(3, B, 4)
 def with_metrics(result: tuple[jax.Array, dict[str, jax.Array]]) -> dict[str, jax.Array]:
     loss, metrics = result
     return {"loss": loss, **metrics}
+
+
+def pairs(s: jax.Array, theta: jax.Array) -> Pairs:
+    tokens = jnp.ones(len(s), jnp.int32)
+    return Pairs(s[:, 0] * theta[0, 0], s[:, 1], s[:, 2], s[:, 3], tokens, tokens)
 
 
 # theta, the rows' arrays, axes -> a scalar, or several by name.
@@ -42,8 +49,8 @@ FUNCTIONS: dict[str, Callable] = {
     "explained_variance": lambda theta, a, b, c, mask, s, axes: policy_losses.explained_variance(
         a * theta, c, mask, axes
     ),
-    "dpo_loss": lambda theta, a, b, c, mask, s, axes: with_metrics(
-        preference_losses.dpo_loss(s[:, 0] * theta[0, 0], s[:, 1], s[:, 2], s[:, 3], beta=0.3, axes=axes)
+    "preference_loss": lambda theta, a, b, c, mask, s, axes: with_metrics(
+        preference_loss(PreferenceLossConfig(), pairs(s, theta), beta=0.3, axes=axes)
     ),
     "bradley_terry_loss": lambda theta, a, b, c, mask, s, axes: with_metrics(
         reward_losses.bradley_terry_loss(s[:, 0] * theta[0, 0], s[:, 1], axes=axes)

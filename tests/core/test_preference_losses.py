@@ -8,11 +8,20 @@ import scipy.special
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_jax.core import preference_losses
+from rlhf_jax.core.preference_losses import Pairs
+from rlhf_jax.stages.preference_loss import PreferenceLossConfig, preference_loss
 from tests.core.cases import normal, seeds
 
 PAIRS, BETA = 6, 0.3
-dpo_loss = jax.jit(functools.partial(preference_losses.dpo_loss, beta=BETA, axes=()))
+TOKENS = jnp.ones(PAIRS, jnp.int32)
+
+
+def of_sigmoid(chosen, rejected, ref_chosen, ref_rejected, *, beta):
+    pairs = Pairs(chosen, rejected, ref_chosen, ref_rejected, TOKENS, TOKENS)
+    return preference_loss(PreferenceLossConfig(), pairs, beta=beta, axes=())
+
+
+dpo_loss = jax.jit(functools.partial(of_sigmoid, beta=BETA))
 gradients = jax.jit(jax.grad(lambda *args: dpo_loss(*args)[0], argnums=(0, 1, 2, 3)))
 
 
@@ -38,7 +47,7 @@ def test_loss_and_gradients_are_those_of_logistic_regression_on_the_margins(seed
 @given(seeds, st.floats(0.01, 5))
 def test_loss_is_log_2_where_the_policy_is_the_reference_whatever_beta(seed, beta):
     chosen, rejected, *_ = case(seed)
-    loss, metrics = preference_losses.dpo_loss(chosen, rejected, chosen, rejected, beta=beta, axes=())
+    loss, metrics = of_sigmoid(chosen, rejected, chosen, rejected, beta=beta)
     np.testing.assert_allclose(loss, np.log(2), rtol=1e-6)
     assert metrics["rewards/accuracies"] == 0.5
     assert metrics["rewards/margins"] == metrics["rewards/chosen"] == metrics["rewards/rejected"] == 0
@@ -46,8 +55,8 @@ def test_loss_is_log_2_where_the_policy_is_the_reference_whatever_beta(seed, bet
 
 def test_beta_may_be_an_array_so_that_several_train_at_once():
     args, betas = case(0), jnp.asarray([0.05, 0.3, 1.0])
-    losses = jax.vmap(lambda beta: preference_losses.dpo_loss(*args, beta=beta, axes=())[0])(betas)
-    alone = [preference_losses.dpo_loss(*args, beta=float(beta), axes=())[0] for beta in betas]
+    losses = jax.vmap(lambda beta: of_sigmoid(*args, beta=beta)[0])(betas)
+    alone = [of_sigmoid(*args, beta=float(beta))[0] for beta in betas]
     np.testing.assert_allclose(losses, alone, rtol=1e-6)
 
 

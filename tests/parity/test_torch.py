@@ -76,7 +76,9 @@ def test_dpo_against_equation_7(seed):
             logprobs.sequence_logprobs(logprobs.token_logprobs(x, jnp.asarray(t, jnp.int32)), jnp.asarray(mask))
             for x, t in zip(logits, tokens, strict=True)
         ]
-        return preference_losses.dpo_loss(*sequences, beta=beta, axes=())[0]
+        chosen, rejected, ref_chosen, ref_rejected = sequences
+        losses = preference_losses.sigmoid_loss(chosen - ref_chosen, rejected - ref_rejected, beta=beta)
+        return jnp.mean(losses)
 
     def theirs(*logits):
         chosen, rejected, ref_chosen, ref_rejected = (

@@ -12,6 +12,7 @@ import pytest
 from rlhf_jax.runtime import optimizers
 from rlhf_jax.runtime.programs import SEED_AXIS, HostSteps, RuntimeConfig, compile_host_steps, make_placement
 from rlhf_jax.stages import dpo, ppo
+from rlhf_jax.stages.preference_loss import join, pair_stats, preference_loss
 from rlhf_jax.types import RlhfError
 from tests import tiny
 
@@ -100,9 +101,11 @@ def test_dpo_gradients_equal_one_device(name):
 
         def step(state, frozen, batch, run_key):
             def loss_fn(params):
-                pairs = tiny.POLICY.pair_logprobs(params["policy"], batch)
-                reference = tiny.POLICY.pair_logprobs(frozen["reference"], batch)
-                return dpo.dpo_loss(*pairs, *reference, beta=0.1, axes=placement.axes)[0]
+                own, reference = (
+                    pair_stats(dpo.SIGMOID, tiny.POLICY, tree, batch)
+                    for tree in (params["policy"], frozen["reference"])
+                )
+                return preference_loss(dpo.SIGMOID, join(own, reference, batch), beta=0.1, axes=placement.axes)[0]
 
             loss, grads = jax.value_and_grad(loss_fn)(state.params)
             zeros = jax.tree.map(jnp.zeros_like, state.params)

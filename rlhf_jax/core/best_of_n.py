@@ -1,7 +1,7 @@
 """Best-of-N, estimated without bias for every n from one pool of samples."""
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from numpy.typing import ArrayLike
 
 
@@ -37,3 +37,122 @@ def best_of_n_kl(n: ArrayLike) -> Float[np.ndarray, "..."]:
     """
     n = np.asarray(n, np.float64)
     return np.asarray(np.log(n) - (n - 1) / n)
+
+
+def best_of_n_kl_estimate(logprobs: ArrayLike, n: int) -> Float[np.ndarray, "..."]:
+    r"""What chosen responses say of the divergence of Best-of-N where responses can repeat, in nats; at most the bound.
+
+    $(1-\epsilon)^n (\log n + (n-1) \log(1-\epsilon) - \frac{n-1}{n})
+    + (1 - (1-\epsilon)^n) \log \frac{1 - (1-\epsilon)^n}{\epsilon}$, the estimator of Beirami et al. 2024
+    (arXiv:2401.01879), with $\epsilon$ the policy's probability of the chosen response: exact where that response is
+    the best there is, and all the others never repeat. Its mean over chosen responses, which `best_of_n` of a pool
+    gives, does not fall below the divergence in any distribution that we enumerated.
+
+    Args: log-probabilities of chosen responses under the distribution that they were sampled from, in nats.
+    """
+    logprobs = np.minimum(np.asarray(logprobs, np.float64), 0.0)
+    epsilon = np.exp(logprobs)
+    certain, rare = epsilon == 1, epsilon < 1e-12
+    rest = np.log1p(-np.where(certain, 0.0, epsilon))  # log(1 - epsilon)
+    among_rest = np.where(certain, 0.0, np.exp(n * rest))
+    chosen = np.where(certain, 1.0, -np.expm1(n * rest))
+    ratio = np.where(rare, np.log(n), np.log(np.where(rare, 1.0, chosen)) - logprobs)
+    return np.asarray(among_rest * (best_of_n_kl(n) + (n - 1) * rest) + chosen * ratio)
+
+
+def best_of_n_win_rate(proxy: ArrayLike, gold: ArrayLike, n: int) -> Float[np.ndarray, "B"]:
+    r"""Probability, for each prompt, that the proxy's favourite of n beats one more sample by gold score.
+
+    A tie is half a win. The mean over all choices of n of the pool's responses and of one of the others: of the
+    responses below rank i, $n-1$ are among those that it is the best of, so that the other sample is a given one of
+    them with probability $\frac{i-n}{(i-1)(N-n)}$, and a given one above it with probability $\frac{1}{N-n}$. Where the
+    gold score is the proxy and has no ties, it is $n/(n+1)$, whatever the scores are.
+
+    Args: proxy and gold scores, [B, N]. Raises ValueError unless n < N.
+    """
+    proxy, gold = np.asarray(proxy, np.float64), np.asarray(gold, np.float64)
+    pool = proxy.shape[1]
+    if n >= pool:
+        raise ValueError(f"a pool of {pool} holds no response to compare the best of n={n} with")
+    order = np.argsort(proxy, axis=1, kind="stable")
+    ranks = np.arange(1, pool + 1)
+    below = np.maximum(ranks - n, 0) / np.maximum(ranks - 1, 1)
+    other = (np.tril(np.ones((pool, pool)), -1) * below[:, None] + np.triu(np.ones((pool, pool)), 1)) / (pool - n)
+    weights = order_statistic_weights(pool, n)
+    rates = []
+    for ranked in np.take_along_axis(gold, order, axis=1):  # a prompt at a time: all pairs of all would be much at once
+        wins = 0.5 * (1 + np.sign(ranked[:, None] - ranked[None, :]))
+        rates.append(weights @ np.sum(wins * other, axis=1))
+    return np.asarray(rates)
+
+
+def best_of_n_win_rate_bound(n: ArrayLike) -> Float[np.ndarray, "..."]:
+    """The most that Best-of-N wins against its policy by the score that chooses, ties counted half: n / (n + 1).
+
+    Beirami et al. 2024 (arXiv:2401.01879); reached where responses never repeat.
+    """
+    n = np.asarray(n, np.float64)
+    return np.asarray(n / (n + 1))
+
+
+def random_groups(rng: np.random.Generator, prompts: int, pool: int, n: int, draws: int) -> Int[np.ndarray, "R B G n"]:
+    """Places of disjoint groups of n of each prompt's pool, as many as it has room for, drawn anew `draws` times.
+
+    Every n of the pool are equally often a group, so that a mean over groups is one over all choices of n, without
+    bias; for n = pool it is exact. Raises ValueError unless 1 <= n <= pool.
+    """
+    if not 1 <= n <= pool:
+        raise ValueError(f"cannot draw groups of n={n} from a pool of {pool}")
+    order = rng.permuted(np.broadcast_to(np.arange(pool), (draws, prompts, pool)), axis=2)
+    groups = pool // n
+    return order[:, :, : groups * n].reshape(draws, prompts, groups, n)
+
+
+def soft_best_of_n(
+    proxy: ArrayLike, gold: ArrayLike, groups: Int[np.ndarray, "R B G n"], *, temperature: float
+) -> Float[np.ndarray, "B"]:
+    r"""Expected gold score, for each prompt, of one of n chosen with probability proportional to $\exp(r / \lambda)$.
+
+    Soft Best-of-N, Verdun et al. 2025 (arXiv:2505.03156), averaged over groups of a pool: Best-of-N as the temperature
+    $\lambda$ goes to 0, one sample as it grows.
+
+    Args: proxy scores r and gold scores, [B, N]; groups as of `random_groups`; the temperature has the score's unit.
+    """
+    chances = _soft_chances(proxy, groups, temperature)
+    return np.mean(np.sum(chances * _in_groups(gold, groups), axis=3), axis=(0, 2))
+
+
+def soft_best_of_n_kl_bound(
+    proxy: ArrayLike, groups: Int[np.ndarray, "R B G n"], *, temperature: float
+) -> Float[np.ndarray, "B"]:
+    r"""$\log n - \mathbb{E}[H]$ nats for each prompt, H the entropy of the choice: the divergence is at most its mean.
+
+    The divergence of the n samples and the choice among them from the samples and a uniform choice, which a response
+    alone cannot exceed. Nor can it exceed `best_of_n_kl`: with Gumbel noise added to $r / \lambda$, the same choice is
+    Best-of-N of a score without ties.
+    """
+    chances = _soft_chances(proxy, groups, temperature)
+    entropy = -np.sum(chances * np.log(np.where(chances > 0, chances, 1.0)), axis=3)
+    return np.log(groups.shape[3]) - np.mean(entropy, axis=(0, 2))
+
+
+def soft_choice(scores: ArrayLike, uniforms: ArrayLike, *, temperature: float) -> Int[np.ndarray, "B"]:
+    r"""Which of each prompt's responses is chosen, with probability proportional to $\exp(r / \lambda)$.
+
+    Args: scores r, [B, N]; one uniform number in [0, 1) a prompt, at which the distribution is inverted.
+    """
+    scores, uniforms = np.asarray(scores, np.float64), np.asarray(uniforms, np.float64)
+    cumulative = np.cumsum(np.exp((scores - scores.max(axis=1, keepdims=True)) / temperature), axis=1)
+    total = cumulative[:, -1:]
+    return np.sum(cumulative <= np.minimum(uniforms[:, None] * total, np.nextafter(total, 0)), axis=1)
+
+
+def _soft_chances(proxy: ArrayLike, groups: np.ndarray, temperature: float) -> np.ndarray:
+    scores = _in_groups(proxy, groups)
+    weights = np.exp((scores - scores.max(axis=3, keepdims=True)) / temperature)
+    return weights / weights.sum(axis=3, keepdims=True)
+
+
+def _in_groups(values: ArrayLike, groups: np.ndarray) -> np.ndarray:
+    values = np.asarray(values, np.float64)
+    return values[np.arange(len(values))[None, :, None, None], groups]

@@ -96,9 +96,14 @@ def sequence_divergences(
     return map_batches(of_batch, rollout, batch_size)
 
 
-def response_logprobs_all(policy: PolicyNetwork, params: PyTree, rollout: Rollout, batch_size: int) -> np.ndarray:
-    """The model's own log-probability of every response token, in nats: float32[N, T], of no meaning at padding."""
-    return map_batches(lambda batch: _logprobs(policy, params, batch, 1.0), rollout, batch_size)
+def response_logprobs_all(
+    policy: PolicyNetwork, params: PyTree, rollout: Rollout, batch_size: int, *, temperature: float = 1.0
+) -> np.ndarray:
+    """Log-probability of every response token, in nats, by default the model's own: float32[N, T].
+
+    Those at padding have no meaning.
+    """
+    return map_batches(lambda batch: _logprobs(policy, params, batch, temperature), rollout, batch_size)
 
 
 def sequence_stats_all(policy: PolicyNetwork, params: PyTree, data: TokenBatch, batch_size: int) -> TokenStats:

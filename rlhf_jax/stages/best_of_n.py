@@ -1,25 +1,40 @@
 """best_of_n: draws N answers and lets the reward model choose; every n up to N from one pool, without bias.
 
 Figure 2 (left) of Gao et al. 2022 (arXiv:2210.10760): proxy and gold score against the root of the divergence.
+Every number is a mean over prompts of unbiased estimates, with its standard error and a 95 % bootstrap interval, both
+over prompts: pools are independent, so that the chance in a pool shows in the spread between prompts as well.
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 
 from rlhf_jax.config import ModelSource, StageName
-from rlhf_jax.core.best_of_n import best_of_n, best_of_n_kl
-from rlhf_jax.core.statistics import standard_error
+from rlhf_jax.core.best_of_n import (
+    best_of_n,
+    best_of_n_kl,
+    best_of_n_kl_estimate,
+    best_of_n_win_rate,
+    best_of_n_win_rate_bound,
+    random_groups,
+    soft_best_of_n,
+    soft_best_of_n_kl_bound,
+)
+from rlhf_jax.core.statistics import bootstrap_interval, standard_error
 from rlhf_jax.data import pipeline
 from rlhf_jax.runtime.files import write_rows
-from rlhf_jax.sampling.batches import sample_all
+from rlhf_jax.sampling.batches import response_logprobs_all, sample_all
 from rlhf_jax.stages.context import Context
 from rlhf_jax.stages.gold import load_judge
+from rlhf_jax.stages.models import Policy
 from rlhf_jax.stages.samples import sample_rows
 from rlhf_jax.stages.scoring import make_scorer
-from rlhf_jax.types import RlhfError
+from rlhf_jax.types import RlhfError, Rollout
+
+ROUNDS = 1000  # of the bootstrap
+SOFT_DRAWS = 16  # how often the pool is cut into groups of n anew
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,14 +48,35 @@ class BestOfNConfig:
     prompts: int
     pool: int  # samples a prompt; every power of two up to it is reported
     temperature: float
+    soft: tuple[float, ...] | None = None  # temperatures of soft Best-of-N, in units of the score
 
     def __post_init__(self) -> None:
         if self.pool < 1 or self.prompts < 1:
             raise ValueError(f"prompts = {self.prompts} and pool = {self.pool} must be at least 1")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature = {self.temperature} must be above 0: at 0 all samples are the same")
+        if self.soft is not None and min(self.soft, default=0.0) <= 0:
+            raise ValueError(
+                f"soft = {self.soft} must be temperatures above 0; Best-of-N itself, which 0 means, is always reported"
+            )
+
+
+class Pool(NamedTuple):
+    """The scores of every prompt's samples, [prompts, pool], and their log-probabilities where they were sampled."""
+
+    proxy: np.ndarray
+    gold: np.ndarray | None
+    logprobs: np.ndarray
 
 
 def run(config: BestOfNConfig, context: Context) -> dict[str, Any]:
-    """Writes `curve.jsonl` (n, kl, proxy, proxy_se, gold, gold_se) and the chosen responses of a few prompts."""
+    """Writes `curve.jsonl` (a row for every n) and the chosen responses of a few prompts; with `soft`, `soft.jsonl`.
+
+    Columns of the curve: `n`; `kl`, the bound on the divergence, and `kl_estimate` from the probabilities of what is
+    chosen; `proxy` and `gold`; `win_rate` against one sample, by the gold score where there is a judge, and its bound.
+    Those of `soft.jsonl` are `temperature, n`, `kl`, the lower of two bounds, `proxy` and `gold`. Means over prompts
+    have columns that end in `_se`, `_low` and `_high` beside them.
+    """
     policy, reward_model = context.policy(config.policy), context.reward_model(config.reward_model)
     table = pipeline.load_rows(context.data, "test")
     prompts = pipeline.prompts(table, policy.tokenizer, context.data)
@@ -59,32 +95,74 @@ def run(config: BestOfNConfig, context: Context) -> dict[str, Any]:
     )
     scores = make_scorer(reward_model, policy, table, context.data, context.runtime.inference_batch)(rollout)
     rows = sample_rows(policy.tokenizer, rollout, scores.tolist(), [None] * len(scores))
-    proxy = scores.reshape(config.prompts, config.pool)
+    shape = (config.prompts, config.pool)
     gold = None
     if config.judge is not None:
         judged = load_judge(context, config.judge).score([row["prompt"] + row["completion"] for row in rows])
-        gold = judged.reshape(proxy.shape)
+        gold = judged.reshape(shape)
+    pool = Pool(scores.reshape(shape), gold, _logprobs(policy, rollout, config, context).reshape(shape))
 
     sizes = [2**i for i in range(config.pool.bit_length()) if 2**i <= config.pool]
-    curve = [_point(n, proxy, gold) for n in sizes]
+    curve = [_point(n, pool) for n in sizes]
     write_rows(context.directory / "curve.jsonl", curve)
-    write_rows(context.directory / "samples.jsonl", _chosen(rows, proxy, sizes, context.seed, shown=8))
-    context.bar.update(1, 1, {f"proxy at n={sizes[-1]}": curve[-1]["proxy"]})
-    return {
+    summary = {
         "prompts": config.prompts,
         "pool": config.pool,
         "prompt_key": np.asarray(jax.random.key_data(prompt_key)).tolist(),
         "curve": curve,
     }
+    if config.soft is not None:
+        summary["soft"] = [
+            _soft_point(n, pool, temperature, context.seed) for temperature in config.soft for n in sizes
+        ]
+        write_rows(context.directory / "soft.jsonl", summary["soft"])
+    write_rows(context.directory / "samples.jsonl", _chosen(rows, pool.proxy, sizes, context.seed, shown=8))
+    context.bar.update(1, 1, {f"proxy at n={sizes[-1]}": curve[-1]["proxy"]})
+    return summary
 
 
-def _point(n: int, proxy: np.ndarray, gold: np.ndarray | None) -> dict[str, Any]:
+def _logprobs(policy: Policy, rollout: Rollout, config: BestOfNConfig, context: Context) -> np.ndarray:
+    """Log-probabilities of whole responses where they were sampled, in nats."""
+    tokens = response_logprobs_all(
+        policy.network, policy.params, rollout, context.runtime.inference_batch, temperature=config.temperature
+    )
+    return np.where(rollout.response_mask, tokens, 0.0).sum(axis=1, dtype=np.float64)
+
+
+def _point(n: int, pool: Pool) -> dict[str, Any]:
+    judged = pool.proxy if pool.gold is None else pool.gold
+    alone = n == pool.proxy.shape[1]  # no sample is left to compare with
     point: dict[str, Any] = {"n": n, "kl": float(best_of_n_kl(n))}
-    for name, scores in (("proxy", proxy), ("gold", gold)):
-        expected = None if scores is None else best_of_n(proxy, scores, n)
-        point[name] = None if expected is None else float(expected.mean())
-        point[f"{name}_se"] = None if expected is None else standard_error(expected)
+    point |= _mean("kl_estimate", best_of_n(pool.proxy, best_of_n_kl_estimate(pool.logprobs, n), n))
+    point |= _mean("proxy", best_of_n(pool.proxy, pool.proxy, n))
+    point |= _mean("gold", None if pool.gold is None else best_of_n(pool.proxy, pool.gold, n))
+    point |= _mean("win_rate", None if alone else best_of_n_win_rate(pool.proxy, judged, n))
+    return point | {"win_rate_bound": float(best_of_n_win_rate_bound(n))}
+
+
+def _soft_point(n: int, pool: Pool, temperature: float, seed: int) -> dict[str, Any]:
+    prompts, samples = pool.proxy.shape
+    groups = random_groups(np.random.default_rng((seed, n)), prompts, samples, n, SOFT_DRAWS)
+    bound = soft_best_of_n_kl_bound(pool.proxy, groups, temperature=temperature)
+    point: dict[str, Any] = {"temperature": temperature, "n": n}
+    point["kl"] = min(float(best_of_n_kl(n)), float(bound.mean()))
+    for name, scores in (("proxy", pool.proxy), ("gold", pool.gold)):
+        expected = None if scores is None else soft_best_of_n(pool.proxy, scores, groups, temperature=temperature)
+        point |= _mean(name, expected)
     return point
+
+
+def _mean(name: str, estimates: np.ndarray | None) -> dict[str, float | None]:
+    """A mean over prompts, its standard error and its interval."""
+    if estimates is None:
+        return {name: None, f"{name}_se": None, f"{name}_low": None, f"{name}_high": None}
+    low, high = bootstrap_interval(estimates, level=0.95, rounds=ROUNDS, seed=0)  # for every n the same prompts
+    return {
+        name: float(estimates.mean()),
+        f"{name}_se": standard_error(estimates),
+        f"{name}_low": low,
+        f"{name}_high": high,
+    }
 
 
 def _chosen(

@@ -60,7 +60,7 @@ class RuntimeConfig:
         """The compiler's flags, which count when they are set before the first computation."""
         flags = ["--xla_gpu_deterministic_ops=true"] if self.deterministic else []
         if self.compile_quickly:
-            flags.append("--xla_backend_optimization_level=1")
+            flags.append("--xla_backend_optimization_level=0")
             if jax.__version_info__ < (0, 11):  # later releases do not know this flag, and stop at it
                 flags.append("--xla_cpu_use_fusion_emitters=false")
         return " ".join(flags)

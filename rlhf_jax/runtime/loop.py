@@ -26,19 +26,20 @@ class LoopConfig:
 
     steps_per_call: int
     checkpoint_every: int
+    keep: int = 2  # checkpoints, the newest
 
     def __post_init__(self) -> None:
-        for name in ("steps_per_call", "checkpoint_every"):
+        for name in ("steps_per_call", "checkpoint_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What is done every so many steps, and after the last one, for a task with one seed."""
+    """What is done every so many steps, and after the last one, for each seed."""
 
     every: int
-    run: Callable[[PyTree], tuple[dict[str, Any], Rows]]  # params -> metrics and sample rows
+    run: Callable[[PyTree], tuple[dict[str, Any], Rows]]  # one seed's params -> metrics and sample rows
 
     def __post_init__(self) -> None:
         if self.every < 1:
@@ -72,7 +73,7 @@ def train(task: Task, config: LoopConfig, placement: Placement, first_seed: int,
             "a shorter last call would compile a second program"
         )
     with contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(directory / "checkpoints", keep=2)))
+        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(directory / "checkpoints", config.keep)))
         done = checkpoints.latest_step() or 0
         metric_rows, sample_rows = (
             stack.enter_context(contextlib.closing(RowWriter(directory / f"{name}.jsonl", done)))
@@ -96,9 +97,11 @@ def train(task: Task, config: LoopConfig, placement: Placement, first_seed: int,
             rows = _metric_rows(metrics, steps, first_seed, placement.seeds)
             sample_rows.write(_sample_rows(samples, steps, first_seed, placement.seeds, task.describe))
             if task.evaluation and _crossed(task.evaluation.every, previous, done, task.total_steps):
-                evaluation, described = task.evaluation.run(placement.on_one_device(state.params))
-                rows[-1].update(evaluation)
-                sample_rows.write({"step": done, **row} for row in described)
+                params = placement.on_one_device(state.params)
+                for seed, row in enumerate(rows[-placement.seeds :]):
+                    evaluation, described = task.evaluation.run(_of_seed(params, seed, placement.seeds))
+                    row.update(evaluation)
+                    sample_rows.write({"step": done, **found} | {"seed": first_seed + seed} for found in described)
             rows[-1].update(clock.read(config.steps_per_call, rows[-placement.seeds :]))
             metric_rows.write(rows)
             bar.update(done, task.total_steps, {name: rows[-1][name] for name in task.key_figures if name in rows[-1]})
@@ -137,6 +140,10 @@ def _metric_rows(metrics: dict[str, np.ndarray], steps: range, first_seed: int, 
         for index, step in enumerate(steps)
         for seed in range(seeds)
     ]
+
+
+def _of_seed(params: PyTree, seed: int, seeds: int) -> PyTree:
+    return jax.tree.map(lambda leaf: leaf[seed], params) if seeds > 1 else params
 
 
 def _sample_rows(samples: Any, steps: range, first_seed: int, seeds: int, describe: Callable[[int, Any], Rows]) -> Rows:

@@ -43,9 +43,10 @@ def task(steps: int, **changes) -> Task:
 
 
 def run(a_task: Task, directory, **config) -> None:
+    seeds = a_task.run_key.size
     settings = LoopConfig(**{"steps_per_call": 2, "checkpoint_every": 4, **config})
     with contextlib.closing(open(directory / "log", "w")) as log, Display(Console(file=log)).bar("x") as bar:
-        train(a_task, settings, make_placement(tiny.ONE_DEVICE, 1), 7, directory, bar)
+        train(a_task, settings, make_placement(tiny.ONE_DEVICE, seeds), 7, directory, bar)
 
 
 def test_rows_evaluations_and_samples_are_written(tmp_path):
@@ -57,9 +58,27 @@ def test_rows_evaluations_and_samples_are_written(tmp_path):
     assert {row["step"]: row["eval/total"] for row in rows if "eval/total" in row} == {4: 4.0, 6: 5.0}
     assert read_rows(tmp_path / "samples.jsonl") == [
         {"step": 1, "seed": 7, "seen": 1.25},
-        {"step": 4, "text": "a"},
-        {"step": 6, "text": "a"},
+        {"step": 4, "text": "a", "seed": 7},
+        {"step": 6, "text": "a", "seed": 7},
     ]
+
+
+def test_every_seed_is_evaluated_and_as_many_checkpoints_stay_as_are_asked_for(tmp_path):
+    start = TrainState(jnp.int32([0, 0]), {"sum": {"x": jnp.float32([0, 1])}}, {"count": jnp.int32([0, 0])})
+    batches = {"x": jnp.full((2, 2), 0.25)}
+    keys = jax.random.split(jax.random.key(0))
+    run(task(8, state=start, batch_at=lambda index: batches, run_key=keys), tmp_path, checkpoint_every=2, keep=3)
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    assert [(row["step"], row["seed"], row["eval/total"]) for row in rows if "eval/total" in row] == [
+        (4, 7, 2.0),
+        (4, 8, 3.0),
+        (8, 7, 4.0),
+        (8, 8, 5.0),
+    ]
+    samples = read_rows(tmp_path / "samples.jsonl")
+    assert [(row["step"], row["seed"]) for row in samples if "text" in row] == [(4, 7), (4, 8), (8, 7), (8, 8)]
+    kept = {int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()}
+    assert kept == {4, 6, 8}
 
 
 def test_a_longer_run_goes_on_from_the_checkpoint(tmp_path):

@@ -129,7 +129,8 @@ def evaluate(
     config: PreferenceLossConfig, own: PairStats, reference: PairStats | None, data: PreferenceBatch, beta: float
 ) -> dict[str, float]:
     """Loss and implicit rewards on all held-out pairs at once, under `eval/`."""
-    loss, metrics = preference_loss(config, jax.tree.map(jnp.asarray, join(own, reference, data)), beta=beta, axes=())
+    own, reference, data = jax.tree.map(jnp.asarray, (own, reference, data))
+    loss, metrics = preference_loss(config, join(own, reference, data), beta=beta, axes=())
     return {"eval/loss": float(loss)} | {f"eval/{name}": float(value) for name, value in metrics.items()}
 
 

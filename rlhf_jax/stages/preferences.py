@@ -1,4 +1,9 @@
-"""preferences: samples responses from a policy and has a judge prefer one of two, as a noisy person would."""
+"""preferences: samples responses from a policy and has a judge, or a reward model, prefer one of two.
+
+With a `rationality` the label is a noisy person's (Bradley-Terry); without one, the higher score's. From another
+policy's samples at every turn, and with that policy as the start of `dpo`, these two stages in a row are iterative DPO
+(Xu et al. 2023, arXiv:2312.16682; Yuan et al. 2024, arXiv:2401.10020).
+"""
 
 import dataclasses
 import itertools
@@ -8,38 +13,67 @@ import jax
 import numpy as np
 
 from rlhf_jax.config import ModelSource, StageName
-from rlhf_jax.data import pipeline
+from rlhf_jax.data import chat, pipeline
 from rlhf_jax.runtime.files import write_rows
 from rlhf_jax.sampling.batches import sample_all
 from rlhf_jax.stages.context import Context
 from rlhf_jax.stages.gold import load_judge
+from rlhf_jax.stages.models import Policy
 from rlhf_jax.stages.samples import texts
-from rlhf_jax.types import RlhfError
+from rlhf_jax.stages.scoring import make_scorer
+from rlhf_jax.types import RlhfError, Rollout
 
 TRAIN_FILE, EVAL_FILE = "preferences.jsonl", "preferences_eval.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
 class PreferencesConfig:
-    """How many prompts are drawn, how many samples each gets (all pairs are labelled), and how noisy labels are.
+    """How many prompts are drawn, how many samples each gets, who prefers which of them, and how noisy labels are.
 
-    `rationality` multiplies the difference of the judge's scores, in standard deviations of the samples' scores, to
-    give the log-odds of the label.
+    `rationality` multiplies the difference of the scores, in standard deviations of the samples' scores, to give the
+    log-odds of the label. None: the higher score is chosen, and a pair with equal scores, which says nothing, is left
+    out. `pairs` are all of a prompt's, or its best sample with its worst. `margin`, where labels are not noisy, writes
+    the column `margin` that a reward model's loss may read: so many times the difference in standard deviations.
     """
 
     kind: Literal["preferences"]
     policy: ModelSource
-    judge: StageName
+    judge: StageName | None  # either a judge, or a reward model
     prompts: int
     eval_prompts: int  # of the prompts, those held out
     samples_per_prompt: int
-    rationality: float
+    rationality: float | None
+    reward_model: ModelSource | None = None
+    pairs: Literal["all", "best_worst"] = "all"
+    margin: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.judge is None) == (self.reward_model is None):
+            raise ValueError(
+                f"judge = {self.judge!r} and reward_model = {self.reward_model!r}: exactly one of them scores the "
+                "samples, and the other is None"
+            )
+        if self.samples_per_prompt < 2:
+            raise ValueError(f"samples_per_prompt = {self.samples_per_prompt} must be at least 2, to make a pair")
+        if not 0 < self.eval_prompts < self.prompts:
+            raise ValueError(
+                f"eval_prompts = {self.eval_prompts} are held out of prompts = {self.prompts}: leave some for either"
+            )
+        if self.margin is not None and self.rationality is not None:
+            raise ValueError(
+                f"margin = {self.margin} needs rationality = None: a noisy label's margin would tell how often it is "
+                "wrong"
+            )
 
 
 def run(config: PreferencesConfig, context: Context) -> dict[str, Any]:
-    """Writes `preferences.jsonl` and `preferences_eval.jsonl` (prompt, chosen, rejected, and the judge's scores)."""
-    policy, judge = context.policy(config.policy), load_judge(context, config.judge)
-    pool = pipeline.prompts(pipeline.load_rows(context.data, "train"), policy.tokenizer, context.data)
+    """Writes `preferences.jsonl` and `preferences_eval.jsonl` (prompt, chosen, rejected, and their scores).
+
+    Prompts that are chats stay chats, and their responses are the assistant's messages.
+    """
+    policy = context.policy(config.policy)
+    table = pipeline.load_rows(context.data, "train")
+    pool = pipeline.prompts(table, policy.tokenizer, context.data)
     if config.prompts > len(pool.tokens):
         raise RlhfError(f"config.{context.name}.prompts = {config.prompts}: the data has only {len(pool.tokens)}")
     prompt_key, sample_key, label_key = jax.random.split(context.key(), 3)
@@ -53,25 +87,33 @@ def run(config: PreferencesConfig, context: Context) -> dict[str, Any]:
         samples=config.samples_per_prompt,
         batch_size=context.runtime.inference_batch,
     )
-    prompts, completions = texts(policy.tokenizer, rollout)
-    scores = judge.score([prompt + completion for prompt, completion in zip(prompts, completions, strict=True)])
+    scores = _scores(config, context, policy, table, rollout)
+    if scores.std() == 0:
+        raise RlhfError(f"config.{context.name}: all {len(scores)} samples have the same score, which prefers none")
+    asked: list[Any]
+    answers: list[Any]
+    asked, answers = texts(policy.tokenizer, rollout)
+    if chats := _chats(table):
+        asked = [chats[i] for i in np.repeat(drawn, config.samples_per_prompt)]
+        answers = [[{"role": "assistant", "content": answer}] for answer in answers]
     rng = np.random.default_rng(np.asarray(jax.random.key_data(label_key)))
-    pairs = [
-        label(
-            rng, prompts[a], (completions[a], completions[b]), (scores[a], scores[b]), config.rationality, scores.std()
-        )
-        for first in range(0, len(prompts), config.samples_per_prompt)
-        for a, b in itertools.combinations(range(first, first + config.samples_per_prompt), 2)
-    ]
-    a_prompt = len(pairs) // config.prompts
-    held_out = config.eval_prompts * a_prompt
-    for name, rows in ((EVAL_FILE, pairs[:held_out]), (TRAIN_FILE, pairs[held_out:])):
+    each = preferred(config, rng, asked, answers, scores)
+    held_out = [row for rows in each[: config.eval_prompts] for row in rows]
+    kept = [row for rows in each[config.eval_prompts :] for row in rows]
+    for name, rows in ((EVAL_FILE, held_out), (TRAIN_FILE, kept)):
+        if not rows:
+            raise RlhfError(
+                f"config.{context.name}: no pair is left for {name}, because all have equal scores: draw more prompts, "
+                "or more samples a prompt"
+            )
         write_rows(context.directory / name, rows)
+    pairs = held_out + kept
     agreement = float(np.mean([row["chosen_score"] > row["rejected_score"] for row in pairs]))
     context.bar.update(1, 1, {"pairs": len(pairs), "label agreement": agreement})
     return {
-        "train_pairs": len(pairs) - held_out,
-        "eval_pairs": held_out,
+        "train_pairs": len(kept),
+        "eval_pairs": len(held_out),
+        "ties_left_out": config.prompts * len(PAIRS[config.pairs](scores[: config.samples_per_prompt])) - len(pairs),
         "label_agreement": agreement,
         "judge_mean": float(scores.mean()),
         "judge_std": float(scores.std()),
@@ -79,10 +121,44 @@ def run(config: PreferencesConfig, context: Context) -> dict[str, Any]:
     }
 
 
+def all_pairs(scores: np.ndarray) -> list[tuple[int, int]]:
+    """Every two samples of one prompt."""
+    return list(itertools.combinations(range(len(scores)), 2))
+
+
+def best_and_worst(scores: np.ndarray) -> list[tuple[int, int]]:
+    """The sample with the highest score and the one with the lowest: the first and the last where all are equal."""
+    return [(int(np.argmax(scores)), len(scores) - 1 - int(np.argmin(scores[::-1])))]
+
+
+PAIRS = {"all": all_pairs, "best_worst": best_and_worst}
+
+
+def preferred(
+    config: PreferencesConfig, rng: np.random.Generator, prompts: list[Any], completions: list[Any], scores: np.ndarray
+) -> list[list[dict[str, Any]]]:
+    """The labelled pairs of each prompt. Args: `samples_per_prompt` rows for each prompt, in order, and scores [N]."""
+    std, each = scores.std(), []
+    for first in range(0, len(prompts), config.samples_per_prompt):
+        own = scores[first : first + config.samples_per_prompt]
+        rows = []
+        for a, b in PAIRS[config.pairs](own):
+            two = (completions[first + a], completions[first + b]), (own[a], own[b])
+            if config.rationality is not None:
+                rows.append(label(rng, prompts[first], *two, config.rationality, std))
+            elif own[a] != own[b]:
+                row = higher(prompts[first], *two)
+                if config.margin is not None:
+                    row["margin"] = config.margin * (row["chosen_score"] - row["rejected_score"]) / float(std)
+                rows.append(row)
+        each.append(rows)
+    return each
+
+
 def label(
     rng: np.random.Generator,
-    prompt: str,
-    completions: tuple[str, str],
+    prompt: Any,
+    completions: tuple[Any, Any],
     scores: tuple[float, float],
     rationality: float,
     std: float,
@@ -90,14 +166,12 @@ def label(
     r"""One preference: the first is chosen with probability $\sigma(c (s_1 - s_2) / \mathrm{std})$ (Bradley-Terry)."""
     logit = rationality * (scores[0] - scores[1]) / std
     first_wins = rng.random() < 1 / (1 + np.exp(-logit))
-    chosen, rejected = (0, 1) if first_wins else (1, 0)
-    return {
-        "prompt": prompt,
-        "chosen": completions[chosen],
-        "rejected": completions[rejected],
-        "chosen_score": float(scores[chosen]),
-        "rejected_score": float(scores[rejected]),
-    }
+    return _preference(prompt, completions, scores, chosen=0 if first_wins else 1)
+
+
+def higher(prompt: Any, completions: tuple[Any, Any], scores: tuple[float, float]) -> dict[str, Any]:
+    """One preference: the higher score's."""
+    return _preference(prompt, completions, scores, chosen=0 if scores[0] > scores[1] else 1)
 
 
 def load_preferences(context: Context, stage: str | None) -> tuple[list[dict], list[dict]]:
@@ -110,3 +184,36 @@ def load_preferences(context: Context, stage: str | None) -> tuple[list[dict], l
         for split, table in zip(("train", "eval"), rows, strict=True):
             pipeline.formats.require_columns(table, ["prompt", "chosen", "rejected"], context.data.source(split))
     return rows[0], rows[1]
+
+
+def _preference(
+    prompt: Any, completions: tuple[Any, Any], scores: tuple[float, float], *, chosen: int
+) -> dict[str, Any]:
+    return {
+        "prompt": prompt,
+        "chosen": completions[chosen],
+        "rejected": completions[1 - chosen],
+        "chosen_score": float(scores[chosen]),
+        "rejected_score": float(scores[1 - chosen]),
+    }
+
+
+def _scores(
+    config: PreferencesConfig, context: Context, policy: Policy, table: list[dict[str, Any]], rollout: Rollout
+) -> np.ndarray:
+    """The judge's scores of the texts, or the reward model's of the responses: [N]."""
+    if config.judge is not None:
+        judge = load_judge(context, config.judge)
+        return judge.score(
+            [prompt + completion for prompt, completion in zip(*texts(policy.tokenizer, rollout), strict=True)]
+        )
+    assert config.reward_model is not None
+    reward_model, batch_size = context.reward_model(config.reward_model), context.runtime.inference_batch
+    return np.asarray(make_scorer(reward_model, policy, table, context.data, batch_size)(rollout), np.float64)
+
+
+def _chats(table: list[dict[str, Any]]) -> list[Any] | None:
+    """The prompts of a table, where they are chats."""
+    if "prompt" in table[0]:
+        return [row["prompt"] for row in table] if isinstance(table[0]["prompt"], list) else None
+    return [chat.question(row["messages"]) for row in table] if "messages" in table[0] else None

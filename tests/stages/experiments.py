@@ -1,0 +1,119 @@
+"""Tiny experiments of stages that start from checkpoints, so that nothing need be trained before what is tested."""
+
+import dataclasses
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+from rich.console import Console
+
+from rlhf_jax import experiment
+from rlhf_jax.models import hf
+from rlhf_jax.models.policy import PolicyNetwork
+from rlhf_jax.models.scalars import ScalarNetwork
+from rlhf_jax.runtime.workdir import Workdir
+from rlhf_jax.text.tokenizer import BOS, EOS, PAD, UNKNOWN, train_word_tokenizer
+from tests import checkpoints
+from tests.text import checkpoints as tokenizers
+
+OPTIMIZER = {
+    "learning_rate": 3e-3,
+    "schedule": "constant",
+    "warmup_steps": 0,
+    "weight_decay": 0.0,
+    "epsilon": 1e-5,
+    "max_grad_norm": 1.0,
+}
+LOOP = {"steps_per_call": 4, "checkpoint_every": 100}
+RUNTIME = {
+    "strategy": "jit",
+    "data": 1,
+    "fsdp": 1,
+    "tensor": 1,
+    "inference_batch": 32,
+    "deterministic": False,
+    "compile_quickly": True,
+}
+WORDS = ("the", "film", "is", "good", "bad", "dull")
+TEMPLATE = (
+    "{% for message in messages %}{{ message.content }} "
+    "{{ eos_token if message.role == 'assistant' else ':' }}{% endfor %}"
+)
+SHAPE = {
+    "num_hidden_layers": 1,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "vocab_size": 11,
+    "tie_word_embeddings": False,
+}
+
+
+def models(directory: Path) -> tuple[str, str]:
+    """A random language model of chats in a few words, and a random reward model.
+
+    Tokens that are no text have next to no probability, and scores depend on all words alike: what is read again, as
+    text, is what was scored.
+    """
+    backend = train_word_tokenizer([" ".join(WORDS) + " :"], SHAPE["vocab_size"])
+    names = {"eos_token": EOS, "pad_token": PAD, "bos_token": BOS, "unk_token": UNKNOWN}
+    silent = jnp.array([backend.token_to_id(token) for token in (PAD, BOS, UNKNOWN)])
+    shape = dataclasses.replace(checkpoints.CONFIG, n_layers=1, tied=False)
+    policy = PolicyNetwork(shape, SHAPE["vocab_size"], ()).init(jax.random.key(0))
+    policy["embedding"] = policy["embedding"].at[:, 0].set(4 * jnp.std(policy["embedding"]))
+    policy["head"] = 3 * policy["head"].at[silent].set(-jnp.eye(1, shape.d_model)[0])
+    reward = ScalarNetwork(shape, SHAPE["vocab_size"], "last", bias=False).init(jax.random.key(1))
+    attention = reward["body"]["block_0"]["attention"]
+    for name, scale in (("q", 0), ("o", 10)):
+        attention[name]["kernel"] = scale * attention[name]["kernel"]
+    config = checkpoints.LLAMA | SHAPE
+    classifier = {"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "LABEL_0"}}
+    places = directory / "model", directory / "judge"
+    hf.save_pretrained(places[0], "policy", policy, config)
+    hf.save_pretrained(places[1], "reward", reward, config | classifier)
+    for place in places:
+        tokenizers.save(place, backend, TEMPLATE, **names)
+    return str(places[0]), str(places[1])
+
+
+def questions(path: Path, rows: int) -> Path:
+    """Prompts that are chats of one message."""
+    rng = np.random.default_rng(rows)
+    lines = [
+        json.dumps({"prompt": [{"role": "user", "content": " ".join(rng.choice(WORDS, rng.integers(1, 4)))}]}) + "\n"
+        for _ in range(rows)
+    ]
+    path.write_text("".join(lines))
+    return path
+
+
+def run(workdir: Path, data: Path, stages: dict[str, dict[str, Any]], **common: Any) -> Workdir:
+    """Runs stages, sections by name, on `data` for training and evaluation; returns the work directory."""
+    config = {
+        "seed": 0,
+        "seeds": 1,
+        "stages": tuple(stages),
+        "data": {
+            "train": str(data),
+            "eval": str(data),
+            "test": None,
+            "limit": None,
+            "text_prompt_tokens": (1, 2),
+            "max_prompt_tokens": 24,
+            "max_response_tokens": 8,
+        },
+        "runtime": RUNTIME,
+        **stages,
+        **common,
+    }
+    place = Workdir(workdir)
+    experiment.run(experiment.parse(ConfigDict(config)), place, None, Console(file=io.StringIO()))
+    return place
+
+
+def rows(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]

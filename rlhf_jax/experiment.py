@@ -23,7 +23,7 @@ from rlhf_jax.runtime.pretrained import MODELS
 from rlhf_jax.runtime.programs import RuntimeConfig
 from rlhf_jax.runtime.progress import Display
 from rlhf_jax.runtime.workdir import Identity, Workdir
-from rlhf_jax.stages import best_of_n, dpo, evaluate, gold, ppo, preferences, reward_model, sft
+from rlhf_jax.stages import best_of_n, dpo, evaluate, gold, ppo, preferences, rejection_sampling, reward_model, sft
 from rlhf_jax.stages.context import Context
 from rlhf_jax.stages.models import checkpoint_directory
 from rlhf_jax.types import RlhfError
@@ -36,6 +36,7 @@ KINDS: dict[str, tuple[type, StageRun]] = {
     "preferences": (preferences.PreferencesConfig, preferences.run),
     "reward_model": (reward_model.RewardModelConfig, reward_model.run),
     "best_of_n": (best_of_n.BestOfNConfig, best_of_n.run),
+    "rejection_sampling": (rejection_sampling.RejectionSamplingConfig, rejection_sampling.run),
     "dpo": (dpo.DPOConfig, dpo.run),
     "ppo": (ppo.PPOConfig, ppo.run),
     "evaluate": (evaluate.EvaluateConfig, evaluate.run),

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key, PyTree
 
+from rlhf_jax.config import StageName
 from rlhf_jax.core import masking
 from rlhf_jax.core.logprobs import cross_entropy
 from rlhf_jax.data import pipeline
@@ -19,6 +20,7 @@ from rlhf_jax.runtime.programs import Step
 from rlhf_jax.sampling.batches import sequence_stats_all
 from rlhf_jax.stages.context import Context, steps_for
 from rlhf_jax.stages.models import Policy, Pretrained, save_policy_spec
+from rlhf_jax.stages.rejection_sampling import load_demonstrations
 from rlhf_jax.stages.samples import policy_samples
 from rlhf_jax.stages.training import adapted_network, begin, dropout_keys, whole
 from rlhf_jax.text.tokenizer import TokenizerConfig, train_tokenizer
@@ -38,6 +40,7 @@ class SFTConfig:
     sample_prompts: int  # evaluation prompts continued at every evaluation
     eval_every: int  # steps
     loop: LoopConfig
+    demonstrations: StageName | None = None  # a stage's, or what its preferences chose; None: the experiment's data
 
     def __post_init__(self) -> None:
         if (self.tokenizer is None) != isinstance(self.model, Pretrained):
@@ -45,8 +48,8 @@ class SFTConfig:
 
 
 def run(config: SFTConfig, context: Context) -> dict[str, Any]:
-    """Trains on the training split; evaluates loss and samples on the evaluation split."""
-    rows, held_out = (pipeline.load_rows(context.data, split) for split in ("train", "eval"))
+    """Trains on the training rows; evaluates loss and samples on the held-out ones."""
+    rows, held_out = load_demonstrations(context, config.demonstrations)
     start = make_policy(config, rows, context)
     tuning = config.model if isinstance(config.model, Pretrained) else None
     network, tokenizer = adapted_network(start.network, tuning.lora if tuning else None), start.tokenizer

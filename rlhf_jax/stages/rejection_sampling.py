@@ -1,0 +1,222 @@
+"""rejection_sampling: samples answers, scores them by a reward model, and keeps the best as demonstrations for SFT.
+
+Best-of-N's distillation. With the best answer a prompt, and SFT from the policy that was sampled, it is RAFT (Dong et
+al. 2023, arXiv:2304.06767), Llama 2's rejection sampling (Touvron et al. 2023, arXiv:2307.09288) and, stage after
+stage, expert iteration; with a threshold it is ReST (Gulcehre et al. 2023, arXiv:2308.08998), whose thresholds rise
+from one stage to the next. A round is two stages, and the next round samples what the last one trained:
+
+    rejection_sampling (policy = sft) -> sft (model.init = sft, demonstrations = that) -> rejection_sampling ...
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from rlhf_jax.config import ModelSource
+from rlhf_jax.core.best_of_n import soft_choice
+from rlhf_jax.data import chat, pipeline
+from rlhf_jax.runtime.files import write_rows
+from rlhf_jax.sampling.batches import sample_all
+from rlhf_jax.stages.context import Context
+from rlhf_jax.stages.preferences import TRAIN_FILE as PREFERENCES_FILE
+from rlhf_jax.stages.preferences import load_preferences
+from rlhf_jax.stages.samples import texts
+from rlhf_jax.stages.scoring import make_scorer
+from rlhf_jax.types import RlhfError
+
+TRAIN_FILE, EVAL_FILE = "demonstrations.jsonl", "demonstrations_eval.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class KeepBest:
+    """The answers with the highest scores to each prompt."""
+
+    best: int
+
+    def __post_init__(self) -> None:
+        if self.best < 1:
+            raise ValueError(f"best = {self.best} must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class KeepAbove:
+    """Every answer with a higher score than this, however many to a prompt."""
+
+    threshold: float
+
+
+@dataclasses.dataclass(frozen=True)
+class KeepShare:
+    """The answers with the highest scores of all, whatever their prompts: this share of them."""
+
+    share: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share = {self.share} must be above 0 and at most 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class KeepSoft:
+    """One answer to each prompt, with probability proportional to exp(score / temperature): soft Best-of-N."""
+
+    soft_temperature: float
+
+    def __post_init__(self) -> None:
+        if self.soft_temperature <= 0:
+            raise ValueError(
+                f"soft_temperature = {self.soft_temperature} must be above 0; keep = {{'best': 1}} is what 0 means"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class RejectionSamplingConfig:
+    """The policy that is sampled, the reward model that decides, and which answers are kept."""
+
+    kind: Literal["rejection_sampling"]
+    policy: ModelSource
+    reward_model: ModelSource
+    prompts: int  # drawn from the training split
+    eval_prompts: int  # of the prompts, those whose answers are held out
+    samples_per_prompt: int
+    temperature: float
+    keep: KeepBest | KeepAbove | KeepShare | KeepSoft
+
+    def __post_init__(self) -> None:
+        if not 0 < self.eval_prompts < self.prompts:
+            raise ValueError(
+                f"eval_prompts = {self.eval_prompts} must be at least 1 and below prompts = {self.prompts}: some are "
+                "for training, and some for its evaluation"
+            )
+        if self.samples_per_prompt < 1:
+            raise ValueError(f"samples_per_prompt = {self.samples_per_prompt} must be at least 1")
+        if isinstance(self.keep, KeepBest) and self.keep.best > self.samples_per_prompt:
+            raise ValueError(
+                f"keep.best = {self.keep.best} is more than samples_per_prompt = {self.samples_per_prompt}"
+            )
+        if self.samples_per_prompt > 1 and self.temperature <= 0:
+            raise ValueError(f"temperature = {self.temperature} must be above 0: at 0 all samples are the same")
+
+
+def run(config: RejectionSamplingConfig, context: Context) -> dict[str, Any]:
+    """Writes `demonstrations.jsonl` and `demonstrations_eval.jsonl` (prompt, completion, score).
+
+    Prompts are as the data has them, chats among them; of plain texts they are the beginnings. An answer that was
+    sampled twice is kept twice.
+    """
+    policy, reward_model = context.policy(config.policy), context.reward_model(config.reward_model)
+    table = pipeline.load_rows(context.data, "train")
+    pool = pipeline.prompts(table, policy.tokenizer, context.data)
+    if config.prompts > len(pool.tokens):
+        raise RlhfError(f"config.{context.name}.prompts = {config.prompts}: the data has only {len(pool.tokens)}")
+    prompt_key, sample_key, choice_key = jax.random.split(context.key(), 3)
+    drawn = np.asarray(jax.random.choice(prompt_key, len(pool.tokens), (config.prompts,), replace=False))
+    rollout = sample_all(
+        policy.network,
+        policy.params,
+        pipeline.take(pool, drawn),
+        sample_key,
+        context.sampling(policy.tokenizer, config.temperature),
+        samples=config.samples_per_prompt,
+        batch_size=context.runtime.inference_batch,
+    )
+    shape = (config.prompts, config.samples_per_prompt)
+    score = make_scorer(reward_model, policy, table, context.data, context.runtime.inference_batch)
+    scores = score(rollout).reshape(shape)
+    shown, completions = (np.array(column, object).reshape(shape) for column in texts(policy.tokenizer, rollout))
+    rng = np.random.default_rng(np.asarray(jax.random.key_data(choice_key)))
+    kept = KEEP[type(config.keep)](config.keep, scores, rng)
+    rows = [
+        [
+            demonstration(_original(table, int(row), shown[i, j]), completions[i, j]) | {"score": float(scores[i, j])}
+            for j in np.flatnonzero(kept[i])
+        ]
+        for i, row in enumerate(drawn)
+    ]
+    parts = (rows[: config.eval_prompts], rows[config.eval_prompts :])
+    held_out, train = (list(itertools.chain.from_iterable(part)) for part in parts)
+    if not held_out or not train:
+        raise RlhfError(
+            f"config.{context.name}.keep leaves {len(train)} answers for training and {len(held_out)} held out, of "
+            f"scores from {scores.min():.3g} to {scores.max():.3g}: keep more, or sample more prompts"
+        )
+    write_rows(context.directory / EVAL_FILE, held_out)
+    write_rows(context.directory / TRAIN_FILE, train)
+    figures = {"score": float(scores.mean()), "kept_score": float(scores[kept].mean())}
+    context.bar.update(1, 1, {"demonstrations": len(train), **figures})
+    return {
+        "train_rows": len(train),
+        "eval_rows": len(held_out),
+        "kept_share": float(kept.mean()),
+        "score_std": float(scores.std()),
+        **figures,
+        "prompt_key": np.asarray(jax.random.key_data(prompt_key)).tolist(),
+    }
+
+
+def keep_best(keep: KeepBest, scores: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Which of [prompts, samples] are kept: of equal scores the one sampled first."""
+    ranks = np.argsort(np.argsort(-scores, axis=1, kind="stable"), axis=1)
+    return ranks < keep.best
+
+
+def keep_above(keep: KeepAbove, scores: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Which of [prompts, samples] are kept: none or all of a prompt's, as it may be."""
+    return scores > keep.threshold
+
+
+def keep_share(keep: KeepShare, scores: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Which of [prompts, samples] are kept: the best of all, rounded to a whole number of them, at least 1."""
+    ranks = np.argsort(np.argsort(-scores.ravel(), kind="stable")).reshape(scores.shape)
+    return ranks < max(1, round(keep.share * scores.size))
+
+
+def keep_soft(keep: KeepSoft, scores: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Which of [prompts, samples] are kept: one of each prompt."""
+    chosen = soft_choice(scores, rng.random(len(scores)), temperature=keep.soft_temperature)
+    return np.arange(scores.shape[1]) == chosen[:, None]
+
+
+KEEP: dict[type, Callable[[Any, np.ndarray, np.random.Generator], np.ndarray]] = {
+    KeepBest: keep_best,
+    KeepAbove: keep_above,
+    KeepShare: keep_share,
+    KeepSoft: keep_soft,
+}
+
+
+def demonstration(prompt: Any, completion: str) -> dict[str, Any]:
+    """A row to learn from: in answer to a chat, the completion is a message."""
+    said = [{"role": "assistant", "content": completion}] if isinstance(prompt, list) else completion
+    return {"prompt": prompt, "completion": said}
+
+
+def load_demonstrations(context: Context, stage: str | None) -> tuple[list[dict], list[dict]]:
+    """Training and held-out rows for SFT: the experiment's data where stage is None, or what a stage wrote.
+
+    Of a stage that wrote preferences, SFT learns what was chosen ("Preferred-FT", the baseline of Rafailov et al. 2023,
+    arXiv:2305.18290). Raises RlhfError where the stage wrote neither.
+    """
+    if stage is None:
+        return pipeline.load_rows(context.data, "train"), pipeline.load_rows(context.data, "eval")
+    directory = context.workdir.find(stage)
+    if (directory / PREFERENCES_FILE).exists():
+        return load_preferences(context, stage)
+    if not (directory / TRAIN_FILE).exists():
+        raise RlhfError(
+            f"config.{context.name}.demonstrations = {stage!r}, which wrote neither demonstrations nor preferences: "
+            "name a stage of kind rejection_sampling or preferences, or None for the experiment's data"
+        )
+    train, held_out = (pipeline.formats.read_table(str(directory / name)) for name in (TRAIN_FILE, EVAL_FILE))
+    return train, held_out
+
+
+def _original(table: list[dict[str, Any]], row: int, shown: str) -> Any:
+    """A prompt as its row has it; those of plain texts are beginnings, and shorter texts give none."""
+    if "prompt" in table[0]:
+        return table[row]["prompt"]
+    return chat.question(table[row]["messages"]) if "messages" in table[0] else shown

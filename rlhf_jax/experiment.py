@@ -23,7 +23,18 @@ from rlhf_jax.runtime.pretrained import MODELS
 from rlhf_jax.runtime.programs import RuntimeConfig
 from rlhf_jax.runtime.progress import Display
 from rlhf_jax.runtime.workdir import Identity, Workdir
-from rlhf_jax.stages import best_of_n, dpo, evaluate, gold, ppo, preferences, rejection_sampling, reward_model, sft
+from rlhf_jax.stages import (
+    best_of_n,
+    dpo,
+    evaluate,
+    frontier,
+    gold,
+    ppo,
+    preferences,
+    rejection_sampling,
+    reward_model,
+    sft,
+)
 from rlhf_jax.stages.context import Context
 from rlhf_jax.stages.models import checkpoint_directory
 from rlhf_jax.types import RlhfError
@@ -40,6 +51,7 @@ KINDS: dict[str, tuple[type, StageRun]] = {
     "dpo": (dpo.DPOConfig, dpo.run),
     "ppo": (ppo.PPOConfig, ppo.run),
     "evaluate": (evaluate.EvaluateConfig, evaluate.run),
+    "frontier": (frontier.FrontierConfig, frontier.run),
 }
 
 ONLINE = (ppo.PPOConfig,)

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from rlhf_jax import experiment
 from rlhf_jax.data.fetch import DATASETS, fetch
-from rlhf_jax.reports.report import is_current, print_summary, write_report
+from rlhf_jax.reports.report import MATCHED, RESULTS, is_current, print_summary, write_report
 from rlhf_jax.reports.run import Run
 from rlhf_jax.runtime.pretrained import MODELS, fetch_model
 from rlhf_jax.runtime.workdir import Workdir
@@ -96,7 +96,10 @@ def run_verb(arguments: list[str]) -> None:
     else:
         report = workdir.root / "report.html"
         console.print("Every stage is complete; nothing to do.")
-    console.print(f"Results: {workdir.root / 'results.csv'}\nReport:  {report}", soft_wrap=True)
+    for name in (RESULTS, MATCHED):
+        if (workdir.root / name).exists():
+            console.print(f"Results: {workdir.root / name}", soft_wrap=True)
+    console.print(f"Report:  {report}", soft_wrap=True)
 
 
 def fetch_verb(arguments: list[str]) -> None:

@@ -28,6 +28,15 @@ CAPTIONS = {
         "size of its pool (band: ±1 standard error). Blue: DPO, joined in the order of β. Small dots: PPO's samples "
         "through training, to training prompts, with a line through the means of three that leads to its point.",
     ),
+    "runs": (
+        "The way of every run",
+        "A panel a method, a line a seed, a dot a checkpoint; grey: all other methods.",
+    ),
+    "equal_kl": (
+        "Methods at equal divergence",
+        "Interpolated between checkpoints where each run first reaches the divergence; bars: ±1 standard error over "
+        "seeds.",
+    ),
     "win_rates": (
         "Pairs won",
         "Each method's answer against the reference's answer to the same prompt.",

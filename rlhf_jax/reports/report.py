@@ -6,24 +6,29 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from rlhf_jax.reports import figures, frames, html, table
+from rlhf_jax.reports import figures, frames, html, matched, table
 from rlhf_jax.reports.run import Run
 from rlhf_jax.reports.style import context
 from rlhf_jax.runtime.files import write_text
 
-REPORT, RESULTS, FIGURES = "report.html", "results.csv", "figures"
+REPORT, RESULTS, MATCHED, FIGURES = "report.html", "results.csv", "matched.csv", "figures"
+MOST_CURVES = 8
+"""Stages of one kind whose curves one figure can name."""
+
 PNG_DPI = 200
 """Twice the figures' own resolution: 1,400 pixels wide."""
 
 
 def write_report(workdir: str | Path, inputs: str | Path | None = None) -> Path:
-    """Writes results.csv (where there is an evaluation), figures/*.png and, last, report.html, and returns its path.
+    """Writes results.csv and matched.csv (where stages made them), figures/*.png and, last, report.html: its path.
 
     Each file is whole or not there. Whatever stages there are, complete or not, are shown.
     """
     run = Run(workdir, inputs)
     if run.of_kind("evaluate", complete=True):
         table.write_csv(run.results(), run.workdir / RESULTS)
+    for stage in run.of_kind("frontier", complete=True)[-1:]:
+        write_text(run.workdir / MATCHED, run.matched(stage).to_csv(index=False, lineterminator="\n"))
     drawn = draw(run)
     if drawn:
         (run.workdir / FIGURES).mkdir(exist_ok=True)
@@ -46,7 +51,11 @@ def is_current(workdir: str | Path, inputs: str | Path | None = None) -> bool:
 
 def print_summary(run: Run, console: Console) -> None:
     """What the experiment found: answers side by side, then the table. Says so where there is no evaluation yet."""
+    for stage in run.of_kind("frontier", complete=True)[-1:]:
+        console.print(matched.matched_table(run.matched(stage)), highlight=False)
     if not run.of_kind("evaluate", complete=True):
+        if run.of_kind("frontier", complete=True):
+            return
         complete = ", ".join(name for name in run.stages if run.is_complete(name)) or "none"
         console.print(f"There is no evaluation to show yet; complete stages: {complete}", highlight=False)
         return
@@ -62,9 +71,14 @@ def draw(run: Run) -> dict[str, Figure]:
     stages = run.of_kind("best_of_n", complete=True)
     if stages:
         drawn["best_of_n"] = figures.best_of_n(run.best_of_n_curve(stages[-1]), frames.sft_deviations(run))
+    for stage in run.of_kind("frontier", complete=True)[-1:]:
+        points, found = run.points(stage), run.matched(stage)
+        kinds = {method: run.kind(method) for method in found["method"].unique()}
+        drawn["runs"] = matched.runs(points, kinds, points["method"].iloc[0])
+        drawn["equal_kl"] = matched.ranking(found, kinds)
     for kind in figures.CURVES:
         tables = frames.curves(run, kind)
-        if tables:
+        if 0 < len(tables) <= MOST_CURVES:
             drawn[f"learning_{kind}"] = figures.learning_curves(kind, tables)
     return drawn
 

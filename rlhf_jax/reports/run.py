@@ -129,6 +129,14 @@ class Run:
         """`n, kl, proxy, proxy_se, gold, gold_se`, a row for every n that a best_of_n stage reports."""
         return _table(self._file(stage, "curve.jsonl"), ["n", "kl", "proxy", "proxy_se", "gold", "gold_se"])
 
+    def points(self, stage: str) -> pd.DataFrame:
+        """Every checkpoint that a frontier stage measured, the one that divergence is measured from first."""
+        return _table(self._file(stage, "points.jsonl"), ["method", "seed", "step", "kl", "kl_se", "gold", "gold_se"])
+
+    def matched(self, stage: str) -> pd.DataFrame:
+        """Each method's gold score at each divergence, as a frontier stage interpolated it."""
+        return _table(self._file(stage, "matched.jsonl"), ["method", "kl", "seeds", "reached", "gold", "gold_se"])
+
     def evaluation(self) -> str:
         """The name of the last complete stage of kind evaluate. Raises RlhfError where there is none."""
         found = self.of_kind("evaluate", complete=True)

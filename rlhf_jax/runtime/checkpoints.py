@@ -76,6 +76,13 @@ class Checkpoints:
             self._manager.close()
 
 
+def steps_of(directory: Path) -> list[int]:
+    """The steps whose checkpoints are kept, in order."""
+    options = ocp.CheckpointManagerOptions(read_only=True, create=False)
+    with ocp.CheckpointManager(directory.absolute(), options=options) as manager:
+        return sorted(manager.all_steps())
+
+
 def load_params(directory: Path, network: str, like: PyTree, *, step: int | None) -> PyTree:
     """One network's parameters from a stage's checkpoints.
 

@@ -1,0 +1,123 @@
+"""Methods at equal divergence: the way of each run, and each method's score where ways cross the same divergence."""
+
+import math
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from rich.table import Table
+
+from rlhf_jax.reports.style import COLORS, INK, MUTED, OTHER, RULE, WIDTH, context, settle
+
+COLUMNS = 4
+ROW_HEIGHT = 1.45  # inches
+
+
+def runs(points: pd.DataFrame, kinds: dict[str, str], start: str) -> Figure:
+    """Gold score against divergence along every run: a panel a method, a line a seed, all others behind in grey.
+
+    Args: points as a frontier stage wrote them; kinds are the methods' stages' kinds, in the order of the panels.
+    """
+    ways = {method: _ways(points, method, start) for method in kinds}
+    rows = math.ceil(len(kinds) / COLUMNS)
+    with context():
+        figure = Figure(
+            figsize=(WIDTH, 0.7 + ROW_HEIGHT * rows), dpi=100, layout=ConstrainedLayoutEngine(w_pad=0.04, h_pad=0.04)
+        )
+        FigureCanvasAgg(figure)
+        axes = list(figure.subplots(rows, COLUMNS, squeeze=False, sharex=True, sharey=True).flat)
+        for ax, (method, kind) in zip(axes, kinds.items(), strict=False):
+            for other, lines in ways.items():
+                if other != method:
+                    for kl, gold in lines:
+                        ax.plot(kl, gold, color=RULE, linewidth=0.7, zorder=1)
+            for kl, gold in ways[method]:
+                color = COLORS.get(kind, OTHER)
+                ax.plot(kl, gold, color=color, linewidth=1.1, marker="o", markersize=1.8, zorder=2)
+            ax.set_title(method, fontsize=8, pad=3)
+            ax.tick_params(labelsize=7)
+        for ax in axes[len(kinds) :]:
+            ax.set_visible(False)
+        for ax in axes[max(0, len(kinds) - COLUMNS) : len(kinds)]:  # the last of each column
+            ax.tick_params(labelbottom=True)
+        _root_scale(figure.axes[0], points["kl"].max())
+        figure.supxlabel(f"KL from {start} (nats a response; square-root scale)", fontsize=9, color=INK)
+        figure.supylabel("gold score", fontsize=9, color=INK)
+        settle(figure)
+    return figure
+
+
+def ranking(matched: pd.DataFrame, kinds: dict[str, str]) -> Figure:
+    """Each method's score at each divergence, mean and standard error over seeds; the best at the last one on top."""
+    targets = sorted(matched["kl"].unique())
+    order = _order(matched)
+    with context():
+        figure = Figure(
+            figsize=(WIDTH, 0.9 + 0.2 * len(order)), dpi=100, layout=ConstrainedLayoutEngine(w_pad=0.05, h_pad=0.04)
+        )
+        FigureCanvasAgg(figure)
+        for ax, target in zip(figure.subplots(1, len(targets), squeeze=False, sharey=True)[0], targets, strict=True):
+            rows = matched[matched["kl"] == target].set_index("method")
+            for place, method in enumerate(reversed(order)):
+                row = rows.loc[method]
+                color = COLORS.get(kinds[method], OTHER)
+                if not row["reached"]:
+                    ax.text(0.02, place, "not reached", transform=ax.get_yaxis_transform(), fontsize=7, color=MUTED,
+                            va="center")  # fmt: skip
+                    continue
+                error = 0.0 if pd.isna(row["gold_se"]) else row["gold_se"]
+                ax.errorbar(row["gold"], place, xerr=error, color=color, marker="o", markersize=3.5, linewidth=1.2)
+            ax.set_yticks(range(len(order)), reversed(order))
+            ax.set_ylim(-0.6, len(order) - 0.4)
+            ax.set_title(f"KL {target:g}")
+            ax.set_xlabel("gold score")
+        settle(figure)
+    return figure
+
+
+def matched_table(matched: pd.DataFrame) -> Table:
+    """The same as text: a row a method, a column a divergence; `2/4` where not every seed went so far."""
+    targets = sorted(matched["kl"].unique())
+    table = Table(
+        title="Gold score at equal divergence (mean over seeds, and its standard error)", title_justify="left"
+    )
+    table.add_column("method")
+    for target in targets:
+        table.add_column(f"KL {target:g}", justify="right")
+    for method in _order(matched):
+        rows = matched[matched["method"] == method].set_index("kl")
+        table.add_row(method, *(_cell(rows.loc[target]) for target in targets))
+    return table
+
+
+def _cell(row: pd.Series) -> str:
+    if not row["reached"]:
+        return "–"
+    error = "" if pd.isna(row["gold_se"]) else f" ± {row['gold_se']:.3f}"
+    seeds = "" if row["reached"] == row["seeds"] else f" ({row['reached']}/{row['seeds']})"
+    return f"{row['gold']:.3f}{error}{seeds}"
+
+
+def _order(matched: pd.DataFrame) -> list[str]:
+    """The best at the largest divergence first; who never went so far, by the next one down."""
+    wide = matched.pivot(index="method", columns="kl", values="gold").astype(float)
+    return list(wide.sort_values(sorted(wide.columns, reverse=True), ascending=False, na_position="last").index)
+
+
+def _ways(points: pd.DataFrame, method: str, start: str) -> list[tuple[np.ndarray, np.ndarray]]:
+    first = points[points["method"] == start].iloc[0]
+    found = []
+    for _, run in points[points["method"] == method].groupby("seed"):
+        run = run.sort_values("step")
+        found.append((np.append(0, run["kl"].clip(lower=0)), np.append(first["gold"], run["gold"])))
+    return found
+
+
+def _root_scale(ax: Axes, largest: float) -> None:
+    ax.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
+    ticks = [tick for tick in (0, 1, 4, 10, 20, 40, 80, 160) if tick <= 1.1 * largest]
+    ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    ax.set_xlim(0, 1.05 * largest)

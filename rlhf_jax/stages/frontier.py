@@ -1,0 +1,162 @@
+"""frontier: gold score against divergence along the runs of many methods, and each method's score at equal divergence.
+
+Where a run ends depends on its learning rate, its coefficient and its length; a checkpoint every so often shows the way
+it took. Methods are compared where their ways cross the same divergence: the axes of figure 1 of Gao et al. 2022
+(arXiv:2210.10760) and of figure 2 of Rafailov et al. 2023 (arXiv:2305.18290).
+"""
+
+import dataclasses
+import zlib
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from rlhf_jax.config import ModelSource, StageName
+from rlhf_jax.core.frontier import score_at_kl
+from rlhf_jax.core.statistics import standard_error
+from rlhf_jax.data import pipeline
+from rlhf_jax.rewards.tfidf import TfidfJudge
+from rlhf_jax.runtime.checkpoints import steps_of
+from rlhf_jax.runtime.files import read_json, read_rows, write_rows
+from rlhf_jax.sampling.batches import sample_all, sequence_kl
+from rlhf_jax.stages.context import Context
+from rlhf_jax.stages.gold import load_judge
+from rlhf_jax.stages.models import Policy, load_policy
+from rlhf_jax.stages.samples import texts
+from rlhf_jax.types import RlhfError
+
+POINTS, MATCHED = "points.jsonl", "matched.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class FrontierConfig:
+    """The stages whose checkpoints are looked at, from where divergence is measured, and who judges."""
+
+    kind: Literal["frontier"]
+    reference: ModelSource
+    policies: tuple[StageName, ...]
+    judge: StageName
+    prompts: int  # of the test split
+    temperature: float
+    kl_targets: tuple[float, ...]  # nats
+
+    def __post_init__(self) -> None:
+        if self.prompts < 2:
+            raise ValueError(f"prompts = {self.prompts} must be at least 2: a mean's error is estimated from them")
+        if not self.kl_targets or min(self.kl_targets) <= 0:
+            raise ValueError(f"kl_targets = {self.kl_targets} must be above 0, and at least one")
+
+
+def run(config: FrontierConfig, context: Context) -> dict[str, Any]:
+    """Writes `points.jsonl` (a row for every checkpoint of every seed) and `matched.jsonl` (every method and target).
+
+    Points that an interrupted run left are kept: each is written as soon as it is measured.
+    """
+    reference, judge = context.policy(config.reference), load_judge(context, config.judge)
+    rows = pipeline.load_rows(context.data, "test")
+    prompts = pipeline.prompts(rows, reference.tokenizer, context.data)
+    if config.prompts > len(prompts.tokens):
+        raise RlhfError(f"config.{context.name}.prompts = {config.prompts}: the data has only {len(prompts.tokens)}")
+    prompts = pipeline.take(prompts, np.arange(config.prompts))
+
+    path = context.directory / POINTS
+    points = read_rows(path)
+    known = {(point["method"], point["seed"], point["step"]) for point in points}
+    start = config.reference if config.reference in context.stages else "reference"
+    places = [(start, context.seed, 0), *_checkpoints(config.policies, context)]
+    for done, place in enumerate(places):
+        if place not in known:
+            policy = reference
+            if place != places[0]:
+                directory = context.workdir.find(place[0])
+                policy = load_policy(directory, seed=place[1], step=place[2], find=context.workdir.find)
+            points.append(measure(place, policy, reference, judge, prompts, config, context))
+            write_rows(path, points)
+        context.bar.update(done + 1, len(places), {})
+    matched = match(points, config.policies, config.kl_targets)
+    write_rows(context.directory / MATCHED, matched)
+    return {"points": len(points), "prompts": config.prompts, "judge": config.judge}
+
+
+def _checkpoints(policies: tuple[StageName, ...], context: Context) -> list[tuple[str, int, int]]:
+    """Stage, seed and step of all that is kept, in the order of training."""
+    found = []
+    for stage in policies:
+        directory = context.workdir.find(stage)
+        first, stop = read_json(directory / "model.json")["seeds"]
+        steps = steps_of(directory / "checkpoints")
+        found += [(stage, seed, step) for seed in range(first, stop) for step in steps]
+    return found
+
+
+def measure(
+    place: tuple[str, int, int],
+    policy: Policy,
+    reference: Policy,
+    judge: TfidfJudge,
+    prompts: pipeline.Prompts,
+    config: FrontierConfig,
+    context: Context,
+) -> dict[str, Any]:
+    """One answer to every prompt: its judged score, and how far the policy is from the reference (k1, nats)."""
+    method, seed, step = place
+    rollout = sample_all(
+        policy.network,
+        policy.params,
+        prompts,
+        jax.random.fold_in(context.key(seed - context.seed), zlib.crc32(f"{method} {step}".encode())),
+        context.sampling(policy.tokenizer, config.temperature),
+        samples=1,
+        batch_size=context.runtime.inference_batch,
+    )
+    gold = judge.score([prompt + answer for prompt, answer in zip(*texts(policy.tokenizer, rollout), strict=True)])
+    divergence = sequence_kl(
+        policy.network,
+        policy.params,
+        (reference.network, reference.params),
+        rollout,
+        batch_size=context.runtime.inference_batch,
+        temperature=config.temperature,
+    )
+    return {
+        "method": method,
+        "seed": seed,
+        "step": step,
+        "kl": float(divergence.mean()),
+        "kl_se": standard_error(divergence),
+        "gold": float(gold.mean()),
+        "gold_se": standard_error(gold),
+        "length": float(rollout.response_mask.sum(axis=1).mean()),
+    }
+
+
+def match(points: list[dict[str, Any]], methods: tuple[str, ...], targets: tuple[float, ...]) -> list[dict[str, Any]]:
+    """Each method's gold score at each divergence: the mean over the seeds that reached it, and its standard error.
+
+    Args: points as `points.jsonl` has them, the reference's first; targets in nats.
+    """
+    start = points[0]["gold"]
+    rows = []
+    for method in methods:
+        runs: dict[int, list[dict[str, Any]]] = {}
+        for point in points:
+            if point["method"] == method:
+                runs.setdefault(point["seed"], []).append(point)
+        along = [
+            score_at_kl([0, *(p["kl"] for p in run)], [start, *(p["gold"] for p in run)], targets)
+            for run in runs.values()
+        ]
+        for target, found in zip(targets, zip(*along, strict=True), strict=True):
+            reached = [score for score in found if score is not None]
+            rows.append(
+                {
+                    "method": method,
+                    "kl": target,
+                    "seeds": len(found),
+                    "reached": len(reached),
+                    "gold": float(np.mean(reached)) if reached else None,
+                    "gold_se": standard_error(reached) if len(reached) > 1 else None,
+                }
+            )
+    return rows

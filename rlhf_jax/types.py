@@ -54,3 +54,13 @@ class PreferenceBatch(NamedTuple):
     chosen_mask: AnyArray  # bool[B, T]
     rejected: AnyArray  # int32[B, T]
     rejected_mask: AnyArray  # bool[B, T]
+
+
+class UnpairedBatch(NamedTuple):
+    """Prompts with one response each, and whether it is a desirable one."""
+
+    prompt: AnyArray  # int32[B, P]
+    prompt_mask: AnyArray  # bool[B, P]
+    response: AnyArray  # int32[B, T]
+    response_mask: AnyArray  # bool[B, T]
+    label: AnyArray  # bool[B]

@@ -147,6 +147,21 @@ def preference_rows(rows: Sequence[Row], source: str) -> list[Row]:
     ]
 
 
+def unpaired_rows(rows: Sequence[Row], source: str) -> list[Row]:
+    """Checked rows with `prompt`, `completion` and `label`, which becomes a bool, and other columns as they are.
+
+    Raises: RlhfError, naming the row, if a value is neither text nor chat, a completion is empty, or a label is none.
+    """
+    checked = checked_rows(rows, ("prompt", "completion"), source)
+    require_columns(rows, ["label"], source)
+    for number, row in enumerate(checked, start=1):
+        if is_blank(row["completion"]):
+            raise RlhfError(f"{source}, row {number}, column completion is empty: remove the row or give an answer")
+    return [
+        row | {"label": _label(row["label"], f"{source}, row {number}")} for number, row in enumerate(checked, start=1)
+    ]
+
+
 def is_blank(value: str | list) -> bool:
     """Whether a text has nothing but spaces, or a chat no message."""
     return not (value.strip() if isinstance(value, str) else value)
@@ -180,6 +195,14 @@ def _prompt_end(chosen: str, rejected: str) -> int:
     boundaries = [gap for gap in reversed(gaps) if rejected[gap : gap + 1].isspace()]
     ends = (end for end in turns + boundaries if chosen[end:].strip() and rejected[end:].strip())
     return next(ends, 0)
+
+
+def _label(value: Any, where: str) -> bool:
+    # As JSON, Parquet or NumPy have it, and as a CSV file writes it.
+    known = {"true": True, "1": True, "false": False, "0": False}
+    if str(value).lower() not in known:
+        raise RlhfError(f"{where}, column label is {value!r}: give true for a good completion, false for a bad one")
+    return known[str(value).lower()]
 
 
 def _checked(row: Row, columns: tuple[str, ...], chat: bool, where: str) -> Row:

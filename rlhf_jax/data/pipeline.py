@@ -12,7 +12,7 @@ import numpy as np
 
 from rlhf_jax.data import chat, formats
 from rlhf_jax.text.tokenizer import NO_TEMPLATE, Messages, Tokenizer
-from rlhf_jax.types import PreferenceBatch, RlhfError, TokenBatch
+from rlhf_jax.types import PreferenceBatch, RlhfError, TokenBatch, UnpairedBatch
 
 Batch = TypeVar("Batch", bound=tuple)
 Row = dict[str, Any]
@@ -76,8 +76,7 @@ class Example(NamedTuple):
 def load_rows(config: DataConfig, split: str) -> list[Row]:
     """The rows of a split. Preference rows come out as `prompt, chosen, rejected`, other columns kept.
 
-    Raises RlhfError naming file and row where a value is missing or is neither text nor chat, and for unpaired data,
-    which no stage learns from yet: its bad completions must not pass for demonstrations.
+    Raises RlhfError naming file and row where a value is missing or is neither text nor chat.
     """
     source = config.source(split)
     rows = _table(source, formats.file_hash(source))[: config.limit]
@@ -85,10 +84,7 @@ def load_rows(config: DataConfig, split: str) -> list[Row]:
     if kind in ("preference", "implicit_prompt_preference"):
         return formats.preference_rows(rows, source)
     if kind == "unpaired":
-        raise RlhfError(
-            f"{source} is unpaired data (prompt, completion, label), which no stage learns from: keep the rows with "
-            "good completions and drop the column label, or make pairs of chosen and rejected"
-        )
+        return formats.unpaired_rows(rows, source)
     return formats.checked_rows(rows, formats.KINDS[kind], source)
 
 
@@ -166,6 +162,16 @@ def preferences(rows: list[Row], tokenizer: Tokenizer, config: DataConfig) -> Pr
         *pad_left([example.prompt for example in chosen], config.max_prompt_tokens),
         *pad_right([example.response for example in chosen], config.max_response_tokens),
         *pad_right([example.response for example in rejected], config.max_response_tokens),
+    )
+
+
+def unpaired(rows: list[Row], tokenizer: Tokenizer, config: DataConfig) -> UnpairedBatch:
+    """All rows of a table of labelled completions, padded."""
+    examples = tokenise([row["prompt"] for row in rows], [row["completion"] for row in rows], tokenizer, config)
+    return UnpairedBatch(
+        *pad_left([example.prompt for example in examples], config.max_prompt_tokens),
+        *pad_right([example.response for example in examples], config.max_response_tokens),
+        np.array([row["label"] for row in rows], bool),
     )
 
 
@@ -276,7 +282,12 @@ def _demonstrations(rows: list[Row]) -> tuple[list[Content], list[Content]]:
 
 
 def _demonstration(row: Row) -> tuple[Content, Content]:
-    """By the first columns of these that a row has."""
+    """By the first columns of these that a row has. Bad completions must not pass for demonstrations."""
+    if "label" in row and "completion" in row and "chosen" not in row:
+        raise RlhfError(
+            "it is unpaired (prompt, completion, label), which is no demonstration: keep the rows with good "
+            "completions and drop the column label"
+        )
     for answer in ("chosen", "completion"):
         if "prompt" in row and answer in row:
             return row["prompt"], row[answer]

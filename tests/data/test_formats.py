@@ -511,3 +511,27 @@ def test_implicit_prompts_lose_nothing_and_cut_no_word(shared: str, one: str, ot
         assert row["chosen"][0].isspace()
         assert row["rejected"][0].isspace()
         assert not row["prompt"][-1].isspace()
+
+
+def test_labels_may_be_written_in_many_ways():
+    written = [True, False, 1, 0, "True", "false", "1", 0]
+    rows = [{"prompt": "a", "completion": " b", "label": label, "id": 7} for label in written]
+    checked = formats.unpaired_rows(rows, "table")
+    assert [row["label"] for row in checked] == [True, False] * 4
+    assert all(type(row["label"]) is bool and row["id"] == 7 for row in checked)
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"prompt": "a", "completion": " b", "label": 0.5}, "table, row 2, column label is 0.5: give true"),
+        ({"prompt": "a", "completion": " b", "label": None}, "row 2, column label is None"),
+        ({"prompt": "a", "completion": " b"}, "row 2 has no column label"),
+        ({"prompt": "a", "completion": " ", "label": True}, "row 2, column completion is empty"),
+        ({"prompt": "a", "completion": [], "label": True}, "row 2, column completion is of type list, not text"),
+    ],
+    ids=["number", "null", "missing", "blank", "chat"],
+)
+def test_bad_unpaired_rows_are_named(row, message):
+    with pytest.raises(RlhfError, match=message):
+        formats.unpaired_rows([{"prompt": "a", "completion": " b", "label": True}, row], "table")

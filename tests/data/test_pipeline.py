@@ -302,5 +302,18 @@ def test_take_takes_the_same_rows_of_every_array():
 def test_unpaired_rows_do_not_pass_for_demonstrations(tmp_path):
     path = tmp_path / "unpaired.jsonl"
     path.write_text('{"prompt": "a", "completion": " bad", "label": false}\n')
-    with pytest.raises(RlhfError, match=r"unpaired\.jsonl is unpaired data .*drop the column label"):
-        pipeline.load_rows(config(train=str(path)), "train")
+    rows = pipeline.load_rows(config(train=str(path)), "train")
+    for read in (pipeline.training_texts, lambda rows: pipeline.demonstrations(rows, TOKENIZER, CONFIG)):
+        with pytest.raises(RlhfError, match=r"row 1 of the data: it is unpaired .*drop the column label"):
+            read(rows)
+
+
+def test_unpaired_rows_keep_their_labels():
+    rows = [
+        {"prompt": "a", "completion": " b c", "label": True},
+        {"prompt": "a b c d", "completion": "", "label": False},
+    ]
+    batch = pipeline.unpaired(rows, TOKENIZER, CONFIG)
+    assert_padded(batch.prompt, batch.prompt_mask, [[BOS, A], [BOS, C, D]], left=True)
+    assert_padded(batch.response, batch.response_mask, [[B, C, EOS], [EOS]])
+    np.testing.assert_array_equal(batch.label, [True, False])

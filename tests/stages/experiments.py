@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from rlhf_jax import experiment
+from rlhf_jax.data.pipeline import DataConfig
 from rlhf_jax.models import hf
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
@@ -91,21 +92,25 @@ def questions(path: Path, rows: int) -> Path:
     return path
 
 
+def data_config(data: Path) -> DataConfig:
+    return DataConfig(
+        train=str(data),
+        eval=str(data),
+        test=None,
+        limit=None,
+        text_prompt_tokens=(1, 2),
+        max_prompt_tokens=24,
+        max_response_tokens=8,
+    )
+
+
 def run(workdir: Path, data: Path, stages: dict[str, dict[str, Any]], **common: Any) -> Workdir:
     """Runs stages, sections by name, on `data` for training and evaluation; returns the work directory."""
     config = {
         "seed": 0,
         "seeds": 1,
         "stages": tuple(stages),
-        "data": {
-            "train": str(data),
-            "eval": str(data),
-            "test": None,
-            "limit": None,
-            "text_prompt_tokens": (1, 2),
-            "max_prompt_tokens": 24,
-            "max_response_tokens": 8,
-        },
+        "data": dataclasses.asdict(data_config(data)),
         "runtime": RUNTIME,
         **stages,
         **common,

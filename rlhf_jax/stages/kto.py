@@ -1,0 +1,278 @@
+"""kto: tunes a policy on single responses, each labelled good or bad (Ethayarajh et al. 2024, arXiv:2402.01306).
+
+As a person would by prospect theory, the loss weighs a response against a reference point, the policy's divergence from
+its reference. That is estimated, as in the paper and in TRL, from the batch's responses, each put to the next prompt.
+"""
+
+import dataclasses
+import functools
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key, PyTree
+
+from rlhf_jax.config import ModelSource, StageName
+from rlhf_jax.core import masking
+from rlhf_jax.core.logprobs import sequence_logprobs
+from rlhf_jax.core.unpaired_losses import apo_zero_unpaired_loss, kto_baseline, kto_loss
+from rlhf_jax.data import pipeline
+from rlhf_jax.models.policy import PolicyNetwork
+from rlhf_jax.runtime.checkpoints import TrainState
+from rlhf_jax.runtime.loop import Evaluation, LoopConfig, Task, train
+from rlhf_jax.runtime.optimizers import OptimizerConfig, gradients, learning_rate, make_optimizer, update
+from rlhf_jax.runtime.programs import Step
+from rlhf_jax.sampling.batches import response_logprobs_all
+from rlhf_jax.stages.context import Context, steps_for
+from rlhf_jax.stages.models import AS_IT_IS, Tuning, save_policy_spec
+from rlhf_jax.stages.preferences import load_preferences
+from rlhf_jax.stages.samples import policy_samples
+from rlhf_jax.stages.training import adapted_network, begin, dropout_keys, whole
+from rlhf_jax.types import RlhfError, Rollout, UnpairedBatch
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UnpairedLossConfig:
+    """`kto`, or `apo_zero_unpaired` without a reference point, and what a good and a bad response's loss count.
+
+    TRL's advice, after the paper: desirable_weight x good responses should be 1 to 4/3 times undesirable_weight x bad
+    responses. The stage's summary has both numbers.
+    """
+
+    loss: Literal["kto", "apo_zero_unpaired"] = "kto"
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("desirable_weight", "undesirable_weight"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} = {getattr(self, name)} must be above 0: drop those rows instead")
+
+
+KTO = UnpairedLossConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class KTOConfig:
+    """The policy that is start and reference, the responses, and beta, how fast gains and losses saturate."""
+
+    kind: Literal["kto"]
+    policy: ModelSource
+    preferences: StageName | None  # whose pairs are taken apart; None: the experiment's own data, unpaired or pairs
+    beta: float
+    optimizer: OptimizerConfig
+    batch_size: int
+    epochs: float
+    sample_prompts: int  # evaluation prompts continued at every evaluation
+    eval_every: int  # steps
+    loop: LoopConfig
+    loss: UnpairedLossConfig = KTO
+    tuning: Tuning = AS_IT_IS
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 2:
+            raise ValueError(f"batch_size = {self.batch_size} must be at least 2: responses are put to other prompts")
+
+
+def run(config: KTOConfig, context: Context) -> dict[str, Any]:
+    """Trains on the training responses; evaluates loss and implicit rewards on the held-out ones."""
+    reference = context.policy(config.policy, config.tuning)
+    lora, tokenizer = config.tuning.lora, reference.tokenizer
+    network = adapted_network(reference.network, lora)
+    reference = reference._replace(network=network)
+    seeds = range(context.seed, context.seed + 1)
+    save_policy_spec(context.directory, reference, seeds, base=config.policy if lora else None)
+    rows, held_out = load_unpaired(context, config.preferences)
+    data, eval_data = (pipeline.unpaired(table, tokenizer, context.data) for table in (rows, held_out))
+    eval_prompts = pipeline.prompts(pipeline.load_rows(context.data, "eval"), tokenizer, context.data)
+    batches = pipeline.shuffled_batches(data, config.batch_size, context.seed)
+    steps = steps_for(config.epochs, len(rows), config.batch_size, config.loop.steps_per_call)
+
+    placement = context.placement()
+    params = {"policy": begin(network, reference.params, context.key()).trained}
+    frozen = {"reference": reference.params, "beta": jnp.float32(config.beta)}
+
+    def evaluation(trained: PyTree) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        policy = reference._replace(params=whole(network, trained["policy"], frozen, "reference"))
+        models = (policy.params, reference.params)
+        metrics = evaluate(config.loss, network, models, eval_data, config.beta, context.runtime.inference_batch)
+        return metrics, policy_samples(policy, eval_prompts, config.sample_prompts, context)
+
+    task = Task(
+        step=make_step(network, config.optimizer, steps, placement.axes, config.loss),
+        state=TrainState(jnp.int32(0), params, make_optimizer(config.optimizer, steps).init(params)),
+        frozen=frozen,
+        batch_at=batches.__getitem__,
+        run_key=context.key(),
+        total_steps=steps,
+        key_figures=("loss", "rewards/margins", "kl"),
+        evaluation=Evaluation(config.eval_every, evaluation),
+        describe=lambda step, samples: [],
+    )
+    train(task, config.loop, placement, context.seed, context.directory, context.bar)
+    return {
+        "desirable_rows": int(data.label.sum()),
+        "undesirable_rows": int((~data.label).sum()),
+        "eval_rows": len(held_out),
+        "steps": steps,
+    }
+
+
+@functools.lru_cache
+def make_step(
+    network: PolicyNetwork,
+    config: OptimizerConfig,
+    steps: int,
+    axes: tuple[str, ...],
+    loss_config: UnpairedLossConfig = KTO,
+) -> Step:
+    """One update on an UnpairedBatch. `frozen` holds the reference, which is an adapter's base, and beta.
+
+    The reference point is the whole batch's, also where gradients are accumulated over micro-batches.
+    """
+    optimizer, schedule = make_optimizer(config, steps), learning_rate(config, steps)
+
+    def step(state: TrainState, frozen: dict[str, Any], batch: UnpairedBatch, run_key: jax.Array) -> tuple:
+        baseline = None
+        if loss_config.loss == "kto":
+            others = to_other_prompts(batch, axes)
+            policy = whole(network, state.params["policy"], frozen, "reference")
+            own, reference = (response_logprobs(network, params, others) for params in (policy, frozen["reference"]))
+            baseline = kto_baseline(own, reference, axes)
+
+        def loss_fn(params: PyTree, given: tuple) -> tuple[jax.Array, dict[str, jax.Array]]:
+            rows, keys = given
+            reference = response_logprobs(network, frozen["reference"], rows)
+            own = response_logprobs(network, whole(network, params["policy"], frozen, "reference"), rows, keys)
+            loss, metrics = unpaired_loss(
+                loss_config, own, reference, rows.label, baseline, beta=frozen["beta"], axes=axes
+            )
+            return loss, _as_shares(metrics, rows.label, axes)
+
+        keys = dropout_keys(network, run_key, state.step, len(batch.prompt), axes)
+        loss, metrics, grads = gradients(
+            config, loss_fn, state.params, (batch, keys), lambda given: masking.rows(given[0].prompt, axes), axes
+        )
+        params, opt_state, grad_norm = update(optimizer, grads, state.params, state.opt_state, axes)
+        metrics = _as_means(metrics, batch.label, axes) | {
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "learning_rate": schedule(state.step),
+            "num_tokens": masking.count(batch.response_mask, axes),
+        }
+        return TrainState(state.step + 1, params, opt_state), metrics, ()
+
+    return step
+
+
+def to_other_prompts(batch: UnpairedBatch, axes: tuple[str, ...]) -> UnpairedBatch:
+    """The batch's prompts, each with the response before its own in the whole batch (the first with the last)."""
+    everything = masking.gather_rows((batch.response, batch.response_mask), axes)
+    rows = masking.own_rows(jnp.roll(jnp.arange(len(everything[0])), 1), axes)
+    return batch._replace(response=everything[0][rows], response_mask=everything[1][rows])
+
+
+def response_logprobs(
+    network: PolicyNetwork, params: PyTree, batch: UnpairedBatch, dropout_keys: Key[Array, "B"] | None = None
+) -> Float[Array, "B"]:
+    """Log-probabilities in nats of whole responses."""
+    rollout = Rollout(*batch[:4])
+    stats = network.response_stats(params, rollout, temperature=1.0, dropout_keys=dropout_keys)
+    return sequence_logprobs(stats.logprobs, rollout.response_mask)
+
+
+def unpaired_loss(
+    config: UnpairedLossConfig,
+    own: Float[Array, "B"],
+    reference: Float[Array, "B"],
+    label: Array,
+    baseline: Float[Array, ""] | None,
+    *,
+    beta: float | Float[Array, ""],
+    axes: tuple[str, ...],
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """The chosen loss and its metrics; the baseline is None where it reads none."""
+    weights = {"desirable_weight": config.desirable_weight, "undesirable_weight": config.undesirable_weight}
+    if baseline is None:
+        return apo_zero_unpaired_loss(own, reference, label, beta=beta, axes=axes, **weights)
+    return kto_loss(own, reference, label, baseline=baseline, beta=beta, axes=axes, **weights)
+
+
+def evaluate(
+    config: UnpairedLossConfig,
+    network: PolicyNetwork,
+    params: tuple[PyTree, PyTree],
+    data: UnpairedBatch,
+    beta: float,
+    batch_size: int,
+) -> dict[str, float]:
+    """Loss and implicit rewards on all held-out rows at once, under `eval/`. Args: params of policy and reference."""
+
+    def logprobs(params: PyTree, responses: tuple[np.ndarray, np.ndarray]) -> jax.Array:
+        rollout = Rollout(data.prompt, data.prompt_mask, *responses)
+        each = response_logprobs_all(network, params, rollout, batch_size)
+        return jnp.asarray(np.where(rollout.response_mask, each, 0).sum(axis=1))
+
+    responses = (data.response, data.response_mask)
+    own, reference = (logprobs(model, responses) for model in params)
+    baseline = None
+    if config.loss == "kto":
+        others = (np.roll(data.response, 1, axis=0), np.roll(data.response_mask, 1, axis=0))
+        baseline = kto_baseline(logprobs(params[0], others), logprobs(params[1], others), ())
+    label = jnp.asarray(data.label)
+    loss, metrics = unpaired_loss(config, own, reference, label, baseline, beta=beta, axes=())
+    return {"eval/loss": float(loss)} | {f"eval/{name}": float(value) for name, value in metrics.items()}
+
+
+def load_unpaired(context: Context, stage: str | None) -> tuple[list[dict], list[dict]]:
+    """Training and held-out rows (prompt, completion, label): a stage's pairs taken apart, or the experiment's own.
+
+    Raises RlhfError where the rows are of another kind, or all have the same label.
+    """
+    if stage is not None or "chosen" in pipeline.load_rows(context.data, "train")[0]:
+        tables = tuple(map(take_apart, load_preferences(context, stage)))
+        places = (f"stage {stage}",) * 2
+    else:
+        tables = tuple(pipeline.load_rows(context.data, split) for split in ("train", "eval"))
+        places = tuple(context.data.source(split) for split in ("train", "eval"))
+    for rows, place in zip(tables, places, strict=True):
+        pipeline.formats.require_columns(rows, ["prompt", "completion", "label"], place)
+        require_both_labels(rows, place)
+    return tables[0], tables[1]
+
+
+def require_both_labels(rows: list[dict[str, Any]], source: str) -> None:
+    """Raises RlhfError where all rows have the same label."""
+    if len({row["label"] for row in rows}) < 2:
+        raise RlhfError(
+            f"{source}: all {len(rows)} rows have the label {str(rows[0]['label']).lower()}, of which KTO learns to "
+            "write more, or less, of anything: give good and bad completions"
+        )
+
+
+def take_apart(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each pair, the chosen response as a good one and the rejected response as a bad one."""
+    return [
+        {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
+        for row in pairs
+        for side in ("chosen", "rejected")
+    ]
+
+
+def _as_shares(metrics: dict[str, Array], label: Array, axes: tuple[str, ...]) -> dict[str, Array]:
+    """Means over the good or the bad rows, times their share: those of micro-batches may be averaged by their rows."""
+    share = _shares(label, axes)
+    return {name: value * share.get(name.split("/")[-1], 1.0) for name, value in metrics.items()}
+
+
+def _as_means(metrics: dict[str, Array], label: Array, axes: tuple[str, ...]) -> dict[str, Array]:
+    """What `_as_shares` was given, of the whole batch."""
+    share = _shares(label, axes)
+    means = {name: value / jnp.maximum(share.get(name.split("/")[-1], 1.0), 1e-6) for name, value in metrics.items()}
+    return means | {"rewards/margins": means["rewards/chosen"] - means["rewards/rejected"]}
+
+
+def _shares(label: Array, axes: tuple[str, ...]) -> dict[str, Array]:
+    good = masking.mean(label.astype(jnp.float32), axes)
+    return {"chosen": good, "rejected": 1 - good}

@@ -1,0 +1,190 @@
+"""KTO: the reference point from responses to other prompts, on several devices and over micro-batches, and its data."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.runtime.programs import make_placement
+from rlhf_jax.stages import kto
+from rlhf_jax.types import RlhfError, UnpairedBatch
+from tests import tiny
+from tests.runtime.test_programs import PLACEMENTS, assert_close
+from tests.stages import experiments
+from tests.stages import test_learning as learning
+
+ROWS, BETA = 16, 0.3
+WEIGHTED = kto.UnpairedLossConfig(desirable_weight=1.7, undesirable_weight=0.6)
+APO = dataclasses.replace(WEIGHTED, loss="apo_zero_unpaired")
+
+
+def labelled(seed: int) -> UnpairedBatch:
+    """Responses of uneven lengths, a quarter of them good; the padding is full of other tokens."""
+    pairs = tiny.preferences(ROWS, seed)
+    label = np.random.default_rng(seed).permutation(ROWS) < ROWS // 4
+    return UnpairedBatch(*pairs[:4], label)
+
+
+def make_update(config=WEIGHTED, where=tiny.ONE_DEVICE, micro_batch=None):
+    """One update, on a batch by its seed, of a policy far from its reference: parameters after, metrics before."""
+    placement = make_placement(where, seeds=1)
+    optimizer = dataclasses.replace(tiny.OPTIMIZER, micro_batch=micro_batch)
+    frozen = placement.put_frozen({"reference": tiny.policy_params(2), "beta": jnp.float32(BETA)})
+    step = kto.make_step(tiny.POLICY, optimizer, 3, placement.axes, config)
+    program = placement.compile(step, placement.put_state(tiny.dpo_state()))
+
+    def update(seed):
+        state = placement.put_state(tiny.dpo_state())
+        state, metrics, _ = program(state, frozen, tiny.several([labelled(seed)]), jax.random.key(0))
+        return jax.device_get((placement.whole(state).params, jax.tree.map(lambda leaf: leaf[0], metrics)))
+
+    return update
+
+
+@pytest.fixture(scope="module")
+def update():
+    return make_update()
+
+
+logprobs = jax.jit(kto.response_logprobs, static_argnums=0)
+
+
+def expected(config, seed):
+    """The metrics by the paper's formulas, in float64, a row at a time."""
+    batch, models = labelled(seed), (tiny.policy_params(), tiny.policy_params(2))
+
+    def ratio(prompt, response):
+        row = UnpairedBatch(
+            batch.prompt[prompt], batch.prompt_mask[prompt], batch.response[response], batch.response_mask[response], 0
+        )
+        own, reference = (
+            logprobs(tiny.POLICY, model, UnpairedBatch(*(np.asarray(x)[None] for x in row))) for model in models
+        )
+        return float(own[0]), float(own[0]) - float(reference[0])
+
+    drift = np.mean([ratio(i, (i - 1) % ROWS)[1] for i in range(ROWS)])
+    point = max(0.0, drift) if config.loss == "kto" else 0.0
+    losses, rewards, own = [], {True: [], False: []}, {True: [], False: []}
+    for i, good in enumerate(batch.label.tolist()):
+        logprob, log_ratio = ratio(i, i)
+        value = BETA * (log_ratio - point) * (1 if good else -1)
+        weight = config.desirable_weight if good else config.undesirable_weight
+        losses.append(weight * (1 - 1 / (1 + np.exp(-value))))
+        rewards[good].append(BETA * log_ratio)
+        own[good].append(logprob)
+    return drift, {
+        "loss": np.mean(losses),
+        "rewards/chosen": np.mean(rewards[True]),
+        "rewards/rejected": np.mean(rewards[False]),
+        "rewards/margins": np.mean(rewards[True]) - np.mean(rewards[False]),
+        "logps/chosen": np.mean(own[True]),
+        "logps/rejected": np.mean(own[False]),
+    } | ({"kl": point} if config.loss == "kto" else {})
+
+
+AHEAD, BEHIND = 3, 2
+"""Batches whose responses, put to other prompts, are likelier and less likely than under the reference."""
+
+
+@pytest.mark.parametrize("seed", [AHEAD, BEHIND])
+def test_a_step_is_the_papers(update, seed):
+    drift, metrics = expected(WEIGHTED, seed)
+    assert drift > 0.1 if seed == AHEAD else drift < -0.1
+    assert_metrics(update(seed)[1], metrics)
+
+
+def test_apo_zero_has_no_reference_point():
+    got = make_update(APO)(AHEAD)[1]
+    assert "kl" not in got
+    assert_metrics(got, expected(APO, AHEAD)[1])
+
+
+def assert_metrics(got, metrics):
+    for name, value in metrics.items():
+        np.testing.assert_allclose(got[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("name", ["pmap=8", "micro-batches"])
+def test_devices_and_micro_batches_change_nothing(name, update):
+    other = make_update(where=PLACEMENTS[name]) if name in PLACEMENTS else make_update(micro_batch=4)
+    assert_close(other(AHEAD), update(AHEAD))
+
+
+def good_endings(seed: int) -> UnpairedBatch:
+    """What ends in token 5 is good."""
+    batch = labelled(seed)
+    response = np.where(batch.response == 5, 6, batch.response)
+    last = batch.response_mask.sum(axis=1) - 1
+    response[batch.label, last[batch.label]] = 5
+    return batch._replace(response=response)
+
+
+def test_kto_learns_what_is_good():
+    params, frozen = {"policy": tiny.policy_params()}, {"reference": tiny.policy_params(), "beta": jnp.float32(0.1)}
+    batches = [good_endings(seed % 4) for seed in range(60)]
+    metrics, _ = learning.run(kto.make_step(tiny.POLICY, learning.QUICK, 60, ()), params, frozen, batches)
+    np.testing.assert_allclose(metrics["loss"][0], 0.5, atol=1e-6)  # the policy is still its reference
+    np.testing.assert_allclose(metrics["kl"][0], 0, atol=1e-5)
+    assert metrics["loss"][-4:].mean() < 0.4
+    assert metrics["rewards/margins"][-4:].mean() > 0.5
+    assert np.all(metrics["kl"] >= 0)
+
+
+def test_an_experiment_on_labelled_chats(tmp_path):
+    model, _ = experiments.models(tmp_path)
+    rng = np.random.default_rng(0)
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": " ".join(rng.choice(experiments.WORDS, 2))}],
+            "completion": [{"role": "assistant", "content": "good good" if number % 3 else "dull dull"}],
+            "label": bool(number % 3),
+        }
+        for number in range(48)
+    ]
+    data = tmp_path / "labelled.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    section = {
+        "kind": "kto",
+        "policy": model,
+        "preferences": None,
+        "beta": 0.1,
+        "optimizer": experiments.OPTIMIZER | {"learning_rate": 1e-2},
+        "batch_size": 16,
+        "epochs": 4.0,
+        "sample_prompts": 2,
+        "eval_every": 4,
+        "loop": experiments.LOOP,
+        "tuning": {"lora": {"rank": 4, "alpha": 8.0, "targets": ("attention/[qv]", "up", "down")}},
+    }
+    directory = experiments.run(tmp_path / "run", data, {"kto": section}).find("kto")
+    summary = json.loads((directory / "summary.json").read_text())
+    assert (summary["desirable_rows"], summary["undesirable_rows"], summary["eval_rows"]) == (32, 16, 48)
+    metrics = experiments.rows(directory / "metrics.jsonl")
+    np.testing.assert_allclose(metrics[0]["loss"], 0.5, atol=1e-5)
+    evaluated = [row["eval/rewards/margins"] for row in metrics if "eval/loss" in row]
+    assert len(evaluated) == 3 and 0 < evaluated[0] < evaluated[-1]
+    assert evaluated[-1] > 0.1 and metrics[-1]["eval/loss"] < 0.5
+    assert len(experiments.rows(directory / "samples.jsonl")) == 3 * 2
+
+
+def test_one_label_alone_is_refused():
+    row = {"prompt": "a", "completion": " b", "label": False}
+    with pytest.raises(RlhfError, match=r"rows\.jsonl: all 2 rows have the label false"):
+        kto.require_both_labels([row, row], "rows.jsonl")
+    kto.require_both_labels([row, row | {"label": True}], "rows.jsonl")
+
+
+def test_pairs_are_taken_apart():
+    apart = kto.take_apart([{"prompt": "a", "chosen": "b", "rejected": "c", "margin": 1.0}])
+    assert apart == [
+        {"prompt": "a", "completion": "b", "label": True},
+        {"prompt": "a", "completion": "c", "label": False},
+    ]
+
+
+def test_what_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="desirable_weight = 0"):
+        kto.UnpairedLossConfig(desirable_weight=0.0)

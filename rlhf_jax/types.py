@@ -64,3 +64,26 @@ class UnpairedBatch(NamedTuple):
     response: AnyArray  # int32[B, T]
     response_mask: AnyArray  # bool[B, T]
     label: AnyArray  # bool[B]
+
+
+class LabelledPairs(NamedTuple):
+    """Pairs as in PreferenceBatch, and what is known of each beside its order."""
+
+    prompt: AnyArray  # int32[B, P]
+    prompt_mask: AnyArray  # bool[B, P]
+    chosen: AnyArray  # int32[B, T]
+    chosen_mask: AnyArray  # bool[B, T]
+    rejected: AnyArray  # int32[B, T]
+    rejected_mask: AnyArray  # bool[B, T]
+    margin: AnyArray  # float32[B]: by how much the chosen response should win
+    votes: AnyArray  # float32[B, 2]: raters who prefer the chosen response, and the rejected one
+
+
+class ComparisonBatch(NamedTuple):
+    """K responses to one prompt, those that it lacks having empty masks, and which of them is preferred to which."""
+
+    prompt: AnyArray  # int32[B, P]
+    prompt_mask: AnyArray  # bool[B, P]
+    responses: AnyArray  # int32[B, K, T]
+    response_mask: AnyArray  # bool[B, K, T]
+    wins: AnyArray  # bool[B, K, K]: the first is preferred to the second

@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from rlhf_jax.core import masking
 
@@ -16,11 +16,162 @@ def bradley_terry_loss(
 
     Returns: the loss, and `accuracy` (a tie counts half), `margin`, and `{min,mean,max}_reward` over both responses.
     """
+    loss = masking.mean(-jax.nn.log_sigmoid(chosen_scores - rejected_scores), axes)
+    return loss, _metrics(chosen_scores, rejected_scores, axes)
+
+
+def margin_loss(
+    chosen_scores: Float[Array, "B"],
+    rejected_scores: Float[Array, "B"],
+    margins: Float[Array, "B"],
+    *,
+    axes: tuple[str, ...],
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    r"""Bradley and Terry's likelihood with a margin by which the chosen response should win, given for each pair.
+
+    $L = -\mathbb{E}[\log \sigma(r(x, y_w) - r(x, y_l) - m)]$, eq. 2 of Touvron et al. 2023 (arXiv:2307.09288), and
+    TRL's RewardTrainer on data with a column `margin`.
+
+    Returns: as `bradley_terry_loss`; `margin` among the metrics is that of the scores.
+    """
+    loss = masking.mean(-jax.nn.log_sigmoid(chosen_scores - rejected_scores - margins), axes)
+    return loss, _metrics(chosen_scores, rejected_scores, axes)
+
+
+def smoothed_bradley_terry_loss(
+    chosen_scores: Float[Array, "B"],
+    rejected_scores: Float[Array, "B"],
+    *,
+    label_smoothing: float,
+    axes: tuple[str, ...],
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    r"""The likelihood where a share $\epsilon$ of the labels is thought to be flipped.
+
+    $L = -\mathbb{E}[(1 - \epsilon) \log \sigma(\Delta) + \epsilon \log \sigma(-\Delta)]$ with
+    $\Delta = r(x, y_w) - r(x, y_l)$, as in Wang et al. 2024 (arXiv:2401.06080). It is least at
+    $\sigma(\Delta) = 1 - \epsilon$, so that scores stay finite.
+
+    Returns: as `bradley_terry_loss`.
+    """
+    margins = chosen_scores - rejected_scores
+    loss = masking.mean(_cross_entropy(margins, 1 - label_smoothing, label_smoothing), axes)
+    return loss, _metrics(chosen_scores, rejected_scores, axes)
+
+
+def raters_loss(
+    chosen_scores: Float[Array, "B"],
+    rejected_scores: Float[Array, "B"],
+    votes: Float[Array, "B 2"],
+    *,
+    axes: tuple[str, ...],
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    r"""Negative log-likelihood of every rater's own label, averaged over all labels of the batch.
+
+    $L = -\sum_i [n_i^w \log \sigma(\Delta_i) + n_i^l \log \sigma(-\Delta_i)] / \sum_i (n_i^w + n_i^l)$: each label is
+    one Bernoulli observation under Bradley and Terry's model. It is the loss of as many rows as there are labels, at
+    the cost of one forward pass a pair; a pair that many have judged weighs more.
+
+    Args: votes counts the raters who prefer the chosen response, and those who prefer the rejected one.
+    Returns: as `bradley_terry_loss`, where `accuracy` is the share of labels that the scores agree with.
+    """
+    margins = chosen_scores - rejected_scores
+    labels = jnp.maximum(masking.total(votes, axes), 1)
+    each = _cross_entropy(margins, votes[:, 0], votes[:, 1])
+    lean = jnp.sign(margins) * (votes[:, 0] - votes[:, 1])
+    metrics = _metrics(chosen_scores, rejected_scores, axes)
+    metrics["accuracy"] = 0.5 * (1 + masking.total(lean, axes) / labels)
+    return masking.total(each, axes) / labels, metrics
+
+
+def k_wise_loss(
+    scores: Float[Array, "B K"], wins: Bool[Array, "B K K"], *, label_smoothing: float, axes: tuple[str, ...]
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    r"""All comparisons among the K responses to one prompt as one element of the batch.
+
+    $L = -\binom{K}{2}^{-1} \mathbb{E}[\log \sigma(r(x, y_w) - r(x, y_l))]$, eq. 1 of Ouyang et al. 2022
+    (arXiv:2203.02155): the mean over a prompt's pairs, and then over prompts. A prompt with fewer responses, or with
+    ties, has the mean over the pairs that it has. Labels are smoothed as in `smoothed_bradley_terry_loss`.
+
+    Args: wins[b, i, j] says that response i is preferred to response j; scores of responses in no pair are not read.
+    Returns: as `bradley_terry_loss`, the metrics being means over prompts of means over pairs.
+    """
+    in_pairs = jnp.any(wins, axis=2) | jnp.any(wins, axis=1)
+    scores = jnp.where(in_pairs, scores, 0)
+    margins = scores[:, :, None] - scores[:, None, :]
+    loss = _over_pairs(_cross_entropy(margins, 1 - label_smoothing, label_smoothing), wins, axes)
+    fixed = jax.lax.stop_gradient(scores)
+    lowest, highest = jnp.min(fixed, where=in_pairs, initial=jnp.inf), jnp.max(fixed, where=in_pairs, initial=-jnp.inf)
+    return loss, {
+        "accuracy": _over_pairs(0.5 * (1 + jnp.sign(margins)), wins, axes),
+        "margin": _over_pairs(margins, wins, axes),
+        "min_reward": jax.lax.pmin(lowest, axes) if axes else lowest,
+        "mean_reward": masking.masked_mean(scores, in_pairs, axes),
+        "max_reward": jax.lax.pmax(highest, axes) if axes else highest,
+    }
+
+
+def plackett_luce_loss(
+    scores: Float[Array, "B K"], mask: Bool[Array, "B K"], *, axes: tuple[str, ...]
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    r"""Negative log-likelihood of whole rankings under Plackett and Luce's model, averaged over prompts.
+
+    $L = -\mathbb{E}[\sum_{k=1}^{K} (r(x, y_k) - \log \sum_{j=k}^{K} \exp r(x, y_j))]$, the K-wise likelihood of Zhu et
+    al. 2023 (arXiv:2301.11270). For K = 2 it is Bradley and Terry's.
+
+    Args: scores stand in the order of the ranking, the best response first; mask says which there are, a prefix.
+    Returns: as `k_wise_loss`.
+    """
+    order = jnp.arange(scores.shape[1])
+    wins = (order[:, None] < order[None, :])[None] & mask[:, :, None] & mask[:, None, :]
+    metrics = k_wise_loss(jax.lax.stop_gradient(scores), wins, label_smoothing=0.0, axes=axes)[1]
+    scores = jnp.where(mask, scores, 0)
+    # A response that is not there is left to choose from itself: its term is 0, and no logarithm is of nothing.
+    left = (order[:, None] == order[None, :])[None] | wins
+    rest = jax.scipy.special.logsumexp(jnp.broadcast_to(scores[:, None, :], left.shape), axis=2, where=left)
+    each = jnp.sum(jnp.where(mask, rest - scores, 0), axis=1)
+    return masking.masked_mean(each, jnp.any(wins, axis=(1, 2)), axes), metrics
+
+
+def centering(
+    chosen_scores: Float[Array, "B"], rejected_scores: Float[Array, "B"], *, axes: tuple[str, ...]
+) -> Float[Array, ""]:
+    r"""The penalty that keeps scores around 0, which preferences alone leave free: $\mathbb{E}[(r_w + r_l)^2]$.
+
+    Eq. 2 of Eisenstein et al. 2023 (arXiv:2312.09244), and TRL's, without its `center_rewards_coefficient`.
+    """
+    return masking.mean(jnp.square(chosen_scores + rejected_scores), axes)
+
+
+def k_wise_centering(
+    scores: Float[Array, "B K"], wins: Bool[Array, "B K K"], *, axes: tuple[str, ...]
+) -> Float[Array, ""]:
+    """The penalty of `centering` over the pairs of `k_wise_loss`."""
+    scores = jnp.where(jnp.any(wins, axis=2) | jnp.any(wins, axis=1), scores, 0)
+    return _over_pairs(jnp.square(scores[:, :, None] + scores[:, None, :]), wins, axes)
+
+
+def _cross_entropy(
+    margins: Float[Array, "*dims"], chosen: float | Float[Array, "*dims"], rejected: float | Float[Array, "*dims"]
+) -> Float[Array, "*dims"]:
+    """Of so much weight on either response, in nats."""
+    return -(chosen * jax.nn.log_sigmoid(margins) + rejected * jax.nn.log_sigmoid(-margins))
+
+
+def _over_pairs(x: Float[Array, "B K K"], wins: Bool[Array, "B K K"], axes: tuple[str, ...]) -> Float[Array, ""]:
+    """The mean over each prompt's pairs, and of these over the prompts that have any."""
+    count = jnp.sum(wins, axis=(1, 2), dtype=jnp.int32)
+    each = jnp.sum(jnp.where(wins, x, 0), axis=(1, 2)) / jnp.maximum(count, 1).astype(x.dtype)
+    return masking.masked_mean(each, count > 0, axes)
+
+
+def _metrics(
+    chosen_scores: Float[Array, "B"], rejected_scores: Float[Array, "B"], axes: tuple[str, ...]
+) -> dict[str, Array]:
     margins = chosen_scores - rejected_scores
     scores = jnp.concatenate([chosen_scores, rejected_scores])
     fixed = jax.lax.stop_gradient(scores)  # pmin and pmax have no gradient, not even one that nobody asks for
     lowest, highest = jnp.min(fixed), jnp.max(fixed)
-    return masking.mean(-jax.nn.log_sigmoid(margins), axes), {
+    return {
         "accuracy": masking.mean(0.5 * (1 + jnp.sign(margins)), axes),
         "margin": masking.mean(margins, axes),
         "min_reward": jax.lax.pmin(lowest, axes) if axes else lowest,

@@ -8,6 +8,7 @@ import contextlib
 import glob
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from rlhf_jax.data.readers import Row, read_file
 from rlhf_jax.types import RlhfError
 
 Kind = Literal[
-    "preference", "implicit_prompt_preference", "unpaired", "prompt_completion", "messages", "text", "prompt"
+    "preference", "implicit_prompt_preference", "unpaired", "prompt_completion", "messages", "text", "ranked", "prompt"
 ]
 
 # In this order, because a table may have more columns than its kind needs.
@@ -28,6 +29,7 @@ KINDS: dict[Kind, tuple[str, ...]] = {
     "prompt_completion": ("prompt", "completion"),
     "messages": ("messages",),
     "text": ("text",),
+    "ranked": ("prompt", "completions"),
     "prompt": ("prompt",),
 }
 
@@ -160,6 +162,38 @@ def unpaired_rows(rows: Sequence[Row], source: str) -> list[Row]:
     return [
         row | {"label": _label(row["label"], f"{source}, row {number}")} for number, row in enumerate(checked, start=1)
     ]
+
+
+def ranked_rows(rows: Sequence[Row], source: str) -> list[Row]:
+    """Checked rows with `prompt`, `completions` (at least two, the best first) and `scores`, in the order of scores.
+
+    Where a table has scores they decide, equal ones being ties; without them `scores` are the places, counted down.
+
+    Raises: RlhfError, naming the row, if completions are no list of texts or chats, or scores not a number for each.
+    """
+    require_columns(rows, KINDS["ranked"], source)
+    found = []
+    for number, row in enumerate(rows, start=1):
+        where, completions = f"{source}, row {number}", row["completions"]
+        if not isinstance(completions, list) or len(completions) < 2:
+            raise RlhfError(f"{where}, column completions is no list of at least two answers: give one, the best first")
+        scores = row.get("scores", [*range(len(completions) - 1, -1, -1)])
+        if not isinstance(scores, list) or len(scores) != len(completions) or not all(map(_is_number, scores)):
+            raise RlhfError(f"{where}, column scores does not give a number for each of {len(completions)} completions")
+        chat = isinstance(rows[0]["prompt"], list)
+        named = {f"completions[{place}]": completion for place, completion in enumerate(completions)}
+        checked = _checked({"prompt": row["prompt"], **named}, ("prompt", *named), chat, where)
+        order = sorted(range(len(scores)), key=lambda place: -scores[place])
+        ranked = {
+            "completions": [checked[f"completions[{place}]"] for place in order],
+            "scores": [float(scores[place]) for place in order],
+        }
+        found.append(row | {"prompt": checked["prompt"]} | ranked)
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def is_blank(value: str | list) -> bool:

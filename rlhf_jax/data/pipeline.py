@@ -83,8 +83,8 @@ def load_rows(config: DataConfig, split: str) -> list[Row]:
     kind = formats.kind_of(rows, source)
     if kind in ("preference", "implicit_prompt_preference"):
         return formats.preference_rows(rows, source)
-    if kind == "unpaired":
-        return formats.unpaired_rows(rows, source)
+    if kind in ("unpaired", "ranked"):
+        return {"unpaired": formats.unpaired_rows, "ranked": formats.ranked_rows}[kind](rows, source)
     return formats.checked_rows(rows, formats.KINDS[kind], source)
 
 

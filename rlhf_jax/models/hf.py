@@ -136,7 +136,8 @@ def refuse_bias(bias: Any | None) -> None:
     if bias is not None and np.any(np.asarray(bias)):
         raise RlhfError(
             "the reward model's head has a bias, which transformers' classifiers have not: scores would move by "
-            f"{float(np.asarray(bias)[0]):+.4g}. Train it with model.init set to a checkpoint, which has none"
+            f"{float(np.asarray(bias)[0]):+.4g}. Train it with model.init set to a checkpoint, which has none, and "
+            "with normalise = None"
         )
 
 

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Key, PRNGKeyArray, PyTree
 
 from rlhf_jax.models import lora
 from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.models.ensembles import EnsembleConfig, combined
 from rlhf_jax.models.lora import Adapted, LoraConfig
 from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.types import Rollout
@@ -49,7 +50,8 @@ class ScalarNetwork:
     """The pure functions of a body with a scalar head; `pooling` says which hidden states a score is read from.
 
     Parameters are plain, or `Adapted` where the network has a LoraConfig: then the adapter is on, and `dropout_keys`,
-    one a row, switch its dropout on.
+    one a row, switch its dropout on. Those of an ensemble are plain, and every leaf has a first axis over the members;
+    `init`, `values` and what concerns adapters are of one network.
     """
 
     config: ModelConfig
@@ -57,6 +59,12 @@ class ScalarNetwork:
     pooling: Pooling
     bias: bool = True  # of the head; transformers' classifiers have none
     lora: LoraConfig | None = None
+    ensemble: EnsembleConfig | None = None
+
+    @property
+    def alone(self) -> "ScalarNetwork":
+        """The functions of one member of an ensemble."""
+        return dataclasses.replace(self, ensemble=None)
 
     def init(self, key: PRNGKeyArray) -> PyTree:
         """Random parameters: `body` and `head`."""
@@ -68,8 +76,10 @@ class ScalarNetwork:
         """Parameters of a value function: the reward model's body, and a head that says 0 everywhere.
 
         Huang et al. 2024 (arXiv:2403.17031) start the value function from the reward model; the zero head is the one of
-        Ziegler et al. 2019, so that the first advantages are the rewards to go.
+        Ziegler et al. 2019, so that the first advantages are the rewards to go. Of an ensemble it is the first member.
         """
+        if self.ensemble is not None:
+            reward_params = jax.tree.map(lambda leaf: leaf[0], reward_params)
         return {"body": reward_params["body"], "head": jax.tree.map(jnp.zeros_like, reward_params["head"])}
 
     def init_adapter(self, params: PyTree, key: PRNGKeyArray) -> PyTree:
@@ -87,7 +97,12 @@ class ScalarNetwork:
     def scores(
         self, params: PyTree, rollout: Rollout, *, dropout_keys: Key[Array, "B"] | None = None
     ) -> Float[Array, "B"]:
-        """One score for each response, read from the mean over all its and its prompt's tokens, or from the last."""
+        """One score for each response, read from the mean over all its and its prompt's tokens, or from the last.
+
+        Of an ensemble, what its members' scores combine to.
+        """
+        if self.ensemble is not None:
+            return combined(self.ensemble, self.member_scores(params, rollout))
         hidden, mask = self._hidden(params, rollout, dropout_keys)
         if self.pooling == "mean":
             count = jnp.maximum(jnp.sum(mask, axis=1, dtype=jnp.float32), 1)
@@ -96,6 +111,10 @@ class ScalarNetwork:
             last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
             pooled = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
         return self._apply(params, pooled)
+
+    def member_scores(self, params: PyTree, rollout: Rollout) -> Float[Array, "members B"]:
+        """The scores of each member of an ensemble, all in one batched computation."""
+        return jax.vmap(lambda member: self.alone.scores(member, rollout))(params)
 
     def values(
         self, params: PyTree, rollout: Rollout, *, dropout_keys: Key[Array, "B"] | None = None

@@ -31,17 +31,19 @@ def shardings(tree: PyTree, mesh: Mesh, *, leading_axes: int) -> PyTree:
     """A NamedSharding for every leaf of a tree of parameters or of a state that contains some.
 
     Args: leading_axes counts axes before the parameters' own (1 where they are stacked over seeds), never split. A
-    weight whose dimension does not divide over its mesh axis is kept whole along it.
+    weight whose dimension does not divide over its mesh axis is kept whole along it. More axes than its pattern has are
+    those of an ensemble's members, and are not split either.
     """
 
     def sharding(path: tuple, leaf: jax.Array | jax.ShapeDtypeStruct) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         spec = next((spec for pattern, spec in PARTITIONS if re.search(pattern, name)), P())
-        sizes = leaf.shape[leading_axes:]
+        before = max(leading_axes, leaf.ndim - len(spec)) if spec else leading_axes
+        sizes = leaf.shape[before:]
         kept = [
             axis if axis is not None and size % mesh.shape[axis] == 0 else None
             for size, axis in zip(sizes, tuple(spec) + (None,) * len(sizes), strict=False)
         ]
-        return NamedSharding(mesh, P(*([None] * leading_axes + kept)))
+        return NamedSharding(mesh, P(*([None] * before + kept)))
 
     return jax.tree_util.tree_map_with_path(sharding, tree)

@@ -1,7 +1,7 @@
 """Models as stages exchange them: from scratch, from an earlier stage, or from a checkpoint that others trained."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from rlhf_jax import config as configs
 from rlhf_jax.config import ModelSource
 from rlhf_jax.models import hf
 from rlhf_jax.models.config import DType, ModelConfig
+from rlhf_jax.models.ensembles import EnsembleConfig
 from rlhf_jax.models.lora import Adapted, LoraConfig
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
@@ -60,6 +61,14 @@ class RewardModel(NamedTuple):
     tokenizer: Tokenizer
     hf_config: dict[str, Any] | None = None
 
+    def members(self) -> list["RewardModel"]:
+        """The members of an ensemble, or the model itself."""
+        ensemble = self.network.ensemble
+        if ensemble is None:
+            return [self]
+        each = [jax.tree.map(lambda leaf, k=k: leaf[k], self.params) for k in range(ensemble.members)]
+        return [self._replace(network=self.network.alone, params=params) for params in each]
+
 
 Find = Callable[[str], Path]
 """Where an experiment's stages are: a stage's name -> its directory."""
@@ -73,11 +82,17 @@ def save_policy_spec(directory: Path, policy: Policy, seeds: range, *, base: str
     _save_spec(directory, policy, {"network": "policy", "seeds": [seeds.start, seeds.stop], "base": base})
 
 
-def save_reward_spec(directory: Path, model: RewardModel, *, base: str | None = None) -> None:
-    """Writes what is needed beside the checkpoints to load a reward model."""
+def save_reward_spec(
+    directory: Path, model: RewardModel, *, base: str | None = None, moments: list[tuple[float, float]] | None = None
+) -> None:
+    """Writes what is needed beside the checkpoints to load a reward model.
+
+    Args: moments are the mean and the deviation of the scores that become 0 and 1, of every member of an ensemble.
+    """
     network = model.network
     more = {"network": "reward", "pooling": network.pooling, "bias": network.bias, "base": base}
-    _save_spec(directory, model, more)
+    ensemble = None if network.ensemble is None else dataclasses.asdict(network.ensemble)
+    _save_spec(directory, model, {**more, "ensemble": ensemble, "moments": moments})
 
 
 def load_stage(directory: Path, *, seed: int, find: Find | None = None) -> Policy | RewardModel:
@@ -116,19 +131,48 @@ def load_policy(directory: Path, *, seed: int, step: int | None, find: Find | No
 
 
 def load_reward_model(directory: Path, *, find: Find | None = None) -> RewardModel:
-    """A stage's reward model, as `load_policy` gives a policy. Raises RlhfError where the stage trains none."""
+    """A stage's reward model, as `load_policy` gives a policy. Raises RlhfError where the stage trains none.
+
+    Scores that the stage normalised are so by the head that is given here. An ensemble's adapters are merged.
+    """
     spec = _spec_of(directory, "reward")
     config, lora = _model_config(spec, directory), _lora(spec, directory)
     network = ScalarNetwork(config, spec["vocab_size"], spec["pooling"], spec["bias"], lora)
+    ensemble = None
+    if spec.get("ensemble") is not None:  # workdirs of earlier versions do not have the key
+        ensemble = configs.build(EnsembleConfig, spec["ensemble"], f"{directory / 'model.json'}: ensemble")
     like = jax.eval_shape(network.init, jax.random.key(0))
     if lora is not None:
         like = jax.eval_shape(network.init_adapter, like, jax.random.key(0))
+    if ensemble is not None:
+        like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((ensemble.members, *leaf.shape), leaf.dtype), like)
     params = load_params(directory / "checkpoints", "reward", like, step=None)
+    if spec.get("moments") is not None:
+        params = params | {"head": normalised_head(params["head"], spec["moments"], stacked=ensemble is not None)}
+        network = dataclasses.replace(network, bias=True)
     if lora is not None:
         base = _base(spec, directory, 0, find)
         body = base.params["body"] if isinstance(base, RewardModel) else _body(base.params)
-        params = Adapted({"body": cast(body, config.param_dtype), "head": params["head"]}, params)
+        body = cast(body, config.param_dtype)
+        if ensemble is None:
+            params = Adapted({"body": body, "head": params["head"]}, params)
+        else:
+            params = jax.vmap(lambda member: network.merge(Adapted({"body": body}, member)))(params)
+            network = dataclasses.replace(network, lora=None)
+    network = dataclasses.replace(network, ensemble=ensemble)
     return RewardModel(network, params, load_tokenizer(directory / "tokenizer"), spec["hf_config"])
+
+
+def normalised_head(head: PyTree, moments: Sequence[Sequence[float]], *, stacked: bool) -> PyTree:
+    """A head in float32 whose scores are (score - mean) / deviation; it has a bias, also where the given one has none.
+
+    Args: stacked says that leaves have a first axis over an ensemble's members, each with moments of its own.
+    """
+    kernel = head["kernel"].astype(jnp.float32)
+    mean, deviation = (jnp.asarray(each, jnp.float32) for each in zip(*moments, strict=True))
+    mean, deviation = (each.reshape(-1, 1) if stacked else each for each in (mean, deviation))
+    bias = head["bias"].astype(jnp.float32) if "bias" in head else jnp.zeros_like(mean)
+    return {"kernel": kernel / deviation[..., None], "bias": (bias - mean) / deviation}
 
 
 def merged(model: Policy | RewardModel) -> Policy | RewardModel:

@@ -1,4 +1,8 @@
-"""reward_model: learns a score from preferences, by the Bradley-Terry likelihood."""
+"""reward_model: learns a score from preferences, by the Bradley-Terry likelihood or one of its relatives.
+
+One model, or an ensemble whose members are trained in one program, each with its own initialisation and its own order
+of the data (Coste et al. 2023, arXiv:2310.02743): member k is the single run with seed + k.
+"""
 
 import dataclasses
 from typing import Any, Literal
@@ -9,22 +13,35 @@ import numpy as np
 from jaxtyping import PyTree
 
 from rlhf_jax.config import ModelSource, StageName
-from rlhf_jax.core import masking
-from rlhf_jax.core.reward_losses import bradley_terry_loss
 from rlhf_jax.data import pipeline
 from rlhf_jax.models.config import ModelConfig
-from rlhf_jax.models.policy import both_responses
+from rlhf_jax.models.ensembles import EnsembleConfig
 from rlhf_jax.models.scalars import Pooling, ScalarNetwork
 from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.runtime.loop import Evaluation, LoopConfig, Task, train
 from rlhf_jax.runtime.optimizers import OptimizerConfig, gradients, learning_rate, make_optimizer, update
 from rlhf_jax.runtime.programs import Step
-from rlhf_jax.sampling.batches import score_all
+from rlhf_jax.sampling.batches import sample_all
+from rlhf_jax.stages import reward_loss
 from rlhf_jax.stages.context import Context, steps_for
-from rlhf_jax.stages.models import Pretrained, RewardModel, as_reward_model, save_reward_spec
-from rlhf_jax.stages.preferences import load_preferences
+from rlhf_jax.stages.models import Pretrained, RewardModel, as_reward_model, load_reward_model, save_reward_spec
+from rlhf_jax.stages.reward_loss import BRADLEY_TERRY, RewardLossConfig
+from rlhf_jax.stages.reward_report import HeldOut, evaluate, report
+from rlhf_jax.stages.scoring import make_scorer
 from rlhf_jax.stages.training import adapted_scalar, begin, dropout_keys, whole
-from rlhf_jax.types import PreferenceBatch
+from rlhf_jax.types import RlhfError
+
+
+@dataclasses.dataclass(frozen=True)
+class NormaliseConfig:
+    """On whose samples scores have mean 0 and variance 1: as many as there are prompts, at temperature 1."""
+
+    policy: ModelSource
+    prompts: int  # of the training split, drawn at random
+
+    def __post_init__(self) -> None:
+        if self.prompts < 2:
+            raise ValueError(f"prompts = {self.prompts} must be at least 2: one sample has no variance")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,10 +54,13 @@ class RewardModelConfig:
     model: ModelConfig | Pretrained  # of a language model, the body is taken
     pooling: Pooling
     optimizer: OptimizerConfig
-    batch_size: int
+    batch_size: int  # pairs, or prompts where the loss reads rankings
     epochs: float
     eval_every: int  # steps
     loop: LoopConfig
+    loss: RewardLossConfig = BRADLEY_TERRY
+    ensemble: EnsembleConfig | None = None
+    normalise: NormaliseConfig | None = None
 
     def __post_init__(self) -> None:
         if (self.policy is None) != isinstance(self.model, Pretrained):
@@ -48,120 +68,145 @@ class RewardModelConfig:
 
 
 def run(config: RewardModelConfig, context: Context) -> dict[str, Any]:
-    """Trains on the training pairs; evaluates on the held-out pairs."""
-    start = make_reward_model(config, context)
+    """Trains on the training pairs; evaluates on the held-out pairs; writes `calibration.json`."""
+    members = 1 if config.ensemble is None else config.ensemble.members
+    starts = [make_reward_model(config, context, member) for member in range(members)]
     tuning = config.model if isinstance(config.model, Pretrained) else None
-    network = adapted_scalar(start.network, tuning.lora if tuning else None)
-    trained, base = begin(network, start.params, context.key())
-    save_reward_spec(
-        context.directory, start._replace(network=network), base=tuning.init if tuning and tuning.lora else None
-    )
-    rows, held_out = load_preferences(context, config.preferences)
-    data, eval_data = (pipeline.preferences(table, start.tokenizer, context.data) for table in (rows, held_out))
-    batches = pipeline.shuffled_batches(data, config.batch_size, context.seed)
-    steps = steps_for(config.epochs, len(rows), config.batch_size, config.loop.steps_per_call)
+    network = adapted_scalar(starts[0].network, tuning.lora if tuning else None)
+    begun = [begin(network, start.params, context.key(member)) for member, start in enumerate(starts)]
+    model = starts[0]._replace(network=dataclasses.replace(network, ensemble=config.ensemble))
+    source = tuning.init if tuning and tuning.lora else None
+    save_reward_spec(context.directory, model, base=source)
+    rows, held_out = reward_loss.load_rows(config.loss, context, config.preferences)
+    data = reward_loss.make_batch(config.loss, rows, model.tokenizer, context.data)
+    eval_data = HeldOut(pipeline.preferences(held_out, model.tokenizer, context.data), held_out)
+    orders = [pipeline.shuffled_batches(data, config.batch_size, context.seed + member) for member in range(members)]
+    steps = steps_for(config.epochs, len(data.prompt), config.batch_size, config.loop.steps_per_call)
 
-    placement = context.placement()
-    params, frozen = {"reward": trained}, {"base": base}
+    placement = context.placement(members)
+    optimizer = make_optimizer(config.optimizer, steps)
+    states = [
+        TrainState(jnp.int32(0), params, optimizer.init(params)) for params in ({"reward": b.trained} for b in begun)
+    ]
+    frozen = {"base": begun[0].base}
 
     def evaluation(trained: PyTree) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        return evaluate(network, whole(network, trained["reward"], frozen, "base"), eval_data, held_out, context)
+        return evaluate(network, whole(network, trained["reward"], frozen, "base"), eval_data, context)
 
     task = Task(
-        step=make_step(network, config.optimizer, steps, placement.axes),
-        state=TrainState(jnp.int32(0), params, make_optimizer(config.optimizer, steps).init(params)),
+        step=make_step(network, config.optimizer, steps, placement.axes, config.loss),
+        state=states[0] if members == 1 else jax.tree.map(lambda *leaves: jnp.stack(leaves), *states),
         frozen=frozen,
-        batch_at=batches.__getitem__,
-        run_key=context.key(),
+        batch_at=lambda step: _stacked([order[step] for order in orders]),
+        run_key=context.key() if members == 1 else jnp.stack([context.key(member) for member in range(members)]),
         total_steps=steps,
         key_figures=("loss", "accuracy", "eval/accuracy"),
         evaluation=Evaluation(config.eval_every, evaluation),
         describe=lambda step, samples: [],
     )
     train(task, config.loop, placement, context.seed, context.directory, context.bar)
-    return {"train_pairs": len(rows), "eval_pairs": len(held_out), "steps": steps}
+    if config.normalise is not None:
+        found = score_moments(
+            config.normalise, load_reward_model(context.directory, find=context.workdir.find), context
+        )
+        save_reward_spec(context.directory, model, base=source, moments=found)
+    finished = load_reward_model(context.directory, find=context.workdir.find)
+    figures = report(finished, eval_data, context)
+    return {"train_pairs": len(rows), "eval_pairs": len(held_out), "steps": steps, **figures}
 
 
-def make_reward_model(config: RewardModelConfig, context: Context) -> RewardModel:
-    """The reward model before the first step."""
+def make_reward_model(config: RewardModelConfig, context: Context, member: int = 0) -> RewardModel:
+    """The reward model before the first step; members differ in what of it is drawn at random."""
     if not isinstance(config.model, Pretrained):
         assert config.policy is not None
         policy = context.policy(config.policy)
         network = ScalarNetwork(config.model, policy.network.vocab_size, config.pooling)
-        return RewardModel(network, network.init(context.key()), policy.tokenizer)
+        return RewardModel(network, network.init(context.key(member)), policy.tokenizer)
     found = context.model(config.model.init, config.model)
-    start = found if isinstance(found, RewardModel) else as_reward_model(found, context.key())
+    start = found if isinstance(found, RewardModel) else as_reward_model(found, context.key(member))
+    if start.network.ensemble is not None:
+        raise RlhfError(
+            f"config.{context.name}.model.init = {config.model.init!r} is an ensemble, which no training starts from: "
+            "name a single model"
+        )
     return start._replace(network=dataclasses.replace(start.network, pooling=config.pooling))
 
 
-def make_step(network: ScalarNetwork, config: OptimizerConfig, steps: int, axes: tuple[str, ...]) -> Step:
-    """One update on a PreferenceBatch."""
+def make_step(
+    network: ScalarNetwork,
+    config: OptimizerConfig,
+    steps: int,
+    axes: tuple[str, ...],
+    loss_config: RewardLossConfig = BRADLEY_TERRY,
+) -> Step:
+    """One update on a batch of `reward_loss`, a PreferenceBatch for the default loss."""
     optimizer, schedule = make_optimizer(config, steps), learning_rate(config, steps)
 
-    def step(state: TrainState, frozen: Any, batch: PreferenceBatch, run_key: jax.Array) -> tuple:
+    def step(state: TrainState, frozen: Any, batch: reward_loss.Batch, run_key: jax.Array) -> tuple:
         keys = dropout_keys(network, run_key, state.step, len(batch.prompt), axes)
 
         def loss_fn(params: PyTree, given: tuple) -> tuple[jax.Array, dict[str, jax.Array]]:
             rows, keys = given
-            if keys is not None:  # another mask for each of the two
-                keys = jax.vmap(jax.random.split, out_axes=1)(keys).reshape(-1)
             reward = whole(network, params["reward"], frozen, "base")
-            scores = network.scores(reward, both_responses(rows), dropout_keys=keys)
-            chosen, rejected = jnp.split(scores, 2)
-            return bradley_terry_loss(chosen, rejected, axes=axes)
+            return reward_loss.loss(loss_config, network, reward, rows, dropout_keys=keys, axes=axes)
 
         loss, metrics, grads = gradients(
-            config, loss_fn, state.params, (batch, keys), lambda given: masking.rows(given[0].prompt, axes), axes
+            config,
+            loss_fn,
+            state.params,
+            (batch, keys),
+            lambda given: reward_loss.weight(loss_config, given[0], axes),
+            axes,
         )
         params, opt_state, grad_norm = update(optimizer, grads, state.params, state.opt_state, axes)
         metrics |= {
             "loss": loss,
             "grad_norm": grad_norm,
             "learning_rate": schedule(state.step),
-            "num_tokens": masking.count(batch.chosen_mask, axes) + masking.count(batch.rejected_mask, axes),
+            "num_tokens": reward_loss.tokens(batch, axes),
         }
         return TrainState(state.step + 1, params, opt_state), metrics, ()
 
     return step
 
 
-def evaluate(
-    network: ScalarNetwork,
-    params: PyTree,
-    data: PreferenceBatch,
-    rows: list[dict[str, Any]],
-    context: Context,
-) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """`eval/accuracy` against the labels, `eval/judge_agreement` where there are a judge's scores, and some samples."""
-    chosen, rejected = np.split(
-        score_all(network, params, jax.tree.map(np.asarray, both_responses(data)), context.runtime.inference_batch), 2
+def score_moments(config: NormaliseConfig, model: RewardModel, context: Context) -> list[tuple[float, float]]:
+    """Mean and standard deviation of the scores of a policy's samples, for every member of an ensemble.
+
+    Ziegler et al. 2019 (arXiv:1909.08593) shift and scale the reward so that these become 0 and 1 on the samples of the
+    policy that is tuned, and Stiennon et al. 2020 (arXiv:2009.01325) shift it; here `load_reward_model` does.
+    Raises RlhfError where all samples have one score.
+    """
+    policy = context.policy(config.policy)
+    rows = pipeline.load_rows(context.data, "train")
+    pool = pipeline.prompts(rows, policy.tokenizer, context.data)
+    if config.prompts > len(pool.tokens):
+        raise RlhfError(
+            f"config.{context.name}.normalise.prompts = {config.prompts}: the data has only {len(pool.tokens)}"
+        )
+    prompt_key, sample_key = jax.random.split(jax.random.fold_in(context.key(), 1))
+    drawn = np.asarray(jax.random.choice(prompt_key, len(pool.tokens), (config.prompts,), replace=False))
+    rollout = sample_all(
+        policy.network,
+        policy.params,
+        pipeline.take(pool, drawn),
+        sample_key,
+        context.sampling(policy.tokenizer, 1.0),
+        samples=1,
+        batch_size=context.runtime.inference_batch,
     )
-    metrics = {"eval/accuracy": _agreement(chosen - rejected, np.ones(len(chosen)))}
-    if "chosen_score" in rows[0]:
-        judged = np.array([row["chosen_score"] - row["rejected_score"] for row in rows])
-        metrics["eval/judge_agreement"] = _agreement(chosen - rejected, judged)
-    samples = [
-        {
-            "seed": context.seed,
-            "prompt": _shown(rows[i]["prompt"]),
-            "completion": _shown(rows[i][side]),
-            "score": float(scores[i]),
-            "kl": None,
-            "length": int(mask[i].sum()),
-        }
-        for i in range(min(4, len(rows)))
-        for side, scores, mask in (("chosen", chosen, data.chosen_mask), ("rejected", rejected, data.rejected_mask))
-    ]
-    return metrics, samples
+    moments = []
+    for member in model.members():
+        scores = make_scorer(member, policy, rows, context.data, context.runtime.inference_batch)(rollout)
+        mean, deviation = float(np.mean(scores, dtype=np.float64)), float(np.std(scores, dtype=np.float64))
+        if not deviation > 0:
+            raise RlhfError(
+                f"config.{context.name}.normalise: all {config.prompts} samples of {config.policy} have the score "
+                f"{mean:.4g}, which cannot be scaled: train the reward model for longer, or set normalise to None"
+            )
+        moments.append((mean, deviation))
+    return moments
 
 
-def _shown(content: Any) -> str:
-    """A text as it is, a chat with the roles before what they say."""
-    if isinstance(content, str):
-        return content
-    return "\n".join(f"{message['role']}: {message['content']}" for message in content)
-
-
-def _agreement(margins: np.ndarray, other: np.ndarray) -> float:
-    """Share of pairs that two margins order alike; a tie in either counts half."""
-    return float(np.mean(0.5 * (1 + np.sign(margins) * np.sign(other))))
+def _stacked(batches: list[Any]) -> Any:
+    return batches[0] if len(batches) == 1 else jax.tree.map(lambda *leaves: np.stack(leaves), *batches)

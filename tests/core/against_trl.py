@@ -83,6 +83,21 @@ def check_reward(trl: Record) -> None:
         close(number, trl[name], err_msg=name)
 
 
+def check_centered_reward(trl: Record, center_rewards_coefficient: float) -> None:
+    """RewardTrainer's loss with margins and centering."""
+
+    def loss(chosen, rejected):
+        value, _ = reward_losses.margin_loss(chosen, rejected, jnp.asarray(trl["margins"]), axes=())
+        return value + center_rewards_coefficient * reward_losses.centering(chosen, rejected, axes=())
+
+    value, grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(
+        jnp.asarray(trl["chosen_scores"]), jnp.asarray(trl["rejected_scores"])
+    )
+    close(value, trl["loss"])
+    close(grads[0], trl["chosen_grad"])
+    close(grads[1], trl["rejected_grad"])
+
+
 def check_rewards(trl: Record, kl_coef: float) -> None:
     """PPOTrainer's penalty and score; TRL puts the score one position after the last token, where there is one."""
     mask = jnp.asarray(trl["response_mask"])
@@ -156,6 +171,8 @@ CHECKS: dict[str, list[Callable[[Record], None]]] = {
     "dpo": [check_dpo],
     "sft": [check_sft],
     "reward": [check_reward],
+    # With the coefficient of tests/parity/trl_1_16.py.
+    "centered_reward": [functools.partial(check_centered_reward, center_rewards_coefficient=0.2)],
     # With the settings of tests/parity/trl_1_12.py.
     "ppo": [
         functools.partial(check_rewards, kl_coef=0.3),

@@ -56,6 +56,27 @@ FUNCTIONS: dict[str, Callable] = {
         reward_losses.bradley_terry_loss(s[:, 0] * theta[0, 0], s[:, 1], axes=axes)
     ),
 }
+WINS = jnp.arange(4)[None, :, None] < jnp.arange(4)[None, None, :]
+FUNCTIONS |= {
+    "margin_loss": lambda theta, a, b, c, mask, s, axes: with_metrics(
+        reward_losses.margin_loss(s[:, 0] * theta[0, 0], s[:, 1], s[:, 2], axes=axes)
+    ),
+    "raters_loss": lambda theta, a, b, c, mask, s, axes: with_metrics(
+        reward_losses.raters_loss(s[:, 0] * theta[0, 0], s[:, 1], jnp.abs(s[:, 2:]), axes=axes)
+    ),
+    # On the fourth device no prompt has a pair.
+    "k_wise_loss": lambda theta, a, b, c, mask, s, axes: with_metrics(
+        reward_losses.k_wise_loss(
+            s * theta[:, :4], WINS & mask[:, :4, None] & mask[:, None, :4], label_smoothing=0.1, axes=axes
+        )
+    ),
+    "plackett_luce_loss": lambda theta, a, b, c, mask, s, axes: with_metrics(
+        reward_losses.plackett_luce_loss(s * theta[:, :4], mask[:, :4], axes=axes)
+    ),
+    "centering": lambda theta, a, b, c, mask, s, axes: reward_losses.centering(
+        s[:, 0] * theta[0, 0], s[:, 1], axes=axes
+    ),
+}
 THETA = jnp.linspace(0.5, 1.5, T)[None, :]
 ROWS = (A, B_, C, MASK, SCORES)
 

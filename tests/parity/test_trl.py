@@ -10,6 +10,7 @@ RECORD = {
     "dpo": trl_1_16.record_dpo,
     "sft": trl_1_16.record_sft,
     "reward": trl_1_16.record_reward,
+    "centered_reward": trl_1_16.record_centered_reward,
     "ppo": trl_1_12.record,
 }
 

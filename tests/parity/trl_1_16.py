@@ -15,6 +15,7 @@ from tests.parity import tiny
 
 VERSION = "1.16.0"
 BETA = 0.3
+CENTER_REWARDS_COEFFICIENT = 0.2
 ROWS, WIDTH = 8, 11
 
 
@@ -34,11 +35,17 @@ def _batch(seed: int) -> dict[str, torch.Tensor]:
     }
 
 
-def _trainer(kind: str, model: torch.nn.Module, columns: dict[str, str], **arguments: Any) -> Any:
+def _trainer(
+    kind: str,
+    model: torch.nn.Module,
+    columns: dict[str, str],
+    settings: dict[str, Any] | None = None,
+    **arguments: Any,
+) -> Any:
     assert trl.__version__ == VERSION
     trainers = {"dpo": (trl.DPOTrainer, trl.DPOConfig), "sft": (trl.SFTTrainer, trl.SFTConfig)}
     trainer, config = {**trainers, "reward": (trl.RewardTrainer, trl.RewardConfig)}[kind]
-    settings = {"beta": BETA} if kind == "dpo" else {}
+    settings = settings or ({"beta": BETA} if kind == "dpo" else {})
     with tempfile.TemporaryDirectory() as folder:
         return trainer(
             model=model.train(),
@@ -147,5 +154,34 @@ def record_reward(seed: int) -> dict[str, np.ndarray]:
             "chosen_grad": chosen_grad,
             "rejected_grad": rejected_grad,
             **{name: metrics[name][-1] for name in names},
+        }
+    )
+
+
+@functools.cache
+def record_centered_reward(seed: int) -> dict[str, np.ndarray]:
+    """RewardTrainer on data with a column `margin`, and with a penalty on the mean of scores."""
+    torch.manual_seed(seed)
+    model = tiny.score_model()
+    settings = {"center_rewards_coefficient": CENTER_REWARDS_COEFFICIENT}
+    trainer = _trainer("reward", model, {"chosen": "w2 w3", "rejected": "w4"}, settings)
+    scores = []
+    model.register_forward_hook(lambda module, inputs, output: scores.append(output.logits))
+    batch = _batch(seed)
+    del batch["completion_mask"]
+    margin = torch.as_tensor(np.random.default_rng(seed).uniform(0, 2, ROWS // 2), dtype=torch.float32)
+    loss = trainer.compute_loss(model, {**batch, "margin": margin})
+    scores[0].retain_grad()
+    loss.backward()
+    chosen, rejected = scores[0].squeeze(-1).chunk(2)
+    chosen_grad, rejected_grad = scores[0].grad.squeeze(-1).chunk(2)
+    return _numpy(
+        {
+            "chosen_scores": chosen,
+            "rejected_scores": rejected,
+            "margins": margin,
+            "loss": loss,
+            "chosen_grad": chosen_grad,
+            "rejected_grad": rejected_grad,
         }
     )

@@ -21,6 +21,7 @@ def write(folder: Path) -> None:
         ("dpo", trl_1_16, trl_1_16.record_dpo),
         ("sft", trl_1_16, trl_1_16.record_sft),
         ("reward", trl_1_16, trl_1_16.record_reward),
+        ("centered_reward", trl_1_16, trl_1_16.record_centered_reward),
         ("ppo", trl_1_12, trl_1_12.record),
     ):
         versions = {"trl": module.VERSION} | {name: version(name).split("+")[0] for name in ("torch", "transformers")}

@@ -1,0 +1,48 @@
+"""Several reward models that are one: how many, and how their scores become one."""
+
+import dataclasses
+import functools
+from typing import Literal
+
+from jaxtyping import Array, Float
+
+from rlhf_jax.core import ensembles
+
+Combine = Literal["mean", "wco", "uwo"]
+"""Mean, worst case and uncertainty-weighted optimisation (Coste et al. 2023, arXiv:2310.02743)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EnsembleConfig:
+    """How many members, and how their scores are combined."""
+
+    members: int
+    combine: Combine
+    variance_coefficient: float | None = None  # of uwo: what a unit of variance among the members costs
+
+    def __post_init__(self) -> None:
+        if self.members < 2:
+            raise ValueError(f"members = {self.members} must be at least 2; a single model has no ensemble section")
+        check_combination(self.combine, self.variance_coefficient)
+
+
+def check_combination(combine: Combine, variance_coefficient: float | None) -> None:
+    """Raises ValueError unless there is a coefficient with uwo, and with nothing else."""
+    if (combine == "uwo") != (variance_coefficient is not None):
+        raise ValueError(
+            f"variance_coefficient = {variance_coefficient} with combine = {combine!r}: uwo needs one (Coste et al. "
+            "take 0.1), and nothing else reads it"
+        )
+    if variance_coefficient is not None and variance_coefficient < 0:
+        raise ValueError(f"variance_coefficient = {variance_coefficient} must not be below 0: it is a penalty")
+
+
+def combined(config: EnsembleConfig, scores: Float[Array, "members B"]) -> Float[Array, "B"]:
+    """One score for each response."""
+    coefficient = config.variance_coefficient or 0.0
+    functions = {
+        "mean": ensembles.mean,
+        "wco": ensembles.worst_case,
+        "uwo": functools.partial(ensembles.uncertainty_weighted, variance_coefficient=coefficient),
+    }
+    return functions[config.combine](scores)

@@ -29,6 +29,7 @@ from rlhf_jax.stages import (
     evaluate,
     frontier,
     gold,
+    group_rl,
     kto,
     ppo,
     preferences,
@@ -52,11 +53,12 @@ KINDS: dict[str, tuple[type, StageRun]] = {
     "dpo": (dpo.DPOConfig, dpo.run),
     "kto": (kto.KTOConfig, kto.run),
     "ppo": (ppo.PPOConfig, ppo.run),
+    "group_rl": (group_rl.GroupRLConfig, group_rl.run),
     "evaluate": (evaluate.EvaluateConfig, evaluate.run),
     "frontier": (frontier.FrontierConfig, frontier.run),
 }
 
-ONLINE = (ppo.PPOConfig,)
+ONLINE = (ppo.PPOConfig, group_rl.GroupRLConfig)
 """Stages that train `seeds` runs at once; the others train one, with `seed`."""
 
 COMMON = ("seed", "seeds", "stages", "data", "runtime")

@@ -1,23 +1,61 @@
-"""From one score a sequence to one advantage a token."""
+"""From one score a sequence to one advantage a token: how scores are shaped, and every estimator of advantages.
+
+`gae` reads a value function. The others compare responses with each other, and stand in `CRITIC_FREE`: a group is
+`num_generations` rows in a row, the responses to one prompt.
+"""
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax.core import masking
 
 
+def score_clipped(scores: Float[Array, "B"], *, clip: float | None) -> Float[Array, "B"]:
+    """Scores within plus and minus `clip`, or as they are: a bound on what one response can do (arXiv:2403.17031)."""
+    return scores if clip is None else jnp.clip(scores, -clip, clip)
+
+
+def overlong_penalty(lengths: Int[Array, "B"], *, max_tokens: int, buffer: float) -> Float[Array, "B"]:
+    r"""Soft overlong punishment: 0 up to $L_{max} - L_{cache}$ tokens, from there falling to -1 at $L_{max}$.
+
+    $((L_{max} - L_{cache}) - |y|) / L_{cache}$ in between: eq. 13 of Yu et al. 2025 (DAPO, arXiv:2503.14476). Nothing
+    here is longer than L_max, which eq. 13 gives -1 as well.
+
+    Args: max_tokens is L_max, buffer L_cache, both in tokens.
+    """
+    return jnp.clip((max_tokens - buffer - lengths).astype(jnp.float32) / buffer, -1, 0)
+
+
 def token_rewards(
-    scores: Float[Array, "B"], kl: Float[Array, "B T"], response_mask: Bool[Array, "B T"], *, kl_coef: float
+    scores: Float[Array, "B"],
+    kl: Float[Array, "B T"],
+    response_mask: Bool[Array, "B T"],
+    *,
+    kl_coef: float | Float[Array, ""],
 ) -> Float[Array, "B T"]:
     r"""Rewards $r_t = -\beta\, KL_t$, plus the score on the last response token.
 
-    Eq. 2 of Ziegler et al. 2019 (arXiv:1909.08593), with the per-token k1 estimate as KL_t. Padding gets 0.
+    Eq. 2 of Ziegler et al. 2019 (arXiv:1909.08593), with an estimate a token as KL_t. Padding gets 0.
 
     Args: scores of whole responses; kl in nats a token; kl_coef is beta.
     """
     penalty = jnp.where(response_mask, -kl_coef * kl, 0)
     return penalty + masking.at_last_token(scores, response_mask)
+
+
+def whiten_rewards(
+    rewards: Float[Array, "B T"], response_mask: Bool[Array, "B T"], axes: tuple[str, ...]
+) -> Float[Array, "B T"]:
+    """Token rewards with variance 1 over the whole batch, and the mean that they had; 0 on padding.
+
+    Reward whitening of Huang et al. 2024 (arXiv:2403.17031): the mean is not shifted, or a reward on every token would
+    mean nothing.
+    """
+    mean = masking.masked_mean(rewards, response_mask, axes)
+    return jnp.where(response_mask, masking.whiten(rewards, response_mask, axes) + mean, 0)
 
 
 def gae(
@@ -48,3 +86,86 @@ def gae(
     _, advantages = jax.lax.scan(backwards, jnp.zeros_like(deltas[:, 0]), deltas.T, reverse=True)
     advantages = jnp.where(response_mask, advantages.T, 0)
     return advantages, advantages + values
+
+
+def rloo(
+    rewards: Float[Array, "B T"], response_mask: Bool[Array, "B T"], *, num_generations: int, axes: tuple[str, ...]
+) -> Float[Array, "B T"]:
+    r"""$A_i = R_i - \frac{1}{k-1} \sum_{j \ne i} R_j$: the baseline is the mean of the group's other responses.
+
+    RLOO, Ahmadian et al. 2024 (arXiv:2402.14740). R is the sum of a response's token rewards, and every token of it has
+    the same advantage. Raises ValueError for groups of one.
+    """
+    del axes
+    groups = _groups(rewards, response_mask, num_generations)
+    others = (jnp.sum(groups, axis=1, keepdims=True) - groups) / (num_generations - 1)
+    return _on_tokens(groups - others, response_mask)
+
+
+def grpo(
+    rewards: Float[Array, "B T"], response_mask: Bool[Array, "B T"], *, num_generations: int, axes: tuple[str, ...]
+) -> Float[Array, "B T"]:
+    r"""$A_i = (R_i - \mathrm{mean}(R)) / \mathrm{std}(R)$ over the group.
+
+    GRPO, Shao et al. 2024 (arXiv:2402.03300). As in TRL the variance is divided by the count less one, and 1e-4 is
+    added to the deviation. Otherwise as `rloo`.
+    """
+    del axes
+    groups = _groups(rewards, response_mask, num_generations)
+    centred = groups - jnp.mean(groups, axis=1, keepdims=True)
+    variance = jnp.sum(jnp.square(centred), axis=1, keepdims=True) / (num_generations - 1)
+    return _on_tokens(centred / (jnp.sqrt(variance) + 1e-4), response_mask)
+
+
+def dr_grpo(
+    rewards: Float[Array, "B T"], response_mask: Bool[Array, "B T"], *, num_generations: int, axes: tuple[str, ...]
+) -> Float[Array, "B T"]:
+    r"""$A_i = R_i - \mathrm{mean}(R)$ over the group.
+
+    Dr. GRPO, Liu et al. 2025 (arXiv:2503.20783): without the deviation, which would give groups that are almost all
+    right or almost all wrong more weight. Otherwise as `rloo`.
+    """
+    del axes
+    groups = _groups(rewards, response_mask, num_generations)
+    return _on_tokens(groups - jnp.mean(groups, axis=1, keepdims=True), response_mask)
+
+
+def reinforce_plus_plus(
+    rewards: Float[Array, "B T"], response_mask: Bool[Array, "B T"], *, num_generations: int, axes: tuple[str, ...]
+) -> Float[Array, "B T"]:
+    r"""$A_t = \sum_{i \ge t} r_i$, whitened over all tokens of the batch: no group.
+
+    REINFORCE++, Hu 2025 (arXiv:2501.03262), where $r_i$ is the score on the last token less the penalty on each.
+    """
+    del num_generations
+    rewards = jnp.where(response_mask, rewards, 0)
+    to_go = jnp.cumsum(rewards[:, ::-1], axis=1)[:, ::-1]
+    return masking.whiten(to_go, response_mask, axes)
+
+
+CRITIC_FREE: dict[str, Callable[..., Array]] = {
+    "rloo": rloo,
+    "grpo": grpo,
+    "dr_grpo": dr_grpo,
+    "reinforce_plus_plus": reinforce_plus_plus,
+}
+"""Name -> estimator: (rewards, response_mask, num_generations, axes) -> advantages."""
+
+
+def groups_that_differ(scores: Float[Array, "B"], *, num_generations: int) -> Bool[Array, "G"]:
+    """Which groups have responses of different scores (by more than 1e-6): the others teach nothing.
+
+    What dynamic sampling keeps: eq. 11 of Yu et al. 2025 (DAPO, arXiv:2503.14476), for any score.
+    """
+    groups = scores.reshape(-1, num_generations)
+    return jnp.max(groups, axis=1) - jnp.min(groups, axis=1) > 1e-6
+
+
+def _groups(rewards: Array, mask: Array, num_generations: int) -> Array:
+    if num_generations < 2 or len(rewards) % num_generations:
+        raise ValueError(f"{len(rewards)} responses do not make groups of {num_generations}, of at least 2")
+    return jnp.sum(jnp.where(mask, rewards, 0), axis=1).reshape(-1, num_generations)
+
+
+def _on_tokens(groups: Array, mask: Array) -> Array:
+    return jnp.where(mask, groups.reshape(-1, 1), 0)

@@ -1,9 +1,216 @@
-"""PPO's losses. Log-probabilities in, scalars out; nothing here knows a model."""
+"""Policy losses, value losses, and how token losses become one number. Log-probabilities in, no model anywhere.
 
+A policy loss is two arrays, [B, T]: the loss of each token, and where a bound was reached. An aggregation makes a
+scalar of the first. `POLICY_LOSSES` and `AGGREGATIONS` name them all.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from rlhf_jax.core import masking
+
+
+class TokenLosses(NamedTuple):
+    """A policy loss before it is aggregated."""
+
+    losses: Array  # float[B, T]; 0 at padding
+    clipped: Array  # bool[B, T]: tokens whose ratio a bound kept out of the loss
+
+
+def ppo_clip(
+    logprobs: Float[Array, "B T"],
+    old_logprobs: Float[Array, "B T"],
+    advantages: Float[Array, "B T"],
+    response_mask: Bool[Array, "B T"],
+    *,
+    clip_ratio: float,
+    clip_ratio_high: float,
+) -> TokenLosses:
+    r"""PPO's clipped surrogate $-\min(r_t A_t, \mathrm{clip}(r_t, 1-\epsilon, 1+\epsilon_{high}) A_t)$ of each token.
+
+    $r_t = \pi(a_t) / \pi_{old}(a_t)$; eq. 7 of Schulman et al. 2017 (arXiv:1707.06347) where both bounds are one, and
+    with a higher upper one the clip-higher of DAPO (Yu et al. 2025, arXiv:2503.14476).
+
+    Args: logprobs in nats of the sampled tokens now and when they were sampled; clip_ratio is epsilon.
+    """
+    ratio = jnp.exp(_log_ratio(logprobs, old_logprobs, response_mask))
+    return _clipped(ratio, advantages, response_mask, clip_ratio, clip_ratio_high)
+
+
+def sequence_clip(
+    logprobs: Float[Array, "B T"],
+    old_logprobs: Float[Array, "B T"],
+    advantages: Float[Array, "B T"],
+    response_mask: Bool[Array, "B T"],
+    *,
+    clip_ratio: float,
+    clip_ratio_high: float,
+) -> TokenLosses:
+    r"""The clipped surrogate of whole responses: every token has $r = \pi(y|x) / \pi_{old}(y|x)$ as its ratio.
+
+    A response is one action (Ahmadian et al. 2024, arXiv:2402.14740), and its ratio the product of its tokens', clipped
+    as in TRL's RLOOTrainer. Aggregated by `sequence`.
+    """
+    log_ratio = jnp.sum(_log_ratio(logprobs, old_logprobs, response_mask), axis=1, keepdims=True)
+    ratio = jnp.broadcast_to(jnp.exp(log_ratio), logprobs.shape)
+    return _clipped(ratio, advantages, response_mask, clip_ratio, clip_ratio_high)
+
+
+def gspo(
+    logprobs: Float[Array, "B T"],
+    old_logprobs: Float[Array, "B T"],
+    advantages: Float[Array, "B T"],
+    response_mask: Bool[Array, "B T"],
+    *,
+    clip_ratio: float,
+    clip_ratio_high: float,
+) -> TokenLosses:
+    r"""GSPO: the clipped surrogate with $s = (\pi(y|x) / \pi_{old}(y|x))^{1/|y|}$ as the ratio of every token.
+
+    The geometric mean of the tokens' ratios: Zheng et al. 2025 (arXiv:2507.18071). Aggregated by `sequence`.
+    """
+    lengths = jnp.maximum(masking.lengths(response_mask), 1).astype(logprobs.dtype)[:, None]
+    log_ratio = jnp.sum(_log_ratio(logprobs, old_logprobs, response_mask), axis=1, keepdims=True) / lengths
+    ratio = jnp.broadcast_to(jnp.exp(log_ratio), logprobs.shape)
+    return _clipped(ratio, advantages, response_mask, clip_ratio, clip_ratio_high)
+
+
+def cispo(
+    logprobs: Float[Array, "B T"],
+    old_logprobs: Float[Array, "B T"],
+    advantages: Float[Array, "B T"],
+    response_mask: Bool[Array, "B T"],
+    *,
+    clip_ratio_high: float,
+) -> TokenLosses:
+    r"""CISPO: $-\mathrm{sg}[\min(r_t, 1 + \epsilon_{high})] A_t \log \pi(a_t)$, in which every token keeps a gradient.
+
+    The importance weight is clipped, not the update, and has no gradient: MiniMax-M1 (Chen et al. 2025,
+    arXiv:2506.13585). As there, it has no lower bound.
+    """
+    ratio = jnp.exp(_log_ratio(logprobs, old_logprobs, response_mask))
+    weight = jax.lax.stop_gradient(jnp.minimum(ratio, 1 + clip_ratio_high))
+    logprobs, advantages = (jnp.where(response_mask, x, 0) for x in (logprobs, advantages))
+    return TokenLosses(-weight * advantages * logprobs, (ratio > 1 + clip_ratio_high) & (advantages > 0))
+
+
+def reinforce(
+    logprobs: Float[Array, "B T"],
+    old_logprobs: Float[Array, "B T"],
+    advantages: Float[Array, "B T"],
+    response_mask: Bool[Array, "B T"],
+) -> TokenLosses:
+    r"""REINFORCE: $-A_t \log \pi(a_t)$ (Williams 1992); no ratio, and no bound.
+
+    Its gradient is that of the objective at the policy that sampled: one update an iteration is on-policy, and more of
+    them are not corrected for.
+    """
+    del old_logprobs
+    logprobs, advantages = (jnp.where(response_mask, x, 0) for x in (logprobs, advantages))
+    return TokenLosses(-advantages * logprobs, jnp.zeros(logprobs.shape, bool))
+
+
+POLICY_LOSSES: dict[str, tuple[Callable[..., TokenLosses], tuple[str, ...]]] = {
+    "ppo": (ppo_clip, ("clip_ratio", "clip_ratio_high")),
+    "sequence": (sequence_clip, ("clip_ratio", "clip_ratio_high")),
+    "gspo": (gspo, ("clip_ratio", "clip_ratio_high")),
+    "cispo": (cispo, ("clip_ratio_high",)),
+    "reinforce": (reinforce, ()),
+}
+"""Name -> the loss of each token, and the bounds that it reads."""
+
+
+def _log_ratio(logprobs: Array, old_logprobs: Array, mask: Array) -> Array:
+    return jnp.where(mask, logprobs - old_logprobs, 0)
+
+
+def _clipped(ratio: Array, advantages: Array, mask: Array, low: float, high: float) -> TokenLosses:
+    # First: 0 times a NaN in the padding would be a NaN in the gradient.
+    advantages = jnp.where(mask, advantages, 0)
+    unclipped = -advantages * ratio
+    clipped = -advantages * jnp.clip(ratio, 1 - low, 1 + high)
+    return TokenLosses(jnp.maximum(unclipped, clipped), clipped > unclipped)
+
+
+def token_mean(
+    x: Float[Array, "B T"], mask: Bool[Array, "B T"], *, max_tokens: int, axes: tuple[str, ...]
+) -> Float[Array, ""]:
+    r"""$\sum_{i,t} x_{it} / \sum_i |y_i|$: every token of the batch counts alike, as in DAPO (arXiv:2503.14476)."""
+    del max_tokens
+    return masking.masked_mean(x, mask, axes)
+
+
+def sequence_mean(
+    x: Float[Array, "B T"], mask: Bool[Array, "B T"], *, max_tokens: int, axes: tuple[str, ...]
+) -> Float[Array, ""]:
+    r"""$\frac1B \sum_i \frac1{|y_i|} \sum_t x_{it}$: every response counts alike, as in GRPO (arXiv:2402.03300).
+
+    A response without a masked token counts as 0.
+    """
+    del max_tokens
+    lengths = jnp.maximum(masking.lengths(mask), 1).astype(x.dtype)
+    return masking.mean(jnp.sum(jnp.where(mask, x, 0), axis=1) / lengths, axes)
+
+
+def sequence_sum(
+    x: Float[Array, "B T"], mask: Bool[Array, "B T"], *, max_tokens: int, axes: tuple[str, ...]
+) -> Float[Array, ""]:
+    r"""$\frac1B \sum_i \sum_t x_{it}$: of log-probabilities, the mean of whole responses', as REINFORCE has it."""
+    del max_tokens
+    return masking.mean(jnp.sum(jnp.where(mask, x, 0), axis=1), axes)
+
+
+def constant(
+    x: Float[Array, "B T"], mask: Bool[Array, "B T"], *, max_tokens: int, axes: tuple[str, ...]
+) -> Float[Array, ""]:
+    r"""$\frac1{B T_{max}} \sum_{i,t} x_{it}$: no length in the denominator, as in Dr. GRPO (Liu et al. 2025).
+
+    arXiv:2503.20783. Args: max_tokens is T_max, the most tokens that a response can have.
+    """
+    return masking.mean(jnp.sum(jnp.where(mask, x, 0), axis=1), axes) / max_tokens
+
+
+def _tokens(mask: Array, axes: tuple[str, ...]) -> Array:
+    return masking.count(mask, axes)
+
+
+def _responses(mask: Array, axes: tuple[str, ...]) -> Array:
+    return masking.rows(masking.lengths(mask), axes)
+
+
+AGGREGATIONS: dict[str, tuple[Callable[..., Array], Callable[[Any, tuple[str, ...]], Array]]] = {
+    "token": (token_mean, _tokens),
+    "sequence": (sequence_mean, _responses),
+    "sequence_sum": (sequence_sum, _responses),
+    "constant": (constant, _responses),
+}
+"""Name -> the aggregation, and of how much it is a mean: the weight of a micro-batch among others."""
+
+
+def ratio_metrics(
+    logprobs: Float[Array, "B T"],
+    old_logprobs: Float[Array, "B T"],
+    clipped: Bool[Array, "B T"],
+    response_mask: Bool[Array, "B T"],
+    axes: tuple[str, ...],
+) -> dict[str, Array]:
+    """`policy/clipfrac_avg` (share of tokens where a bound was reached), `policy/approxkl_avg`, and the tokens' ratios.
+
+    `policy/approxkl_avg` is k2 of old against new in nats a token; `val/ratio` and `val/ratio_var` are of tokens
+    whatever ratio the loss has. Padding counts in none of them.
+    """
+    log_ratio = _log_ratio(logprobs, old_logprobs, response_mask)
+    ratio = jnp.exp(log_ratio)
+    return {
+        "policy/clipfrac_avg": masking.masked_mean(clipped.astype(ratio.dtype), response_mask, axes),
+        "policy/approxkl_avg": masking.masked_mean(0.5 * jnp.square(log_ratio), response_mask, axes),
+        "val/ratio": masking.masked_mean(ratio, response_mask, axes),
+        "val/ratio_var": masking.masked_variance(ratio, response_mask, axes),
+    }
 
 
 def policy_loss(
@@ -15,26 +222,15 @@ def policy_loss(
     clip_ratio: float,
     axes: tuple[str, ...],
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    r"""PPO's clipped surrogate, averaged over the response tokens of the whole batch.
+    r"""PPO's loss: `ppo_clip` with both bounds $\epsilon$, averaged over the response tokens of the whole batch.
 
-    $L = -\mathbb{E}[\min(r_t A_t, \mathrm{clip}(r_t, 1-\epsilon, 1+\epsilon) A_t)]$ with
-    $r_t = \pi(a_t) / \pi_{old}(a_t)$, eq. 7 of Schulman et al. 2017 (arXiv:1707.06347).
-
-    Args: logprobs in nats of the sampled tokens now and when they were sampled; clip_ratio is epsilon.
-    Returns: the loss, and `policy/clipfrac_avg` (share of tokens where the clipped branch was taken),
-    `policy/approxkl_avg` (k2 of old against new, nats a token), `val/ratio`, `val/ratio_var`.
+    Returns: the loss, and `ratio_metrics`.
     """
-    log_ratio = jnp.where(response_mask, logprobs - old_logprobs, 0)
-    ratio = jnp.exp(log_ratio)
-    unclipped = -advantages * ratio
-    clipped = -advantages * jnp.clip(ratio, 1 - clip_ratio, 1 + clip_ratio)
-    loss = masking.masked_mean(jnp.maximum(unclipped, clipped), response_mask, axes)
-    return loss, {
-        "policy/clipfrac_avg": masking.masked_mean((clipped > unclipped).astype(ratio.dtype), response_mask, axes),
-        "policy/approxkl_avg": masking.masked_mean(0.5 * jnp.square(log_ratio), response_mask, axes),
-        "val/ratio": masking.masked_mean(ratio, response_mask, axes),
-        "val/ratio_var": masking.masked_variance(ratio, response_mask, axes),
-    }
+    tokens = ppo_clip(
+        logprobs, old_logprobs, advantages, response_mask, clip_ratio=clip_ratio, clip_ratio_high=clip_ratio
+    )
+    metrics = ratio_metrics(logprobs, old_logprobs, tokens.clipped, response_mask, axes)
+    return masking.masked_mean(tokens.losses, response_mask, axes), metrics
 
 
 def value_loss(

@@ -1,6 +1,7 @@
 """The language-model head: from hidden states to what is wanted of the logits, which exist for a slice at a time."""
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -22,7 +23,7 @@ class TokenStats(NamedTuple):
     """What the logits at each predicted token are reduced to before they are dropped."""
 
     logprobs: Array  # float32[B, T], nats
-    entropy: Array  # float32[B, T], nats; carries no gradient
+    entropy: Array  # float32[B, T], nats; carries no gradient, unless asked for
     correct: Array  # bool[B, T]: the token is the most likely one
 
 
@@ -63,7 +64,25 @@ def token_stats(
     Equal to `core.logprobs.token_logprobs` and `entropy` of the whole logits. Where there are several slices, the
     backward pass computes each one's logits again instead of keeping them.
     """
-    of_slice = functools.partial(_stats, temperature, softcap)
+    return _in_slices(functools.partial(_stats, temperature, softcap), hidden, embedding, allowed, tokens)
+
+
+def token_stats_with_entropy(
+    hidden: Float[Array, "B T D"],
+    embedding: Float[Array, "V D"],
+    allowed: Bool[Array, "V"],
+    tokens: Int[Array, "B T"],
+    *,
+    temperature: float,
+    softcap: float | None,
+) -> TokenStats:
+    """`token_stats` whose entropy carries a gradient, for a loss that has it as a term: a pass over all logits more."""
+    return _in_slices(functools.partial(_stats_with_entropy, temperature, softcap), hidden, embedding, allowed, tokens)
+
+
+def _in_slices(
+    of_slice: Callable[..., tuple], hidden: Array, embedding: Array, allowed: Array, tokens: Array
+) -> TokenStats:
     batch, length = tokens.shape
     width = max(1, LOGIT_SLICE // (batch * embedding.shape[0]))
     if length <= width:
@@ -106,11 +125,30 @@ def _stats_backward(temperature: float, softcap: float | None, saved: tuple, cot
     (the last so that it can multiply by the transposed logits from the left): a third of the time of a training step on
     CPUs. Here it is one fused pass, and the small factor is the one that is transposed.
     """
-    hidden, embedding, tokens, emitted, shifted, most, normaliser = saved
-    scale = jnp.where(emitted, cotangents[0], 0) / temperature
+    return _from_logits(temperature, softcap, saved, _of_logprobs(temperature, saved, cotangents[0]))
+
+
+def _backward_with_entropy(temperature: float, softcap: float | None, saved: tuple, cotangents: tuple) -> tuple:
+    """D entropy / d logits = -softmax (log softmax + entropy), beside the derivative of the log-probability."""
+    *_, shifted, _, normaliser = saved
+    softmax = jnp.exp(shifted) / normaliser[..., None]
+    # A token that is ruled out has probability 0, which a log-probability near float32's lowest leaves 0.
+    surprise = jnp.log(normaliser) - jnp.sum(softmax * shifted, axis=-1)
+    above = softmax * (shifted - jnp.log(normaliser)[..., None] + surprise[..., None])
+    d_entropy = -above * (cotangents[1] / temperature)[..., None]
+    return _from_logits(temperature, softcap, saved, _of_logprobs(temperature, saved, cotangents[0]) + d_entropy)
+
+
+def _of_logprobs(temperature: float, saved: tuple, cotangent: Array) -> Array:
+    _, _, tokens, emitted, shifted, _, normaliser = saved
+    scale = jnp.where(emitted, cotangent, 0) / temperature
     softmax = jnp.exp(shifted) / normaliser[..., None]
     one_hot = _one_hot(tokens, shifted.shape[-1])
-    d_logits = (one_hot.astype(jnp.float32) - softmax) * scale[..., None]
+    return (one_hot.astype(jnp.float32) - softmax) * scale[..., None]
+
+
+def _from_logits(temperature: float, softcap: float | None, saved: tuple, d_logits: Array) -> tuple:
+    hidden, embedding, _, _, shifted, most, _ = saved
     if softcap is not None:  # d tanh(x) = 1 - tanh(x)^2; what is not allowed has no gradient anyway
         d_logits *= 1 - jnp.square(jnp.clip((shifted + most) * (temperature / softcap), -1, 1))
     d_logits = d_logits.astype(hidden.dtype)
@@ -119,7 +157,15 @@ def _stats_backward(temperature: float, softcap: float | None, saved: tuple, cot
     return d_hidden, d_transposed.T.astype(embedding.dtype), None, None
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _stats_with_entropy(
+    temperature: float, softcap: float | None, hidden: Array, embedding: Array, allowed: Array, tokens: Array
+) -> tuple:
+    return _stats_forward(temperature, softcap, hidden, embedding, allowed, tokens)[0]
+
+
 _stats.defvjp(_stats_forward, _stats_backward)
+_stats_with_entropy.defvjp(_stats_forward, _backward_with_entropy)
 
 
 def _one_hot(tokens: Array, size: int) -> Array:

@@ -1,6 +1,7 @@
 """The policy: a transformer body whose embedding, transposed, gives the logits. Pure functions of its parameters."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -50,7 +51,7 @@ class PolicyNetwork:
     ) -> TokenStats:
         """Statistics of tokens 1 .. S-1 of each sequence, each given those before it: arrays [B, S-1]."""
         hidden = self._apply(params, batch.tokens, batch.mask, dropout_keys=dropout_keys)
-        return self._stats(params, hidden[:, :-1], batch.tokens[:, 1:], temperature=1.0)
+        return self.hidden_stats(params, hidden[:, :-1], batch.tokens[:, 1:], temperature=1.0)
 
     def response_stats(
         self, params: PyTree, rollout: Rollout, *, temperature: float, dropout_keys: Key[Array, "B"] | None = None
@@ -59,11 +60,17 @@ class PolicyNetwork:
 
         The distribution is the softmax of logits / temperature, the one that responses are sampled from.
         """
+        hidden = self.response_hidden(params, rollout, dropout_keys=dropout_keys)
+        return self.hidden_stats(params, hidden, rollout.response, temperature=temperature)
+
+    def response_hidden(
+        self, params: PyTree, rollout: Rollout, *, dropout_keys: Key[Array, "B"] | None = None
+    ) -> Float[Array, "B T D"]:
+        """The hidden state that predicts each response token: of the prompt and the tokens before it."""
         tokens = jnp.concatenate([rollout.prompt, rollout.response], axis=1)
         mask = jnp.concatenate([rollout.prompt_mask, rollout.response_mask], axis=1)
         hidden = self._apply(params, tokens, mask, dropout_keys=dropout_keys)
-        predicting = hidden[:, rollout.prompt.shape[1] - 1 : -1]
-        return self._stats(params, predicting, rollout.response, temperature=temperature)
+        return hidden[:, rollout.prompt.shape[1] - 1 : -1]
 
     def pair_logprobs(
         self, params: PyTree, batch: PreferenceBatch, *, dropout_keys: Key[Array, "B"] | None = None
@@ -111,10 +118,20 @@ class PolicyNetwork:
     def _logits(self, params: PyTree, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
         return head.logits(hidden, self._head(params), self._allowed, softcap=self.config.logit_softcap)
 
-    def _stats(
-        self, params: PyTree, hidden: Float[Array, "B T D"], tokens: Int[Array, "B T"], *, temperature: float
+    def hidden_stats(
+        self,
+        params: PyTree,
+        hidden: Float[Array, "B T D"],
+        tokens: Int[Array, "B T"],
+        *,
+        temperature: float,
+        of_logits: Callable[..., TokenStats] = head.token_stats,
     ) -> TokenStats:
-        return head.token_stats(
+        """Statistics of tokens, by the hidden states that predict them.
+
+        Args: of_logits is `head.token_stats`, or `head.token_stats_with_entropy` where a loss has the entropy in it.
+        """
+        return of_logits(
             hidden,
             self._head(params),
             self._allowed,

@@ -21,6 +21,7 @@ class TrainState(NamedTuple):
     step: jax.Array  # int32[]: steps done
     params: dict[str, Any]  # a tree for each trained network: policy, value, reward
     opt_state: Any
+    controller: Any = ()  # what else changes from step to step, such as an adaptive coefficient
 
 
 class _Repeated(logging.Filter):
@@ -57,17 +58,18 @@ class Checkpoints:
         """
         copy = jax.tree.map(jnp.copy, state)
         items = {name: ocp.args.StandardSave(tree) for name, tree in copy.params.items()}
-        rest = ocp.args.StandardSave({"step": copy.step, "opt_state": copy.opt_state})
+        rest = ocp.args.StandardSave(_rest(copy))
         with _writing(self._directory):
             self._manager.save(int(np.ravel(state.step)[0]), args=ocp.args.Composite(rest=rest, **items))
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """The state saved at a step, laid out as `like` is."""
         items = {name: ocp.args.StandardRestore(_abstract(tree)) for name, tree in like.params.items()}
-        rest = ocp.args.StandardRestore(_abstract({"step": like.step, "opt_state": like.opt_state}))
-        restored = self._manager.restore(step, args=ocp.args.Composite(rest=rest, **items))
+        of_rest = ocp.args.StandardRestore(_abstract(_rest(like)))
+        restored = self._manager.restore(step, args=ocp.args.Composite(rest=of_rest, **items))
         params = {name: restored[name] for name in like.params}
-        return TrainState(restored["rest"]["step"], params, restored["rest"]["opt_state"])
+        rest = restored["rest"]
+        return TrainState(rest["step"], params, rest["opt_state"], rest.get("controller", like.controller))
 
     def close(self) -> None:
         """Waits for the last save, and reports what went wrong in it."""
@@ -112,6 +114,12 @@ def _writing(directory: Path) -> Iterator[None]:
             f"a checkpoint could not be written to {directory} ({reason}): see that the disk has room, and run again; "
             "the last whole checkpoint is kept"
         ) from error
+
+
+def _rest(state: TrainState) -> dict[str, Any]:
+    """What is saved beside the parameters; a controller where there is one, so that older checkpoints stay readable."""
+    rest = {"step": state.step, "opt_state": state.opt_state}
+    return rest | ({"controller": state.controller} if jax.tree.leaves(state.controller) else {})
 
 
 def _abstract(tree: PyTree) -> PyTree:

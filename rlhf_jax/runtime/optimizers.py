@@ -70,11 +70,13 @@ def gradients(
     batch: Any,
     weight: Callable[[Any], Array],
     axes: tuple[str, ...],
+    metrics_weight: Callable[[Any], Array] | None = None,
 ) -> tuple[Array, dict[str, Array], PyTree]:
     """Loss, metrics and gradient of a batch: all at one time, or accumulated over micro-batches of its rows.
 
     Args: loss_fn gives a mean, and metrics, of the rows it is given; weight says what it is a mean over (tokens, rows),
     as a count over all devices. Micro-batches are weighted by it, so that accumulating changes nothing but rounding.
+    Metrics are weighted by metrics_weight, where that is something else; those under `loss/` always like the loss.
     Raises RlhfError where the rows do not divide into micro-batches.
     """
     if config.freeze:
@@ -91,8 +93,7 @@ def gradients(
         return loss, metrics, grads
 
     parts = _micro_batches(batch, config.micro_batch, axes)
-    weights = jax.lax.map(weight, parts).astype(jnp.float32)
-    shares = weights / jnp.maximum(jnp.sum(weights), 1)
+    shares = _shares(weight, parts)
 
     def accumulate(sums: PyTree, part: tuple[Any, Array]) -> tuple[PyTree, dict[str, Array]]:
         rows, share = part
@@ -102,8 +103,13 @@ def gradients(
 
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
     grads, each = jax.lax.scan(accumulate, zeros, (parts, shares))
-    metrics = {name: _over_parts(name, values, shares) for name, values in each.items()}
-    return metrics.pop("loss"), metrics, jax.tree.map(lambda grad, leaf: grad.astype(leaf.dtype), grads, params)
+    loss = jnp.sum(each.pop("loss") * shares)
+    of_metrics = shares if metrics_weight is None else _shares(metrics_weight, parts)
+    metrics = {
+        name: _over_parts(name, values, shares if name.startswith("loss/") else of_metrics)
+        for name, values in each.items()
+    }
+    return loss, metrics, jax.tree.map(lambda grad, leaf: grad.astype(leaf.dtype), grads, params)
 
 
 def update(
@@ -131,6 +137,11 @@ def _micro_batches(batch: PyTree, rows: int, axes: tuple[str, ...]) -> PyTree:
             f"{f' over {devices} devices' if devices > 1 else ''}: change optimizer.micro_batch"
         )
     return jax.tree.map(lambda leaf: jnp.swapaxes(leaf.reshape(local // parts, parts, *leaf.shape[1:]), 0, 1), batch)
+
+
+def _shares(weight: Callable[[Any], Array], parts: PyTree) -> Array:
+    weights = jax.lax.map(weight, parts).astype(jnp.float32)
+    return weights / jnp.maximum(jnp.sum(weights), 1)
 
 
 def _over_parts(name: str, values: Array, shares: Array) -> Array:

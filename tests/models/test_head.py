@@ -113,6 +113,26 @@ def test_vmap_gives_each_its_own(monkeypatch, size, axes):
         assert_all_close(jax.tree.map(lambda leaf, i=i: leaf[i], got), exact(0.7)(*own))
 
 
+@pytest.mark.parametrize("temperature, softcap", [(0.7, None), (2.5, 2.0)], ids=str)
+def test_entropy_has_its_own_gradient_where_it_is_asked_for(monkeypatch, temperature, softcap):
+    monkeypatch.setattr(head, "LOGIT_SLICE", BATCH * 2 * VOCAB)
+
+    def asked(hidden, embedding, tokens=TOKENS, *, temperature, softcap):
+        allowed = jnp.asarray(ALLOWED)
+        return head.token_stats_with_entropy(
+            hidden, embedding, allowed, tokens, temperature=temperature, softcap=softcap
+        )
+
+    def whole_entropy(hidden, embedding, *, temperature, softcap):
+        logits = jnp.einsum("btd,vd->btv", hidden, embedding[ALLOWED])
+        logits = (logits if softcap is None else softcap * jnp.tanh(logits / softcap)) / temperature
+        stats = whole(hidden, embedding, temperature=temperature, softcap=softcap)
+        return stats._replace(entropy=core.entropy(logits))
+
+    expected = jax.jit(pulled_back(whole_entropy, temperature, softcap=softcap))(HIDDEN, EMBEDDING)
+    assert_all_close(jax.jit(pulled_back(asked, temperature, softcap=softcap))(HIDDEN, EMBEDDING), expected)
+
+
 def test_entropy_carries_no_gradient():
     entropy = jax.jit(jax.grad(lambda *x: jnp.sum(ours(*x, temperature=0.7).entropy), argnums=(0, 1)))
     grads = entropy(HIDDEN, EMBEDDING)

@@ -143,7 +143,8 @@ def test_scores_from_the_host_give_the_same_iterations():
     keys = jnp.stack([jax.random.key(seed) for seed in range(seeds)])
     scored = []
 
-    def score(rollout):
+    def score(sampled):
+        rollout = sampled.rollout
         scored.append(len(rollout.response))
         assert isinstance(rollout.response, np.ndarray)
         return np.asarray(jax.jit(tiny.REWARD.scores)(frozen["reward"], rollout))

@@ -16,9 +16,9 @@ from orbax.checkpoint._src.path import atomicity
 
 from rlhf_jax import main
 from rlhf_jax.runtime import loop
-from rlhf_jax.stages import dpo, ppo, reward_model, sft
+from rlhf_jax.stages import dpo, policy_gradient, reward_model, sft
 
-STAGES = {"sft": sft, "reward_model": reward_model, "dpo": dpo, "ppo": ppo}
+STAGES = {"sft": sft, "reward_model": reward_model, "dpo": dpo, "ppo": policy_gradient}
 
 
 class Trap:

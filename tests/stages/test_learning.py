@@ -11,8 +11,10 @@ from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.runtime.optimizers import make_optimizer
 from rlhf_jax.runtime.programs import make_placement
 from rlhf_jax.stages import dpo, ppo, reward_model, sft
+from rlhf_jax.stages.experience import gather_experience
+from rlhf_jax.stages.policy_method import Sampled
 from rlhf_jax.stages.prompts import PromptSource
-from rlhf_jax.types import TokenBatch
+from rlhf_jax.types import Rollout, TokenBatch
 from tests import tiny
 
 QUICK = dataclasses.replace(tiny.OPTIMIZER, learning_rate=1e-2)
@@ -86,7 +88,7 @@ def test_ppo_pleases_the_reward_model_and_a_penalty_holds_it_back():
 def test_a_missing_eos_is_penalised_and_nothing_else():
     params = {"policy": tiny.policy_params(), "value": tiny.REWARD.init_value(tiny.reward_params())}
     frozen = {"reference": tiny.policy_params(2), "reward": tiny.reward_params()}
-    rollout = ppo.Rollout(
+    rollout = Rollout(
         jnp.asarray(tiny.prompts(2).tokens),
         jnp.asarray(tiny.prompts(2).mask),
         jnp.array([[4, 5, tiny.EOS, 0, 0, 0], [4, 5, 6, 7, 8, 9]], jnp.int32),
@@ -96,9 +98,13 @@ def test_a_missing_eos_is_penalised_and_nothing_else():
     def scored(penalty: float):
         config = tiny.with_config(missing_eos_penalty=penalty, kl_coef=0.0, gae_lambda=1.0)
         scores = tiny.REWARD.scores(frozen["reward"], rollout)
-        return ppo.score_rollout(tiny.NETWORKS, config, params, frozen, rollout, scores, ())
+        sampled = Sampled(rollout, jnp.zeros(rollout.response.shape), None)
+        return gather_experience(
+            tiny.NETWORKS, config, ppo.method_of(config), params, frozen, sampled, scores, (), kl_coef=0.0
+        )
 
     (plain, _, _), (batch, samples, metrics) = scored(0.0), scored(3.0)
+    assert plain.returns is not None and batch.returns is not None
     # The value function starts at 0, so returns are the rewards to go: the score, from the first token to the last.
     np.testing.assert_allclose(plain.returns[0, :3], samples.scores[0], rtol=1e-5)
     np.testing.assert_allclose(plain.returns[0, 3:], 0)

@@ -1,0 +1,208 @@
+"""group_rl: policy gradients without a value function; responses are compared with each other instead.
+
+RLOO, REINFORCE++, GRPO, Dr. GRPO, DAPO, GSPO and CISPO are one iteration (`policy_gradient.py`) with other fields:
+`METHODS` has what each paper sets, and any field of it can be set otherwise. What PPO has of details of the rollout,
+the scores, the penalty and the optimiser holds here as well.
+"""
+
+import dataclasses
+import functools
+from typing import Any, Literal
+
+from jaxtyping import Array, PyTree
+
+from rlhf_jax.core.advantages import CRITIC_FREE
+from rlhf_jax.core.policy_losses import POLICY_LOSSES
+from rlhf_jax.runtime.checkpoints import TrainState
+from rlhf_jax.runtime.programs import Step
+from rlhf_jax.stages import policy_gradient
+from rlhf_jax.stages.context import Context
+from rlhf_jax.stages.policy_method import (
+    Advantages,
+    Estimator,
+    Method,
+    Networks,
+    OnlineConfig,
+    Place,
+    check_overlong,
+    check_penalty,
+)
+
+Name = Literal["rloo", "reinforce_plus_plus", "grpo", "dr_grpo", "dapo", "gspo", "cispo"]
+
+PPO_BOUNDS = {"policy_loss": "ppo", "clip_ratio": 0.2, "clip_ratio_high": 0.2}
+WITHOUT_PENALTY = {"kl_coef": 0.0, "kl_estimator": "k3", "kl_in": "loss"}
+
+METHODS: dict[str, dict[str, Any]] = {
+    # Ahmadian et al. 2024 (arXiv:2402.14740), a response being one action. Bounds as in TRL's RLOOTrainer: before the
+    # first update of an iteration they do nothing.
+    "rloo": {
+        "advantage": "rloo",
+        "policy_loss": "sequence",
+        "aggregation": "sequence",
+        "clip_ratio": 0.2,
+        "clip_ratio_high": 0.2,
+        "kl_estimator": "k1",
+        "kl_in": "reward",
+    },
+    # Hu 2025 (arXiv:2501.03262).
+    "reinforce_plus_plus": {
+        **PPO_BOUNDS,
+        "advantage": "reinforce_plus_plus",
+        "aggregation": "token",
+        "kl_estimator": "k1",
+        "kl_in": "reward",
+    },
+    # Shao et al. 2024 (DeepSeekMath, arXiv:2402.03300).
+    "grpo": {
+        **PPO_BOUNDS,
+        "advantage": "grpo",
+        "aggregation": "sequence",
+        "kl_coef": 0.04,
+        "kl_estimator": "k3",
+        "kl_in": "loss",
+    },
+    # Liu et al. 2025 (arXiv:2503.20783).
+    "dr_grpo": {**PPO_BOUNDS, **WITHOUT_PENALTY, "advantage": "dr_grpo", "aggregation": "constant"},
+    # Yu et al. 2025 (arXiv:2503.14476): L_cache is 4096 of 20480 tokens. There groups are sampled until a batch is
+    # full, here twice as many as are trained on.
+    "dapo": {
+        **PPO_BOUNDS,
+        **WITHOUT_PENALTY,
+        "advantage": "grpo",
+        "aggregation": "token",
+        "clip_ratio_high": 0.28,
+        "oversampling": 2,
+        "overlong_buffer": 0.2,
+    },
+    # Zheng et al. 2025 (arXiv:2507.18071).
+    "gspo": {
+        **WITHOUT_PENALTY,
+        "advantage": "grpo",
+        "policy_loss": "gspo",
+        "aggregation": "sequence",
+        "clip_ratio": 3e-4,
+        "clip_ratio_high": 4e-4,
+    },
+    # Chen et al. 2025 (MiniMax-M1, arXiv:2506.13585), which names no bound; that of Khatri et al. 2025 (ScaleRL,
+    # arXiv:2510.13786): weights of at most 5.
+    "cispo": {
+        **WITHOUT_PENALTY,
+        "advantage": "grpo",
+        "policy_loss": "cispo",
+        "aggregation": "token",
+        "clip_ratio_high": 4.0,
+    },
+}
+"""What each method sets. `rloo` and `reinforce_plus_plus` leave `kl_coef` open."""
+
+OTHERWISE: dict[str, Any] = {"oversampling": 1, "overlong_buffer": 0.0}
+"""What a method that says nothing of a field has."""
+
+OWN = (
+    "advantage",
+    "policy_loss",
+    "aggregation",
+    "clip_ratio",
+    "clip_ratio_high",
+    "kl_coef",
+    "kl_estimator",
+    "kl_in",
+    *OTHERWISE,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GroupRLConfig(OnlineConfig):
+    """A method by its name, and what is to be otherwise: None leaves a field as the method sets it."""
+
+    kind: Literal["group_rl"]
+    method: Name
+    num_generations: int  # responses to a prompt, a group
+    advantage: Literal["rloo", "grpo", "dr_grpo", "reinforce_plus_plus"] | None = None
+    policy_loss: Literal["ppo", "sequence", "gspo", "cispo", "reinforce"] | None = None
+    aggregation: Literal["token", "sequence", "sequence_sum", "constant"] | None = None
+    clip_ratio: float | None = None
+    clip_ratio_high: float | None = None
+    kl_coef: float | None = None
+    kl_estimator: Estimator | None = None
+    kl_in: Place | None = None
+    oversampling: int | None = None  # groups sampled for each one trained on: those whose scores differ
+    overlong_buffer: float | None = None  # the share of the longest response over which its score falls by 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        fields = settled(self)
+        if fields.get("kl_coef") is None:
+            raise ValueError(f"method = {self.method!r} leaves kl_coef to you: set it, 0 for no penalty")
+        least = 1 if fields["advantage"] == "reinforce_plus_plus" else 2
+        if self.num_generations < least:
+            raise ValueError(
+                f"num_generations = {self.num_generations} must be at least {least}: advantage = "
+                f"{fields['advantage']!r} compares the responses to a prompt"
+            )
+        if self.batch_size % self.num_generations:
+            raise ValueError(
+                f"batch_size = {self.batch_size} responses do not divide into groups of num_generations = "
+                f"{self.num_generations}"
+            )
+        reads = POLICY_LOSSES[fields["policy_loss"]][1]
+        for name in ("clip_ratio", "clip_ratio_high"):
+            if getattr(self, name) is not None and name not in reads:
+                raise ValueError(f"{name} is not read by policy_loss = {fields['policy_loss']!r}: leave it out")
+            if name in reads and fields.get(name) is None:
+                raise ValueError(f"policy_loss = {fields['policy_loss']!r} needs {name}: set it")
+        if self.kl_in is not None and not fields["kl_coef"]:
+            raise ValueError(f"kl_in = {self.kl_in!r} says where the penalty is, and kl_coef is 0: set kl_coef too")
+        if fields["oversampling"] < 1:
+            raise ValueError(f"oversampling = {fields['oversampling']} must be at least 1")
+        if fields["oversampling"] > 1 and self.num_generations < 2:
+            raise ValueError("oversampling keeps groups whose scores differ: set num_generations to at least 2")
+        check_overlong(fields["overlong_buffer"])
+        check_penalty(self, fields["kl_coef"], fields["kl_estimator"], fields["kl_in"])
+
+
+def settled(config: GroupRLConfig) -> dict[str, Any]:
+    """Every field that a method may set: as the config has it, else as the method has it."""
+    given = {name: getattr(config, name) for name in OWN if getattr(config, name) is not None}
+    return OTHERWISE | METHODS[config.method] | given
+
+
+def method_of(config: GroupRLConfig) -> Method:
+    """A config's method, with everything that it leaves open filled in."""
+    fields = settled(config)
+    advantages = functools.partial(CRITIC_FREE[fields["advantage"]], num_generations=config.num_generations)
+
+    def estimate(
+        rewards: Array, values: Array | None, mask: Array, trained: Array, axes: tuple[str, ...]
+    ) -> Advantages:
+        del values, trained
+        return Advantages(advantages(rewards, mask, axes=axes), None)
+
+    return Method(
+        policy_loss=fields["policy_loss"],
+        bounds={name: fields[name] for name in POLICY_LOSSES[fields["policy_loss"]][1]},
+        aggregation=fields["aggregation"],
+        kl_coef=fields["kl_coef"],
+        kl_estimator=fields["kl_estimator"],
+        kl_in=fields["kl_in"],
+        estimate=estimate,
+        num_generations=config.num_generations,
+        oversampling=fields["oversampling"],
+        overlong_buffer=fields["overlong_buffer"],
+    )
+
+
+def run(config: GroupRLConfig, context: Context) -> dict[str, Any]:
+    """Trains `context.seeds` policies at once, each with its own prompts, samples and initial key."""
+    return policy_gradient.run(config, method_of(config), policy_gradient.no_value, context)
+
+
+def init_state(params: dict[str, PyTree], config: GroupRLConfig) -> TrainState:
+    """The state before the first iteration."""
+    return policy_gradient.init_state(params, config, method_of(config))
+
+
+def make_step(networks: Networks, config: GroupRLConfig, axes: tuple[str, ...], loop_axes: tuple[str, ...]) -> Step:
+    """One iteration; see `policy_gradient.make_step`."""
+    return policy_gradient.make_step(networks, config, method_of(config), axes, loop_axes)

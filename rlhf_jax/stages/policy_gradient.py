@@ -1,0 +1,225 @@
+"""One iteration of every policy-gradient method: sample, score, estimate advantages, and all epochs of updates.
+
+A pure function of (state, frozen networks, prompts, key): see `make_step`. The halves of it are in `experience.py`,
+from scored responses to advantages, and `policy_update.py`, from advantages to parameters.
+
+Details of Huang et al. 2024 (arXiv:2403.17031, "N+") and of their study of Ziegler et al.'s code (2023, "N") that stand
+here: no dropout (N+), log-probabilities of logits over the temperature (N), old log-probabilities by the learner's own
+forward pass, whole runs from one key a seed, of which no part is used twice.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PRNGKeyArray, PyTree
+
+from rlhf_jax.core import masking
+from rlhf_jax.core.kl import adaptive_kl_coef
+from rlhf_jax.data import pipeline
+from rlhf_jax.models.scalars import ScalarNetwork
+from rlhf_jax.runtime.checkpoints import TrainState
+from rlhf_jax.runtime.loop import Task, train
+from rlhf_jax.runtime.optimizers import make_optimizer
+from rlhf_jax.runtime.programs import SEED_AXIS, HostSteps, Step
+from rlhf_jax.sampling.choice import Sampling
+from rlhf_jax.sampling.generate import generate
+from rlhf_jax.stages.context import Context
+from rlhf_jax.stages.experience import choose_groups, gather_experience
+from rlhf_jax.stages.models import Policy, RewardModel, save_policy_spec
+from rlhf_jax.stages.policy_method import Method, Networks, OnlineConfig, Sampled, Samples
+from rlhf_jax.stages.policy_update import optimise
+from rlhf_jax.stages.prompts import MixedSource, PromptSource
+from rlhf_jax.stages.samples import sample_rows
+from rlhf_jax.stages.scoring import make_scorer, reads_same_tokens
+from rlhf_jax.stages.training import adapted_network, adapted_scalar, begin
+from rlhf_jax.types import PromptBatch
+
+
+def make_step(
+    networks: Networks, config: OnlineConfig, method: Method, axes: tuple[str, ...], loop_axes: tuple[str, ...]
+) -> Step:
+    """One iteration on a PromptBatch (with demonstrations beside it where there is a pretraining mix).
+
+    Args: axes are the mapped axes that rows are split over; loop_axes those of the seeds around the iteration.
+    """
+    reward = networks.reward
+    assert reward is not None
+    sample, learn = make_halves(networks, config, method, axes, loop_axes)
+
+    def step(
+        state: TrainState, frozen: dict[str, PyTree], batch: Any, run_key: PRNGKeyArray
+    ) -> tuple[TrainState, dict[str, jax.Array], Samples]:
+        state, _, sampled = sample(state, frozen, batch, run_key)
+        return learn(state, frozen, (sampled, reward.scores(frozen["reward"], sampled.rollout)), run_key)
+
+    return step
+
+
+def make_halves(
+    networks: Networks, config: OnlineConfig, method: Method, axes: tuple[str, ...], loop_axes: tuple[str, ...]
+) -> tuple[Step, Step]:
+    """An iteration in two steps, between which responses are scored: PromptBatch -> Sampled, and (Sampled, scores)."""
+
+    def sample(
+        state: TrainState, frozen: dict[str, PyTree], batch: Any, run_key: PRNGKeyArray
+    ) -> tuple[TrainState, dict[str, jax.Array], Sampled]:
+        prompts, demonstrations = (batch, None) if isinstance(batch, PromptBatch) else batch
+        sampling = Sampling(networks.max_new_tokens, config.temperature, networks.stop_ids)
+        params = networks.whole(state.params, frozen)["policy"]
+        generation = generate(
+            networks.policy,
+            params,
+            prompts,
+            _keys(run_key, state)[0],
+            sampling,
+            samples=method.num_generations,
+            loop_axes=loop_axes,
+        )
+        return state, {}, Sampled(generation.rollout, generation.logprobs, demonstrations)
+
+    def learn(
+        state: TrainState, frozen: dict[str, PyTree], scored: tuple[Sampled, jax.Array], run_key: PRNGKeyArray
+    ) -> tuple[TrainState, dict[str, jax.Array], Samples]:
+        sampled, scores = scored
+        metrics = {
+            "reward": masking.mean(scores, axes),
+            "reward_std": jnp.sqrt(masking.masked_variance(scores, jnp.ones(scores.shape, bool), axes)),
+        }
+        useful = None
+        if method.oversampling > 1:
+            sampled, scores, useful, chosen = choose_groups(networks, config, method, sampled, scores, axes)
+            metrics |= chosen
+        kl_coef = state.controller["kl_coef"] if config.kl_controller else method.kl_coef
+        params, order_key = networks.whole(state.params, frozen), _keys(run_key, state)[1]
+        batch, samples, found = gather_experience(
+            networks, config, method, params, frozen, sampled, scores, axes, kl_coef=kl_coef, useful=useful
+        )
+        state, updated = optimise(
+            networks, config, method, state, frozen, batch, sampled.demonstrations, order_key, axes, kl_coef=kl_coef
+        )
+        if config.kl_controller is not None:
+            adapted = adaptive_kl_coef(
+                kl_coef,
+                found["objective/kl"],
+                target=config.kl_controller.target,
+                horizon=config.kl_controller.horizon,
+                episodes=config.batch_size,
+            )
+            state = state._replace(controller={"kl_coef": adapted})
+        return state, metrics | found | updated, samples
+
+    return sample, learn
+
+
+def _keys(run_key: PRNGKeyArray, state: TrainState) -> tuple[PRNGKeyArray, PRNGKeyArray]:
+    """An iteration's keys: for sampling, and for the order of minibatches."""
+    sample_key, order_key = jax.random.split(jax.random.fold_in(run_key, state.step))
+    return sample_key, order_key
+
+
+def init_state(params: dict[str, PyTree], config: OnlineConfig, method: Method) -> TrainState:
+    """The state before the first iteration; an adaptive coefficient is part of it, and so one a seed."""
+    controller = {"kl_coef": jnp.float32(method.kl_coef)} if config.kl_controller else ()
+    return TrainState(jnp.int32(0), params, make_optimizer(config.optimizer, config.updates).init(params), controller)
+
+
+class Scoring(NamedTuple):
+    """Where scores come from: a network within the compiled iteration, or the host between its two halves."""
+
+    on_device: RewardModel | None
+    on_host: Callable[[Any], np.ndarray] | None
+
+
+def scoring(config: OnlineConfig, context: Context, policy: Policy, rows: Sequence[dict[str, Any]]) -> Scoring:
+    """On the device where the reward model reads the policy's tokens."""
+    reward_model = context.reward_model(config.reward_model)
+    if reads_same_tokens(reward_model.tokenizer, policy.tokenizer):
+        return Scoring(reward_model, None)
+    return Scoring(None, make_scorer(reward_model, policy, rows, context.data, context.runtime.inference_batch))
+
+
+class ValueStart(NamedTuple):
+    """A value function before the first iteration, without an adapter."""
+
+    network: Any  # as in Networks
+    params: PyTree
+
+
+StartValue = Callable[[Policy, RewardModel | None, PRNGKeyArray], ValueStart]
+
+
+def no_value(policy: Policy, reward_model: RewardModel | None, key: PRNGKeyArray) -> ValueStart:
+    """Methods without a critic."""
+    del policy, reward_model, key
+    return ValueStart(None, None)
+
+
+def run(config: OnlineConfig, method: Method, start_value: StartValue, context: Context) -> dict[str, Any]:
+    """Trains `context.seeds` policies at once, each with its own prompts, samples and initial key."""
+    reference, lora = context.policy(config.policy, config.tuning), config.tuning.lora
+    seeds = range(context.seed, context.seed + context.seeds)
+    reference = reference._replace(network=adapted_network(reference.network, lora))
+    save_policy_spec(context.directory, reference, seeds, base=config.policy if lora else None)
+    rows = pipeline.load_rows(context.data, "train")
+    pool = pipeline.prompts(rows, reference.tokenizer, context.data)
+    scores = scoring(config, context, reference, rows)
+
+    placement = context.placement(context.seeds)
+    several = context.seeds > 1
+    prompt_keys, run_keys = zip(*(jax.random.split(context.key(k)) for k in range(context.seeds)), strict=True)
+    value = start_value(reference, scores.on_device, context.key())
+    separate = adapted_scalar(value.network, lora) if isinstance(value.network, ScalarNetwork) else None
+    networks = Networks(
+        policy=reference.network,
+        value=separate or value.network,
+        reward=scores.on_device.network if scores.on_device else None,
+        stop_ids=reference.tokenizer.stop_ids,
+        max_new_tokens=context.data.max_response_tokens,
+    )
+    axes = (placement.axes, (SEED_AXIS,) if several else ())
+    frozen = {"reference": reference.params}
+    if scores.on_device:
+        step: Step | HostSteps = make_step(networks, config, method, *axes)
+        frozen["reward"] = scores.on_device.params
+    else:
+        on_host = scores.on_host
+        assert on_host is not None
+        sample, learn = make_halves(networks, config, method, *axes)
+        step = HostSteps(sample, lambda sampled: on_host(sampled.rollout), learn)
+    params = {"policy": begin(networks.policy, reference.params, context.key()).trained}
+    if separate is not None:
+        params["value"], frozen["value_base"] = begin(separate, value.params, context.key())
+    elif value.network == "shared":
+        params["value"] = value.params
+    state = init_state(params, config, method)
+
+    def describe(step: int, samples: Samples) -> list[dict[str, Any]]:
+        if step % config.samples_every and step != 1:
+            return []
+        shown = jax.tree.map(lambda leaf: leaf[: config.samples_written], samples)
+        return sample_rows(reference.tokenizer, shown.rollout, shown.scores.tolist(), shown.kl.tolist())
+
+    prompts = PromptSource(pool, prompt_keys, config.batch_size // method.num_generations * method.oversampling)
+    if config.ptx is not None:
+        demonstrations = pipeline.demonstrations(rows, reference.tokenizer, context.data)
+        prompts = MixedSource(prompts, demonstrations, prompt_keys, config.ptx.batch_size)
+    task = Task(
+        step=step,
+        state=jax.tree.map(lambda leaf: jnp.stack([leaf] * context.seeds), state) if several else state,
+        frozen=frozen,
+        batch_at=prompts,
+        run_key=jnp.stack(run_keys) if several else run_keys[0],
+        total_steps=config.iterations,
+        key_figures=("objective/scores", "objective/kl", "val/num_eos_tokens"),
+        evaluation=None,
+        describe=describe,
+    )
+    train(task, config.loop, placement, context.seed, context.directory, context.bar)
+    return {
+        "prompts": len(pool.tokens),
+        "prompt_key": [np.asarray(jax.random.key_data(key)).tolist() for key in prompt_keys],
+        "episodes": config.iterations * config.batch_size,
+    }

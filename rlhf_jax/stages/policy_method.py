@@ -1,0 +1,223 @@
+"""What a policy-gradient method is: the config that all share, what is each one's own, and what travels between halves.
+
+`Method` is what is one's own: `stages/ppo.py` and `stages/group_rl.py` make it from their configs, and
+`stages/policy_gradient.py` runs it.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import jax
+from jaxtyping import Array, Float, PyTree
+
+from rlhf_jax.config import ModelSource
+from rlhf_jax.models import value_head
+from rlhf_jax.models.head import TokenStats, token_stats
+from rlhf_jax.models.policy import PolicyNetwork
+from rlhf_jax.models.scalars import ScalarNetwork
+from rlhf_jax.runtime.loop import LoopConfig
+from rlhf_jax.runtime.optimizers import OptimizerConfig
+from rlhf_jax.stages.models import AS_IT_IS, Tuning
+from rlhf_jax.stages.training import whole
+from rlhf_jax.types import Rollout, TokenBatch
+
+Estimator = Literal["k1", "k2", "k3"]
+Place = Literal["reward", "loss"]
+SharedTrunk = Literal["shared"]
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaptiveKL:
+    """The controller of Ziegler et al. 2019: the coefficient is changed until the divergence is the target."""
+
+    target: float  # nats a response
+    horizon: float  # episodes
+
+    def __post_init__(self) -> None:
+        for name in ("target", "horizon"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"kl_controller.{name} = {getattr(self, name)} must be above 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainingMix:
+    """PPO-ptx, eq. 2 of Ouyang et al. 2022 (arXiv:2203.02155): maximum likelihood on demonstrations in every update."""
+
+    coef: float  # gamma there
+    batch_size: int  # demonstrations an iteration, from the experiment's own data
+
+    def __post_init__(self) -> None:
+        if self.coef <= 0:
+            raise ValueError(f"ptx.coef = {self.coef} must be above 0: leave ptx out for none")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OnlineConfig:
+    """What every method reads: the policy that is start and reference, the reward model, and how long it is trained."""
+
+    policy: ModelSource
+    reward_model: ModelSource
+    iterations: int
+    batch_size: int  # responses an iteration
+    minibatches: int
+    epochs: int
+    temperature: float
+    optimizer: OptimizerConfig
+    samples_every: int  # iterations between those whose samples are written
+    samples_written: int
+    loop: LoopConfig
+    missing_eos_penalty: float = 0.0  # taken off the score of a response that was cut off
+    missing_eos_score: float | None = None  # the score of such a response, whatever it is (-1 in N+)
+    score_scale: float = 1.0  # scores are multiplied by it, and then clipped
+    score_clip: float | None = None
+    reject_truncated: bool = False  # responses that were cut off are left out of the losses
+    kl_controller: AdaptiveKL | None = None  # None: the coefficient stays what it is
+    entropy_coef: float = 0.0  # a bonus on the entropy, nats a token
+    importance_cap: float | None = None  # weights by the learner's over the sampler's probabilities, at most this
+    ptx: PretrainingMix | None = None
+    tuning: Tuning = AS_IT_IS
+
+    def __post_init__(self) -> None:
+        if self.batch_size % self.minibatches:
+            raise ValueError(f"batch_size = {self.batch_size} does not divide into {self.minibatches} minibatches")
+        if self.tuning.lora is not None and self.tuning.lora.dropout:
+            raise ValueError("tuning.lora.dropout must be 0: with dropout the first ratio would not be 1")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature = {self.temperature} must be above 0")
+        if self.missing_eos_score is not None and self.missing_eos_penalty:
+            raise ValueError(
+                f"missing_eos_score = {self.missing_eos_score} takes the place of a score, from which "
+                f"missing_eos_penalty = {self.missing_eos_penalty} would be taken: set one of the two"
+            )
+        for name in ("score_clip", "importance_cap"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} = {value} must be above 0, or None for no bound")
+        if self.ptx is not None and (self.ptx.batch_size < 1 or self.ptx.batch_size % self.minibatches):
+            raise ValueError(
+                f"ptx.batch_size = {self.ptx.batch_size} does not divide into {self.minibatches} minibatches"
+            )
+
+    @property
+    def updates(self) -> int:
+        """Optimiser steps of the whole run."""
+        return self.iterations * self.epochs * self.minibatches
+
+
+def check_penalty(config: OnlineConfig, kl_coef: float, estimator: Estimator, place: Place) -> None:
+    """Raises ValueError for a penalty that would not do what it says."""
+    if place == "loss" and estimator == "k1" and kl_coef:
+        raise ValueError(
+            "kl_estimator = 'k1' in the loss has a gradient of mean 0: set kl_estimator to 'k2' or 'k3', or kl_in to "
+            "'reward'"
+        )
+    if config.kl_controller is not None and kl_coef <= 0:
+        raise ValueError(f"kl_controller multiplies kl_coef = {kl_coef}, which would stay what it is: set it above 0")
+
+
+def check_overlong(buffer: float) -> None:
+    """Raises ValueError for a share that is none."""
+    if not 0 <= buffer < 1:
+        raise ValueError(
+            f"overlong_buffer = {buffer} is a share of the longest response: set it from 0 (none) to below 1"
+        )
+
+
+class Advantages(NamedTuple):
+    """What a method makes of rewards."""
+
+    advantages: jax.Array  # [B, T]
+    returns: jax.Array | None  # [B, T], what values are fitted to, where there are some
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """What is one method's own: the loss of the policy, that of the values, the penalty, and the advantages."""
+
+    policy_loss: str  # of core.policy_losses.POLICY_LOSSES
+    bounds: dict[str, float]  # that the loss reads
+    aggregation: str  # of core.policy_losses.AGGREGATIONS
+    kl_coef: float
+    kl_estimator: Estimator
+    kl_in: Place
+    # Of token rewards, values, the response mask and that of the losses.
+    estimate: Callable[[Array, Array | None, Array, Array, tuple[str, ...]], Advantages]
+    num_generations: int = 1  # responses to a prompt
+    oversampling: int = 1  # groups sampled for each one that is trained on
+    overlong_buffer: float = 0.0  # the share of the longest response over which its score falls by 1
+    vf_coef: float = 0.0
+    value_clip: float = 0.0
+    value_warmup: int = 0  # iterations in which the policy stays as it is
+
+
+@dataclasses.dataclass(frozen=True)
+class Networks:
+    """The networks' functions. Parameters: state has `policy` and `value`, frozen has `reference` and `reward`.
+
+    Where the policy and the value are adapters, their bases are frozen's `reference` and `value_base`. "shared" is a
+    value head on the policy's own trunk; None, no value function.
+    """
+
+    policy: PolicyNetwork
+    value: ScalarNetwork | SharedTrunk | None
+    reward: ScalarNetwork | None  # None where responses are scored on the host
+    stop_ids: tuple[int, ...]
+    max_new_tokens: int
+
+    def whole(self, params: dict[str, PyTree], frozen: dict[str, PyTree]) -> dict[str, PyTree]:
+        """The parameters of policy and value, of what is trained and what is not."""
+        policy = {"policy": whole(self.policy, params["policy"], frozen, "reference")}
+        if self.value is None:
+            return policy
+        if self.value == "shared":
+            return {**policy, "value": params["value"]}
+        return {**policy, "value": whole(self.value, params["value"], frozen, "value_base")}
+
+    def forward(
+        self,
+        params: dict[str, PyTree],
+        rollout: Rollout,
+        *,
+        temperature: float,
+        of_logits: Callable[..., TokenStats] = token_stats,
+    ) -> tuple[TokenStats, Float[Array, "B T"] | None]:
+        """Statistics of the response tokens under the policy, and the values before them where there are some."""
+        hidden = self.policy.response_hidden(params["policy"], rollout)
+        stats = self.policy.hidden_stats(
+            params["policy"], hidden, rollout.response, temperature=temperature, of_logits=of_logits
+        )
+        if self.value is None:
+            return stats, None
+        if self.value == "shared":
+            return stats, value_head.values(params["value"], hidden)
+        return stats, self.value.values(params["value"], rollout)
+
+
+class Sampled(NamedTuple):
+    """What the first half of an iteration leaves to the second."""
+
+    rollout: Rollout
+    logprobs: jax.Array  # [B, T], by the sampler's own forward passes
+    demonstrations: TokenBatch | None  # of the pretraining mix
+
+
+class Experience(NamedTuple):
+    """A scored rollout: what every epoch trains on."""
+
+    rollout: Rollout
+    logprobs: jax.Array  # [B, T], of the policy that sampled, by the learner's own forward pass
+    advantages: jax.Array  # [B, T]
+    loss_mask: jax.Array  # [B, T]: the response tokens that are trained on
+    values: jax.Array | None  # [B, T]
+    returns: jax.Array | None  # [B, T]
+    ref_logprobs: jax.Array | None  # [B, T], where the penalty is in the loss
+    weights: jax.Array | None  # [B, T], of the importance of tokens
+
+
+class Samples(NamedTuple):
+    """What an iteration shows of its responses."""
+
+    rollout: Rollout
+    scores: jax.Array  # [B]
+    kl: jax.Array  # [B], nats, by k1

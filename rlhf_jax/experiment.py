@@ -58,7 +58,11 @@ KINDS: dict[str, tuple[type, StageRun]] = {
     "frontier": (frontier.FrontierConfig, frontier.run),
 }
 
-ONLINE = (ppo.PPOConfig, group_rl.GroupRLConfig)
+ONLINE = (
+    ppo.PPOConfig,
+    group_rl.GroupRLConfig,
+    kto.KTOConfig,
+)
 """Stages that train `seeds` runs at once; the others train one, with `seed`."""
 
 COMMON = ("seed", "seeds", "stages", "data", "runtime")

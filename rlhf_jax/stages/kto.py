@@ -11,7 +11,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key, PyTree
+from jaxtyping import Array, Float, Key, PRNGKeyArray, PyTree
 
 from rlhf_jax.config import ModelSource, StageName
 from rlhf_jax.core import masking
@@ -28,7 +28,7 @@ from rlhf_jax.stages.context import Context, steps_for
 from rlhf_jax.stages.models import AS_IT_IS, Tuning, save_policy_spec
 from rlhf_jax.stages.preferences import load_preferences
 from rlhf_jax.stages.samples import policy_samples
-from rlhf_jax.stages.training import adapted_network, begin, dropout_keys, whole
+from rlhf_jax.stages.training import adapted_network, begin, dropout_keys, over_seeds, whole
 from rlhf_jax.types import RlhfError, Rollout, UnpairedBatch
 
 
@@ -81,16 +81,19 @@ def run(config: KTOConfig, context: Context) -> dict[str, Any]:
     lora, tokenizer = config.tuning.lora, reference.tokenizer
     network = adapted_network(reference.network, lora)
     reference = reference._replace(network=network)
-    seeds = range(context.seed, context.seed + 1)
+    seeds = range(context.seed, context.seed + context.seeds)
     save_policy_spec(context.directory, reference, seeds, base=config.policy if lora else None)
     rows, held_out = load_unpaired(context, config.preferences)
     data, eval_data = (pipeline.unpaired(table, tokenizer, context.data) for table in (rows, held_out))
     eval_prompts = pipeline.prompts(pipeline.load_rows(context.data, "eval"), tokenizer, context.data)
-    batches = pipeline.shuffled_batches(data, config.batch_size, context.seed)
     steps = steps_for(config.epochs, len(rows), config.batch_size, config.loop.steps_per_call)
 
-    placement = context.placement()
-    params = {"policy": begin(network, reference.params, context.key()).trained}
+    def start(key: PRNGKeyArray) -> TrainState:
+        params = {"policy": begin(network, reference.params, key).trained}
+        return TrainState(jnp.int32(0), params, make_optimizer(config.optimizer, steps).init(params))
+
+    placement = context.placement(context.seeds)
+    runs = over_seeds(context, start, lambda seed: pipeline.shuffled_batches(data, config.batch_size, seed))
     frozen = {"reference": reference.params, "beta": jnp.float32(config.beta)}
 
     def evaluation(trained: PyTree) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -101,10 +104,10 @@ def run(config: KTOConfig, context: Context) -> dict[str, Any]:
 
     task = Task(
         step=make_step(network, config.optimizer, steps, placement.axes, config.loss),
-        state=TrainState(jnp.int32(0), params, make_optimizer(config.optimizer, steps).init(params)),
+        state=runs.state,
         frozen=frozen,
-        batch_at=batches.__getitem__,
-        run_key=context.key(),
+        batch_at=runs.batch_at,
+        run_key=runs.run_key,
         total_steps=steps,
         key_figures=("loss", "rewards/margins", "kl"),
         evaluation=Evaluation(config.eval_every, evaluation),

@@ -1,15 +1,19 @@
 """What a stage trains of a model: all its parameters, or an adapter beside a base that stays as it is."""
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Key, PRNGKeyArray, PyTree
 
 from rlhf_jax.models.lora import Adapted, LoraConfig
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
+from rlhf_jax.runtime.checkpoints import TrainState
+from rlhf_jax.stages.context import Context
 
 Network = PolicyNetwork | ScalarNetwork
 
@@ -52,3 +56,28 @@ def dropout_keys(
     first = jax.lax.axis_index(axes) * rows if axes else 0
     key = jax.random.fold_in(run_key, step)
     return jax.vmap(lambda row: jax.random.fold_in(key, row))(first + jnp.arange(rows))
+
+
+class Runs(NamedTuple):
+    """What a Task has once a run: one run's, or those of several seeds stacked."""
+
+    state: TrainState
+    batch_at: Callable[[int], Any]
+    run_key: PRNGKeyArray
+
+
+def over_seeds(context: Context, start: Callable[[PRNGKeyArray], TrainState], batches: Callable[[int], Any]) -> Runs:
+    """The runs of a stage that trains on a table: each has a key, and an order of the rows, of its own.
+
+    Args: start makes a run's first state with its key; batches are those of a seed, by the step they follow.
+    """
+    keys = [context.key(k) for k in range(context.seeds)]
+    sources = [batches(context.seed + k) for k in range(context.seeds)]
+    if context.seeds == 1:
+        return Runs(start(keys[0]), sources[0].__getitem__, keys[0])
+    state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(start, keys))
+    return Runs(
+        state,
+        lambda step: jax.tree.map(lambda *leaves: np.stack(leaves), *(source[step] for source in sources)),
+        jnp.stack(keys),
+    )

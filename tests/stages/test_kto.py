@@ -159,15 +159,26 @@ def test_an_experiment_on_labelled_chats(tmp_path):
         "loop": experiments.LOOP,
         "tuning": {"lora": {"rank": 4, "alpha": 8.0, "targets": ("attention/[qv]", "up", "down")}},
     }
-    directory = experiments.run(tmp_path / "run", data, {"kto": section}).find("kto")
+    directory = experiments.run(tmp_path / "run", data, {"kto": section}, seeds=2).find("kto")
     summary = json.loads((directory / "summary.json").read_text())
     assert (summary["desirable_rows"], summary["undesirable_rows"], summary["eval_rows"]) == (32, 16, 48)
-    metrics = experiments.rows(directory / "metrics.jsonl")
+    metrics, other = (
+        [row for row in experiments.rows(directory / "metrics.jsonl") if row["seed"] == seed] for seed in (0, 1)
+    )
     np.testing.assert_allclose(metrics[0]["loss"], 0.5, atol=1e-5)
     evaluated = [row["eval/rewards/margins"] for row in metrics if "eval/loss" in row]
     assert len(evaluated) == 3 and 0 < evaluated[0] < evaluated[-1]
     assert evaluated[-1] > 0.1 and metrics[-1]["eval/loss"] < 0.5
-    assert len(experiments.rows(directory / "samples.jsonl")) == 3 * 2
+    assert len(experiments.rows(directory / "samples.jsonl")) == 3 * 2 * 2
+
+    alone = experiments.run(tmp_path / "alone", data, {"kto": section}, seed=1).find("kto")
+    rows = experiments.rows(alone / "metrics.jsonl")
+    assert len(rows) == len(other) == len(metrics)
+    for row, one in zip(other, rows, strict=True):
+        for name in row:
+            if not name.startswith("time/"):
+                assert row[name] == pytest.approx(one[name], rel=1e-4, abs=1e-5), name
+    assert metrics[-1]["loss"] != other[-1]["loss"]
 
 
 def test_one_label_alone_is_refused():

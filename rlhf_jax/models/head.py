@@ -25,6 +25,7 @@ class TokenStats(NamedTuple):
     logprobs: Array  # float32[B, T], nats
     entropy: Array  # float32[B, T], nats; carries no gradient, unless asked for
     correct: Array  # bool[B, T]: the token is the most likely one
+    log_sum_sq_probs: Array  # float32[B, T]: log of the sum of squared probabilities; no gradient; 0 as logprobs is
 
 
 def logits(
@@ -114,7 +115,8 @@ def _stats_forward(
     emitted = allowed[tokens]
     logprobs = jnp.where(emitted, chosen - jnp.log(normaliser), 0)
     entropy = jnp.log(normaliser) - jnp.sum(exponentials * shifted, axis=-1) / normaliser
-    outputs = (logprobs, entropy, (chosen >= 0) & emitted)
+    log_sum_sq_probs = jnp.where(emitted, jnp.log(jnp.sum(jnp.square(exponentials), -1) / jnp.square(normaliser)), 0)
+    outputs = (logprobs, entropy, (chosen >= 0) & emitted, log_sum_sq_probs)
     return outputs, (hidden, embedding, tokens, emitted, shifted, most, normaliser)
 
 

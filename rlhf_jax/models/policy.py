@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, PyTree
 
-from rlhf_jax.core import logprobs as lp
 from rlhf_jax.models import head, lora
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.head import TokenStats
@@ -72,16 +71,15 @@ class PolicyNetwork:
         hidden = self._apply(params, tokens, mask, dropout_keys=dropout_keys)
         return hidden[:, rollout.prompt.shape[1] - 1 : -1]
 
-    def pair_logprobs(
+    def pair_stats(
         self, params: PyTree, batch: PreferenceBatch, *, dropout_keys: Key[Array, "B"] | None = None
-    ) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
-        """Log-probabilities in nats of the chosen and of the rejected responses, in one forward pass."""
-        both = both_responses(batch)
+    ) -> tuple[TokenStats, TokenStats]:
+        """Statistics of each token of the chosen and of the rejected responses, in one forward pass: arrays [B, T]."""
         if dropout_keys is not None:  # another mask for each of the two
             dropout_keys = jax.vmap(jax.random.split, out_axes=1)(dropout_keys).reshape(-1)
-        stats = self.response_stats(params, both, temperature=1.0, dropout_keys=dropout_keys)
-        chosen, rejected = jnp.split(lp.sequence_logprobs(stats.logprobs, both.response_mask), 2)
-        return chosen, rejected
+        stats = self.response_stats(params, both_responses(batch), temperature=1.0, dropout_keys=dropout_keys)
+        chosen, rejected = zip(*(jnp.split(leaf, 2) for leaf in stats), strict=True)
+        return TokenStats(*chosen), TokenStats(*rejected)
 
     def start(
         self, params: PyTree, tokens: Int[Array, "B P"], mask: Bool[Array, "B P"], slots: int, room: int | None = None

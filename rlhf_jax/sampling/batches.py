@@ -14,7 +14,7 @@ from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
 from rlhf_jax.sampling.choice import Sampling
 from rlhf_jax.sampling.generate import generate
-from rlhf_jax.types import PreferenceBatch, PromptBatch, Rollout, TokenBatch
+from rlhf_jax.types import PromptBatch, Rollout, TokenBatch
 
 
 class Divergences(NamedTuple):
@@ -111,13 +111,6 @@ def sequence_stats_all(policy: PolicyNetwork, params: PyTree, data: TokenBatch, 
     return map_batches(lambda batch: _sequence_stats(policy, params, batch), data, batch_size)
 
 
-def pair_logprobs_all(
-    policy: PolicyNetwork, params: PyTree, data: PreferenceBatch, batch_size: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Log-probabilities in nats of all chosen and of all rejected responses: float32[N] each."""
-    return map_batches(lambda batch: _pair_logprobs(policy, params, batch), data, batch_size)
-
-
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def _generate(policy, params, prompts, key, sampling):
     return generate(policy, params, prompts, key, sampling)
@@ -146,8 +139,3 @@ def _summed_k3(own, reference, mask):
 @functools.partial(jax.jit, static_argnums=0)
 def _sequence_stats(policy, params, batch):
     return policy.sequence_stats(params, batch)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _pair_logprobs(policy, params, batch):
-    return policy.pair_logprobs(params, batch)

@@ -19,7 +19,15 @@ from rlhf_jax.runtime.programs import Step
 from rlhf_jax.sampling.batches import map_batches
 from rlhf_jax.stages.context import Context, steps_for
 from rlhf_jax.stages.models import AS_IT_IS, Tuning, save_policy_spec
-from rlhf_jax.stages.preference_loss import PairStats, PreferenceLossConfig, join, pair_stats, preference_loss
+from rlhf_jax.stages.preference_loss import (
+    PairStats,
+    PreferenceLossConfig,
+    check_micro_batch,
+    join,
+    pair_stats,
+    preference_loss,
+    tokens_per_pair,
+)
 from rlhf_jax.stages.preferences import load_preferences
 from rlhf_jax.stages.samples import policy_samples
 from rlhf_jax.stages.training import adapted_network, begin, dropout_keys, whole
@@ -45,6 +53,11 @@ class DPOConfig:
     tuning: Tuning = AS_IT_IS
     loss: PreferenceLossConfig = SIGMOID
 
+    def __post_init__(self) -> None:
+        if self.beta <= 0:
+            raise ValueError(f"beta = {self.beta} must be above 0")
+        check_micro_batch(self.loss, self.optimizer.micro_batch)
+
 
 def run(config: DPOConfig, context: Context) -> dict[str, Any]:
     """Trains on the training pairs; evaluates loss and accuracy on the held-out pairs."""
@@ -62,14 +75,17 @@ def run(config: DPOConfig, context: Context) -> dict[str, Any]:
 
     placement = context.placement()
     params = {"policy": begin(network, reference.params, context.key()).trained}
-    frozen = {"reference": reference.params, "beta": jnp.float32(config.beta)}
+    frozen = {"beta": jnp.float32(config.beta)}
+    needs_reference = config.loss.needs_reference
+    if lora or needs_reference:
+        frozen["reference"] = reference.params
 
     def evaluation(trained: PyTree) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         policy = reference._replace(params=whole(network, trained["policy"], frozen, "reference"))
         rows = context.runtime.inference_batch
-        reference_stats = stats_all(config.loss, network, reference.params, eval_data, rows)
         own = stats_all(config.loss, network, policy.params, eval_data, rows)
-        metrics = evaluate(config.loss, own, reference_stats, eval_data, config.beta)
+        theirs = stats_all(config.loss, network, reference.params, eval_data, rows) if needs_reference else None
+        metrics = evaluate(config.loss, own, theirs, eval_data, config.beta)
         return metrics, policy_samples(policy, eval_prompts, config.sample_prompts, context)
 
     task = Task(
@@ -95,7 +111,9 @@ def make_step(
     axes: tuple[str, ...],
     loss_config: PreferenceLossConfig = SIGMOID,
 ) -> Step:
-    """One update on a PreferenceBatch. `frozen` holds the reference, which is an adapter's base, and beta.
+    """One update on a PreferenceBatch. `frozen` holds beta and the reference, which is an adapter's base.
+
+    Losses that need no reference read it as an adapter's base only.
 
     Beta is data, so that runs which differ in it alone share one compiled program.
     """
@@ -104,11 +122,15 @@ def make_step(
     def step(state: TrainState, frozen: dict[str, Any], batch: PreferenceBatch, run_key: jax.Array) -> tuple:
         def loss_fn(params: PyTree, given: tuple) -> tuple[jax.Array, dict[str, jax.Array]]:
             rows, keys = given
-            reference = pair_stats(loss_config, network, frozen["reference"], rows)
+            reference = None
+            if loss_config.needs_reference:
+                reference = pair_stats(loss_config, network, frozen["reference"], rows)
             policy = whole(network, params["policy"], frozen, "reference")
             own = pair_stats(loss_config, network, policy, rows, keys)
-            return preference_loss(loss_config, join(own, reference, rows), beta=frozen["beta"], axes=axes)
+            pairs = join(own, reference, rows)
+            return preference_loss(loss_config, pairs, beta=frozen["beta"], axes=axes, tokens_per_pair=per_pair)
 
+        per_pair = tokens_per_pair(batch, axes)
         keys = dropout_keys(network, run_key, state.step, len(batch.prompt), axes)
         loss, metrics, grads = gradients(
             config, loss_fn, state.params, (batch, keys), lambda given: masking.rows(given[0].prompt, axes), axes

@@ -2,27 +2,57 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key, PyTree
+from jaxtyping import Array, Bool, Float, Key, PyTree
 
-from rlhf_jax.core import masking
+from rlhf_jax.core import divergences, logprobs, masking, reference_free_losses
 from rlhf_jax.core import preference_losses as losses
 from rlhf_jax.core.preference_losses import Pairs
+from rlhf_jax.models.head import TokenStats
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.types import PreferenceBatch
 
-LossName = Literal["sigmoid"]
+LossName = Literal[
+    "sigmoid",
+    "cdpo",
+    "robust",
+    "hinge",
+    "ipo",
+    "sigmoid_norm",
+    "exo_pair",
+    "nca_pair",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sft",
+    "cpo",
+    "simpo",
+    "orpo",
+]
+Divergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
 Beta = float | Float[Array, ""]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PreferenceLossConfig:
-    """One preference loss, or the sum of several with weights."""
+    """One preference loss, or the sum of several with weights. What no chosen loss reads must keep its default."""
 
     losses: tuple[LossName, ...] = ("sigmoid",)
     loss_weights: tuple[float, ...] | None = None  # one a loss; None: each counts once
+    label_smoothing: float = 0.0  # the share of labels that are flipped
+    divergence: Divergence = "reverse_kl"  # to the reference
+    divergence_alpha: float = 0.5  # of the alpha-divergence, between 0 (reverse KL) and 1 (forward KL)
+    discopop_tau: float = 0.05
+    simpo_gamma: float = 0.5  # the margin that is aimed at, in nats
+    cpo_alpha: float = 1.0  # what CPO's likelihood counts
+    length_desensitisation: float | None = None  # LD-DPO's alpha: what tokens beyond the shorter response count
+    weighting: bool = False  # WPO: pairs count as much as the policy would write them
 
     def __post_init__(self) -> None:
         if not self.losses:
@@ -31,11 +61,47 @@ class PreferenceLossConfig:
             raise ValueError(f"losses = {self.losses} names a loss twice: give it a weight in loss_weights instead")
         if self.loss_weights is not None and len(self.loss_weights) != len(self.losses):
             raise ValueError(f"loss_weights = {self.loss_weights} must have one weight for each of {self.losses}")
+        self._check_values()
+        for field in dataclasses.fields(self):
+            if field.name in READERS and getattr(self, field.name) != field.default:
+                self._check_read(field.name)
+        if self.divergence_alpha != 0.5 and self.divergence != "alpha_divergence":
+            raise ValueError(
+                f"divergence_alpha = {self.divergence_alpha} is not read with divergence = {self.divergence!r}: "
+                "leave it out, or choose 'alpha_divergence'"
+            )
+
+    def _check_values(self) -> None:
+        smoothing, alpha = self.label_smoothing, self.length_desensitisation
+        if not 0 <= smoothing < 0.5:
+            raise ValueError(f"label_smoothing = {smoothing} must be at least 0 and below 0.5")
+        if "exo_pair" in self.losses and smoothing == 0:
+            raise ValueError("exo_pair takes the logarithm of label_smoothing = 0: set it above 0 (0.001 in the paper)")
+        if not 0 < self.divergence_alpha < 1:
+            raise ValueError(f"divergence_alpha = {self.divergence_alpha} must lie between 0 and 1")
+        if self.discopop_tau <= 0:
+            raise ValueError(f"discopop_tau = {self.discopop_tau} must be above 0")
+        if alpha is not None and not 0 <= alpha < 1:
+            raise ValueError(f"length_desensitisation = {alpha} must be at least 0 and below 1, or None for none")
+
+    def _check_read(self, option: str) -> None:
+        readers, value = READERS[option], getattr(self, option)
+        others = [name for name in self.losses if name not in readers]
+        if others and (option in OF_ALL or len(others) == len(self.losses)):
+            raise ValueError(
+                f"{option} = {value!r} is not read by {', '.join(others)}: leave it out, or choose among "
+                f"{', '.join(sorted(readers))}"
+            )
 
     @property
     def needs_reference(self) -> bool:
         """Whether a chosen loss reads the reference's log-probabilities."""
-        return True
+        return not set(self.losses) <= REFERENCE_FREE
+
+    @property
+    def of_the_whole_batch(self) -> bool:
+        """Whether a chosen loss compares each pair with all others, and so cannot be accumulated over parts."""
+        return not SORTING.isdisjoint(self.losses)
 
     @property
     def weights(self) -> tuple[float, ...]:
@@ -46,9 +112,18 @@ class PreferenceLossConfig:
 class PairStats(NamedTuple):
     """What one model says of the pairs of a batch."""
 
-    chosen: Array  # float32[B], nats
-    rejected: Array  # float32[B]
-    weights: Array | None = None  # float32[B]
+    chosen: Any  # float32[B], nats
+    rejected: Any  # float32[B]
+    weights: Any = None  # float32[B]
+
+
+def check_micro_batch(config: PreferenceLossConfig, micro_batch: int | None) -> None:
+    """Raises ValueError where gradients are accumulated of a loss that sorts the whole batch."""
+    if micro_batch is not None and config.of_the_whole_batch:
+        raise ValueError(
+            f"optimizer.micro_batch = {micro_batch}, and {' and '.join(sorted(SORTING.intersection(config.losses)))} "
+            "sorts all pairs of a batch: over parts of it, it would be another loss. Set micro_batch = None"
+        )
 
 
 def pair_stats(
@@ -58,9 +133,37 @@ def pair_stats(
     batch: PreferenceBatch,
     dropout_keys: Key[Array, "B"] | None = None,
 ) -> PairStats:
-    """What the chosen losses read of a model's log-probabilities of a batch, in one forward pass."""
-    del config
-    return PairStats(*network.pair_logprobs(params, batch, dropout_keys=dropout_keys))
+    """What the chosen losses read of a model's log-probabilities of a batch, in one forward pass.
+
+    These are the responses' log-probabilities, or LD-DPO's in their place, and with WPO the pairs' weights.
+    """
+    stats = network.pair_stats(params, batch, dropout_keys=dropout_keys)
+    return of_tokens(config, *stats, batch.chosen_mask, batch.rejected_mask)
+
+
+def of_tokens(
+    config: PreferenceLossConfig,
+    chosen: TokenStats,
+    rejected: TokenStats,
+    chosen_mask: Bool[Array, "B T"],
+    rejected_mask: Bool[Array, "B T"],
+) -> PairStats:
+    """The statistics of the pairs, given those of their tokens."""
+    alpha = config.length_desensitisation
+    shared = jnp.minimum(masking.lengths(chosen_mask), masking.lengths(rejected_mask))
+
+    def logprob(stats: TokenStats, mask: Array) -> Array:
+        if alpha is None:
+            return logprobs.sequence_logprobs(stats.logprobs, mask)
+        return losses.desensitised_logprobs(stats.logprobs, mask, shared, alpha=alpha)
+
+    def weight(stats: TokenStats, mask: Array) -> Array:
+        return losses.wpo_weights(stats.logprobs, stats.log_sum_sq_probs, mask)
+
+    sums = logprob(chosen, chosen_mask), logprob(rejected, rejected_mask)
+    if not config.weighting:
+        return PairStats(*sums)
+    return PairStats(*sums, weight(chosen, chosen_mask) * weight(rejected, rejected_mask))
 
 
 def join(own: PairStats, reference: PairStats | None, batch: PreferenceBatch) -> Pairs:
@@ -76,19 +179,42 @@ def join(own: PairStats, reference: PairStats | None, batch: PreferenceBatch) ->
     )
 
 
+def tokens_per_pair(batch: PreferenceBatch, axes: tuple[str, ...]) -> Float[Array, ""]:
+    """The mean number of chosen tokens of the pairs of a batch."""
+    return masking.mean(masking.lengths(batch.chosen_mask).astype(jnp.float32), axes)
+
+
 def preference_loss(
-    config: PreferenceLossConfig, pairs: Pairs, *, beta: Beta, axes: tuple[str, ...]
+    config: PreferenceLossConfig,
+    pairs: Pairs,
+    *,
+    beta: Beta,
+    axes: tuple[str, ...],
+    tokens_per_pair: Float[Array, ""] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """The weighted sum of the chosen losses, each averaged over the pairs of the whole batch.
 
-    Returns: the loss, and the implicit rewards beta log(pi / pi_ref) as `rewards/{chosen,rejected,margins,accuracies}`,
-    the mean log-probabilities as `logps/{chosen,rejected}`; of a mixture, each loss as `loss/NAME`.
+    Args: tokens_per_pair is the whole batch's where the pairs are a part of it, so that likelihoods accumulate to a
+    mean over tokens; None takes it of the pairs.
+    Returns: the loss, the implicit rewards as `rewards/{chosen,rejected,margins,accuracies}`, and the mean
+    log-probabilities as `logps/{chosen,rejected}`; of a mixture, each loss as `loss/NAME`. The rewards are beta
+    log(pi / pi_ref); without a reference beta log pi, for a token where the first loss is simpo or orpo.
     """
-    chosen, rejected = pairs.chosen - pairs.ref_chosen, pairs.rejected - pairs.ref_rejected
-    parts = {name: masking.mean(LOSSES[name](chosen, rejected, beta=beta), axes) for name in config.losses}
+    if config.needs_reference and pairs.ref_chosen is None:
+        raise TypeError(f"{', '.join(config.losses)} read the reference's log-probabilities, and there are none")
+    if tokens_per_pair is None:
+        tokens_per_pair = masking.mean(pairs.chosen_tokens.astype(jnp.float32), axes)
+    given = _given(config, pairs, beta, jnp.maximum(tokens_per_pair, 1), axes)
+    parts = {}
+    for name in config.losses:
+        each = LOSSES[name](given)
+        parts[name] = masking.mean(each if pairs.weights is None else pairs.weights * each, axes)
     weighted = (weight * part for weight, part in zip(config.weights, parts.values(), strict=True))
     loss = sum(weighted, start=jnp.float32(0))
-    metrics = losses.reward_metrics(beta * chosen, beta * rejected, axes) | {
+    rewards = given.ratios if config.needs_reference else given.logprobs
+    if not config.needs_reference and config.losses[0] in ("simpo", "orpo"):
+        rewards = tuple(map(losses.per_token, rewards, given.tokens))
+    metrics = losses.reward_metrics(beta * rewards[0], beta * rewards[1], axes) | {
         "logps/chosen": masking.mean(pairs.chosen, axes),
         "logps/rejected": masking.mean(pairs.rejected, axes),
     }
@@ -97,4 +223,99 @@ def preference_loss(
     return loss, metrics
 
 
-LOSSES: dict[str, Callable[..., Array]] = {"sigmoid": losses.sigmoid_loss}
+class _Given(NamedTuple):
+    """What the losses are computed of."""
+
+    config: PreferenceLossConfig
+    logprobs: tuple[Array, Array]  # of the chosen and of the rejected responses
+    ratios: tuple[Array, Array]  # to the reference; where there is none, the log-probabilities again
+    scores: tuple[Array, Array]  # what the divergence makes of the ratios
+    margins: tuple[Array, Array]  # chosen less rejected, of the policy and of the reference
+    tokens: tuple[Array, Array]
+    beta: Beta
+    tokens_per_pair: Array
+    axes: tuple[str, ...]
+
+
+def _given(
+    config: PreferenceLossConfig, pairs: Pairs, beta: Beta, tokens_per_pair: Array, axes: tuple[str, ...]
+) -> _Given:
+    own = pairs.chosen, pairs.rejected
+    none = jnp.zeros_like(pairs.chosen)
+    ref_chosen, ref_rejected = (none if ref is None else ref for ref in (pairs.ref_chosen, pairs.ref_rejected))
+    ratios = own[0] - ref_chosen, own[1] - ref_rejected
+    divergence = DIVERGENCES[config.divergence]
+    return _Given(
+        config,
+        own,
+        ratios,
+        (divergence(ratios[0], config), divergence(ratios[1], config)),
+        (own[0] - own[1], ref_chosen - ref_rejected),
+        (pairs.chosen_tokens, pairs.rejected_tokens),
+        beta,
+        tokens_per_pair,
+        axes,
+    )
+
+
+DIVERGENCES: dict[str, Callable[[Array, PreferenceLossConfig], Array]] = {
+    "reverse_kl": lambda ratios, config: ratios,
+    "forward_kl": lambda ratios, config: divergences.forward_kl(ratios),
+    "js_divergence": lambda ratios, config: divergences.js_divergence(ratios),
+    "alpha_divergence": lambda ratios, config: divergences.alpha_divergence(ratios, alpha=config.divergence_alpha),
+}
+
+LOSSES: dict[LossName, Callable[[_Given], Array]] = {
+    "sigmoid": lambda x: losses.sigmoid_loss(*x.scores, beta=x.beta),
+    "cdpo": lambda x: losses.cdpo_loss(*x.scores, beta=x.beta, label_smoothing=x.config.label_smoothing),
+    "robust": lambda x: losses.robust_loss(*x.scores, beta=x.beta, label_smoothing=x.config.label_smoothing),
+    "hinge": lambda x: losses.hinge_loss(*x.scores, beta=x.beta),
+    "ipo": lambda x: losses.ipo_loss(*x.scores, *x.tokens, beta=x.beta),
+    "sigmoid_norm": lambda x: losses.sigmoid_norm_loss(*x.scores, *x.tokens, beta=x.beta),
+    "exo_pair": lambda x: losses.exo_pair_loss(*x.scores, beta=x.beta, label_smoothing=x.config.label_smoothing),
+    "nca_pair": lambda x: losses.nca_pair_loss(*x.ratios, beta=x.beta),
+    "bco_pair": lambda x: losses.bco_pair_loss(*x.ratios, beta=x.beta),
+    "sppo_hard": lambda x: losses.sppo_hard_loss(*x.ratios, beta=x.beta),
+    "aot": lambda x: losses.aot_loss(*x.margins, beta=x.beta, label_smoothing=x.config.label_smoothing, axes=x.axes),
+    "aot_unpaired": lambda x: losses.aot_unpaired_loss(
+        *x.ratios, beta=x.beta, label_smoothing=x.config.label_smoothing, axes=x.axes
+    ),
+    "apo_zero": lambda x: losses.apo_zero_loss(*x.ratios, beta=x.beta),
+    "apo_down": lambda x: losses.apo_down_loss(*x.ratios, beta=x.beta),
+    "discopop": lambda x: losses.discopop_loss(*x.scores, beta=x.beta, tau=x.config.discopop_tau),
+    "sft": lambda x: reference_free_losses.sft_loss(x.logprobs[0], tokens_per_pair=x.tokens_per_pair),
+    "cpo": lambda x: reference_free_losses.cpo_loss(
+        *x.logprobs,
+        beta=x.beta,
+        label_smoothing=x.config.label_smoothing,
+        cpo_alpha=x.config.cpo_alpha,
+        tokens_per_pair=x.tokens_per_pair,
+    ),
+    "simpo": lambda x: reference_free_losses.simpo_loss(
+        *x.logprobs,
+        *x.tokens,
+        beta=x.beta,
+        gamma=x.config.simpo_gamma,
+        label_smoothing=x.config.label_smoothing,
+    ),
+    "orpo": lambda x: reference_free_losses.orpo_loss(
+        *x.logprobs, *x.tokens, beta=x.beta, tokens_per_pair=x.tokens_per_pair
+    ),
+}
+REFERENCE_FREE = frozenset({"sft", "cpo", "simpo", "orpo"})
+SORTING = frozenset({"aot", "aot_unpaired"})
+DIFFERENCES = frozenset({"sigmoid", "cdpo", "robust", "hinge", "ipo", "sigmoid_norm", "exo_pair", "discopop"})
+"""The losses that read only the difference of two scores, in which a divergence's constant cancels."""
+
+READERS: dict[str, frozenset[str]] = {
+    "label_smoothing": frozenset({"cdpo", "robust", "exo_pair", "cpo", "simpo"}) | SORTING,
+    "divergence": DIFFERENCES | {"sft"},
+    "discopop_tau": frozenset({"discopop"}),
+    "simpo_gamma": frozenset({"simpo"}),
+    "cpo_alpha": frozenset({"cpo"}),
+    "length_desensitisation": frozenset(LOSSES) - REFERENCE_FREE,
+    "weighting": frozenset(LOSSES) - SORTING,
+}
+"""Which losses read an option; all that are chosen must read those `OF_ALL`, and one of them the others."""
+
+OF_ALL = ("divergence", "length_desensitisation", "weighting")

@@ -12,9 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.core import advantages, kl, logprobs, masking, policy_losses, reward_losses
+from rlhf_jax.core import advantages, kl, logprobs, masking, policy_losses, reward_losses, unpaired_losses
 from rlhf_jax.core.preference_losses import Pairs
-from rlhf_jax.stages.preference_loss import PreferenceLossConfig, preference_loss
+from rlhf_jax.models.head import TokenStats
+from rlhf_jax.stages import preference_loss
+from rlhf_jax.stages.preference_loss import PreferenceLossConfig
 
 Record = Mapping[str, np.ndarray]
 close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
@@ -41,7 +43,7 @@ def check_dpo(trl: Record, beta: float = 0.3) -> None:
     def loss(hidden, head):
         tokens = jnp.split(masking.lengths(mask), 2)
         pairs = Pairs(*sequences(hidden, head), *reference, *tokens)
-        return preference_loss(PreferenceLossConfig(), pairs, beta=beta, axes=())
+        return preference_loss.preference_loss(PreferenceLossConfig(), pairs, beta=beta, axes=())
 
     (value, metrics), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(
         jnp.asarray(trl["hidden"]), jnp.asarray(trl["head"])
@@ -167,12 +169,90 @@ def check_value_loss(trl: Record, clip_range: float, value_coef: float) -> None:
     assert 0.1 < metrics["val/clipfrac_avg"] < 0.9
 
 
+BETA = 0.3
+UNPAIRED_WEIGHTS = {"desirable_weight": 1.3, "undesirable_weight": 0.7}
+Loss = PreferenceLossConfig
+# Ours, by the names under which tests/parity/trl_1_16_preferences.py wrote TRL's down.
+PREFERENCES: dict[str, PreferenceLossConfig] = {
+    **{name: Loss(losses=(name,)) for name in ("sigmoid", "hinge", "ipo", "sigmoid_norm", "nca_pair", "bco_pair")},
+    **{name: Loss(losses=(name,)) for name in ("sppo_hard", "apo_zero", "apo_down", "discopop", "sft", "orpo")},
+    **{name: Loss(losses=(name,), label_smoothing=0.1) for name in ("robust", "exo_pair", "aot", "aot_unpaired")},
+    "discopop, tau": Loss(losses=("discopop",), discopop_tau=0.7),
+    "forward_kl": Loss(divergence="forward_kl"),
+    "js_divergence, ipo": Loss(divergence="js_divergence", losses=("ipo",)),
+    "alpha_divergence": Loss(divergence="alpha_divergence", divergence_alpha=0.7),  # 1 - 0.3
+    "desensitised": Loss(length_desensitisation=0.4),
+    "weighting": Loss(weighting=True, losses=("ipo",)),
+    "mixture": Loss(losses=("sigmoid", "sft", "bco_pair"), loss_weights=(0.8, 1.0, 0.2)),
+    "cpo": Loss(losses=("cpo",), cpo_alpha=0.6),
+    "cpo, smoothed": Loss(losses=("cpo",), label_smoothing=0.1),
+    "simpo": Loss(losses=("simpo",), simpo_gamma=0.4, label_smoothing=0.1),
+}
+
+
+def check_preferences(trl: Record) -> None:
+    """Every preference loss of TRL's trainers, and its gradient by the log-probability of every token."""
+    mask = jnp.asarray(trl["completion_mask"][:, 1:])
+    own, reference, squares = (jnp.asarray(trl[name]) for name in ("logprobs", "ref_logprobs", "log_sum_sq_probs"))
+    batch = jnp.split(mask, 2)
+
+    def loss(logprobs: jax.Array, config: PreferenceLossConfig) -> jax.Array:
+        def stats(logprobs: jax.Array) -> preference_loss.PairStats:
+            unread = jnp.zeros_like(logprobs)
+            leaves = [jnp.split(leaf, 2) for leaf in (logprobs, unread, mask, squares)]
+            chosen, rejected = (TokenStats(*side) for side in zip(*leaves, strict=True))
+            return preference_loss.of_tokens(config, chosen, rejected, *batch)
+
+        ours, theirs = stats(logprobs), stats(reference)
+        lengths = map(masking.lengths, batch)
+        pairs = Pairs(ours.chosen, ours.rejected, theirs.chosen, theirs.rejected, *lengths)
+        pairs = pairs._replace(weights=ours.weights)
+        return preference_loss.preference_loss(config, pairs, beta=BETA, axes=())[0]
+
+    @jax.jit  # one program for all of them
+    def everything(logprobs: jax.Array) -> dict[str, tuple[jax.Array, jax.Array]]:
+        return {name: jax.value_and_grad(loss)(logprobs, config) for name, config in PREFERENCES.items()}
+
+    # Padding has no log-probability in TRL: ours may hold anything.
+    for name, (value, grad) in everything(jnp.where(mask, own, jnp.nan)).items():
+        close(value, trl[f"{name}/loss"], err_msg=name)
+        close(grad, np.where(mask, trl[f"{name}/grad"], 0), err_msg=name)  # TRL's padding is a constant
+    assert {name.split("/")[0] for name in trl if name.endswith("/grad")} == {*PREFERENCES, *UNPAIRED}
+
+
+UNPAIRED: dict[str, Callable] = {
+    "kto": unpaired_losses.kto_loss,
+    "apo_zero_unpaired": unpaired_losses.apo_zero_unpaired_loss,
+}
+
+
+def check_unpaired(trl: Record) -> None:
+    """KTOTrainer's losses, gradients and metrics; the mismatched rows, of the baseline, are the rows themselves."""
+    mask, desirable = jnp.asarray(trl["completion_mask"][:, 1:]), jnp.asarray(trl["label"])
+    own, reference = jnp.asarray(trl["logprobs"]), jnp.asarray(trl["ref_logprobs"])
+    reference = logprobs.sequence_logprobs(reference, mask)
+
+    for name, function in UNPAIRED.items():
+
+        def loss(tokens, name=name, function=function):
+            sums = logprobs.sequence_logprobs(tokens, mask)
+            baseline = {"baseline": unpaired_losses.kto_baseline(sums, reference, ())} if name == "kto" else {}
+            return function(sums, reference, desirable, **baseline, **UNPAIRED_WEIGHTS, beta=BETA, axes=())
+
+        (value, metrics), grad = jax.jit(jax.value_and_grad(loss, has_aux=True))(own)
+        close(value, trl[f"{name}/loss"], err_msg=name)
+        close(grad, np.where(mask, trl[f"{name}/grad"], 0), err_msg=name)
+        for key, number in metrics.items():
+            close(number, trl[f"{name}/{key}"], err_msg=f"{name} {key}")
+
+
 CHECKS: dict[str, list[Callable[[Record], None]]] = {
     "dpo": [check_dpo],
     "sft": [check_sft],
     "reward": [check_reward],
     # With the coefficient of tests/parity/trl_1_16.py.
     "centered_reward": [functools.partial(check_centered_reward, center_rewards_coefficient=0.2)],
+    "preferences": [check_preferences, check_unpaired],
     # With the settings of tests/parity/trl_1_12.py.
     "ppo": [
         functools.partial(check_rewards, kl_coef=0.3),

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from rlhf_jax.core import logprobs, masking, policy_losses, reward_losses
+from rlhf_jax.core import logprobs, masking, policy_losses, reward_losses, unpaired_losses
 from rlhf_jax.core.preference_losses import Pairs
 from rlhf_jax.stages.preference_loss import PreferenceLossConfig, preference_loss
 from tests.core.cases import normal, prefix_mask
@@ -27,9 +27,13 @@ def with_metrics(result: tuple[jax.Array, dict[str, jax.Array]]) -> dict[str, ja
     return {"loss": loss, **metrics}
 
 
+# Two sort the rows of all devices, one divides by their mean number of tokens, and the last is alone.
+MIXTURE = PreferenceLossConfig(losses=("aot", "aot_unpaired", "sft", "sigmoid"), loss_weights=(1.0, 0.7, 0.1, 0.4))
+
+
 def pairs(s: jax.Array, theta: jax.Array) -> Pairs:
-    tokens = jnp.ones(len(s), jnp.int32)
-    return Pairs(s[:, 0] * theta[0, 0], s[:, 1], s[:, 2], s[:, 3], tokens, tokens)
+    tokens = jnp.abs(10 * s).astype(jnp.int32)
+    return Pairs(s[:, 0] * theta[0, 0], s[:, 1], s[:, 2], s[:, 3], tokens[:, 0], tokens[:, 1])
 
 
 # theta, the rows' arrays, axes -> a scalar, or several by name.
@@ -50,7 +54,19 @@ FUNCTIONS: dict[str, Callable] = {
         a * theta, c, mask, axes
     ),
     "preference_loss": lambda theta, a, b, c, mask, s, axes: with_metrics(
-        preference_loss(PreferenceLossConfig(), pairs(s, theta), beta=0.3, axes=axes)
+        preference_loss(MIXTURE, pairs(s, theta), beta=0.3, axes=axes)
+    ),
+    "kto_loss": lambda theta, a, b, c, mask, s, axes: with_metrics(
+        unpaired_losses.kto_loss(
+            s[:, 0] * theta[0, 0],
+            s[:, 1],
+            mask[:, 0],
+            baseline=unpaired_losses.kto_baseline(s[:, 2] + 1, s[:, 3], axes),
+            beta=0.3,
+            desirable_weight=1.3,
+            undesirable_weight=0.7,
+            axes=axes,
+        )
     ),
     "bradley_terry_loss": lambda theta, a, b, c, mask, s, axes: with_metrics(
         reward_losses.bradley_terry_loss(s[:, 0] * theta[0, 0], s[:, 1], axes=axes)

@@ -1,113 +1,318 @@
-import functools
+"""Every preference loss against its formula, written out in float64 for one pair after another, and common properties.
 
+Those that TRL has are held against TRL as well, with their gradients: see tests/core/against_trl.py.
+"""
+
+import functools
+import math
+from typing import Any
+
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import scipy.special
 from hypothesis import given
-from hypothesis import strategies as st
 
+from rlhf_jax.core import divergences, preference_losses
 from rlhf_jax.core.preference_losses import Pairs
-from rlhf_jax.stages.preference_loss import PreferenceLossConfig, preference_loss
-from tests.core.cases import normal, seeds
+from rlhf_jax.stages.preference_loss import (
+    DIFFERENCES,
+    LOSSES,
+    REFERENCE_FREE,
+    SORTING,
+    PreferenceLossConfig,
+    preference_loss,
+)
+from tests.core.cases import ROWS, WIDTH, assert_padding_is_inert, normal, prefix_mask, row_lengths, seeds
 
-PAIRS, BETA = 6, 0.3
-TOKENS = jnp.ones(PAIRS, jnp.int32)
+PAIRS, BETA, EPSILON, GAMMA, ALPHA, TAU = 6, 0.3, 0.1, 0.4, 0.6, 0.2
+OPTIONS: dict[str, Any] = {"label_smoothing": EPSILON, "simpo_gamma": GAMMA, "cpo_alpha": ALPHA, "discopop_tau": TAU}
+SMOOTHED = ("cdpo", "robust", "exo_pair", "aot", "aot_unpaired", "cpo", "simpo")
+READ = {**{name: ["label_smoothing"] for name in SMOOTHED}, "discopop": ["discopop_tau"]}
+READ |= {"simpo": ["label_smoothing", "simpo_gamma"], "cpo": ["label_smoothing", "cpo_alpha"]}
+CONFIGS = {
+    name: PreferenceLossConfig(losses=(name,), **{option: OPTIONS[option] for option in READ.get(name, ())})
+    for name in LOSSES
+}
 
 
-def of_sigmoid(chosen, rejected, ref_chosen, ref_rejected, *, beta):
-    pairs = Pairs(chosen, rejected, ref_chosen, ref_rejected, TOKENS, TOKENS)
-    return preference_loss(PreferenceLossConfig(), pairs, beta=beta, axes=())
+def every_loss(logprobs, tokens):
+    """Loss and metrics, and gradients by the four log-probabilities, of every one, in NumPy."""
+    return jax.device_get(_every_loss(logprobs, tokens))
 
 
-dpo_loss = jax.jit(functools.partial(of_sigmoid, beta=BETA))
-gradients = jax.jit(jax.grad(lambda *args: dpo_loss(*args)[0], argnums=(0, 1, 2, 3)))
+@jax.jit  # one program for all of them
+def _every_loss(logprobs, tokens):
+
+    def loss(logprobs, config):
+        return preference_loss(config, Pairs(*logprobs, *tokens), beta=BETA, axes=())
+
+    return {name: jax.value_and_grad(loss, has_aux=True)(logprobs, config) for name, config in CONFIGS.items()}
 
 
 def case(seed):
-    """Log-probabilities of the chosen and the rejected responses under the policy, then under the reference."""
-    return [-20 + 5 * normal(seed + i, PAIRS) for i in range(4)]
+    """Log-probabilities of chosen and rejected responses under the policy, then under the reference; their lengths."""
+    rng = np.random.default_rng(seed)
+    tokens = tuple(jnp.asarray(rng.integers(1, 30, PAIRS), jnp.int32) for _ in range(2))
+    return tuple(-20 + 5 * normal(seed + i, PAIRS) for i in range(4)), tokens
 
 
-def margins(chosen, rejected, ref_chosen, ref_rejected):
-    return BETA * ((np.asarray(chosen, np.float64) - ref_chosen) - (np.asarray(rejected, np.float64) - ref_rejected))
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x))
+
+
+def log_sigmoid(x):
+    return -math.log1p(math.exp(-x)) if x > 0 else x - math.log1p(math.exp(x))
+
+
+def smoothed(margin):
+    return -(1 - EPSILON) * log_sigmoid(margin) - EPSILON * log_sigmoid(-margin)
+
+
+def odds(logprob):
+    return math.exp(logprob) / (1 - math.exp(logprob))
+
+
+def of_pair(name, w, l, ref_w, ref_l, n_w, n_l, n_mean):  # noqa: E741
+    """One pair's loss, as its paper has it: w and l are the winner and the loser."""
+    rho_w, rho_l = w - ref_w, l - ref_l
+    m = BETA * (rho_w - rho_l)
+    formulas = {
+        "sigmoid": lambda: math.log1p(math.exp(-m)),
+        "cdpo": lambda: smoothed(m),
+        "robust": lambda: (
+            ((1 - EPSILON) * math.log1p(math.exp(-m)) - EPSILON * math.log1p(math.exp(m))) / (1 - 2 * EPSILON)
+        ),
+        "hinge": lambda: max(0.0, 1 - m),
+        "ipo": lambda: (rho_w / n_w - rho_l / n_l - 1 / (2 * BETA)) ** 2,
+        "sigmoid_norm": lambda: -log_sigmoid(BETA * (rho_w / n_w - rho_l / n_l)),
+        "exo_pair": lambda: (
+            sigmoid(m) * math.log(sigmoid(m) / (1 - EPSILON)) + sigmoid(-m) * math.log(sigmoid(-m) / EPSILON)
+        ),
+        "nca_pair": lambda: (
+            -log_sigmoid(BETA * rho_w) - log_sigmoid(-BETA * rho_w) / 2 - log_sigmoid(-BETA * rho_l) / 2
+        ),
+        "bco_pair": lambda: -log_sigmoid(BETA * rho_w) - log_sigmoid(-BETA * rho_l),
+        "sppo_hard": lambda: (rho_w - 1 / BETA * (1 - 0.5)) ** 2 + (rho_l - 1 / BETA * (0 - 0.5)) ** 2,
+        "apo_zero": lambda: 1 - sigmoid(BETA * rho_w) + sigmoid(BETA * rho_l),
+        "apo_down": lambda: sigmoid(BETA * rho_w) + 1 - sigmoid(m),
+        "discopop": lambda: -log_sigmoid(m) * (1 - sigmoid(m / TAU)) + math.exp(-m) * sigmoid(m / TAU),
+        "sft": lambda: -w / n_mean,
+        "cpo": lambda: smoothed(BETA * (w - l)) - ALPHA * w / n_mean,
+        "simpo": lambda: smoothed(BETA * (w / n_w - l / n_l) - GAMMA),
+        "orpo": lambda: -w / n_mean - BETA * log_sigmoid(math.log(odds(w / n_w) / odds(l / n_l))),
+    }
+    return formulas[name]()
+
+
+def slowly(name, logprobs, tokens):
+    w, l, ref_w, ref_l = (np.asarray(x, np.float64) for x in logprobs)  # noqa: E741
+    n_w, n_l = (np.asarray(x, np.float64) for x in tokens)
+    if name == "aot":
+        return np.mean([smoothed(BETA * x) for x in np.sort(w - l) - np.sort(ref_w - ref_l)])
+    if name == "aot_unpaired":
+        return np.mean([smoothed(BETA * x) for x in np.sort(w - ref_w) - np.sort(l - ref_l)])
+    means = np.full(len(w), np.mean(n_w))
+    return np.mean([of_pair(name, *row) for row in zip(w, l, ref_w, ref_l, n_w, n_l, means, strict=True)])
 
 
 @given(seeds)
-def test_loss_and_gradients_are_those_of_logistic_regression_on_the_margins(seed):
-    args = case(seed)
-    loss, _ = dpo_loss(*args)
-    np.testing.assert_allclose(loss, np.mean(np.logaddexp(0, -margins(*args))), rtol=1e-5)
-    slope = BETA * scipy.special.expit(-margins(*args)) / PAIRS  # eq. 7's gradient: the weight of how wrong we are
-    for got, sign in zip(gradients(*args), (-1, 1, 1, -1), strict=True):
-        np.testing.assert_allclose(got, sign * slope, rtol=1e-4, atol=1e-7)
-
-
-@given(seeds, st.floats(0.01, 5))
-def test_loss_is_log_2_where_the_policy_is_the_reference_whatever_beta(seed, beta):
-    chosen, rejected, *_ = case(seed)
-    loss, metrics = of_sigmoid(chosen, rejected, chosen, rejected, beta=beta)
-    np.testing.assert_allclose(loss, np.log(2), rtol=1e-6)
-    assert metrics["rewards/accuracies"] == 0.5
-    assert metrics["rewards/margins"] == metrics["rewards/chosen"] == metrics["rewards/rejected"] == 0
-
-
-def test_beta_may_be_an_array_so_that_several_train_at_once():
-    args, betas = case(0), jnp.asarray([0.05, 0.3, 1.0])
-    losses = jax.vmap(lambda beta: of_sigmoid(*args, beta=beta)[0])(betas)
-    alone = [of_sigmoid(*args, beta=float(beta))[0] for beta in betas]
-    np.testing.assert_allclose(losses, alone, rtol=1e-6)
+def test_every_loss_is_its_formula(seed):
+    logprobs, tokens = case(seed)
+    for name, ((loss, _), _) in every_loss(logprobs, tokens).items():
+        np.testing.assert_allclose(loss, slowly(name, logprobs, tokens), rtol=1e-4, atol=1e-5, err_msg=name)
 
 
 @given(seeds)
-def test_swapping_the_responses_adds_the_mean_margin(seed):
-    chosen, rejected, ref_chosen, ref_rejected = case(seed)
-    loss, _ = dpo_loss(chosen, rejected, ref_chosen, ref_rejected)
-    swapped, _ = dpo_loss(rejected, chosen, ref_rejected, ref_chosen)
-    mean_margin = np.mean(margins(chosen, rejected, ref_chosen, ref_rejected))
-    np.testing.assert_allclose(swapped - loss, mean_margin, rtol=1e-4, atol=1e-5)
+def test_every_gradient_is_that_of_its_formula(seed):
+    logprobs, tokens = case(seed)
+    direction = np.random.default_rng(seed).normal(size=(4, PAIRS))
+    for name, (_, grads) in every_loss(logprobs, tokens).items():
+        by_differences = [
+            slowly(name, [np.asarray(x, np.float64) + h * d for x, d in zip(logprobs, direction, strict=True)], tokens)
+            for h in (1e-6, -1e-6)
+        ]
+        expected = (by_differences[0] - by_differences[1]) / 2e-6
+        np.testing.assert_allclose(np.sum(direction * np.stack(grads)), expected, rtol=1e-3, atol=1e-4, err_msg=name)
+
+
+@given(seeds)
+def test_shifts_cancel_where_they_must_and_nowhere_else(seed):
+    """A number for each pair: added to policy and reference it says nothing, nor to both responses in a difference."""
+    (w, l, ref_w, ref_l), tokens = case(seed)  # noqa: E741
+    shift = 3 * normal(seed + 9, PAIRS)
+    before = every_loss((w, l, ref_w, ref_l), tokens)
+    both_models = every_loss((w + shift, l, ref_w + shift, ref_l), tokens)
+    both_responses = every_loss((w + shift, l + shift, ref_w, ref_l), tokens)
+    for name in CONFIGS:
+        same = functools.partial(np.isclose, before[name][0][0], rtol=1e-4, atol=1e-5)
+        # The optimal transport of "aot" sorts the margins of each model, and does not know whose they are.
+        assert same(both_models[name][0][0]) == (name not in (*REFERENCE_FREE, "aot")), name
+        cancels = name in {*DIFFERENCES, "aot"} - {"ipo", "sigmoid_norm"}  # which divide by different lengths
+        assert same(both_responses[name][0][0]) == cancels, name
+
+
+@hypothesis.settings(max_examples=5)
+@given(seeds)
+def test_permuting_the_pairs_permutes_the_gradients(seed):
+    logprobs, tokens = case(seed)
+    order = np.random.default_rng(seed).permutation(PAIRS)
+    whole = every_loss(logprobs, tokens)
+    for name, ((loss, _), grads) in every_loss(*jax.tree.map(lambda x: x[order], (logprobs, tokens))).items():
+        np.testing.assert_allclose(loss, whole[name][0][0], rtol=1e-5, err_msg=name)
+        for got, expected in zip(grads, whole[name][1], strict=True):
+            np.testing.assert_allclose(got, expected[order], rtol=1e-4, atol=1e-6, err_msg=name)
 
 
 @pytest.mark.parametrize("margin", [1e4, -1e4])
-def test_extreme_margins_neither_overflow_nor_lose_the_gradient(margin):
+def test_extreme_margins_overflow_nowhere(margin):
     zeros = jnp.zeros(PAIRS)
-    args = (jnp.full(PAIRS, margin), zeros, zeros, zeros)
-    np.testing.assert_allclose(dpo_loss(*args)[0], max(0.0, -BETA * margin), rtol=1e-6)
-    np.testing.assert_allclose(gradients(*args)[0], 0 if margin > 0 else -BETA / PAIRS, rtol=1e-6)
+    low = zeros - 2e4
+    (_, tokens), logprobs = case(0), (low + margin, low - margin, low, low)
+    for name, ((loss, _), grads) in every_loss(logprobs, tokens).items():
+        assert np.isfinite(loss), name
+        assert all(np.all(np.isfinite(grad)) for grad in grads), name
 
 
+def sigmoid_loss(logprobs, beta=BETA):
+    tokens = [jnp.ones(len(logprobs[0]), jnp.int32)] * 2
+    return preference_loss(PreferenceLossConfig(), Pairs(*logprobs, *tokens), beta=beta, axes=())
+
+
+def test_loss_is_log_2_where_the_policy_is_the_reference_whatever_beta():
+    (chosen, rejected, *_), _ = case(0)
+    for beta in (0.01, 0.3, 5.0):
+        loss, metrics = sigmoid_loss((chosen, rejected, chosen, rejected), beta)
+        np.testing.assert_allclose(loss, np.log(2), rtol=1e-6)
+        assert metrics["rewards/accuracies"] == 0.5
+        assert metrics["rewards/margins"] == metrics["rewards/chosen"] == metrics["rewards/rejected"] == 0
+
+
+def test_beta_may_be_an_array_so_that_several_train_at_once():
+    logprobs, betas = case(0)[0], jnp.asarray([0.05, 0.3, 1.0])
+    losses = jax.vmap(lambda beta: sigmoid_loss(logprobs, beta)[0])(betas)
+    np.testing.assert_allclose(losses, [sigmoid_loss(logprobs, float(beta))[0] for beta in betas], rtol=1e-6)
+
+
+@hypothesis.settings(max_examples=5)
 @given(seeds)
 def test_metrics(seed):
-    args = case(seed)
-    chosen, rejected, ref_chosen, ref_rejected = map(np.asarray, args)
-    _, metrics = dpo_loss(*args)
-    expected = {
-        "rewards/chosen": np.mean(BETA * (chosen - ref_chosen)),
-        "rewards/rejected": np.mean(BETA * (rejected - ref_rejected)),
-        "rewards/margins": np.mean(margins(*args)),
-        "rewards/accuracies": np.mean(margins(*args) > 0),
-        "logps/chosen": np.mean(chosen),
-        "logps/rejected": np.mean(rejected),
-    }
-    assert metrics.keys() == expected.keys()
-    for key, value in expected.items():
-        np.testing.assert_allclose(metrics[key], value, rtol=1e-4, atol=1e-5, err_msg=key)
+    logprobs, tokens = case(seed)
+    w, l, ref_w, ref_l = (np.asarray(x, np.float64) for x in logprobs)  # noqa: E741
+    for name, ((_, metrics), _) in every_loss(logprobs, tokens).items():
+        chosen, rejected = (w, l) if name in REFERENCE_FREE else (w - ref_w, l - ref_l)
+        if name in ("simpo", "orpo"):
+            chosen, rejected = chosen / np.asarray(tokens[0]), rejected / np.asarray(tokens[1])
+        expected = {
+            "rewards/chosen": np.mean(BETA * chosen),
+            "rewards/rejected": np.mean(BETA * rejected),
+            "rewards/margins": np.mean(BETA * (chosen - rejected)),
+            "rewards/accuracies": np.mean(chosen > rejected),
+            "logps/chosen": np.mean(w),
+            "logps/rejected": np.mean(l),
+        }
+        assert metrics.keys() == expected.keys()
+        for key, value in expected.items():
+            np.testing.assert_allclose(metrics[key], value, rtol=1e-4, atol=1e-5, err_msg=f"{name} {key}")
 
 
 def test_a_tie_is_half_right():
     zeros = jnp.zeros(4)
-    _, metrics = dpo_loss(jnp.asarray([1.0, 0.0, -1.0, 0.0]), zeros, zeros, zeros)
-    assert metrics["rewards/accuracies"] == 0.5
-    _, metrics = dpo_loss(jnp.asarray([1.0, 0.0, 1.0, 0.0]), zeros, zeros, zeros)
-    assert metrics["rewards/accuracies"] == 0.75
+    for margins, accuracy in (([1.0, 0.0, -1.0, 0.0], 0.5), ([1.0, 0.0, 1.0, 0.0], 0.75)):
+        _, metrics = sigmoid_loss((jnp.asarray(margins), zeros, zeros, zeros))
+        assert metrics["rewards/accuracies"] == accuracy
+
+
+def test_a_mixture_is_the_weighted_sum_and_a_pairs_weight_multiplies_its_loss():
+    logprobs, tokens = case(1)
+    config = PreferenceLossConfig(losses=("hinge", "sft", "bco_pair"), loss_weights=(0.8, 0.5, 2.0))
+    parts = {name: slowly(name, logprobs, tokens) for name in config.losses}
+    loss, metrics = preference_loss(config, Pairs(*logprobs, *tokens), beta=BETA, axes=())
+    np.testing.assert_allclose(loss, 0.8 * parts["hinge"] + 0.5 * parts["sft"] + 2 * parts["bco_pair"], rtol=1e-5)
+    for name, part in parts.items():
+        np.testing.assert_allclose(metrics[f"loss/{name}"], part, rtol=1e-5)
+    weights = jnp.asarray([2.0, 0, 0, 0, 0, 1.0])
+    loss, _ = preference_loss(CONFIGS["hinge"], Pairs(*logprobs, *tokens, weights=weights), beta=BETA, axes=())
+    alone = [slowly("hinge", [x[i : i + 1] for x in logprobs], [x[i : i + 1] for x in tokens]) for i in (0, 5)]
+    np.testing.assert_allclose(loss, (2 * alone[0] + alone[1]) / PAIRS, rtol=1e-5)
 
 
 @given(seeds)
-def test_permuting_the_pairs_permutes_the_gradients(seed):
-    args = case(seed)
-    order = np.random.default_rng(seed).permutation(PAIRS)
-    permuted = [x[order] for x in args]
-    np.testing.assert_allclose(dpo_loss(*permuted)[0], dpo_loss(*args)[0], rtol=1e-5)
-    for got, whole in zip(gradients(*permuted), gradients(*args), strict=True):
-        np.testing.assert_allclose(got, whole[order], rtol=1e-6)
+def test_divergences_are_the_derivatives_of_their_functions(seed):
+    """f' of Wang et al. 2023, up to a constant that is 0 at a ratio of 1; difference quotients of f itself."""
+    ratios = np.asarray(normal(seed, PAIRS), np.float64)
+    functions = {
+        "reverse_kl": lambda u: u * np.log(u),
+        "forward_kl": lambda u: -np.log(u),
+        "js_divergence": lambda u: u * np.log(u) - (u + 1) * np.log((u + 1) / 2),
+        "alpha_divergence": lambda u: (u ** (1 - ALPHA) - (1 - ALPHA) * u - ALPHA) / (ALPHA * (ALPHA - 1)),
+    }
+    ours = {
+        "reverse_kl": lambda x: x,
+        "forward_kl": divergences.forward_kl,
+        "js_divergence": divergences.js_divergence,
+        "alpha_divergence": functools.partial(divergences.alpha_divergence, alpha=ALPHA),
+    }
+    for name, f in functions.items():
+
+        def slope(u, f=f):
+            return (f(u + 1e-6) - f(u - 1e-6)) / 2e-6
+
+        expected = slope(np.exp(ratios)) - slope(1.0)
+        np.testing.assert_allclose(ours[name](jnp.asarray(ratios, jnp.float32)), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_divergences_do_not_overflow():
+    far = jnp.asarray([-1e4, 1e4])
+    for function in (
+        divergences.forward_kl,
+        divergences.js_divergence,
+        functools.partial(divergences.alpha_divergence, alpha=0.5),
+    ):
+        assert np.all(np.isfinite(function(far)))
+
+
+LD = jax.jit(preference_losses.desensitised_logprobs, static_argnames="alpha")
+WPO = jax.jit(preference_losses.wpo_weights)
+SHARED = jnp.asarray([3, 1, 6, 0, 2], jnp.int32)
+
+
+def desensitised(logprobs, mask):
+    shared = jnp.minimum(SHARED, jnp.sum(mask, axis=1, dtype=jnp.int32))
+    return jnp.sum(preference_losses.desensitised_logprobs(logprobs, mask, shared, alpha=0.4) * jnp.arange(1.0, 6.0))
+
+
+def weighted(logprobs, mask):
+    weights = preference_losses.wpo_weights(logprobs, jnp.where(mask, -jnp.square(logprobs), jnp.nan), mask)
+    return jnp.sum(weights) + jnp.sum(jnp.where(mask, logprobs, 0))  # a gradient that is not 0
+
+
+@given(seeds, row_lengths)
+def test_padding_is_inert(seed, lengths):
+    logprobs, mask = -1 - jnp.abs(normal(seed, ROWS, WIDTH)), prefix_mask(lengths)
+    for function in (desensitised, weighted):
+        assert_padding_is_inert(function, [logprobs], mask, seed)
+
+
+@given(seeds, row_lengths)
+def test_desensitised_logprobs_and_weights_are_their_formulas(seed, lengths):
+    logprobs, squares, mask = normal(seed, ROWS, WIDTH), -(normal(seed + 1, ROWS, WIDTH) ** 2), prefix_mask(lengths)
+    expected, weights = [], []
+    for row, length in enumerate(lengths):
+        own, shared = np.asarray(logprobs[row, :length], np.float64), min(int(SHARED[row]), length)
+        expected.append(own[:shared].sum() + 0.4 * own[shared:].sum())
+        weights.append(np.exp(np.mean(own - np.asarray(squares[row, :length])) if length else 0.0))
+    shared = jnp.minimum(SHARED, jnp.asarray(lengths, jnp.int32))
+    np.testing.assert_allclose(LD(logprobs, mask, shared, alpha=0.4), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(WPO(logprobs, squares, mask), weights, rtol=1e-4)
+
+
+def test_weights_carry_no_gradient():
+    mask = prefix_mask([WIDTH] * ROWS)
+    grads = jax.grad(lambda x: jnp.sum(preference_losses.wpo_weights(x, 2 * x, mask)))(normal(0, ROWS, WIDTH))
+    assert not np.any(grads)
+
+
+def test_the_lists_of_losses_are_lists_of_losses():
+    assert set(LOSSES) > REFERENCE_FREE | SORTING | DIFFERENCES

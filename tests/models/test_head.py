@@ -40,7 +40,10 @@ def whole(hidden, embedding, tokens=TOKENS, *, temperature, softcap=None):
     emitted = jnp.asarray(ALLOWED)[tokens]
     logprobs = jnp.where(emitted, core.token_logprobs(logits, jnp.where(emitted, names, 0)), 0)
     correct = emitted & (jnp.argmax(logits, axis=-1).astype(jnp.int32) == names)
-    return head.TokenStats(logprobs, jax.lax.stop_gradient(core.entropy(logits)), correct)
+    squares = jnp.log(jnp.sum(jnp.square(jax.nn.softmax(logits)), axis=-1))
+    without_gradient = map(jax.lax.stop_gradient, (core.entropy(logits), jnp.where(emitted, squares, 0)))
+    entropy, log_sum_sq_probs = without_gradient
+    return head.TokenStats(logprobs, entropy, correct, log_sum_sq_probs)
 
 
 def pulled_back(function, temperature, wrap=lambda f: f, softcap=None):
@@ -50,7 +53,7 @@ def pulled_back(function, temperature, wrap=lambda f: f, softcap=None):
     def evaluate(hidden, embedding):
         def loss(hidden, embedding):
             stats = wrap(functools.partial(function, temperature=temperature, softcap=softcap))(hidden, embedding)
-            return jnp.sum(stats.logprobs * weights[0] + stats.entropy * weights[1]), stats
+            return jnp.sum(stats.logprobs * weights[0] + (stats.entropy + stats.log_sum_sq_probs) * weights[1]), stats
 
         return jax.grad(loss, argnums=(0, 1), has_aux=True)(hidden, embedding)
 
@@ -133,9 +136,12 @@ def test_entropy_has_its_own_gradient_where_it_is_asked_for(monkeypatch, tempera
     assert_all_close(jax.jit(pulled_back(asked, temperature, softcap=softcap))(HIDDEN, EMBEDDING), expected)
 
 
-def test_entropy_carries_no_gradient():
-    entropy = jax.jit(jax.grad(lambda *x: jnp.sum(ours(*x, temperature=0.7).entropy), argnums=(0, 1)))
-    grads = entropy(HIDDEN, EMBEDDING)
+def test_entropy_and_squares_carry_no_gradient():
+    def others(*x):
+        stats = ours(*x, temperature=0.7)
+        return jnp.sum(stats.entropy + stats.log_sum_sq_probs)
+
+    grads = jax.jit(jax.grad(others, argnums=(0, 1)))(HIDDEN, EMBEDDING)
     assert not any(np.any(grad) for grad in grads)
 
 

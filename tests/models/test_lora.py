@@ -61,7 +61,7 @@ def outputs(network, params):
     return (
         network.response_stats(params, rollout, temperature=0.7),
         network.sequence_stats(params, tokens),
-        network.pair_logprobs(params, pairs),
+        network.pair_stats(params, pairs),
         jnp.delete(logits, jnp.array(SUPPRESSED), axis=1, assume_unique_indices=True),
         jnp.delete(more, jnp.array(SUPPRESSED), axis=1, assume_unique_indices=True),
     )
@@ -369,7 +369,10 @@ def test_keys_reach_every_loss_side_function_and_only_the_adapter():
         (policy, lambda p, k: policy.response_stats(p, rollout, temperature=1.0, dropout_keys=k).logprobs),
         (policy, lambda p, k: again.response_stats(p, rollout, temperature=1.0, dropout_keys=k).logprobs),
         (policy, lambda p, k: policy.sequence_stats(p, tokens, dropout_keys=k).logprobs),
-        (policy, lambda p, k: jnp.stack(policy.pair_logprobs(p, pairs, dropout_keys=k))),
+        (
+            policy,
+            lambda p, k: jnp.stack([stats.logprobs.sum(1) for stats in policy.pair_stats(p, pairs, dropout_keys=k)]),
+        ),
         (scalar, lambda p, k: scalar.scores(p, rollout, dropout_keys=k)),
         (scalar, lambda p, k: scalar.values(p, rollout, dropout_keys=k)),
     ]

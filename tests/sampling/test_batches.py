@@ -10,7 +10,7 @@ from rlhf_jax.models.scalars import ScalarNetwork
 from rlhf_jax.sampling import batches
 from rlhf_jax.sampling.choice import Sampling
 from rlhf_jax.sampling.generate import generate
-from rlhf_jax.types import PreferenceBatch, PromptBatch, Rollout, TokenBatch
+from rlhf_jax.types import PromptBatch, Rollout, TokenBatch
 from tests.models.cases import EOS, SUPPRESSED, config, padded, random_params
 
 VOCAB, SHAPE = 12, config(n_layers=1)
@@ -99,16 +99,14 @@ def as_jax(batch):
     return type(batch)(*map(jnp.asarray, batch))
 
 
-def test_scores_statistics_and_pairs_are_those_of_the_networks():
-    rollout, other = draw(), draw(1)
+def test_scores_and_statistics_are_those_of_the_networks():
+    rollout = draw()
     network = ScalarNetwork(SHAPE, VOCAB, "last")
     params = random_params(network)
-    pairs = PreferenceBatch(*rollout, *other[2:])
     sequences = TokenBatch(rollout.response, rollout.response_mask, rollout.response_mask)
     cases = [
         (batches.score_all(network, params, rollout, 3), network.scores, params, rollout),
         (batches.sequence_stats_all(POLICY, PARAMS, sequences, 3), POLICY.sequence_stats, PARAMS, sequences),
-        (batches.pair_logprobs_all(POLICY, PARAMS, pairs, 3), POLICY.pair_logprobs, PARAMS, pairs),
     ]
     for got, function, parameters, data in cases:
         expected = jax.jit(function)(parameters, as_jax(data))

@@ -34,13 +34,22 @@ def comparison(run: Run) -> pd.DataFrame:
 
 
 def reference(run: Run) -> str:
-    """The method that the evaluation compares the others with."""
-    return run.config(run.evaluation())["section"]["reference"]
+    """The method that the evaluation compares the others with; `reference` where that is a checkpoint."""
+    source = run.config(run.evaluation())["section"]["reference"]
+    return source if source in run.stages else "reference"
 
 
 def judged_by_gold(results: pd.DataFrame) -> bool:
     """Whether a gold judge was asked."""
     return bool(results["gold_score"].notna().any())
+
+
+def judge_of(run: Run) -> str:
+    """Who decided the pairs, as a sentence would name it."""
+    judge = run.config(run.evaluation())["section"].get("judge")
+    if isinstance(judge, dict):
+        return f"judge {judge['model']}"
+    return "reward model" if judge is None else "gold judge"
 
 
 def stage_labels(run: Run, names: list[str]) -> dict[str, str]:
@@ -112,7 +121,9 @@ def answers(run: Run, count: int) -> list[tuple[str, pd.DataFrame]]:
 
 
 def _kind(run: Run, method: str) -> str:
-    return "best_of_n" if method.startswith("best_of_") else run.kind(method)
+    if method.startswith("best_of_"):
+        return "best_of_n"
+    return run.kind(method) if method in run.stages else "checkpoint"
 
 
 def _rank(kind: str) -> int:
@@ -120,13 +131,15 @@ def _rank(kind: str) -> int:
 
 
 def _strength(run: Run, method: str) -> float:
-    section = {} if method.startswith("best_of_") else run.config(method)["section"]
+    section = run.config(method)["section"] if method in run.stages else {}
     return -section.get("beta", 0.0)
 
 
 def _label(run: Run, method: str) -> str:
     if method.startswith("best_of_"):
         return f"Best of {method.removeprefix('best_of_')}"
+    if method not in run.stages:
+        return method
     section = run.config(method)["section"]
     return {
         "sft": "SFT",

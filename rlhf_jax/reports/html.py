@@ -4,7 +4,7 @@ import html
 import io
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -160,23 +160,41 @@ def _lede(results: pd.DataFrame) -> str:
 
 
 def _results(run: Run) -> str:
-    results = frames.comparison(run)
-    labels = dict(zip(results["method"], results["label"], strict=True))
-    rows = []
-    for name, *values in table.cells(run):
-        chosen = name.endswith(table.CHOSEN)
+    labels = dict(frames.comparison(run)[["method", "label"]].itertuples(index=False))
+    shown = table.columns(run)
+    parts = [
+        _results_table(labels, [column.heading for column in shown], table.cells(run)),
+        f'<p class="note">{_text(" ".join(table.notes(run)))}</p>{_meanings(shown)}',
+    ]
+    if shown := table.columns(run, table.FURTHER):
+        headings = [column.heading for column in shown]
+        parts += [
+            "<h3>Pairs and answers, more closely</h3>",
+            _results_table(labels, headings, table.cells(run, table.FURTHER)),
+        ]
+        parts += [_meanings(shown)]
+    if faced := table.opponents(run):
+        parts += ["<h3>Pairs won against one another</h3>", _results_table(labels, faced, table.pairs_won(run))]
+        parts += [f'<p class="note">{_text(table.PAIRS_WON)}</p>']
+    return f'<section id="results"><h2>Results</h2>{"".join(parts)}</section>'
+
+
+def _results_table(labels: Mapping[str, str], headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    body = []
+    for name, *values in rows:
         label = labels[name.removesuffix(table.CHOSEN).strip()]
         cells = "".join(f"<td>{_text(value)}</td>" for value in values)
-        style_class = ' class="chosen"' if chosen else ""
-        rows.append(f"<tr{style_class}><th>{_text(name)} <small>{_text(label)}</small></th>{cells}</tr>")
-    columns = table.columns(run)
-    head = "".join(f"<th>{_text(column.heading)}</th>" for column in columns)
-    meanings = "".join(f"<dt>{_text(c.heading)}</dt><dd>{_text(c.meaning)}</dd>" for c in columns)
+        style_class = ' class="chosen"' if name.endswith(table.CHOSEN) else ""
+        body.append(f"<tr{style_class}><th>{_text(name)} <small>{_text(label)}</small></th>{cells}</tr>")
+    head = "".join(f"<th>{_text(heading)}</th>" for heading in headings)
     return (
-        '<section id="results"><h2>Results</h2><div class="scroll"><table>'
-        f"<thead><tr><th>method</th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-        f'<p class="note">{_text(" ".join(table.notes(run)))}</p><dl>{meanings}</dl></section>'
+        f'<div class="scroll"><table><thead><tr><th>method</th>{head}</tr></thead>'
+        f"<tbody>{''.join(body)}</tbody></table></div>"
     )
+
+
+def _meanings(columns: Sequence[table.Column]) -> str:
+    return f"<dl>{''.join(f'<dt>{_text(c.heading)}</dt><dd>{_text(c.meaning)}</dd>' for c in columns)}</dl>"
 
 
 def _answers(run: Run) -> str:

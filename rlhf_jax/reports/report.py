@@ -11,7 +11,8 @@ from rlhf_jax.reports.run import Run
 from rlhf_jax.reports.style import context
 from rlhf_jax.runtime.files import write_text
 
-REPORT, RESULTS, MATCHED, FIGURES = "report.html", "results.csv", "matched.csv", "figures"
+REPORT, RESULTS, WIN_RATES, MATCHED = "report.html", "results.csv", "win_rates.csv", "matched.csv"
+FIGURES = "figures"
 MOST_CURVES = 8
 """Stages of one kind whose curves one figure can name."""
 
@@ -20,13 +21,15 @@ PNG_DPI = 200
 
 
 def write_report(workdir: str | Path, inputs: str | Path | None = None) -> Path:
-    """Writes results.csv and matched.csv (where stages made them), figures/*.png and, last, report.html: its path.
+    """Writes what tables there are (*.csv), figures/*.png and, last, report.html, and returns its path.
 
     Each file is whole or not there. Whatever stages there are, complete or not, are shown.
     """
     run = Run(workdir, inputs)
     if run.of_kind("evaluate", complete=True):
         table.write_csv(run.results(), run.workdir / RESULTS)
+        if table.opponents(run):
+            write_text(run.workdir / WIN_RATES, run.win_rates().to_csv(index=False, lineterminator="\n"))
     for stage in run.of_kind("frontier", complete=True)[-1:]:
         write_text(run.workdir / MATCHED, run.matched(stage).to_csv(index=False, lineterminator="\n"))
     drawn = draw(run)
@@ -60,7 +63,8 @@ def print_summary(run: Run, console: Console) -> None:
         console.print(f"There is no evaluation to show yet; complete stages: {complete}", highlight=False)
         return
     console.print(table.answers_table(run), highlight=False)
-    console.print(table.results_table(run), highlight=False)
+    for shown in table.tables(run):
+        console.print(shown, highlight=False)
 
 
 def draw(run: Run) -> dict[str, Figure]:
@@ -87,18 +91,20 @@ def _comparisons(run: Run) -> dict[str, Figure]:
     results = frames.comparison(run)
     gold = frames.judged_by_gold(results)
     start = results.loc[results["reference"], "label"].iloc[0]
+    judge = run.load_judge() if gold else None
+    scored_alike = judge is not None or not gold  # a judge that is a model did not score what was sampled in training
     drawn = {
         "frontier": figures.frontier(
             results,
             frames.best_of_n_points(run, gold=gold),
-            frames.training_paths(run, run.load_judge() if gold else None),
+            frames.training_paths(run, judge) if scored_alike else {},
             score="gold score (rating by the judge)" if gold else "score of the reward model",
             start=start,
         )
     }
     others = results[~results["reference"]]
     if len(others):
-        drawn["win_rates"] = figures.win_rates(others, judge="gold judge" if gold else "reward model", start=start)
+        drawn["win_rates"] = figures.win_rates(others, judge=frames.judge_of(run), start=start)
     return drawn
 
 

@@ -16,6 +16,7 @@ from rlhf_jax.runtime.files import read_json, read_rows
 from rlhf_jax.sampling.batches import sample_all, sequence_kl
 from rlhf_jax.sampling.choice import Sampling
 from rlhf_jax.stages import models
+from rlhf_jax.stages.gold import JUDGE_FILE
 from rlhf_jax.stages.samples import texts
 from rlhf_jax.stages.scoring import make_scorer
 from rlhf_jax.text.tokenizer import TOKENIZER_FILE, Tokenizer
@@ -38,7 +39,23 @@ RESULT_COLUMNS = (
     "distinct_2",
     "seconds",
 )
-"""The columns of results.csv, in their order."""
+"""The first columns of results.csv, in their order."""
+
+FURTHER_COLUMNS = (
+    "tie_rate",
+    "boot_low",
+    "boot_high",
+    "lc_win_rate",
+    "lc_win_se",
+    "kl_k3",
+    "kl_k3_se",
+    "ref_nll",
+    "text_nll",
+    "distinct_1",
+    "distinct_3",
+    "repetition_4",
+)
+"""Those that follow them, where an evaluation has measured them."""
 
 SAMPLE_BATCH = 128
 
@@ -114,6 +131,11 @@ class Run:
         """The table on the test split: a row for every method and seed; NaN where no judge was asked."""
         return self._results("results.jsonl")
 
+    def win_rates(self) -> pd.DataFrame:
+        """Every method, and seed, against every opponent on the test split: `against` and `against_seed` name it."""
+        path = self.directory(self.evaluation()) / "win_rates.jsonl"  # not written by evaluations of an older release
+        return _table(path, ["method", "seed", "against", "against_seed", "n_prompts", "win_rate"])
+
     def selection(self) -> pd.DataFrame:
         """The same table on the evaluation split, on which beta and the like are chosen."""
         return self._results("selection.jsonl")
@@ -166,8 +188,10 @@ class Run:
     def load_judge(self) -> tfidf.TfidfJudge | None:
         """The gold judge that the experiment's results were judged by, if it has one."""
         asked = (self.config(name)["section"].get("judge") for name in reversed(self.stages))
-        stage = next((name for name in asked if name in self._directories() and self.is_complete(name)), None)
-        return None if stage is None else tfidf.load(self.directory(stage) / "judge.joblib")
+        named = (name for name in asked if isinstance(name, str))  # one over HTTP is a section
+        stage = next((name for name in named if name in self._directories() and self.is_complete(name)), None)
+        fitted = stage is not None and (self.directory(stage) / JUDGE_FILE).exists()  # a judge may be a reward model
+        return tfidf.load(self.directory(stage) / JUDGE_FILE) if stage is not None and fitted else None
 
     def reward_model_of(self, stage: str) -> str | None:
         """The reward model that a stage, or else a later one or any, scores this stage's responses by."""

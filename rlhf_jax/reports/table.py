@@ -1,6 +1,7 @@
 """The results as a table: `results.csv`, and what the terminal shows when an experiment has ended."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,10 +11,11 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf_jax.reports import frames
-from rlhf_jax.reports.run import RESULT_COLUMNS, Run
+from rlhf_jax.reports.run import FURTHER_COLUMNS, RESULT_COLUMNS, Run
 from rlhf_jax.runtime.files import write_text
 
 CHOSEN = "*"
+PAIRS_WON = "% of pairs won by the row's answer against the column's,\nties half [Wilson's 95 % interval]."
 
 
 class Column(NamedTuple):
@@ -25,6 +27,9 @@ class Column(NamedTuple):
     digits: int
     error: str | None = None  # the column with its standard error
     spread: bool = True  # whether the deviation over seeds is shown
+    percent: bool = False
+    pairs: bool = False  # of pairs with the reference, which has none with itself
+    interval: tuple[str, str] | None = None  # the columns with its ends
 
 
 COLUMNS = (
@@ -34,6 +39,9 @@ COLUMNS = (
         "wins, %",
         "pairs won against the first row's answer to the same prompt, ties half [Wilson's 95 % interval]",
         0,
+        percent=True,
+        pairs=True,
+        interval=("win_low", "win_high"),
     ),
     Column("reward_score", "reward", "the reward model's score: what Best-of-N and PPO were told to raise", 2),
     Column(
@@ -51,28 +59,81 @@ COLUMNS = (
     Column("seconds", "s", "wall time of the method's own stage, in seconds", 0, spread=False),
 )
 
+FURTHER = (
+    Column("tie_rate", "ties, %", "pairs that nobody won", 0, spread=False, percent=True, pairs=True),
+    Column(
+        "boot_low",
+        "bootstrap",
+        "95 % interval of the pairs won, in %, by drawing prompts anew",
+        0,
+        percent=True,
+        pairs=True,
+        interval=("boot_low", "boot_high"),
+    ),
+    Column(
+        "lc_win_rate",
+        "LC wins, %",
+        "pairs won had the answers been equally long (length-controlled), ± standard error",
+        0,
+        "lc_win_se",
+        percent=True,
+        pairs=True,
+    ),
+    Column("kl_k3", "KL k3", "divergence in nats by the estimator k3, ± standard error over prompts", 2, "kl_k3_se"),
+    Column(
+        "ref_nll", "ref nll", "nats a token of the answers under the first row: their log-perplexity", 2, spread=False
+    ),
+    Column("text_nll", "text nll", "nats a token of held-out texts under the method's policy", 2, spread=False),
+    Column("distinct_1", "dist-1", "distinct words over all words", 2, spread=False),
+    Column("distinct_3", "dist-3", "distinct triples of words over all triples", 2, spread=False),
+    Column(
+        "repetition_4", "rep-4", "repeated quadruples of words within an answer; 0 is no repetition", 2, spread=False
+    ),
+)
+"""Of a second table, for evaluations that have measured them."""
+
 
 def write_csv(results: pd.DataFrame, path: Path) -> None:
-    """Writes the results, whole or not at all, with RESULT_COLUMNS in their order; what was not measured is empty."""
-    write_text(path, results[list(RESULT_COLUMNS)].to_csv(index=False, lineterminator="\n"))
+    """Writes the results, whole or not at all: RESULT_COLUMNS, then those FURTHER_COLUMNS that there are.
+
+    What was not measured is empty.
+    """
+    names = [*RESULT_COLUMNS, *(name for name in FURTHER_COLUMNS if name in results)]
+    write_text(path, results[names].to_csv(index=False, lineterminator="\n"))
 
 
-def columns(run: Run) -> list[Column]:
-    """COLUMNS, without those that nothing was measured for."""
+def columns(run: Run, of: Sequence[Column] = COLUMNS) -> list[Column]:
+    """Those of some columns that something was measured for."""
     results = run.results()
-    return [column for column in COLUMNS if results[column.name].notna().any()]
+    return [column for column in of if column.name in results and results[column.name].notna().any()]
 
 
-def cells(run: Run) -> list[list[str]]:
+def cells(run: Run, of: Sequence[Column] = COLUMNS) -> list[list[str]]:
     """The table's body as text, a row a method: its name (with * if it was selected), then its `columns`.
 
     With several seeds a figure is the mean over them ± their standard deviation. A dash is what was not measured.
     """
-    results, selected, shown = frames.comparison(run), run.selected(), columns(run)
+    results, selected, shown = frames.comparison(run), run.selected(), columns(run, of)
     rows = []
     for method, group in results.groupby("method", sort=False):
         name = f"{method} {CHOSEN}" if method in selected else str(method)
         rows.append([name, *(_cell(group, column, bool(group["reference"].iloc[0])) for column in shown)])
+    return rows
+
+
+def opponents(run: Run) -> list[str]:
+    """Whom all methods were compared with beside the reference, if anyone."""
+    rates = run.win_rates()
+    return [name for name in rates["against"].unique() if name != frames.reference(run)]
+
+
+def pairs_won(run: Run) -> list[list[str]]:
+    """Wins in % of the method of a row against each of the `opponents`, as `cells` shows them."""
+    rates, faced, wins = run.win_rates(), opponents(run), COLUMNS[1]
+    rows = []
+    for method in frames.comparison(run)["method"].unique():
+        own = rates[rates["method"] == method]
+        rows.append([str(method), *(_cell(own[own["against"] == other], wins, method == other) for other in faced)])
     return rows
 
 
@@ -82,7 +143,9 @@ def notes(run: Run) -> list[str]:
     found = [f"{int(results['n_prompts'].max())} prompts of the test split, one answer each."]
     if run.selected():
         found.append(f"{CHOSEN} chosen on the evaluation split, among the stages of its kind.")
-    if not frames.judged_by_gold(results):
+    if frames.judge_of(run) not in ("gold judge", "reward model"):
+        found.append(f"Pairs are won by what {frames.judge_of(run)} prefers in both orders.")
+    elif not frames.judged_by_gold(results):
         found.append("No gold judge was asked: pairs are won by the reward model's score.")
     seeds = results.groupby("method")["seed"].nunique().max()
     if seeds > 1:
@@ -90,16 +153,15 @@ def notes(run: Run) -> list[str]:
     return found
 
 
-def results_table(run: Run) -> Table:
-    """The table for a terminal 100 columns wide."""
-    caption = Text("\n".join(notes(run)), style="dim")
-    table = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left", pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("method", no_wrap=True)
-    for column in columns(run):
-        table.add_column(column.heading, justify="right", no_wrap=True)
-    for name, *values in cells(run):
-        table.add_row(Text(name, style="bold" if name.endswith(CHOSEN) else ""), *map(Text, values))
-    return table
+def tables(run: Run) -> list[Table]:
+    """The results for a terminal 100 columns wide: what the methods reach, what their answers are like, all pairs."""
+    headings = [column.heading for column in columns(run)]
+    shown = [_table(headings, cells(run), caption="\n".join(notes(run)))]
+    if further := columns(run, FURTHER):
+        shown.append(_table([column.heading for column in further], cells(run, FURTHER)))
+    if faced := opponents(run):
+        shown.append(_table(faced, pairs_won(run), caption=PAIRS_WON))
+    return shown
 
 
 def answers_table(run: Run, count: int = 5) -> Table:
@@ -123,19 +185,37 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else "·" for char in text.replace("\n", "↵"))
 
 
+def _table(headings: list[str], rows: list[list[str]], caption: str | None = None) -> Table:
+    below = None if caption is None else Text(caption, style="dim")
+    table = Table(box=box.SIMPLE_HEAD, caption=below, caption_justify="left", pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("method", no_wrap=True)
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, *values in rows:
+        table.add_row(Text(name, style="bold" if name.endswith(CHOSEN) else ""), *map(Text, values))
+    return table
+
+
 def _cell(group: pd.DataFrame, column: Column, reference: bool) -> str:
-    values, percent = group[column.name].astype(float), 100 if column.name == "win_rate" else 1
-    if values.isna().all() or (reference and column.name == "win_rate"):
+    scale = 100 if column.percent else 1
+    if (reference and column.pairs) or group.empty or group[column.name].isna().all():
         return "–"
-    mean = _number(percent * values.mean(), column.digits)
+    values = scale * group[column.name].astype(float)
+    if column.interval and column.name in column.interval:
+        return "–" if len(values) > 1 else _interval(group, column)
+    mean = _number(values.mean(), column.digits)
     if len(values) > 1:
-        spread = percent * values.std(ddof=1)
-        return f"{mean} ± {_number(spread, max(column.digits, 1))}" if column.spread else mean
-    if column.name == "win_rate":
-        low, high = (_number(100 * group[name].iloc[0], 0) for name in ("win_low", "win_high"))
-        return f"{mean} [{low}, {high}]"
-    error = group[column.error].iloc[0] if column.error else math.nan
+        return f"{mean} ± {_number(values.std(ddof=1), max(column.digits, 1))}" if column.spread else mean
+    if column.interval:
+        return f"{mean} {_interval(group, column)}"
+    error = scale * group[column.error].iloc[0] if column.error else math.nan
     return f"{mean} ± {_number(error, column.digits)}" if error and not math.isnan(error) else mean
+
+
+def _interval(group: pd.DataFrame, column: Column) -> str:
+    assert column.interval is not None
+    low, high = (_number(100 * group[name].iloc[0], column.digits) for name in column.interval)
+    return f"[{low}, {high}]"
 
 
 def _number(value: float | None, digits: int) -> str:

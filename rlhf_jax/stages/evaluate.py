@@ -1,206 +1,217 @@
-"""evaluate: one sample a prompt from every method, judged side by side with the reference's.
+"""evaluate: one sample a prompt from every method, judged side by side with the reference's, and with others'.
 
 What was to be chosen (a DPO's beta) is chosen on the evaluation split; the table is made on the test split.
 """
 
 import dataclasses
-import zlib
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import jax
 import numpy as np
+from jaxtyping import Float
 
 from rlhf_jax.config import ModelSource, StageName
-from rlhf_jax.core.best_of_n import best_of_n_kl
-from rlhf_jax.core.statistics import distinct_n, standard_error, wilson_interval
+from rlhf_jax.core.statistics import (
+    bootstrap_interval,
+    length_controlled_win_rate,
+    standard_error,
+    wilson_interval,
+)
 from rlhf_jax.data import pipeline
-from rlhf_jax.rewards.lexicon import vader
-from rlhf_jax.rewards.tfidf import TfidfJudge
+from rlhf_jax.rewards.http_judge import HTTPJudge, HTTPJudgeConfig
 from rlhf_jax.runtime.files import read_json, write_rows
-from rlhf_jax.sampling.batches import sample_all, sequence_kl
+from rlhf_jax.stages.answers import Answers, Method, Split, answer, held_out_texts, measures
 from rlhf_jax.stages.context import Context
-from rlhf_jax.stages.gold import load_judge
-from rlhf_jax.stages.models import Policy, load_policy
-from rlhf_jax.stages.samples import sample_rows
-from rlhf_jax.stages.scoring import Scorer, make_scorer
-from rlhf_jax.types import Rollout
+from rlhf_jax.stages.judging import TextScorer, make_http_judge, make_judge, preferred_by_asking, preferred_by_score
+from rlhf_jax.stages.models import Policy, RewardModel
+from rlhf_jax.stages.scoring import make_scorer
 
 Z_95 = 1.959964
+
+Rows = list[dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
-    """Which policies are compared with the reference, and with its own Best-of-N."""
+    """Which policies are compared with the reference, with its own Best-of-N, and with one another, and who judges."""
 
     kind: Literal["evaluate"]
     reference: ModelSource
     policies: tuple[StageName, ...]
     best_of: tuple[int, ...]  # each above 1
     reward_model: ModelSource
-    judge: StageName | None  # None: the reward model's score decides the pairs
+    judge: ModelSource | HTTPJudgeConfig | None  # a gold stage, a reward model; None: reward_model decides the pairs
     prompts: int  # at most, of the test split
     selection_prompts: int  # at most, of the evaluation split
     temperature: float
+    against: tuple[ModelSource, ...] = ()  # further opponents, beside the reference; each gets a row of its own too
+    bootstrap_rounds: int = 1000
 
     def __post_init__(self) -> None:
         if any(n < 2 for n in self.best_of):
             raise ValueError(f"best_of = {self.best_of} must be above 1: one sample is the reference itself")
-
-
-class Method(NamedTuple):
-    """A row of the table: one answer of a stage's policy, or the best of several by the reward model."""
-
-    name: str
-    stage: str
-    seed: int
-    best_of: int
+        if self.prompts < 1 or self.selection_prompts < 1:
+            raise ValueError(
+                f"prompts = {self.prompts} and selection_prompts = {self.selection_prompts} must be at least 1"
+            )
+        if self.bootstrap_rounds < 100:
+            raise ValueError(
+                f"bootstrap_rounds = {self.bootstrap_rounds} must be at least 100, for the ends of a 95 % interval"
+            )
 
 
 class Judges(NamedTuple):
-    """What every answer is measured by."""
+    """The models that every split is judged by."""
 
     reference: Policy
-    score: Scorer  # by the reward model
-    judge: TfidfJudge | None
-
-
-class Answers(NamedTuple):
-    """One method's answers to the same prompts, in the same order."""
-
-    rows: list[dict[str, Any]]  # prompt, completion, score, kl, length, gold
-    kl: float
-    kl_se: float
-
-    def judged(self) -> np.ndarray:
-        """What decides: the judge's score, or the reward model's where there is no judge."""
-        column = "score" if self.rows[0]["gold"] is None else "gold"
-        return np.array([row[column] for row in self.rows])
+    reward_model: RewardModel
+    judge: Callable[[Policy, Rows], TextScorer] | None
+    http: HTTPJudge | None
 
 
 def run(config: EvaluateConfig, context: Context) -> dict[str, Any]:
-    """Writes `results.jsonl`, `selection.jsonl` (the same columns) and every answer in `samples.jsonl`."""
-    reference, reward_model = context.policy(config.reference), context.reward_model(config.reward_model)
-    judge = None if config.judge is None else load_judge(context, config.judge)
+    """Writes `results.jsonl`, `selection.jsonl` with the same columns, `win_rates.jsonl`, and all answers.
+
+    `results.jsonl` has the win rates against the reference; `win_rates.jsonl` those against every opponent; an answer
+    in `samples.jsonl` has the `win` against the reference's.
+    """
+    judge, http = None, None
+    if isinstance(config.judge, HTTPJudgeConfig):
+        http = make_http_judge(config.judge)
+    elif config.judge is not None:
+        judge = make_judge(config.judge, context)
+    judges = Judges(context.policy(config.reference), context.reward_model(config.reward_model), judge, http)
     methods = _methods(config, context)
-    seconds = {method.name: _seconds(method.name, context) for method in methods if method.best_of == 1}
-    tables: dict[str, list[dict[str, Any]]] = {}
-    for split, count in (("eval", config.selection_prompts), ("test", config.prompts)):
-        rows = pipeline.load_rows(context.data, split)
-        prompts = pipeline.prompts(rows, reference.tokenizer, context.data)
-        prompts = pipeline.take(prompts, np.arange(min(count, len(prompts.tokens))))
-        scorer = make_scorer(reward_model, reference, rows, context.data, context.runtime.inference_batch)
-        judges = Judges(reference, scorer, judge)
-        answers = []
-        for done, method in enumerate(methods):
-            answers.append(answer(method, split, prompts, judges, config, context))
-            context.bar.update(done + 1 + len(methods) * (split == "test"), 2 * len(methods), {})
-        tables[split] = [
-            result(method, found, answers[0], seconds.get(method.name))
-            for method, found in zip(methods, answers, strict=True)
-        ]
-    write_rows(context.directory / "selection.jsonl", tables["eval"])
-    write_rows(context.directory / "results.jsonl", tables["test"])
-    write_rows(
-        context.directory / "samples.jsonl",
-        [
-            {"step": index, "seed": method.seed, "method": method.name, **row}
-            for method, found in zip(methods, answers, strict=True)
-            for index, row in enumerate(found.rows)
-        ],
-    )
-    return {"selected": select(tables["eval"], context), "judge": config.judge or config.reward_model}
-
-
-def answer(
-    method: Method,
-    split: str,
-    prompts: pipeline.Prompts,
-    judges: Judges,
-    config: EvaluateConfig,
-    context: Context,
-) -> Answers:
-    """One answer of a method to each prompt; a method has its own random numbers on each split."""
-    policy = judges.reference
-    if method.stage != config.reference:
-        policy = load_policy(context.workdir.find(method.stage), seed=method.seed, step=None, find=context.workdir.find)
-    rollout = sample_all(
-        policy.network,
-        policy.params,
-        prompts,
-        jax.random.fold_in(context.key(method.seed - context.seed), zlib.crc32(f"{method.name} {split}".encode())),
-        context.sampling(policy.tokenizer, config.temperature),
-        samples=method.best_of,
-        batch_size=context.runtime.inference_batch,
-    )
-    scores = judges.score(rollout)
-    best = np.arange(0, len(scores), method.best_of) + scores.reshape(-1, method.best_of).argmax(axis=1)
-    rollout, scores = jax.tree.map(lambda leaf: leaf[best], rollout), scores[best]
-    divergence = _divergence(method, policy, rollout, judges, config.temperature, context)
-    rows = sample_rows(
-        policy.tokenizer, rollout, scores.tolist(), [None] * len(scores) if divergence is None else divergence
-    )
-    judged = [None] * len(rows)
-    if judges.judge is not None:
-        judged = judges.judge.score([row["prompt"] + row["completion"] for row in rows]).tolist()
-    rows = [row | {"gold": gold} for row, gold in zip(rows, judged, strict=True)]
-    if divergence is None:
-        return Answers(rows, float(best_of_n_kl(method.best_of)), 0.0)
-    return Answers(rows, float(np.mean(divergence)), standard_error(divergence))
-
-
-def _divergence(
-    method: Method, policy: Policy, rollout: Rollout, judges: Judges, temperature: float, context: Context
-) -> list[float] | None:
-    """Log pi/pi_ref of every answer; None for Best-of-N, which has no density but a known divergence."""
-    if method.best_of > 1:
-        return None
-    return sequence_kl(
-        policy.network,
-        policy.params,
-        (judges.reference.network, judges.reference.params),
-        rollout,
-        batch_size=context.runtime.inference_batch,
-        temperature=temperature,
-    ).tolist()
-
-
-def result(method: Method, found: Answers, reference: Answers, seconds: float | None) -> dict[str, Any]:
-    """One row of the table: means over prompts, and pairs won against the reference's answers, ties counted half."""
-    own, other = found.judged(), reference.judged()
-    wins = float(np.sum(0.5 * (1 + np.sign(own - other))))
-    low, high = wilson_interval(wins, len(own), z=Z_95)
-    texts = [row["prompt"] + row["completion"] for row in found.rows]
-    has_gold = found.rows[0]["gold"] is not None
+    selection, *_ = _compare(config, context, methods, judges, "eval")
+    results, win_rates, samples = _compare(config, context, methods, judges, "test")
+    write_rows(context.directory / "selection.jsonl", selection)
+    write_rows(context.directory / "results.jsonl", results)
+    write_rows(context.directory / "win_rates.jsonl", win_rates)
+    write_rows(context.directory / "samples.jsonl", samples)
+    column = "win_rate" if http else "reward_score" if config.judge is None else "gold_score"
     return {
-        "method": method.name,
-        "seed": method.seed,
-        "n_prompts": len(own),
-        "gold_score": float(own.mean()) if has_gold else None,
-        "gold_se": standard_error(own) if has_gold else None,
-        "gold_gain": float((own - other).mean()) if has_gold else None,
-        "gold_gain_se": standard_error(own - other) if has_gold else None,
-        "win_rate": wins / len(own),
-        "win_low": low,
-        "win_high": high,
-        "reward_score": float(np.mean([row["score"] for row in found.rows])),
-        "kl": found.kl,
-        "kl_se": found.kl_se,
-        "length": float(np.mean([row["length"] for row in found.rows])),
-        "vader": float(vader(texts).mean()),
-        "distinct_2": distinct_n([row["completion"].split() for row in found.rows], 2),
-        "seconds": seconds,
+        "selected": select(selection, column, context),
+        "judge": config.judge.model
+        if isinstance(config.judge, HTTPJudgeConfig)
+        else config.judge or config.reward_model,
+        **(http.summary() if http else {}),
     }
 
 
-def select(table: list[dict[str, Any]], context: Context) -> dict[str, str]:
-    """The stage with the highest judged score on the evaluation split, for each kind of stage that has several."""
+def _compare(
+    config: EvaluateConfig, context: Context, methods: list[Method], judges: Judges, name: str
+) -> tuple[Rows, Rows, Rows]:
+    """The table of a split, win rates against every opponent, and samples."""
+    split, answers = _split(config, context, judges, name), []
+    for done, method in enumerate(methods, start=1 + len(methods) * (name == "test")):
+        answers.append(answer(method, split, config.reference, config.temperature, context))
+        context.bar.update(done, 2 * len(methods), {})
+
+    def wins_against(own: Answers, other: Answers) -> Float[np.ndarray, "N"]:
+        if judges.http is None:
+            return preferred_by_score(own.judged(), other.judged())
+        return preferred_by_asking(
+            judges.http,
+            own.rows,
+            other.rows,
+            lambda asked, of: context.bar.update(done, 2 * len(methods), {"asked": asked, "of": of}),
+        )
+
+    results: Rows = []
+    win_rates: Rows = []
+    samples: Rows = []
+    opponents = [_opponents(source, methods) for source in dict.fromkeys((config.reference, *config.against))]
+    for method, found in zip(methods, answers, strict=True):
+        wins = wins_against(found, answers[0])
+        results.append(result(method, found, answers[0], wins, config, context))
+        samples += [
+            {"step": index, "seed": method.seed, "method": method.name, **row, "win": float(win)}
+            for index, (row, win) in enumerate(zip(found.rows, wins, strict=True))
+        ]
+        for opponent in opponents:
+            number = opponent.get(method.seed, min(opponent.values()))
+            if methods[number] != method:
+                pair = {"against": methods[number].name, "against_seed": methods[number].seed}
+                won = wins_against(found, answers[number])
+                rates = win_rate(won, found, answers[number], config, context.seed)
+                win_rates.append({"method": method.name, "seed": method.seed, **pair, "n_prompts": len(won), **rates})
+    return results, win_rates, samples
+
+
+def win_rate(
+    wins: Float[np.ndarray, "N"], own: Answers, other: Answers, config: EvaluateConfig, seed: int
+) -> dict[str, float]:
+    """Pairs won, ties counted half: the rate with Wilson's interval and the bootstrap's over prompts, ties, lengths.
+
+    Every method's bootstrap draws the same prompts.
+    """
+    low, high = wilson_interval(float(wins.sum()), len(wins), z=Z_95)
+    boot_low, boot_high = bootstrap_interval(wins, level=0.95, rounds=config.bootstrap_rounds, seed=seed)
+    controlled = length_controlled_win_rate(wins, own.lengths(), other.lengths())
+    return {
+        "win_rate": float(wins.sum()) / len(wins),
+        "win_low": low,
+        "win_high": high,
+        "tie_rate": float(np.mean(wins == 0.5)),
+        "boot_low": boot_low,
+        "boot_high": boot_high,
+        "lc_win_rate": controlled.rate,
+        "lc_win_se": controlled.se,
+    }
+
+
+def result(
+    method: Method,
+    found: Answers,
+    reference: Answers,
+    wins: Float[np.ndarray, "N"],
+    config: EvaluateConfig,
+    context: Context,
+) -> dict[str, Any]:
+    """One row of the table: means over prompts, and pairs won against the reference's answers, ties counted half."""
+    alone, pairs = measures(found, method.best_of), win_rate(wins, found, reference, config, context.seed)
+    gains = found.judged() - reference.judged() if alone["gold_score"] is not None else None
+    columns = {
+        "method": method.name,
+        "seed": method.seed,
+        "n_prompts": len(wins),
+        "gold_score": alone["gold_score"],
+        "gold_se": alone["gold_se"],
+        "gold_gain": None if gains is None else float(gains.mean()),
+        "gold_gain_se": None if gains is None else standard_error(gains),
+    }
+    for name in ("win_rate", "win_low", "win_high"):
+        columns[name] = pairs[name]
+    for name in ("reward_score", "kl", "kl_se", "length", "vader", "distinct_2"):
+        columns[name] = alone[name]
+    columns["seconds"] = _seconds(method, context)
+    return {**columns, **(pairs | alone | columns)}
+
+
+def select(table: Rows, column: str, context: Context) -> dict[str, str]:
+    """The stage with the highest mean of a column on the evaluation split, for each kind of stage that has several."""
     by_kind: dict[str, dict[str, list[float]]] = {}
     for row in table:
         if row["method"] in context.stages:
-            column = "reward_score" if row["gold_score"] is None else "gold_score"
             kind = read_json(context.workdir.find(row["method"]) / "config.json")["section"]["kind"]
             by_kind.setdefault(kind, {}).setdefault(row["method"], []).append(row[column])
     return {kind: max(found, key=lambda name: float(np.mean(found[name]))) for kind, found in by_kind.items()}
+
+
+def _split(config: EvaluateConfig, context: Context, judges: Judges, name: str) -> Split:
+    """The prompts of a split and those who judge answers to them."""
+    rows, reference = pipeline.load_rows(context.data, name), judges.reference
+    count = config.prompts if name == "test" else config.selection_prompts
+    prompts = pipeline.prompts(rows, reference.tokenizer, context.data)
+    return Split(
+        name,
+        pipeline.take(prompts, np.arange(min(count, len(prompts.tokens)))),
+        held_out_texts(rows[:count], reference, context),
+        reference,
+        make_scorer(judges.reward_model, reference, rows, context.data, context.runtime.inference_batch),
+        None if judges.judge is None else judges.judge(reference, rows),
+    )
 
 
 def _methods(config: EvaluateConfig, context: Context) -> list[Method]:
@@ -208,14 +219,26 @@ def _methods(config: EvaluateConfig, context: Context) -> list[Method]:
     name = config.reference if config.reference in context.stages else "reference"
     methods = [Method(name, config.reference, context.seed, 1)]
     methods += [Method(f"best_of_{n}", config.reference, context.seed, n) for n in config.best_of]
-    for stage in config.policies:
-        first, stop = read_json(context.workdir.find(stage) / "model.json")["seeds"]
-        methods += [Method(stage, stage, seed, 1) for seed in range(first, stop)]
+    for source in dict.fromkeys((*config.policies, *config.against)):
+        if source in context.stages and source != config.reference:
+            first, stop = read_json(context.workdir.find(source) / "model.json")["seeds"]
+            methods += [Method(source, source, seed, 1) for seed in range(first, stop)]
+        elif source != config.reference:
+            taken = {method.name for method in methods} | set(context.stages)
+            short = Path(source).name
+            methods.append(Method(source if short in taken else short, source, context.seed, 1))
     return methods
 
 
-def _seconds(stage: str, context: Context) -> float | None:
-    """Wall time of a method's stage; a checkpoint's is not known."""
-    if stage not in context.stages:
+def _opponents(source: str, methods: list[Method]) -> dict[int, int]:
+    """The number of an opponent's method, by its seed: runs with the same seed meet."""
+    return {
+        method.seed: number for number, method in enumerate(methods) if (method.source, method.best_of) == (source, 1)
+    }
+
+
+def _seconds(method: Method, context: Context) -> float | None:
+    """Wall time of a method's stage; that of a checkpoint, or of Best-of-N, is not known."""
+    if method.best_of > 1 or method.name not in context.stages:
         return None
-    return read_json(context.workdir.find(stage) / "summary.json")["time/seconds"]
+    return read_json(context.workdir.find(method.name) / "summary.json")["time/seconds"]

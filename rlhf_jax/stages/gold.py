@@ -11,6 +11,8 @@ from rlhf_jax.rewards import lexicon, tfidf
 from rlhf_jax.rewards.tfidf import TfidfJudge, TfidfLogisticConfig, TfidfRidgeConfig
 from rlhf_jax.stages.context import Context
 
+JUDGE_FILE = "judge.joblib"
+
 
 @dataclasses.dataclass(frozen=True)
 class GoldConfig:
@@ -27,7 +29,7 @@ def run(config: GoldConfig, context: Context) -> dict[str, Any]:
     for split, rows in (("train", train), ("eval", held_out)):
         require_columns(rows, ["text", config.rating], context.data.source(split))
     judge = tfidf.fit(config.model, [row["text"] for row in train], [row[config.rating] for row in train])
-    judge.save(context.directory / "judge.joblib")
+    judge.save(context.directory / JUDGE_FILE)
     texts, ratings = [row["text"] for row in held_out], [row[config.rating] for row in held_out]
     scores = judge.score(texts)
     figures = {
@@ -40,9 +42,14 @@ def run(config: GoldConfig, context: Context) -> dict[str, Any]:
     return {"train_rows": len(train), "eval_rows": len(held_out), **figures}
 
 
+def has_judge(context: Context, stage: str) -> bool:
+    """Whether an earlier stage is a gold stage, and not, say, a reward model."""
+    return (context.workdir.find(stage) / JUDGE_FILE).exists()
+
+
 def load_judge(context: Context, stage: str) -> TfidfJudge:
     """The judge that an earlier gold stage fitted."""
-    return tfidf.load(context.workdir.find(stage) / "judge.joblib")
+    return tfidf.load(context.workdir.find(stage) / JUDGE_FILE)
 
 
 def _correlation(scores: np.ndarray, ratings: list[float]) -> float:

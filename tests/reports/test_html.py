@@ -44,7 +44,7 @@ class Page(html.parser.HTMLParser):
 
 @pytest.fixture(scope="module")
 def evil(tmp_path_factory):
-    root = workdirs.write_all(tmp_path_factory.mktemp("a <b> & c"), gold=False, seeds=2, text=workdirs.EVIL)
+    root = workdirs.write_all(tmp_path_factory.mktemp("a <b> & c"), gold=False, seeds=2, text=workdirs.EVIL, more=True)
     rows = workdirs.metric_rows({"loss": (2, 1)})
     workdirs.write_stage(root, "sft<i>", {"kind": "sft", "note": "</pre><script>"}, files={"metrics.jsonl": rows})
     return report.write_report(root)
@@ -94,6 +94,12 @@ def test_what_models_and_people_wrote_is_text(evil):
     assert f"{workdirs.EVIL} (ppo 0)" in parsed.text
     assert "sft<i>" in parsed.text and "</pre><script>" in parsed.text
     assert "a <b> & c" in parsed.text
+
+
+def test_further_tables_are_shown_where_their_columns_were_measured(plain, evil):
+    parsed = Page(evil.read_text())
+    for text in ("LC wins, %", "63 ± 2.1", "Pairs won against one another", "rep-4"):
+        assert text in parsed.text and text not in plain.read_text(), text
 
 
 def test_controls_that_html_forbids_are_replaced():

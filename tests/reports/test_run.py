@@ -144,3 +144,12 @@ def test_without_a_reward_model_there_is_no_score_and_every_seed_has_its_policy(
     )
     with pytest.raises(RlhfError, match="holds seeds 0 to 1, not 2"):
         run.load_policy("ppo", seed=2)
+
+
+def test_a_judge_that_is_a_reward_model_is_no_gold_judge(tmp_path):
+    workdirs.write_gold(tmp_path)
+    workdirs.write_training(tmp_path)
+    assert Run(tmp_path).load_judge() is not None
+    section = {"kind": "evaluate", "reference": "sft", "reward_model": "reward_model", "judge": "reward_model"}
+    workdirs.write_stage(tmp_path, "evaluate", section, inputs=("sft", "reward_model"))
+    assert Run(tmp_path).load_judge() is None

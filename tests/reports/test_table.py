@@ -14,6 +14,7 @@ from tests.reports import workdirs
 ISSUE = """method, seed, n_prompts, gold_score, gold_se, win_rate, win_low, win_high, reward_score, kl, kl_se, length,
 vader, distinct_2, seconds"""
 COLUMNS = [name.strip() for name in ISSUE.split(",")]
+FURTHER = [*workdirs.further(workdirs.result_row("sft", 0, None, 0.0, 0.0, None))]
 
 
 def shown(run: Run, width: int = 100) -> str:
@@ -30,6 +31,16 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def seeds(tmp_path_factory):
     return Run(workdirs.write_all(tmp_path_factory.mktemp("seeds"), gold=False, seeds=2, text=workdirs.EVIL))
+
+
+@pytest.fixture(scope="module")
+def more(tmp_path_factory):
+    return Run(workdirs.write_all(tmp_path_factory.mktemp("more"), more=True))
+
+
+@pytest.fixture(scope="module")
+def more_seeds(tmp_path_factory):
+    return Run(workdirs.write_all(tmp_path_factory.mktemp("more_seeds"), gold=False, seeds=2, more=True))
 
 
 def test_the_csv_has_exactly_the_agreed_columns_and_empty_cells_for_what_was_not_measured(run, seeds, tmp_path):
@@ -59,6 +70,32 @@ def test_the_table_says_what_the_results_say_and_marks_what_was_selected(run):
     assert rows["sft"]["win_rate"] == "–", "it is what the others are compared with"
 
 
+def test_what_was_measured_beside_follows_in_the_csv_and_in_a_second_table(more, run, tmp_path):
+    table.write_csv(more.results(), tmp_path / "results.csv")
+    back = pd.read_csv(tmp_path / "results.csv")
+    assert list(back.columns) == [*COLUMNS, *FURTHER]
+    assert back["kl_k3"].isna().tolist() == (back["method"] == "best_of_16").tolist()
+    columns = table.columns(more, table.FURTHER)
+    rows = {name: cells for name, *cells in table.cells(more, table.FURTHER)}
+    assert [column.name for column in columns] == [name for name in FURTHER if name[-3:] not in ("_se", "igh")]
+    dpo = ["12", "[52, 70]", "59 ± 3", "2.41 ± 0.01", "3.65", "4.50", "0.50", "0.88", "0.02"]
+    assert rows["dpo_01 *"] == dpo
+    assert rows["best_of_16"][3] == rows["best_of_16"][5] == "–"
+    assert rows["sft"][:3] == ["–"] * 3, "it is what the others are compared with"
+    assert not table.columns(run, table.FURTHER) and len(table.tables(run)) == 1
+    assert "length-controlled" not in shown(run) and "rep-4" not in shown(run)
+
+
+def test_wins_against_others_than_the_first_stand_in_a_table_of_their_own(more, more_seeds, run):
+    assert table.opponents(more) == ["dpo_01"] and table.opponents(run) == []
+    assert table.pairs_won(more)[-1] == ["ppo", "53 [43, 63]"]
+    assert [name for name, *_ in table.pairs_won(more)] == [name.removesuffix(" *") for name, *_ in table.cells(more)]
+    (own,) = [cells for name, *cells in table.pairs_won(more) if name == "dpo_01"]
+    assert own == ["–"]
+    assert table.pairs_won(more_seeds)[-1][0] == "ppo" and "±" in table.pairs_won(more_seeds)[-1][1]
+    assert "by the row's answer against the column's" in " ".join(shown(more).split())
+
+
 def test_with_seeds_the_table_shows_their_mean_and_spread(seeds):
     rows = {name: cells for name, *cells in table.cells(seeds)}
     results = seeds.results()
@@ -68,14 +105,15 @@ def test_with_seeds_the_table_shows_their_mean_and_spread(seeds):
     assert "2 seeds" in " ".join(table.notes(seeds)) and "No gold judge" in " ".join(table.notes(seeds))
 
 
-@pytest.mark.parametrize("name", ["run", "seeds"])
+@pytest.mark.parametrize("name", ["run", "seeds", "more", "more_seeds"])
 def test_a_terminal_of_100_columns_shows_everything(name, request):
     run = request.getfixturevalue(name)
     text = shown(run)
     assert max(map(len, text.splitlines())) <= 100
-    for row in table.cells(run):
-        line = next(line for line in text.splitlines() if line.split("  ")[0].strip() == row[0] and row[-2] in line)
-        assert all(cell in line for cell in row), "no cell is cut or wrapped"
+    lines = [line for line in text.splitlines() if line]
+    for row in (*table.cells(run), *(row for row in table.cells(run, table.FURTHER) if row[1:])):
+        found = [line for line in lines if line.split("  ")[0].strip() == row[0]]
+        assert any(all(cell in line for cell in row) for line in found), "no cell is cut or wrapped"
 
 
 def test_five_prompts_stand_with_every_methods_answer_and_its_score(run):

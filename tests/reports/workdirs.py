@@ -107,6 +107,37 @@ def result_row(method: str, seed: int, gold: float | None, reward: float, kl: fl
     }
 
 
+def further(row: dict[str, Any]) -> dict[str, Any]:
+    """The columns that later evaluations have beside those."""
+    best_of_n = row["method"].startswith("best_of")
+    return {
+        "tie_rate": 0.125,
+        "boot_low": row["win_low"] + 0.01,
+        "boot_high": row["win_high"] - 0.01,
+        "lc_win_rate": row["win_rate"] - 0.02,
+        "lc_win_se": 0.03,
+        "kl_k3": None if best_of_n else row["kl"] + 0.01,
+        "kl_k3_se": None if best_of_n else 0.015,
+        "ref_nll": 1.25 + row["kl"],
+        "text_nll": None if best_of_n else 4.5,
+        "distinct_1": 0.5,
+        "distinct_3": 0.875,
+        "repetition_4": 0.015625,
+    }
+
+
+def win_rates(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every method against the first one and against DPO, of which the results say how much better or worse."""
+    rows = []
+    for own in results:
+        for other in (row for row in results if row["method"] in ("sft", "dpo_01") and row != own):
+            rate = 0.5 + own["win_rate"] - other["win_rate"]
+            intervals = {"win_low": rate - 0.1, "win_high": rate + 0.1}
+            pair = {"against": other["method"], "against_seed": other["seed"]}
+            rows.append({"method": own["method"], "seed": own["seed"], **pair, "win_rate": rate, **intervals})
+    return rows
+
+
 def write_gold(root: Path) -> None:
     """A judge that likes `fine`."""
     directory = write_stage(root, "gold", {"kind": "gold"}, summary={"correlation": 0.7})
@@ -114,13 +145,13 @@ def write_gold(root: Path) -> None:
     tfidf.fit(TfidfRidgeConfig(1.0, 1), texts, [2.0, 3.0, -1.0, 0.0]).save(directory / "judge.joblib")
 
 
-def write_all(root: Path, *, gold: bool = True, seeds: int = 1, text: str = "a fine film") -> Path:
-    """A complete experiment."""
+def write_all(root: Path, *, gold: bool = True, seeds: int = 1, text: str = "a fine film", more: bool = False) -> Path:
+    """A complete experiment, with all that its evaluation may measure where `more` is asked for."""
     if gold:
         write_gold(root)
     write_training(root, seeds=seeds)
     write_best_of_n(root, gold=gold)
-    write_evaluate(root, gold=gold, seeds=seeds, text=text)
+    write_evaluate(root, gold=gold, seeds=seeds, text=text, more=more)
     return root
 
 
@@ -167,7 +198,13 @@ def write_best_of_n(root: Path, *, gold: bool) -> None:
 
 
 def write_evaluate(
-    root: Path, *, gold: bool, seeds: int = 1, text: str = "a fine film", elsewhere: Path | None = None
+    root: Path,
+    *,
+    gold: bool,
+    seeds: int = 1,
+    text: str = "a fine film",
+    elsewhere: Path | None = None,
+    more: bool = False,
 ) -> None:
     """The evaluation, with scores that rise by method; `text` is what every answer says."""
     methods = [("sft", 0), ("best_of_16", 0), *((name, 0) for name in BETAS), *(("ppo", seed) for seed in range(seeds))]
@@ -182,6 +219,10 @@ def write_evaluate(
             )
             judgement = None if judged is None else judged + 0.1 * prompt
             samples.append({"step": prompt, "seed": seed, "method": method, **row, "gold": judgement})
+    files = {"results.jsonl": results, "selection.jsonl": results, "samples.jsonl": samples}
+    if more:
+        files = {name: [row | further(row) for row in rows] for name, rows in files.items() if name != "samples.jsonl"}
+        files |= {"samples.jsonl": samples, "win_rates.jsonl": win_rates(results)}
     section = {
         "kind": "evaluate",
         "reference": "sft",
@@ -193,7 +234,7 @@ def write_evaluate(
         "evaluate",
         section,
         inputs=("sft", *BETAS, "ppo", "reward_model"),
-        files={"results.jsonl": results, "selection.jsonl": results, "samples.jsonl": samples},
+        files=files,
         summary={"selected": {"sft": "sft", "dpo": "dpo_01", "ppo": "ppo"}, "judge": "gold"},
         elsewhere=elsewhere,
     )

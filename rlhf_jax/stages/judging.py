@@ -1,0 +1,57 @@
+"""Who prefers which of two answers: a gold judge or a reward model, by their scores, or a language model over HTTP."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from rlhf_jax.config import ModelSource
+from rlhf_jax.data import fetch
+from rlhf_jax.rewards.http_judge import HTTPJudge, HTTPJudgeConfig, Pair
+from rlhf_jax.stages.context import Context
+from rlhf_jax.stages.gold import has_judge, load_judge
+from rlhf_jax.stages.models import Policy
+from rlhf_jax.stages.scoring import make_scorer
+from rlhf_jax.types import Rollout
+
+TextScorer = Callable[[Rollout, Sequence[str]], np.ndarray]
+"""A judge's score of every response, float[N], by its tokens or by its text, the prompt's included."""
+
+
+def make_http_judge(config: HTTPJudgeConfig) -> HTTPJudge:
+    """A judge whose replies are kept with all that is fetched, so that no experiment pays for them twice."""
+    return HTTPJudge(config, fetch.data_dir() / "judge")
+
+
+def make_judge(source: ModelSource, context: Context) -> Callable[[Policy, Sequence[dict[str, Any]]], TextScorer]:
+    """The judge that a gold stage fitted, or a reward model, such as a larger one than what is trained on.
+
+    Returns: what gives the judge of a policy's answers to the prompts that were made from rows.
+    """
+    if source in context.stages and has_judge(context, source):
+        judge = load_judge(context, source)
+        return lambda policy, rows: lambda rollout, texts: judge.score(texts)
+    model, batch_size = context.reward_model(source), context.runtime.inference_batch
+
+    def of_rows(policy: Policy, rows: Sequence[dict[str, Any]]) -> TextScorer:
+        scorer = make_scorer(model, policy, rows, context.data, batch_size)
+        return lambda rollout, texts: scorer(rollout)
+
+    return of_rows
+
+
+def preferred_by_score(own: Float[np.ndarray, "N"], other: Float[np.ndarray, "N"]) -> Float[np.ndarray, "N"]:
+    """1 where the own score is higher, 0 where the other is, 1/2 where they are equal."""
+    return 0.5 * (1 + np.sign(own - other))
+
+
+def preferred_by_asking(
+    judge: HTTPJudge,
+    own: Sequence[dict[str, Any]],
+    other: Sequence[dict[str, Any]],
+    progress: Callable[[int, int], None],
+) -> Float[np.ndarray, "N"]:
+    """1 where the own answer is preferred, 0 where the other is, 1/2 for a tie. Args: rows of samples, as written."""
+    pairs = [Pair(a["prompt"], a["completion"], b["completion"]) for a, b in zip(own, other, strict=True)]
+    return judge.prefer(pairs, progress)

@@ -19,6 +19,9 @@ StageName = NewType("StageName", str)
 ModelSource = NewType("ModelSource", str)
 """A field of this type names an earlier stage, or a checkpoint: a directory, a GGUF file, an id on the hub."""
 
+FunctionSource = NewType("FunctionSource", str)
+"""A field of this type names a Python function: package.module:function, or path/file.py:function."""
+
 
 def build(cls: type[T], section: Mapping[str, Any] | ConfigDict, path: str) -> T:
     """An instance of a dataclass from a config section.
@@ -56,6 +59,11 @@ def checkpoints(config: Any, known: Container[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for name in _named(config, ModelSource) if name not in known))
 
 
+def functions(config: Any) -> tuple[str, ...]:
+    """The Python functions that a stage's config names."""
+    return tuple(dict.fromkeys(_named(config, FunctionSource)))
+
+
 def _named(config: Any, kind: Any) -> Iterator[str]:
     """Values of a config's fields of one kind of name, sections within it included."""
     for field, hint in typing.get_type_hints(type(config)).items():
@@ -73,6 +81,8 @@ def describe(hint: Any) -> str:
         return "the name of a stage"
     if hint is ModelSource:
         return "the name of a stage, or a checkpoint's directory, GGUF file or hub id"
+    if hint is FunctionSource:
+        return "a function, as package.module:function or path/file.py:function"
     if hint is types.NoneType:
         return "None"
     if dataclasses.is_dataclass(hint):
@@ -140,7 +150,7 @@ def _matches(hint: Any, value: Any) -> bool:
             return False
         elements = _elements(hint, value)
         return len(elements) == len(value) and all(map(_matches, elements, value))
-    if hint in (StageName, ModelSource):
+    if hint in (StageName, ModelSource, FunctionSource):
         return isinstance(value, str)
     if hint is float:
         return type(value) in (int, float)

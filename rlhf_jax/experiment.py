@@ -18,6 +18,7 @@ from rlhf_jax import config as configs
 from rlhf_jax.data import formats
 from rlhf_jax.data.pipeline import DataConfig
 from rlhf_jax.models import hf
+from rlhf_jax.rewards.functions import function_hash
 from rlhf_jax.runtime.files import read_rows, write_json
 from rlhf_jax.runtime.pretrained import MODELS
 from rlhf_jax.runtime.programs import RuntimeConfig
@@ -89,6 +90,8 @@ class Experiment:
         inputs = {input: fingerprint(input) for input in configs.input_stages(stage, self.stages)}
         for source in configs.checkpoints(stage, self.stages):
             inputs[source] = hf.checkpoint_hash(checkpoint_directory(source))
+        for source in configs.functions(stage):
+            inputs[source] = function_hash(source)
         return Identity(dataclasses.asdict(stage), common, inputs)
 
 

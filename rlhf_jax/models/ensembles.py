@@ -26,7 +26,7 @@ class EnsembleConfig:
         check_combination(self.combine, self.variance_coefficient)
 
 
-def check_combination(combine: Combine, variance_coefficient: float | None) -> None:
+def check_combination(combine: Combine | None, variance_coefficient: float | None) -> None:
     """Raises ValueError unless there is a coefficient with uwo, and with nothing else."""
     if (combine == "uwo") != (variance_coefficient is not None):
         raise ValueError(

@@ -197,8 +197,9 @@ class Run:
         """The reward model that a stage, or else a later one or any, scores this stage's responses by."""
         tokenizer = (self._file(stage, "tokenizer") / TOKENIZER_FILE).read_bytes()
         askers = [stage, *self.of_kind("evaluate"), *self.of_kind("ppo"), *self.of_kind("best_of_n")]
-        named = [self.config(name)["section"].get("reward_model") for name in askers]
-        for name in [*named, *reversed(self.of_kind("reward_model", complete=True))]:
+        sources = [self.config(name)["section"].get("reward_model") for name in askers]
+        named = [source.get("model") if isinstance(source, dict) else source for source in sources]
+        for name in [*filter(None, named), *reversed(self.of_kind("reward_model", complete=True))]:
             complete = name in self._directories() and self.is_complete(name)
             if complete and (self._file(name, "tokenizer") / TOKENIZER_FILE).read_bytes() == tokenizer:
                 return name

@@ -29,6 +29,7 @@ from rlhf_jax.sampling.batches import response_logprobs_all, sample_all
 from rlhf_jax.stages.context import Context
 from rlhf_jax.stages.gold import load_judge
 from rlhf_jax.stages.models import Policy
+from rlhf_jax.stages.reward_source import RewardSource
 from rlhf_jax.stages.samples import sample_rows
 from rlhf_jax.stages.scoring import make_scorer
 from rlhf_jax.types import RlhfError, Rollout
@@ -43,7 +44,7 @@ class BestOfNConfig:
 
     kind: Literal["best_of_n"]
     policy: ModelSource
-    reward_model: ModelSource
+    reward_model: RewardSource
     judge: StageName | None
     prompts: int
     pool: int  # samples a prompt; every power of two up to it is reported

@@ -8,11 +8,13 @@ import jax
 from jaxtyping import PRNGKeyArray
 
 from rlhf_jax.data.pipeline import DataConfig
+from rlhf_jax.rewards.functions import load_function
 from rlhf_jax.runtime.programs import Placement, RuntimeConfig, make_placement
 from rlhf_jax.runtime.progress import Bar
 from rlhf_jax.runtime.workdir import Workdir
 from rlhf_jax.sampling.choice import Sampling
 from rlhf_jax.stages.models import AS_IT_IS, Policy, RewardModel, Tuning, load_checkpoint, load_stage, merged, tuned
+from rlhf_jax.stages.reward_source import Reward, RewardConfig, RewardSource, recombined
 from rlhf_jax.text.tokenizer import Tokenizer
 from rlhf_jax.types import RlhfError
 
@@ -54,8 +56,21 @@ class Context:
             raise RlhfError(f"config.{self.name}: {source} is a reward model where a language model is needed")
         return found
 
-    def reward_model(self, source: str) -> RewardModel:
-        """The reward model that an earlier stage trained, or a checkpoint's."""
+    def reward_model(self, source: RewardSource) -> RewardModel | Reward:
+        """The reward model that an earlier stage trained, or a checkpoint's; or a reward of several parts.
+
+        A section that names a model and nothing else is that model.
+        """
+        if not isinstance(source, RewardConfig):
+            return self._reward_model(source)
+        model = None
+        if source.model is not None:
+            model = recombined(self._reward_model(source.model), source, f"config.{self.name}.reward_model")
+        functions = tuple(map(load_function, source.functions))
+        weights = source.weights or (1.0,) * (len(functions) + (model is not None))
+        return model if model is not None and weights == (1.0,) else Reward(model, functions, weights)
+
+    def _reward_model(self, source: str) -> RewardModel:
         found = self.model(source)
         if not isinstance(found, RewardModel):
             raise RlhfError(f"config.{self.name}: {source} is a language model where a reward model is needed")

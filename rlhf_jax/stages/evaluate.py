@@ -25,6 +25,7 @@ from rlhf_jax.stages.answers import Answers, Method, Split, answer, held_out_tex
 from rlhf_jax.stages.context import Context
 from rlhf_jax.stages.judging import TextScorer, make_http_judge, make_judge, preferred_by_asking, preferred_by_score
 from rlhf_jax.stages.models import Policy, RewardModel
+from rlhf_jax.stages.reward_source import Reward, RewardSource, name_of
 from rlhf_jax.stages.scoring import make_scorer
 
 Z_95 = 1.959964
@@ -40,7 +41,7 @@ class EvaluateConfig:
     reference: ModelSource
     policies: tuple[StageName, ...]
     best_of: tuple[int, ...]  # each above 1
-    reward_model: ModelSource
+    reward_model: RewardSource
     judge: ModelSource | HTTPJudgeConfig | None  # a gold stage, a reward model; None: reward_model decides the pairs
     prompts: int  # at most, of the test split
     selection_prompts: int  # at most, of the evaluation split
@@ -65,7 +66,7 @@ class Judges(NamedTuple):
     """The models that every split is judged by."""
 
     reference: Policy
-    reward_model: RewardModel
+    reward_model: RewardModel | Reward
     judge: Callable[[Policy, Rows], TextScorer] | None
     http: HTTPJudge | None
 
@@ -94,7 +95,7 @@ def run(config: EvaluateConfig, context: Context) -> dict[str, Any]:
         "selected": select(selection, column, context),
         "judge": config.judge.model
         if isinstance(config.judge, HTTPJudgeConfig)
-        else config.judge or config.reward_model,
+        else config.judge or name_of(config.reward_model),
         **(http.summary() if http else {}),
     }
 

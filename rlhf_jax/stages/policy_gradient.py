@@ -33,7 +33,7 @@ from rlhf_jax.stages.policy_method import Method, Networks, OnlineConfig, Sample
 from rlhf_jax.stages.policy_update import optimise
 from rlhf_jax.stages.prompts import MixedSource, PromptSource
 from rlhf_jax.stages.samples import sample_rows
-from rlhf_jax.stages.scoring import make_scorer, reads_same_tokens
+from rlhf_jax.stages.scoring import joins_program, make_scorer
 from rlhf_jax.stages.training import adapted_network, adapted_scalar, begin
 from rlhf_jax.types import PromptBatch
 
@@ -134,9 +134,9 @@ class Scoring(NamedTuple):
 
 
 def scoring(config: OnlineConfig, context: Context, policy: Policy, rows: Sequence[dict[str, Any]]) -> Scoring:
-    """On the device where the reward model reads the policy's tokens."""
+    """On the device where the reward is a model that reads the policy's tokens."""
     reward_model = context.reward_model(config.reward_model)
-    if reads_same_tokens(reward_model.tokenizer, policy.tokenizer):
+    if joins_program(reward_model, policy):
         return Scoring(reward_model, None)
     return Scoring(None, make_scorer(reward_model, policy, rows, context.data, context.runtime.inference_batch))
 
@@ -170,7 +170,7 @@ def run(config: OnlineConfig, method: Method, start_value: StartValue, context: 
     placement = context.placement(context.seeds)
     several = context.seeds > 1
     prompt_keys, run_keys = zip(*(jax.random.split(context.key(k)) for k in range(context.seeds)), strict=True)
-    value = start_value(reference, scores.on_device, context.key())
+    value = start_value(reference, scores.on_device and scores.on_device.members()[0], context.key())
     separate = adapted_scalar(value.network, lora) if isinstance(value.network, ScalarNetwork) else None
     networks = Networks(
         policy=reference.network,

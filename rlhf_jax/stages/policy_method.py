@@ -19,6 +19,7 @@ from rlhf_jax.models.scalars import ScalarNetwork
 from rlhf_jax.runtime.loop import LoopConfig
 from rlhf_jax.runtime.optimizers import OptimizerConfig
 from rlhf_jax.stages.models import AS_IT_IS, Tuning
+from rlhf_jax.stages.reward_source import RewardSource
 from rlhf_jax.stages.training import whole
 from rlhf_jax.types import Rollout, TokenBatch
 
@@ -57,7 +58,7 @@ class OnlineConfig:
     """What every method reads: the policy that is start and reference, the reward model, and how long it is trained."""
 
     policy: ModelSource
-    reward_model: ModelSource
+    reward_model: RewardSource
     iterations: int
     batch_size: int  # responses an iteration
     minibatches: int

@@ -19,6 +19,7 @@ from rlhf_jax.sampling.batches import sample_all
 from rlhf_jax.stages.context import Context
 from rlhf_jax.stages.gold import load_judge
 from rlhf_jax.stages.models import Policy
+from rlhf_jax.stages.reward_source import RewardSource
 from rlhf_jax.stages.samples import texts
 from rlhf_jax.stages.scoring import make_scorer
 from rlhf_jax.types import RlhfError, Rollout
@@ -43,7 +44,7 @@ class PreferencesConfig:
     eval_prompts: int  # of the prompts, those held out
     samples_per_prompt: int
     rationality: float | None
-    reward_model: ModelSource | None = None
+    reward_model: RewardSource | None = None
     pairs: Literal["all", "best_worst"] = "all"
     margin: float | None = None
 

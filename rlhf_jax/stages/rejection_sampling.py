@@ -24,6 +24,7 @@ from rlhf_jax.sampling.batches import sample_all
 from rlhf_jax.stages.context import Context
 from rlhf_jax.stages.preferences import TRAIN_FILE as PREFERENCES_FILE
 from rlhf_jax.stages.preferences import load_preferences
+from rlhf_jax.stages.reward_source import RewardSource
 from rlhf_jax.stages.samples import texts
 from rlhf_jax.stages.scoring import make_scorer
 from rlhf_jax.types import RlhfError
@@ -79,7 +80,7 @@ class RejectionSamplingConfig:
 
     kind: Literal["rejection_sampling"]
     policy: ModelSource
-    reward_model: ModelSource
+    reward_model: RewardSource
     prompts: int  # drawn from the training split
     eval_prompts: int  # of the prompts, those whose answers are held out
     samples_per_prompt: int

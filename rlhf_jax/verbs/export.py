@@ -41,6 +41,11 @@ def export(model: Policy | RewardModel, out: Path) -> None:
     Raises RlhfError for a reward model that transformers would read otherwise.
     """
     assert model.hf_config is not None
+    if isinstance(model, RewardModel) and model.network.ensemble is not None:
+        raise RlhfError(
+            f"the reward model is an ensemble of {model.network.ensemble.members}, and a checkpoint holds one model: "
+            "export a stage that trained one"
+        )
     if isinstance(model, RewardModel) and model.network.pooling != "last":
         raise RlhfError(
             f"the reward model reads its score with pooling = {model.network.pooling!r}, and transformers' classifiers "

@@ -1,0 +1,149 @@
+"""Rewards written in Python, as in TRL: `reward_fn(prompts, completions, **columns) -> list[float]`."""
+
+import dataclasses
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import math
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from rlhf_jax.types import RlhfError
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardFunction:
+    """A function of texts (or chats) that says what each completion is worth."""
+
+    source: str  # "package.module:function" or "path/file.py:function"
+    function: Callable[..., Any]
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, list]) -> np.ndarray:
+        """float64[N]; NaN where the function says None or NaN: it does not apply to that completion.
+
+        A function that takes `**kwargs` is given every column, another one those that it names.
+
+        Raises RlhfError, naming the function, where it raises, where it asks for a column that there is not, and where
+        it does not return a number or None for each completion.
+        """
+        given = {"prompts": list(prompts), "completions": list(completions), **columns}
+        try:
+            found = self.function(**self._arguments(given))
+        except RlhfError:
+            raise
+        except Exception as error:  # whatever a user's function may raise
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            raise RlhfError(
+                f"reward function {self.source} raised {type(error).__name__}: {error} ({frame.filename}, line "
+                f"{frame.lineno}): mend it"
+            ) from error
+        return self._checked(found, len(given["completions"]))
+
+    def _arguments(self, given: dict[str, Any]) -> dict[str, Any]:
+        parameters = inspect.signature(self.function).parameters.values()
+        named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        for parameter in parameters:
+            needed = parameter.default is parameter.empty and parameter.kind in named
+            if needed and parameter.name not in given:
+                raise RlhfError(
+                    f"reward function {self.source} asks for {parameter.name}, and there are {', '.join(given)}: a "
+                    "column is given where every row of the prompts has it, and rows with one prompt agree in it"
+                )
+        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            return given
+        return {parameter.name: given[parameter.name] for parameter in parameters if parameter.name in given}
+
+    def _checked(self, found: Any, count: int) -> np.ndarray:
+        where = f"reward function {self.source}"
+        if isinstance(found, np.ndarray):
+            found = found.tolist()
+        if not isinstance(found, (list, tuple)):
+            raise RlhfError(f"{where} returned a {type(found).__name__}: return a list with a number a completion")
+        if len(found) != count:
+            raise RlhfError(f"{where} returned {len(found)} rewards for {count} completions: return one for each")
+        rewards = np.full(count, np.nan)
+        for place, reward in enumerate(found):
+            if reward is None:
+                continue
+            if isinstance(reward, (str, bytes)) or not hasattr(reward, "__float__") or math.isinf(float(reward)):
+                raise RlhfError(
+                    f"{where} returned {reward!r} for completion {place + 1} of {count}: return a finite number, or "
+                    "None where the function does not apply"
+                )
+            rewards[place] = float(reward)
+        return rewards
+
+
+def load_function(source: str) -> RewardFunction:
+    """The function that a source names. Raises RlhfError where there is none, or where its module does not load."""
+    place, name = _parts(source)
+    try:
+        module = _load_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+    except Exception as error:  # whatever a user's module may raise
+        raise RlhfError(f"reward function {source} cannot be loaded: {type(error).__name__}: {error}") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise RlhfError(f"reward function {source}: {place} has no function {name!r}")
+    if inspect.iscoroutinefunction(function):
+        raise RlhfError(f"reward function {source} is asynchronous: give a plain function")
+    return RewardFunction(source, function)
+
+
+def function_hash(source: str) -> str:
+    """SHA-256 in hex of the file that a function stands in, so that a changed function is noticed."""
+    place, _ = _parts(source)
+    file: str | None = place
+    if not place.endswith(".py"):
+        try:
+            spec = importlib.util.find_spec(place)
+        except (ImportError, ValueError):
+            spec = None
+        file = None if spec is None else spec.origin
+    if file is None or not Path(file).is_file():
+        raise RlhfError(f"reward function {source}: there is no {place}; a file is named from the working directory")
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+
+
+def weighted_sum(rewards: np.ndarray, weights: Sequence[float], sources: Sequence[str]) -> np.ndarray:
+    """float32[N], from float64[N, parts]: what does not apply counts nothing, as in TRL's GRPOTrainer.
+
+    Raises RlhfError where nothing applies to a completion; TRL goes on without it, and so leaves its group smaller.
+    """
+    nothing = np.isnan(rewards).all(axis=1)
+    if nothing.any():
+        raise RlhfError(
+            f"none of the reward functions {', '.join(sources)} applies to completion {int(nothing.argmax()) + 1} of "
+            f"{len(rewards)}: let one of them give it a number"
+        )
+    return np.nansum(rewards * np.asarray(weights), axis=1).astype(np.float32)
+
+
+def _parts(source: str) -> tuple[str, str]:
+    place, _, name = source.rpartition(":")
+    if not place or not name.isidentifier():
+        raise RlhfError(f"{source!r} names no reward function: write package.module:function or path/file.py:function")
+    return place, name
+
+
+def _load_file(path: Path) -> ModuleType:
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+    name = f"_rlhf_jax_reward_{path.stem}_{digest}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module

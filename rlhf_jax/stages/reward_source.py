@@ -1,0 +1,72 @@
+"""What a stage's config may name as its reward: a reward model, or a sum of several parts.
+
+Wherever a stage is told what to score by, its field is a `RewardSource`. `Context.reward_model` finds what it names,
+and `scoring.make_scorer` makes of either a function of responses.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+from rlhf_jax.config import FunctionSource, ModelSource
+from rlhf_jax.models.ensembles import Combine, EnsembleConfig, check_combination
+from rlhf_jax.rewards.functions import RewardFunction
+from rlhf_jax.stages.models import RewardModel
+from rlhf_jax.types import RlhfError
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardConfig:
+    """A reward of several parts: Python functions, a reward model, or both, and how much each of them counts.
+
+    A function is `reward_fn(prompts, completions, **columns) -> list[float | None]`, as in TRL: chats where the prompts
+    are chats, else texts; `completion_ids` beside them; and every other column of the prompts' rows. It runs on the
+    host, between the two halves of an online stage's iteration. `combine` is another way to combine an ensemble than
+    that which it was trained with.
+    """
+
+    functions: tuple[FunctionSource, ...] = ()
+    model: ModelSource | None = None
+    weights: tuple[float, ...] | None = None  # of the model, where there is one, and the functions; None: 1 each
+    combine: Combine | None = None
+    variance_coefficient: float | None = None
+
+    def __post_init__(self) -> None:
+        parts = len(self.functions) + (self.model is not None)
+        if not parts:
+            raise ValueError("functions = () and model = None: a reward needs one of them")
+        if self.weights is not None and len(self.weights) != parts:
+            raise ValueError(
+                f"weights = {self.weights} must have one for each of {parts} parts, the model's first if there is one"
+            )
+        if self.combine is not None and self.model is None:
+            raise ValueError(f"combine = {self.combine!r} needs a model, an ensemble of which it says how to combine")
+        if self.combine is not None or self.variance_coefficient is not None:
+            check_combination(self.combine, self.variance_coefficient)
+
+
+RewardSource = ModelSource | RewardConfig
+
+
+class Reward(NamedTuple):
+    """A reward of several parts that one can use."""
+
+    model: RewardModel | None
+    functions: tuple[RewardFunction, ...]
+    weights: tuple[float, ...]
+
+
+def name_of(source: RewardSource) -> str:
+    """A reward as a table names it."""
+    if not isinstance(source, RewardConfig):
+        return source
+    return " + ".join([*([source.model] if source.model else []), *source.functions])
+
+
+def recombined(model: RewardModel, source: RewardConfig, where: str) -> RewardModel:
+    """An ensemble whose scores are combined as a section says. Raises RlhfError where it is none."""
+    if source.combine is None:
+        return model
+    if model.network.ensemble is None:
+        raise RlhfError(f"{where}.combine = {source.combine!r}: {source.model} is a single model, not an ensemble")
+    ensemble = EnsembleConfig(model.network.ensemble.members, source.combine, source.variance_coefficient)
+    return model._replace(network=dataclasses.replace(model.network, ensemble=ensemble))

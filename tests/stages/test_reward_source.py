@@ -1,0 +1,181 @@
+"""Rewards of several parts: a model, Python functions, or both, wherever a stage names what it scores by."""
+
+import dataclasses
+import json
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from rlhf_jax.config import FunctionSource, ModelSource
+from rlhf_jax.data import pipeline
+from rlhf_jax.models.ensembles import EnsembleConfig
+from rlhf_jax.rewards.functions import load_function
+from rlhf_jax.sampling.batches import score_all
+from rlhf_jax.stages.models import Policy, RewardModel, load_checkpoint
+from rlhf_jax.stages.reward_source import Reward, RewardConfig, name_of, recombined
+from rlhf_jax.stages.scoring import joins_program, make_scorer
+from rlhf_jax.types import RlhfError, Rollout
+from tests import tiny
+from tests.stages import experiments
+
+DATA = pipeline.DataConfig(
+    train="",
+    eval="",
+    test=None,
+    limit=None,
+    text_prompt_tokens=(1, 2),
+    max_prompt_tokens=24,
+    max_response_tokens=8,
+)
+FUNCTIONS = """
+from rlhf_jax.data import pipeline
+from rlhf_jax.sampling.batches import score_all
+from rlhf_jax.stages.models import load_checkpoint
+from rlhf_jax.types import Rollout
+from tests.stages.test_reward_source import DATA
+
+JUDGE = load_checkpoint({judge!r})
+
+def by_judge(prompts, completions, completion_ids, **columns):
+    assert all(chat[-1]["role"] == "user" for chat in prompts)
+    assert all(chat[0]["role"] == "assistant" for chat in completions)
+    examples, _ = pipeline.encode_pairs(prompts, completions, JUDGE.tokenizer, DATA)
+    read = Rollout(
+        *pipeline.pad_left([example.prompt for example in examples], 24),
+        *pipeline.pad_right(completion_ids, 8),
+    )
+    return score_all(JUDGE.network, JUDGE.params, read, 32).tolist()
+
+def right(completions, answer, **columns):
+    return [float(a in chat[0]["content"]) if a else None for a, chat in zip(answer, completions)]
+
+def tokens(completion_ids):
+    return [len(ids) for ids in completion_ids]
+"""
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("sources")
+    model, judge = experiments.models(directory)
+    (directory / "mine.py").write_text(FUNCTIONS.format(judge=judge))
+    return directory, model, judge
+
+
+def test_both_paths_give_the_same_learning_step(places):
+    """The same network, within the compiled iteration and as a Python function between its two halves."""
+    directory, model, judge = places
+    section = {
+        "kind": "group_rl",
+        "method": "rloo",
+        "num_generations": 4,
+        "policy": model,
+        "iterations": 2,
+        "batch_size": 16,
+        "minibatches": 1,
+        "epochs": 1,
+        "temperature": 1.0,
+        "kl_coef": 0.05,
+        "optimizer": experiments.OPTIMIZER,
+        "samples_every": 1,
+        "samples_written": 4,
+        "loop": {"steps_per_call": 1, "checkpoint_every": 100},
+    }
+    best = {"kind": "best_of_n", "policy": model, "judge": None, "prompts": 8, "pool": 2, "temperature": 1.0}
+    sources = (judge, {"functions": (f"{directory / 'mine.py'}:by_judge",)})
+    shortest = {**best, "reward_model": {"functions": (f"{directory / 'mine.py'}:tokens",), "weights": (-1.0,)}}
+    data = experiments.questions(directory / "questions.jsonl", 16)
+    runs = [
+        experiments.run(directory / f"run_{i}", data, {"rl": {**section, "reward_model": source}, "best": shortest})
+        for i, source in enumerate(sources)
+    ]
+    one, other = (experiments.rows(run.find("rl") / "metrics.jsonl") for run in runs)
+    assert len(one) == len(other) == 2
+    for ours, theirs in zip(one, other, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, value in ours.items():
+            if not name.startswith("time/"):
+                np.testing.assert_allclose(theirs[name], value, rtol=1e-3, atol=1e-4, err_msg=name)
+    assert one[0]["reward_std"] > 0.01
+    for ours, theirs in zip(*(experiments.rows(run.find("rl") / "samples.jsonl") for run in runs), strict=True):
+        assert ours["completion"] == theirs["completion"]
+    inputs = json.loads((runs[1].find("rl") / "config.json").read_text())["inputs"]
+    assert f"{directory / 'mine.py'}:by_judge" in inputs
+    curve = experiments.rows(runs[1].find("best") / "curve.jsonl")
+    assert curve[0]["proxy"] < curve[-1]["proxy"] < 0  # the shortest of two
+
+
+@pytest.fixture(scope="module")
+def loaded(places):
+    policy, judge = (load_checkpoint(place) for place in places[1:])
+    assert isinstance(policy, Policy) and isinstance(judge, RewardModel)
+    return policy, judge
+
+
+ROWS = [
+    {"prompt": [{"role": "user", "content": "the film"}], "answer": "good", "id": 1},
+    {"prompt": [{"role": "user", "content": "is bad"}], "answer": "", "id": 2},
+    {"prompt": [{"role": "user", "content": "the film"}], "answer": "good", "id": 3},
+]
+
+
+def rollout(policy) -> Rollout:
+    prompts = pipeline.take(pipeline.prompts(ROWS, policy.tokenizer, DATA), np.array([1, 0, 0]))
+    answers = [[*policy.tokenizer.encode(text), policy.tokenizer.eos_id] for text in ("good", "is good", "dull bad")]
+    return Rollout(*prompts, *pipeline.pad_right(answers, 8))
+
+
+def reward(places, model, names, weights) -> Reward:
+    return Reward(model, tuple(load_function(f"{places[0] / 'mine.py'}:{name}") for name in names), weights)
+
+
+def test_parts_are_weighted_and_functions_see_the_columns_of_their_prompts(places, loaded):
+    policy, judge = loaded
+    given = rollout(policy)
+    plain = score_all(judge.network, judge.params, given, 4)
+    source = reward(places, judge, ("right", "tokens"), (2.0, 10.0, 1.0))
+    scores = make_scorer(source, policy, ROWS, DATA, 4)(given)
+    # The first answer is to the prompt of which the function says nothing.
+    np.testing.assert_allclose(scores, 2 * plain + [0, 10, 0] + [2, 3, 3], rtol=1e-5)
+    assert scores.dtype == np.float32
+    assert joins_program(judge, policy) and not joins_program(source, policy)
+
+
+def test_columns_in_which_rows_with_one_prompt_differ_are_not_given(places, loaded):
+    policy, _ = loaded
+    rows = [row | {"answer": f"{row['id']}"} for row in ROWS]
+    with pytest.raises(RlhfError, match=r"mine.py:right asks for answer, and there are prompts, completions"):
+        make_scorer(reward(places, None, ("right",), (1.0,)), policy, rows, DATA, 4)(rollout(policy))
+
+
+def test_sections_that_cannot_be_are_refused():
+    function = FunctionSource("mine.py:f")
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
+        ({}, "a reward needs one of them"),
+        ({"functions": (function,), "weights": (1.0, 2.0)}, "must have one for each of 1 parts"),
+        ({"functions": (function,), "combine": "wco"}, "needs a model"),
+        ({"model": ModelSource("rm"), "variance_coefficient": 0.1}, "nothing else reads it"),
+    )
+    for fields, message in cases:
+        with pytest.raises(ValueError, match=message):
+            RewardConfig(**fields)
+    assert name_of(RewardConfig((function,), ModelSource("rm"))) == "rm + mine.py:f"
+
+
+def test_a_stage_may_combine_an_ensemble_otherwise(loaded):
+    _, judge = loaded
+    source = RewardConfig(model=ModelSource("rm"), combine="wco")
+    with pytest.raises(RlhfError, match=r"config.ppo.combine = 'wco': rm is a single model"):
+        recombined(judge, source, "config.ppo")
+    params = jax.tree.map(
+        lambda *leaves: np.stack(leaves),
+        *(jax.tree.map(lambda leaf, k=k: k * leaf, tiny.reward_params()) for k in (1, -2, 3)),
+    )
+    model = RewardModel(dataclasses.replace(tiny.REWARD, ensemble=EnsembleConfig(3, "mean")), params, judge.tokenizer)
+    given = Rollout(*tiny.prompts(4)[:2], *tiny.preferences(4)[2:4])
+    each = np.stack([score_all(one.network, one.params, given, 4) for one in model.members()])
+    worst = recombined(model, source, "config.ppo")
+    np.testing.assert_allclose(score_all(worst.network, worst.params, given, 4), each.min(axis=0), atol=1e-5)
+    np.testing.assert_allclose(score_all(model.network, model.params, given, 4), each.mean(axis=0), atol=1e-5)

@@ -20,6 +20,7 @@ from rlhf_jax.reports.run import Run
 from rlhf_jax.runtime.pretrained import MODELS, fetch_model
 from rlhf_jax.runtime.workdir import Workdir
 from rlhf_jax.types import RlhfError
+from rlhf_jax.verbs.best_of_n import best_of_n_verb
 from rlhf_jax.verbs.chat import chat_verb
 from rlhf_jax.verbs.export import export_verb
 from rlhf_jax.verbs.logprobs import logprobs_verb
@@ -39,6 +40,8 @@ rlhf-jax: learning from human preferences in JAX
       talks to a model in the terminal
   rlhf-jax logprobs MODEL < ROWS.jsonl > OUT.jsonl
       adds the log-probabilities of completions to rows of prompt and completion
+  rlhf-jax best-of-n MODEL --reward-model=DIR [--n=16] [--soft=LAMBDA] [--out=FILE] < PROMPTS.jsonl > BEST.jsonl
+      samples answers to rows of prompts, and adds the one that a reward model likes best; --out goes on where it ended
   rlhf-jax export MODEL --out=DIR
       writes a model as a directory that transformers loads
 
@@ -116,6 +119,7 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "sample": sample_verb,
     "chat": chat_verb,
     "logprobs": logprobs_verb,
+    "best-of-n": best_of_n_verb,
     "export": export_verb,
 }
 

@@ -1,6 +1,5 @@
 """`rlhf-jax chat`: a conversation in the terminal."""
 
-import argparse
 import contextlib
 import dataclasses
 import importlib
@@ -14,8 +13,6 @@ import jax
 from rich.console import Console
 from rich.markup import escape
 
-from rlhf_jax.reports.run import Run
-from rlhf_jax.stages import models
 from rlhf_jax.stages.models import RewardModel
 from rlhf_jax.types import RlhfError
 from rlhf_jax.verbs import options as flags
@@ -39,14 +36,13 @@ def chat_verb(arguments: list[str]) -> None:
     parser = flags.Parser("rlhf-jax chat", DESCRIPTION)
     flags.add_model_flags(parser)
     parser.add_argument("--system", metavar="TEXT", help="what the assistant is told first")
-    parser.add_argument("--reward-model", metavar="DIR", help="scores answers: named as --model is")
-    parser.add_argument("--reward-stage", metavar="NAME", help="scores answers: a stage of --workdir")
+    flags.add_judge_flags(parser)
     flags.add_sampling_flags(parser)
     options = parser.parse_args(arguments)
     console = Console(highlight=False)
     with console.status("[dim]loading[/dim]"):
         policy = flags.load_policy(options)
-        judge = _load_judge(options)
+        judge = flags.load_judge(options)
     sampling = flags.sampling(options, policy, 512)
     conversation = Conversation(policy, sampling, jax.random.key(options.seed), options.stop)
     if options.system is not None:
@@ -125,21 +121,6 @@ class Terminal:
         # A model may write what a terminal would obey.
         safe = "".join(c for c in piece if c in "\n\t" or unicodedata.category(c) != "Cc")
         self._console.out(safe, end="", highlight=False)
-
-
-def _load_judge(options: argparse.Namespace) -> RewardModel | None:
-    if options.reward_model is not None and options.reward_stage is not None:
-        raise RlhfError("--reward-model and --reward-stage name two reward models: leave one of them out")
-    if options.reward_stage is not None:
-        if options.workdir is None:
-            raise RlhfError("--reward-stage needs the --workdir that has it: or give --reward-model=DIR")
-        return Run(options.workdir, options.inputs).load_reward_model(options.reward_stage)
-    if options.reward_model is None:
-        return None
-    judge = models.load_checkpoint(options.reward_model, flags.EXACT)
-    if not isinstance(judge, RewardModel):
-        raise RlhfError(f"--reward-model={options.reward_model} is a language model: give a classifier with one label")
-    return judge
 
 
 @contextlib.contextmanager

@@ -7,8 +7,6 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from rlhf_jax.data.formats import checked_row
 from rlhf_jax.data.pipeline import Example, encode_pairs, pad_left, pad_right
 from rlhf_jax.sampling.batches import response_logprobs_all
@@ -16,6 +14,7 @@ from rlhf_jax.sampling.buckets import bucket
 from rlhf_jax.stages.models import Policy
 from rlhf_jax.types import RlhfError, Rollout
 from rlhf_jax.verbs import options as flags
+from rlhf_jax.verbs.rows import read_objects, shortest
 
 DESCRIPTION = """\
 Reads rows of JSON from its input, each with a prompt and a completion (texts, or lists of messages, which the model's
@@ -63,10 +62,7 @@ def read_rows(lines: Iterable[bytes], policy: Policy, apart: list[int], *, eos: 
 
     Raises RlhfError naming the row that cannot be read.
     """
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        columns = _parse(line, number)
+    for number, columns in read_objects(lines, "{'prompt': ..., 'completion': ...}"):
         row = checked_row(columns, ("prompt", "completion"), f"row {number}")
         (example,), more = encode_pairs(
             [row["prompt"]], [row["completion"]], policy.tokenizer, flags.UNCUT, first=number
@@ -86,26 +82,11 @@ def completion_logprobs(policy: Policy, rows: list[_Row], batch_size: int) -> li
         *pad_left(prompts, bucket(max(map(len, prompts)))), *pad_right(responses, bucket(max(map(len, responses))))
     )
     logprobs = response_logprobs_all(policy.network, policy.params, rollout, batch_size)
-    tokens = [_shortest(row[: len(response)]) for row, response in zip(logprobs, responses, strict=True)]
+    tokens = [shortest(row[: len(response)]) for row, response in zip(logprobs, responses, strict=True)]
     return [{"logprob": math.fsum(row), "token_logprobs": row} for row in tokens]
-
-
-def _parse(line: bytes, number: int) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise RlhfError(f"row {number} is not JSON ({error}): write one object a line, in UTF-8") from error
-    if not isinstance(row, dict):
-        raise RlhfError(f"row {number} is no JSON object: write {{'prompt': ..., 'completion': ...}}")
-    return row
 
 
 def _check_length(example: Example, policy: Policy, number: int) -> None:
     length, context = len(example.prompt) + len(example.response), policy.network.config.context
     if context is not None and length > context:
         raise RlhfError(f"row {number} has {length} tokens, and the model sees {context}: shorten it")
-
-
-def _shortest(values: np.ndarray) -> list[float]:
-    """float32 as the shortest decimals that stand for them."""
-    return [float(str(value)) for value in values]

@@ -84,6 +84,28 @@ def load_policy(options: argparse.Namespace) -> Policy:
     return model
 
 
+def add_judge_flags(parser: Parser) -> None:
+    """The flags that `load_judge` reads."""
+    parser.add_argument("--reward-model", metavar="DIR", help="scores answers: named as --model is")
+    parser.add_argument("--reward-stage", metavar="NAME", help="scores answers: a stage of --workdir")
+
+
+def load_judge(options: argparse.Namespace) -> RewardModel | None:
+    """The reward model that the flags name, or None. Raises RlhfError where they name two, or a language model."""
+    if options.reward_model is not None and options.reward_stage is not None:
+        raise RlhfError("--reward-model and --reward-stage name two reward models: leave one of them out")
+    if options.reward_stage is not None:
+        if options.workdir is None:
+            raise RlhfError("--reward-stage needs the --workdir that has it: or give --reward-model=DIR")
+        return Run(options.workdir, options.inputs).load_reward_model(options.reward_stage)
+    if options.reward_model is None:
+        return None
+    judge = models.load_checkpoint(options.reward_model, EXACT)
+    if not isinstance(judge, RewardModel):
+        raise RlhfError(f"--reward-model={options.reward_model} is a language model: give a classifier with one label")
+    return judge
+
+
 def add_sampling_flags(parser: Parser) -> None:
     """The flags that `sampling` reads, and --seed and --stop."""
     how = parser.add_argument_group("how it answers")

@@ -12,6 +12,7 @@ VERBS = {
     "chat": [],
     "export": ["--out=/nonexistent/out"],
     "logprobs": [],
+    "best-of-n": [],
 }
 
 
@@ -39,7 +40,7 @@ def test_models_that_cannot_be(verb, flags, words, capsys, monkeypatch):
     assert words in fails(capsys, verb, *VERBS[verb], *flags)
 
 
-@pytest.mark.parametrize("verb", ["sample", "chat", "logprobs"])
+@pytest.mark.parametrize("verb", ["sample", "chat", "logprobs", "best-of-n"])
 def test_a_reward_model_writes_nothing(verb, tmp_path, capsys):
     judge = checkpoints.reward_model(tmp_path / "judge")
     assert "is a reward model, which writes nothing" in fails(capsys, verb, *VERBS[verb], f"--model={judge}")

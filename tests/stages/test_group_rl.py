@@ -1,0 +1,184 @@
+"""Methods without a value function: each learns, and what each config field does."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from rlhf_jax import config as configs
+from rlhf_jax.config import ModelSource
+from rlhf_jax.runtime.programs import SEED_AXIS, make_placement
+from rlhf_jax.stages import group_rl, policy_gradient
+from rlhf_jax.stages.experience import choose_groups
+from rlhf_jax.stages.policy_method import AdaptiveKL, Networks, Sampled
+from rlhf_jax.types import RlhfError, Rollout
+from tests import tiny
+from tests.runtime.test_programs import assert_close, runtime
+
+ROWS, GROUP, ITERATIONS = 16, 4, 30
+NETWORKS = Networks(tiny.POLICY, None, tiny.REWARD, (tiny.EOS,), tiny.RESPONSE)
+FIELDS: dict[str, Any] = {
+    "kind": "group_rl",
+    "policy": ModelSource("sft"),
+    "reward_model": ModelSource("reward_model"),
+    "iterations": ITERATIONS,
+    "batch_size": ROWS,
+    "minibatches": 1,
+    "epochs": 1,
+    "temperature": 1.0,
+    "num_generations": GROUP,
+    "optimizer": dataclasses.replace(tiny.OPTIMIZER, learning_rate=1e-2),
+    "samples_every": 1,
+    "samples_written": 4,
+    "loop": tiny.LOOP,
+}
+OPEN = ("rloo", "reinforce_plus_plus")
+
+
+def config_of(method, **changes) -> group_rl.GroupRLConfig:
+    fields: dict[str, Any] = {**FIELDS, "method": method, **({"kl_coef": 0.01} if method in OPEN else {}), **changes}
+    return group_rl.GroupRLConfig(**fields)
+
+
+def frozen():
+    return {"reference": tiny.policy_params(), "reward": tiny.reward_params()}
+
+
+def state_of(config):
+    return group_rl.init_state({"policy": tiny.policy_params()}, config)
+
+
+def halves(config):
+    return policy_gradient.make_halves(NETWORKS, config, group_rl.method_of(config), (), ())
+
+
+@functools.cache
+def sample_and_score():
+    """The first half is every method's, and compiled once."""
+    sample, reward = halves(config_of("grpo"))[0], tiny.REWARD.scores
+    return jax.jit(sample), jax.jit(reward)
+
+
+@pytest.mark.parametrize("method", group_rl.METHODS)
+def test_every_method_pleases_the_reward_model(method):
+    config = config_of(method)
+    state, networks = state_of(config), frozen()
+    (sample, reward), learn = sample_and_score(), jax.jit(halves(config)[1])
+    prompts = tiny.prompts(ROWS // GROUP * group_rl.method_of(config).oversampling)
+    found, responses = [], []
+    for _ in range(ITERATIONS):
+        state, _, sampled = sample(state, networks, prompts, jax.random.key(0))
+        state, metrics, _ = learn(
+            state, networks, (sampled, reward(networks["reward"], sampled.rollout)), jax.random.key(0)
+        )
+        found.append(jax.device_get(metrics))
+        responses.append(np.asarray(sampled.rollout.response))
+    metrics = {name: np.array([row[name] for row in found]) for name in found[0]}
+    scores = metrics["objective/scores"]  # what is maximised: DAPO's are less where a response is long
+    assert scores[-5:].mean() > scores[:5].mean() + 2 * scores[:5].std()
+    # With one update an iteration, the learner is always the policy that sampled.
+    np.testing.assert_allclose(metrics["val/ratio"], 1, atol=1e-5)
+    np.testing.assert_allclose(metrics["policy/approxkl_avg"], 0, atol=1e-9)
+    np.testing.assert_allclose(metrics["objective/kl"][0], 0, atol=1e-5)
+    assert np.all(metrics["sampling/sampling_logp_difference/max"] < 1e-4)
+    assert np.all(metrics["sampling/sampling_logp_difference/max"] > 0)  # two programs round differently
+    # Iterations have the same prompts here, and not the same random numbers.
+    assert np.mean(responses[0] != responses[1]) > 0.3
+
+
+def fixed_groups(scores):
+    """Two tokens a response, of which the first names its row."""
+    rows = len(scores)
+    response = jnp.stack([jnp.arange(rows), jnp.full(rows, tiny.EOS)], axis=1).astype(jnp.int32)
+    ones = jnp.ones((rows, 2), bool)
+    return Sampled(Rollout(response, ones, response, ones), jnp.zeros((rows, 2)), None), jnp.asarray(scores)
+
+
+def test_groups_whose_scores_differ_come_first_and_others_are_masked():
+    config = config_of("dapo", batch_size=9, num_generations=3, overlong_buffer=0.0)
+    scores = [0.0] * 3 + [1.0, 0, 0] + [2.0] * 3 + [1.0] * 3 + [0, 0, 3.0] + [1.0] * 3
+    method = group_rl.method_of(config)
+    sampled, kept, useful, metrics = choose_groups(NETWORKS, config, method, *fixed_groups(scores), ())
+    assert sampled.rollout.response[:, 0].tolist() == [3, 4, 5, 12, 13, 14, 0, 1, 2]
+    assert kept.tolist() == [1, 0, 0, 0, 0, 3, 0, 0, 0]
+    assert useful.tolist() == [True] * 6 + [False] * 3
+    np.testing.assert_allclose(metrics["dynamic_sampling/groups_that_differ"], 2 / 6)
+    assert metrics["dynamic_sampling/groups_trained"] == 2
+
+
+def test_seeds_and_devices_give_the_same_iterations_and_each_seed_has_its_own_coefficient():
+    """Two iterations of two seeds under pmap, with groups chosen among twice as many, against each seed alone."""
+    controller = AdaptiveKL(target=0.2, horizon=100.0)
+    config = config_of("dapo", kl_coef=0.1, kl_controller=controller, minibatches=2, entropy_coef=0.01)
+    keys = jnp.stack([jax.random.key(seed) for seed in range(2)])
+    batches = [[tiny.prompts(8, 10 * seed + i) for i in range(2)] for seed in range(2)]
+
+    placement = make_placement(runtime("pmap", data=2, fsdp=1, tensor=1), seeds=2)
+    step = group_rl.make_step(NETWORKS, config, placement.axes, (SEED_AXIS,))
+    state = placement.put_state(jax.tree.map(lambda leaf: jnp.stack([leaf] * 2), state_of(config)))
+    per_iteration = tiny.several([tiny.several([batches[k][i] for k in range(2)]) for i in range(2)])
+    state, metrics, samples = placement.compile(step, state)(state, placement.put_frozen(frozen()), per_iteration, keys)
+    state = jax.device_get(placement.whole(state))
+
+    alone = make_placement(tiny.ONE_DEVICE, seeds=1)
+    single = group_rl.make_step(NETWORKS, config, (), ())
+    program = alone.compile(single, alone.put_state(state_of(config)))
+    for k in range(2):
+        one = alone.put_state(state_of(config))
+        one, expected, shown = program(one, frozen(), tiny.several(batches[k]), keys[k])
+        np.testing.assert_array_equal(samples.rollout.response[:, k], shown.rollout.response)
+        assert_close(jax.tree.map(lambda leaf, k=k: leaf[k], state.params), jax.device_get(one.params))
+        assert_close({name: metrics[name][:, k] for name in expected}, jax.device_get(expected), 1e-4)
+        np.testing.assert_allclose(state.controller["kl_coef"][k], one.controller["kl_coef"], rtol=1e-5)
+    np.testing.assert_allclose(metrics["objective/kl_coef"][0], [0.1, 0.1], rtol=1e-6)
+    assert len(set(np.asarray(state.controller["kl_coef"]).tolist())) == 2
+    assert "loss/kl_avg" in metrics
+
+
+def parse(**changes):
+    section = {name: value for name, value in FIELDS.items() if name not in ("optimizer", "loop")}
+    section |= {"optimizer": dataclasses.asdict(FIELDS["optimizer"]), "loop": dataclasses.asdict(FIELDS["loop"])}
+    return configs.build(group_rl.GroupRLConfig, ConfigDict(section | changes), "config.grpo")
+
+
+def test_a_method_sets_what_its_paper_sets_and_any_field_can_be_otherwise():
+    grpo, dapo = (group_rl.method_of(parse(method=name)) for name in ("grpo", "dapo"))
+    assert (grpo.aggregation, grpo.kl_in, grpo.kl_estimator, grpo.kl_coef) == ("sequence", "loss", "k3", 0.04)
+    assert dapo.bounds == {"clip_ratio": 0.2, "clip_ratio_high": 0.28}
+    assert (dapo.aggregation, dapo.oversampling, dapo.overlong_buffer, dapo.kl_coef) == ("token", 2, 0.2, 0.0)
+    other = group_rl.method_of(parse(method="grpo", aggregation="token", kl_coef=0.0, clip_ratio=0.1))
+    assert (other.aggregation, other.kl_coef, other.bounds["clip_ratio"]) == ("token", 0.0, 0.1)
+    assert group_rl.method_of(parse(method="cispo")).bounds == {"clip_ratio_high": 4.0}
+    assert group_rl.method_of(parse(method="grpo", policy_loss="reinforce")).bounds == {}
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"method": "rloo"}, r"method = 'rloo' leaves kl_coef to you"),
+        ({"method": "grpo", "num_generations": 1}, r"num_generations = 1 must be at least 2"),
+        ({"method": "grpo", "num_generations": 3}, r"16 responses do not divide into groups of num_generations = 3"),
+        ({"method": "cispo", "clip_ratio": 0.2}, r"clip_ratio is not read by policy_loss = 'cispo'"),
+        ({"method": "cispo", "policy_loss": "ppo"}, r"policy_loss = 'ppo' needs clip_ratio"),
+        ({"method": "dapo", "kl_in": "reward"}, r"kl_in = 'reward' says where the penalty is, and kl_coef is 0"),
+        ({"method": "grpo", "kl_estimator": "k1"}, r"kl_estimator = 'k1' in the loss has a gradient of mean 0"),
+        ({"method": "dapo", "overlong_buffer": 4.0}, r"overlong_buffer = 4.0 is a share"),
+        ({"method": "grpo", "oversampling": 0}, r"oversampling = 0 must be at least 1"),
+        ({"method": "dapo", "kl_controller": {"target": 1.0, "horizon": 1.0}}, r"kl_controller multiplies kl_coef = 0"),
+        ({"method": "grpo", "kl_controller": {"target": 0.0, "horizon": 1.0}}, r"kl_controller.target = 0.0 must be"),
+        ({"method": "grpo", "missing_eos_score": -1.0, "missing_eos_penalty": 1.0}, r"set one of the two"),
+        ({"method": "grpo", "importance_cap": 0.0}, r"importance_cap = 0.0 must be above 0"),
+        ({"method": "grpo", "ptx": {"coef": 1.0, "batch_size": 0}}, r"ptx.batch_size = 0 does not divide"),
+        ({"method": "grpo", "gamma": 1.0}, r"config.grpo.gamma is not a field of GroupRLConfig"),
+        ({"method": "grp"}, r"config.grpo.method = 'grp' should be one of"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_what_cannot_work_or_is_not_read_is_refused(changes, message):
+    with pytest.raises(RlhfError, match=message):
+        parse(**changes)

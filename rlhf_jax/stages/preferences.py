@@ -14,10 +14,12 @@ import numpy as np
 
 from rlhf_jax.config import ModelSource, StageName
 from rlhf_jax.data import chat, pipeline
+from rlhf_jax.rewards.http_judge import HTTPJudge, HTTPJudgeConfig, Pair
 from rlhf_jax.runtime.files import write_rows
 from rlhf_jax.sampling.batches import sample_all
 from rlhf_jax.stages.context import Context
 from rlhf_jax.stages.gold import load_judge
+from rlhf_jax.stages.judging import make_http_judge
 from rlhf_jax.stages.models import Policy
 from rlhf_jax.stages.reward_source import RewardSource
 from rlhf_jax.stages.samples import texts
@@ -39,7 +41,7 @@ class PreferencesConfig:
 
     kind: Literal["preferences"]
     policy: ModelSource
-    judge: StageName | None  # either a judge, or a reward model
+    judge: StageName | HTTPJudgeConfig | None  # either a judge, by its scores or asked over HTTP, or a reward model
     prompts: int
     eval_prompts: int  # of the prompts, those held out
     samples_per_prompt: int
@@ -54,6 +56,14 @@ class PreferencesConfig:
                 f"judge = {self.judge!r} and reward_model = {self.reward_model!r}: exactly one of them scores the "
                 "samples, and the other is None"
             )
+        if isinstance(self.judge, HTTPJudgeConfig):
+            needing = {"rationality": None, "pairs": "all", "margin": None}
+            for name, value in needing.items():
+                if getattr(self, name) != value:
+                    raise ValueError(
+                        f"{name} = {getattr(self, name)!r} needs scores, and a judge over HTTP gives none: set it to "
+                        f"{value!r}"
+                    )
         if self.samples_per_prompt < 2:
             raise ValueError(f"samples_per_prompt = {self.samples_per_prompt} must be at least 2, to make a pair")
         if not 0 < self.eval_prompts < self.prompts:
@@ -68,9 +78,10 @@ class PreferencesConfig:
 
 
 def run(config: PreferencesConfig, context: Context) -> dict[str, Any]:
-    """Writes `preferences.jsonl` and `preferences_eval.jsonl` (prompt, chosen, rejected, and their scores).
+    """Writes `preferences.jsonl` and `preferences_eval.jsonl` (prompt, chosen, rejected, and their scores, if any).
 
-    Prompts that are chats stay chats, and their responses are the assistant's messages.
+    Prompts that are chats stay chats, and their responses are the assistant's messages. A judge over HTTP is asked
+    about every pair in both orders; those that it cannot decide are left out.
     """
     policy = context.policy(config.policy)
     table = pipeline.load_rows(context.data, "train")
@@ -88,36 +99,43 @@ def run(config: PreferencesConfig, context: Context) -> dict[str, Any]:
         samples=config.samples_per_prompt,
         batch_size=context.runtime.inference_batch,
     )
-    scores = _scores(config, context, policy, table, rollout)
-    if scores.std() == 0:
-        raise RlhfError(f"config.{context.name}: all {len(scores)} samples have the same score, which prefers none")
     asked: list[Any]
     answers: list[Any]
-    asked, answers = texts(policy.tokenizer, rollout)
+    asked, answers = read, written = texts(policy.tokenizer, rollout)
     if chats := _chats(table):
         asked = [chats[i] for i in np.repeat(drawn, config.samples_per_prompt)]
         answers = [[{"role": "assistant", "content": answer}] for answer in answers]
-    rng = np.random.default_rng(np.asarray(jax.random.key_data(label_key)))
-    each = preferred(config, rng, asked, answers, scores)
+    if isinstance(config.judge, HTTPJudgeConfig):
+        http = make_http_judge(config.judge)
+        wins = _asked_about(http, config.samples_per_prompt, read, written, context)
+        each, figures = decided(wins, config.samples_per_prompt, asked, answers), http.summary()
+    else:
+        scores = _scores(config, context, policy, table, rollout)
+        if scores.std() == 0:
+            raise RlhfError(f"config.{context.name}: all {len(scores)} samples have the same score, which prefers none")
+        rng = np.random.default_rng(np.asarray(jax.random.key_data(label_key)))
+        each = preferred(config, rng, asked, answers, scores)
+        figures = {"judge_mean": float(scores.mean()), "judge_std": float(scores.std())}
     held_out = [row for rows in each[: config.eval_prompts] for row in rows]
     kept = [row for rows in each[config.eval_prompts :] for row in rows]
     for name, rows in ((EVAL_FILE, held_out), (TRAIN_FILE, kept)):
         if not rows:
             raise RlhfError(
-                f"config.{context.name}: no pair is left for {name}, because all have equal scores: draw more prompts, "
-                "or more samples a prompt"
+                f"config.{context.name}: no pair is left for {name}, because all are ties: draw more prompts, or more "
+                "samples a prompt"
             )
         write_rows(context.directory / name, rows)
-    pairs = held_out + kept
-    agreement = float(np.mean([row["chosen_score"] > row["rejected_score"] for row in pairs]))
-    context.bar.update(1, 1, {"pairs": len(pairs), "label agreement": agreement})
+    if "chosen_score" in kept[0]:
+        agreement = np.mean([row["chosen_score"] > row["rejected_score"] for row in held_out + kept])
+        figures = {"label_agreement": float(agreement), **figures}
+    shown = {name: figures[name] for name in ("label_agreement", "judge_cost") if name in figures}
+    context.bar.update(1, 1, {"pairs": len(held_out + kept), **shown})
+    a_prompt = len(PAIRS[config.pairs](np.zeros(config.samples_per_prompt)))
     return {
         "train_pairs": len(kept),
         "eval_pairs": len(held_out),
-        "ties_left_out": config.prompts * len(PAIRS[config.pairs](scores[: config.samples_per_prompt])) - len(pairs),
-        "label_agreement": agreement,
-        "judge_mean": float(scores.mean()),
-        "judge_std": float(scores.std()),
+        "ties_left_out": config.prompts * a_prompt - len(held_out + kept),
+        **figures,
         "prompt_key": np.asarray(jax.random.key_data(prompt_key)).tolist(),
     }
 
@@ -153,6 +171,25 @@ def preferred(
                     row["margin"] = config.margin * (row["chosen_score"] - row["rejected_score"]) / float(std)
                 rows.append(row)
         each.append(rows)
+    return each
+
+
+def decided(wins: np.ndarray, samples: int, prompts: list[Any], completions: list[Any]) -> list[list[dict[str, Any]]]:
+    """The pairs of each prompt that a judge decided: 1 where it prefers the first, 0 the second, 1/2 a tie left out.
+
+    Args: wins of all pairs of each prompt, in the order of `all_pairs`.
+    """
+    places, each = all_pairs(np.zeros(samples)), []
+    for number, own in enumerate(wins.reshape(-1, len(places))):
+        first = number * samples
+        two = [(completions[first + a], completions[first + b]) for a, b in places]
+        each.append(
+            [
+                {"prompt": prompts[first], "chosen": pair[int(win < 0.5)], "rejected": pair[int(win > 0.5)]}
+                for pair, win in zip(two, own, strict=True)
+                if win != 0.5
+            ]
+        )
     return each
 
 
@@ -204,6 +241,7 @@ def _scores(
 ) -> np.ndarray:
     """The judge's scores of the texts, or the reward model's of the responses: [N]."""
     if config.judge is not None:
+        assert isinstance(config.judge, str)
         judge = load_judge(context, config.judge)
         return judge.score(
             [prompt + completion for prompt, completion in zip(*texts(policy.tokenizer, rollout), strict=True)]
@@ -211,6 +249,18 @@ def _scores(
     assert config.reward_model is not None
     reward_model, batch_size = context.reward_model(config.reward_model), context.runtime.inference_batch
     return np.asarray(make_scorer(reward_model, policy, table, context.data, batch_size)(rollout), np.float64)
+
+
+def _asked_about(
+    judge: HTTPJudge, samples: int, prompts: list[str], completions: list[str], context: Context
+) -> np.ndarray:
+    """How the judge decides all pairs of each prompt's samples."""
+    pairs = [
+        Pair(prompts[first], completions[first + a], completions[first + b])
+        for first in range(0, len(prompts), samples)
+        for a, b in all_pairs(np.zeros(samples))
+    ]
+    return judge.prefer(pairs, lambda done, total: context.bar.update(done, total, {}))
 
 
 def _chats(table: list[dict[str, Any]]) -> list[Any] | None:

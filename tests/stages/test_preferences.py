@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from rlhf_jax.config import ModelSource
+from rlhf_jax.rewards.http_judge import HTTPJudgeConfig
 from rlhf_jax.stages import preferences
+from tests.rewards.server import likes_longer, serving, shown
 from tests.stages import experiments
 
 CONFIG = preferences.PreferencesConfig(
@@ -20,6 +22,8 @@ CONFIG = preferences.PreferencesConfig(
     rationality=None,
     reward_model=ModelSource("reward_model"),
 )
+
+HTTP = {"judge": HTTPJudgeConfig(url="http://localhost/v1", model="tiny"), "reward_model": None}
 
 
 def section(policy, reward_model, **changes):
@@ -111,6 +115,34 @@ def prefer(scores, **changes):
     return [row["chosen"] + row["rejected"] for row in rows]
 
 
+def test_a_judge_over_http_chooses_the_pairs_and_its_ties_are_left_out(tmp_path, monkeypatch):
+    monkeypatch.setenv("RLHF_JAX_DATA", str(tmp_path / "cache"))
+    model, _ = experiments.models(tmp_path)
+    with serving(likes_longer) as server:
+        judge = {"url": server.url, "model": "tiny"}
+        stage = section(model, None, judge=judge, pairs="all", prompts=12, eval_prompts=3, samples_per_prompt=3)
+        data = experiments.questions(tmp_path / "questions.jsonl", 16)
+        workdir = experiments.run(tmp_path / "run", data, {"preferences": stage})
+        asked = [shown(question) for question in server.asked]
+    written = [experiments.rows(workdir.directory("preferences") / name) for name in preferences_files()]
+    figures, rows = summary(workdir, "preferences"), [row for table in written for row in table]
+    for row in rows:
+        assert row.keys() == {"prompt", "chosen", "rejected"}, "no scores"
+        assert len(row["chosen"][0]["content"]) > len(row["rejected"][0]["content"])
+    assert figures["train_pairs"] + figures["eval_pairs"] + figures["ties_left_out"] == 12 * 3
+    assert figures["judge_replies"] == len(asked) == len(set(asked))
+    decided = {(a, b) for prompt, a, b in asked if len(a) > len(b)}
+    assert {(row["chosen"][0]["content"], row["rejected"][0]["content"]) for row in rows} == decided
+    assert "label_agreement" not in figures
+
+
+def test_a_judge_without_scores_decides_pairs_by_their_places():
+    wins = np.array([1, 0.5, 0, 0, 1, 0.5])  # ab, ac, bc; de, df, ef
+    first, second = preferences.decided(wins, 3, list("xxxyyy"), list("abcdef"))
+    assert [(row["prompt"], row["chosen"], row["rejected"]) for row in first] == [("x", "a", "b"), ("x", "c", "b")]
+    assert [(row["prompt"], row["chosen"], row["rejected"]) for row in second] == [("y", "e", "d"), ("y", "d", "f")]
+
+
 def test_without_noise_ties_are_left_out():
     assert prefer([0.0, 2.0, 1.0]) == ["10", "20", "12"]
     assert prefer([0.0, 2.0, 0.0, 2.0]) == ["10", "30", "12", "32"]
@@ -149,6 +181,9 @@ def test_noisy_labels_are_bradley_terrys():
         ({"samples_per_prompt": 1}, "samples_per_prompt = 1 must be at least 2"),
         ({"eval_prompts": 4}, "eval_prompts = 4 are held out of prompts = 4"),
         ({"eval_prompts": 0}, "eval_prompts = 0 are held out"),
+        ({**HTTP, "rationality": 1.0}, "rationality = 1.0 needs scores, and a judge over HTTP gives none"),
+        ({**HTTP, "pairs": "best_worst"}, "pairs = 'best_worst' needs scores"),
+        ({**HTTP, "margin": 1.0}, "margin = 1.0 needs scores"),
         ({"margin": 1.0, "rationality": 2.0}, "margin = 1.0 needs rationality = None"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",

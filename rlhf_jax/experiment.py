@@ -32,6 +32,7 @@ from rlhf_jax.stages import (
     gold,
     group_rl,
     kto,
+    online_dpo,
     ppo,
     preferences,
     rejection_sampling,
@@ -53,6 +54,7 @@ KINDS: dict[str, tuple[type, StageRun]] = {
     "rejection_sampling": (rejection_sampling.RejectionSamplingConfig, rejection_sampling.run),
     "dpo": (dpo.DPOConfig, dpo.run),
     "kto": (kto.KTOConfig, kto.run),
+    "online_dpo": (online_dpo.OnlineDPOConfig, online_dpo.run),
     "ppo": (ppo.PPOConfig, ppo.run),
     "group_rl": (group_rl.GroupRLConfig, group_rl.run),
     "evaluate": (evaluate.EvaluateConfig, evaluate.run),
@@ -63,6 +65,7 @@ ONLINE = (
     ppo.PPOConfig,
     group_rl.GroupRLConfig,
     kto.KTOConfig,
+    online_dpo.OnlineDPOConfig,
 )
 """Stages that train `seeds` runs at once; the others train one, with `seed`."""
 

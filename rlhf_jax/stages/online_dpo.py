@@ -1,0 +1,324 @@
+"""online_dpo: preference optimisation on the policy's own pairs, which a reward model labels as they are sampled.
+
+Guo et al. 2024 (OAIF, arXiv:2402.04792): two responses are sampled to each prompt, the one with the higher score is
+chosen over the other, and a preference loss takes a step. The paper's annotator is a language model, ours, as in TRL's
+OnlineDPOTrainer, a reward model. Any loss of the `dpo` stage can be taken.
+
+One iteration is one pure function of (state, frozen networks, prompts, key): see `make_step`.
+"""
+
+import dataclasses
+import functools
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+
+from rlhf_jax.config import ModelSource
+from rlhf_jax.core import masking
+from rlhf_jax.core.kl import k1
+from rlhf_jax.core.logprobs import sequence_logprobs
+from rlhf_jax.data import pipeline
+from rlhf_jax.models.policy import PolicyNetwork
+from rlhf_jax.models.scalars import ScalarNetwork
+from rlhf_jax.runtime.checkpoints import TrainState
+from rlhf_jax.runtime.loop import LoopConfig, Task, train
+from rlhf_jax.runtime.optimizers import OptimizerConfig, gradients, learning_rate, make_optimizer, update
+from rlhf_jax.runtime.programs import SEED_AXIS, HostSteps, Step
+from rlhf_jax.sampling.choice import Sampling
+from rlhf_jax.sampling.generate import generate, is_stop
+from rlhf_jax.stages.context import Context
+from rlhf_jax.stages.models import AS_IT_IS, Tuning, save_policy_spec
+from rlhf_jax.stages.preference_loss import (
+    PairStats,
+    PreferenceLossConfig,
+    check_micro_batch,
+    join,
+    pair_stats,
+    preference_loss,
+    tokens_per_pair,
+)
+from rlhf_jax.stages.prompts import PromptSource
+from rlhf_jax.stages.samples import sample_rows
+from rlhf_jax.stages.scoring import make_scorer, reads_same_tokens
+from rlhf_jax.stages.training import adapted_network, begin, dropout_keys, whole
+from rlhf_jax.types import PreferenceBatch, PromptBatch, Rollout
+
+SIGMOID = PreferenceLossConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class OnlineDPOConfig:
+    """The policy that is start and reference, the reward model, and the algorithm's numbers."""
+
+    kind: Literal["online_dpo"]
+    policy: ModelSource
+    reward_model: ModelSource
+    iterations: int
+    batch_size: int  # prompts, and pairs of responses, an iteration
+    minibatches: int
+    epochs: int
+    temperature: float  # of the samples; losses read the policy as it is
+    beta: float
+    missing_eos_penalty: float  # taken off the score of a response that was cut off
+    optimizer: OptimizerConfig
+    samples_every: int  # iterations between those whose samples are written
+    samples_written: int
+    loop: LoopConfig
+    loss: PreferenceLossConfig = SIGMOID
+    tuning: Tuning = AS_IT_IS
+
+    def __post_init__(self) -> None:
+        if self.batch_size % self.minibatches:
+            raise ValueError(f"batch_size = {self.batch_size} does not divide into {self.minibatches} minibatches")
+        for name in ("temperature", "beta"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} = {getattr(self, name)} must be above 0")
+        check_micro_batch(self.loss, self.optimizer.micro_batch)
+
+    @property
+    def updates(self) -> int:
+        """Optimiser steps of the whole run."""
+        return self.iterations * self.epochs * self.minibatches
+
+
+class Samples(NamedTuple):
+    """What an iteration shows of its responses, two for each prompt."""
+
+    rollout: Rollout
+    scores: jax.Array  # [2B]
+    kl: jax.Array  # [2B], nats
+
+
+@dataclasses.dataclass(frozen=True)
+class Networks:
+    """The networks' functions. Parameters: state has `policy`, frozen has `reference` and `reward`.
+
+    Where the policy is an adapter, its base is the reference.
+    """
+
+    policy: PolicyNetwork
+    reward: ScalarNetwork | None  # None where responses are scored on the host
+    stop_ids: tuple[int, ...]
+    max_new_tokens: int
+
+
+def run(config: OnlineDPOConfig, context: Context) -> dict[str, Any]:
+    """Trains `context.seeds` policies at once, each with its own prompts, samples and initial key."""
+    reference, reward_model = context.policy(config.policy, config.tuning), context.reward_model(config.reward_model)
+    seeds, lora = range(context.seed, context.seed + context.seeds), config.tuning.lora
+    reference = reference._replace(network=adapted_network(reference.network, lora))
+    save_policy_spec(context.directory, reference, seeds, base=config.policy if lora else None)
+    rows = pipeline.load_rows(context.data, "train")
+    pool = pipeline.prompts(rows, reference.tokenizer, context.data)
+
+    placement, several = context.placement(context.seeds), context.seeds > 1
+    prompt_keys, run_keys = zip(*(jax.random.split(context.key(k)) for k in range(context.seeds)), strict=True)
+    on_device = reads_same_tokens(reward_model.tokenizer, reference.tokenizer)
+    networks = Networks(
+        policy=reference.network,
+        reward=reward_model.network if on_device else None,
+        stop_ids=reference.tokenizer.stop_ids,
+        max_new_tokens=context.data.max_response_tokens,
+    )
+    axes = (placement.axes, (SEED_AXIS,) if several else ())
+    frozen = {"reference": reference.params}
+    if on_device:
+        step: Step | HostSteps = make_step(networks, config, *axes)
+        frozen["reward"] = reward_model.params
+    else:
+        scorer = make_scorer(reward_model, reference, rows, context.data, context.runtime.inference_batch)
+        sample, learn = make_halves(networks, config, *axes)
+        step = HostSteps(sample, scorer, learn)
+    state = init_state({"policy": begin(networks.policy, reference.params, context.key()).trained}, config)
+
+    def describe(step: int, samples: Samples) -> list[dict[str, Any]]:
+        if step % config.samples_every and step != 1:
+            return []
+        shown = jax.tree.map(lambda leaf: leaf[: config.samples_written], samples)
+        return sample_rows(reference.tokenizer, shown.rollout, shown.scores.tolist(), shown.kl.tolist())
+
+    task = Task(
+        step=step,
+        state=jax.tree.map(lambda leaf: jnp.stack([leaf] * context.seeds), state) if several else state,
+        frozen=frozen,
+        batch_at=PromptSource(pool, prompt_keys, config.batch_size),
+        run_key=jnp.stack(run_keys) if several else run_keys[0],
+        total_steps=config.iterations,
+        key_figures=("objective/scores", "objective/kl", "rewards/accuracies"),
+        evaluation=None,
+        describe=describe,
+    )
+    train(task, config.loop, placement, context.seed, context.directory, context.bar)
+    return {
+        "prompts": len(pool.tokens),
+        "prompt_key": [np.asarray(jax.random.key_data(key)).tolist() for key in prompt_keys],
+        "pairs": config.iterations * config.batch_size,
+    }
+
+
+def init_state(params: dict[str, PyTree], config: OnlineDPOConfig) -> TrainState:
+    """The state before the first iteration."""
+    return TrainState(jnp.int32(0), params, make_optimizer(config.optimizer, config.updates).init(params))
+
+
+def make_step(networks: Networks, config: OnlineDPOConfig, axes: tuple[str, ...], loop_axes: tuple[str, ...]) -> Step:
+    """One iteration on a PromptBatch: sample two responses to each, score, choose, and all epochs of updates.
+
+    Args: axes are the mapped axes that rows are split over; loop_axes those of the seeds around the iteration.
+    """
+    reward = networks.reward
+    assert reward is not None
+    sample, learn = make_halves(networks, config, axes, loop_axes)
+
+    def step(
+        state: TrainState, frozen: dict[str, PyTree], prompts: PromptBatch, run_key: PRNGKeyArray
+    ) -> tuple[TrainState, dict[str, jax.Array], Samples]:
+        state, _, rollout = sample(state, frozen, prompts, run_key)
+        return learn(state, frozen, (rollout, reward.scores(frozen["reward"], rollout)), run_key)
+
+    return step
+
+
+def make_halves(
+    networks: Networks, config: OnlineDPOConfig, axes: tuple[str, ...], loop_axes: tuple[str, ...]
+) -> tuple[Step, Step]:
+    """An iteration in two steps, between which responses are scored: PromptBatch -> Rollout, and (Rollout, scores)."""
+
+    def sample(
+        state: TrainState, frozen: dict[str, PyTree], prompts: PromptBatch, run_key: PRNGKeyArray
+    ) -> tuple[TrainState, dict[str, jax.Array], Rollout]:
+        sampling = Sampling(networks.max_new_tokens, config.temperature, networks.stop_ids)
+        params = whole(networks.policy, state.params["policy"], frozen, "reference")
+        key = _keys(run_key, state)[0]
+        generation = generate(networks.policy, params, prompts, key, sampling, samples=2, loop_axes=loop_axes)
+        return state, {}, generation.rollout
+
+    def learn(
+        state: TrainState, frozen: dict[str, PyTree], scored: tuple[Rollout, jax.Array], run_key: PRNGKeyArray
+    ) -> tuple[TrainState, dict[str, jax.Array], Samples]:
+        pairs, samples, metrics = choose_pairs(networks, config, state.params, frozen, *scored, axes)
+        state, update_metrics = optimise(networks, config, state, frozen, pairs, _keys(run_key, state)[1:], axes)
+        return state, metrics | update_metrics, samples
+
+    return sample, learn
+
+
+def _keys(run_key: PRNGKeyArray, state: TrainState) -> tuple[PRNGKeyArray, PRNGKeyArray, PRNGKeyArray]:
+    """An iteration's keys: for sampling, for the order of minibatches, and for an adapter's dropout."""
+    sample_key, order_key, dropout_key = jax.random.split(jax.random.fold_in(run_key, state.step), 3)
+    return sample_key, order_key, dropout_key
+
+
+def choose(rollout: Rollout, scores: Float[Array, "N"]) -> tuple[PreferenceBatch, Float[Array, "B"]]:
+    """Of every two rows the one with the higher score as chosen, of a tie the first; and by how much it is higher.
+
+    Two samples to one prompt are exchangeable: given that they tie, either is as likely to be the first, so that a tie
+    pulls towards neither of two answers (and two equal answers have no margin at all). TRL chooses the first as well.
+    """
+    first, second = scores.reshape(-1, 2).T
+    rows = 2 * jnp.arange(len(first))
+    chosen, rejected = (jnp.where(wins, rows, rows + 1) for wins in (first >= second, first < second))
+    pairs = PreferenceBatch(
+        rollout.prompt[rows],
+        rollout.prompt_mask[rows],
+        rollout.response[chosen],
+        rollout.response_mask[chosen],
+        rollout.response[rejected],
+        rollout.response_mask[rejected],
+    )
+    return pairs, jnp.abs(first - second)
+
+
+def choose_pairs(
+    networks: Networks,
+    config: OnlineDPOConfig,
+    params: dict[str, PyTree],
+    frozen: dict[str, PyTree],
+    rollout: Rollout,
+    scores: jax.Array,
+    axes: tuple[str, ...],
+) -> tuple[tuple[PreferenceBatch, PairStats | None], Samples, dict[str, jax.Array]]:
+    """From scored responses to pairs, and what the reference says of them, with the metrics of the objective."""
+    mask = rollout.response_mask
+    policy = whole(networks.policy, params["policy"], frozen, "reference")
+    stats = networks.policy.response_stats(policy, rollout, temperature=config.temperature)
+    reference = networks.policy.response_stats(frozen["reference"], rollout, temperature=config.temperature)
+    sequence_kl = sequence_logprobs(k1(stats.logprobs, reference.logprobs), mask)
+
+    ended = jnp.any(is_stop(rollout.response, networks.stop_ids) & mask, axis=1)
+    penalised = scores - config.missing_eos_penalty * ~ended
+    pairs, margins = choose(rollout, penalised)
+    said = None
+    if config.loss.needs_reference:
+        said = pair_stats(config.loss, networks.policy, frozen["reference"], pairs)
+
+    non_score, lengths = -config.beta * sequence_kl, masking.lengths(mask)
+    length = lengths.astype(jnp.float32)
+    metrics = {
+        "objective/scores": masking.mean(penalised, axes),
+        "objective/scores_margin": masking.mean(margins, axes),
+        "objective/ties": masking.mean((margins == 0).astype(jnp.float32), axes),
+        "objective/kl": masking.mean(sequence_kl, axes),
+        "objective/entropy": masking.mean(sequence_logprobs(stats.entropy, mask), axes),
+        "objective/non_score_reward": masking.mean(non_score, axes),
+        "objective/rlhf_reward": masking.mean(penalised + non_score, axes),
+        "reward": masking.mean(scores, axes),
+        "reward_std": jnp.sqrt(masking.masked_variance(scores, jnp.ones_like(ended), axes)),
+        "completions/mean_length": masking.mean(length, axes),
+        "completions/min_length": jax.lax.pmin(jnp.min(length), axes) if axes else jnp.min(length),
+        "completions/max_length": jax.lax.pmax(jnp.max(length), axes) if axes else jnp.max(length),
+        "val/num_eos_tokens": masking.count(ended, axes),
+        "num_tokens": masking.total(lengths, axes),
+    }
+    return (pairs, said), Samples(rollout, scores, sequence_kl), metrics
+
+
+def optimise(
+    networks: Networks,
+    config: OnlineDPOConfig,
+    state: TrainState,
+    frozen: dict[str, PyTree],
+    pairs: tuple[PreferenceBatch, PairStats | None],
+    keys: tuple[PRNGKeyArray, PRNGKeyArray],
+    axes: tuple[str, ...],
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Every epoch's minibatches, each epoch in another order; metrics are their means."""
+    network, (order_key, dropout_key) = networks.policy, keys
+    optimizer = make_optimizer(config.optimizer, config.updates)
+    schedule = learning_rate(config.optimizer, config.updates)
+    whole_batch = masking.gather_rows(pairs, axes)
+    rows = whole_batch[0].chosen.shape[0]
+    order = jax.vmap(lambda epoch: jax.random.permutation(jax.random.fold_in(order_key, epoch), rows))
+    updates = jnp.arange(config.epochs * config.minibatches)
+    minibatches = order(jnp.arange(config.epochs)).reshape(len(updates), -1)
+
+    def loss_fn(per_pair: jax.Array, params: PyTree, given: tuple) -> tuple[jax.Array, dict[str, jax.Array]]:
+        (batch, reference), dropout = given
+        policy = whole(network, params["policy"], frozen, "reference")
+        joined = join(pair_stats(config.loss, network, policy, batch, dropout), reference, batch)
+        return preference_loss(config.loss, joined, beta=config.beta, axes=axes, tokens_per_pair=per_pair)
+
+    def update_minibatch(carry: tuple[PyTree, Any], given: tuple[jax.Array, jax.Array]) -> tuple[tuple, dict]:
+        (params, opt_state), (indices, number) = carry, given
+        own = masking.own_rows(indices, axes)
+        minibatch = jax.tree.map(lambda leaf: leaf[own], whole_batch)
+        dropout = dropout_keys(network, dropout_key, number, len(own), axes)
+        loss, metrics, grads = gradients(
+            config.optimizer,
+            functools.partial(loss_fn, tokens_per_pair(minibatch[0], axes)),
+            params,
+            (minibatch, dropout),
+            lambda given: masking.rows(given[0][0].chosen, axes),
+            axes,
+        )
+        params, opt_state, grad_norm = update(optimizer, grads, params, opt_state, axes)
+        return (params, opt_state), metrics | {"loss": loss, "grad_norm": grad_norm}
+
+    start = (state.params, state.opt_state)
+    (params, opt_state), metrics = jax.lax.scan(update_minibatch, start, (minibatches, updates))
+    metrics = jax.tree.map(jnp.mean, metrics)
+    metrics["learning_rate"] = schedule(state.step * len(updates))
+    return TrainState(state.step + 1, params, opt_state), metrics

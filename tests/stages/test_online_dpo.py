@@ -1,0 +1,199 @@
+"""Online DPO: two samples a prompt, chosen by their scores, on one device and several, for one seed and several."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.config import ModelSource
+from rlhf_jax.reports import Run
+from rlhf_jax.runtime.programs import SEED_AXIS, HostSteps, compile_host_steps, make_placement
+from rlhf_jax.stages import online_dpo
+from rlhf_jax.stages.preference_loss import PreferenceLossConfig
+from rlhf_jax.types import Rollout
+from tests import tiny
+from tests.runtime.test_programs import PLACEMENTS, assert_close
+from tests.stages import experiments
+from tests.stages import test_learning as learning
+
+CONFIG = online_dpo.OnlineDPOConfig(
+    kind="online_dpo",
+    policy=ModelSource("sft"),
+    reward_model=ModelSource("reward_model"),
+    iterations=3,
+    batch_size=16,
+    minibatches=2,
+    epochs=2,
+    temperature=1.0,
+    beta=0.1,
+    missing_eos_penalty=0.5,
+    optimizer=tiny.OPTIMIZER,
+    samples_every=1,
+    samples_written=4,
+    loop=tiny.LOOP,
+)
+MIXTURE = PreferenceLossConfig(losses=("sigmoid", "ipo"), loss_weights=(1.0, 1e-4))
+NETWORKS = online_dpo.Networks(tiny.POLICY, tiny.REWARD, (tiny.EOS,), tiny.RESPONSE)
+KEYS = jnp.stack([jax.random.key(seed) for seed in (5, 6)])
+BATCHES = [[tiny.prompts(16, 10 * seed + i) for i in range(CONFIG.iterations)] for seed in range(2)]
+
+
+def start(config=CONFIG):
+    return online_dpo.init_state({"policy": tiny.policy_params()}, config)
+
+
+def run(where, config=CONFIG, seed=0):
+    """Three iterations of one seed, from a policy that is far from its reference."""
+    placement = make_placement(where, seeds=1)
+    state, frozen = placement.put_state(start(config)), placement.put_frozen(tiny.ppo_frozen())
+    program = placement.compile(online_dpo.make_step(NETWORKS, config, placement.axes, ()), state)
+    state, metrics, samples = program(state, frozen, tiny.several(BATCHES[seed]), KEYS[seed])
+    return jax.device_get((placement.whole(state).params, metrics, samples))
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    return run(tiny.ONE_DEVICE)
+
+
+def test_a_seed_of_two_over_devices_and_scored_on_the_host_is_the_run_of_that_seed(one_device):
+    placement, frozen = make_placement(dataclasses.replace(PLACEMENTS["pmap=8"], data=2), seeds=2), tiny.ppo_frozen()
+    networks = dataclasses.replace(NETWORKS, reward=None)
+    halves = online_dpo.make_halves(networks, CONFIG, placement.axes, (SEED_AXIS,))
+    scores = jax.jit(tiny.REWARD.scores)
+    steps = HostSteps(halves[0], lambda rollout: np.asarray(scores(frozen["reward"], rollout)), halves[1])
+    state = placement.put_state(jax.tree.map(lambda leaf: jnp.stack([leaf] * 2), start()))
+    program = compile_host_steps(placement, steps, state)
+    batches = tiny.several([tiny.several(list(pair)) for pair in zip(*BATCHES, strict=True)])
+    state, metrics, samples = jax.device_get(program(state, placement.put_frozen(frozen), batches, KEYS))
+    params, (one_params, one_metrics, one_samples) = placement.whole(state).params, one_device
+    np.testing.assert_array_equal(samples.rollout.response[:, 0], one_samples.rollout.response)
+    assert not np.array_equal(samples.rollout.response[:, 0], samples.rollout.response[:, 1])
+    assert_close(jax.tree.map(lambda leaf: leaf[0], params), one_params)
+    assert metrics.keys() == one_metrics.keys()
+    for name, values in one_metrics.items():  # two equal responses have a margin of 0, or of a rounding error
+        tolerance = 0.1 if name == "rewards/accuracies" else 1e-5
+        np.testing.assert_allclose(metrics[name][:, 0], values, rtol=1e-5, atol=tolerance, err_msg=name)
+
+
+def test_metrics_are_those_of_the_samples(one_device):
+    _, metrics, samples = one_device
+    ended = np.any((samples.rollout.response == tiny.EOS) & samples.rollout.response_mask, axis=-1)
+    assert 0 < ended.mean() < 1
+    np.testing.assert_array_equal(samples.rollout.prompt[:, ::2], samples.rollout.prompt[:, 1::2])
+    assert np.any(samples.rollout.response[:, ::2] != samples.rollout.response[:, 1::2], axis=-1).mean() > 0.5
+    penalised = samples.scores - 0.5 * ~ended
+    pairs = penalised.reshape(3, 16, 2)
+    np.testing.assert_allclose(metrics["objective/scores"], penalised.mean(axis=1), rtol=1e-5)
+    gaps = np.abs(pairs[..., 0] - pairs[..., 1])
+    np.testing.assert_allclose(metrics["objective/scores_margin"], gaps.mean(axis=1), rtol=1e-4)
+    np.testing.assert_allclose(metrics["objective/ties"], (gaps == 0).mean(axis=1))
+    np.testing.assert_allclose(metrics["objective/kl"], samples.kl.mean(axis=1), rtol=1e-5)
+    np.testing.assert_allclose(
+        metrics["objective/rlhf_reward"], penalised.mean(axis=1) - 0.1 * samples.kl.mean(axis=1), rtol=1e-4
+    )
+    lengths = samples.rollout.response_mask.sum(axis=-1)
+    np.testing.assert_array_equal(metrics["completions/max_length"], lengths.max(axis=1))
+    np.testing.assert_array_equal(metrics["num_tokens"], lengths.sum(axis=1))
+    np.testing.assert_array_equal(metrics["val/num_eos_tokens"], ended.sum(axis=1))
+
+
+def test_the_higher_score_is_chosen_and_of_a_tie_the_first():
+    rows = jnp.arange(8)
+    rollout = Rollout(*(jnp.stack([rows, rows], axis=1) for _ in range(4)))
+    pairs, margins = online_dpo.choose(rollout, jnp.array([1.0, 2.0, 2.0, 1.0, 3.0, 3.0, -1.0, -2.0]))
+    np.testing.assert_array_equal(pairs.prompt[:, 0], [0, 2, 4, 6])
+    np.testing.assert_array_equal(pairs.chosen[:, 0], [1, 2, 4, 6])
+    np.testing.assert_array_equal(pairs.rejected[:, 0], [0, 3, 5, 7])
+    np.testing.assert_array_equal(pairs.chosen_mask, pairs.chosen)
+    np.testing.assert_array_equal(margins, [1, 1, 0, 1])
+
+
+def test_it_pleases_the_reward_model():
+    changes = {"iterations": 50, "minibatches": 1, "epochs": 1, "missing_eos_penalty": 0.0, "beta": 0.02}
+    config = dataclasses.replace(CONFIG, optimizer=learning.QUICK, loss=MIXTURE, **changes)
+    params, frozen = (
+        {"policy": tiny.policy_params()},
+        {"reference": tiny.policy_params(), "reward": tiny.reward_params()},
+    )
+    step = online_dpo.make_step(NETWORKS, config, (), ())
+    metrics, _ = learning.run(step, params, frozen, [tiny.prompts(16, seed) for seed in range(50)])
+    scores = metrics["objective/scores"]
+    np.testing.assert_allclose(metrics["objective/kl"][0], 0, atol=1e-5)  # the policy is still its reference
+    first = (np.log(2), (1 / (2 * 0.02)) ** 2)
+    np.testing.assert_allclose((metrics["loss/sigmoid"][0], metrics["loss/ipo"][0]), first, rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss"][0], first[0] + 1e-4 * first[1], rtol=1e-5)
+    assert scores[-10:].mean() > scores[:10].mean() + 3 * scores[:10].std()
+    assert metrics["objective/kl"][-1] > 0.1
+
+
+def test_a_loss_without_a_reference_needs_none_of_the_pairs():
+    config = dataclasses.replace(CONFIG, loss=PreferenceLossConfig(losses=("simpo",)))
+    rollout = Rollout(*(jnp.asarray(leaf) for leaf in tiny.preferences(16)[:4]))
+    params = jax.eval_shape(tiny.POLICY.init, KEYS[0])
+    frozen = {"reference": params}
+    choose_pairs = functools.partial(online_dpo.choose_pairs, NETWORKS, config, axes=())
+    pairs, _, _ = jax.eval_shape(choose_pairs, {"policy": params}, frozen, rollout, jnp.zeros(16))
+    assert pairs[0].chosen.shape == (8, tiny.RESPONSE) and pairs[1] is None
+    optimise = functools.partial(online_dpo.optimise, NETWORKS, config, axes=())
+    state = jax.eval_shape(lambda params: online_dpo.init_state(params, config), {"policy": params})
+    rows = jax.tree.map(jnp.asarray, tiny.preferences(16))
+    _, metrics = jax.eval_shape(optimise, state, frozen, (rows, None), (KEYS[0], KEYS[1]))
+    assert {"loss", "grad_norm", "rewards/margins"} <= metrics.keys()
+
+
+def test_an_experiment_with_two_seeds(tmp_path):
+    model, judge = experiments.models(tmp_path)
+    section = {
+        "kind": "online_dpo",
+        "policy": model,
+        "reward_model": judge,
+        "iterations": 4,
+        "batch_size": 8,
+        "minibatches": 1,
+        "epochs": 1,
+        "temperature": 0.9,
+        "beta": 0.1,
+        "missing_eos_penalty": 1.0,
+        "optimizer": experiments.OPTIMIZER,
+        "samples_every": 2,
+        "samples_written": 6,
+        "loop": experiments.LOOP,
+        "tuning": {"lora": {"rank": 2, "alpha": 4.0, "targets": ("attention/q",), "dropout": 0.1}},
+    }
+    data = experiments.questions(tmp_path / "questions.jsonl", 16)
+    directory = experiments.run(tmp_path / "run", data, {"online": section}, seeds=2).find("online")
+    metrics = experiments.rows(directory / "metrics.jsonl")
+    assert [(row["step"], row["seed"]) for row in metrics] == [(step, seed) for step in range(1, 5) for seed in (0, 1)]
+    samples = experiments.rows(directory / "samples.jsonl")
+    assert [row["step"] for row in samples] == [1] * 12 + [2] * 12 + [4] * 12
+    assert samples[0]["prompt"] == samples[1]["prompt"] and samples[0]["completion"] != samples[1]["completion"]
+    assert json.loads((directory / "summary.json").read_text())["pairs"] == 4 * 8
+    policies = [Run(tmp_path / "run").load_policy("online", seed=seed).params for seed in (0, 1)]
+    first, second = ([np.asarray(leaf) for leaf in jax.tree.leaves(policy.adapter)] for policy in policies)
+    assert all(np.any(a != b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"minibatches": 3}, "batch_size = 16 does not divide into 3 minibatches"),
+        ({"temperature": 0.0}, "temperature = 0.0 must be above 0"),
+        ({"beta": 0.0}, "beta = 0.0 must be above 0"),
+        (
+            {
+                "loss": PreferenceLossConfig(losses=("aot",)),
+                "optimizer": dataclasses.replace(tiny.OPTIMIZER, micro_batch=4),
+            },
+            "aot sorts all pairs of a batch",
+        ),
+    ],
+    ids=["minibatches", "temperature", "beta", "micro_batch"],
+)
+def test_what_cannot_be_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(CONFIG, **changes)

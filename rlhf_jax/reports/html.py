@@ -47,6 +47,12 @@ CAPTIONS = {
         "samples a prompt, without bias for every n. Bands: ±1 standard error of each mean over prompts. Where the "
         "lines part, the reward model is being exploited (Gao et al. 2022, fig. 1).",
     ),
+    "reward_calibration": (
+        "The reward model on held-out pairs",
+        "Left: how often the response with the higher score is the chosen one, by the probability that Bradley and "
+        "Terry's model gives it; on the dashed line probabilities come true.",
+    ),
+    "reward_accuracy": ("Where the reward model is right", "Groups of equal size. Dashed: chance; line: all pairs."),
     "learning_sft": ("Supervised fine-tuning", ""),
     "learning_reward_model": ("Reward model", "Dashed: chance."),
     "learning_dpo": ("DPO", "Dashed: where every policy starts."),

@@ -6,10 +6,10 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from rlhf_jax.reports import figures, frames, html, matched, table
+from rlhf_jax.reports import figures, frames, html, matched, reward_figures, table
 from rlhf_jax.reports.run import Run
 from rlhf_jax.reports.style import context
-from rlhf_jax.runtime.files import write_text
+from rlhf_jax.runtime.files import read_json, write_text
 
 REPORT, RESULTS, WIN_RATES, MATCHED = "report.html", "results.csv", "win_rates.csv", "matched.csv"
 FIGURES = "figures"
@@ -80,6 +80,11 @@ def draw(run: Run) -> dict[str, Figure]:
         kinds = {method: run.kind(method) for method in found["method"].unique()}
         drawn["runs"] = matched.runs(points, kinds, points["method"].iloc[0])
         drawn["equal_kl"] = matched.ranking(found, kinds)
+    for stage in run.of_kind("reward_model", complete=True)[-1:]:
+        if (run.directory(stage) / "calibration.json").exists():  # stages of earlier versions did not write it
+            found = read_json(run.directory(stage) / "calibration.json")
+            drawn["reward_calibration"] = reward_figures.calibration(found)
+            drawn["reward_accuracy"] = reward_figures.accuracy(found)
     for kind in figures.CURVES:
         tables = frames.curves(run, kind)
         if 0 < len(tables) <= MOST_CURVES:

@@ -16,7 +16,6 @@ from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.runtime.loop import Evaluation, LoopConfig, Task, train
 from rlhf_jax.runtime.optimizers import OptimizerConfig, gradients, learning_rate, make_optimizer, update
 from rlhf_jax.runtime.programs import Step
-from rlhf_jax.sampling.batches import map_batches
 from rlhf_jax.stages.context import Context, steps_for
 from rlhf_jax.stages.models import AS_IT_IS, Tuning, save_policy_spec
 from rlhf_jax.stages.preference_loss import (
@@ -29,11 +28,13 @@ from rlhf_jax.stages.preference_loss import (
     tokens_per_pair,
 )
 from rlhf_jax.stages.preferences import load_preferences
+from rlhf_jax.stages.reference import ReferencedBatch, ReferenceUpdate, kept_stats, moved, stats_all
 from rlhf_jax.stages.samples import policy_samples
 from rlhf_jax.stages.training import adapted_network, begin, dropout_keys, whole
 from rlhf_jax.types import PreferenceBatch
 
 SIGMOID = PreferenceLossConfig()
+Batch = PreferenceBatch | ReferencedBatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,11 +53,20 @@ class DPOConfig:
     loop: LoopConfig
     tuning: Tuning = AS_IT_IS
     loss: PreferenceLossConfig = SIGMOID
+    reference_update: ReferenceUpdate | None = None  # None: the reference stays what it is
+    cached_reference: bool = False  # its log-probabilities are computed once and kept on disk
 
     def __post_init__(self) -> None:
         if self.beta <= 0:
             raise ValueError(f"beta = {self.beta} must be above 0")
         check_micro_batch(self.loss, self.optimizer.micro_batch)
+        for name in ("reference_update", "cached_reference"):
+            if getattr(self, name) and not self.loss.needs_reference:
+                raise ValueError(f"{name} is not read by {', '.join(self.loss.losses)}, which have no reference")
+        if self.reference_update and self.cached_reference:
+            raise ValueError("cached_reference keeps what a reference says, which reference_update changes: drop one")
+        if self.reference_update and self.tuning.lora:
+            raise ValueError("reference_update moves all parameters, and tuning.lora trains an adapter: drop one")
 
 
 def run(config: DPOConfig, context: Context) -> dict[str, Any]:
@@ -70,27 +80,36 @@ def run(config: DPOConfig, context: Context) -> dict[str, Any]:
     rows, held_out = load_preferences(context, config.preferences)
     data, eval_data = (pipeline.preferences(table, tokenizer, context.data) for table in (rows, held_out))
     eval_prompts = pipeline.prompts(pipeline.load_rows(context.data, "eval"), tokenizer, context.data)
+    eval_theirs = None
+    if config.cached_reference:
+        of_reference = functools.partial(kept_stats, config.loss, network, reference.params)
+        theirs, eval_theirs = (of_reference(pairs, context.runtime.inference_batch) for pairs in (data, eval_data))
+        data = ReferencedBatch(*data, theirs.chosen, theirs.rejected)
+    elif config.loss.needs_reference and config.reference_update is None:
+        eval_theirs = stats_all(config.loss, network, reference.params, eval_data, context.runtime.inference_batch)
     batches = pipeline.shuffled_batches(data, config.batch_size, context.seed)
     steps = steps_for(config.epochs, len(rows), config.batch_size, config.loop.steps_per_call)
 
     placement = context.placement()
     params = {"policy": begin(network, reference.params, context.key()).trained}
+    opt_state = make_optimizer(config.optimizer, steps).init(params)
     frozen = {"beta": jnp.float32(config.beta)}
-    needs_reference = config.loss.needs_reference
-    if lora or needs_reference:
+    if config.reference_update:
+        params["reference"] = reference.params
+    elif lora or (config.loss.needs_reference and not config.cached_reference):
         frozen["reference"] = reference.params
 
     def evaluation(trained: PyTree) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         policy = reference._replace(params=whole(network, trained["policy"], frozen, "reference"))
+        of_pairs = functools.partial(stats_all, config.loss, network)
         rows = context.runtime.inference_batch
-        own = stats_all(config.loss, network, policy.params, eval_data, rows)
-        theirs = stats_all(config.loss, network, reference.params, eval_data, rows) if needs_reference else None
-        metrics = evaluate(config.loss, own, theirs, eval_data, config.beta)
+        theirs = of_pairs(trained["reference"], eval_data, rows) if config.reference_update else eval_theirs
+        metrics = evaluate(config.loss, of_pairs(policy.params, eval_data, rows), theirs, eval_data, config.beta)
         return metrics, policy_samples(policy, eval_prompts, config.sample_prompts, context)
 
     task = Task(
-        step=make_step(network, config.optimizer, steps, placement.axes, config.loss),
-        state=TrainState(jnp.int32(0), params, make_optimizer(config.optimizer, steps).init(params)),
+        step=make_step(network, config.optimizer, steps, placement.axes, config.loss, config.reference_update),
+        state=TrainState(jnp.int32(0), params, opt_state),
         frozen=frozen,
         batch_at=batches.__getitem__,
         run_key=context.key(),
@@ -110,32 +129,42 @@ def make_step(
     steps: int,
     axes: tuple[str, ...],
     loss_config: PreferenceLossConfig = SIGMOID,
+    reference_update: ReferenceUpdate | None = None,
 ) -> Step:
     """One update on a PreferenceBatch. `frozen` holds beta and the reference, which is an adapter's base.
 
-    Losses that need no reference read it as an adapter's base only.
-
-    Beta is data, so that runs which differ in it alone share one compiled program.
+    A reference that follows stands in the state's parameters instead; what one says of a ReferencedBatch stands in the
+    batch. Beta is data, so that runs which differ in it alone share one compiled program.
     """
     optimizer, schedule = make_optimizer(config, steps), learning_rate(config, steps)
 
-    def step(state: TrainState, frozen: dict[str, Any], batch: PreferenceBatch, run_key: jax.Array) -> tuple:
+    def step(state: TrainState, frozen: dict[str, Any], batch: Batch, run_key: jax.Array) -> tuple:
+        held = state.params if reference_update else frozen
+
+        def of_reference(rows: Batch, pairs: PreferenceBatch) -> PairStats | None:
+            if not loss_config.needs_reference:
+                return None
+            if isinstance(rows, ReferencedBatch):
+                return PairStats(rows.ref_chosen, rows.ref_rejected)
+            return pair_stats(loss_config, network, held["reference"], pairs)
+
         def loss_fn(params: PyTree, given: tuple) -> tuple[jax.Array, dict[str, jax.Array]]:
             rows, keys = given
-            reference = None
-            if loss_config.needs_reference:
-                reference = pair_stats(loss_config, network, frozen["reference"], rows)
+            pairs = PreferenceBatch(*rows[:6])
             policy = whole(network, params["policy"], frozen, "reference")
-            own = pair_stats(loss_config, network, policy, rows, keys)
-            pairs = join(own, reference, rows)
-            return preference_loss(loss_config, pairs, beta=frozen["beta"], axes=axes, tokens_per_pair=per_pair)
+            both = join(pair_stats(loss_config, network, policy, pairs, keys), of_reference(rows, pairs), pairs)
+            return preference_loss(loss_config, both, beta=frozen["beta"], axes=axes, tokens_per_pair=per_pair)
 
-        per_pair = tokens_per_pair(batch, axes)
+        per_pair = tokens_per_pair(batch.chosen_mask, axes)
         keys = dropout_keys(network, run_key, state.step, len(batch.prompt), axes)
+        trained = {"policy": state.params["policy"]}
         loss, metrics, grads = gradients(
-            config, loss_fn, state.params, (batch, keys), lambda given: masking.rows(given[0].prompt, axes), axes
+            config, loss_fn, trained, (batch, keys), lambda given: masking.rows(given[0].prompt, axes), axes
         )
-        params, opt_state, grad_norm = update(optimizer, grads, state.params, state.opt_state, axes)
+        params, opt_state, grad_norm = update(optimizer, grads, trained, state.opt_state, axes)
+        if reference_update:
+            reference = moved(reference_update, state.params["reference"], params["policy"], state.step + 1)
+            params = {**params, "reference": reference}
         metrics |= {
             "loss": loss,
             "grad_norm": grad_norm,
@@ -154,15 +183,3 @@ def evaluate(
     own, reference, data = jax.tree.map(jnp.asarray, (own, reference, data))
     loss, metrics = preference_loss(config, join(own, reference, data), beta=beta, axes=())
     return {"eval/loss": float(loss)} | {f"eval/{name}": float(value) for name, value in metrics.items()}
-
-
-def stats_all(
-    config: PreferenceLossConfig, network: PolicyNetwork, params: PyTree, data: PreferenceBatch, batch_size: int
-) -> PairStats:
-    """`pair_stats` of any number of pairs, in NumPy."""
-    return map_batches(lambda batch: _stats(config, network, params, batch), data, batch_size)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _stats(config, network, params, batch):
-    return pair_stats(config, network, params, batch)

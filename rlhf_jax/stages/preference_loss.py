@@ -179,9 +179,9 @@ def join(own: PairStats, reference: PairStats | None, batch: PreferenceBatch) ->
     )
 
 
-def tokens_per_pair(batch: PreferenceBatch, axes: tuple[str, ...]) -> Float[Array, ""]:
+def tokens_per_pair(chosen_mask: Bool[Array, "B T"], axes: tuple[str, ...]) -> Float[Array, ""]:
     """The mean number of chosen tokens of the pairs of a batch."""
-    return masking.mean(masking.lengths(batch.chosen_mask).astype(jnp.float32), axes)
+    return masking.mean(masking.lengths(chosen_mask).astype(jnp.float32), axes)
 
 
 def preference_loss(

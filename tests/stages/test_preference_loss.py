@@ -21,7 +21,6 @@ from rlhf_jax.stages.preference_loss import (
     PreferenceLossConfig,
     join,
     of_tokens,
-    pair_stats,
     preference_loss,
 )
 from rlhf_jax.types import PreferenceBatch, RlhfError
@@ -167,12 +166,3 @@ def test_likelihoods_accumulate_to_a_mean_over_tokens_and_need_no_reference():
     assert not loss.needs_reference
     whole = step(loss, tiny.OPTIMIZER, frozen)
     assert_close(step(loss, dataclasses.replace(tiny.OPTIMIZER, micro_batch=4), frozen), whole)
-
-
-def test_statistics_of_many_pairs_are_those_of_the_network():
-    config = PreferenceLossConfig(weighting=True, length_desensitisation=0.3)
-    pairs, params = tiny.preferences(7), tiny.policy_params()
-    got = dpo.stats_all(config, tiny.POLICY, params, pairs, 3)
-    expected = jax.jit(lambda params, pairs: pair_stats(config, tiny.POLICY, params, pairs))(params, pairs)
-    assert_close(got, expected)
-    assert np.all(got.weights > 0)

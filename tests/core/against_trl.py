@@ -17,6 +17,7 @@ from rlhf_jax.core.preference_losses import Pairs
 from rlhf_jax.models.head import TokenStats
 from rlhf_jax.stages import preference_loss
 from rlhf_jax.stages.preference_loss import PreferenceLossConfig
+from tests.core.against_trl_online import ONLINE_CHECKS
 
 Record = Mapping[str, np.ndarray]
 close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
@@ -253,6 +254,7 @@ CHECKS: dict[str, list[Callable[[Record], None]]] = {
     # With the coefficient of tests/parity/trl_1_16.py.
     "centered_reward": [functools.partial(check_centered_reward, center_rewards_coefficient=0.2)],
     "preferences": [check_preferences, check_unpaired],
+    "online": ONLINE_CHECKS,
     # With the settings of tests/parity/trl_1_12.py.
     "ppo": [
         functools.partial(check_rewards, kl_coef=0.3),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tests.core.against_trl import CHECKS, read
-from tests.parity import trl_1_12, trl_1_16, trl_1_16_preferences, write_goldens
+from tests.parity import trl_1_12, trl_1_16, trl_1_16_online, trl_1_16_preferences, write_goldens
 
 RECORD = {
     "dpo": trl_1_16.record_dpo,
@@ -12,6 +12,7 @@ RECORD = {
     "reward": trl_1_16.record_reward,
     "centered_reward": trl_1_16.record_centered_reward,
     "ppo": trl_1_12.record,
+    "online": trl_1_16_online.record,
     "preferences": trl_1_16_preferences.record,  # a trainer for each of its losses: one seed is enough
 }
 CASES = [(name, seed) for name in RECORD for seed in ([1] if name == "preferences" else [1, 2])]
@@ -28,6 +29,13 @@ def test_ppo_saw_the_settings_that_the_checks_assume():
     for check in CHECKS["ppo"]:
         given.update(getattr(check, "keywords", {}))
     assert given == trl_1_12.SETTINGS
+
+
+def test_group_methods_saw_the_settings_that_the_checks_assume():
+    given = {}
+    for check in CHECKS["online"]:
+        given.update(getattr(check, "keywords", {}))
+    assert given == trl_1_16_online.SETTINGS
 
 
 def test_goldens_are_what_trl_computes_today(tmp_path):

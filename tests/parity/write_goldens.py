@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.parity import trl_1_12, trl_1_16, trl_1_16_preferences
+from tests.parity import trl_1_12, trl_1_16, trl_1_16_online, trl_1_16_preferences
 
 SEED = 0
 GOLDENS = Path(__file__).parents[1] / "goldens"
@@ -23,6 +23,7 @@ def write(folder: Path) -> None:
         ("reward", trl_1_16, trl_1_16.record_reward),
         ("centered_reward", trl_1_16, trl_1_16.record_centered_reward),
         ("ppo", trl_1_12, trl_1_12.record),
+        ("online", trl_1_16_online, trl_1_16_online.record),
         ("preferences", trl_1_16_preferences, trl_1_16_preferences.record),
     ):
         versions = {"trl": module.VERSION} | {name: version(name).split("+")[0] for name in ("torch", "transformers")}

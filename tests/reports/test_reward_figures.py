@@ -28,14 +28,16 @@ def found():
 def test_points_are_the_groups_and_bars_their_intervals(found):
     ax = reward_figures.calibration(found).axes[0]
     (points,) = [line for line in ax.lines if line.get_marker() == "o"]
-    np.testing.assert_allclose(points.get_ydata(), [100 * row["accuracy"] for row in found["reliability"]])
-    np.testing.assert_allclose(points.get_xdata(), [100 * row["confidence"] for row in found["reliability"]])
+    np.testing.assert_allclose(np.asarray(points.get_ydata()), [100 * row["accuracy"] for row in found["reliability"]])
+    np.testing.assert_allclose(
+        np.asarray(points.get_xdata()), [100 * row["confidence"] for row in found["reliability"]]
+    )
     assert f"{100 * found['ece']:.1f} %" in ax.get_title(loc="left")
 
     axes = reward_figures.accuracy(found).axes
     assert [ax.get_title(loc="left") for ax in axes] == ["By margin", "By length"]
     for ax, name in zip(axes, ("by_margin", "by_length"), strict=True):
-        points = [line.get_xdata()[0] for line in ax.lines if line.get_marker() == "o"]
+        points = [np.asarray(line.get_xdata())[0] for line in ax.lines if line.get_marker() == "o"]
         np.testing.assert_allclose(points, [100 * row["accuracy"] for row in found[name]])
     labels = reward_figures.accuracy(found | {"by_label_margin": [found["all"] | {"from": -1.0, "to": -1.0}]}).axes[1]
     assert [label.get_text() for label in labels.get_yticklabels()] == ["−1"]

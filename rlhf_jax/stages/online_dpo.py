@@ -1,8 +1,8 @@
-"""online_dpo: preference optimisation on the policy's own pairs, which a reward model labels as they are sampled.
+"""online_dpo: preference optimisation on the policy's own pairs, which are labelled as they are sampled.
 
 Guo et al. 2024 (OAIF, arXiv:2402.04792): two responses are sampled to each prompt, the one with the higher score is
-chosen over the other, and a preference loss takes a step. The paper's annotator is a language model, ours, as in TRL's
-OnlineDPOTrainer, a reward model. Any loss of the `dpo` stage can be taken.
+chosen over the other, and a preference loss takes a step. The annotator is a reward model, as in TRL's
+OnlineDPOTrainer, or a judge, as in the paper a language model. Any loss of the `dpo` stage can be taken.
 
 One iteration is one pure function of (state, frozen networks, prompts, key): see `make_step`.
 """
@@ -16,13 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from rlhf_jax.config import ModelSource
+from rlhf_jax.config import ModelSource, StageName
 from rlhf_jax.core import masking
 from rlhf_jax.core.kl import k1
 from rlhf_jax.core.logprobs import sequence_logprobs
 from rlhf_jax.data import pipeline
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
+from rlhf_jax.rewards.http_judge import HTTPJudge, HTTPJudgeConfig
+from rlhf_jax.rewards.tfidf import TfidfJudge
 from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.runtime.loop import LoopConfig, Task, train
 from rlhf_jax.runtime.optimizers import OptimizerConfig, gradients, learning_rate, make_optimizer, update
@@ -30,7 +32,9 @@ from rlhf_jax.runtime.programs import SEED_AXIS, HostSteps, Step
 from rlhf_jax.sampling.choice import Sampling
 from rlhf_jax.sampling.generate import generate, is_stop
 from rlhf_jax.stages.context import Context
-from rlhf_jax.stages.models import AS_IT_IS, Tuning, save_policy_spec
+from rlhf_jax.stages.gold import load_judge
+from rlhf_jax.stages.judging import make_http_judge, pair_scorer
+from rlhf_jax.stages.models import AS_IT_IS, RewardModel, Tuning, save_policy_spec
 from rlhf_jax.stages.preference_loss import (
     PairStats,
     PreferenceLossConfig,
@@ -41,8 +45,9 @@ from rlhf_jax.stages.preference_loss import (
     tokens_per_pair,
 )
 from rlhf_jax.stages.prompts import PromptSource
+from rlhf_jax.stages.reward_source import Reward, RewardSource
 from rlhf_jax.stages.samples import sample_rows
-from rlhf_jax.stages.scoring import make_scorer, reads_same_tokens
+from rlhf_jax.stages.scoring import joins_program, make_scorer
 from rlhf_jax.stages.training import adapted_network, begin, dropout_keys, whole
 from rlhf_jax.types import PreferenceBatch, PromptBatch, Rollout
 
@@ -51,11 +56,11 @@ SIGMOID = PreferenceLossConfig()
 
 @dataclasses.dataclass(frozen=True)
 class OnlineDPOConfig:
-    """The policy that is start and reference, the reward model, and the algorithm's numbers."""
+    """The policy that is start and reference, the reward model or else the judge, and the algorithm's numbers."""
 
     kind: Literal["online_dpo"]
     policy: ModelSource
-    reward_model: ModelSource
+    reward_model: RewardSource | None
     iterations: int
     batch_size: int  # prompts, and pairs of responses, an iteration
     minibatches: int
@@ -69,8 +74,14 @@ class OnlineDPOConfig:
     loop: LoopConfig
     loss: PreferenceLossConfig = SIGMOID
     tuning: Tuning = AS_IT_IS
+    judge: StageName | HTTPJudgeConfig | None = None  # by its scores, or asked over HTTP
 
     def __post_init__(self) -> None:
+        if (self.judge is None) == (self.reward_model is None):
+            raise ValueError(
+                f"judge = {self.judge!r} and reward_model = {self.reward_model!r}: exactly one of them chooses, "
+                "and the other is None"
+            )
         if self.batch_size % self.minibatches:
             raise ValueError(f"batch_size = {self.batch_size} does not divide into {self.minibatches} minibatches")
         for name in ("temperature", "beta"):
@@ -107,8 +118,8 @@ class Networks:
 
 def run(config: OnlineDPOConfig, context: Context) -> dict[str, Any]:
     """Trains `context.seeds` policies at once, each with its own prompts, samples and initial key."""
-    reference, reward_model = context.policy(config.policy, config.tuning), context.reward_model(config.reward_model)
-    seeds, lora = range(context.seed, context.seed + context.seeds), config.tuning.lora
+    reference, lora = context.policy(config.policy, config.tuning), config.tuning.lora
+    seeds = range(context.seed, context.seed + context.seeds)
     reference = reference._replace(network=adapted_network(reference.network, lora))
     save_policy_spec(context.directory, reference, seeds, base=config.policy if lora else None)
     rows = pipeline.load_rows(context.data, "train")
@@ -116,20 +127,24 @@ def run(config: OnlineDPOConfig, context: Context) -> dict[str, Any]:
 
     placement, several = context.placement(context.seeds), context.seeds > 1
     prompt_keys, run_keys = zip(*(jax.random.split(context.key(k)) for k in range(context.seeds)), strict=True)
-    on_device = reads_same_tokens(reward_model.tokenizer, reference.tokenizer)
+    annotator = find_annotator(config, context)
+    model = annotator if isinstance(annotator, RewardModel) and joins_program(annotator, reference) else None
     networks = Networks(
         policy=reference.network,
-        reward=reward_model.network if on_device else None,
+        reward=None if model is None else model.network,
         stop_ids=reference.tokenizer.stop_ids,
         max_new_tokens=context.data.max_response_tokens,
     )
     axes = (placement.axes, (SEED_AXIS,) if several else ())
     frozen = {"reference": reference.params}
-    if on_device:
+    if model is not None:
         step: Step | HostSteps = make_step(networks, config, *axes)
-        frozen["reward"] = reward_model.params
+        frozen["reward"] = model.params
     else:
-        scorer = make_scorer(reward_model, reference, rows, context.data, context.runtime.inference_batch)
+        if isinstance(annotator, (TfidfJudge, HTTPJudge)):
+            scorer = pair_scorer(annotator, reference.tokenizer)
+        else:
+            scorer = make_scorer(annotator, reference, rows, context.data, context.runtime.inference_batch)
         sample, learn = make_halves(networks, config, *axes)
         step = HostSteps(sample, scorer, learn)
     state = init_state({"policy": begin(networks.policy, reference.params, context.key()).trained}, config)
@@ -156,7 +171,18 @@ def run(config: OnlineDPOConfig, context: Context) -> dict[str, Any]:
         "prompts": len(pool.tokens),
         "prompt_key": [np.asarray(jax.random.key_data(key)).tolist() for key in prompt_keys],
         "pairs": config.iterations * config.batch_size,
+        **(annotator.summary() if isinstance(annotator, HTTPJudge) else {}),
     }
+
+
+def find_annotator(config: OnlineDPOConfig, context: Context) -> RewardModel | Reward | TfidfJudge | HTTPJudge:
+    """What chooses between two responses."""
+    if config.reward_model is not None:
+        return context.reward_model(config.reward_model)
+    if isinstance(config.judge, HTTPJudgeConfig):
+        return make_http_judge(config.judge)
+    assert config.judge is not None
+    return load_judge(context, config.judge)
 
 
 def init_state(params: dict[str, PyTree], config: OnlineDPOConfig) -> TrainState:

@@ -97,9 +97,13 @@ def test_a_step_is_the_papers(update, seed):
 
 
 def test_apo_zero_has_no_reference_point():
-    got = make_update(APO)(AHEAD)[1]
-    assert "kl" not in got
-    assert_metrics(got, expected(APO, AHEAD)[1])
+    batch = jax.tree.map(jnp.asarray, labelled(AHEAD))
+    own, reference = (logprobs(tiny.POLICY, tiny.policy_params(seed), batch) for seed in (0, 2))
+    loss, metrics = kto.unpaired_loss(APO, own, reference, batch.label, None, beta=BETA, axes=())
+    assert_metrics(metrics | {"loss": loss}, expected(APO, AHEAD)[1])
+    frozen = {"reference": tiny.policy_params(2), "beta": jnp.float32(BETA)}
+    step = kto.make_step(tiny.POLICY, tiny.OPTIMIZER, 3, (), APO)
+    assert "kl" not in jax.eval_shape(step, tiny.dpo_state(), frozen, batch, jax.random.key(0))[1]
 
 
 def assert_metrics(got, metrics):

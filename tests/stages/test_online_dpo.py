@@ -9,13 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.config import ModelSource
+from rlhf_jax.config import ModelSource, StageName
 from rlhf_jax.reports import Run
+from rlhf_jax.rewards import tfidf
+from rlhf_jax.rewards.tfidf import TfidfRidgeConfig
 from rlhf_jax.runtime.programs import SEED_AXIS, HostSteps, compile_host_steps, make_placement
-from rlhf_jax.stages import online_dpo
+from rlhf_jax.stages import judging, online_dpo
 from rlhf_jax.stages.preference_loss import PreferenceLossConfig
+from rlhf_jax.text.tokenizer import TokenizerConfig, train_tokenizer
 from rlhf_jax.types import Rollout
 from tests import tiny
+from tests.rewards.server import likes_longer, serving
 from tests.runtime.test_programs import PLACEMENTS, assert_close
 from tests.stages import experiments
 from tests.stages import test_learning as learning
@@ -146,7 +150,19 @@ def test_a_loss_without_a_reference_needs_none_of_the_pairs():
     assert {"loss", "grad_norm", "rewards/margins"} <= metrics.keys()
 
 
-def test_an_experiment_with_two_seeds(tmp_path):
+def test_a_judge_with_scores_reads_prompts_and_responses():
+    tokenizer = train_tokenizer(TokenizerConfig("word", 16), ["a good film", "a bad film"])
+    judge = tfidf.fit(TfidfRidgeConfig(1.0, 1), ["a good film", "a bad film", "film"], [1.0, -1.0, 0.0])
+    prompt, answers = tokenizer.encode("a"), [tokenizer.encode(text) for text in ("bad film", "good film")]
+    rollout = Rollout(*(np.array(leaf, np.int32) for leaf in ([prompt] * 2, [[1]] * 2, answers, [[1, 1]] * 2)))
+    masks = {"prompt_mask": rollout.prompt_mask.astype(bool), "response_mask": rollout.response_mask.astype(bool)}
+    scores = judging.pair_scorer(judge, tokenizer)(rollout._replace(**masks))
+    np.testing.assert_allclose(scores, judge.score(["a bad film", "a good film"]))
+    assert scores[0] < scores[1]
+
+
+def test_an_experiment_with_two_seeds_by_a_reward_model_and_one_by_a_judge(tmp_path, monkeypatch):
+    monkeypatch.setenv("RLHF_JAX_DATA", str(tmp_path / "cache"))
     model, judge = experiments.models(tmp_path)
     section = {
         "kind": "online_dpo",
@@ -167,6 +183,17 @@ def test_an_experiment_with_two_seeds(tmp_path):
     }
     data = experiments.questions(tmp_path / "questions.jsonl", 16)
     directory = experiments.run(tmp_path / "run", data, {"online": section}, seeds=2).find("online")
+    with serving(likes_longer) as server:
+        asking = {"reward_model": None, "judge": {"url": server.url, "model": "tiny"}, "missing_eos_penalty": 0.0}
+        judged = experiments.run(tmp_path / "judged", data, {"online": section | asking}).find("online")
+    rows = experiments.rows(judged / "samples.jsonl")
+    for one, other in zip(rows[::2], rows[1::2], strict=True):
+        lengths = len(one["completion"].strip()), len(other["completion"].strip())
+        assert (one["score"], other["score"]) == {1: (1, 0), 0: (0.5, 0.5), -1: (0, 1)}[
+            np.sign(lengths[0] - lengths[1])
+        ]
+    assert {row["score"] for row in rows} >= {0, 1}
+    assert json.loads((judged / "summary.json").read_text())["judge_replies"] > 0
     metrics = experiments.rows(directory / "metrics.jsonl")
     assert [(row["step"], row["seed"]) for row in metrics] == [(step, seed) for step in range(1, 5) for seed in (0, 1)]
     samples = experiments.rows(directory / "samples.jsonl")
@@ -184,6 +211,7 @@ def test_an_experiment_with_two_seeds(tmp_path):
         ({"minibatches": 3}, "batch_size = 16 does not divide into 3 minibatches"),
         ({"temperature": 0.0}, "temperature = 0.0 must be above 0"),
         ({"beta": 0.0}, "beta = 0.0 must be above 0"),
+        ({"judge": StageName("gold")}, "exactly one of them chooses"),
         (
             {
                 "loss": PreferenceLossConfig(losses=("aot",)),
@@ -192,7 +220,7 @@ def test_an_experiment_with_two_seeds(tmp_path):
             "aot sorts all pairs of a batch",
         ),
     ],
-    ids=["minibatches", "temperature", "beta", "micro_batch"],
+    ids=["minibatches", "temperature", "beta", "judge", "micro_batch"],
 )
 def test_what_cannot_be_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):

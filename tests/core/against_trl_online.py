@@ -50,7 +50,7 @@ def check_group_losses(
     for name, ((value, clipped), grad) in everything(jnp.asarray(trl["logprobs"])).items():
         close(value, trl[f"{name}/loss"], err_msg=name)
         close(grad, trl[f"{name}/grad"], err_msg=name)
-        assert clipped > 0 or name == "cispo", name  # whose bound few tokens reach
+        assert clipped > 0 or name not in ("grpo", "dapo")  # whole responses reach a bound less often
     assert {name.split("/")[0] for name in trl if name.endswith("/grad")} == set(NAMES)
 
 

@@ -334,7 +334,7 @@ def optimise(
         dropout = dropout_keys(network, dropout_key, number, len(own), axes)
         loss, metrics, grads = gradients(
             config.optimizer,
-            functools.partial(loss_fn, tokens_per_pair(minibatch[0], axes)),
+            functools.partial(loss_fn, tokens_per_pair(minibatch[0].chosen_mask, axes)),
             params,
             (minibatch, dropout),
             lambda given: masking.rows(given[0][0].chosen, axes),

@@ -21,8 +21,10 @@ from rlhf_jax.runtime.workdir import Workdir
 from rlhf_jax.sampling.batches import score_all
 from rlhf_jax.stages import rejection_sampling as stage
 from rlhf_jax.stages.context import Context
+from rlhf_jax.stages.models import RewardModel
 from rlhf_jax.stages.rejection_sampling import KEEP, KeepAbove, KeepBest, KeepShare, KeepSoft
 from rlhf_jax.types import RlhfError, Rollout
+from tests.verbs.commands import reads, succeeds
 
 ROOT = Path(__file__).parents[2]
 SCORES = np.array([[1.0, 4.0, 4.0, -2.0], [0.5, 0.0, -3.0, -1.0], [5.0, 3.0, 6.0, 7.0]])
@@ -160,6 +162,15 @@ def test_the_score_rises_from_round_to_round(finished):
     assert [summary["train_rows"] for summary in summaries] == [28, 28, 28 * 8]
 
 
+def score_texts(judge: RewardModel, data: pipeline.DataConfig, prompts: list, completions: list) -> np.ndarray:
+    examples = pipeline.tokenise(prompts, completions, judge.tokenizer, data)
+    rollout = Rollout(
+        *pipeline.pad_left([example.prompt for example in examples], data.max_prompt_tokens),
+        *pipeline.pad_right([example.response for example in examples], data.max_response_tokens),
+    )
+    return score_all(judge.network, judge.params, rollout, 16)
+
+
 def test_demonstrations_are_prompts_of_the_data_with_scores_of_the_reward_model(finished):
     workdir, planned = finished
     train, held_out = (read_rows(workdir / "best_1" / name) for name in (stage.TRAIN_FILE, stage.EVAL_FILE))
@@ -167,14 +178,7 @@ def test_demonstrations_are_prompts_of_the_data_with_scores_of_the_reward_model(
     asked = {row["prompt"] for row in read_rows(Path(planned.data.train))}
     assert {row["prompt"] for row in rows} <= asked
     judge = Run(workdir).load_reward_model("reward_model")
-    examples = pipeline.tokenise(
-        [row["prompt"] for row in rows], [row["completion"] for row in rows], judge.tokenizer, planned.data
-    )
-    rollout = Rollout(
-        *pipeline.pad_left([example.prompt for example in examples], planned.data.max_prompt_tokens),
-        *pipeline.pad_right([example.response for example in examples], planned.data.max_response_tokens),
-    )
-    scores = score_all(judge.network, judge.params, rollout, 16)
+    scores = score_texts(judge, planned.data, [row["prompt"] for row in rows], [row["completion"] for row in rows])
     np.testing.assert_allclose(scores, [row["score"] for row in rows], atol=1e-4)
 
 
@@ -244,3 +248,20 @@ def test_demonstrations_of_chats_are_chats():
     assert stage._original([{"prompt": chat}], 0, "") == chat
     assert stage._original([{"text": "the film is good"}], 0, "the film") == "the film"
     json.dumps(stage.demonstration("the film", " is good"))
+
+
+def test_the_verb_reads_models_of_stages(finished, tmp_path, capsys, monkeypatch):
+    """Scored as the stages score: by a reward model that reads the policy's tokens."""
+    workdir, planned = finished
+    flags = [f"--workdir={workdir}", "--stage=sft", "--reward-stage=reward_model", "--n=4", "--max-new-tokens=11"]
+    path = tmp_path / "best.jsonl"
+    for _ in range(2):  # there is nothing left to do
+        reads(monkeypatch, '{"prompt": "the film is"}\n{"prompt": "bad and dull"}\n')
+        assert succeeds(capsys, "best-of-n", *flags, f"--out={path}") == ""
+    found = read_rows(path)
+    judge = Run(workdir).load_reward_model("reward_model")
+    assert len(found) == 2
+    for row in found:
+        scores = score_texts(judge, planned.data, [row["prompt"]] * 4, row["completions"])
+        np.testing.assert_allclose(row["scores"], scores, atol=1e-4)
+        assert row["score"] == max(row["scores"]) > min(row["scores"])

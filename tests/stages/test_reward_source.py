@@ -1,7 +1,9 @@
 """Rewards of several parts: a model, Python functions, or both, wherever a stage names what it scores by."""
 
 import dataclasses
+import itertools
 import json
+import math
 from typing import Any
 
 import jax
@@ -13,7 +15,7 @@ from rlhf_jax.data import pipeline
 from rlhf_jax.models.ensembles import EnsembleConfig
 from rlhf_jax.rewards.functions import load_function
 from rlhf_jax.sampling.batches import score_all
-from rlhf_jax.stages.models import Policy, RewardModel, load_checkpoint
+from rlhf_jax.stages.models import Policy, RewardModel, load_checkpoint, load_reward_model
 from rlhf_jax.stages.reward_source import Reward, RewardConfig, name_of, recombined
 from rlhf_jax.stages.scoring import joins_program, make_scorer
 from rlhf_jax.types import RlhfError, Rollout
@@ -29,6 +31,21 @@ DATA = pipeline.DataConfig(
     max_prompt_tokens=24,
     max_response_tokens=8,
 )
+RLOO = {
+    "kind": "group_rl",
+    "method": "rloo",
+    "num_generations": 4,
+    "iterations": 2,
+    "batch_size": 16,
+    "minibatches": 1,
+    "epochs": 1,
+    "temperature": 1.0,
+    "kl_coef": 0.05,
+    "optimizer": experiments.OPTIMIZER,
+    "samples_every": 1,
+    "samples_written": 4,
+    "loop": {"steps_per_call": 1, "checkpoint_every": 100},
+}
 FUNCTIONS = """
 from rlhf_jax.data import pipeline
 from rlhf_jax.sampling.batches import score_all
@@ -67,22 +84,7 @@ def places(tmp_path_factory):
 def test_both_paths_give_the_same_learning_step(places):
     """The same network, within the compiled iteration and as a Python function between its two halves."""
     directory, model, judge = places
-    section = {
-        "kind": "group_rl",
-        "method": "rloo",
-        "num_generations": 4,
-        "policy": model,
-        "iterations": 2,
-        "batch_size": 16,
-        "minibatches": 1,
-        "epochs": 1,
-        "temperature": 1.0,
-        "kl_coef": 0.05,
-        "optimizer": experiments.OPTIMIZER,
-        "samples_every": 1,
-        "samples_written": 4,
-        "loop": {"steps_per_call": 1, "checkpoint_every": 100},
-    }
+    section = {**RLOO, "policy": model}
     best = {"kind": "best_of_n", "policy": model, "judge": None, "prompts": 8, "pool": 2, "temperature": 1.0}
     sources = (judge, {"functions": (f"{directory / 'mine.py'}:by_judge",)})
     shortest = {**best, "reward_model": {"functions": (f"{directory / 'mine.py'}:tokens",), "weights": (-1.0,)}}
@@ -179,3 +181,51 @@ def test_a_stage_may_combine_an_ensemble_otherwise(loaded):
     worst = recombined(model, source, "config.ppo")
     np.testing.assert_allclose(score_all(worst.network, worst.params, given, 4), each.min(axis=0), atol=1e-5)
     np.testing.assert_allclose(score_all(model.network, model.params, given, 4), each.mean(axis=0), atol=1e-5)
+
+
+def test_an_ensemble_of_adapters_scores_within_the_compiled_iteration(places):
+    """Trained beside one frozen checkpoint, normalised on its samples, combined otherwise by the stage it serves."""
+    directory, model, _ = places
+    rng = np.random.default_rng(0)
+    data = directory / "pairs.jsonl"
+
+    def said(role: str, most: int) -> list[dict[str, str]]:
+        return [{"role": role, "content": " ".join(rng.choice(experiments.WORDS, rng.integers(1, most)))}]
+
+    rows = [
+        {"prompt": said("user", 3), "chosen": said("assistant", 5), "rejected": said("assistant", 5)} for _ in range(32)
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lora = {"rank": 2, "alpha": 4.0, "targets": ("attention/[qv]",), "dropout": 0.1}
+    common = {"optimizer": experiments.OPTIMIZER, "loop": experiments.LOOP, "batch_size": 16}
+    reward_stage = {
+        "kind": "reward_model",
+        "policy": None,
+        "preferences": None,
+        "model": {"init": model, "lora": lora},
+        "pooling": "last",
+        "epochs": 4.0,
+        "eval_every": 100,
+        "ensemble": {"members": 2, "combine": "mean"},
+        "normalise": {"policy": model, "prompts": 32},
+        **common,
+    }
+    rl = {
+        **RLOO,
+        "policy": model,
+        "reward_model": {"model": "reward", "combine": "wco"},
+        "iterations": 1,
+    }
+    workdir = experiments.run(directory / "adapters", data, {"reward": reward_stage, "rl": rl})
+    found = load_reward_model(workdir.find("reward"), find=workdir.find)
+    assert found.network.lora is None and found.network.bias and found.network.ensemble == EnsembleConfig(2, "mean")
+    base, (one, other) = load_checkpoint(model), found.members()
+    assert isinstance(base, Policy)
+    q = [p["block_0"]["attention"]["q"]["kernel"] for p in (base.params, one.params["body"], other.params["body"])]
+    assert min(float(np.abs(a - b).max()) for a, b in itertools.combinations(q, 2)) > 1e-4
+    np.testing.assert_array_equal(one.params["body"]["embedding"], base.params["embedding"])
+    for row in experiments.rows(workdir.find("rl") / "samples.jsonl")[:4]:
+        assert math.isfinite(row["score"])
+    given = rollout(Policy(base.network, base.params, base.tokenizer))
+    each = [score_all(member.network, member.params, given, 4) for member in (one, other)]
+    np.testing.assert_allclose(score_all(found.network, found.params, given, 4), np.mean(each, axis=0), atol=1e-5)

@@ -68,11 +68,11 @@ def length_controlled_win_rate(
         return LengthControlled(mean, math.sqrt(mean * (1 - mean) / count))
     inputs = np.stack([np.ones(count), np.tanh(difference / difference.std())], axis=1)
     penalty, weights = np.array([0.0, 1.0]), np.array([math.log(mean / (1 - mean)), 0.0])
-    for _ in range(100):
+    for _ in range(50):
         chances = 1 / (1 + np.exp(-inputs @ weights))
         curvature = inputs.T @ (inputs * (chances * (1 - chances))[:, None]) + np.diag(penalty)
         step = np.linalg.solve(curvature, inputs.T @ (wins - chances) - penalty * weights)
-        weights = weights + step / max(1.0, float(np.abs(step).max()))  # Newton's, shortened far from the end
+        weights = weights + step  # Newton's method
         if np.abs(step).max() < 1e-10:
             break
     rate = 1 / (1 + math.exp(-weights[0]))

@@ -122,7 +122,6 @@ def _compare(
     results: Rows = []
     win_rates: Rows = []
     samples: Rows = []
-    opponents = [_opponents(source, methods) for source in dict.fromkeys((config.reference, *config.against))]
     for method, found in zip(methods, answers, strict=True):
         wins = wins_against(found, answers[0])
         results.append(result(method, found, answers[0], wins, config, context))
@@ -130,8 +129,8 @@ def _compare(
             {"step": index, "seed": method.seed, "method": method.name, **row, "win": float(win)}
             for index, (row, win) in enumerate(zip(found.rows, wins, strict=True))
         ]
-        for opponent in opponents:
-            number = opponent.get(method.seed, min(opponent.values()))
+        for source in dict.fromkeys((config.reference, *config.against)):
+            number = opponent(source, method, methods)
             if methods[number] != method:
                 pair = {"against": methods[number].name, "against_seed": methods[number].seed}
                 won = wins_against(found, answers[number])
@@ -231,11 +230,14 @@ def _methods(config: EvaluateConfig, context: Context) -> list[Method]:
     return methods
 
 
-def _opponents(source: str, methods: list[Method]) -> dict[int, int]:
-    """The number of an opponent's method, by its seed: runs with the same seed meet."""
-    return {
-        method.seed: number for number, method in enumerate(methods) if (method.source, method.best_of) == (source, 1)
+def opponent(source: str, method: Method, methods: list[Method]) -> int:
+    """The number of the method that a source's policy is: of the same seed where there is one, else of the first."""
+    numbers = {
+        other.seed: number
+        for number, other in reversed([*enumerate(methods)])
+        if (other.source, other.best_of) == (source, 1)
     }
+    return numbers.get(method.seed, min(numbers.values()))
 
 
 def _seconds(method: Method, context: Context) -> float | None:

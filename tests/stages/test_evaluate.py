@@ -15,7 +15,7 @@ from rlhf_jax.models import hf
 from rlhf_jax.reports import report
 from rlhf_jax.reports.run import FURTHER_COLUMNS, RESULT_COLUMNS, Run
 from rlhf_jax.stages import answers
-from rlhf_jax.stages.evaluate import EvaluateConfig
+from rlhf_jax.stages.evaluate import EvaluateConfig, opponent
 from rlhf_jax.stages.models import Policy, RewardModel, load_checkpoint
 from rlhf_jax.types import RlhfError, Rollout, TokenBatch
 from tests import tiny
@@ -209,6 +209,14 @@ def test_the_report_of_checkpoints_judged_over_http_names_them_and_the_judge(eva
     csv = pd.read_csv(root / "results.csv")
     assert list(csv.columns) == [*RESULT_COLUMNS, *FURTHER_COLUMNS]
     assert Run(root).load_judge() is None
+
+
+def test_runs_of_the_same_seed_meet_and_others_meet_the_first():
+    seeds = [("sft", 3), ("dpo", 3), ("ppo", 3), ("ppo", 4), ("grpo", 3), ("grpo", 4), ("grpo", 5)]
+    methods = [answers.Method(name, name, seed, 1) for name, seed in seeds]
+    methods.insert(1, answers.Method("best_of_4", "sft", 3, 4))
+    met = {source: [opponent(source, method, methods) for method in methods] for source in ("sft", "dpo", "ppo")}
+    assert met == {"sft": [0] * 8, "dpo": [2] * 8, "ppo": [3, 3, 3, 3, 4, 3, 4, 3]}
 
 
 def config(**changes) -> EvaluateConfig:

@@ -1,0 +1,137 @@
+"""Preference losses and policy gradients on one task, compared at equal divergence.
+
+    rlhf-jax --config=experiments/movie_reviews/comparison.py --workdir=runs/comparison
+    rlhf-jax --config=experiments/movie_reviews/comparison.py:half_hour --workdir=runs/comparison_half_hour
+
+The quickstart's task, policy, preferences and reward model. Every method starts from the same SFT policy and trains
+four seeds (`half_hour`: eight methods, two seeds); checkpoints along each run are sampled on the test prompts, judged
+by the gold judge, and each method's score is read off where its runs cross 1, 2 and 4 nats of KL: `matched.csv`,
+`figures/runs.png`, `figures/equal_kl.png`. It starts again where it was stopped.
+
+Learning rates, batches and lengths are the quickstart's for all methods of a kind; none was tuned for this comparison.
+"""
+
+import runpy
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+QUICKSTART = runpy.run_path(str(Path(__file__).with_name("quickstart.py")))
+
+# Beta is the strength of the pull to the reference in most of them; in ipo and sigmoid_norm, whose scores are a
+# token's, it is larger by about the length of a response, and in simpo it multiplies log-probabilities a token.
+PREFERENCE_LOSSES: dict[str, dict[str, Any]] = {
+    "sigmoid": {"beta": 0.05},
+    "cdpo": {"beta": 0.05, "label_smoothing": 0.1},
+    "robust": {"beta": 0.05, "label_smoothing": 0.1},
+    "hinge": {"beta": 0.05},
+    "ipo": {"beta": 0.5},
+    "sigmoid_norm": {"beta": 0.5},
+    "exo_pair": {"beta": 0.05, "label_smoothing": 0.001},
+    "nca_pair": {"beta": 0.05},
+    "bco_pair": {"beta": 0.05},
+    "sppo_hard": {"beta": 0.05},
+    "aot": {"beta": 0.05},
+    "aot_unpaired": {"beta": 0.05},
+    "apo_zero": {"beta": 0.05},
+    "apo_down": {"beta": 0.05},
+    "discopop": {"beta": 0.05},
+    "forward_kl": {"beta": 0.05, "losses": ("sigmoid",), "divergence": "forward_kl"},
+    "js_divergence": {"beta": 0.05, "losses": ("sigmoid",), "divergence": "js_divergence"},
+    "alpha_divergence": {"beta": 0.05, "losses": ("sigmoid",), "divergence": "alpha_divergence"},
+    "ld_dpo": {"beta": 0.05, "losses": ("sigmoid",), "length_desensitisation": 0.5},
+    "wpo": {"beta": 0.05, "losses": ("sigmoid",), "weighting": True},
+    "rpo": {"beta": 0.05, "losses": ("sigmoid", "sft")},
+    "sft_chosen": {"beta": 0.05, "losses": ("sft",)},
+    "cpo": {"beta": 0.05},
+    "simpo": {"beta": 2.0},
+    "orpo": {"beta": 0.5},
+}
+POLICY_GRADIENTS: dict[str, dict[str, Any]] = {
+    "rloo": {"kl_coef": 0.05},
+    "reinforce_plus_plus": {"kl_coef": 0.05},
+    "grpo": {},
+    "dr_grpo": {},
+    "dapo": {},
+    "gspo": {},
+    "cispo": {},
+}
+HALF_HOUR = ("sigmoid", "ipo", "simpo", "kto", "ppo", "rloo", "grpo", "online_dpo")
+SMOKE = ("kto", "ppo", "grpo")
+STAGES = ("gold", "sft", "preferences", "reward_model")
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """All methods with four seeds; `half_hour`, eight with two; `smoke`, six in seconds, to see that they run."""
+    if arg not in ("", "half_hour", "smoke"):
+        raise ValueError(f"comparison.py takes the argument half_hour or smoke, or none, not {arg!r}")
+    smoke = arg == "smoke"
+    quickstart = QUICKSTART["get_config"]("smoke" if smoke else "").unlock()
+    config = ConfigDict({name: quickstart[name] for name in ("seed", "data", "runtime", *STAGES)})
+    config.seeds = 4 if not arg else 2
+    offline = quickstart["dpo_01"].copy_and_resolve_references()
+    online = quickstart["ppo"].copy_and_resolve_references()
+    del offline.beta
+    for section in (offline, online):
+        section.loop.keep = 100
+    offline.loop.checkpoint_every = 10
+    online.loop.checkpoint_every = 5 if smoke else 10
+    offline.update({"sample_prompts": 2, "epochs": 0.5 if smoke else 1.0})
+    online.samples_written = 8
+
+    methods = {name: preference_loss(offline, name) for name in PREFERENCE_LOSSES}
+    methods["tr_dpo"] = with_fields(
+        preference_loss(offline, "sigmoid"), {"reference_sync": {"alpha": 0.6, "every": 64}}
+    )
+    methods["kto"] = with_fields(offline, {"kind": "kto", "beta": 0.05})
+    methods["online_dpo"] = online_dpo(online)
+    methods["ppo"] = with_fields(online, {"kl_coef": 0.05})
+    methods |= {name: policy_gradient(online, name) for name in POLICY_GRADIENTS}
+    chosen = {"": tuple(methods), "half_hour": HALF_HOUR, "smoke": SMOKE}[arg]
+    for name in chosen:
+        config[name] = methods[name]
+    config.stages = (*STAGES, *chosen, "frontier")
+    config.frontier = ConfigDict(
+        {
+            "kind": "frontier",
+            "reference": "sft",
+            "policies": chosen,
+            "judge": "gold",
+            "prompts": 64 if smoke else 512,
+            "temperature": 1.0,
+            "kl_targets": (0.01, 0.1) if smoke else (1.0, 2.0, 4.0),
+        }
+    )
+    return config.lock()
+
+
+def preference_loss(offline: ConfigDict, name: str) -> ConfigDict:
+    """DPO with another loss."""
+    fields = dict(PREFERENCE_LOSSES[name])
+    beta = fields.pop("beta")
+    return with_fields(offline, {"beta": beta, "loss": {"losses": (name,), **fields}})
+
+
+def policy_gradient(online: ConfigDict, method: str) -> ConfigDict:
+    """PPO's section without what a value function needs: as many responses, in groups of four."""
+    section = with_fields(online, {"kind": "group_rl", "method": method, "num_generations": 4})
+    for name in ("kl_coef", "gamma", "gae_lambda", "clip_ratio", "value_clip", "vf_coef"):
+        del section[name]
+    return with_fields(section, POLICY_GRADIENTS[method])
+
+
+def online_dpo(online: ConfigDict) -> ConfigDict:
+    """Half as many prompts as PPO has, two responses to each."""
+    section = with_fields(online, {"kind": "online_dpo", "beta": 0.05, "batch_size": online.batch_size // 2})
+    for name in ("kl_coef", "gamma", "gae_lambda", "clip_ratio", "value_clip", "vf_coef"):
+        del section[name]
+    return section
+
+
+def with_fields(section: ConfigDict, fields: dict[str, Any]) -> ConfigDict:
+    """A copy of a section with other fields."""
+    section = section.copy_and_resolve_references()
+    for name, value in fields.items():
+        section[name] = ConfigDict(value) if isinstance(value, dict) else value
+    return section

@@ -28,7 +28,7 @@ def get_config(arg: str = "") -> ConfigDict:
         raise ValueError("lora=RANK needs a model to adapt: say init=MODEL too")
     config = ConfigDict()
     config.seed = 0
-    config.seeds = 1  # PPO runs trained at once
+    config.seeds = 1  # runs of DPO and PPO trained at once
     config.stages = ("sft", "reward_model", "dpo", "ppo", "evaluate")
     config.data = ConfigDict(
         {

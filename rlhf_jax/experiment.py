@@ -61,7 +61,8 @@ KINDS: dict[str, tuple[type, StageRun]] = {
     "frontier": (frontier.FrontierConfig, frontier.run),
 }
 
-ONLINE = (
+SEEDED = (
+    dpo.DPOConfig,
     ppo.PPOConfig,
     group_rl.GroupRLConfig,
     kto.KTOConfig,
@@ -88,7 +89,7 @@ class Experiment:
         data = dataclasses.asdict(self.data)
         hashes = {split: formats.file_hash(self.data.source(split)) for split in ("train", "eval", "test")}
         common = {"seed": self.seed, "data": data, "data_sha256": hashes}
-        if isinstance(stage, ONLINE):
+        if isinstance(stage, SEEDED):
             common["seeds"] = self.seeds
         inputs = {input: fingerprint(input) for input in configs.input_stages(stage, self.stages)}
         for source in configs.checkpoints(stage, self.stages):

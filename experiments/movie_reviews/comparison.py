@@ -82,7 +82,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
     methods = {name: preference_loss(offline, name) for name in PREFERENCE_LOSSES}
     methods["tr_dpo"] = with_fields(
-        preference_loss(offline, "sigmoid"), {"reference_sync": {"alpha": 0.6, "every": 64}}
+        preference_loss(offline, "sigmoid"), {"reference_update": {"alpha": 0.6, "every": 64}}
     )
     methods["kto"] = with_fields(offline, {"kind": "kto", "beta": 0.05})
     methods["online_dpo"] = online_dpo(online)

@@ -9,7 +9,7 @@ def get_config(arg: str = "") -> ConfigDict:
     """The experiment, or its `smoke` variant, which runs in seconds and shows nothing but that everything works."""
     config = ConfigDict()
     config.seed = 0
-    config.seeds = 1  # PPO runs trained at once
+    config.seeds = 1  # runs of DPO and PPO trained at once
     config.stages = ("gold", "sft", "preferences", "reward_model", "best_of_n", *DPO_BETAS, "ppo", "evaluate")
     config.data = ConfigDict(
         {

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
+from jaxtyping import PRNGKeyArray, PyTree
 
 from rlhf_jax.config import ModelSource, StageName
 from rlhf_jax.core import masking
@@ -30,7 +30,7 @@ from rlhf_jax.stages.preference_loss import (
 from rlhf_jax.stages.preferences import load_preferences
 from rlhf_jax.stages.reference import ReferencedBatch, ReferenceUpdate, kept_stats, moved, stats_all
 from rlhf_jax.stages.samples import policy_samples
-from rlhf_jax.stages.training import adapted_network, begin, dropout_keys, whole
+from rlhf_jax.stages.training import adapted_network, begin, dropout_keys, over_seeds, whole
 from rlhf_jax.types import PreferenceBatch
 
 SIGMOID = PreferenceLossConfig()
@@ -70,12 +70,12 @@ class DPOConfig:
 
 
 def run(config: DPOConfig, context: Context) -> dict[str, Any]:
-    """Trains on the training pairs; evaluates loss and accuracy on the held-out pairs."""
+    """Trains `context.seeds` policies at once, each on its own order of the pairs; evaluates on the held-out pairs."""
     reference = context.policy(config.policy, config.tuning)
     lora, tokenizer = config.tuning.lora, reference.tokenizer
     network = adapted_network(reference.network, lora)
     reference = reference._replace(network=network)
-    seeds = range(context.seed, context.seed + 1)
+    seeds = range(context.seed, context.seed + context.seeds)
     save_policy_spec(context.directory, reference, seeds, base=config.policy if lora else None)
     rows, held_out = load_preferences(context, config.preferences)
     data, eval_data = (pipeline.preferences(table, tokenizer, context.data) for table in (rows, held_out))
@@ -87,16 +87,18 @@ def run(config: DPOConfig, context: Context) -> dict[str, Any]:
         data = ReferencedBatch(*data, theirs.chosen, theirs.rejected)
     elif config.loss.needs_reference and config.reference_update is None:
         eval_theirs = stats_all(config.loss, network, reference.params, eval_data, context.runtime.inference_batch)
-    batches = pipeline.shuffled_batches(data, config.batch_size, context.seed)
     steps = steps_for(config.epochs, len(rows), config.batch_size, config.loop.steps_per_call)
 
-    placement = context.placement()
-    params = {"policy": begin(network, reference.params, context.key()).trained}
-    opt_state = make_optimizer(config.optimizer, steps).init(params)
+    def start(key: PRNGKeyArray) -> TrainState:
+        params = {"policy": begin(network, reference.params, key).trained}
+        opt_state = make_optimizer(config.optimizer, steps).init(params)
+        following = {"reference": reference.params} if config.reference_update else {}
+        return TrainState(jnp.int32(0), params | following, opt_state)
+
+    placement = context.placement(context.seeds)
+    runs = over_seeds(context, start, lambda seed: pipeline.shuffled_batches(data, config.batch_size, seed))
     frozen = {"beta": jnp.float32(config.beta)}
-    if config.reference_update:
-        params["reference"] = reference.params
-    elif lora or (config.loss.needs_reference and not config.cached_reference):
+    if lora or (config.loss.needs_reference and not (config.cached_reference or config.reference_update)):
         frozen["reference"] = reference.params
 
     def evaluation(trained: PyTree) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -109,10 +111,10 @@ def run(config: DPOConfig, context: Context) -> dict[str, Any]:
 
     task = Task(
         step=make_step(network, config.optimizer, steps, placement.axes, config.loss, config.reference_update),
-        state=TrainState(jnp.int32(0), params, opt_state),
+        state=runs.state,
         frozen=frozen,
-        batch_at=batches.__getitem__,
-        run_key=context.key(),
+        batch_at=runs.batch_at,
+        run_key=runs.run_key,
         total_steps=steps,
         key_figures=("loss", "rewards/accuracies", "rewards/margins"),
         evaluation=Evaluation(config.eval_every, evaluation),

@@ -1,8 +1,10 @@
 """Losses, advantages and metrics against TRL's own trainers, in values and in gradients."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax.stages.reference import ReferenceUpdate, moved
 from tests.core.against_trl import CHECKS, read
 from tests.parity import trl_1_12, trl_1_16, trl_1_16_online, trl_1_16_preferences, write_goldens
 
@@ -22,6 +24,13 @@ CASES = [(name, seed) for name in RECORD for seed in ([1] if name == "preference
 def test_our_numbers_are_those_of_trl(name, seed):
     for check in CHECKS[name]:
         check(RECORD[name](seed))
+
+
+def test_the_reference_follows_as_trls_does():
+    policy, reference = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)
+    update = ReferenceUpdate(alpha=0.6, every=1)
+    ours = moved(update, jnp.asarray(reference), jnp.asarray(policy), jnp.int32(1))
+    np.testing.assert_allclose(ours, trl_1_16_preferences.synchronised(policy, reference, 0.6), rtol=1e-6)
 
 
 def test_ppo_saw_the_settings_that_the_checks_assume():

@@ -17,6 +17,7 @@ import torch
 import trl
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+from trl.trainer.callbacks import SyncRefModelCallback
 
 from tests.parity import tiny
 
@@ -67,6 +68,14 @@ def record(seed: int) -> dict[str, np.ndarray]:
         name: value.detach().numpy() if isinstance(value, torch.Tensor) else np.asarray(value, np.float32)
         for name, value in found.items()
     }
+
+
+def synchronised(policy: np.ndarray, reference: np.ndarray, alpha: float) -> np.ndarray:
+    """What TR-DPO's callback makes of one weight of the reference."""
+    own, theirs = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
+    own.weight.data, theirs.weight.data = torch.tensor(policy), torch.tensor(reference)
+    SyncRefModelCallback._sync_target_model(own, theirs, alpha)
+    return theirs.weight.detach().numpy()
 
 
 def _batch(seed: int) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from rlhf_jax.core import logprobs, masking, policy_losses, reward_losses, unpaired_losses
+from rlhf_jax.core import advantages, logprobs, masking, policy_losses, reward_losses, unpaired_losses
 from rlhf_jax.core.preference_losses import Pairs
 from rlhf_jax.stages.preference_loss import PreferenceLossConfig, preference_loss
 from tests.core.cases import normal, prefix_mask
@@ -49,6 +49,15 @@ FUNCTIONS: dict[str, Callable] = {
     ),
     "value_loss": lambda theta, a, b, c, mask, s, axes: with_metrics(
         policy_losses.value_loss(a * theta, a + 0.3 * b, c, mask, clip_range=0.2, axes=axes)
+    ),
+    "gspo": lambda theta, a, b, c, mask, s, axes: policy_losses.sequence_mean(
+        policy_losses.gspo(a * theta, a + 0.3 * b, c, mask, clip_ratio=0.2, clip_ratio_high=0.3).losses,
+        mask,
+        max_tokens=T,
+        axes=axes,
+    ),
+    "reinforce_plus_plus": lambda theta, a, b, c, mask, s, axes: masking.total(
+        b * advantages.reinforce_plus_plus(a * theta, mask, num_generations=2, axes=axes), axes
     ),
     "explained_variance": lambda theta, a, b, c, mask, s, axes: policy_losses.explained_variance(
         a * theta, c, mask, axes

@@ -90,9 +90,8 @@ def run(config: EvaluateConfig, context: Context) -> dict[str, Any]:
     write_rows(context.directory / "results.jsonl", results)
     write_rows(context.directory / "win_rates.jsonl", win_rates)
     write_rows(context.directory / "samples.jsonl", samples)
-    column = "win_rate" if http else "reward_score" if config.judge is None else "gold_score"
     return {
-        "selected": select(selection, column, context),
+        "selected": select(selection, deciding_column(config), context),
         "judge": config.judge.model
         if isinstance(config.judge, HTTPJudgeConfig)
         else config.judge or name_of(config.reward_model),
@@ -187,6 +186,13 @@ def result(
         columns[name] = alone[name]
     columns["seconds"] = _seconds(method, context)
     return {**columns, **(pairs | alone | columns)}
+
+
+def deciding_column(config: EvaluateConfig) -> str:
+    """What stages are chosen by: the judge's score, the reward model's, or pairs won by a judge that gives no score."""
+    if isinstance(config.judge, HTTPJudgeConfig):
+        return "win_rate"
+    return "reward_score" if config.judge is None else "gold_score"
 
 
 def select(table: Rows, column: str, context: Context) -> dict[str, str]:

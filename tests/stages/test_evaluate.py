@@ -14,8 +14,9 @@ from rlhf_jax.core.statistics import bootstrap_interval, length_controlled_win_r
 from rlhf_jax.models import hf
 from rlhf_jax.reports import report
 from rlhf_jax.reports.run import FURTHER_COLUMNS, RESULT_COLUMNS, Run
+from rlhf_jax.rewards.http_judge import HTTPJudgeConfig
 from rlhf_jax.stages import answers
-from rlhf_jax.stages.evaluate import EvaluateConfig, opponent
+from rlhf_jax.stages.evaluate import EvaluateConfig, deciding_column, opponent
 from rlhf_jax.stages.models import Policy, RewardModel, load_checkpoint
 from rlhf_jax.types import RlhfError, Rollout, TokenBatch
 from tests import tiny
@@ -221,6 +222,12 @@ def test_runs_of_the_same_seed_meet_and_others_meet_the_first():
 
 def config(**changes) -> EvaluateConfig:
     return EvaluateConfig(**section("sft", "reward_model", **changes))
+
+
+def test_stages_are_chosen_by_who_judges_them():
+    http = HTTPJudgeConfig(url="http://localhost/v1", model="tiny")
+    columns = [deciding_column(config(judge=judge)) for judge in (None, "gold", http)]
+    assert columns == ["reward_score", "gold_score", "win_rate"]
 
 
 @pytest.mark.parametrize(

@@ -85,8 +85,11 @@ def expected(config, seed):
     } | ({"kl": point} if config.loss == "kto" else {})
 
 
-AHEAD, BEHIND = 3, 2
-"""Batches whose responses, put to other prompts, are likelier and less likely than under the reference."""
+AHEAD, BEHIND = 4, 2
+"""Batches whose responses, put to other prompts, are likelier and less likely than under the reference.
+
+Their labels are spread unevenly over micro-batches.
+"""
 
 
 @pytest.mark.parametrize("seed", [AHEAD, BEHIND])

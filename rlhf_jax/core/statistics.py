@@ -29,7 +29,7 @@ def wilson_interval(wins: float, n: int, *, z: float) -> tuple[float, float]:
     p, scale = wins / n, 1 + z**2 / n
     centre = p + z**2 / (2 * n)
     half = z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    return (centre - half) / scale, (centre + half) / scale
+    return min((centre - half) / scale, p), max((centre + half) / scale, p)  # rounding must not leave p outside
 
 
 def bootstrap_interval(x: Float[np.ndarray, "N"], *, level: float, rounds: int, seed: int) -> tuple[float, float]:

@@ -39,6 +39,12 @@ def test_wilson_interval_has_the_published_values(wins, n, low, high):
     np.testing.assert_allclose(wilson_interval(wins, n, z=1.959964), (low, high), atol=5e-5)
 
 
+def test_wilsons_interval_holds_the_proportion_also_where_nothing_or_everything_was_won():
+    for n in range(1, 400):
+        assert wilson_interval(n, n, z=1.959964)[1] >= 1
+        assert wilson_interval(0, n, z=1.959964)[0] <= 0
+
+
 @given(st.integers(1, 500), st.floats(0, 1), st.sampled_from([1.0, 1.96, 2.58]))
 def test_wilson_limits_are_where_the_score_test_just_rejects(n, share, z):
     wins = round(2 * share * n) / 2  # ties count half

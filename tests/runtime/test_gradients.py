@@ -82,7 +82,7 @@ def test_an_unweighted_mean_would_be_another_gradient():
         return sft.sft_loss(tiny.POLICY, params["policy"], rows, None, ())
 
     def gradient(config, weight):
-        return gradients(config, loss_fn, params, batch, weight, ())[2]
+        return jax.jit(lambda params, batch: gradients(config, loss_fn, params, batch, weight, ())[2])(params, batch)
 
     def tokens(rows):
         return masking.count(rows.loss_mask[:, 1:], ())

@@ -1,11 +1,10 @@
 """Runs the command line in a process of its own, which stops dead at one place of one stage, to be killed there.
 
-    python tests/stages/interrupted.py STAGE step|save|never MARKER CACHE ARGUMENTS...
-
 `step`: while the device computes the third call of the stage. `save`: when the files of its second checkpoint are
-written and it is not yet valid. The process touches MARKER there and waits; `never` runs to the end.
+written and it is not yet valid. The process touches a marker there and waits; `never` runs to the end.
 """
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ from orbax.checkpoint._src.path import atomicity
 from rlhf_jax import main
 from rlhf_jax.runtime import loop
 from rlhf_jax.stages import dpo, policy_gradient, reward_model, sft
+from tests import quickly
 
 STAGES = {"sft": sft, "reward_model": reward_model, "dpo": dpo, "ppo": policy_gradient}
 
@@ -68,12 +68,16 @@ def trap_saves(trap: Trap) -> None:
         kind.finalize = trapped  # type: ignore[method-assign]
 
 
-if __name__ == "__main__":
-    stage, place, marker, cache, *arguments = sys.argv[1:]
-    jax.config.update("jax_compilation_cache_dir", cache)
+def run(stage: str, place: str, marker: Path, cache: Path, log: Path, arguments: list[str]) -> None:
+    """What the process does, with a compilation cache of its own and all its output in a file."""
+    with log.open("w") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    os.environ["XLA_FLAGS"] = quickly.XLA_FLAGS  # one device
+    jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     if place != "never":
-        trap = Trap(Path(marker), 3 if place == "step" else 2)
+        trap = Trap(marker, 3 if place == "step" else 2)
         arm_in(STAGES[stage], trap)
         (trap_steps if place == "step" else trap_saves)(trap)
     sys.exit(main.main(arguments))

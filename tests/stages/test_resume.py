@@ -2,11 +2,9 @@
 
 import itertools
 import json
-import os
+import multiprocessing
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,8 +13,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from tests import quickly
+from tests.stages import interrupted
 
+# Processes are forked from one that has imported everything, and computed nothing.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload([interrupted.__name__])
 ROOT = Path(__file__).parents[2]
 STAGES = ("sft", "reward_model", "dpo", "ppo")
 PLACES = ("step", "save")
@@ -38,25 +39,23 @@ class Process:
         own_cache = directory / f"cache-{stage}-{place}"
         if cache != own_cache:
             shutil.copytree(cache, own_cache, dirs_exist_ok=True)
-        command = [sys.executable, str(ROOT / "tests/stages/interrupted.py"), stage, place]
         self.log = directory / f"log-{stage}-{place}"
-        with self.log.open("w") as log:
-            self.popen = subprocess.Popen(
-                [*command, str(self.marker), str(own_cache), *args],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": quickly.XLA_FLAGS},
-            )
+        self.process = SERVER.Process(
+            target=interrupted.run, args=(stage, place, self.marker, own_cache, self.log, args), daemon=True
+        )
+        self.process.start()
 
     def kill_at_marker(self) -> None:
         while not self.marker.exists():
-            assert self.popen.poll() is None, self.log.read_text()
+            assert self.process.is_alive(), self.log.read_text()
             time.sleep(0.05)
-        self.popen.send_signal(signal.SIGKILL)
-        assert self.popen.wait() == -signal.SIGKILL
+        self.process.kill()
+        self.process.join()
+        assert self.process.exitcode == -signal.SIGKILL
 
     def finish(self) -> None:
-        assert self.popen.wait() == 0, self.log.read_text()
+        self.process.join()
+        assert self.process.exitcode == 0, self.log.read_text()
 
 
 @pytest.fixture(scope="module")

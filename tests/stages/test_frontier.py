@@ -1,0 +1,82 @@
+"""frontier: a point for every checkpoint of every seed, measured once, whatever interrupts it."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from rlhf_jax.runtime.checkpoints import steps_of
+from rlhf_jax.stages.frontier import FrontierConfig, match
+from tests.stages import experiments
+
+TARGETS = (0.001, 1e6)
+
+
+def test_points_are_every_checkpoint_and_an_interrupted_stage_goes_on(tmp_path):
+    model, reward_model = experiments.models(tmp_path)
+    rng = np.random.default_rng(0)
+    data = tmp_path / "rated.jsonl"
+    with data.open("w") as file:
+        for _ in range(48):
+            words = rng.choice(experiments.WORDS, 4).tolist()
+            rating = words.count("good") - words.count("bad") + rng.normal(0, 0.1)
+            file.write(json.dumps({"text": " ".join(words), "rating": rating}) + "\n")
+    stages = {
+        "gold": {"kind": "gold", "model": {"alpha": 1.0, "min_df": 1}, "rating": "rating"},
+        "online": {
+            "kind": "group_rl",
+            "method": "dr_grpo",
+            "num_generations": 2,
+            "policy": model,
+            "reward_model": reward_model,
+            "iterations": 8,
+            "batch_size": 8,
+            "minibatches": 1,
+            "epochs": 1,
+            "temperature": 1.0,
+            "optimizer": experiments.OPTIMIZER | {"learning_rate": 1e-2},
+            "samples_every": 8,
+            "samples_written": 2,
+            "loop": {"steps_per_call": 2, "checkpoint_every": 2, "keep": 3},
+        },
+        "frontier": {
+            "kind": "frontier",
+            "reference": model,
+            "policies": ("online",),
+            "judge": "gold",
+            "prompts": 24,
+            "temperature": 1.0,
+            "kl_targets": TARGETS,
+        },
+    }
+    place = experiments.run(tmp_path / "run", data, stages, seeds=2)
+    directory = place.find("frontier")
+    points = experiments.rows(directory / "points.jsonl")
+    assert steps_of(place.find("online") / "checkpoints") == [4, 6, 8]
+    assert [(point["method"], point["seed"], point["step"]) for point in points] == [
+        ("reference", 0, 0),
+        *(("online", seed, step) for seed in (0, 1) for step in (4, 6, 8)),
+    ]
+    assert points[0]["kl"] == points[0]["kl_se"] == 0
+    assert all(point["kl"] != 0 and np.isfinite(point["gold"]) for point in points[1:])
+    assert points[3]["kl"] > points[1]["kl"] > 0.001  # 8 steps of seed 0 lead further than 4
+    matched = experiments.rows(directory / "matched.jsonl")
+    assert matched == match(points, ("online",), TARGETS)
+    assert matched[0]["reached"] >= 1 and matched[1]["reached"] == 0 and matched[1]["gold"] is None
+
+    lines = (directory / "points.jsonl").read_text().splitlines(keepends=True)
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    half_done = tmp_path / "again" / "frontier"
+    for name in ("complete.json", "summary.json", "matched.jsonl"):
+        (half_done / name).unlink()
+    kept = json.dumps(json.loads(lines[1]) | {"gold": 7.5}) + "\n"  # what stands is not measured again
+    (half_done / "points.jsonl").write_text(lines[0] + kept + lines[2] + lines[3][:20])
+    experiments.run(tmp_path / "again", data, stages, seeds=2)
+    assert (half_done / "points.jsonl").read_text() == "".join([lines[0], kept, *lines[2:]])
+
+
+@pytest.mark.parametrize("targets", [(), (0.0, 1.0)])
+def test_divergences_that_cannot_be_are_refused(targets):
+    with pytest.raises(ValueError, match="kl_targets"):
+        FrontierConfig("frontier", "sft", ("dpo",), "gold", 24, 1.0, targets)

@@ -51,7 +51,7 @@ def runs(points: pd.DataFrame, kinds: dict[str, str], start: str) -> Figure:
 
 
 def ranking(matched: pd.DataFrame, kinds: dict[str, str]) -> Figure:
-    """Each method's score at each divergence, mean and standard error over seeds; the best at the last one on top."""
+    """Each method's score at each divergence, mean and standard error over seeds; the best on top."""
     targets = sorted(matched["kl"].unique())
     order = _order(matched)
     with context():
@@ -102,9 +102,10 @@ def _cell(row: pd.Series) -> str:
 
 
 def _order(matched: pd.DataFrame) -> list[str]:
-    """The best at the largest divergence first; who never went so far, by the next one down."""
+    """The best first, at the largest divergence that every method reached (or at the smallest, if there is none)."""
     wide = matched.pivot(index="method", columns="kl", values="gold").astype(float)
-    return list(wide.sort_values(sorted(wide.columns, reverse=True), ascending=False, na_position="last").index)
+    common = [kl for kl in wide.columns if wide[kl].notna().all()]
+    return list(wide.sort_values(max(common, default=min(wide.columns)), ascending=False, na_position="last").index)
 
 
 def _ways(points: pd.DataFrame, method: str, start: str) -> list[tuple[np.ndarray, np.ndarray]]:

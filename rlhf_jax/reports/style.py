@@ -21,6 +21,9 @@ COLORS = {
     "best_of_n": "#00875f",
     "dpo": "#0072b2",
     "ppo": "#c24e00",
+    "kto": "#3d8fae",
+    "online_dpo": "#7457a8",
+    "group_rl": "#a8741a",
 }
 OTHER = "#4d5561"
 
@@ -39,6 +42,9 @@ DARK = {
     "#00875f": "#35c296",
     "#0072b2": "#5eb1ea",
     "#c24e00": "#ff9454",
+    "#3d8fae": "#6fc0dd",
+    "#7457a8": "#b39ae0",
+    "#a8741a": "#dcae5c",
     **dict(zip(SHADES, ("#4a7fae", "#4f8fc4", "#5a9fd6", "#7fb9e8", "#a9d2f3", "#d5eafb"), strict=True)),
 }
 

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
+from rlhf_jax.config import ModelSource, StageName
 from rlhf_jax.runtime.checkpoints import steps_of
 from rlhf_jax.stages.frontier import FrontierConfig, match
 from tests.stages import experiments
@@ -79,4 +80,4 @@ def test_points_are_every_checkpoint_and_an_interrupted_stage_goes_on(tmp_path):
 @pytest.mark.parametrize("targets", [(), (0.0, 1.0)])
 def test_divergences_that_cannot_be_are_refused(targets):
     with pytest.raises(ValueError, match="kl_targets"):
-        FrontierConfig("frontier", "sft", ("dpo",), "gold", 24, 1.0, targets)
+        FrontierConfig("frontier", ModelSource("sft"), (StageName("dpo"),), StageName("gold"), 24, 1.0, targets)

@@ -1,6 +1,7 @@
 """What every test runs under: eight CPU devices, checked shapes, no silent broadcasting or promotion."""
 
 import fcntl
+import gc
 import itertools
 import os
 from contextlib import nullcontext
@@ -30,6 +31,8 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 # The same examples in every run, and no deadline: the first example compiles.
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, max_examples=25)
 hypothesis.settings.load_profile("tests")
+
+gc.set_threshold(200_000, 50, 1000)  # JAX keeps millions of objects: looking through them takes its time
 
 STRICT_PROMOTION = {"core", "models", "sampling"}  # optax breaks under it elsewhere
 

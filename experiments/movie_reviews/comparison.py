@@ -56,6 +56,7 @@ PREFERENCE_LOSSES: dict[str, dict[str, Any]] = {
     "simpo": {"beta": 2.0},
     "orpo": {"beta": 0.5},
 }
+REFERENCE_FREE = {"sft", "cpo", "simpo", "orpo"}
 POLICY_GRADIENTS: dict[str, dict[str, Any]] = {
     "rloo": {"kl_coef": 0.05},
     "reinforce_plus_plus": {"kl_coef": 0.05},
@@ -83,14 +84,14 @@ def get_config(arg: str = "") -> ConfigDict:
     del offline.beta
     for section in (offline, online):
         section.loop.keep = 100
-    offline.loop.checkpoint_every = 10
+    offline.loop.checkpoint_every = 20 if not arg else 10
     online.loop.checkpoint_every = 5  # they leave quickly
     offline.update({"sample_prompts": 2, "epochs": 0.5 if smoke else 1.0})
     online.samples_written = 8
 
     methods = {name: preference_loss(offline, name) for name in PREFERENCE_LOSSES}
     methods["tr_dpo"] = with_fields(
-        preference_loss(offline, "sigmoid"), {"reference_update": {"alpha": 0.6, "every": 64}}
+        methods["sigmoid"], {"cached_reference": False, "reference_update": {"alpha": 0.6, "every": 64}}
     )
     methods["kto"] = with_fields(offline, {"kind": "kto", "beta": 0.05})
     methods["online_dpo"] = online_dpo(online)
@@ -115,10 +116,13 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def preference_loss(offline: ConfigDict, name: str) -> ConfigDict:
-    """DPO with another loss."""
+    """DPO with another loss; what the reference says of the pairs is computed once for all of them."""
     fields = dict(PREFERENCE_LOSSES[name])
     beta = fields.pop("beta")
-    return with_fields(offline, {"beta": beta, "loss": {"losses": (name,), **fields}})
+    loss = {"losses": (name,), **fields}
+    return with_fields(
+        offline, {"beta": beta, "loss": loss, "cached_reference": not set(loss["losses"]) <= REFERENCE_FREE}
+    )
 
 
 def policy_gradient(online: ConfigDict, method: str) -> ConfigDict:

@@ -1,6 +1,7 @@
 """The policy: a transformer body whose embedding, transposed, gives the logits. Pure functions of its parameters."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -34,8 +35,7 @@ class PolicyNetwork:
 
     def init(self, key: PRNGKeyArray) -> PyTree:
         """Random parameters."""
-        init = jax.jit(self._body.init)  # or every weight's draw would be a program of its own
-        return init(key, jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool))["params"]
+        return _init(self._body, key)
 
     def init_adapter(self, params: PyTree, key: PRNGKeyArray) -> PyTree:
         """A new adapter to plain parameters or their shapes; see `lora.init_adapter`."""
@@ -151,3 +151,8 @@ def both_responses(batch: PreferenceBatch) -> Rollout:
         jnp.concatenate([batch.chosen, batch.rejected]),
         jnp.concatenate([batch.chosen_mask, batch.rejected_mask]),
     )
+
+
+@functools.partial(jax.jit, static_argnums=0)  # one program, compiled once for all networks of this shape
+def _init(body: Transformer, key: PRNGKeyArray) -> PyTree:
+    return body.init(key, jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool))["params"]

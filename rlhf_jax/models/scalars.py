@@ -68,9 +68,7 @@ class ScalarNetwork:
 
     def init(self, key: PRNGKeyArray) -> PyTree:
         """Random parameters: `body` and `head`."""
-        tokens, mask = jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool)
-        init = jax.jit(functools.partial(self._module.init, method="parameters"))
-        return init(key, tokens, mask)["params"]
+        return _init(self._module, key)
 
     def init_value(self, reward_params: PyTree) -> PyTree:
         """Parameters of a value function: the reward model's body, and a head that says 0 everywhere.
@@ -138,3 +136,8 @@ class ScalarNetwork:
         tokens = jnp.concatenate([rollout.prompt, rollout.response], axis=1)
         mask = jnp.concatenate([rollout.prompt_mask, rollout.response_mask], axis=1)
         return self._apply(params, tokens, mask, method="hidden", dropout_keys=dropout_keys), mask
+
+
+@functools.partial(jax.jit, static_argnums=0)  # one program, compiled once for all networks of this shape
+def _init(module: ScalarTransformer, key: PRNGKeyArray) -> PyTree:
+    return module.init(key, jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool), method="parameters")["params"]

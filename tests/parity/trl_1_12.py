@@ -3,21 +3,24 @@
 """Runs PPO as TRL 1.12 wrote it, and records what its `train()` computes on the way.
 
 TRL 1.12 was the last with a PPOTrainer. Its step is one function with everything inline, so that the numbers are read
-where they are made: from the local variables of `train()` at each call of `backward`. A process holds one version of
-TRL; so this file is also a script, run with 1.12 in front of its path.
+where they are made: from the local variables of `train()` at each call of `backward`. An environment holds one version
+of TRL; so this file is also a script, run in the one that has 1.12.
 """
 
 import functools
 import os
 import subprocess
 import sys
+import sysconfig
 import tempfile
+import venv
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 VERSION = "1.12.0"
+ROOT = str(Path(__file__).parents[2])
 PAD, EOS = 0, 1
 SETTINGS = {"kl_coef": 0.3, "gamma": 0.95, "gae_lambda": 0.9, "clip_ratio": 0.2, "clip_range": 0.3, "value_coef": 0.7}
 
@@ -25,28 +28,33 @@ SETTINGS = {"kl_coef": 0.3, "gamma": 0.95, "gae_lambda": 0.9, "clip_ratio": 0.2,
 @functools.cache
 def record(seed: int) -> dict[str, np.ndarray]:
     """What the last of eight gradient steps of one PPO iteration saw and computed, and random numbers whitened."""
-    path = os.pathsep.join([str(_installed()), str(Path(__file__).parents[2])])
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "record.npz")
-        environment = {**os.environ, "PYTHONPATH": path, "TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, str(Path(__file__).resolve()), str(seed), str(out)]
+        environment = {**os.environ, "PYTHONPATH": ROOT, "TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_OFFLINE": "1"}
+        command = [str(_python()), str(Path(__file__).resolve()), str(seed), str(out)]
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         with np.load(out) as arrays:
             return dict(arrays)
 
 
-def _installed() -> Path:
-    folder = Path(sys.prefix, f"trl-{VERSION}")
-    if not folder.exists():
+def _python() -> Path:
+    """The interpreter of an environment whose TRL is 1.12; torch and all else it finds in the one it was made by."""
+    place = Path(sys.prefix, f"venv-trl-{VERSION}")
+    if not place.exists():
         with tempfile.TemporaryDirectory(dir=sys.prefix) as temporary:
-            pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
-            subprocess.run([*pip, f"{temporary}/trl", f"trl=={VERSION}"], check=True)
+            made = Path(temporary, place.name)
+            venv.create(made, symlinks=True)
+            python = made / "bin" / "python"
+            pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps"]
+            subprocess.run([*pip, f"trl=={VERSION}"], check=True)
+            [packages] = made.glob("lib/python*/site-packages")
+            (packages / "everything_else.pth").write_text(f"{sysconfig.get_path('purelib')}\n")  # after its own
             try:
-                os.rename(f"{temporary}/trl", folder)  # whole or not at all
+                os.rename(made, place)  # whole or not at all
             except OSError:
-                assert folder.exists()  # another worker was first
-    return folder
+                assert place.exists()  # another worker was first
+    return place / "bin" / "python"
 
 
 def _train(seed: int) -> dict[str, Any]:

@@ -12,19 +12,25 @@ import argparse
 import ast
 import concurrent.futures
 import copy
+import multiprocessing
 import os
+import re
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 CORE = ROOT / "rlhf_jax" / "core"
 EVERYWHERE = ("test_goldens.py", "test_axes.py")
-"""Tests that look at several modules; they run after the module's own."""
+"""Tests that look at all of core; they run after the module's own."""
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["beartype", "hypothesis", "jax", "jaxtyping", "optax", "pytest"])
 
 EQUIVALENT: dict[str, str] = {}
 """`module: line of source -> what it became`, and why nobody can see it."""
@@ -131,25 +137,48 @@ def _inside_annotation(tree: ast.AST, node: ast.AST) -> bool:
     return False
 
 
+def tests_of(module: str) -> list[str]:
+    """The module's own tests, those that read it beside others, and those that look at all of core."""
+    own = f"test_{module}.py"
+    reading = [
+        path.name
+        for path in sorted((ROOT / "tests/core").glob("test_*.py"))
+        if re.search(rf"\b(core\.{module}|core import .*\b{module})\b", path.read_text())
+    ]
+    names = dict.fromkeys([own, *reading, *EVERYWHERE])
+    return [
+        f"tests/core/{name}"
+        for name in sorted(names, key=EVERYWHERE.__contains__)
+        if (ROOT / "tests/core" / name).exists()
+    ]
+
+
 def is_noticed(mutant: Mutant) -> bool:
-    """Whether a test fails: the module's own first, then those that look at several."""
-    own = [ROOT / "tests/core" / name for name in (f"test_{mutant.module}.py", *EVERYWHERE)]
-    paths = [path.relative_to(ROOT) for path in own if path.exists()]
+    """Whether a test of it fails."""
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        shutil.copytree(ROOT / "rlhf_jax", place / "rlhf_jax", ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copytree(ROOT / "tests", place / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+        for tree in ("rlhf_jax", "tests"):
+            shutil.copytree(ROOT / tree, place / tree, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", place)
         (place / "rlhf_jax/core" / f"{mutant.module}.py").write_text(mutant.source)
-        cache = ROOT / ".pytest_cache" / "mutation"
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:xdist", "-o", f"cache_dir={cache}"]
-        environment = {**os.environ, "PYTHONPATH": folder}
-        done = subprocess.run(
-            [*command, *map(str, paths)], cwd=place, env=environment, capture_output=True, text=True, check=False
-        )
-        if done.returncode not in (0, 1, 2):  # 2: the module cannot even be imported
-            raise RuntimeError(f"pytest stopped with {done.returncode} on {mutant}\n{done.stdout}{done.stderr}")
-        return done.returncode != 0
+        process = SERVER.Process(target=run_tests, args=(place, tests_of(mutant.module)))
+        process.start()
+        process.join()
+        if process.exitcode not in (0, 1, 2):  # 2: the module cannot even be imported
+            output = (place / "output").read_text()
+            raise RuntimeError(f"pytest stopped with {process.exitcode} on {mutant}\n{output}")
+        return process.exitcode != 0
+
+
+def run_tests(place: Path, paths: list[str]) -> None:
+    """What a process does, forked from one that has imported all but the package."""
+    with (place / "output").open("w") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    os.chdir(place)
+    sys.path.insert(0, str(place))
+    cache = ROOT / ".pytest_cache" / "mutation"
+    sys.exit(pytest.main(["-x", "-q", "-p", "no:xdist", "-o", f"cache_dir={cache}", *paths]))
 
 
 def main() -> int:

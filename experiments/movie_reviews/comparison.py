@@ -81,13 +81,13 @@ def get_config(arg: str = "") -> ConfigDict:
     config.seeds = 4 if not arg else 2
     offline = quickstart["dpo_01"].copy_and_resolve_references()
     online = quickstart["ppo"].copy_and_resolve_references()
-    del offline.beta
+    del offline.beta, offline.cached_reference
     for section in (offline, online):
         section.loop.keep = 100
-    offline.loop.checkpoint_every = 20 if not arg else 10
+    offline.loop.checkpoint_every = 10 if arg else 20
     online.loop.checkpoint_every = 5  # they leave quickly
-    offline.update({"sample_prompts": 2, "epochs": 0.5 if smoke else 1.0})
-    online.samples_written = 8
+    offline.update({"sample_prompts": 2, "epochs": 1.0 if arg == "half_hour" else 0.5, "eval_every": 1000})
+    online.update({"samples_written": 8, "iterations": online.iterations if arg else 80})
 
     methods = {name: preference_loss(offline, name) for name in PREFERENCE_LOSSES}
     methods["tr_dpo"] = with_fields(
@@ -107,7 +107,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "reference": "sft",
             "policies": chosen,
             "judge": "gold",
-            "prompts": 64 if smoke else 512,
+            "prompts": {"": 256, "half_hour": 512, "smoke": 64}[arg],
             "temperature": 1.0,
             "kl_targets": (0.01, 0.1) if smoke else (1.0, 2.0, 4.0, 10.0),
         }

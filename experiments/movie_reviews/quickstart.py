@@ -79,7 +79,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "policy": "sft",
             "reward_model": "reward_model",
             "judge": "gold",
-            "prompts": 128,
+            "prompts": 64,
             "pool": 256,
             "temperature": 1.0,
         }
@@ -97,6 +97,7 @@ def get_config(arg: str = "") -> ConfigDict:
                 "sample_prompts": 8,
                 "eval_every": 70,
                 "loop": loop(steps_per_call=10),
+                "cached_reference": True,  # one for all betas
             }
         )
     config.ppo = ConfigDict(

@@ -9,6 +9,7 @@ import math
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -133,16 +134,18 @@ def _parts(source: str) -> tuple[str, str]:
 
 
 def _load_file(path: Path) -> ModuleType:
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
-    name = f"_rlhf_jax_reward_{path.stem}_{digest}"
+    text = path.read_bytes()
+    name = f"_rlhf_jax_reward_{path.stem}_{hashlib.sha256(text).hexdigest()[:12]}"
     if name in sys.modules:
         return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
+    loader = SourceFileLoader(name, str(path))
+    spec = importlib.util.spec_from_loader(name, loader)
+    assert spec is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their module up
     try:
-        spec.loader.exec_module(module)
+        # Not exec_module, whose bytecode of an earlier text serves as long as size and second of writing are the same.
+        exec(loader.source_to_code(text, path), module.__dict__)
     except BaseException:
         del sys.modules[name]
         raise

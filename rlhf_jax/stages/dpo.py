@@ -17,7 +17,7 @@ from rlhf_jax.runtime.loop import Evaluation, LoopConfig, Task, train
 from rlhf_jax.runtime.optimizers import OptimizerConfig, gradients, learning_rate, make_optimizer, update
 from rlhf_jax.runtime.programs import Step
 from rlhf_jax.stages.context import Context, steps_for
-from rlhf_jax.stages.models import AS_IT_IS, Tuning, save_policy_spec
+from rlhf_jax.stages.models import AS_IT_IS, Tuning
 from rlhf_jax.stages.preference_loss import (
     PairStats,
     PreferenceLossConfig,
@@ -30,7 +30,7 @@ from rlhf_jax.stages.preference_loss import (
 from rlhf_jax.stages.preferences import load_preferences
 from rlhf_jax.stages.reference import ReferencedBatch, ReferenceUpdate, kept_stats, moved, stats_all
 from rlhf_jax.stages.samples import policy_samples
-from rlhf_jax.stages.training import adapted_network, begin, dropout_keys, over_seeds, whole
+from rlhf_jax.stages.training import begin, begin_policy, dropout_keys, over_seeds, whole
 from rlhf_jax.types import PreferenceBatch
 
 SIGMOID = PreferenceLossConfig()
@@ -71,12 +71,8 @@ class DPOConfig:
 
 def run(config: DPOConfig, context: Context) -> dict[str, Any]:
     """Trains `context.seeds` policies at once, each on its own order of the pairs; evaluates on the held-out pairs."""
-    reference = context.policy(config.policy, config.tuning)
-    lora, tokenizer = config.tuning.lora, reference.tokenizer
-    network = adapted_network(reference.network, lora)
-    reference = reference._replace(network=network)
-    seeds = range(context.seed, context.seed + context.seeds)
-    save_policy_spec(context.directory, reference, seeds, base=config.policy if lora else None)
+    reference, lora = begin_policy(config.policy, config.tuning, context), config.tuning.lora
+    network, tokenizer = reference.network, reference.tokenizer
     rows, held_out = load_preferences(context, config.preferences)
     data, eval_data = (pipeline.preferences(table, tokenizer, context.data) for table in (rows, held_out))
     eval_prompts = pipeline.prompts(pipeline.load_rows(context.data, "eval"), tokenizer, context.data)

@@ -17,7 +17,7 @@ from rlhf_jax.core.kl import ESTIMATORS, k1
 from rlhf_jax.core.logprobs import sequence_logprobs
 from rlhf_jax.core.policy_losses import explained_variance
 from rlhf_jax.sampling.generate import is_stop
-from rlhf_jax.stages.policy_method import Experience, Method, Networks, OnlineConfig, Sampled, Samples
+from rlhf_jax.stages.policy_method import Experience, Method, Networks, PolicyGradientConfig, Sampled, Samples
 from rlhf_jax.types import Rollout
 
 
@@ -27,7 +27,7 @@ def has_ended(networks: Networks, rollout: Rollout) -> Bool[Array, "B"]:
 
 
 def shaped_scores(
-    networks: Networks, config: OnlineConfig, method: Method, rollout: Rollout, scores: Float[Array, "B"]
+    networks: Networks, config: PolicyGradientConfig, method: Method, rollout: Rollout, scores: Float[Array, "B"]
 ) -> Float[Array, "B"]:
     """Scores as the method is given them: scaled, clipped, and less where a response is too long or was cut off."""
     ended = has_ended(networks, rollout)
@@ -45,7 +45,7 @@ def shaped_scores(
 
 def choose_groups(
     networks: Networks,
-    config: OnlineConfig,
+    config: PolicyGradientConfig,
     method: Method,
     sampled: Sampled,
     scores: Float[Array, "B"],
@@ -75,7 +75,7 @@ def choose_groups(
 
 def gather_experience(
     networks: Networks,
-    config: OnlineConfig,
+    config: PolicyGradientConfig,
     method: Method,
     params: dict[str, PyTree],
     frozen: dict[str, PyTree],

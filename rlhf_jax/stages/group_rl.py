@@ -22,8 +22,8 @@ from rlhf_jax.stages.policy_method import (
     Estimator,
     Method,
     Networks,
-    OnlineConfig,
     Place,
+    PolicyGradientConfig,
     check_overlong,
     check_penalty,
 )
@@ -113,7 +113,7 @@ OWN = (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GroupRLConfig(OnlineConfig):
+class GroupRLConfig(PolicyGradientConfig):
     """A method by its name, and what is to be otherwise: None leaves a field as the method sets it."""
 
     kind: Literal["group_rl"]

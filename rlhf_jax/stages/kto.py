@@ -25,10 +25,10 @@ from rlhf_jax.runtime.optimizers import OptimizerConfig, gradients, learning_rat
 from rlhf_jax.runtime.programs import Step
 from rlhf_jax.sampling.batches import response_logprobs_all
 from rlhf_jax.stages.context import Context, steps_for
-from rlhf_jax.stages.models import AS_IT_IS, Tuning, save_policy_spec
+from rlhf_jax.stages.models import AS_IT_IS, Tuning
 from rlhf_jax.stages.preferences import load_preferences
 from rlhf_jax.stages.samples import policy_samples
-from rlhf_jax.stages.training import adapted_network, begin, dropout_keys, over_seeds, whole
+from rlhf_jax.stages.training import begin, begin_policy, dropout_keys, over_seeds, whole
 from rlhf_jax.types import RlhfError, Rollout, UnpairedBatch
 
 
@@ -77,12 +77,8 @@ class KTOConfig:
 
 def run(config: KTOConfig, context: Context) -> dict[str, Any]:
     """Trains on the training responses; evaluates loss and implicit rewards on the held-out ones."""
-    reference = context.policy(config.policy, config.tuning)
-    lora, tokenizer = config.tuning.lora, reference.tokenizer
-    network = adapted_network(reference.network, lora)
-    reference = reference._replace(network=network)
-    seeds = range(context.seed, context.seed + context.seeds)
-    save_policy_spec(context.directory, reference, seeds, base=config.policy if lora else None)
+    reference = begin_policy(config.policy, config.tuning, context)
+    network, tokenizer = reference.network, reference.tokenizer
     rows, held_out = load_unpaired(context, config.preferences)
     data, eval_data = (pipeline.unpaired(table, tokenizer, context.data) for table in (rows, held_out))
     eval_prompts = pipeline.prompts(pipeline.load_rows(context.data, "eval"), tokenizer, context.data)

@@ -13,10 +13,9 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from rlhf_jax.config import ModelSource, StageName
+from rlhf_jax.config import StageName
 from rlhf_jax.core import masking
 from rlhf_jax.core.kl import k1
 from rlhf_jax.core.logprobs import sequence_logprobs
@@ -26,15 +25,15 @@ from rlhf_jax.models.scalars import ScalarNetwork
 from rlhf_jax.rewards.http_judge import HTTPJudge, HTTPJudgeConfig
 from rlhf_jax.rewards.tfidf import TfidfJudge
 from rlhf_jax.runtime.checkpoints import TrainState
-from rlhf_jax.runtime.loop import LoopConfig, Task, train
-from rlhf_jax.runtime.optimizers import OptimizerConfig, gradients, learning_rate, make_optimizer, update
+from rlhf_jax.runtime.optimizers import gradients, learning_rate, make_optimizer, update
 from rlhf_jax.runtime.programs import SEED_AXIS, HostSteps, Step
 from rlhf_jax.sampling.choice import Sampling
 from rlhf_jax.sampling.generate import generate, is_stop
 from rlhf_jax.stages.context import Context
 from rlhf_jax.stages.gold import load_judge
 from rlhf_jax.stages.judging import make_http_judge, pair_scorer
-from rlhf_jax.stages.models import AS_IT_IS, RewardModel, Tuning, save_policy_spec
+from rlhf_jax.stages.models import RewardModel
+from rlhf_jax.stages.online import OnlineConfig, seed_keys, train_online
 from rlhf_jax.stages.preference_loss import (
     PairStats,
     PreferenceLossConfig,
@@ -46,53 +45,33 @@ from rlhf_jax.stages.preference_loss import (
 )
 from rlhf_jax.stages.prompts import PromptSource
 from rlhf_jax.stages.reward_source import Reward, RewardSource
-from rlhf_jax.stages.samples import sample_rows
 from rlhf_jax.stages.scoring import joins_program, make_scorer
-from rlhf_jax.stages.training import adapted_network, begin, dropout_keys, whole
+from rlhf_jax.stages.training import begin, begin_policy, dropout_keys, whole
 from rlhf_jax.types import PreferenceBatch, PromptBatch, Rollout
 
 SIGMOID = PreferenceLossConfig()
 
 
-@dataclasses.dataclass(frozen=True)
-class OnlineDPOConfig:
-    """The policy that is start and reference, the reward model or else the judge, and the algorithm's numbers."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OnlineDPOConfig(OnlineConfig):
+    """The reward model or else the judge, and the loss. Losses read the policy as it is, whatever the temperature."""
 
     kind: Literal["online_dpo"]
-    policy: ModelSource
     reward_model: RewardSource | None
-    iterations: int
-    batch_size: int  # prompts, and pairs of responses, an iteration
-    minibatches: int
-    epochs: int
-    temperature: float  # of the samples; losses read the policy as it is
     beta: float
-    missing_eos_penalty: float  # taken off the score of a response that was cut off
-    optimizer: OptimizerConfig
-    samples_every: int  # iterations between those whose samples are written
-    samples_written: int
-    loop: LoopConfig
     loss: PreferenceLossConfig = SIGMOID
-    tuning: Tuning = AS_IT_IS
     judge: StageName | HTTPJudgeConfig | None = None  # by its scores, or asked over HTTP
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if (self.judge is None) == (self.reward_model is None):
             raise ValueError(
                 f"judge = {self.judge!r} and reward_model = {self.reward_model!r}: exactly one of them chooses, "
                 "and the other is None"
             )
-        if self.batch_size % self.minibatches:
-            raise ValueError(f"batch_size = {self.batch_size} does not divide into {self.minibatches} minibatches")
-        for name in ("temperature", "beta"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} = {getattr(self, name)} must be above 0")
+        if self.beta <= 0:
+            raise ValueError(f"beta = {self.beta} must be above 0")
         check_micro_batch(self.loss, self.optimizer.micro_batch)
-
-    @property
-    def updates(self) -> int:
-        """Optimiser steps of the whole run."""
-        return self.iterations * self.epochs * self.minibatches
 
 
 class Samples(NamedTuple):
@@ -118,15 +97,10 @@ class Networks:
 
 def run(config: OnlineDPOConfig, context: Context) -> dict[str, Any]:
     """Trains `context.seeds` policies at once, each with its own prompts, samples and initial key."""
-    reference, lora = context.policy(config.policy, config.tuning), config.tuning.lora
-    seeds = range(context.seed, context.seed + context.seeds)
-    reference = reference._replace(network=adapted_network(reference.network, lora))
-    save_policy_spec(context.directory, reference, seeds, base=config.policy if lora else None)
+    reference = begin_policy(config.policy, config.tuning, context)
     rows = pipeline.load_rows(context.data, "train")
     pool = pipeline.prompts(rows, reference.tokenizer, context.data)
-
-    placement, several = context.placement(context.seeds), context.seeds > 1
-    prompt_keys, run_keys = zip(*(jax.random.split(context.key(k)) for k in range(context.seeds)), strict=True)
+    placement = context.placement(context.seeds)
     annotator = find_annotator(config, context)
     model = annotator if isinstance(annotator, RewardModel) and joins_program(annotator, reference) else None
     networks = Networks(
@@ -135,7 +109,7 @@ def run(config: OnlineDPOConfig, context: Context) -> dict[str, Any]:
         stop_ids=reference.tokenizer.stop_ids,
         max_new_tokens=context.data.max_response_tokens,
     )
-    axes = (placement.axes, (SEED_AXIS,) if several else ())
+    axes = (placement.axes, (SEED_AXIS,) if context.seeds > 1 else ())
     frozen = {"reference": reference.params}
     if model is not None:
         step: Step | HostSteps = make_step(networks, config, *axes)
@@ -147,29 +121,24 @@ def run(config: OnlineDPOConfig, context: Context) -> dict[str, Any]:
             scorer = make_scorer(annotator, reference, rows, context.data, context.runtime.inference_batch)
         sample, learn = make_halves(networks, config, *axes)
         step = HostSteps(sample, scorer, learn)
-    state = init_state({"policy": begin(networks.policy, reference.params, context.key()).trained}, config)
 
-    def describe(step: int, samples: Samples) -> list[dict[str, Any]]:
-        if step % config.samples_every and step != 1:
-            return []
-        shown = jax.tree.map(lambda leaf: leaf[: config.samples_written], samples)
-        return sample_rows(reference.tokenizer, shown.rollout, shown.scores.tolist(), shown.kl.tolist())
+    def start(key: PRNGKeyArray) -> TrainState:
+        return init_state({"policy": begin(networks.policy, reference.params, key).trained}, config)
 
-    task = Task(
+    drawn = train_online(
+        config,
+        context,
+        placement,
+        reference,
         step=step,
-        state=jax.tree.map(lambda leaf: jnp.stack([leaf] * context.seeds), state) if several else state,
+        start=start,
         frozen=frozen,
-        batch_at=PromptSource(pool, prompt_keys, config.batch_size),
-        run_key=jnp.stack(run_keys) if several else run_keys[0],
-        total_steps=config.iterations,
+        prompts=PromptSource(pool, seed_keys(context).prompts, config.batch_size),
         key_figures=("objective/scores", "objective/kl", "rewards/accuracies"),
-        evaluation=None,
-        describe=describe,
     )
-    train(task, config.loop, placement, context.seed, context.directory, context.bar)
     return {
         "prompts": len(pool.tokens),
-        "prompt_key": [np.asarray(jax.random.key_data(key)).tolist() for key in prompt_keys],
+        **drawn,
         "pairs": config.iterations * config.batch_size,
         **(annotator.summary() if isinstance(annotator, HTTPJudge) else {}),
     }

@@ -21,25 +21,24 @@ from rlhf_jax.core.kl import adaptive_kl_coef
 from rlhf_jax.data import pipeline
 from rlhf_jax.models.scalars import ScalarNetwork
 from rlhf_jax.runtime.checkpoints import TrainState
-from rlhf_jax.runtime.loop import Task, train
 from rlhf_jax.runtime.optimizers import make_optimizer
 from rlhf_jax.runtime.programs import SEED_AXIS, HostSteps, Step
 from rlhf_jax.sampling.choice import Sampling
 from rlhf_jax.sampling.generate import generate
 from rlhf_jax.stages.context import Context
 from rlhf_jax.stages.experience import choose_groups, gather_experience
-from rlhf_jax.stages.models import Policy, RewardModel, save_policy_spec
-from rlhf_jax.stages.policy_method import Method, Networks, OnlineConfig, Sampled, Samples
+from rlhf_jax.stages.models import Policy, RewardModel
+from rlhf_jax.stages.online import seed_keys, train_online
+from rlhf_jax.stages.policy_method import Method, Networks, PolicyGradientConfig, Sampled, Samples
 from rlhf_jax.stages.policy_update import optimise
 from rlhf_jax.stages.prompts import MixedSource, PromptSource
-from rlhf_jax.stages.samples import sample_rows
 from rlhf_jax.stages.scoring import joins_program, make_scorer
-from rlhf_jax.stages.training import adapted_network, adapted_scalar, begin
+from rlhf_jax.stages.training import adapted_scalar, begin, begin_policy
 from rlhf_jax.types import PromptBatch
 
 
 def make_step(
-    networks: Networks, config: OnlineConfig, method: Method, axes: tuple[str, ...], loop_axes: tuple[str, ...]
+    networks: Networks, config: PolicyGradientConfig, method: Method, axes: tuple[str, ...], loop_axes: tuple[str, ...]
 ) -> Step:
     """One iteration on a PromptBatch (with demonstrations beside it where there is a pretraining mix).
 
@@ -59,7 +58,7 @@ def make_step(
 
 
 def make_halves(
-    networks: Networks, config: OnlineConfig, method: Method, axes: tuple[str, ...], loop_axes: tuple[str, ...]
+    networks: Networks, config: PolicyGradientConfig, method: Method, axes: tuple[str, ...], loop_axes: tuple[str, ...]
 ) -> tuple[Step, Step]:
     """An iteration in two steps, between which responses are scored: PromptBatch -> Sampled, and (Sampled, scores)."""
 
@@ -120,7 +119,7 @@ def _keys(run_key: PRNGKeyArray, state: TrainState) -> tuple[PRNGKeyArray, PRNGK
     return sample_key, order_key
 
 
-def init_state(params: dict[str, PyTree], config: OnlineConfig, method: Method) -> TrainState:
+def init_state(params: dict[str, PyTree], config: PolicyGradientConfig, method: Method) -> TrainState:
     """The state before the first iteration; an adaptive coefficient is part of it, and so one a seed."""
     controller = {"kl_coef": jnp.float32(method.kl_coef)} if config.kl_controller else ()
     return TrainState(jnp.int32(0), params, make_optimizer(config.optimizer, config.updates).init(params), controller)
@@ -133,7 +132,7 @@ class Scoring(NamedTuple):
     on_host: Callable[[Any], np.ndarray] | None
 
 
-def scoring(config: OnlineConfig, context: Context, policy: Policy, rows: Sequence[dict[str, Any]]) -> Scoring:
+def scoring(config: PolicyGradientConfig, context: Context, policy: Policy, rows: Sequence[dict[str, Any]]) -> Scoring:
     """On the device where the reward is a model that reads the policy's tokens."""
     reward_model = context.reward_model(config.reward_model)
     if joins_program(reward_model, policy):
@@ -157,20 +156,16 @@ def no_value(policy: Policy, reward_model: RewardModel | None, key: PRNGKeyArray
     return ValueStart(None, None)
 
 
-def run(config: OnlineConfig, method: Method, start_value: StartValue, context: Context) -> dict[str, Any]:
+def run(config: PolicyGradientConfig, method: Method, start_value: StartValue, context: Context) -> dict[str, Any]:
     """Trains `context.seeds` policies at once, each with its own prompts, samples and initial key."""
-    reference, lora = context.policy(config.policy, config.tuning), config.tuning.lora
-    seeds = range(context.seed, context.seed + context.seeds)
-    reference = reference._replace(network=adapted_network(reference.network, lora))
-    save_policy_spec(context.directory, reference, seeds, base=config.policy if lora else None)
+    reference, lora = begin_policy(config.policy, config.tuning, context), config.tuning.lora
     rows = pipeline.load_rows(context.data, "train")
     pool = pipeline.prompts(rows, reference.tokenizer, context.data)
     scores = scoring(config, context, reference, rows)
 
     placement = context.placement(context.seeds)
-    several = context.seeds > 1
-    prompt_keys, run_keys = zip(*(jax.random.split(context.key(k)) for k in range(context.seeds)), strict=True)
-    value = start_value(reference, scores.on_device and scores.on_device.members()[0], context.key())
+    reward_model = scores.on_device and scores.on_device.members()[0]
+    value = start_value(reference, reward_model, context.key())
     separate = adapted_scalar(value.network, lora) if isinstance(value.network, ScalarNetwork) else None
     networks = Networks(
         policy=reference.network,
@@ -179,7 +174,7 @@ def run(config: OnlineConfig, method: Method, start_value: StartValue, context: 
         stop_ids=reference.tokenizer.stop_ids,
         max_new_tokens=context.data.max_response_tokens,
     )
-    axes = (placement.axes, (SEED_AXIS,) if several else ())
+    axes = (placement.axes, (SEED_AXIS,) if context.seeds > 1 else ())
     frozen = {"reference": reference.params}
     if scores.on_device:
         step: Step | HostSteps = make_step(networks, config, method, *axes)
@@ -189,37 +184,33 @@ def run(config: OnlineConfig, method: Method, start_value: StartValue, context: 
         assert on_host is not None
         sample, learn = make_halves(networks, config, method, *axes)
         step = HostSteps(sample, lambda sampled: on_host(sampled.rollout), learn)
-    params = {"policy": begin(networks.policy, reference.params, context.key()).trained}
     if separate is not None:
-        params["value"], frozen["value_base"] = begin(separate, value.params, context.key())
-    elif value.network == "shared":
-        params["value"] = value.params
-    state = init_state(params, config, method)
+        frozen["value_base"] = begin(separate, value.params, context.key()).base
 
-    def describe(step: int, samples: Samples) -> list[dict[str, Any]]:
-        if step % config.samples_every and step != 1:
-            return []
-        shown = jax.tree.map(lambda leaf: leaf[: config.samples_written], samples)
-        return sample_rows(reference.tokenizer, shown.rollout, shown.scores.tolist(), shown.kl.tolist())
+    def start(key: PRNGKeyArray) -> TrainState:
+        params, own = {"policy": begin(networks.policy, reference.params, key).trained}, value.params
+        if context.seeds > 1:
+            own = start_value(reference, reward_model, key).params
+        if separate is not None:
+            params["value"] = begin(separate, own, key).trained
+        elif value.network == "shared":
+            params["value"] = own
+        return init_state(params, config, method)
 
+    prompt_keys = seed_keys(context).prompts
     prompts = PromptSource(pool, prompt_keys, config.batch_size // method.num_generations * method.oversampling)
     if config.ptx is not None:
         demonstrations = pipeline.demonstrations(rows, reference.tokenizer, context.data)
         prompts = MixedSource(prompts, demonstrations, prompt_keys, config.ptx.batch_size)
-    task = Task(
+    drawn = train_online(
+        config,
+        context,
+        placement,
+        reference,
         step=step,
-        state=jax.tree.map(lambda leaf: jnp.stack([leaf] * context.seeds), state) if several else state,
+        start=start,
         frozen=frozen,
-        batch_at=prompts,
-        run_key=jnp.stack(run_keys) if several else run_keys[0],
-        total_steps=config.iterations,
+        prompts=prompts,
         key_figures=("objective/scores", "objective/kl", "val/num_eos_tokens"),
-        evaluation=None,
-        describe=describe,
     )
-    train(task, config.loop, placement, context.seed, context.directory, context.bar)
-    return {
-        "prompts": len(pool.tokens),
-        "prompt_key": [np.asarray(jax.random.key_data(key)).tolist() for key in prompt_keys],
-        "episodes": config.iterations * config.batch_size,
-    }
+    return {"prompts": len(pool.tokens), **drawn, "episodes": config.iterations * config.batch_size}

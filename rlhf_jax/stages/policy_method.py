@@ -11,14 +11,11 @@ from typing import Literal, NamedTuple
 import jax
 from jaxtyping import Array, Float, PyTree
 
-from rlhf_jax.config import ModelSource
 from rlhf_jax.models import value_head
 from rlhf_jax.models.head import TokenStats, token_stats
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
-from rlhf_jax.runtime.loop import LoopConfig
-from rlhf_jax.runtime.optimizers import OptimizerConfig
-from rlhf_jax.stages.models import AS_IT_IS, Tuning
+from rlhf_jax.stages.online import OnlineConfig
 from rlhf_jax.stages.reward_source import RewardSource
 from rlhf_jax.stages.training import whole
 from rlhf_jax.types import Rollout, TokenBatch
@@ -54,22 +51,11 @@ class PretrainingMix:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OnlineConfig:
-    """What every method reads: the policy that is start and reference, the reward model, and how long it is trained."""
+class PolicyGradientConfig(OnlineConfig):
+    """What every policy gradient reads besides: the reward model, and what is made of its scores."""
 
-    policy: ModelSource
     reward_model: RewardSource
-    iterations: int
-    batch_size: int  # responses an iteration
-    minibatches: int
-    epochs: int
-    temperature: float
-    optimizer: OptimizerConfig
-    samples_every: int  # iterations between those whose samples are written
-    samples_written: int
-    loop: LoopConfig
-    missing_eos_penalty: float = 0.0  # taken off the score of a response that was cut off
-    missing_eos_score: float | None = None  # the score of such a response, whatever it is (-1 in N+)
+    missing_eos_score: float | None = None  # the score of a response that was cut off, whatever it is (-1 in N+)
     score_scale: float = 1.0  # scores are multiplied by it, and then clipped
     score_clip: float | None = None
     reject_truncated: bool = False  # responses that were cut off are left out of the losses
@@ -77,15 +63,11 @@ class OnlineConfig:
     entropy_coef: float = 0.0  # a bonus on the entropy, nats a token
     importance_cap: float | None = None  # weights by the learner's over the sampler's probabilities, at most this
     ptx: PretrainingMix | None = None
-    tuning: Tuning = AS_IT_IS
 
     def __post_init__(self) -> None:
-        if self.batch_size % self.minibatches:
-            raise ValueError(f"batch_size = {self.batch_size} does not divide into {self.minibatches} minibatches")
+        super().__post_init__()
         if self.tuning.lora is not None and self.tuning.lora.dropout:
             raise ValueError("tuning.lora.dropout must be 0: with dropout the first ratio would not be 1")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature = {self.temperature} must be above 0")
         if self.missing_eos_score is not None and self.missing_eos_penalty:
             raise ValueError(
                 f"missing_eos_score = {self.missing_eos_score} takes the place of a score, from which "
@@ -100,13 +82,8 @@ class OnlineConfig:
                 f"ptx.batch_size = {self.ptx.batch_size} does not divide into {self.minibatches} minibatches"
             )
 
-    @property
-    def updates(self) -> int:
-        """Optimiser steps of the whole run."""
-        return self.iterations * self.epochs * self.minibatches
 
-
-def check_penalty(config: OnlineConfig, kl_coef: float, estimator: Estimator, place: Place) -> None:
+def check_penalty(config: PolicyGradientConfig, kl_coef: float, estimator: Estimator, place: Place) -> None:
     """Raises ValueError for a penalty that would not do what it says."""
     if place == "loss" and estimator == "k1" and kl_coef:
         raise ValueError(

@@ -21,13 +21,13 @@ from rlhf_jax.core.policy_losses import AGGREGATIONS, POLICY_LOSSES, ratio_metri
 from rlhf_jax.models.head import token_stats, token_stats_with_entropy
 from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.runtime.optimizers import gradients, learning_rate, make_optimizer, update
-from rlhf_jax.stages.policy_method import Experience, Method, Networks, OnlineConfig
+from rlhf_jax.stages.policy_method import Experience, Method, Networks, PolicyGradientConfig
 from rlhf_jax.types import TokenBatch
 
 
 def optimise(
     networks: Networks,
-    config: OnlineConfig,
+    config: PolicyGradientConfig,
     method: Method,
     state: TrainState,
     frozen: dict[str, PyTree],
@@ -92,7 +92,7 @@ def optimise(
 def minibatch_loss(
     params: dict[str, PyTree],
     networks: Networks,
-    config: OnlineConfig,
+    config: PolicyGradientConfig,
     method: Method,
     batch: Experience,
     axes: tuple[str, ...],
@@ -137,7 +137,7 @@ def minibatch_loss(
 
 def _pretraining(
     networks: Networks,
-    config: OnlineConfig,
+    config: PolicyGradientConfig,
     params: dict[str, PyTree],
     frozen: dict[str, PyTree],
     batch: TokenBatch,

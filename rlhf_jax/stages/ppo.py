@@ -29,8 +29,8 @@ from rlhf_jax.stages.policy_method import (
     Estimator,
     Method,
     Networks,
-    OnlineConfig,
     Place,
+    PolicyGradientConfig,
     check_overlong,
     check_penalty,
 )
@@ -40,7 +40,7 @@ __all__ = ["Networks", "PPOConfig", "init_state", "make_halves", "make_step", "r
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PPOConfig(OnlineConfig):
+class PPOConfig(PolicyGradientConfig):
     """The policy that is start and reference, the reward model, and the algorithm's numbers."""
 
     kind: Literal["ppo"]

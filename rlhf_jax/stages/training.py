@@ -1,7 +1,7 @@
 """What a stage trains of a model: all its parameters, or an adapter beside a base that stays as it is."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key, PRNGKeyArray, PyTree
 
+from rlhf_jax.config import ModelSource
 from rlhf_jax.models.lora import Adapted, LoraConfig
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
 from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.stages.context import Context
+from rlhf_jax.stages.models import Policy, Tuning, save_policy_spec
 
 Network = PolicyNetwork | ScalarNetwork
 
@@ -58,6 +60,23 @@ def dropout_keys(
     return jax.vmap(lambda row: jax.random.fold_in(key, row))(first + jnp.arange(rows))
 
 
+def begin_policy(source: ModelSource, tuning: Tuning, context: Context) -> Policy:
+    """The policy that a stage starts from, and compares with, under the functions that it is trained by.
+
+    What a reader of the stage's checkpoints must know of it is written down.
+    """
+    policy = context.policy(source, tuning)
+    policy = policy._replace(network=adapted_network(policy.network, tuning.lora))
+    seeds = range(context.seed, context.seed + context.seeds)
+    save_policy_spec(context.directory, policy, seeds, base=source if tuning.lora else None)
+    return policy
+
+
+def stack(trees: Sequence[PyTree]) -> PyTree:
+    """One run's tree as it is, those of several seeds with a first axis over them."""
+    return trees[0] if len(trees) == 1 else jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
 class Runs(NamedTuple):
     """What a Task has once a run: one run's, or those of several seeds stacked."""
 
@@ -73,11 +92,9 @@ def over_seeds(context: Context, start: Callable[[PRNGKeyArray], TrainState], ba
     """
     keys = [context.key(k) for k in range(context.seeds)]
     sources = [batches(context.seed + k) for k in range(context.seeds)]
-    if context.seeds == 1:
-        return Runs(start(keys[0]), sources[0].__getitem__, keys[0])
-    state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(start, keys))
-    return Runs(
-        state,
-        lambda step: jax.tree.map(lambda *leaves: np.stack(leaves), *(source[step] for source in sources)),
-        jnp.stack(keys),
-    )
+
+    def batch_at(step: int) -> Any:
+        rows = [source[step] for source in sources]
+        return rows[0] if len(rows) == 1 else jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
+
+    return Runs(stack([start(key) for key in keys]), batch_at, stack(keys))

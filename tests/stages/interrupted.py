@@ -15,10 +15,10 @@ from orbax.checkpoint._src.path import atomicity
 
 from rlhf_jax import main
 from rlhf_jax.runtime import loop
-from rlhf_jax.stages import dpo, policy_gradient, reward_model, sft
+from rlhf_jax.stages import dpo, online, reward_model, sft
 from tests import quickly
 
-STAGES = {"sft": sft, "reward_model": reward_model, "dpo": dpo, "ppo": policy_gradient}
+STAGES = {"sft": sft, "reward_model": reward_model, "dpo": dpo, "ppo": online}
 
 
 class Trap:

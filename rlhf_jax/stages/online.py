@@ -1,0 +1,102 @@
+"""What all methods have in common that sample while they train: the config, a run a seed, and what they show."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import PRNGKeyArray, PyTree
+
+from rlhf_jax.config import ModelSource
+from rlhf_jax.runtime.checkpoints import TrainState
+from rlhf_jax.runtime.loop import LoopConfig, Task, train
+from rlhf_jax.runtime.optimizers import OptimizerConfig
+from rlhf_jax.runtime.programs import HostSteps, Placement, Step
+from rlhf_jax.stages.context import Context
+from rlhf_jax.stages.models import AS_IT_IS, Policy, Tuning
+from rlhf_jax.stages.prompts import MixedSource, PromptSource
+from rlhf_jax.stages.samples import sample_rows
+from rlhf_jax.stages.training import stack
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OnlineConfig:
+    """What every method reads: the policy that is start and reference, and how long it is trained."""
+
+    policy: ModelSource
+    iterations: int
+    batch_size: int  # responses an iteration; in online_dpo pairs of them
+    minibatches: int
+    epochs: int
+    temperature: float  # of the samples
+    optimizer: OptimizerConfig
+    samples_every: int  # iterations between those whose samples are written
+    samples_written: int
+    loop: LoopConfig
+    missing_eos_penalty: float = 0.0  # taken off the score of a response that was cut off
+    tuning: Tuning = AS_IT_IS
+
+    def __post_init__(self) -> None:
+        if self.batch_size % self.minibatches:
+            raise ValueError(f"batch_size = {self.batch_size} does not divide into {self.minibatches} minibatches")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature = {self.temperature} must be above 0")
+
+    @property
+    def updates(self) -> int:
+        """Optimiser steps of the whole run."""
+        return self.iterations * self.epochs * self.minibatches
+
+
+class Keys(NamedTuple):
+    """What the runs draw with, a key for each seed."""
+
+    prompts: tuple[PRNGKeyArray, ...]
+    runs: tuple[PRNGKeyArray, ...]
+
+
+def seed_keys(context: Context) -> Keys:
+    """The keys of `context.seeds` runs."""
+    prompts, runs = zip(*(jax.random.split(context.key(k)) for k in range(context.seeds)), strict=True)
+    return Keys(prompts, runs)
+
+
+def train_online(
+    config: OnlineConfig,
+    context: Context,
+    placement: Placement,
+    policy: Policy,
+    *,
+    step: Step | HostSteps,
+    start: Callable[[PRNGKeyArray], TrainState],
+    frozen: dict[str, PyTree],
+    prompts: PromptSource | MixedSource,
+    key_figures: tuple[str, ...],
+) -> dict[str, Any]:
+    """Trains `context.seeds` policies at once, each with its own prompts, samples and initial key.
+
+    Args: start makes a run's first state with its key; step's samples have a rollout, scores and divergences.
+    Returns what the summary says of how prompts were drawn.
+    """
+    keys = seed_keys(context)
+
+    def describe(step: int, samples: Any) -> list[dict[str, Any]]:
+        if step % config.samples_every and step != 1:
+            return []
+        shown = jax.tree.map(lambda leaf: leaf[: config.samples_written], samples)
+        return sample_rows(policy.tokenizer, shown.rollout, shown.scores.tolist(), shown.kl.tolist())
+
+    task = Task(
+        step=step,
+        state=stack([start(context.key(k)) for k in range(context.seeds)]),
+        frozen=frozen,
+        batch_at=prompts,
+        run_key=stack(list(keys.runs)),
+        total_steps=config.iterations,
+        key_figures=key_figures,
+        evaluation=None,
+        describe=describe,
+    )
+    train(task, config.loop, placement, context.seed, context.directory, context.bar)
+    return {"prompt_key": [np.asarray(jax.random.key_data(key)).tolist() for key in keys.prompts]}

@@ -196,6 +196,10 @@ def test_an_experiment_with_two_seeds_by_a_reward_model_and_one_by_a_judge(tmp_p
     assert json.loads((judged / "summary.json").read_text())["judge_replies"] > 0
     metrics = experiments.rows(directory / "metrics.jsonl")
     assert [(row["step"], row["seed"]) for row in metrics] == [(step, seed) for step in range(1, 5) for seed in (0, 1)]
+    alone = experiments.run(tmp_path / "alone", data, {"online": section}, seed=1).find("online")
+    for row, one in zip(metrics[1::2], experiments.rows(alone / "metrics.jsonl"), strict=True):
+        for name in ("loss", "objective/kl", "objective/scores", "grad_norm"):
+            assert row[name] == pytest.approx(one[name], rel=1e-3, abs=1e-5), name  # its adapter started alike
     samples = experiments.rows(directory / "samples.jsonl")
     assert [row["step"] for row in samples] == [1] * 12 + [2] * 12 + [4] * 12
     assert samples[0]["prompt"] == samples[1]["prompt"] and samples[0]["completion"] != samples[1]["completion"]

@@ -84,8 +84,7 @@ def gae(
         return advantage, advantage
 
     _, advantages = jax.lax.scan(backwards, jnp.zeros_like(deltas[:, 0]), deltas.T, reverse=True)
-    advantages = jnp.where(response_mask, advantages.T, 0)
-    return advantages, advantages + values
+    return advantages.T, advantages.T + values  # padding comes after the response, where all deltas are 0
 
 
 def rloo(

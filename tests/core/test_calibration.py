@@ -57,5 +57,12 @@ def test_histograms_share_their_edges_and_lose_nothing():
     assert found == {"edges": [0, 1, 2, 3, 4], "a": [1, 2, 0, 0], "b": [0, 0, 0, 1]}
 
 
+def test_certainty_is_in_the_last_interval_and_a_half_is_a_tie_whatever_comes_true():
+    first, last = calibration.reliability([1.0, 0.95, 0.0, 0.5, 0.5], [1, 1, 0, 1, 1], bins=5)
+    assert (first["n"], first["confidence"], first["accuracy"]) == (2, 0.5, 0.5)
+    assert (last["n"], last["accuracy"]) == (3, 1)
+
+
 def test_agreement_counts_ties_half():
-    np.testing.assert_array_equal(calibration.agreement([1.0, -1.0, 0.0], [2.0, 2.0, 2.0]), [1, 0, 0.5])
+    differences, labels = [1.0, -1.0, 0.0, 3.0, 0.0], [2.0, 2.0, 2.0, 0.0, 0.0]
+    np.testing.assert_array_equal(calibration.agreement(differences, labels), [1, 0, 0.5, 0.5, 0.5])

@@ -23,11 +23,11 @@ score is 0.05 at the start; standard errors are over four seeds, up to 0.04 unle
 - 10 nats: ppo 1.64 and rloo 1.54 lead; reinforce_plus_plus (0.08) and gspo 1.26 (0.05), online_dpo 1.06 (0.07), grpo
   1.01 (0.06), cispo 0.91 (0.06), dapo 0.88, dr_grpo 0.85. Those with next to no penalty run on to 70 nats and more,
   where the gold score stands still near 2.6.
-- cpo, orpo, rpo and sft_chosen stay below 0.3 nats: the likelihood in them outweighs the rest. forward_kl and sppo_hard
-  end at 0.4 to 0.8 nats, on the others' line.
-- apo_down goes 9 to 160 nats away and gains 0.1 to 0.2, as it pushes the chosen responses down as well. discopop falls
-  below the start: at a margin of 0 its loss rises with the margin, for the modulation's derivative (5 at tau = 0.05)
-  outweighs the rest, and so it learns to prefer what was rejected.
+- cpo, orpo, rpo and sft_chosen, which have the likelihood of the chosen in them, stay below 0.3 nats. forward_kl and
+  sppo_hard end at 0.4 to 0.8 nats, on the others' line.
+- apo_down reaches 0.2 at most and ends 9 to 160 nats away near 0, as it pushes the chosen responses down as well.
+  discopop falls below the start: at a margin of 0 its loss rises with the margin, for the modulation's derivative
+  (5 at tau = 0.05) outweighs the rest, and so it learns to prefer what was rejected.
 
 Seen in `half_hour` (seeds 0 and 1; 2 cores of AMD EPYC, JAX 0.10.2, 2026-11-22; 24 minutes of stages, some of them with
 other work on the same cores; results/comparison_half_hour): at 2 nats the offline losses with a reference and RLOO lead

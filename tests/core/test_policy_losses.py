@@ -93,6 +93,7 @@ def test_explained_variance(seed):
     np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-5)
     np.testing.assert_allclose(policy_losses.explained_variance(returns + 3, returns, mask, ()), 1, atol=1e-5)
     np.testing.assert_allclose(policy_losses.explained_variance(0 * values + 3, returns, mask, ()), 0, atol=1e-5)
+    assert policy_losses.explained_variance(values, 0 * returns + 3, mask, ()) < 0
 
 
 @pytest.mark.parametrize(("loss", "case"), [(policy_loss, policy_case), (value_loss, value_case)])

@@ -136,6 +136,13 @@ def test_weighted_parts_make_the_whole(aggregation, seed, lengths):
     np.testing.assert_allclose(np.dot(values, weights) / max(sum(weights), 1), whole, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_an_aggregation_reads_no_padding(aggregation):
+    x, mask = normal(0, ROWS, WIDTH), prefix_mask([WIDTH, 2, 1, 0, 3])
+    function = jax.jit(lambda x: AGGREGATIONS[aggregation][0](x, mask, max_tokens=MOST, axes=()))
+    assert function(jnp.where(mask, x, jnp.nan)) == function(jnp.where(mask, x, 0)) != 0
+
+
 def test_ratio_metrics_count_no_padding():
     logprobs, old, _ = case(0)
     mask = prefix_mask([WIDTH, 2, 1, 0, 3])

@@ -6,7 +6,7 @@ and `rejected` are these two, or what `core.divergences` makes of them. Beta may
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ class Pairs(NamedTuple):
     chosen_tokens: AnyArray  # int32[B]: how many tokens a response has
     rejected_tokens: AnyArray  # int32[B]
     weights: AnyArray | None = None  # float32[B]: what each pair's loss is multiplied by, where it is
+    all_tokens: Any = None  # (float32[B], float32[B]): chosen and rejected before LD-DPO made them what they are
 
 
 def sigmoid_loss(

@@ -20,6 +20,7 @@ def sft_loss(chosen: Float[Array, "B"], *, tokens_per_pair: Float[Array, ""]) ->
 def cpo_loss(
     chosen: Float[Array, "B"],
     rejected: Float[Array, "B"],
+    likelihood: Float[Array, "B"],
     *,
     beta: float | Float[Array, ""],
     label_smoothing: float,
@@ -31,9 +32,11 @@ def cpo_loss(
     Xu et al. 2024 (arXiv:2401.08417): DPO under a uniform reference, and the likelihood of what is preferred. They add
     the log-probability of a whole response; TRL adds its mean over tokens times `cpo_alpha`, and smooths the labels as
     `cdpo_loss` does. So do we.
+
+    Args: likelihood is $\log \pi(y_w)$ again, also where chosen and rejected are those of `desensitised_logprobs`.
     """
     margins = beta * (chosen - rejected)
-    return smoothed(margins, label_smoothing) + cpo_alpha * sft_loss(chosen, tokens_per_pair=tokens_per_pair)
+    return smoothed(margins, label_smoothing) + cpo_alpha * sft_loss(likelihood, tokens_per_pair=tokens_per_pair)
 
 
 def simpo_loss(

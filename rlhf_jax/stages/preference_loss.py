@@ -89,8 +89,8 @@ class PreferenceLossConfig:
         others = [name for name in self.losses if name not in readers]
         if others and (option in OF_ALL or len(others) == len(self.losses)):
             raise ValueError(
-                f"{option} = {value!r} is not read by {', '.join(others)}: leave it out, or choose among "
-                f"{', '.join(sorted(readers))}"
+                f"{option} = {value!r} is not read by {', '.join(others)}{WHY.get(option, '')}: leave it out, or "
+                f"choose among {', '.join(sorted(readers))}"
             )
 
     @property
@@ -115,6 +115,7 @@ class PairStats(NamedTuple):
     chosen: Any  # float32[B], nats
     rejected: Any  # float32[B]
     weights: Any = None  # float32[B]
+    all_tokens: Any = None  # (float32[B], float32[B]): with all tokens counted alike, where LD-DPO's stand above
 
 
 def check_micro_batch(config: PreferenceLossConfig, micro_batch: int | None) -> None:
@@ -135,7 +136,7 @@ def pair_stats(
 ) -> PairStats:
     """What the chosen losses read of a model's log-probabilities of a batch, in one forward pass.
 
-    These are the responses' log-probabilities, or LD-DPO's in their place, and with WPO the pairs' weights.
+    These are the responses' log-probabilities, with LD-DPO its own as well, and with WPO the pairs' weights.
     """
     stats = network.pair_stats(params, batch, dropout_keys=dropout_keys)
     return of_tokens(config, *stats, batch.chosen_mask, batch.rejected_mask)
@@ -149,21 +150,17 @@ def of_tokens(
     rejected_mask: Bool[Array, "B T"],
 ) -> PairStats:
     """The statistics of the pairs, given those of their tokens."""
-    alpha = config.length_desensitisation
+    alpha, sides = config.length_desensitisation, ((chosen, chosen_mask), (rejected, rejected_mask))
+    sums = [logprobs.sequence_logprobs(stats.logprobs, mask) for stats, mask in sides]
+    weights = None
+    if config.weighting:
+        each = [losses.wpo_weights(stats.logprobs, stats.log_sum_sq_probs, mask) for stats, mask in sides]
+        weights = each[0] * each[1]
+    if alpha is None:
+        return PairStats(sums[0], sums[1], weights)
     shared = jnp.minimum(masking.lengths(chosen_mask), masking.lengths(rejected_mask))
-
-    def logprob(stats: TokenStats, mask: Array) -> Array:
-        if alpha is None:
-            return logprobs.sequence_logprobs(stats.logprobs, mask)
-        return losses.desensitised_logprobs(stats.logprobs, mask, shared, alpha=alpha)
-
-    def weight(stats: TokenStats, mask: Array) -> Array:
-        return losses.wpo_weights(stats.logprobs, stats.log_sum_sq_probs, mask)
-
-    sums = logprob(chosen, chosen_mask), logprob(rejected, rejected_mask)
-    if not config.weighting:
-        return PairStats(*sums)
-    return PairStats(*sums, weight(chosen, chosen_mask) * weight(rejected, rejected_mask))
+    cut = [losses.desensitised_logprobs(stats.logprobs, mask, shared, alpha=alpha) for stats, mask in sides]
+    return PairStats(cut[0], cut[1], weights, (sums[0], sums[1]))
 
 
 def join(own: PairStats, reference: PairStats | None, batch: PreferenceBatch) -> Pairs:
@@ -176,6 +173,7 @@ def join(own: PairStats, reference: PairStats | None, batch: PreferenceBatch) ->
         masking.lengths(batch.chosen_mask),
         masking.lengths(batch.rejected_mask),
         own.weights,
+        own.all_tokens,
     )
 
 
@@ -213,7 +211,7 @@ def preference_loss(
     loss = sum(weighted, start=jnp.float32(0))
     rewards = given.ratios if config.needs_reference else given.logprobs
     if not config.needs_reference and config.losses[0] in ("simpo", "orpo"):
-        rewards = tuple(map(losses.per_token, rewards, given.tokens))
+        rewards = tuple(map(losses.per_token, given.all_tokens, given.tokens))
     metrics = losses.reward_metrics(beta * rewards[0], beta * rewards[1], axes) | {
         "logps/chosen": masking.mean(pairs.chosen, axes),
         "logps/rejected": masking.mean(pairs.rejected, axes),
@@ -228,6 +226,7 @@ class _Given(NamedTuple):
 
     config: PreferenceLossConfig
     logprobs: tuple[Array, Array]  # of the chosen and of the rejected responses
+    all_tokens: tuple[Array, Array]  # the same, whose tokens count alike also where LD-DPO cuts what counts above
     ratios: tuple[Array, Array]  # to the reference; where there is none, the log-probabilities again
     scores: tuple[Array, Array]  # what the divergence makes of the ratios
     margins: tuple[Array, Array]  # chosen less rejected, of the policy and of the reference
@@ -248,6 +247,7 @@ def _given(
     return _Given(
         config,
         own,
+        own if pairs.all_tokens is None else pairs.all_tokens,
         ratios,
         (divergence(ratios[0], config), divergence(ratios[1], config)),
         (own[0] - own[1], ref_chosen - ref_rejected),
@@ -283,23 +283,24 @@ LOSSES: dict[LossName, Callable[[_Given], Array]] = {
     "apo_zero": lambda x: losses.apo_zero_loss(*x.ratios, beta=x.beta),
     "apo_down": lambda x: losses.apo_down_loss(*x.ratios, beta=x.beta),
     "discopop": lambda x: losses.discopop_loss(*x.scores, beta=x.beta, tau=x.config.discopop_tau),
-    "sft": lambda x: reference_free_losses.sft_loss(x.logprobs[0], tokens_per_pair=x.tokens_per_pair),
+    "sft": lambda x: reference_free_losses.sft_loss(x.all_tokens[0], tokens_per_pair=x.tokens_per_pair),
     "cpo": lambda x: reference_free_losses.cpo_loss(
         *x.logprobs,
+        x.all_tokens[0],
         beta=x.beta,
         label_smoothing=x.config.label_smoothing,
         cpo_alpha=x.config.cpo_alpha,
         tokens_per_pair=x.tokens_per_pair,
     ),
     "simpo": lambda x: reference_free_losses.simpo_loss(
-        *x.logprobs,
+        *x.all_tokens,
         *x.tokens,
         beta=x.beta,
         gamma=x.config.simpo_gamma,
         label_smoothing=x.config.label_smoothing,
     ),
     "orpo": lambda x: reference_free_losses.orpo_loss(
-        *x.logprobs, *x.tokens, beta=x.beta, tokens_per_pair=x.tokens_per_pair
+        *x.all_tokens, *x.tokens, beta=x.beta, tokens_per_pair=x.tokens_per_pair
     ),
 }
 REFERENCE_FREE = frozenset({"sft", "cpo", "simpo", "orpo"})
@@ -313,9 +314,16 @@ READERS: dict[str, frozenset[str]] = {
     "discopop_tau": frozenset({"discopop"}),
     "simpo_gamma": frozenset({"simpo"}),
     "cpo_alpha": frozenset({"cpo"}),
-    "length_desensitisation": frozenset(LOSSES) - REFERENCE_FREE,
+    "length_desensitisation": frozenset(LOSSES) - {"sft", "simpo", "orpo"},
     "weighting": frozenset(LOSSES) - SORTING,
 }
 """Which losses read an option; all that are chosen must read those `OF_ALL`, and one of them the others."""
 
-OF_ALL = ("divergence", "length_desensitisation", "weighting")
+OF_ALL = ("divergence", "weighting")
+
+WHY: dict[str, str] = {
+    "divergence": ", as its constant cancels only in the difference of two scores",
+    "length_desensitisation": ", as a likelihood is of all tokens and so is a mean log-probability",
+    "weighting": ", as a sort takes pairs apart",
+}
+"""Why the others do not read an option that is not one loss's own."""

@@ -183,6 +183,7 @@ PREFERENCES: dict[str, PreferenceLossConfig] = {
     "js_divergence, ipo": Loss(divergence="js_divergence", losses=("ipo",)),
     "alpha_divergence": Loss(divergence="alpha_divergence", divergence_alpha=0.7),  # 1 - 0.3
     "desensitised": Loss(length_desensitisation=0.4),
+    "desensitised, sft": Loss(length_desensitisation=0.4, losses=("ipo", "sft"), loss_weights=(0.2, 0.5)),
     "weighting": Loss(weighting=True, losses=("ipo",)),
     "mixture": Loss(losses=("sigmoid", "sft", "bco_pair"), loss_weights=(0.8, 1.0, 0.2)),
     "cpo": Loss(losses=("cpo",), cpo_alpha=0.6),
@@ -207,7 +208,7 @@ def check_preferences(trl: Record) -> None:
         ours, theirs = stats(logprobs), stats(reference)
         lengths = map(masking.lengths, batch)
         pairs = Pairs(ours.chosen, ours.rejected, theirs.chosen, theirs.rejected, *lengths)
-        pairs = pairs._replace(weights=ours.weights)
+        pairs = pairs._replace(weights=ours.weights, all_tokens=ours.all_tokens)
         return preference_loss.preference_loss(config, pairs, beta=BETA, axes=())[0]
 
     @jax.jit  # one program for all of them

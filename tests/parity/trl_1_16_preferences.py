@@ -35,6 +35,7 @@ DPO: dict[str, dict[str, Any]] = {
     "js_divergence, ipo": {"f_divergence_type": "js_divergence", "loss_type": ["ipo"]},
     "alpha_divergence": {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.3},
     "desensitised": {"ld_alpha": 0.4},
+    "desensitised, sft": {"ld_alpha": 0.4, "loss_type": ["ipo", "sft"], "loss_weights": [0.2, 0.5]},
     "weighting": {"use_weighting": True, "loss_type": ["ipo"]},
     "mixture": {"loss_type": ["sigmoid", "sft", "bco_pair"], "loss_weights": [0.8, 1.0, 0.2]},
 }

@@ -97,7 +97,10 @@ def test_every_option_matters_to_each_loss_that_reads_it_and_no_other_takes_it()
         ({"divergence": "forward_kl", "losses": ("sigmoid", "bco_pair")}, "divergence = .* is not read by bco_pair"),
         ({"losses": ("discopop",), "discopop_tau": 0.0}, "discopop_tau = 0.0 must be above 0"),
         ({"length_desensitisation": 1.0}, "length_desensitisation = 1.0 must be at least 0 and below 1"),
-        ({"length_desensitisation": 0.5, "losses": ("sigmoid", "sft")}, "length_desensitisation = .* not read by sft"),
+        (
+            {"length_desensitisation": 0.5, "losses": ("sft", "simpo")},
+            "not read by sft, simpo, as a likelihood is of all",
+        ),
         ({"weighting": True, "losses": ("aot",)}, "weighting = True is not read by aot"),
         ({"smoothing": 0.1}, "smoothing is not a field"),
     ],
@@ -106,6 +109,35 @@ def test_every_option_matters_to_each_loss_that_reads_it_and_no_other_takes_it()
 def test_what_cannot_work_is_refused(section, message):
     with pytest.raises(RlhfError, match=f"^config.dpo.loss.*{message}"):
         configs.build(PreferenceLossConfig, section, "config.dpo.loss")
+
+
+def test_length_desensitisation_cuts_the_sums_of_preferences_and_no_likelihood_nor_mean():
+    batch = jax.tree.map(jnp.asarray, tiny.preferences(8))
+    mixture = PreferenceLossConfig(losses=("sigmoid", "cpo", "simpo", "orpo", "sft"), length_desensitisation=0.3)
+    alone = [PreferenceLossConfig(losses=(name,)) for name in ("simpo", "orpo", "sft")]
+
+    @jax.jit
+    def losses():
+        def loss(config):
+            pairs = join(stats(config, batch, 0), stats(config, batch, 1), batch)
+            return preference_loss(config, pairs, beta=0.3, axes=())
+
+        return loss(mixture)[1], [loss(config)[0] for config in alone]
+
+    metrics, others = jax.device_get(losses())
+    for config, loss in zip(alone, others, strict=True):
+        np.testing.assert_allclose(metrics[f"loss/{config.losses[0]}"], loss, rtol=1e-6)
+    masks = np.stack([batch.chosen_mask, batch.rejected_mask])
+    shared = masks.sum(axis=2).min(axis=0)[:, None]
+    counted = np.where(np.cumsum(masks, axis=2) <= shared, 1.0, 0.3) * masks
+    own, theirs = (-np.random.default_rng(seed).random((2, 2, *masks.shape[1:]))[:, 0] for seed in (0, 1))
+    (w, l), (ref_w, ref_l) = ((counted * model).sum(axis=2) for model in (own, theirs))  # noqa: E741
+    likelihood = -(own[0] * masks[0]).sum() / masks[0].sum()
+    np.testing.assert_allclose(
+        metrics["loss/sigmoid"], np.mean(np.log1p(np.exp(0.3 * (l - ref_l - w + ref_w)))), rtol=1e-5
+    )
+    np.testing.assert_allclose(metrics["loss/cpo"], np.mean(np.log1p(np.exp(-0.3 * (w - l)))) + likelihood, rtol=1e-5)
+    assert abs(metrics["logps/chosen"] - np.mean(w)) < 1e-5
 
 
 def test_an_option_of_one_loss_of_a_mixture_is_read():

@@ -213,6 +213,24 @@ def ratio_metrics(
     }
 
 
+def sampler_difference(
+    logprobs: Float[Array, "B T"],
+    sampler_logprobs: Float[Array, "B T"],
+    response_mask: Bool[Array, "B T"],
+    axes: tuple[str, ...],
+) -> dict[str, Array]:
+    """`sampling/sampling_logp_difference/{mean,max}`: how far the sampler is from the learner, in nats a token.
+
+    Of the absolute difference of one policy's log-probabilities by two programs, as TRL's GRPOTrainer has it.
+    """
+    apart = jnp.abs(_log_ratio(logprobs, sampler_logprobs, response_mask))
+    farthest = jnp.max(apart)
+    return {
+        "sampling/sampling_logp_difference/mean": masking.masked_mean(apart, response_mask, axes),
+        "sampling/sampling_logp_difference/max": jax.lax.pmax(farthest, axes) if axes else farthest,
+    }
+
+
 def policy_loss(
     logprobs: Float[Array, "B T"],
     old_logprobs: Float[Array, "B T"],

@@ -146,7 +146,7 @@ def _shares(weight: Callable[[Any], Array], parts: PyTree) -> Array:
 
 def _over_parts(name: str, values: Array, shares: Array) -> Array:
     """A metric of the batch, given that of each micro-batch: the lowest, the highest, or else the weighted mean."""
-    reduce = {"min": jnp.min, "max": jnp.max}.get(name.split("_")[0])
+    reduce = {"min": jnp.min, "max": jnp.max}.get(name.split("/")[-1].split("_")[0])
     return reduce(values) if reduce else jnp.sum(values * shares)
 
 

@@ -5,7 +5,8 @@ here: a fixed score for responses without EOS (the EOS trick, N+: -1), the score
 penalty on the divergence in the rewards (N), reward whitening and advantage whitening (N, by the method's `estimate`).
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from rlhf_jax.core import masking
 from rlhf_jax.core.advantages import groups_that_differ, overlong_penalty, score_clipped, token_rewards
 from rlhf_jax.core.kl import ESTIMATORS, k1
 from rlhf_jax.core.logprobs import sequence_logprobs
-from rlhf_jax.core.policy_losses import explained_variance
+from rlhf_jax.core.policy_losses import explained_variance, sampler_difference
 from rlhf_jax.sampling.generate import is_stop
 from rlhf_jax.stages.policy_method import Experience, Method, Networks, PolicyGradientConfig, Sampled, Samples
 from rlhf_jax.types import Rollout
@@ -73,6 +74,56 @@ def choose_groups(
     return Sampled(rollout, logprobs, sampled.demonstrations), scores, jnp.repeat(differ[own], size), metrics
 
 
+class OldPolicy(NamedTuple):
+    """What the policy that sampled says of its responses, before the first update."""
+
+    logprobs: Array  # [B, T]
+    entropy: Array  # [B, T], nats a token
+    values: Array | None  # [B, T]
+    weights: Array | None  # [B, T], of the importance of tokens
+    metrics: dict[str, Array]
+
+
+def by_learner(
+    networks: Networks,
+    config: PolicyGradientConfig,
+    params: dict[str, PyTree],
+    sampled: Sampled,
+    axes: tuple[str, ...],
+) -> OldPolicy:
+    r"""By a forward pass of the learner: the first ratio is 1, and the sampler comes in by weights at most.
+
+    They are $\min(\pi_{learner} / \pi_{sampler}, C)$ with C = `importance_cap`: truncated importance sampling, each
+    token on its own ("decoupled" in verl, `token_truncate` in TRL).
+    """
+    mask = sampled.rollout.response_mask
+    stats, values = networks.forward(params, sampled.rollout, temperature=config.temperature)
+    ratio = jnp.exp(jnp.where(mask, stats.logprobs - sampled.logprobs, 0))
+    weights = None if config.importance_cap is None else jnp.minimum(ratio, config.importance_cap)
+    difference = sampler_difference(stats.logprobs, sampled.logprobs, mask, axes)
+    return OldPolicy(stats.logprobs, stats.entropy, values, weights, difference)
+
+
+def by_sampler(
+    networks: Networks,
+    config: PolicyGradientConfig,
+    params: dict[str, PyTree],
+    sampled: Sampled,
+    axes: tuple[str, ...],
+) -> OldPolicy:
+    r"""By what the sampler noted ("bypass" in verl): no forward pass of the policy, and the ratio corrects for both.
+
+    It is $\pi_{learner} / \pi_{sampler}$ from the first update on, and bounded by the loss. Entropy is estimated from
+    the sampled tokens, $-\log \pi(a_t)$; how far the sampler is off is logged by the first minibatch.
+    """
+    del config, axes
+    return OldPolicy(sampled.logprobs, -sampled.logprobs, networks.values(params, sampled.rollout), None, {})
+
+
+OLD_LOGPROBS: dict[str, Callable[..., OldPolicy]] = {"learner": by_learner, "sampler": by_sampler}
+"""`old_logprobs` -> (networks, config, params, sampled, axes) -> the policy that sampled."""
+
+
 def gather_experience(
     networks: Networks,
     config: PolicyGradientConfig,
@@ -93,52 +144,48 @@ def gather_experience(
     Args: kl_coef is a number, or the state of a controller; useful says which responses are trained on, None all.
     """
     rollout, mask = sampled.rollout, sampled.rollout.response_mask
-    stats, values = networks.forward(params, rollout, temperature=config.temperature)
+    old = OLD_LOGPROBS[config.old_logprobs](networks, config, params, sampled, axes)
     reference = networks.policy.response_stats(frozen["reference"], rollout, temperature=config.temperature)
 
     ended = has_ended(networks, rollout)
     shaped = shaped_scores(networks, config, method, rollout, scores)
-    kl = ESTIMATORS[method.kl_estimator](stats.logprobs, reference.logprobs)
+    kl = ESTIMATORS[method.kl_estimator](old.logprobs, reference.logprobs)
     rewards = token_rewards(shaped, kl, mask, kl_coef=kl_coef if method.kl_in == "reward" else 0.0)
     trained = mask & ended[:, None] if config.reject_truncated else mask
     trained = trained if useful is None else trained & useful[:, None]
-    advantages, returns = method.estimate(rewards, values, mask, trained, axes)
+    advantages, returns = method.estimate(rewards, old.values, mask, trained, axes)
 
-    apart = jnp.where(mask, stats.logprobs - sampled.logprobs, 0)
-    weights = None if config.importance_cap is None else jnp.minimum(jnp.exp(apart), config.importance_cap)
     in_loss = method.kl_in == "loss" and (method.kl_coef > 0)
     batch = Experience(
         rollout=rollout,
-        logprobs=stats.logprobs,
+        logprobs=old.logprobs,
         advantages=advantages,
         loss_mask=trained,
-        values=values,
+        values=old.values,
         returns=returns,
         ref_logprobs=reference.logprobs if in_loss else None,
-        weights=weights,
+        weights=old.weights,
     )
 
     sequence_kl = sequence_logprobs(kl, mask)
     non_score = -kl_coef * sequence_kl
     lengths = masking.lengths(mask)
     length = lengths.astype(jnp.float32)
-    farthest = jnp.max(jnp.abs(apart))
     metrics = {
         "objective/scores": masking.mean(shaped, axes),
         "objective/kl": masking.mean(sequence_kl, axes),
-        "objective/entropy": masking.mean(sequence_logprobs(stats.entropy, mask), axes),
+        "objective/entropy": masking.mean(sequence_logprobs(old.entropy, mask), axes),
         "objective/non_score_reward": masking.mean(non_score, axes),
         "objective/rlhf_reward": masking.mean(shaped + non_score, axes),
         "objective/kl_coef": jnp.float32(kl_coef),
         "completions/mean_length": masking.mean(length, axes),
         "completions/min_length": jax.lax.pmin(jnp.min(length), axes) if axes else jnp.min(length),
         "completions/max_length": jax.lax.pmax(jnp.max(length), axes) if axes else jnp.max(length),
-        "sampling/sampling_logp_difference/mean": masking.masked_mean(jnp.abs(apart), mask, axes),
-        "sampling/sampling_logp_difference/max": jax.lax.pmax(farthest, axes) if axes else farthest,
         "val/num_eos_tokens": masking.count(ended, axes),
         "num_tokens": masking.total(lengths, axes),
+        **old.metrics,
     }
-    if values is not None and returns is not None:
-        metrics["val/explained_variance"] = explained_variance(values, returns, mask, axes)
-    apart_from_reference = sequence_logprobs(k1(stats.logprobs, reference.logprobs), mask)
+    if old.values is not None and returns is not None:
+        metrics["val/explained_variance"] = explained_variance(old.values, returns, mask, axes)
+    apart_from_reference = sequence_logprobs(k1(old.logprobs, reference.logprobs), mask)
     return batch, Samples(rollout, scores, apart_from_reference), metrics

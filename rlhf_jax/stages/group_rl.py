@@ -152,6 +152,11 @@ class GroupRLConfig(PolicyGradientConfig):
                 raise ValueError(f"{name} is not read by policy_loss = {fields['policy_loss']!r}: leave it out")
             if name in reads and fields.get(name) is None:
                 raise ValueError(f"policy_loss = {fields['policy_loss']!r} needs {name}: set it")
+        if self.old_logprobs == "sampler" and not reads:
+            raise ValueError(
+                f"policy_loss = {fields['policy_loss']!r} has no ratio, and does not read old_logprobs = 'sampler': "
+                "leave it out, or set policy_loss to 'cispo'"
+            )
         if self.kl_in is not None and not fields["kl_coef"]:
             raise ValueError(f"kl_in = {self.kl_in!r} says where the penalty is, and kl_coef is 0: set kl_coef too")
         if fields["oversampling"] < 1:

@@ -5,7 +5,7 @@ from scored responses to advantages, and `policy_update.py`, from advantages to 
 
 Details of Huang et al. 2024 (arXiv:2403.17031, "N+") and of their study of Ziegler et al.'s code (2023, "N") that stand
 here: no dropout (N+), log-probabilities of logits over the temperature (N), old log-probabilities by the learner's own
-forward pass, whole runs from one key a seed, of which no part is used twice.
+forward pass unless the config says otherwise, whole runs from one key a seed, of which no part is used twice.
 """
 
 from collections.abc import Callable, Sequence

@@ -61,6 +61,7 @@ class PolicyGradientConfig(OnlineConfig):
     reject_truncated: bool = False  # responses that were cut off are left out of the losses
     kl_controller: AdaptiveKL | None = None  # None: the coefficient stays what it is
     entropy_coef: float = 0.0  # a bonus on the entropy, nats a token
+    old_logprobs: Literal["learner", "sampler"] = "learner"  # by whose forward passes: the sampler's are already done
     importance_cap: float | None = None  # weights by the learner's over the sampler's probabilities, at most this
     ptx: PretrainingMix | None = None
 
@@ -77,6 +78,11 @@ class PolicyGradientConfig(OnlineConfig):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name} = {value} must be above 0, or None for no bound")
+        if self.old_logprobs == "sampler" and self.importance_cap is not None:
+            raise ValueError(
+                f"importance_cap = {self.importance_cap} bounds the learner's over the sampler's probabilities, which "
+                "old_logprobs = 'sampler' has in the ratio itself: leave one of the two out"
+            )
         if self.ptx is not None and (self.ptx.batch_size < 1 or self.ptx.batch_size % self.minibatches):
             raise ValueError(
                 f"ptx.batch_size = {self.ptx.batch_size} does not divide into {self.minibatches} minibatches"
@@ -165,11 +171,17 @@ class Networks:
         stats = self.policy.hidden_stats(
             params["policy"], hidden, rollout.response, temperature=temperature, of_logits=of_logits
         )
-        if self.value is None:
-            return stats, None
         if self.value == "shared":
             return stats, value_head.values(params["value"], hidden)
-        return stats, self.value.values(params["value"], rollout)
+        return stats, self.values(params, rollout)
+
+    def values(self, params: dict[str, PyTree], rollout: Rollout) -> Float[Array, "B T"] | None:
+        """The values before the response tokens, where there are some."""
+        if self.value is None:
+            return None
+        if self.value == "shared":
+            return value_head.values(params["value"], self.policy.response_hidden(params["policy"], rollout))
+        return self.value.values(params["value"], rollout)
 
 
 class Sampled(NamedTuple):
@@ -184,7 +196,7 @@ class Experience(NamedTuple):
     """A scored rollout: what every epoch trains on."""
 
     rollout: Rollout
-    logprobs: jax.Array  # [B, T], of the policy that sampled, by the learner's own forward pass
+    logprobs: jax.Array  # [B, T], of the policy that sampled, by the learner's own forward pass or the sampler's
     advantages: jax.Array  # [B, T]
     loss_mask: jax.Array  # [B, T]: the response tokens that are trained on
     values: jax.Array | None  # [B, T]

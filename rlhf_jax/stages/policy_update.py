@@ -17,7 +17,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 from rlhf_jax.core import masking
 from rlhf_jax.core.kl import ESTIMATORS
 from rlhf_jax.core.logprobs import cross_entropy
-from rlhf_jax.core.policy_losses import AGGREGATIONS, POLICY_LOSSES, ratio_metrics, value_loss
+from rlhf_jax.core.policy_losses import AGGREGATIONS, POLICY_LOSSES, ratio_metrics, sampler_difference, value_loss
 from rlhf_jax.models.head import token_stats, token_stats_with_entropy
 from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.runtime.optimizers import gradients, learning_rate, make_optimizer, update
@@ -39,6 +39,8 @@ def optimise(
     kl_coef: Any,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Every epoch's minibatches, each epoch in another order; metrics are their means.
+
+    Only that of the sampler is the first minibatch's: after its update the policy is no longer the one that sampled.
 
     Args: kl_coef is a number, or the state of a controller.
     """
@@ -84,7 +86,7 @@ def optimise(
         return (updated, opt_state), metrics | {"loss": loss, "grad_norm": grad_norm}
 
     (params, opt_state), metrics = jax.lax.scan(update_minibatch, (state.params, state.opt_state), minibatches)
-    metrics = jax.tree.map(jnp.mean, metrics)
+    metrics = {name: of[0] if name.startswith("sampling/") else jnp.mean(of) for name, of in metrics.items()}
     metrics["learning_rate"] = schedule(state.step * config.epochs * config.minibatches)
     return state._replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
@@ -119,6 +121,8 @@ def minibatch_loss(
         "policy/entropy_avg": masking.masked_mean(stats.entropy, mask, axes),
         **ratio_metrics(stats.logprobs, batch.logprobs, tokens.clipped, mask, axes),
     }
+    if config.old_logprobs == "sampler":
+        metrics |= sampler_difference(stats.logprobs, batch.logprobs, mask, axes)
     if values is not None:
         assert batch.values is not None and batch.returns is not None
         value, value_metrics = value_loss(

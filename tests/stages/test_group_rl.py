@@ -91,6 +91,32 @@ def test_every_method_pleases_the_reward_model(method):
     assert np.mean(responses[0] != responses[1]) > 0.3
 
 
+def test_old_logprobs_are_the_learners_or_the_samplers_and_their_difference_is_logged():
+    """A sampler whose log-probabilities are off by 0.3 nats: the ratio has them or not, and both say by how much."""
+    state, networks = state_of(config_of("grpo")), frozen()
+    sample, reward = sample_and_score()
+    sampled = sample(state, networks, tiny.prompts(ROWS // GROUP), jax.random.key(0))[2]
+    mask = np.asarray(sampled.rollout.response_mask)
+    noise = 0.3 * np.random.default_rng(0).normal(size=mask.shape)
+    off = sampled._replace(logprobs=jnp.where(mask, sampled.logprobs + noise, jnp.nan).astype(jnp.float32))
+    scored = (off, reward(networks["reward"], sampled.rollout))
+    optimizer = dataclasses.replace(tiny.OPTIMIZER, learning_rate=1e-3, micro_batch=8)
+    found, params = {}, {}
+    for program in ("learner", "sampler"):
+        config = config_of("grpo", old_logprobs=program, epochs=2, optimizer=optimizer)
+        after, found[program], _ = jax.jit(halves(config)[1])(state, networks, scored, jax.random.key(0))
+        params[program] = after.params
+        difference = abs(np.where(mask, noise, 0))
+        name = "sampling/sampling_logp_difference"
+        np.testing.assert_allclose(found[program][f"{name}/mean"], difference[mask].mean(), rtol=1e-4)
+        np.testing.assert_allclose(found[program][f"{name}/max"], difference.max(), rtol=1e-4)
+    # Bounds of 0.2 are reached before the first update, if only the ratio says so.
+    assert found["learner"]["policy/clipfrac_avg"] < 0.1 < 0.15 < found["sampler"]["policy/clipfrac_avg"]
+    assert found["sampler"]["policy/approxkl_avg"] > 0.5 * np.mean(noise[mask] ** 2) / 2
+    moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), *params.values())
+    assert max(jax.tree.leaves(moved)) > 1e-4
+
+
 def fixed_groups(scores):
     """Two tokens a response, of which the first names its row."""
     rows = len(scores)
@@ -173,6 +199,8 @@ def test_a_method_sets_what_its_paper_sets_and_any_field_can_be_otherwise():
         ({"method": "grpo", "kl_controller": {"target": 0.0, "horizon": 1.0}}, r"kl_controller.target = 0.0 must be"),
         ({"method": "grpo", "missing_eos_score": -1.0, "missing_eos_penalty": 1.0}, r"set one of the two"),
         ({"method": "grpo", "importance_cap": 0.0}, r"importance_cap = 0.0 must be above 0"),
+        ({"method": "grpo", "importance_cap": 2.0, "old_logprobs": "sampler"}, r"leave one of the two out"),
+        ({"method": "grpo", "policy_loss": "reinforce", "old_logprobs": "sampler"}, r"has no ratio, and does not read"),
         ({"method": "grpo", "ptx": {"coef": 1.0, "batch_size": 0}}, r"ptx.batch_size = 0 does not divide"),
         ({"method": "grpo", "gamma": 1.0}, r"config.grpo.gamma is not a field of GroupRLConfig"),
         ({"method": "grp"}, r"config.grpo.method = 'grp' should be one of"),

@@ -11,6 +11,8 @@ import pytest
 
 from rlhf_jax.core import kl, masking
 from rlhf_jax.core.policy_losses import AGGREGATIONS
+from rlhf_jax.models import value_head
+from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.runtime.checkpoints import Checkpoints
 from rlhf_jax.runtime.optimizers import gradients
 from rlhf_jax.stages import ppo
@@ -57,7 +59,8 @@ def experience(config, networks=tiny.NETWORKS, **method_changes):
     def spy(rewards, values, mask, trained, axes):
         return method.estimate(rewards, values, mask, trained, axes)._replace(returns=rewards)
 
-    params = {"policy": tiny.policy_params(), "value": tiny.reward_params()}
+    value = value_head.init_normal(16, jax.random.key(0)) if networks.value == "shared" else tiny.reward_params()
+    params = {"policy": tiny.policy_params(), "value": value}
     sampled = Sampled(ROLLOUT, jnp.full(ROLLOUT.response.shape, -2.0), None)
     batch, _, metrics = jax.jit(
         lambda params, frozen: gather_experience(
@@ -104,6 +107,39 @@ def test_the_logged_divergence_is_the_penalised_one_and_the_score_is_on_the_last
     np.testing.assert_allclose(batch.weights, np.minimum(np.exp(apart), 1.5), rtol=1e-5)
     np.testing.assert_allclose(metrics["sampling/sampling_logp_difference/mean"], abs(apart)[mask].mean(), rtol=1e-5)
     np.testing.assert_allclose(metrics["sampling/sampling_logp_difference/max"], abs(apart).max(), rtol=1e-5)
+
+
+def test_the_samplers_logprobs_save_a_forward_pass_and_are_the_old_ones_everywhere(monkeypatch):
+    passes, forward = [], PolicyNetwork.response_hidden
+
+    def counted(*args, **kwargs):
+        passes.append(args)
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(PolicyNetwork, "response_hidden", counted)
+
+    def by(program, networks):
+        config = tiny.with_config(old_logprobs=program, kl_coef=0.3, missing_eos_penalty=0.0)
+        passes.clear()
+        batch, metrics = experience(config, networks)
+        return batch, metrics, len(passes)
+
+    batch, metrics, count = by("sampler", tiny.NETWORKS)
+    learners, _, with_learners = by("learner", tiny.NETWORKS)
+    assert (count, with_learners) == (1, 2)  # the reference's is left
+    np.testing.assert_allclose(batch.values, learners.values, rtol=1e-6)
+    mask, reference = np.asarray(ROLLOUT.response_mask), logprobs()[1]
+    np.testing.assert_array_equal(batch.logprobs, np.full(mask.shape, -2.0))
+    assert batch.weights is None
+    penalty = np.where(mask, -0.3 * (-2 - reference), 0)
+    np.testing.assert_allclose(batch.returns.sum(axis=1), penalty.sum(axis=1) + SCORES, rtol=1e-5)
+    np.testing.assert_allclose(metrics["objective/kl"], -penalty.sum(axis=1).mean() / 0.3, rtol=1e-5)
+    np.testing.assert_allclose(metrics["objective/entropy"], 2 * mask.sum() / 4, rtol=1e-6)
+    assert not any(name.startswith("sampling/") for name in metrics)  # the first minibatch has it
+    # Values on the policy's own trunk need the pass all the same.
+    (batch, _, count), (learners, _, with_learners) = (by(program, SHARED) for program in ("sampler", "learner"))
+    assert count == with_learners == 2
+    np.testing.assert_allclose(batch.values, learners.values, rtol=1e-6)
 
 
 def random_batch(rows: int = 8) -> Experience:

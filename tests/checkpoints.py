@@ -1,63 +1,72 @@
-"""Tiny random checkpoints of Hugging Face's, made without torch: weights, config, tokenizer, chat template."""
+"""Tiny checkpoints as others bring them, made without torch: a llama at random, with a tokenizer and its template."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from rlhf_jax.models import hf
-from rlhf_jax.models.config import ModelConfig, Rope
+from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
 from tests.text import checkpoints as tokenizers
 
-LLAMA = {
-    "model_type": "llama",
+CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 370,  # more rows than the tokenizer has tokens
-    "hidden_size": 16,
-    "intermediate_size": 24,
+    "model_type": "llama",
+    "vocab_size": 420,
+    "hidden_size": 32,
+    "intermediate_size": 48,
     "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "hidden_act": "silu",
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
     "max_position_embeddings": 256,
     "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-    "tie_word_embeddings": True,
-    "bos_token_id": 0,
-    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+}
+REWARD: dict[str, Any] = {
+    "architectures": ["LlamaForSequenceClassification"],
+    "id2label": {"0": "LABEL_0"},
+    "label2id": {"LABEL_0": 0},
     "pad_token_id": 2,
 }
-CONFIG = ModelConfig(
-    d_model=16,
-    n_layers=2,
-    n_heads=2,
-    n_kv_heads=1,
-    head_dim=8,
-    d_ff=24,
-    gated=True,
-    activation="silu",
-    norm_epsilon=1e-5,
-    rope=Rope(),
-    param_dtype="float32",
-    compute_dtype="float32",
-)
 
 
-def judge(directory: Path, *, tokenizer: str = "gpt2") -> Path:
-    """A reward model with a tokenizer of its own: a classifier with one label."""
-    config = {**LLAMA, "architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "LABEL_0"}}
-    network = ScalarNetwork(CONFIG, LLAMA["vocab_size"], "last", bias=False)
-    params = jax.tree.map(lambda leaf: jnp.asarray(3 * leaf), network.init(jax.random.key(7)))
-    hf.save_pretrained(directory, "reward", params, config)
-    return tokenizers.CHECKPOINTS[tokenizer](directory)
-
-
-def llama(directory: Path, *, seed: int = 0, tokenizer: str = "chatml") -> Path:
-    """A language model with a tokenizer of tests/text/checkpoints.py."""
-    network = PolicyNetwork(CONFIG, LLAMA["vocab_size"], ())
+def policy(
+    directory: Path,
+    tokenizer: Callable[[Path], Path] = tokenizers.chatml,
+    *,
+    seed: int = 0,
+    context: int = 256,
+    never: tuple[int, ...] = (),
+) -> Path:
+    """A language model that writes noise; the tokens `never` are never its most likely ones."""
+    config = CONFIG | {"max_position_embeddings": context}
+    network = PolicyNetwork(shape(config), config["vocab_size"], ())
     params = network.init(jax.random.key(seed))
-    hf.save_pretrained(directory, "policy", jax.tree.map(lambda leaf: jnp.asarray(3 * leaf), params), LLAMA)
-    return tokenizers.CHECKPOINTS[tokenizer](directory)
+    head = 40 * params["head"]  # far from uniform
+    if never:
+        head = head.at[jnp.array(never)].set(0)  # the most likely token has a logit above 0
+    hf.save_pretrained(directory, "policy", {**params, "head": head}, config)
+    tokenizer(directory)
+    return directory
+
+
+def reward_model(directory: Path, tokenizer: Callable[[Path], Path] = tokenizers.chatml) -> Path:
+    """A classifier with one label."""
+    config = CONFIG | REWARD
+    network = ScalarNetwork(shape(config), config["vocab_size"], "last", bias=False)
+    hf.save_pretrained(directory, "reward", network.init(jax.random.key(1)), config)
+    tokenizer(directory)
+    return directory
+
+
+def shape(config: dict[str, Any]) -> ModelConfig:
+    """The shape that a config.json describes."""
+    return hf.read_shape(config, param_dtype="float32", compute_dtype="float32")

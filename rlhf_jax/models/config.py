@@ -30,7 +30,7 @@ class ModelConfig:
     n_layers: int
     n_heads: int
     d_ff: int
-    activation: Literal["relu", "gelu", "gelu_exact", "silu"]  # gelu is the tanh approximation
+    activation: Literal["relu", "relu2", "gelu", "gelu_exact", "silu"]  # gelu is the tanh approximation
     param_dtype: DType
     compute_dtype: DType
     remat: bool = False  # keep only the layers' inputs for the backward pass, and compute the rest again

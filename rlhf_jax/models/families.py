@@ -105,6 +105,7 @@ _ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
     "relu": "relu",
+    "relu2": "relu2",
     "gelu": "gelu_exact",
     "gelu_new": "gelu",
     "gelu_fast": "gelu",
@@ -325,6 +326,7 @@ _GPT_NEOX_TENSORS = (
 )
 
 FAMILIES: dict[str, Family] = {
+    "arcee": Family(lambda config: _llama(config) | {"gated": False}, _LLAMA_TENSORS, "model."),
     "gpt2": Family(_gpt2, _GPT2_TENSORS, "transformer."),
     "gpt_neox": Family(_gpt_neox, _GPT_NEOX_TENSORS, "gpt_neox."),
     "llama": Family(_llama, _LLAMA_TENSORS, "model."),

@@ -131,6 +131,18 @@ def save_pretrained(directory: Path, kind: Kind, params: PyTree, hf_config: dict
         write_tensors(partial / "model.safetensors", header, fetch)
 
 
+def classifier_config(hf_config: dict[str, Any], *, pad_id: int) -> dict[str, Any]:
+    """The config.json of a reward model, a classifier with one label, which has a language model's body."""
+    name = (hf_config.get("architectures") or ["ForCausalLM"])[0]
+    base = name.removesuffix("LMHeadModel").removesuffix("ForCausalLM")
+    return hf_config | {
+        "architectures": [f"{base}ForSequenceClassification"],
+        "id2label": {"0": "LABEL_0"},
+        "label2id": {"LABEL_0": 0},
+        "pad_token_id": pad_id,
+    }
+
+
 def refuse_bias(bias: Any | None) -> None:
     """Raises RlhfError for a reward model's head whose bias says something, because theirs have none."""
     if bias is not None and np.any(np.asarray(bias)):
@@ -179,16 +191,24 @@ def _network(kind: Kind, config: ModelConfig, vocab_size: int) -> PolicyNetwork 
 def _model_config(
     directory: Path, hf_config: dict[str, Any], param_dtype: str, compute_dtype: DType, remat: bool
 ) -> ModelConfig:
+    try:
+        return read_shape(hf_config, param_dtype=param_dtype, compute_dtype=compute_dtype, remat=remat)
+    except RlhfError as error:
+        raise RlhfError(f"{directory / 'config.json'}: {error}") from error
+
+
+def read_shape(hf_config: dict[str, Any], **dtypes: Any) -> ModelConfig:
+    """The shape that a config.json describes. Raises RlhfError where it cannot be, or is not supported."""
     # transformers says that it found no PyTorch, which nobody here misses.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig  # takes two seconds, and only those who bring a model need it
 
     try:
         # Completes what older checkpoints leave out, and says it as newer ones do.
-        completed = AutoConfig.for_model(**hf_config)
-        return model_config(completed, param_dtype=param_dtype, compute_dtype=compute_dtype, remat=remat)
-    except (RlhfError, ValueError, TypeError, KeyError) as error:
-        raise RlhfError(f"{directory / 'config.json'}: {error}") from error
+        return model_config(AutoConfig.for_model(**hf_config), **dtypes)
+    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+        raise RlhfError(str(error)) from error
 
 
 def _aligned(array: np.ndarray, dtype: Any) -> np.ndarray:

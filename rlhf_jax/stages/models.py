@@ -205,6 +205,7 @@ def load_checkpoint(source: str, tuning: Tuning = AS_IT_IS) -> Policy | RewardMo
         )
     network = hf.network_of(found)
     if isinstance(network, PolicyNetwork):
+        network = dataclasses.replace(network, suppressed=tokenizer.suppressed)
         return Policy(network, found.params, tokenizer, found.hf_config)
     return RewardModel(network, found.params, tokenizer, found.hf_config)
 
@@ -245,14 +246,7 @@ def as_reward_model(policy: Policy, key: jax.Array) -> RewardModel:
     head = jax.jit(lambda key: network.init(key)["head"])(key)  # nothing of the body is drawn
     hf_config = policy.hf_config
     if hf_config is not None:
-        name = (hf_config.get("architectures") or ["ForCausalLM"])[0]
-        base = name.removesuffix("LMHeadModel").removesuffix("ForCausalLM")
-        hf_config = hf_config | {
-            "architectures": [f"{base}ForSequenceClassification"],
-            "id2label": {"0": "LABEL_0"},
-            "label2id": {"LABEL_0": 0},
-            "pad_token_id": policy.tokenizer.pad_id,
-        }
+        hf_config = hf.classifier_config(hf_config, pad_id=policy.tokenizer.pad_id)
     return RewardModel(network, {"body": _body(policy.params), "head": head}, policy.tokenizer, hf_config)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import tokenizers
 
-from rlhf_jax.text.tokenizer import CONFIG_FILE, TOKENIZER_FILE, Messages, Tokenizer
+from rlhf_jax.text.tokenizer import BOS, CONFIG_FILE, EOS, PAD, TOKENIZER_FILE, UNKNOWN, Messages, Tokenizer
 from rlhf_jax.types import RlhfError
 
 GENERATION_FILE = "generation_config.json"
@@ -26,11 +26,11 @@ class PretrainedTokenizer(Tokenizer):
     Special tokens within the content of a message are found too, as they are by transformers.
     """
 
-    def __init__(self, wrapped: Any, stop_ids: tuple[int, ...]) -> None:
+    def __init__(self, wrapped: Any, stop_ids: tuple[int, ...], suppressed: tuple[int, ...] = ()) -> None:
         """Wraps a fast tokenizer of transformers. Raises RlhfError where nothing could end a response.
 
         Args: stop_ids, of the checkpoint's generation config, end a response as EOS does. So does the special token
-            that ends the assistant's turn in the chat template.
+            that ends the assistant's turn in the chat template. Those suppressed, of the same file, are never emitted.
         """
         self.wrapped = wrapped
         self.backend = wrapped.backend_tokenizer
@@ -45,7 +45,7 @@ class PretrainedTokenizer(Tokenizer):
         self.pad_id = self.eos_id if wrapped.pad_token_id is None else wrapped.pad_token_id
         self.start_id = self.eos_id if wrapped.bos_token_id is None else wrapped.bos_token_id
         self.prefix = self._prefix()
-        self.suppressed = ()
+        self.suppressed = suppressed
         self.vocab_size = 1 + max(self.backend.get_vocab(with_added_tokens=True).values())
         # GPT-2's tokenizer calls EOS its unknown token, SmolLM2's the end of a document, but bytes hold every word.
         model: Any = self.backend.model
@@ -54,7 +54,7 @@ class PretrainedTokenizer(Tokenizer):
         self.unknown_id = wrapped.unk_token_id if emitted and wrapped.unk_token_id not in named else None
 
     def save(self, directory: Path) -> None:
-        """Writes the files that transformers reads, and the further stop ids as a generation config if there is none.
+        """Writes the files that transformers reads, and a generation config where one says more and there is none.
 
         The file that makes it a tokenizer of Hugging Face's comes last.
         """
@@ -62,8 +62,9 @@ class PretrainedTokenizer(Tokenizer):
         with tempfile.TemporaryDirectory(dir=directory) as name:
             temporary = Path(name)
             self.wrapped.save_pretrained(temporary)
-            if len(self.stop_ids) > 1 and not (directory / GENERATION_FILE).exists():
-                (temporary / GENERATION_FILE).write_text(json.dumps({"eos_token_id": self.stop_ids}) + "\n")
+            if (len(self.stop_ids) > 1 or self.suppressed) and not (directory / GENERATION_FILE).exists():
+                content = {"eos_token_id": self.stop_ids, **suppression(self.suppressed)}
+                (temporary / GENERATION_FILE).write_text(json.dumps(content) + "\n")
             for file in sorted(temporary.rglob("*"), key=lambda file: file.name == CONFIG_FILE):
                 target = directory / file.relative_to(temporary)
                 if file.is_dir():
@@ -151,6 +152,26 @@ class PretrainedTokenizer(Tokenizer):
         return tuple(whole[: starts[0]]) if alone and starts else ()
 
 
+def suppression(ids: tuple[int, ...]) -> dict[str, list[int]]:
+    """What a generation config says of tokens that are never emitted."""
+    return {"suppress_tokens": list(ids)} if ids else {}
+
+
+def as_pretrained(tokenizer: Tokenizer) -> PretrainedTokenizer:
+    """A tokenizer of ours as transformers has it: the same ids, BOS before every text, special tokens never in one."""
+    from transformers import PreTrainedTokenizerFast
+
+    backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, tokenizer.start_id)]
+    )
+    names = {"pad_token": PAD, "bos_token": BOS, "eos_token": EOS, "unk_token": UNKNOWN}
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=backend, split_special_tokens=True, clean_up_tokenization_spaces=False, **names
+    )
+    return PretrainedTokenizer(wrapped, (), tokenizer.suppressed)
+
+
 def load_pretrained_tokenizer(source: str | Path) -> PretrainedTokenizer:
     """The tokenizer of a checkpoint's directory, or of a repository on the Hub (where a string is no directory).
 
@@ -175,7 +196,7 @@ def load_pretrained_tokenizer(source: str | Path) -> PretrainedTokenizer:
     if not wrapped.is_fast:
         raise RlhfError(f"{directory} has a slow tokenizer, without a {TOKENIZER_FILE}: convert it with transformers")
     try:
-        return PretrainedTokenizer(wrapped, _stop_ids(directory))
+        return PretrainedTokenizer(wrapped, *(_ids(directory, name) for name in ("eos_token_id", "suppress_tokens")))
     except RlhfError as error:
         raise RlhfError(f"{directory}: {error}") from error
 
@@ -203,15 +224,15 @@ def _check_json(file: Path) -> None:
         raise RlhfError(f"{file} cannot be read ({error}): copy it again from the checkpoint") from error
 
 
-def _stop_ids(directory: Path) -> tuple[int, ...]:
-    """What `eos_token_id` in the generation config names: nothing, one id or several."""
+def _ids(directory: Path, name: str) -> tuple[int, ...]:
+    """What a field of the generation config names: nothing, one id or several."""
     if not (directory / GENERATION_FILE).exists():
         return ()
     content = json.loads((directory / GENERATION_FILE).read_bytes())
-    found = content.get("eos_token_id") if isinstance(content, dict) else None
+    found = content.get(name) if isinstance(content, dict) else None
     ids = found if isinstance(found, list) else [] if found is None else [found]
     if not all(type(token) is int for token in ids):
-        raise RlhfError(f"{directory / GENERATION_FILE}: eos_token_id = {found!r} should be an id or a list of ids")
+        raise RlhfError(f"{directory / GENERATION_FILE}: {name} = {found!r} should be an id or a list of ids")
     return tuple(ids)
 
 

@@ -5,8 +5,9 @@ import tempfile
 from pathlib import Path
 
 from rlhf_jax.models import hf
+from rlhf_jax.models.description import describe
 from rlhf_jax.stages.models import AS_IT_IS, Policy, RewardModel
-from rlhf_jax.text.pretrained import GENERATION_FILE
+from rlhf_jax.text.pretrained import GENERATION_FILE, as_pretrained, suppression
 from rlhf_jax.types import RlhfError
 from rlhf_jax.verbs import options as flags
 
@@ -26,21 +27,15 @@ def export_verb(arguments: list[str]) -> None:
     if options.out.exists():
         raise RlhfError(f"--out={options.out} is there already: name a new directory, or remove it")
     model = flags.load_model(options, AS_IT_IS)
-    if model.hf_config is None:
-        raise RlhfError(
-            f"stage {options.stage!r} trained a model from scratch, whose shape no family of transformers has: export "
-            "one that began with a checkpoint (model.init = DIR, or OWNER/NAME on the hub)"
-        )
     export(model, options.out)
     print(options.out)
 
 
 def export(model: Policy | RewardModel, out: Path) -> None:
-    """Writes a model that goes back to a checkpoint; whole or not at all.
+    """Writes a model, one from scratch as a checkpoint of a family that has its shape; whole or not at all.
 
-    Raises RlhfError for a reward model that transformers would read otherwise.
+    Raises RlhfError for a shape that no family has, and for a reward model that transformers would read otherwise.
     """
-    assert model.hf_config is not None
     if isinstance(model, RewardModel) and model.network.ensemble is not None:
         raise RlhfError(
             f"the reward model is an ensemble of {model.network.ensemble.members}, and a checkpoint holds one model: "
@@ -51,6 +46,8 @@ def export(model: Policy | RewardModel, out: Path) -> None:
             f"the reward model reads its score with pooling = {model.network.pooling!r}, and transformers' classifiers "
             "read the last token: its scores would be others there. Train it with pooling = 'last'"
         )
+    model = described(model)
+    assert model.hf_config is not None
     kind: hf.Kind = "policy" if isinstance(model, Policy) else "reward"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -65,9 +62,22 @@ def export(model: Policy | RewardModel, out: Path) -> None:
         raise RlhfError(f"{out} cannot be written: {error.strerror or error}. Nothing was left there") from error
 
 
+def described(model: Policy | RewardModel) -> Policy | RewardModel:
+    """A model from scratch as a checkpoint would be; others are given back. Raises RlhfError where no family has it."""
+    if model.hf_config is not None:
+        return model
+    tokenizer = as_pretrained(model.tokenizer)
+    ids = {"bos_token_id": tokenizer.start_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    hf_config = describe(model.network.config, model.network.vocab_size, **ids)
+    if isinstance(model, RewardModel):
+        hf_config = hf.classifier_config(hf_config, pad_id=tokenizer.pad_id)
+    return model._replace(tokenizer=tokenizer, hf_config=hf_config)
+
+
 def _write_generation_config(policy: Policy, directory: Path) -> None:
-    """What ends a response: more than the tokenizer's own EOS, where chats end otherwise."""
+    """What ends a response (more than the tokenizer's own EOS, where chats end otherwise), and what is never in one."""
     stops, start = policy.tokenizer.stop_ids, (policy.hf_config or {}).get("bos_token_id")
     content = {"eos_token_id": list(stops) if len(stops) > 1 else stops[0], "pad_token_id": policy.tokenizer.pad_id}
     content |= {} if start is None else {"bos_token_id": start}
+    content |= suppression(policy.network.suppressed)
     (directory / GENERATION_FILE).write_text(json.dumps(content, indent=2) + "\n")

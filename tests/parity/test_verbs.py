@@ -8,8 +8,8 @@ import pytest
 import torch
 import transformers
 
+from tests import checkpoints
 from tests.text import checkpoints as tokenizers
-from tests.verbs import checkpoints
 from tests.verbs.commands import succeeds
 
 NEW = 30

@@ -49,8 +49,9 @@ SHAPE = {
     "num_hidden_layers": 1,
     "hidden_size": 16,
     "intermediate_size": 24,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
     "vocab_size": 11,
-    "tie_word_embeddings": False,
 }
 
 
@@ -63,7 +64,8 @@ def models(directory: Path) -> tuple[str, str]:
     backend = train_word_tokenizer([" ".join(WORDS) + " :"], SHAPE["vocab_size"])
     names = {"eos_token": EOS, "pad_token": PAD, "bos_token": BOS, "unk_token": UNKNOWN}
     silent = jnp.array([backend.token_to_id(token) for token in (PAD, BOS, UNKNOWN)])
-    shape = dataclasses.replace(checkpoints.CONFIG, n_layers=1, tied=False)
+    config = checkpoints.CONFIG | SHAPE
+    shape = checkpoints.shape(config)
     policy = PolicyNetwork(shape, SHAPE["vocab_size"], ()).init(jax.random.key(0))
     policy["embedding"] = policy["embedding"].at[:, 0].set(4 * jnp.std(policy["embedding"]))
     policy["head"] = 3 * policy["head"].at[silent].set(-jnp.eye(1, shape.d_model)[0])
@@ -71,11 +73,9 @@ def models(directory: Path) -> tuple[str, str]:
     attention = reward["body"]["block_0"]["attention"]
     for name, scale in (("q", 0), ("o", 10)):
         attention[name]["kernel"] = scale * attention[name]["kernel"]
-    config = checkpoints.LLAMA | SHAPE
-    classifier = {"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "LABEL_0"}}
     places = directory / "model", directory / "judge"
     hf.save_pretrained(places[0], "policy", policy, config)
-    hf.save_pretrained(places[1], "reward", reward, config | classifier)
+    hf.save_pretrained(places[1], "reward", reward, config | checkpoints.REWARD)
     for place in places:
         tokenizers.save(place, backend, TEMPLATE, **names)
     return str(places[0]), str(places[1])

@@ -98,7 +98,7 @@ def test_ppo_refuses_dropout():
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     directory = tmp_path_factory.mktemp("adapters")
-    model = checkpoints.llama(directory / "model")
+    model = checkpoints.policy(directory / "model")
     flags = [*arguments(f"{model},lora=2", directory), f"--workdir={directory / 'run'}"]
     assert main([*flags, "--config.stages=('sft','dpo')"]) == 0
     return directory / "run"

@@ -17,10 +17,11 @@ from rlhf_jax.models import hf
 from rlhf_jax.models.families import model_config
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.reports import Run
-from rlhf_jax.stages.models import Policy, RewardModel, load_checkpoint
+from rlhf_jax.stages.models import Policy, RewardModel, _body, load_checkpoint
 from rlhf_jax.stages.scoring import make_scorer
 from rlhf_jax.types import Rollout
 from tests import checkpoints
+from tests.text import checkpoints as tokenizers
 
 DATA = pipeline.DataConfig(
     train="",
@@ -67,7 +68,7 @@ def arguments(model: str, directory: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> tuple[Path, Path]:
     directory = tmp_path_factory.mktemp("pretrained")
-    model = checkpoints.llama(directory / "model")
+    model = checkpoints.policy(directory / "model")
     assert main([*arguments(str(model), directory), f"--workdir={directory / 'run'}"]) == 0
     return model, directory / "run"
 
@@ -93,7 +94,7 @@ def test_sft_starts_as_the_checkpoint_and_the_reward_model_as_sft(finished):
     trained, reward = run.load_policy("sft"), run.load_reward_model("reward_model")
     far = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), start.params, trained.params)
     assert 0 < max(jax.tree.leaves(far)) < 1e-3
-    near = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), trained.params, reward.params["body"])
+    near = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), _body(trained.params), reward.params["body"])
     assert 0 < max(jax.tree.leaves(near)) < 1e-3
     assert trained.hf_config == start.hf_config and trained.tokenizer.stop_ids == start.tokenizer.stop_ids
 
@@ -142,8 +143,8 @@ def test_a_model_that_is_not_there(name, message, tmp_path, capsys):
 @pytest.mark.parametrize("tokenizer", ["gpt2", "llama2"])
 def test_a_reward_model_with_another_tokenizer_reads_the_texts(tokenizer, tmp_path):
     """gpt2 has no chat template: it reads what the policy's makes of a text; llama2 has one of its own."""
-    policy = load_checkpoint(str(checkpoints.llama(tmp_path / "policy")))
-    judge = load_checkpoint(str(checkpoints.judge(tmp_path / "judge", tokenizer=tokenizer)))
+    policy = load_checkpoint(str(checkpoints.policy(tmp_path / "policy")))
+    judge = load_checkpoint(str(checkpoints.reward_model(tmp_path / "judge", tokenizers.CHECKPOINTS[tokenizer])))
     assert isinstance(policy, Policy) and isinstance(judge, RewardModel)
     data = DATA
     rows: list[dict[str, Any]]
@@ -169,7 +170,7 @@ def test_a_reward_model_with_another_tokenizer_reads_the_texts(tokenizer, tmp_pa
 
 def test_ppo_against_a_reward_model_with_another_tokenizer(finished, tmp_path):
     model, workdir = finished
-    judge = checkpoints.judge(tmp_path / "judge", tokenizer="llama2")
+    judge = checkpoints.reward_model(tmp_path / "judge", tokenizers.llama2)
     flags = [*arguments(str(model), workdir.parent), f"--workdir={tmp_path / 'run'}", f"--inputs={workdir}"]
     assert main([*flags, f"--config.ppo.reward_model={judge}", "--stage=ppo"]) == 0
     rows = [json.loads(line) for line in (tmp_path / "run" / "ppo" / "metrics.jsonl").read_text().splitlines()]
@@ -190,7 +191,7 @@ def test_more_tokens_than_learnt_positions_are_refused(tmp_path, capsys):
     shape = model_config(GPT2Config(**fields), param_dtype="float32", compute_dtype="float32")
     params = PolicyNetwork(shape, 370, ()).init(jax.random.key(0))
     hf.save_pretrained(tmp_path / "model", "policy", params, config)
-    checkpoints.tokenizers.chatml(tmp_path / "model")
+    tokenizers.chatml(tmp_path / "model")
     flags = [*arguments(str(tmp_path / "model"), tmp_path), f"--workdir={tmp_path / 'run'}", "--stage=sft"]
     assert main(flags) == 1
     assert "has learnt 40 positions" in capsys.readouterr().err

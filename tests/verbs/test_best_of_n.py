@@ -20,8 +20,8 @@ from rlhf_jax.sampling.choice import Sampling
 from rlhf_jax.stages.models import Policy, RewardModel, load_checkpoint
 from rlhf_jax.types import Rollout
 from rlhf_jax.verbs.sample import respond
+from tests import checkpoints
 from tests.text import checkpoints as tokenizers
-from tests.verbs import checkpoints
 from tests.verbs.commands import fails, reads, succeeds
 
 ROOT = Path(__file__).parents[2]

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import quickly
+from tests import checkpoints, quickly
 from tests.text import checkpoints as tokenizers
-from tests.verbs import checkpoints
 from tests.verbs.commands import fails, reads, succeeds
 
 ROOT = Path(__file__).parents[2]

@@ -9,8 +9,8 @@ from rlhf_jax.stages.models import Policy, RewardModel, load_checkpoint
 from rlhf_jax.types import RlhfError, Rollout
 from rlhf_jax.verbs.conversation import Answer, Conversation
 from rlhf_jax.verbs.sample import respond
+from tests import checkpoints
 from tests.text import checkpoints as tokenizers
-from tests.verbs import checkpoints
 
 KEY = jax.random.key(5)
 

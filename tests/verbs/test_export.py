@@ -12,15 +12,16 @@ import pytest
 from rlhf_jax.models import hf
 from rlhf_jax.models.lora import Adapted, LoraConfig
 from rlhf_jax.models.policy import PolicyNetwork
+from rlhf_jax.models.scalars import ScalarNetwork
 from rlhf_jax.runtime.checkpoints import Checkpoints, TrainState
 from rlhf_jax.stages import models
 from rlhf_jax.stages.models import Policy, RewardModel, load_checkpoint
+from rlhf_jax.text.pretrained import PretrainedTokenizer
 from rlhf_jax.text.tokenizer import TokenizerConfig, train_tokenizer
-from rlhf_jax.types import RlhfError
+from rlhf_jax.types import RlhfError, Rollout
 from rlhf_jax.verbs.export import export
-from tests import tiny
+from tests import checkpoints, tiny
 from tests.text import checkpoints as tokenizers
-from tests.verbs import checkpoints
 from tests.verbs.commands import fails, succeeds
 
 
@@ -94,15 +95,54 @@ def test_an_adapter_is_merged(tmp_path, capsys):
     assert_equal(load_checkpoint(str(tmp_path / "out")), model._replace(params=network.merge(adapted)))
 
 
-def test_a_stage_from_scratch_has_no_family(tmp_path, capsys):
-    tokenizer = train_tokenizer(TokenizerConfig("word", 16), ["the film was good"])
+@pytest.mark.parametrize(("kind", "size"), [("word", 16), ("byte_bpe", 270)])
+def test_a_policy_from_scratch_becomes_a_checkpoint(kind, size, tmp_path, capsys):
+    tokenizer = train_tokenizer(TokenizerConfig(kind, size), ["the film was good"])
     network = PolicyNetwork(tiny.MODEL, tokenizer.vocab_size, tokenizer.suppressed)
-    write_stage(tmp_path / "run" / "sft", Policy(network, network.init(jax.random.key(0)), tokenizer))
-    out = tmp_path / "out"
-    message = fails(capsys, "export", f"--workdir={tmp_path / 'run'}", "--stage=sft", f"--out={out}")
-    assert "stage 'sft' trained a model from scratch" in message
-    assert not out.exists()
-    assert "'sfd'" in fails(capsys, "export", f"--workdir={tmp_path / 'run'}", "--stage=sfd", f"--out={out}")
+    params = network.init(jax.random.key(0))
+    write_stage(tmp_path / "run" / "sft", Policy(network, params, tokenizer))
+    run, out = f"--workdir={tmp_path / 'run'}", tmp_path / "out"
+    succeeds(capsys, "export", run, "--stage=sft", f"--out={out}")
+    back = load_checkpoint(str(out))
+    assert isinstance(back, Policy) and isinstance(back.tokenizer, PretrainedTokenizer)
+    jax.tree.map(np.testing.assert_array_equal, back.params, params)
+    assert back.network == dataclasses.replace(network, config=back.network.config)
+    assert back.network.suppressed == (0, 1, 3)
+    text = "The film <eos> was<pad> new."
+    assert back.tokenizer.encode(text) == tokenizer.encode(text)
+    assert back.tokenizer.begin(tokenizer.encode(text)) == back.tokenizer.wrapped(text)["input_ids"]
+    assert back.tokenizer.stop_ids == tokenizer.stop_ids and back.tokenizer.pad_id == tokenizer.pad_id
+    assert "'sfd'" in fails(capsys, "export", run, "--stage=sfd", f"--out={tmp_path / 'other'}")
+
+    write_stage(tmp_path / "run" / "tuned", back._replace(params=jax.tree.map(lambda leaf: leaf + 1, params)))
+    succeeds(capsys, "export", f"--workdir={tmp_path / 'run'}", "--stage=tuned", f"--out={tmp_path / 'again'}")
+    for file in ("config.json", "generation_config.json", "tokenizer.json"):
+        assert (tmp_path / "again" / file).read_text() == (out / file).read_text()
+
+
+def test_a_reward_model_from_scratch_becomes_a_classifier(tmp_path, capsys):
+    tokenizer = train_tokenizer(TokenizerConfig("word", 16), ["the film was good"])
+    network = ScalarNetwork(tiny.MODEL, tokenizer.vocab_size, "last")
+    model = RewardModel(network, network.init(jax.random.key(0)), tokenizer)
+    write_stage(tmp_path / "run" / "judge", model)
+    succeeds(capsys, "export", f"--workdir={tmp_path / 'run'}", "--stage=judge", f"--out={tmp_path / 'out'}")
+    back = load_checkpoint(str(tmp_path / "out"))
+    assert isinstance(back, RewardModel)
+    prompts, mask = np.array([[1, 4, 5]] * 2), np.ones((2, 3), bool)
+    rollout = Rollout(prompts, mask, np.array([[6, 2, 0], [7, 4, 2]]), np.array([[1, 1, 0], [1, 1, 1]], bool))
+    scores = [jax.jit(each.network.scores)(each.params, rollout) for each in (model, back)]
+    np.testing.assert_allclose(*scores, atol=1e-6)
+
+
+def test_a_shape_that_no_family_has_is_refused(tmp_path, capsys):
+    tokenizer = train_tokenizer(TokenizerConfig("word", 16), ["the film was good"])
+    shape = dataclasses.replace(tiny.MODEL, norm_placement="around")
+    network = PolicyNetwork(shape, tokenizer.vocab_size, tokenizer.suppressed)
+    with pytest.raises(
+        RlhfError, match=r"the nearest is arcee, with norm_placement = 'before' in the place of 'around'\."
+    ):
+        export(Policy(network, network.init(jax.random.key(0)), tokenizer), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_whole_or_not_at_all(tmp_path, capsys, monkeypatch):

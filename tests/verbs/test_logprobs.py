@@ -17,8 +17,8 @@ from rlhf_jax.main import main
 from rlhf_jax.sampling import batches
 from rlhf_jax.stages.models import Policy, load_checkpoint
 from rlhf_jax.types import Rollout
+from tests import checkpoints
 from tests.text import checkpoints as tokenizers
-from tests.verbs import checkpoints
 from tests.verbs.commands import fails, reads, succeeds
 
 ROOT = Path(__file__).parents[2]

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from tests.verbs import checkpoints
+from tests import checkpoints
 from tests.verbs.commands import fails, succeeds
 
 VERBS = {

@@ -3,8 +3,8 @@
 import pytest
 
 from rlhf_jax.stages.models import Policy, load_checkpoint
+from tests import checkpoints
 from tests.text import checkpoints as tokenizers
-from tests.verbs import checkpoints
 from tests.verbs.commands import fails, succeeds
 
 

@@ -128,7 +128,7 @@ def plackett_luce_loss(
     # A response that is not there is left to choose from itself: its term is 0, and no logarithm is of nothing.
     left = (order[:, None] == order[None, :])[None] | wins
     rest = jax.scipy.special.logsumexp(jnp.broadcast_to(scores[:, None, :], left.shape), axis=2, where=left)
-    each = jnp.sum(jnp.where(mask, rest - scores, 0), axis=1)
+    each = jnp.sum(rest - scores, axis=1)
     return masking.masked_mean(each, jnp.any(wins, axis=(1, 2)), axes), metrics
 
 

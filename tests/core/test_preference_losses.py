@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from rlhf_jax.core import divergences, preference_losses
+from rlhf_jax.core import divergences, preference_losses, reference_free_losses
 from rlhf_jax.core.preference_losses import Pairs
 from rlhf_jax.stages.preference_loss import (
     DIFFERENCES,
@@ -236,6 +236,21 @@ def test_a_mixture_is_the_weighted_sum_and_a_pairs_weight_multiplies_its_loss():
     loss, _ = preference_loss(CONFIGS["hinge"], Pairs(*logprobs, *tokens, weights=weights), beta=BETA, axes=())
     alone = [slowly("hinge", [x[i : i + 1] for x in logprobs], [x[i : i + 1] for x in tokens]) for i in (0, 5)]
     np.testing.assert_allclose(loss, (2 * alone[0] + alone[1]) / PAIRS, rtol=1e-5)
+
+
+def test_certain_responses_have_finite_odds():
+    certain, likely, tokens = jnp.zeros(2), jnp.full(2, -0.5), jnp.full(2, 3)
+
+    def loss(chosen, rejected):
+        terms = reference_free_losses.orpo_loss(
+            chosen, rejected, tokens, tokens, beta=BETA, tokens_per_pair=jnp.asarray(3.0)
+        )
+        return jnp.mean(terms)
+
+    better, gradients = jax.value_and_grad(loss, argnums=(0, 1))(certain, likely)
+    worse = loss(likely, certain)
+    assert better < 1e-4 < worse < jnp.inf
+    assert np.all(np.isfinite(gradients))
 
 
 @given(seeds)

@@ -208,6 +208,9 @@ def test_k_wise_comparisons_are_means_over_each_prompts_pairs(label_smoothing, s
     np.testing.assert_allclose(metrics["mean_reward"], in_pairs.mean(), rtol=1e-4, atol=1e-6)
 
 
+centering_gradient = jax.jit(jax.value_and_grad(functools.partial(reward_losses.k_wise_centering, axes=())))
+
+
 def test_two_responses_are_a_pair_and_what_is_missing_is_not_read():
     scores = 2 * normal(3, PAIRS, 3)
     wins = np.zeros((PAIRS, 3, 3), bool)
@@ -222,7 +225,8 @@ def test_two_responses_are_a_pair_and_what_is_missing_is_not_read():
             np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
         ranking, _ = reward_losses.plackett_luce_loss(given, jnp.array([[True, True, False]] * PAIRS), axes=())
         np.testing.assert_allclose(ranking, pairs, rtol=1e-5)
-        penalty = reward_losses.k_wise_centering(given, jnp.asarray(wins), axes=())
+        penalty, grad = centering_gradient(given, jnp.asarray(wins))
+        np.testing.assert_array_equal(grad[:, 2], 0)
         np.testing.assert_allclose(penalty, reward_losses.centering(scores[:, 0], scores[:, 1], axes=()), rtol=1e-5)
 
 

@@ -65,8 +65,6 @@ class DPOConfig:
                 raise ValueError(f"{name} is not read by {', '.join(self.loss.losses)}, which have no reference")
         if self.reference_update and self.cached_reference:
             raise ValueError("cached_reference keeps what a reference says, which reference_update changes: drop one")
-        if self.reference_update and self.tuning.lora:
-            raise ValueError("reference_update moves all parameters, and tuning.lora trains an adapter: drop one")
 
 
 def run(config: DPOConfig, context: Context) -> dict[str, Any]:
@@ -88,7 +86,7 @@ def run(config: DPOConfig, context: Context) -> dict[str, Any]:
     def start(key: PRNGKeyArray) -> TrainState:
         params = {"policy": begin(network, reference.params, key).trained}
         opt_state = make_optimizer(config.optimizer, steps).init(params)
-        following = {"reference": reference.params} if config.reference_update else {}
+        following = {"reference": params["policy"]} if config.reference_update else {}
         return TrainState(jnp.int32(0), params | following, opt_state)
 
     placement = context.placement(context.seeds)
@@ -101,7 +99,9 @@ def run(config: DPOConfig, context: Context) -> dict[str, Any]:
         policy = reference._replace(params=whole(network, trained["policy"], frozen, "reference"))
         of_pairs = functools.partial(stats_all, config.loss, network)
         rows = context.runtime.inference_batch
-        theirs = of_pairs(trained["reference"], eval_data, rows) if config.reference_update else eval_theirs
+        theirs = eval_theirs
+        if config.reference_update:
+            theirs = of_pairs(whole(network, trained["reference"], frozen, "reference"), eval_data, rows)
         metrics = evaluate(config.loss, of_pairs(policy.params, eval_data, rows), theirs, eval_data, config.beta)
         return metrics, policy_samples(policy, eval_prompts, config.sample_prompts, context)
 
@@ -131,20 +131,23 @@ def make_step(
 ) -> Step:
     """One update on a PreferenceBatch. `frozen` holds beta and the reference, which is an adapter's base.
 
-    A reference that follows stands in the state's parameters instead; what one says of a ReferencedBatch stands in the
-    batch. Beta is data, so that runs which differ in it alone share one compiled program.
+    A reference that follows stands in the state's parameters instead, as another adapter of the same base where the
+    policy is one; what a reference says of a ReferencedBatch stands in the batch. Beta is data, so that runs which
+    differ in it alone share one compiled program.
     """
     optimizer, schedule = make_optimizer(config, steps), learning_rate(config, steps)
 
     def step(state: TrainState, frozen: dict[str, Any], batch: Batch, run_key: jax.Array) -> tuple:
-        held = state.params if reference_update else frozen
-
         def of_reference(rows: Batch, pairs: PreferenceBatch) -> PairStats | None:
             if not loss_config.needs_reference:
                 return None
             if isinstance(rows, ReferencedBatch):
                 return PairStats(rows.ref_chosen, rows.ref_rejected)
-            return pair_stats(loss_config, network, held["reference"], pairs)
+            if reference_update:
+                params = whole(network, state.params["reference"], frozen, "reference")
+            else:
+                params = frozen["reference"]
+            return pair_stats(loss_config, network, params, pairs)
 
         def loss_fn(params: PyTree, given: tuple) -> tuple[jax.Array, dict[str, jax.Array]]:
             rows, keys = given

@@ -50,7 +50,10 @@ class ReferencedBatch(NamedTuple):
 def moved(update: ReferenceUpdate, reference: PyTree, policy: PyTree, step: Int[Array, ""]) -> PyTree:
     r"""The reference after `step` steps: $\alpha \pi + (1 - \alpha) \pi_{ref}$ of the parameters where one is due.
 
-    Gorbatovski et al. 2024 (TR-DPO, arXiv:2404.09656): the soft update, and the hard one with alpha = 1.
+    Gorbatovski et al. 2024 (TR-DPO, arXiv:2404.09656): the soft update, and the hard one with alpha = 1. The parameters
+    are those that are trained. Of an adapter's A and B each goes its share of the way; they begin as the policy's, and
+    a hard update makes the two models one. After a soft one their product is not the mean of the two products, which
+    an adapter of this rank need not be able to hold.
     """
     due = step % update.every == 0
 

@@ -3,12 +3,14 @@
 import dataclasses
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 from rich.console import Console
 
@@ -17,6 +19,7 @@ from rlhf_jax.data.pipeline import DataConfig
 from rlhf_jax.models import hf
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
+from rlhf_jax.runtime.checkpoints import steps_of
 from rlhf_jax.runtime.workdir import Workdir
 from rlhf_jax.text.tokenizer import BOS, EOS, PAD, UNKNOWN, train_word_tokenizer
 from tests import checkpoints
@@ -122,3 +125,47 @@ def run(workdir: Path, data: Path, stages: dict[str, dict[str, Any]], **common: 
 
 def rows(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def assert_resumes(whole: Path, data: Path, stages: dict[str, dict[str, Any]], **common: Any) -> None:
+    """A process that dies after its last step, before that is saved, leaves nothing behind but what is done again.
+
+    Args: the work directory of a run of one stage with two checkpoints; how it was run.
+    """
+    (name,) = stages
+    other = whole.parent / f"{whole.name} again"
+    shutil.copytree(whole, other)
+    stage, again = whole / name, other / name
+    before, last = steps_of(stage / "checkpoints")[-2:]
+    shutil.rmtree(again / "checkpoints" / str(last))
+    for file in ("complete.json", "summary.json"):
+        (again / file).unlink()
+    for file in ("metrics.jsonl", "samples.jsonl"):
+        written = rows(again / file)
+        undone = [json.dumps(row | {"loss": 7.5} if row["step"] > before else row) for row in written]
+        (again / file).write_text("\n".join([*undone, '{"step": 1']))
+    run(other, data, stages, **common)
+    assert without_clock(again / "metrics.jsonl") == without_clock(stage / "metrics.jsonl")
+    assert (again / "samples.jsonl").read_bytes() == (stage / "samples.jsonl").read_bytes()
+    assert_same_bits(final_state(again), final_state(stage))
+
+
+def without_clock(path: Path) -> list[dict[str, Any]]:
+    return [{key: value for key, value in row.items() if not key.startswith("time/")} for row in rows(path)]
+
+
+def final_state(stage_directory: Path) -> tuple[int, dict[str, Any]]:
+    """The step of a stage's last checkpoint, and all that it holds."""
+    with ocp.CheckpointManager(stage_directory / "checkpoints") as manager:
+        step = manager.latest_step()
+        names = [path.name for path in (stage_directory / "checkpoints" / str(step)).iterdir()]
+        items = {name: ocp.args.StandardRestore() for name in names if not name.startswith(("_", "commit"))}
+        return step, dict(manager.restore(step, args=ocp.args.Composite(**items)).items())
+
+
+def assert_same_bits(one: Any, other: Any) -> None:
+    leaves, others = jax.tree.leaves(one), jax.tree.leaves(other)
+    assert len(leaves) == len(others) > 5
+    for leaf, twin in zip(leaves, others, strict=True):
+        first, second = np.asarray(leaf), np.asarray(twin)
+        assert first.dtype == second.dtype and first.tobytes() == second.tobytes()

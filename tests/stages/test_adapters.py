@@ -10,16 +10,19 @@ import numpy as np
 import pytest
 
 from rlhf_jax.main import main
-from rlhf_jax.models.lora import Adapted, LoraConfig
+from rlhf_jax.models.lora import Adapted, LoraConfig, merge
 from rlhf_jax.reports import Run
 from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.runtime.optimizers import make_optimizer
 from rlhf_jax.runtime.programs import make_placement
 from rlhf_jax.stages import dpo, ppo, reward_model, sft
+from rlhf_jax.stages.preference_loss import pair_stats
+from rlhf_jax.stages.reference import ReferenceUpdate
 from rlhf_jax.stages.training import begin
 from tests import checkpoints, tiny
 from tests.runtime.test_gradients import demonstrations
 from tests.runtime.test_programs import PLACEMENTS, assert_close
+from tests.stages.test_learning import QUICK
 from tests.stages.test_pretrained import arguments
 
 LORA = LoraConfig(rank=2, alpha=4.0, targets=("attention/[qv]", "up"))
@@ -80,6 +83,31 @@ def test_only_the_adapter_is_trained_and_all_of_it_moves(name):
         np.testing.assert_allclose(metrics["loss"][0], np.log(2), rtol=1e-5)  # it starts as its reference
     if name == "ppo":
         np.testing.assert_allclose(metrics["objective/kl"][0], 0, atol=1e-4)
+
+
+def test_a_reference_that_follows_an_adapter_is_another_adapter_of_the_same_base():
+    base, rows = tiny.policy_params(), [tiny.preferences(16, seed) for seed in range(4)]
+    frozen = {"reference": base, "beta": jnp.float32(0.1)}
+    soft = ReferenceUpdate(alpha=0.25, every=2)
+    adapter = begin(POLICY, base, jax.random.key(5)).trained
+    state = TrainState(
+        jnp.int32(0),
+        {"policy": adapter, "reference": adapter},
+        make_optimizer(QUICK, 4).init({"policy": adapter}),
+    )
+    step = jax.jit(dpo.make_step(POLICY, QUICK, 4, (), reference_update=soft))
+    logprob = jax.jit(lambda params, pairs: pair_stats(dpo.SIGMOID, tiny.POLICY, params, pairs).chosen)
+    expected = jax.device_get(adapter)
+    for number, pairs in enumerate(jax.tree.map(jnp.asarray, rows), start=1):
+        own, theirs = (merge(base, tree, LORA) for tree in (state.params["policy"], expected))
+        state, metrics, _ = step(state, frozen, pairs, jax.random.key(0))
+        reward = 0.1 * np.mean(logprob(own, pairs) - logprob(theirs if number > 2 else base, pairs))
+        np.testing.assert_allclose(metrics["rewards/chosen"], reward, rtol=1e-3, atol=1e-5)
+        if number % 2 == 0:
+            expected = jax.tree.map(lambda a, b: 0.75 * a + 0.25 * np.asarray(b), expected, state.params["policy"])
+        assert_close(state.params["reference"], expected)
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - np.asarray(b)).max()), expected, state.params["policy"])
+    assert min(jax.tree.leaves(moved)) > 1e-4
 
 
 @pytest.mark.parametrize("name, where", [("sft", "fsdp=4 x tensor=2"), ("dpo", "pmap=8")])

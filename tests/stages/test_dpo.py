@@ -1,4 +1,4 @@
-"""DPO as a stage: several seeds at once, each the run that it would be alone."""
+"""DPO as a stage: several seeds at once, each the run that it would be alone, also where it is interrupted."""
 
 import json
 
@@ -32,7 +32,8 @@ def test_seed_k_of_several_is_the_single_run_with_that_seed(tmp_path):
         "epochs": 4.0,
         "sample_prompts": 2,
         "eval_every": 4,
-        "loop": experiments.LOOP,
+        "loop": experiments.LOOP | {"checkpoint_every": 4},
+        "tuning": {"lora": {"rank": 2, "alpha": 4.0, "targets": ("attention/[qv]", "up")}},
     }
     several = experiments.run(tmp_path / "several", data, {"dpo": section}, seeds=2).find("dpo")
     alone = experiments.run(tmp_path / "alone", data, {"dpo": section}, seed=1).find("dpo")
@@ -49,3 +50,4 @@ def test_seed_k_of_several_is_the_single_run_with_that_seed(tmp_path):
                 assert row[name] == pytest.approx(one[name], rel=1e-4, abs=1e-5), name
     assert first[-1]["loss"] != second[-1]["loss"]
     assert rows[-1]["eval/rewards/margins"] > rows[3]["eval/rewards/margins"] > 0
+    experiments.assert_resumes(tmp_path / "alone", data, {"dpo": section}, seed=1)

@@ -163,7 +163,7 @@ def test_an_experiment_on_labelled_chats(tmp_path):
         "epochs": 4.0,
         "sample_prompts": 2,
         "eval_every": 4,
-        "loop": experiments.LOOP,
+        "loop": experiments.LOOP | {"checkpoint_every": 4},
         "tuning": {"lora": {"rank": 4, "alpha": 8.0, "targets": ("attention/[qv]", "up", "down")}},
     }
     directory = experiments.run(tmp_path / "run", data, {"kto": section}, seeds=2).find("kto")
@@ -186,6 +186,7 @@ def test_an_experiment_on_labelled_chats(tmp_path):
             if not name.startswith("time/"):
                 assert row[name] == pytest.approx(one[name], rel=1e-4, abs=1e-5), name
     assert metrics[-1]["loss"] != other[-1]["loss"]
+    experiments.assert_resumes(tmp_path / "alone", data, {"kto": section}, seed=1)
 
 
 def test_one_label_alone_is_refused():

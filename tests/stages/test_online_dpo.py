@@ -178,7 +178,7 @@ def test_an_experiment_with_two_seeds_by_a_reward_model_and_one_by_a_judge(tmp_p
         "optimizer": experiments.OPTIMIZER,
         "samples_every": 2,
         "samples_written": 6,
-        "loop": experiments.LOOP,
+        "loop": {"steps_per_call": 2, "checkpoint_every": 2},
         "tuning": {"lora": {"rank": 2, "alpha": 4.0, "targets": ("attention/q",), "dropout": 0.1}},
     }
     data = experiments.questions(tmp_path / "questions.jsonl", 16)
@@ -200,6 +200,7 @@ def test_an_experiment_with_two_seeds_by_a_reward_model_and_one_by_a_judge(tmp_p
     for row, one in zip(metrics[1::2], experiments.rows(alone / "metrics.jsonl"), strict=True):
         for name in ("loss", "objective/kl", "objective/scores", "grad_norm"):
             assert row[name] == pytest.approx(one[name], rel=1e-3, abs=1e-5), name  # its adapter started alike
+    experiments.assert_resumes(tmp_path / "alone", data, {"online": section}, seed=1)
     samples = experiments.rows(directory / "samples.jsonl")
     assert [row["step"] for row in samples] == [1] * 12 + [2] * 12 + [4] * 12
     assert samples[0]["prompt"] == samples[1]["prompt"] and samples[0]["completion"] != samples[1]["completion"]

@@ -8,12 +8,10 @@ import signal
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
-from tests.stages import interrupted
+from tests.stages import experiments, interrupted
 
 # Processes are forked from one that has imported everything, and computed nothing.
 SERVER = multiprocessing.get_context("forkserver")
@@ -85,27 +83,16 @@ def workdirs(tmp_path_factory, data) -> tuple[Path, Path]:
     return whole, disturbed
 
 
-def final_state(stage_directory: Path):
-    with ocp.CheckpointManager(stage_directory / "checkpoints") as manager:
-        names = [path.name for path in (stage_directory / "checkpoints" / str(manager.latest_step())).iterdir()]
-        items = {name: ocp.args.StandardRestore() for name in names if not name.startswith(("_", "commit"))}
-        return manager.latest_step(), manager.restore(manager.latest_step(), args=ocp.args.Composite(**items))
-
-
 @pytest.mark.parametrize("stage", STAGES)
 def test_parameters_and_optimiser_are_the_same_bits(workdirs, stage):
-    (step, whole), (other_step, disturbed) = (final_state(workdir / stage) for workdir in workdirs)
-    assert step == other_step == 8
-    leaves, others = jax.tree.leaves(dict(whole.items())), jax.tree.leaves(dict(disturbed.items()))
-    assert len(leaves) == len(others) > 10
-    for leaf, other in zip(leaves, others, strict=True):
-        assert leaf.dtype == other.dtype
-        assert np.asarray(leaf).tobytes() == np.asarray(other).tobytes()
+    whole, disturbed = (experiments.final_state(workdir / stage) for workdir in workdirs)
+    assert whole[0] == 8
+    experiments.assert_same_bits(whole, disturbed)
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_metrics_and_samples_are_the_same_bytes(workdirs, stage):
-    whole, disturbed = (without_clock(workdir / stage / "metrics.jsonl") for workdir in workdirs)
+    whole, disturbed = (experiments.without_clock(workdir / stage / "metrics.jsonl") for workdir in workdirs)
     assert [row["step"] for row in whole] == list(range(1, 9))
     assert whole == disturbed
     samples = [(workdir / stage / "samples.jsonl").read_bytes() for workdir in workdirs]
@@ -118,8 +105,3 @@ def test_summaries_are_equal_but_for_the_clock(workdirs):
         assert {key: value for key, value in whole.items() if not key.startswith("time/")} == {
             key: value for key, value in disturbed.items() if not key.startswith("time/")
         }
-
-
-def without_clock(path: Path) -> list[dict]:
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{key: value for key, value in row.items() if not key.startswith("time/")} for row in rows]

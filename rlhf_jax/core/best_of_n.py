@@ -46,7 +46,7 @@ def best_of_n_kl_estimate(logprobs: ArrayLike, n: int) -> Float[np.ndarray, "...
     + (1 - (1-\epsilon)^n) \log \frac{1 - (1-\epsilon)^n}{\epsilon}$, the estimator of Beirami et al. 2024
     (arXiv:2401.01879), with $\epsilon$ the policy's probability of the chosen response: exact where that response is
     the best there is, and all the others never repeat. Its mean over chosen responses, which `best_of_n` of a pool
-    gives, does not fall below the divergence in any distribution that we enumerated.
+    gives, is at least the divergence: they conjecture so, and it is so in every distribution that we enumerated.
 
     Args: log-probabilities of chosen responses under the distribution that they were sampled from, in nats.
     """

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-LARGEST = 80.0  # of an exponent, so that it does not overflow in float32; TRL's
+LARGEST = 80.0  # of an exponent, so that it does not overflow in float32: TRL's for the alpha-divergence
 
 
 def forward_kl(logratios: Float[Array, "B"]) -> Float[Array, "B"]:
-    r"""$1 - e^{-\rho}$, of $f(u) = -\log u$ up to the constant that is 0 at $\rho = 0$, as in TRL."""
+    r"""$1 - e^{-\rho}$, of $f(u) = -\log u$, with the constant that makes it 0 at $\rho = 0$, as in TRL."""
     return 1 - jnp.exp(jnp.minimum(-logratios, LARGEST))
 
 
@@ -25,6 +25,7 @@ def js_divergence(logratios: Float[Array, "B"]) -> Float[Array, "B"]:
 def alpha_divergence(logratios: Float[Array, "B"], *, alpha: float) -> Float[Array, "B"]:
     r"""$\frac{1 - e^{-\alpha\rho}}{\alpha}$ for alpha between 0, the limit of the reverse KL, and 1, the forward KL.
 
-    Alpha is the paper's; TRL's `f_alpha_divergence_coef` is 1 - alpha.
+    Of $f(u) = \frac{u^{1-\alpha} - (1-\alpha) u - \alpha}{\alpha (\alpha - 1)}$. Alpha is the paper's, and its authors'
+    code's; TRL's `f_alpha_divergence_coef` is 1 - alpha.
     """
     return (1 - jnp.exp(jnp.minimum(-alpha * logratios, LARGEST))) / alpha

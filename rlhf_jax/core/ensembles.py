@@ -15,5 +15,8 @@ def worst_case(scores: Float[Array, "members B"]) -> Float[Array, "B"]:
 
 
 def uncertainty_weighted(scores: Float[Array, "members B"], *, variance_coefficient: float) -> Float[Array, "B"]:
-    r"""Uncertainty-weighted optimisation (UWO): $\bar r - \lambda \frac{1}{k} \sum_i (r_i - \bar r)^2$."""
+    r"""Uncertainty-weighted optimisation (UWO): $\bar r - \lambda \frac{1}{k} \sum_i (r_i - \bar r)^2$.
+
+    The authors' code for Best-of-N is the same; that for PPO divides by k - 1.
+    """
     return jnp.mean(scores, axis=0) - variance_coefficient * jnp.var(scores, axis=0)

@@ -10,7 +10,8 @@ def score_at_kl(kl: ArrayLike, score: ArrayLike, targets: Sequence[float]) -> li
     r"""A run's score where its divergence first reaches each target, interpolated between its checkpoints.
 
     Between two checkpoints the score is taken to be linear in $\sqrt{KL}$, the distance of Bai et al. 2022
-    (arXiv:2204.05862) and Gao et al. 2022 (arXiv:2210.10760), in which runs are straight at their beginning.
+    (arXiv:2204.05862, section 4.3) and Gao et al. 2022 (arXiv:2210.10760), in which runs are straight at their
+    beginning.
 
     Args: kl in nats and score of the checkpoints, in the order of training, the start (KL 0) first. Estimates below 0
     count as 0. Targets in nats, above 0.

@@ -44,8 +44,8 @@ def cdpo_loss(
 ) -> Float[Array, "B"]:
     r"""Conservative DPO: $-(1-\epsilon) \log \sigma(m) - \epsilon \log \sigma(-m)$ with $m = \beta(\rho_w - \rho_l)$.
 
-    Mitchell 2023 ("A note on DPO with noisy preferences & relationship to IPO"): a label is flipped with probability
-    epsilon. The loss is least where $\sigma(m) = 1 - \epsilon$.
+    Eq. 3 of Mitchell 2023 ("A note on DPO with noisy preferences & relationship to IPO"): a label is flipped with
+    probability epsilon. The loss is least where $\sigma(m) = 1 - \epsilon$.
     """
     return smoothed(beta * (chosen - rejected), label_smoothing)
 
@@ -112,7 +112,8 @@ def exo_pair_loss(
     r"""Efficient exact optimisation for pairs: the reverse KL divergence from a softened label to the model's choice.
 
     $\sigma(m) \log\frac{\sigma(m)}{1-\epsilon} + \sigma(-m) \log\frac{\sigma(-m)}{\epsilon}$ with $m = \beta(\rho_w -
-    \rho_l)$: eq. 16 of Ji et al. 2024 (arXiv:2402.00856). Epsilon must be above 0 (they advise 0.001).
+    \rho_l)$: eq. 16 of Ji et al. 2024 (arXiv:2402.00856). Epsilon must be above 0: they advise 0.001, and their code has
+    $e^{-10}$.
     """
     margins = beta * (chosen - rejected)
     won, lost = jax.nn.log_sigmoid(margins), jax.nn.log_sigmoid(-margins)
@@ -225,7 +226,8 @@ def desensitised_logprobs(
     r"""LD-DPO's log-probability of a response: that of its first tokens, and alpha times that of the rest.
 
     $\sum_{t \le l} \log\pi(y_t) + \alpha \sum_{t > l} \log\pi(y_t)$, l being the length of the shorter response of the
-    pair (`shared`, in tokens): Liu et al. 2024 (arXiv:2409.06411). Alpha = 1 is the log-probability itself.
+    pair (`shared`, in tokens): Liu et al. 2024 (arXiv:2409.06411). Alpha = 1 is the log-probability itself; with 0 as
+    many tokens of both responses count.
     """
     within = jnp.cumsum(mask, axis=1, dtype=jnp.int32) <= shared[:, None]
     return jnp.sum(jnp.where(mask, jnp.where(within, logprobs, alpha * logprobs), 0), axis=1)
@@ -237,7 +239,8 @@ def wpo_weights(
     r"""How on-policy each response is: $\exp \frac{1}{|y|} \sum_t (\log \pi(y_t) - \log \sum_v \pi(v)^2)$, no gradient.
 
     Eq. 2 of Zhou et al. 2024 (WPO, arXiv:2406.11827), with the alignment to sampled outputs: a response sampled from
-    the policy weighs about 1. The loss of a pair is multiplied by both responses' weights.
+    the policy weighs about 1. The loss of a pair is multiplied by both responses' weights, whose product the authors'
+    code holds at 1 at most, as TRL's does not; nor do we.
     """
     aligned = jnp.where(mask, logprobs - log_sum_sq_probs, 0)
     return jax.lax.stop_gradient(jnp.exp(per_token(jnp.sum(aligned, axis=1), masking.lengths(mask))))

@@ -29,9 +29,9 @@ def cpo_loss(
 ) -> Float[Array, "B"]:
     r"""Contrastive preference optimisation: $-\log \sigma(\beta \log\pi(y_w) - \beta \log\pi(y_l))$ and `sft_loss`.
 
-    Xu et al. 2024 (arXiv:2401.08417): DPO under a uniform reference, and the likelihood of what is preferred. They add
-    the log-probability of a whole response; TRL adds its mean over tokens times `cpo_alpha`, and smooths the labels as
-    `cdpo_loss` does. So do we.
+    Eq. 3 of Xu et al. 2024 (arXiv:2401.08417), DPO under a uniform reference, and the likelihood of what is preferred.
+    In the paper that is the log-probability of a whole response; the authors' code and TRL add its mean over tokens,
+    times `cpo_alpha`, and smooth the labels as `cdpo_loss` does. So do we.
 
     Args: likelihood is $\log \pi(y_w)$ again, also where chosen and rejected are those of `desensitised_logprobs`.
     """
@@ -52,7 +52,7 @@ def simpo_loss(
     r"""Simple preference optimisation (Meng et al. 2024, arXiv:2405.14734), lengths being in tokens.
 
     $-\log\sigma(\beta\frac{\log\pi(y_w)}{|y_w|} - \beta\frac{\log\pi(y_l)}{|y_l|} - \gamma)$; labels are smoothed as
-    in `cdpo_loss`, as TRL does.
+    in `cdpo_loss`, as in the authors' code and in TRL.
     """
     margins = per_token(chosen, chosen_tokens) - per_token(rejected, rejected_tokens)
     return smoothed(beta * margins - gamma, label_smoothing)
@@ -70,8 +70,9 @@ def orpo_loss(
     r"""Odds ratio preference optimisation (Hong et al. 2024, arXiv:2403.07691), where beta is lambda.
 
     `sft_loss` and $-\beta\log\sigma(\log\frac{p_w}{1-p_w}-\log\frac{p_l}{1-p_l})$, p being the geometric mean of a
-    response's token probabilities. As in the paper the likelihood is that of the response alone; TRL learns the
-    prompt's tokens too. The odds of what is certain are infinite: log p is held below -1e-6.
+    response's token probabilities. The likelihood is that of the response alone; TRL learns the prompt's tokens too, as
+    the authors' code does unless it is told not to. The odds of what is certain are infinite: log p is held below
+    -1e-6.
     """
     log_odds = _log_odds(per_token(chosen, chosen_tokens)) - _log_odds(per_token(rejected, rejected_tokens))
     return sft_loss(chosen, tokens_per_pair=tokens_per_pair) - beta * jax.nn.log_sigmoid(log_odds)

@@ -33,7 +33,7 @@ def wilson_interval(wins: float, n: int, *, z: float) -> tuple[float, float]:
 
 
 def bootstrap_interval(x: Float[np.ndarray, "N"], *, level: float, rounds: int, seed: int) -> tuple[float, float]:
-    """Percentile bootstrap interval for the mean of independent rows (Efron & Tibshirani 1993, chapter 13).
+    """Percentile bootstrap interval for the mean of independent rows (Efron & Tibshirani 1993).
 
     The rows (prompts) are drawn with replacement, `rounds` times; the interval lies between the quantiles (1 - level)/2
     and (1 + level)/2 of their means. Unlike Wilson's it takes rows of any value, ties as half wins among them, as they
@@ -58,7 +58,8 @@ def length_controlled_win_rate(
     known only where very many models answer the same prompts, and only it varies over prompts once the lengths are
     equal, so that the paper's mean over prompts is $\sigma(\theta)$ here. $\phi$ has the penalty $\phi^2 / 2$ (that of
     scikit-learn's `LogisticRegression` at its default), without which it would be infinite where lengths tell all wins
-    from all losses; $\theta$ has none.
+    from all losses; $\theta$ has none. The authors' code has an L1 penalty on all, chosen by cross-validation, and
+    divides by the sample's deviation, which is that of the population here.
 
     Returns: the rate and its standard error, by the curvature of the penalised likelihood. Where all is won or lost, or
     all answers are as long as the others, the plain rate (its standard error is then the binomial one).

@@ -13,7 +13,7 @@ def kto_baseline(
     r"""KTO's reference point: $\hat z_0 = \max(0, \mathbb{E}[\log \pi(y'|x) - \log \pi_{ref}(y'|x)])$, in nats.
 
     Ethayarajh et al. 2024 (arXiv:2402.01306). The responses $y'$ are those of other prompts of the batch, so that this
-    is a biased estimate of the KL divergence to the reference, which is why it is no gradient's way.
+    is a biased estimate of the KL divergence to the reference. No gradient passes through it.
 
     Args: log-probabilities in nats of whole responses, each after a prompt that it does not belong to.
     """
@@ -34,7 +34,8 @@ def kto_loss(
     r"""Kahneman-Tversky optimisation, averaged over the responses of the whole batch.
 
     $\lambda_D (1 - \sigma(\beta (\rho - z_0)))$ for a desirable response and $\lambda_U (1 - \sigma(\beta (z_0 -
-    \rho)))$ for another, with $\rho = \log\frac{\pi(y|x)}{\pi_{ref}(y|x)}$: Ethayarajh et al. 2024 (arXiv:2402.01306).
+    \rho)))$ for another, with $\rho = \log\frac{\pi(y|x)}{\pi_{ref}(y|x)}$: eq. 7 of Ethayarajh et al. 2024
+    (arXiv:2402.01306).
 
     Args: log-probabilities in nats of whole responses (summed over tokens); baseline is $z_0$, as `kto_baseline` gives
     it; no gradient passes through it.

@@ -112,8 +112,8 @@ def exo_pair_loss(
     r"""Efficient exact optimisation for pairs: the reverse KL divergence from a softened label to the model's choice.
 
     $\sigma(m) \log\frac{\sigma(m)}{1-\epsilon} + \sigma(-m) \log\frac{\sigma(-m)}{\epsilon}$ with $m = \beta(\rho_w -
-    \rho_l)$: eq. 16 of Ji et al. 2024 (arXiv:2402.00856). Epsilon must be above 0: they advise 0.001, and their code has
-    $e^{-10}$.
+    \rho_l)$: eq. 16 of Ji et al. 2024 (arXiv:2402.00856). Epsilon must be above 0: they advise 0.001, and their code
+    has $e^{-10}$.
     """
     margins = beta * (chosen - rejected)
     won, lost = jax.nn.log_sigmoid(margins), jax.nn.log_sigmoid(-margins)

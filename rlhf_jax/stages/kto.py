@@ -36,8 +36,8 @@ from rlhf_jax.types import RlhfError, Rollout, UnpairedBatch
 class UnpairedLossConfig:
     """`kto`, or `apo_zero_unpaired` without a reference point, and what a good and a bad response's loss count.
 
-    TRL's advice, after the paper's eq. 8: desirable_weight x good responses should be 1 to 4/3 times undesirable_weight x bad
-    responses. The stage's summary has both numbers.
+    TRL's advice, after eq. 8 of the paper: desirable_weight x good responses should be 1 to 4/3 times
+    undesirable_weight x bad responses. The stage's summary has both numbers.
     """
 
     loss: Literal["kto", "apo_zero_unpaired"] = "kto"

@@ -11,7 +11,7 @@ Metrics are equal on all devices (a step reduces them); every leaf of samples ha
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -28,12 +28,21 @@ Step = Callable[[Any, Any, Any, jax.Array], tuple[Any, dict[str, jax.Array], Any
 Program = Callable[[Any, Any, Any, jax.Array], tuple[Any, dict[str, jax.Array], Any]]
 
 
+class Rounds(NamedTuple):
+    """How an iteration samples several times before it learns, until every seed has enough."""
+
+    split: Callable[[Any], Iterable[Any]]  # a batch, with all its leading axes -> that of each round
+    # Pure, of one seed: what was kept so far (None at first) and (rollout, scores) -> what is kept, and if it is enough
+    collect: Callable[[Any, Any], tuple[Any, jax.Array]]
+
+
 class HostSteps(NamedTuple):
     """An iteration in two steps, between which the host scores what the first one sampled."""
 
     sample: Step  # -> its samples are a rollout
     score: Callable[[Any], np.ndarray]  # a rollout of any number of rows, in NumPy -> float32[rows]
-    learn: Step  # on a batch (rollout, scores)
+    learn: Step  # on a batch (rollout, scores), or with rounds on what they kept
+    rounds: Rounds | None = None
 
 
 SEED_AXIS = "seed"
@@ -200,15 +209,30 @@ def make_placement(config: RuntimeConfig, seeds: int) -> Placement:
 def compile_host_steps(placement: Placement, steps: HostSteps, state: PyTree) -> Program:
     """A program that leaves the device once an iteration, with the rollouts of all seeds at once."""
     sample, learn = (placement.compile(step, state) for step in (steps.sample, steps.learn))
+    leading = _leading_axes(placement.seeds) + 1
+    split, collect = steps.rounds or (lambda batch: [batch], None)
+    if collect is not None:
+        for _ in range(leading - 1):
+            collect = jax.vmap(collect)
+        collect = jax.jit(collect)
+
+    def scored(state: Any, frozen: Any, batch: Any, run_key: jax.Array) -> tuple:
+        state, _, rollout = sample(state, frozen, batch, run_key)
+        rollout = jax.device_get(rollout)
+        flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[leading:]), rollout)
+        scores = np.asarray(steps.score(flat), np.float32).reshape(jax.tree.leaves(rollout)[0].shape[:leading])
+        return state, (rollout, scores)
 
     def program(state: Any, frozen: Any, batches: Any, run_key: jax.Array) -> tuple:
-        results, leading = [], _leading_axes(placement.seeds) + 1
+        results = []
         for i in range(len(jax.tree.leaves(batches)[0])):
-            state, _, rollout = sample(state, frozen, jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], batches), run_key)
-            rollout = jax.device_get(rollout)
-            flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[leading:]), rollout)
-            scores = np.asarray(steps.score(flat), np.float32).reshape(jax.tree.leaves(rollout)[0].shape[:leading])
-            state, metrics, samples = learn(state, frozen, (rollout, scores), run_key)
+            kept = None
+            for batch in split(jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], batches)):
+                state, found = scored(state, frozen, batch, run_key)
+                kept, enough = (found, True) if collect is None else collect(kept, found)
+                if np.all(enough):
+                    break
+            state, metrics, samples = learn(state, frozen, kept, run_key)
             results.append(jax.device_get((metrics, samples)))
         metrics, samples = jax.tree.map(lambda *leaves: np.concatenate(leaves), *results)
         return state, metrics, samples

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
 from rlhf_jax.core import masking
-from rlhf_jax.core.advantages import groups_that_differ, overlong_penalty, score_clipped, token_rewards
+from rlhf_jax.core.advantages import overlong_penalty, score_clipped, token_rewards
 from rlhf_jax.core.kl import ESTIMATORS, k1
 from rlhf_jax.core.logprobs import sequence_logprobs
 from rlhf_jax.core.policy_losses import explained_variance, sampler_difference
@@ -42,36 +42,6 @@ def shaped_scores(
     if config.missing_eos_score is not None:
         return jnp.where(ended, scores, config.missing_eos_score)
     return scores - config.missing_eos_penalty * ~ended
-
-
-def choose_groups(
-    networks: Networks,
-    config: PolicyGradientConfig,
-    method: Method,
-    sampled: Sampled,
-    scores: Float[Array, "B"],
-    axes: tuple[str, ...],
-) -> tuple[Sampled, Float[Array, "b"], Bool[Array, "b"], dict[str, jax.Array]]:
-    """Dynamic sampling (DAPO, arXiv:2503.14476) within one program: of all groups sampled, those that are trained on.
-
-    The groups whose scores differ, in the order sampled, up to as many as an iteration trains on. DAPO samples until
-    there are enough; here others fill a batch that lacks some, masked out of the losses.
-
-    Returns: what was sampled and its scores, which responses are trained on, and metrics.
-    """
-    size, groups = method.num_generations, config.batch_size // method.num_generations
-    shaped = shaped_scores(networks, config, method, sampled.rollout, scores)
-    rollout, logprobs, scores, shaped = masking.gather_rows((sampled.rollout, sampled.logprobs, scores, shaped), axes)
-    differ = groups_that_differ(shaped, num_generations=size)
-    chosen = jnp.argsort(~differ, stable=True)[:groups]
-    own = masking.own_rows(chosen, axes)
-    rows = (own[:, None] * size + jnp.arange(size)[None, :]).reshape(-1)
-    rollout, logprobs, scores = jax.tree.map(lambda leaf: leaf[rows], (rollout, logprobs, scores))
-    metrics = {
-        "dynamic_sampling/groups_that_differ": jnp.mean(differ.astype(jnp.float32)),
-        "dynamic_sampling/groups_trained": jnp.sum(differ[chosen].astype(jnp.float32)),
-    }
-    return Sampled(rollout, logprobs, sampled.demonstrations), scores, jnp.repeat(differ[own], size), metrics
 
 
 class OldPolicy(NamedTuple):

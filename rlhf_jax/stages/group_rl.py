@@ -64,15 +64,15 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     # Liu et al. 2025 (arXiv:2503.20783).
     "dr_grpo": {**PPO_BOUNDS, **WITHOUT_PENALTY, "advantage": "dr_grpo", "aggregation": "constant"},
-    # Yu et al. 2025 (arXiv:2503.14476): L_cache is 4096 of 20480 tokens. There groups are sampled until a batch is
-    # full, here twice as many as are trained on.
+    # Yu et al. 2025 (arXiv:2503.14476): L_cache is 4096 of 20480 tokens. The bound on the rounds is that of verl's
+    # description of DAPO, where the paper has none.
     "dapo": {
         **PPO_BOUNDS,
         **WITHOUT_PENALTY,
         "advantage": "grpo",
         "aggregation": "token",
         "clip_ratio_high": 0.28,
-        "oversampling": 2,
+        "dynamic_sampling_rounds": 10,
         "overlong_buffer": 0.2,
     },
     # Zheng et al. 2025 (arXiv:2507.18071).
@@ -96,7 +96,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 """What each method sets. `rloo` and `reinforce_plus_plus` leave `kl_coef` open."""
 
-OTHERWISE: dict[str, Any] = {"oversampling": 1, "overlong_buffer": 0.0}
+OTHERWISE: dict[str, Any] = {"dynamic_sampling_rounds": 0, "overlong_buffer": 0.0}
 """What a method that says nothing of a field has."""
 
 OWN = (
@@ -127,7 +127,9 @@ class GroupRLConfig(PolicyGradientConfig):
     kl_coef: float | None = None
     kl_estimator: Estimator | None = None
     kl_in: Place | None = None
-    oversampling: int | None = None  # groups sampled for each one trained on: those whose scores differ
+    dynamic_sampling_rounds: int | None = (
+        None  # at most, until all groups have scores that differ; 0: whatever they are
+    )
     overlong_buffer: float | None = None  # the share of the longest response over which its score falls by 1
 
     def __post_init__(self) -> None:
@@ -159,10 +161,13 @@ class GroupRLConfig(PolicyGradientConfig):
             )
         if self.kl_in is not None and not fields["kl_coef"]:
             raise ValueError(f"kl_in = {self.kl_in!r} says where the penalty is, and kl_coef is 0: set kl_coef too")
-        if fields["oversampling"] < 1:
-            raise ValueError(f"oversampling = {fields['oversampling']} must be at least 1")
-        if fields["oversampling"] > 1 and self.num_generations < 2:
-            raise ValueError("oversampling keeps groups whose scores differ: set num_generations to at least 2")
+        rounds = fields["dynamic_sampling_rounds"]
+        if rounds < 0:
+            raise ValueError(f"dynamic_sampling_rounds = {rounds} must be at least 1, or 0 for no dynamic sampling")
+        if rounds and self.num_generations < 2:
+            raise ValueError(
+                f"dynamic_sampling_rounds = {rounds} keeps groups whose scores differ: set num_generations to 2 or more"
+            )
         check_overlong(fields["overlong_buffer"])
         check_penalty(self, fields["kl_coef"], fields["kl_estimator"], fields["kl_in"])
 
@@ -193,7 +198,7 @@ def method_of(config: GroupRLConfig) -> Method:
         kl_in=fields["kl_in"],
         estimate=estimate,
         num_generations=config.num_generations,
-        oversampling=fields["oversampling"],
+        dynamic_sampling_rounds=fields["dynamic_sampling_rounds"],
         overlong_buffer=fields["overlong_buffer"],
     )
 

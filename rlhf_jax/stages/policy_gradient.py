@@ -8,7 +8,7 @@ here: no dropout (N+), log-probabilities of logits over the temperature (N), old
 forward pass unless the config says otherwise, whole runs from one key a seed, of which no part is used twice.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,19 +22,20 @@ from rlhf_jax.data import pipeline
 from rlhf_jax.models.scalars import ScalarNetwork
 from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.runtime.optimizers import make_optimizer
-from rlhf_jax.runtime.programs import SEED_AXIS, HostSteps, Step
+from rlhf_jax.runtime.programs import SEED_AXIS, HostSteps, Rounds, Step
 from rlhf_jax.sampling.choice import Sampling
 from rlhf_jax.sampling.generate import generate
 from rlhf_jax.stages.context import Context
-from rlhf_jax.stages.experience import choose_groups, gather_experience
+from rlhf_jax.stages.dynamic_sampling import collect, empty, fill, filled, is_full
+from rlhf_jax.stages.experience import gather_experience
 from rlhf_jax.stages.models import Policy, RewardModel
 from rlhf_jax.stages.online import seed_keys, train_online
 from rlhf_jax.stages.policy_method import Method, Networks, PolicyGradientConfig, Sampled, Samples
 from rlhf_jax.stages.policy_update import optimise
-from rlhf_jax.stages.prompts import MixedSource, PromptSource
+from rlhf_jax.stages.prompts import MixedSource, PromptSource, at_round
 from rlhf_jax.stages.scoring import joins_program, make_scorer
 from rlhf_jax.stages.training import adapted_scalar, begin, begin_policy
-from rlhf_jax.types import PromptBatch
+from rlhf_jax.types import PromptBatch, TokenBatch
 
 
 def make_step(
@@ -42,30 +43,51 @@ def make_step(
 ) -> Step:
     """One iteration on a PromptBatch (with demonstrations beside it where there is a pretraining mix).
 
+    With dynamic sampling the batch has the prompts of all rounds, [B, rounds, P].
+
     Args: axes are the mapped axes that rows are split over; loop_axes those of the seeds around the iteration.
     """
     reward = networks.reward
     assert reward is not None
     sample, learn = make_halves(networks, config, method, axes, loop_axes)
 
+    def scored(
+        state: TrainState, frozen: dict[str, PyTree], batch: Any, run_key: PRNGKeyArray
+    ) -> tuple[Sampled, jax.Array]:
+        _, _, sampled = sample(state, frozen, batch, run_key)
+        return sampled, reward.scores(frozen["reward"], sampled.rollout)
+
     def step(
         state: TrainState, frozen: dict[str, PyTree], batch: Any, run_key: PRNGKeyArray
     ) -> tuple[TrainState, dict[str, jax.Array], Samples]:
-        state, _, sampled = sample(state, frozen, batch, run_key)
-        return learn(state, frozen, (sampled, reward.scores(frozen["reward"], sampled.rollout)), run_key)
+        return learn(state, frozen, scored(state, frozen, batch, run_key), run_key)
 
-    return step
+    def dynamic_step(
+        state: TrainState, frozen: dict[str, PyTree], batch: Any, run_key: PRNGKeyArray
+    ) -> tuple[TrainState, dict[str, jax.Array], Samples]:
+        prompts, demonstrations = _parts(batch)
+
+        def draw(prompts: PromptBatch) -> tuple[Sampled, jax.Array]:
+            return scored(state, frozen, prompts, run_key)
+
+        filling = fill(networks, config, method, draw, prompts, axes, loop_axes)
+        return learn(state, frozen, (filling, demonstrations), run_key)
+
+    return dynamic_step if method.dynamic_sampling_rounds else step
 
 
 def make_halves(
     networks: Networks, config: PolicyGradientConfig, method: Method, axes: tuple[str, ...], loop_axes: tuple[str, ...]
 ) -> tuple[Step, Step]:
-    """An iteration in two steps, between which responses are scored: PromptBatch -> Sampled, and (Sampled, scores)."""
+    """An iteration in two steps, between which responses are scored: PromptBatch -> Sampled, and (Sampled, scores).
+
+    With dynamic sampling the first is a round of it, and the second takes (Filling, demonstrations).
+    """
 
     def sample(
         state: TrainState, frozen: dict[str, PyTree], batch: Any, run_key: PRNGKeyArray
     ) -> tuple[TrainState, dict[str, jax.Array], Sampled]:
-        prompts, demonstrations = (batch, None) if isinstance(batch, PromptBatch) else batch
+        prompts, demonstrations = _parts(batch)
         sampling = Sampling(networks.max_new_tokens, config.temperature, networks.stop_ids)
         params = networks.whole(state.params, frozen)["policy"]
         generation = generate(
@@ -80,17 +102,16 @@ def make_halves(
         return state, {}, Sampled(generation.rollout, generation.logprobs, demonstrations)
 
     def learn(
-        state: TrainState, frozen: dict[str, PyTree], scored: tuple[Sampled, jax.Array], run_key: PRNGKeyArray
+        state: TrainState, frozen: dict[str, PyTree], scored: tuple[Any, Any], run_key: PRNGKeyArray
     ) -> tuple[TrainState, dict[str, jax.Array], Samples]:
-        sampled, scores = scored
-        metrics = {
-            "reward": masking.mean(scores, axes),
-            "reward_std": jnp.sqrt(masking.masked_variance(scores, jnp.ones(scores.shape, bool), axes)),
-        }
-        useful = None
-        if method.oversampling > 1:
-            sampled, scores, useful, chosen = choose_groups(networks, config, method, sampled, scores, axes)
-            metrics |= chosen
+        if method.dynamic_sampling_rounds:
+            sampled, scores, useful, metrics = filled(method, *scored, axes)
+        else:
+            (sampled, scores), useful = scored, None
+            metrics = {
+                "reward": masking.mean(scores, axes),
+                "reward_std": jnp.sqrt(masking.masked_variance(scores, jnp.ones(scores.shape, bool), axes)),
+            }
         kl_coef = state.controller["kl_coef"] if config.kl_controller else method.kl_coef
         params, order_key = networks.whole(state.params, frozen), _keys(run_key, state)[1]
         batch, samples, found = gather_experience(
@@ -108,9 +129,33 @@ def make_halves(
                 episodes=config.batch_size,
             )
             state = state._replace(controller={"kl_coef": adapted})
-        return state, metrics | found | updated, samples
+        return state, found | metrics | updated, samples
 
     return sample, learn
+
+
+def host_rounds(networks: Networks, config: PolicyGradientConfig, method: Method) -> Rounds | None:
+    """Dynamic sampling between two halves, where there is some."""
+    if not method.dynamic_sampling_rounds:
+        return None
+
+    def split(batch: Any) -> Iterator[Any]:
+        prompts, demonstrations = _parts(batch)
+        for number in range(method.dynamic_sampling_rounds):
+            one = at_round(prompts, number)
+            yield one if demonstrations is None else (one, demonstrations)
+
+    def collected(before: Any, new: tuple[Sampled, jax.Array]) -> tuple[Any, jax.Array]:
+        filling = empty(new[0], method.dynamic_sampling_rounds) if before is None else before[0]
+        filling = collect(networks, config, method, filling, *new, ())
+        return (filling, new[0].demonstrations), is_full(filling, ())
+
+    return Rounds(split, collected)
+
+
+def _parts(batch: Any) -> tuple[PromptBatch, TokenBatch | None]:
+    """An iteration's prompts, and its demonstrations where there are some."""
+    return (batch, None) if isinstance(batch, PromptBatch) else batch
 
 
 def _keys(run_key: PRNGKeyArray, state: TrainState) -> tuple[PRNGKeyArray, PRNGKeyArray]:
@@ -183,7 +228,8 @@ def run(config: PolicyGradientConfig, method: Method, start_value: StartValue, c
         on_host = scores.on_host
         assert on_host is not None
         sample, learn = make_halves(networks, config, method, *axes)
-        step = HostSteps(sample, lambda sampled: on_host(sampled.rollout), learn)
+        rounds = host_rounds(networks, config, method)
+        step = HostSteps(sample, lambda sampled: on_host(sampled.rollout), learn, rounds)
     if separate is not None:
         frozen["value_base"] = begin(separate, value.params, context.key()).base
 
@@ -198,7 +244,8 @@ def run(config: PolicyGradientConfig, method: Method, start_value: StartValue, c
         return init_state(params, config, method)
 
     prompt_keys = seed_keys(context).prompts
-    prompts = PromptSource(pool, prompt_keys, config.batch_size // method.num_generations * method.oversampling)
+    groups = config.batch_size // method.num_generations
+    prompts = PromptSource(pool, prompt_keys, groups, rounds=method.dynamic_sampling_rounds)
     if config.ptx is not None:
         demonstrations = pipeline.demonstrations(rows, reference.tokenizer, context.data)
         prompts = MixedSource(prompts, demonstrations, prompt_keys, config.ptx.batch_size)

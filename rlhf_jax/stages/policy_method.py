@@ -128,7 +128,7 @@ class Method:
     # Of token rewards, values, the response mask and that of the losses.
     estimate: Callable[[Array, Array | None, Array, Array, tuple[str, ...]], Advantages]
     num_generations: int = 1  # responses to a prompt
-    oversampling: int = 1  # groups sampled for each one that is trained on
+    dynamic_sampling_rounds: int = 0  # of sampling, at most, until a batch is full of groups that teach; 0: all do
     overlong_buffer: float = 0.0  # the share of the longest response over which its score falls by 1
     vf_coef: float = 0.0
     value_clip: float = 0.0

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, Int, PRNGKeyArray
 
 from rlhf_jax.data import pipeline
 from rlhf_jax.types import PromptBatch, TokenBatch
@@ -12,12 +12,20 @@ from rlhf_jax.types import PromptBatch, TokenBatch
 class PromptSource:
     """Prompts drawn at random, with replacement, from the prompt distribution: a function of key and step."""
 
-    def __init__(self, pool: pipeline.Prompts, keys: tuple[PRNGKeyArray, ...], batch_size: int) -> None:
-        """One key a seed. With one key a batch is [B, ...], with several [seeds, B, ...]."""
-        self._pool, self._keys, self._rows = pool, keys, np.arange(batch_size, dtype=np.int32)
+    def __init__(
+        self, pool: pipeline.Prompts, keys: tuple[PRNGKeyArray, ...], batch_size: int, *, rounds: int = 0
+    ) -> None:
+        """One key a seed. With one key a batch is [B, ...], with several [seeds, B, ...].
+
+        Args: rounds is how many batches an iteration may need: there is then an axis of them after that of the rows,
+        and no two rows of them have the same number. What a round draws does not depend on how many there are.
+        """
+        numbers = np.arange(max(rounds, 1) * batch_size, dtype=np.int32)
+        self._pool, self._keys = pool, keys
+        self._rows = numbers.reshape(rounds, batch_size).T if rounds else numbers
         self._draw = jax.jit(
             lambda key, step: jax.random.randint(
-                jax.random.fold_in(key, step), (batch_size,), 0, len(pool.tokens), dtype=jnp.int32
+                jax.random.fold_in(key, step), numbers.shape, 0, len(pool.tokens), dtype=jnp.int32
             )
         )
 
@@ -25,9 +33,14 @@ class PromptSource:
         """The prompts of the iteration that follows `step` iterations."""
         batches = []
         for key in self._keys:
-            drawn = np.asarray(self._draw(key, step))
+            drawn = np.asarray(self._draw(key, step))[self._rows]
             batches.append(PromptBatch(self._pool.tokens[drawn], self._pool.mask[drawn], self._rows))
         return batches[0] if len(batches) == 1 else jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
+
+
+def at_round(prompts: PromptBatch, number: int | Int[Array, ""]) -> PromptBatch:
+    """The prompts of one round, [..., B, P], among those of all, [..., B, rounds, P]."""
+    return PromptBatch(prompts.tokens[..., number, :], prompts.mask[..., number, :], prompts.rows[..., number])
 
 
 class MixedSource:

@@ -12,9 +12,10 @@ from ml_collections import ConfigDict
 
 from rlhf_jax import config as configs
 from rlhf_jax.config import ModelSource
-from rlhf_jax.runtime.programs import SEED_AXIS, make_placement
+from rlhf_jax.models.scalars import ScalarNetwork
+from rlhf_jax.runtime.programs import SEED_AXIS, HostSteps, compile_host_steps, make_placement
 from rlhf_jax.stages import group_rl, policy_gradient
-from rlhf_jax.stages.experience import choose_groups
+from rlhf_jax.stages.dynamic_sampling import collect, empty, filled, is_full
 from rlhf_jax.stages.policy_method import AdaptiveKL, Networks, Sampled
 from rlhf_jax.types import RlhfError, Rollout
 from tests import tiny
@@ -69,13 +70,15 @@ def test_every_method_pleases_the_reward_model(method):
     config = config_of(method)
     state, networks = state_of(config), frozen()
     (sample, reward), learn = sample_and_score(), jax.jit(halves(config)[1])
-    prompts = tiny.prompts(ROWS // GROUP * group_rl.method_of(config).oversampling)
+    rounds = policy_gradient.host_rounds(NETWORKS, config, group_rl.method_of(config))
+    keep = jax.jit(rounds.collect) if rounds else None
     found, responses = [], []
     for _ in range(ITERATIONS):
-        state, _, sampled = sample(state, networks, prompts, jax.random.key(0))
-        state, metrics, _ = learn(
-            state, networks, (sampled, reward(networks["reward"], sampled.rollout)), jax.random.key(0)
-        )
+        state, _, sampled = sample(state, networks, tiny.prompts(ROWS // GROUP), jax.random.key(0))
+        scored = (sampled, reward(networks["reward"], sampled.rollout))
+        if keep is not None:
+            scored, _ = keep(None, scored)  # one round, whatever it brings
+        state, metrics, _ = learn(state, networks, scored, jax.random.key(0))
         found.append(jax.device_get(metrics))
         responses.append(np.asarray(sampled.rollout.response))
     metrics = {name: np.array([row[name] for row in found]) for name in found[0]}
@@ -117,53 +120,121 @@ def test_old_logprobs_are_the_learners_or_the_samplers_and_their_difference_is_l
     assert max(jax.tree.leaves(moved)) > 1e-4
 
 
-def fixed_groups(scores):
+def fixed_groups(scores, first_row):
     """Two tokens a response, of which the first names its row."""
     rows = len(scores)
-    response = jnp.stack([jnp.arange(rows), jnp.full(rows, tiny.EOS)], axis=1).astype(jnp.int32)
+    response = jnp.stack([first_row + jnp.arange(rows), jnp.full(rows, tiny.EOS)], axis=1).astype(jnp.int32)
     ones = jnp.ones((rows, 2), bool)
     return Sampled(Rollout(response, ones, response, ones), jnp.zeros((rows, 2)), None), jnp.asarray(scores)
 
 
-def test_groups_whose_scores_differ_come_first_and_others_are_masked():
+def test_rounds_keep_the_first_groups_whose_scores_differ_until_there_are_enough():
     config = config_of("dapo", batch_size=9, num_generations=3, overlong_buffer=0.0)
-    scores = [0.0] * 3 + [1.0, 0, 0] + [2.0] * 3 + [1.0] * 3 + [0, 0, 3.0] + [1.0] * 3
     method = group_rl.method_of(config)
-    sampled, kept, useful, metrics = choose_groups(NETWORKS, config, method, *fixed_groups(scores), ())
-    assert sampled.rollout.response[:, 0].tolist() == [3, 4, 5, 12, 13, 14, 0, 1, 2]
-    assert kept.tolist() == [1, 0, 0, 0, 0, 3, 0, 0, 0]
-    assert useful.tolist() == [True] * 6 + [False] * 3
-    np.testing.assert_allclose(metrics["dynamic_sampling/groups_that_differ"], 2 / 6)
-    assert metrics["dynamic_sampling/groups_trained"] == 2
+    another = jax.jit(functools.partial(collect, NETWORKS, config, method, axes=()))
+
+    def after(*rounds):
+        filling = empty(fixed_groups([0.0] * 9, 0)[0], 4)
+        for number, scores in enumerate(rounds):
+            filling = another(filling, *fixed_groups(scores, 10 * number))
+        sampled, scores, useful, metrics = filled(method, filling, None, ())
+        assert bool(is_full(filling, ())) == bool(useful.all())
+        names = ("rounds", "groups_missing", "groups_that_differ")
+        rest = [float(metrics[f"dynamic_sampling/{name}"]) for name in names]
+        return sampled.rollout.response[:, 0].tolist(), scores.tolist(), useful.tolist(), rest, metrics
+
+    same, one, two, three = [1.0] * 3, [1.0, 0, 0], [2.0, 0, 2], [0, 0, 3.0]
+    # What was sampled comes before nothing, and what teaches before what does not, each in the order sampled.
+    rows, scores, useful, rest, metrics = after(same + one + same)
+    assert rows == [3, 4, 5, 0, 1, 2, 6, 7, 8]
+    assert (useful, rest) == ([True] * 3 + [False] * 6, [1, 2, pytest.approx(1 / 3)])
+    rows, scores, useful, rest, metrics = after(same + one + same, same * 3)
+    assert (rows, rest) == ([3, 4, 5, 0, 1, 2, 6, 7, 8], [2, 2, pytest.approx(1 / 6)])
+    enough = (same + one + same, same + same + two, three + same + one)
+    rows, scores, useful, rest, metrics = after(*enough)
+    assert (rows, scores) == ([3, 4, 5, 16, 17, 18, 20, 21, 22], [*one, *two, *three])
+    assert (all(useful), rest) == (True, [3, 0, pytest.approx(4 / 9)])
+    flat = np.concatenate(enough)
+    np.testing.assert_allclose([metrics["reward"], metrics["reward_std"]], [flat.mean(), flat.std()], rtol=1e-6)
+    assert metrics["num_tokens"] == 2 * 27
+    # A batch that is full stays as it is, and no later round is counted: another seed may have needed it.
+    again = after(*enough, [9.0, 8, 7] * 3)
+    assert again[:4] == (rows, scores, useful, rest)
+    for name, value in metrics.items():
+        assert again[4][name] == value
 
 
-def test_seeds_and_devices_give_the_same_iterations_and_each_seed_has_its_own_coefficient():
-    """Two iterations of two seeds under pmap, with groups chosen among twice as many, against each seed alone."""
-    controller = AdaptiveKL(target=0.2, horizon=100.0)
-    config = config_of("dapo", kl_coef=0.1, kl_controller=controller, minibatches=2, entropy_coef=0.01)
-    keys = jnp.stack([jax.random.key(seed) for seed in range(2)])
-    batches = [[tiny.prompts(8, 10 * seed + i) for i in range(2)] for seed in range(2)]
+class Rare(ScalarNetwork):
+    """One point for a response that begins with token 5: most groups have the same scores."""
 
-    placement = make_placement(runtime("pmap", data=2, fsdp=1, tensor=1), seeds=2)
-    step = group_rl.make_step(NETWORKS, config, placement.axes, (SEED_AXIS,))
-    state = placement.put_state(jax.tree.map(lambda leaf: jnp.stack([leaf] * 2), state_of(config)))
+    def scores(self, params, rollout, *, dropout_keys=None):
+        del params, dropout_keys
+        return (rollout.response[:, 0] == 5).astype(jnp.float32)
+
+
+def test_seeds_devices_and_the_host_give_the_same_iterations():
+    """Two iterations of two seeds that sample until full: under pmap, and scored by the host, against each alone."""
+    controller, rounds, groups = AdaptiveKL(target=0.25, horizon=100.0), 4, ROWS // GROUP
+    config = config_of(
+        "dapo",
+        dynamic_sampling_rounds=rounds,
+        kl_coef=0.1,
+        kl_controller=controller,
+        minibatches=2,
+        entropy_coef=0.01,
+        overlong_buffer=0.0,
+    )
+    reward = Rare(tiny.MODEL, tiny.VOCAB, "mean")
+    networks = dataclasses.replace(NETWORKS, reward=reward)
+    keys = jnp.stack([jax.random.key(seed) for seed in (1, 2)])
+
+    def prompts(seed):
+        flat = tiny.prompts(groups * rounds, seed)
+        return jax.tree.map(lambda leaf: leaf.reshape(rounds, groups, *leaf.shape[1:]).swapaxes(0, 1), flat)
+
+    batches = [[prompts(10 * seed + i) for i in range(2)] for seed in (1, 2)]
     per_iteration = tiny.several([tiny.several([batches[k][i] for k in range(2)]) for i in range(2)])
-    state, metrics, samples = placement.compile(step, state)(state, placement.put_frozen(frozen()), per_iteration, keys)
-    state = jax.device_get(placement.whole(state))
+
+    def of_seeds(placement, program):
+        state = placement.put_state(jax.tree.map(lambda leaf: jnp.stack([leaf] * 2), state_of(config)))
+        state, metrics, samples = program(state)(state, placement.put_frozen(frozen()), per_iteration, keys)
+        return jax.device_get((placement.whole(state), metrics, samples.rollout.response))
+
+    devices, alone = (
+        make_placement(where, seeds=2) for where in (runtime("pmap", data=2, fsdp=1, tensor=1), tiny.ONE_DEVICE)
+    )
+    step = group_rl.make_step(networks, config, devices.axes, (SEED_AXIS,))
+    method = group_rl.method_of(config)
+    sample, learn = policy_gradient.make_halves(networks, config, method, (), (SEED_AXIS,))
+    by_host = HostSteps(
+        sample,
+        lambda sampled: np.asarray(reward.scores((), sampled.rollout)),
+        learn,
+        policy_gradient.host_rounds(networks, config, method),
+    )
+    found = [
+        of_seeds(devices, lambda state: devices.compile(step, state)),
+        of_seeds(alone, lambda state: compile_host_steps(alone, by_host, state)),
+    ]
 
     alone = make_placement(tiny.ONE_DEVICE, seeds=1)
-    single = group_rl.make_step(NETWORKS, config, (), ())
-    program = alone.compile(single, alone.put_state(state_of(config)))
+    program = alone.compile(group_rl.make_step(networks, config, (), ()), alone.put_state(state_of(config)))
     for k in range(2):
         one = alone.put_state(state_of(config))
         one, expected, shown = program(one, frozen(), tiny.several(batches[k]), keys[k])
-        np.testing.assert_array_equal(samples.rollout.response[:, k], shown.rollout.response)
-        assert_close(jax.tree.map(lambda leaf, k=k: leaf[k], state.params), jax.device_get(one.params))
-        assert_close({name: metrics[name][:, k] for name in expected}, jax.device_get(expected), 1e-4)
-        np.testing.assert_allclose(state.controller["kl_coef"][k], one.controller["kl_coef"], rtol=1e-5)
+        for state, metrics, responses in found:
+            np.testing.assert_array_equal(responses[:, k], shown.rollout.response)
+            assert_close(jax.tree.map(lambda leaf, k=k: leaf[k], state.params), jax.device_get(one.params))
+            assert_close({name: metrics[name][:, k] for name in expected}, jax.device_get(expected), 1e-4)
+            np.testing.assert_allclose(state.controller["kl_coef"][k], one.controller["kl_coef"], rtol=1e-5)
+    state, metrics, _ = found[0]
     np.testing.assert_allclose(metrics["objective/kl_coef"][0], [0.1, 0.1], rtol=1e-6)
     assert len(set(np.asarray(state.controller["kl_coef"]).tolist())) == 2
     assert "loss/kl_avg" in metrics
+    # Seeds that go on together need different numbers of rounds, and not every batch is full after the last.
+    needed, missing = metrics["dynamic_sampling/rounds"], metrics["dynamic_sampling/groups_missing"]
+    assert np.any(needed[:, 0] != needed[:, 1]) and needed.max() == rounds
+    assert missing.min() == 0 < missing.max() < groups
 
 
 def parse(**changes):
@@ -176,7 +247,8 @@ def test_a_method_sets_what_its_paper_sets_and_any_field_can_be_otherwise():
     grpo, dapo = (group_rl.method_of(parse(method=name)) for name in ("grpo", "dapo"))
     assert (grpo.aggregation, grpo.kl_in, grpo.kl_estimator, grpo.kl_coef) == ("sequence", "loss", "k3", 0.04)
     assert dapo.bounds == {"clip_ratio": 0.2, "clip_ratio_high": 0.28}
-    assert (dapo.aggregation, dapo.oversampling, dapo.overlong_buffer, dapo.kl_coef) == ("token", 2, 0.2, 0.0)
+    assert (dapo.aggregation, dapo.dynamic_sampling_rounds, dapo.overlong_buffer) == ("token", 10, 0.2)
+    assert (dapo.kl_coef, grpo.dynamic_sampling_rounds) == (0.0, 0)
     other = group_rl.method_of(parse(method="grpo", aggregation="token", kl_coef=0.0, clip_ratio=0.1))
     assert (other.aggregation, other.kl_coef, other.bounds["clip_ratio"]) == ("token", 0.0, 0.1)
     assert group_rl.method_of(parse(method="cispo")).bounds == {"clip_ratio_high": 4.0}
@@ -194,7 +266,7 @@ def test_a_method_sets_what_its_paper_sets_and_any_field_can_be_otherwise():
         ({"method": "dapo", "kl_in": "reward"}, r"kl_in = 'reward' says where the penalty is, and kl_coef is 0"),
         ({"method": "grpo", "kl_estimator": "k1"}, r"kl_estimator = 'k1' in the loss has a gradient of mean 0"),
         ({"method": "dapo", "overlong_buffer": 4.0}, r"overlong_buffer = 4.0 is a share"),
-        ({"method": "grpo", "oversampling": 0}, r"oversampling = 0 must be at least 1"),
+        ({"method": "dapo", "dynamic_sampling_rounds": -1}, r"dynamic_sampling_rounds = -1 must be at least 1, or 0"),
         ({"method": "dapo", "kl_controller": {"target": 1.0, "horizon": 1.0}}, r"kl_controller multiplies kl_coef = 0"),
         ({"method": "grpo", "kl_controller": {"target": 0.0, "horizon": 1.0}}, r"kl_controller.target = 0.0 must be"),
         ({"method": "grpo", "missing_eos_score": -1.0, "missing_eos_penalty": 1.0}, r"set one of the two"),

@@ -13,7 +13,7 @@ from rlhf_jax.runtime.programs import make_placement
 from rlhf_jax.stages import dpo, ppo, reward_model, sft
 from rlhf_jax.stages.experience import gather_experience
 from rlhf_jax.stages.policy_method import Sampled
-from rlhf_jax.stages.prompts import PromptSource
+from rlhf_jax.stages.prompts import PromptSource, at_round
 from rlhf_jax.types import Rollout, TokenBatch
 from tests import tiny
 
@@ -123,6 +123,14 @@ def test_prompts_are_drawn_by_key_and_step_alone():
         alone = PromptSource(pool, (key,), 64)
         np.testing.assert_array_equal(alone(3).tokens, batch.tokens[k])
         assert not np.array_equal(alone(4).tokens, batch.tokens[k])
+    # With rounds the first one draws the same, and more rounds change none of those before them.
+    for rounds in (1, 3):
+        several = PromptSource(pool, keys, 64, rounds=rounds)(3)
+        assert several.tokens.shape == (2, 64, rounds, 1)
+        assert sorted(several.rows[1].ravel().tolist()) == list(range(64 * rounds))
+        for leaf, first in zip(at_round(several, 0), batch, strict=True):
+            np.testing.assert_array_equal(leaf, first)
+    assert not np.array_equal(at_round(several, 1).tokens, at_round(several, 2).tokens)
     drawn = np.concatenate([source(step).tokens.ravel() for step in range(20)])
     counts = np.bincount(drawn, minlength=40)
     assert len(counts) == 40

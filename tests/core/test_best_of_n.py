@@ -213,6 +213,7 @@ def test_soft_best_of_n_goes_from_best_of_n_to_one_sample():
     np.testing.assert_allclose(cold, best_of_n(proxy, gold, 3))
     np.testing.assert_allclose(hot, gold.mean(axis=1), atol=1e-5)
     np.testing.assert_allclose(soft_best_of_n_kl_bound(proxy, groups, temperature=1e6), 0, atol=1e-9)
+    np.testing.assert_allclose(soft_best_of_n_kl_bound(proxy, groups, temperature=1e-4), np.log(3))
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 3.0])

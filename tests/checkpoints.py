@@ -69,4 +69,4 @@ def reward_model(directory: Path, tokenizer: Callable[[Path], Path] = tokenizers
 
 def shape(config: dict[str, Any]) -> ModelConfig:
     """The shape that a config.json describes."""
-    return hf.read_shape(config, param_dtype="float32", compute_dtype="float32")
+    return hf.read_shape(config, param_dtype="float32", compute_dtype="float32")[0]

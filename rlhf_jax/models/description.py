@@ -22,7 +22,7 @@ def describe(config: ModelConfig, vocab_size: int, **tokens: int) -> dict[str, A
         name, say = fields
         said = {"model_type": family, "architectures": [name], "vocab_size": vocab_size, **tokens, **say(config)}
         try:
-            found = read_shape(said, param_dtype=config.param_dtype, compute_dtype=config.compute_dtype)
+            found, _ = read_shape(said, param_dtype=config.param_dtype, compute_dtype=config.compute_dtype)
         except RlhfError:  # a family that asks for more than another shape
             continue
         differing[family] = _differences(config, dataclasses.replace(found, remat=config.remat))

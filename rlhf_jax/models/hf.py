@@ -1,5 +1,6 @@
 """Checkpoints of Hugging Face transformers, in and out: config.json and safetensors, one tensor at a time."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -17,7 +18,16 @@ from rlhf_jax.models.config import DType, ModelConfig
 from rlhf_jax.models.families import family_of, model_config, pack, tensor_shape, tensors_of, unpack
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
-from rlhf_jax.models.tensor_files import DTYPES, StoredTensor, find_tensors, new_directory, read_tensor, write_tensors
+from rlhf_jax.models.tensor_files import (
+    ALIGNMENT,
+    DTYPES,
+    StoredTensor,
+    empty,
+    find_tensors,
+    new_directory,
+    read_tensor,
+    write_tensors,
+)
 from rlhf_jax.types import RlhfError
 
 Place = Callable[[str, np.ndarray], jax.Array]
@@ -78,8 +88,9 @@ def load_pretrained(
     directory = find_checkpoint(source)
     hf_config = read_config(directory)
     kind = _kind(hf_config, directory)
-    config = _model_config(directory, hf_config, param_dtype or "float32", compute_dtype, remat)
-    shapes = _parameter_shapes(kind, config, hf_config["vocab_size"])
+    dtypes = {"param_dtype": param_dtype or "float32", "compute_dtype": compute_dtype, "remat": remat}
+    config, vocab_size = _read_shape(hf_config, directory, **dtypes)
+    shapes = _parameter_shapes(kind, config, vocab_size)
     stored = find_tensors(directory)
     family = family_of(hf_config, str(directory))
     place = place or (lambda path, array: jax.device_put(array))
@@ -100,9 +111,9 @@ def load_pretrained(
             params[part] = place(part, values.pop(0))
     _refuse_unknown(set(stored) - known, config, directory)
     if param_dtype is None:
-        dtype = params[next(path for path in params if path.endswith("embedding"))].dtype.name
-        config = _model_config(directory, hf_config, dtype, compute_dtype, remat)
-    return Pretrained(kind, config, hf_config["vocab_size"], _nested(params, kind), hf_config)
+        dtype: Any = params[next(path for path in params if path.endswith("embedding"))].dtype.name
+        config = dataclasses.replace(config, param_dtype=dtype)
+    return Pretrained(kind, config, vocab_size, _nested(params, kind), hf_config)
 
 
 def save_pretrained(directory: Path, kind: Kind, params: PyTree, hf_config: dict[str, Any]) -> None:
@@ -188,17 +199,18 @@ def _network(kind: Kind, config: ModelConfig, vocab_size: int) -> PolicyNetwork 
     return ScalarNetwork(config, vocab_size, "last", bias=False)
 
 
-def _model_config(
-    directory: Path, hf_config: dict[str, Any], param_dtype: str, compute_dtype: DType, remat: bool
-) -> ModelConfig:
+def _read_shape(hf_config: dict[str, Any], directory: Path, **dtypes: Any) -> tuple[ModelConfig, int]:
     try:
-        return read_shape(hf_config, param_dtype=param_dtype, compute_dtype=compute_dtype, remat=remat)
+        return read_shape(hf_config, **dtypes)
     except RlhfError as error:
         raise RlhfError(f"{directory / 'config.json'}: {error}") from error
 
 
-def read_shape(hf_config: dict[str, Any], **dtypes: Any) -> ModelConfig:
-    """The shape that a config.json describes. Raises RlhfError where it cannot be, or is not supported."""
+def read_shape(hf_config: dict[str, Any], **dtypes: Any) -> tuple[ModelConfig, int]:
+    """The shape that a config.json describes, and the size of its vocabulary.
+
+    What it leaves out is as transformers has it by default. Raises RlhfError where it cannot be, or is not supported.
+    """
     # transformers says that it found no PyTorch, which nobody here misses.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from huggingface_hub.errors import StrictDataclassError
@@ -206,16 +218,17 @@ def read_shape(hf_config: dict[str, Any], **dtypes: Any) -> ModelConfig:
 
     try:
         # Completes what older checkpoints leave out, and says it as newer ones do.
-        return model_config(AutoConfig.for_model(**hf_config), **dtypes)
+        completed = AutoConfig.for_model(**hf_config)
+        return model_config(completed, **dtypes), completed.vocab_size
     except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
         raise RlhfError(str(error)) from error
 
 
 def _aligned(array: np.ndarray, dtype: Any) -> np.ndarray:
-    """A copy at an address that is a multiple of 64, as JAX's own are: on CPUs it is then the parameter, uncopied."""
-    buffer = np.empty(array.size * np.dtype(dtype).itemsize + 64, np.uint8)
-    start = -buffer.ctypes.data % 64
-    copy = buffer[start : start + buffer.size - 64].view(dtype).reshape(array.shape)
+    """The array at an address that is a multiple of ALIGNMENT: on CPUs it is then the parameter, uncopied."""
+    if array.dtype == dtype and array.flags.c_contiguous and array.ctypes.data % ALIGNMENT == 0:
+        return array
+    copy = empty(array.shape, np.dtype(dtype))
     copy[...] = array
     return copy
 
@@ -233,7 +246,8 @@ def _kind(hf_config: dict[str, Any], directory: Path) -> Kind:
 
 
 def _parameter_shapes(kind: Kind, config: ModelConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
-    tree = jax.eval_shape(_network(kind, config, vocab_size).init, jax.random.key(0))
+    key = jax.eval_shape(lambda: jax.random.key(0))  # a key's shape: to make one would compile a program
+    tree = jax.eval_shape(_network(kind, config, vocab_size).init, key)
     return {_path(path, kind): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 

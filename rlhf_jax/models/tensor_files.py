@@ -18,6 +18,8 @@ import numpy as np
 from rlhf_jax.types import RlhfError
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+ALIGNMENT = 64
+"""Bytes: where JAX's own arrays begin on CPUs, which takes what begins there uncopied."""
 
 
 class StoredTensor(NamedTuple):
@@ -48,9 +50,23 @@ def find_tensors(directory: Path) -> dict[str, StoredTensor]:
 
 
 def read_tensor(tensor: StoredTensor) -> np.ndarray:
-    """One tensor, in memory of its own."""
-    flat = np.fromfile(tensor.file, DTYPES[tensor.dtype], math.prod(tensor.shape), offset=tensor.start)
-    return flat.reshape(tensor.shape)
+    """One tensor, in memory of its own, that begins at a multiple of ALIGNMENT.
+
+    Raises RlhfError where the file ends before it.
+    """
+    array = empty(tensor.shape, DTYPES[tensor.dtype])
+    with open(tensor.file, "rb") as content:
+        content.seek(tensor.start)
+        if content.readinto(array.reshape(-1).view(np.uint8).data) < array.nbytes:
+            raise RlhfError(f"{tensor.file} is cut short: download it again")
+    return array
+
+
+def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array to be filled, at an address that is a multiple of ALIGNMENT."""
+    buffer = np.empty(math.prod(shape) * dtype.itemsize + ALIGNMENT, np.uint8)
+    start = -buffer.ctypes.data % ALIGNMENT
+    return buffer[start : start + buffer.size - ALIGNMENT].view(dtype).reshape(shape)
 
 
 def write_tensors(

@@ -17,10 +17,9 @@ from rich.console import Console
 from rlhf_jax import config as configs
 from rlhf_jax.data import formats
 from rlhf_jax.data.pipeline import DataConfig
-from rlhf_jax.models import hf
 from rlhf_jax.rewards.functions import function_hash
 from rlhf_jax.runtime.files import read_rows, write_json
-from rlhf_jax.runtime.pretrained import MODELS
+from rlhf_jax.runtime.pretrained import MODELS, checkpoint_hash
 from rlhf_jax.runtime.programs import RuntimeConfig
 from rlhf_jax.runtime.progress import Display
 from rlhf_jax.runtime.workdir import Identity, Workdir
@@ -40,7 +39,6 @@ from rlhf_jax.stages import (
     sft,
 )
 from rlhf_jax.stages.context import Context
-from rlhf_jax.stages.models import checkpoint_directory
 from rlhf_jax.types import RlhfError
 
 StageRun = Callable[[Any, Context], dict[str, Any]]
@@ -93,7 +91,7 @@ class Experiment:
             common["seeds"] = self.seeds
         inputs = {input: fingerprint(input) for input in configs.input_stages(stage, self.stages)}
         for source in configs.checkpoints(stage, self.stages):
-            inputs[source] = hf.checkpoint_hash(checkpoint_directory(source))
+            inputs[source] = checkpoint_hash(source)
         for source in configs.functions(stage):
             inputs[source] = function_hash(source)
         return Identity(dataclasses.asdict(stage), common, inputs)

@@ -4,6 +4,7 @@ PEFT adapts a family's own linear layers, so that one which holds several of our
 all of them. Adapters are float32 here, as PEFT itself makes them of files in half precision.
 """
 
+import dataclasses
 import json
 import math
 import re
@@ -15,10 +16,20 @@ import numpy as np
 from jaxtyping import PyTree
 
 from rlhf_jax.models.families import Layout, Tensor, family_of, pack, tensors_of, unpack
-from rlhf_jax.models.hf import Kind, Pretrained, find_checkpoint, refuse_bias
+from rlhf_jax.models.hf import Kind, Pretrained, classifier_config, find_checkpoint, network_of, refuse_bias
 from rlhf_jax.models.lora import SHARED, Adapted, LoraConfig, layers_of
-from rlhf_jax.models.tensor_files import DTYPES, StoredTensor, new_directory, read_header, read_tensor, write_tensors
+from rlhf_jax.models.tensor_files import (
+    DTYPES,
+    WHOLE,
+    StoredTensor,
+    new_directory,
+    read_header,
+    read_tensor,
+    write_tensors,
+)
 from rlhf_jax.types import RlhfError
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 _PREFIX = "base_model.model."
 _HEAD = f"{_PREFIX}score.weight"
@@ -38,6 +49,48 @@ class Loaded(NamedTuple):
     adapter: PyTree
 
 
+def base_of(directory: Path) -> str | None:
+    """What the adapter in a directory was trained beside; None where there is none, or the weights of a whole model.
+
+    Raises RlhfError where the adapter's config is damaged, or names no base.
+    """
+    file = directory / CONFIG_FILE
+    if not file.exists() or any((directory / name).exists() for name in WHOLE):
+        return None
+    base = _parse_config(file).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise RlhfError(
+            f"{file} says nothing of base_model_name_or_path: write there the directory or hub id of the model beside "
+            "which the adapter was trained"
+        )
+    return base
+
+
+def with_adapter(directory: Path, base: Pretrained, *, pad_id: int) -> Pretrained:
+    """A base with the adapter in a directory merged into it, as PEFT's merge_and_unload has it.
+
+    An adapter of a classifier (task_type SEQ_CLS) beside a language model makes a reward model, with its own head.
+    Raises RlhfError as `load_adapter` does, and where base and adapter are made for other tasks.
+    """
+    file = directory / CONFIG_FILE
+    task = _parse_config(file).get("task_type")
+    if task == "SEQ_CLS" and base.kind == "policy":
+        if _HEAD not in read_header(directory / WEIGHTS_FILE):
+            raise RlhfError(
+                f"{directory / WEIGHTS_FILE} has no tensor {_HEAD}, the head of a reward model, and its base is a "
+                "language model: train it with modules_to_save = ['score']"
+            )
+        body = {name: leaf for name, leaf in base.params.items() if name != "head"}
+        head = {"kernel": np.zeros((base.config.d_model, 1), body["embedding"].dtype)}
+        hf_config = classifier_config(base.hf_config, pad_id=pad_id)
+        base = base._replace(kind="reward", params={"body": body, "head": head}, hf_config=hf_config)
+    if task not in (None, {"policy": "CAUSAL_LM", "reward": "SEQ_CLS"}[base.kind]):
+        raise RlhfError(f"{file}: task_type = {task!r}, and its base is a {base.kind} model: name another base there")
+    loaded = load_adapter(str(directory), base)
+    network = dataclasses.replace(network_of(base), lora=loaded.config)
+    return base._replace(params=network.merge(Adapted(base.params, loaded.adapter)))
+
+
 def load_adapter(source: str, pretrained: Pretrained) -> Loaded:
     """An adapter that PEFT saved, for the base that it was trained on.
 
@@ -51,7 +104,7 @@ def load_adapter(source: str, pretrained: Pretrained) -> Loaded:
     peft_config = _read_config(directory, pretrained.kind)
     params = pretrained.params["body"] if pretrained.kind == "reward" else pretrained.params
     shapes = _shapes(params)
-    file = directory / "adapter_model.safetensors"
+    file = directory / WEIGHTS_FILE
     stored = read_header(file)
     body: dict[str, Any] = {}
     found: list[str] = []
@@ -87,13 +140,16 @@ def load_adapter(source: str, pretrained: Pretrained) -> Loaded:
     if stored:
         raise RlhfError(f"{file} adapts what we do not: {', '.join(sorted(stored)[:3])}")
     if not found:
-        raise RlhfError(f"{file} has no adapter of a linear layer")
+        raise RlhfError(
+            f"{file} has no adapter of a linear layer: target_modules = {json.dumps(peft_config['target_modules'])} "
+            f"matches none of a {pretrained.hf_config['model_type']}'s. Is it the adapter of another model?"
+        )
     try:
         config = LoraConfig(
             rank, float(peft_config["lora_alpha"]), _targets(found, shapes), peft_config["lora_dropout"]
         )
     except ValueError as error:
-        raise RlhfError(f"{directory / 'adapter_config.json'}: {error}") from error
+        raise RlhfError(f"{directory / CONFIG_FILE}: {error}") from error
     return Loaded(config, adapter)
 
 
@@ -144,23 +200,27 @@ def save_adapter(
     }
     names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))  # as the safetensors package does
     with new_directory(directory) as partial:
-        (partial / "adapter_config.json").write_text(json.dumps(peft_config, indent=2) + "\n")
+        (partial / CONFIG_FILE).write_text(json.dumps(peft_config, indent=2) + "\n")
         header = [(name, tensors[name].shape, tensors[name].dtype) for name in names]
-        write_tensors(partial / "adapter_model.safetensors", header, tensors.__getitem__)
+        write_tensors(partial / WEIGHTS_FILE, header, tensors.__getitem__)
 
 
 # ---- configs -------------------------------------------------------------------------------------------------------
 
 
-def _read_config(directory: Path, kind: Kind) -> dict[str, Any]:
-    file = directory / "adapter_config.json"
+def _parse_config(file: Path) -> dict[str, Any]:
     try:
-        config = {"lora_dropout": 0.0} | json.loads(file.read_bytes())
-        missing = {"r", "lora_alpha", "target_modules"} - config.keys()
+        return {} | json.loads(file.read_bytes())
     except OSError as error:
         raise RlhfError(f"{file} cannot be read ({error.strerror}): give a directory that PEFT saved") from error
     except (ValueError, TypeError) as error:
         raise RlhfError(f"{file} is no config of PEFT ({error}): save the adapter again") from error
+
+
+def _read_config(directory: Path, kind: Kind) -> dict[str, Any]:
+    file = directory / CONFIG_FILE
+    config: dict[str, Any] = {"lora_dropout": 0.0} | _parse_config(file)
+    missing = {"r", "lora_alpha", "target_modules"} - config.keys()
     if config.get("peft_type") != "LORA":
         raise RlhfError(f"{file}: peft_type = {config.get('peft_type')!r} is not supported: it should be 'LORA'")
     if missing:

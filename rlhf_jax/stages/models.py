@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 
 from rlhf_jax import config as configs
 from rlhf_jax.config import ModelSource
-from rlhf_jax.models import hf
+from rlhf_jax.models import hf, peft
 from rlhf_jax.models.config import DType, ModelConfig
 from rlhf_jax.models.ensembles import EnsembleConfig
 from rlhf_jax.models.lora import Adapted, LoraConfig
@@ -19,7 +19,7 @@ from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
 from rlhf_jax.runtime.checkpoints import load_params
 from rlhf_jax.runtime.files import read_json, write_json
-from rlhf_jax.runtime.pretrained import MODELS, converted, fetch_model
+from rlhf_jax.runtime.pretrained import MODELS, checkpoint_directory, checkpoint_tokenizer, whole_directory
 from rlhf_jax.text.tokenizer import Tokenizer, load_tokenizer
 from rlhf_jax.types import RlhfError
 
@@ -53,6 +53,13 @@ class Policy(NamedTuple):
     hf_config: dict[str, Any] | None = None  # of the checkpoint that it goes back to
 
 
+class Base(NamedTuple):
+    """What an adapter was trained beside: an earlier stage's model, or a checkpoint."""
+
+    name: str
+    is_stage: bool
+
+
 class RewardModel(NamedTuple):
     """A reward model one can use; it reads the tokens of the tokenizer."""
 
@@ -74,25 +81,25 @@ Find = Callable[[str], Path]
 """Where an experiment's stages are: a stage's name -> its directory."""
 
 
-def save_policy_spec(directory: Path, policy: Policy, seeds: range, *, base: str | None = None) -> None:
+def save_policy_spec(directory: Path, policy: Policy, seeds: range, *, base: Base | None = None) -> None:
     """Writes what is needed beside the checkpoints to load a policy: `model.json`, `tokenizer/`.
 
-    Args: base is the stage or the checkpoint that the policy starts from, where only an adapter is trained.
+    Args: base is what the policy starts from, where only an adapter is trained.
     """
-    _save_spec(directory, policy, {"network": "policy", "seeds": [seeds.start, seeds.stop], "base": base})
+    _save_spec(directory, policy, {"network": "policy", "seeds": [seeds.start, seeds.stop]}, base)
 
 
 def save_reward_spec(
-    directory: Path, model: RewardModel, *, base: str | None = None, moments: list[tuple[float, float]] | None = None
+    directory: Path, model: RewardModel, *, base: Base | None = None, moments: list[tuple[float, float]] | None = None
 ) -> None:
     """Writes what is needed beside the checkpoints to load a reward model.
 
     Args: moments are the mean and the deviation of the scores that become 0 and 1, of every member of an ensemble.
     """
     network = model.network
-    more = {"network": "reward", "pooling": network.pooling, "bias": network.bias, "base": base}
+    more = {"network": "reward", "pooling": network.pooling, "bias": network.bias}
     ensemble = None if network.ensemble is None else dataclasses.asdict(network.ensemble)
-    _save_spec(directory, model, {**more, "ensemble": ensemble, "moments": moments})
+    _save_spec(directory, model, {**more, "ensemble": ensemble, "moments": moments}, base)
 
 
 def load_stage(directory: Path, *, seed: int, find: Find | None = None) -> Policy | RewardModel:
@@ -124,7 +131,7 @@ def load_policy(directory: Path, *, seed: int, step: int | None, find: Find | No
     if stop - first > 1:
         params = jax.tree.map(lambda leaf: leaf[seed - first], params)
     if lora is not None:
-        base = _base(spec, directory, seed, find)
+        base = _load_base(directory, find)
         assert isinstance(base, Policy)
         params = Adapted(cast(base.params, config.param_dtype), params)
     return Policy(network, params, tokenizer, spec["hf_config"])
@@ -151,9 +158,8 @@ def load_reward_model(directory: Path, *, find: Find | None = None) -> RewardMod
         params = params | {"head": normalised_head(params["head"], spec["moments"], stacked=ensemble is not None)}
         network = dataclasses.replace(network, bias=True)
     if lora is not None:
-        base = _base(spec, directory, 0, find)
-        body = base.params["body"] if isinstance(base, RewardModel) else _body(base.params)
-        body = cast(body, config.param_dtype)
+        base = _load_base(directory, find)
+        body = cast(body_of(base), config.param_dtype)
         if ensemble is None:
             params = Adapted({"body": body, "head": params["head"]}, params)
         else:
@@ -188,16 +194,20 @@ def merged(model: Policy | RewardModel) -> Policy | RewardModel:
 def load_checkpoint(source: str, tuning: Tuning = AS_IT_IS) -> Policy | RewardModel:
     """A model that others trained: a Hugging Face directory, a GGUF file, or an id on the hub.
 
+    Where there is an adapter of PEFT's instead of a whole model, it is merged into the base that it names.
     Raises RlhfError where there is none, where it is of a family that is not covered, or has no tokenizer.
     """
     directory = checkpoint_directory(source)
+    whole = whole_directory(directory)
     found = hf.load_pretrained(
-        str(directory),
+        str(whole),
         param_dtype=tuning.param_dtype,
         compute_dtype=tuning.compute_dtype or "float32",
         remat=bool(tuning.remat),
     )
-    tokenizer = load_tokenizer(directory)
+    tokenizer = checkpoint_tokenizer(directory, whole)
+    if whole != directory:
+        found = peft.with_adapter(directory, found, pad_id=tokenizer.pad_id)
     if tokenizer.vocab_size > found.vocab_size:
         raise RlhfError(
             f"{source}: the tokenizer has {tokenizer.vocab_size} tokens, and the model {found.vocab_size}: they are "
@@ -208,13 +218,6 @@ def load_checkpoint(source: str, tuning: Tuning = AS_IT_IS) -> Policy | RewardMo
         network = dataclasses.replace(network, suppressed=tokenizer.suppressed)
         return Policy(network, found.params, tokenizer, found.hf_config)
     return RewardModel(network, found.params, tokenizer, found.hf_config)
-
-
-def checkpoint_directory(source: str) -> Path:
-    """The Hugging Face directory of a checkpoint: itself, a model to fetch, a GGUF file's conversion, or the hub's."""
-    if source in MODELS:
-        return fetch_model(source)
-    return converted(Path(source)) if source.endswith(".gguf") else hf.find_checkpoint(source)
 
 
 def tuned(model: Policy | RewardModel, tuning: Tuning) -> Policy | RewardModel:
@@ -237,6 +240,13 @@ def cast(params: PyTree, dtype: DType | None) -> PyTree:
     return params if dtype is None else jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), params)
 
 
+def body_of(model: Policy | RewardModel) -> PyTree:
+    """A model's plain parameters without those of its head."""
+    if isinstance(model, RewardModel):
+        return model.params["body"]
+    return {name: leaf for name, leaf in model.params.items() if name != "head"}
+
+
 def as_reward_model(policy: Policy, key: jax.Array) -> RewardModel:
     """A reward model that starts as a policy's body, with a new head (Stiennon et al. 2020), read at the last token.
 
@@ -247,15 +257,27 @@ def as_reward_model(policy: Policy, key: jax.Array) -> RewardModel:
     hf_config = policy.hf_config
     if hf_config is not None:
         hf_config = hf.classifier_config(hf_config, pad_id=policy.tokenizer.pad_id)
-    return RewardModel(network, {"body": _body(policy.params), "head": head}, policy.tokenizer, hf_config)
+    return RewardModel(network, {"body": body_of(policy), "head": head}, policy.tokenizer, hf_config)
 
 
-def _save_spec(directory: Path, model: Policy | RewardModel, more: dict[str, Any]) -> None:
+def base_of(directory: Path) -> Base | None:
+    """What a stage trained an adapter beside; None where it trained all of its model."""
+    spec = _read_spec(directory)
+    name, is_stage = spec["base"], spec.get("base_is_stage")
+    if name is None or spec["lora"] is None:
+        return None
+    if is_stage is None:  # workdirs of earlier versions do not say
+        is_stage = not (name in MODELS or "/" in name or name.endswith(".gguf"))
+    return Base(name, is_stage)
+
+
+def _save_spec(directory: Path, model: Policy | RewardModel, more: dict[str, Any], base: Base | None) -> None:
     model.tokenizer.save(directory / "tokenizer")
     network = model.network
     lora = None if network.lora is None else dataclasses.asdict(network.lora)
     spec = {"config": dataclasses.asdict(network.config), "vocab_size": network.vocab_size, "lora": lora}
-    write_json(directory / "model.json", {**spec, "hf_config": model.hf_config, **more})
+    of_base = {"base": None} if base is None else {"base": base.name, "base_is_stage": base.is_stage}
+    write_json(directory / "model.json", {**spec, "hf_config": model.hf_config, **more, **of_base})
 
 
 def _read_spec(directory: Path) -> dict[str, Any]:
@@ -277,25 +299,15 @@ def _lora(spec: dict[str, Any], directory: Path) -> LoraConfig | None:
     return configs.build(LoraConfig, spec["lora"], f"{directory / 'model.json'}: lora")
 
 
-def _base(spec: dict[str, Any], directory: Path, seed: int, find: Find | None) -> Policy | RewardModel:
-    """The model that an adapter was trained beside."""
-    source = spec["base"]
-    place = find(source) if find is not None and _is_stage(find, source) else directory.parent / source
-    if (place / "model.json").exists():
-        return merged(load_stage(place, seed=seed, find=find))
-    return load_checkpoint(source)
-
-
-def _is_stage(find: Find, source: str) -> bool:
-    try:
-        return (find(source) / "model.json").exists()
-    except RlhfError:
-        return False
-
-
-def _body(params: PyTree) -> PyTree:
-    """A language model's parameters without its head."""
-    return {name: leaf for name, leaf in params.items() if name != "head"}
+def _load_base(directory: Path, find: Find | None) -> Policy | RewardModel:
+    """The model that an adapter was trained beside: of a stage with several seeds, the first one's."""
+    base = base_of(directory)
+    assert base is not None, directory
+    if not base.is_stage:
+        return load_checkpoint(base.name)
+    beside = directory.parent / base.name  # found first: elsewhere, a stage of that name may have been run anew
+    place = beside if find is None or (beside / "complete.json").exists() else find(base.name)
+    return merged(load_stage(place, seed=_read_spec(place).get("seeds", [0])[0], find=find))
 
 
 def _model_config(spec: dict[str, Any], directory: Path) -> ModelConfig:

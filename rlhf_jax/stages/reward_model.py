@@ -75,7 +75,7 @@ def run(config: RewardModelConfig, context: Context) -> dict[str, Any]:
     network = adapted_scalar(starts[0].network, tuning.lora if tuning else None)
     begun = [begin(network, start.params, context.key(member)) for member, start in enumerate(starts)]
     model = starts[0]._replace(network=dataclasses.replace(network, ensemble=config.ensemble))
-    source = tuning.init if tuning and tuning.lora else None
+    source = context.base(tuning)
     save_reward_spec(context.directory, model, base=source)
     rows, held_out = reward_loss.load_rows(config.loss, context, config.preferences)
     data = reward_loss.make_batch(config.loss, rows, model.tokenizer, context.data)

@@ -56,7 +56,7 @@ def run(config: SFTConfig, context: Context) -> dict[str, Any]:
     start = start._replace(network=network)
     trained, base = begin(network, start.params, context.key())
     seeds = range(context.seed, context.seed + 1)
-    save_policy_spec(context.directory, start, seeds, base=tuning.init if tuning and tuning.lora else None)
+    save_policy_spec(context.directory, start, seeds, base=context.base(tuning))
 
     data = pipeline.demonstrations(rows, tokenizer, context.data)
     eval_data = pipeline.demonstrations(held_out, tokenizer, context.data)

@@ -68,7 +68,7 @@ def begin_policy(source: ModelSource, tuning: Tuning, context: Context) -> Polic
     policy = context.policy(source, tuning)
     policy = policy._replace(network=adapted_network(policy.network, tuning.lora))
     seeds = range(context.seed, context.seed + context.seeds)
-    save_policy_spec(context.directory, policy, seeds, base=source if tuning.lora else None)
+    save_policy_spec(context.directory, policy, seeds, base=context.base(tuning, source))
     return policy
 
 

@@ -172,9 +172,10 @@ def as_pretrained(tokenizer: Tokenizer) -> PretrainedTokenizer:
     return PretrainedTokenizer(wrapped, (), tokenizer.suppressed)
 
 
-def load_pretrained_tokenizer(source: str | Path) -> PretrainedTokenizer:
+def load_pretrained_tokenizer(source: str | Path, *, generation: Path | None = None) -> PretrainedTokenizer:
     """The tokenizer of a checkpoint's directory, or of a repository on the Hub (where a string is no directory).
 
+    Args: generation is another directory, whose generation config counts.
     Raises: RlhfError, naming the file, where one is missing or does not parse; where the Hub cannot be reached.
     """
     directory = Path(source) if isinstance(source, Path) or Path(source).exists() else _download(source)
@@ -196,7 +197,8 @@ def load_pretrained_tokenizer(source: str | Path) -> PretrainedTokenizer:
     if not wrapped.is_fast:
         raise RlhfError(f"{directory} has a slow tokenizer, without a {TOKENIZER_FILE}: convert it with transformers")
     try:
-        return PretrainedTokenizer(wrapped, *(_ids(directory, name) for name in ("eos_token_id", "suppress_tokens")))
+        ids = [_ids(generation or directory, name) for name in ("eos_token_id", "suppress_tokens")]
+        return PretrainedTokenizer(wrapped, *ids)
     except RlhfError as error:
         raise RlhfError(f"{directory}: {error}") from error
 

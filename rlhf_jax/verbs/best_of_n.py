@@ -16,13 +16,13 @@ from rlhf_jax.core.best_of_n import soft_choice
 from rlhf_jax.data.chat import naming_row
 from rlhf_jax.data.formats import checked_row
 from rlhf_jax.data.pipeline import Example, encode_pairs, pad_left, pad_right
-from rlhf_jax.models import hf
+from rlhf_jax.runtime.pretrained import checkpoint_hash
 from rlhf_jax.runtime.workdir import Workdir
 from rlhf_jax.sampling.batches import score_all
 from rlhf_jax.sampling.buckets import bucket
 from rlhf_jax.sampling.choice import Sampling
 from rlhf_jax.sampling.generate import generate
-from rlhf_jax.stages.models import Policy, RewardModel, checkpoint_directory
+from rlhf_jax.stages.models import Policy, RewardModel
 from rlhf_jax.text.incremental import INCOMPLETE, IncrementalText
 from rlhf_jax.types import PromptBatch, RlhfError, Rollout
 from rlhf_jax.verbs import options as flags
@@ -234,6 +234,6 @@ def _settings(options: argparse.Namespace, sampling: Sampling, batch_size: int) 
 
 def _fingerprint(options: argparse.Namespace, source: str | None, stage: str | None) -> str:
     if source is not None:
-        return hf.checkpoint_hash(checkpoint_directory(source))
+        return checkpoint_hash(source)
     assert stage is not None
     return Workdir(options.workdir, options.inputs).fingerprint(stage)

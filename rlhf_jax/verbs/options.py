@@ -70,10 +70,15 @@ def load_model(options: argparse.Namespace, tuning: Tuning) -> Policy | RewardMo
         if clashing:
             raise RlhfError(f"--model and --{clashing[0].replace('_', '-')} name two models: leave one of them out")
         return models.load_checkpoint(options.model, tuning)
+    model = models.merged(stage_run(options).load_model(options.stage, options.policy_seed))
+    return model if options.dtype is None else models.tuned(model, tuning)
+
+
+def stage_run(options: argparse.Namespace) -> Run:
+    """The run whose stage the flags name. Raises RlhfError where they name none."""
     if options.workdir is None or options.stage is None:
         raise RlhfError("no model is named: give --model=DIR, or --workdir=DIR --stage=NAME")
-    model = models.merged(Run(options.workdir, options.inputs).load_model(options.stage, options.policy_seed))
-    return model if options.dtype is None else models.tuned(model, tuning)
+    return Run(options.workdir, options.inputs)
 
 
 def load_policy(options: argparse.Namespace) -> Policy:

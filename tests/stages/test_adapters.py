@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 
 from rlhf_jax.main import main
+from rlhf_jax.models import hf
 from rlhf_jax.models.lora import Adapted, LoraConfig, merge
+from rlhf_jax.models.peft import save_adapter
 from rlhf_jax.reports import Run
 from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.runtime.optimizers import make_optimizer
 from rlhf_jax.runtime.programs import make_placement
 from rlhf_jax.stages import dpo, ppo, reward_model, sft
+from rlhf_jax.stages.models import load_checkpoint
 from rlhf_jax.stages.preference_loss import pair_stats
 from rlhf_jax.stages.reference import ReferenceUpdate
 from rlhf_jax.stages.training import begin
@@ -123,10 +126,20 @@ def test_ppo_refuses_dropout():
         tiny.with_config(tuning=dataclasses.replace(tiny.PPO.tuning, lora=dataclasses.replace(LORA, dropout=0.1)))
 
 
+def adapter_of_others(directory):
+    """An adapter in PEFT's format, beside the model that it was trained on."""
+    base = hf.load_pretrained(str(checkpoints.policy(directory / "model")))
+    network = dataclasses.replace(hf.network_of(base), lora=LORA)
+    adapter = jax.tree.map(lambda leaf: leaf + 0.1, network.init_adapter(base.params, jax.random.key(3)))
+    params = Adapted(base.params, adapter)
+    save_adapter(directory / "adapter", "policy", params, LORA, base.hf_config, base=str(directory / "model"))
+    return directory / "adapter"
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     directory = tmp_path_factory.mktemp("adapters")
-    model = checkpoints.policy(directory / "model")
+    model = adapter_of_others(directory)
     flags = [*arguments(f"{model},lora=2", directory), f"--workdir={directory / 'run'}"]
     assert main([*flags, "--config.stages=('sft','dpo')"]) == 0
     return directory / "run"
@@ -146,9 +159,16 @@ def test_stages_with_adapters_run_and_others_read_them(finished, tmp_path):
     assert np.isfinite(table["kl"]).all() and np.any(table["kl"] != 0)
 
 
-def test_an_adapters_base_is_the_stage_it_started_from(finished):
+def test_an_adapters_base_is_what_it_started_from(finished):
     runs = Run(finished)
     sft, tuned = runs.load_policy("sft"), runs.load_policy("dpo")
+    of_others = load_checkpoint(str(finished.parent / "adapter")).params
+    jax.tree.map(np.testing.assert_array_equal, sft.params.base, of_others)
+    start = hf.load_pretrained(str(finished.parent / "model")).params
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), of_others, start)
+    assert {name: any(jax.tree.leaves(moved["block_0"]["attention"][name])) for name in "qkvo"} == {
+        "q": True, "k": False, "v": True, "o": False
+    }  # fmt: skip
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), tuned.params.base, sft.network.merge(sft.params)
     )

@@ -17,7 +17,7 @@ from rlhf_jax.models import hf
 from rlhf_jax.models.families import model_config
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.reports import Run
-from rlhf_jax.stages.models import Policy, RewardModel, _body, load_checkpoint
+from rlhf_jax.stages.models import Policy, RewardModel, body_of, load_checkpoint
 from rlhf_jax.stages.scoring import make_scorer
 from rlhf_jax.types import Rollout
 from tests import checkpoints
@@ -94,7 +94,7 @@ def test_sft_starts_as_the_checkpoint_and_the_reward_model_as_sft(finished):
     trained, reward = run.load_policy("sft"), run.load_reward_model("reward_model")
     far = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), start.params, trained.params)
     assert 0 < max(jax.tree.leaves(far)) < 1e-3
-    near = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), _body(trained.params), reward.params["body"])
+    near = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), body_of(trained), reward.params["body"])
     assert 0 < max(jax.tree.leaves(near)) < 1e-3
     assert trained.hf_config == start.hf_config and trained.tokenizer.stop_ids == start.tokenizer.stop_ids
 

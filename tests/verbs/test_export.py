@@ -15,7 +15,7 @@ from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
 from rlhf_jax.runtime.checkpoints import Checkpoints, TrainState
 from rlhf_jax.stages import models
-from rlhf_jax.stages.models import Policy, RewardModel, load_checkpoint
+from rlhf_jax.stages.models import Base, Policy, RewardModel, load_checkpoint
 from rlhf_jax.text.pretrained import PretrainedTokenizer
 from rlhf_jax.text.tokenizer import TokenizerConfig, train_tokenizer
 from rlhf_jax.types import RlhfError, Rollout
@@ -60,7 +60,7 @@ def test_another_dtype(tmp_path, capsys):
     assert {leaf.dtype.name for leaf in leaves} == {"bfloat16"}
 
 
-def write_stage(directory, model: Policy | RewardModel, base: str | None = None) -> None:
+def write_stage(directory, model: Policy | RewardModel, base: Base | None = None) -> None:
     """What a stage leaves of its model: its parameters, or those of its adapter beside `base`."""
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps({"section": {"kind": "x"}, "common": {}, "inputs": {}}))
@@ -90,7 +90,7 @@ def test_an_adapter_is_merged(tmp_path, capsys):
     network = dataclasses.replace(model.network, lora=LoraConfig(rank=2, alpha=4.0, targets=("attention/[qv]",)))
     adapter = jax.tree.map(lambda leaf: leaf + 0.1, network.init_adapter(model.params, jax.random.key(0)))
     adapted = Adapted(model.params, adapter)
-    write_stage(tmp_path / "run" / "dpo", model._replace(network=network, params=adapted), source)
+    write_stage(tmp_path / "run" / "dpo", model._replace(network=network, params=adapted), Base(source, is_stage=False))
     succeeds(capsys, "export", f"--workdir={tmp_path / 'run'}", "--stage=dpo", f"--out={tmp_path / 'out'}")
     assert_equal(load_checkpoint(str(tmp_path / "out")), model._replace(params=network.merge(adapted)))
 

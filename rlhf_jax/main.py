@@ -36,16 +36,17 @@ rlhf-jax: learning from human preferences in JAX
       brings a data set or a model here
   rlhf-jax sample MODEL --prompt=TEXT [--chat] [--n=4] [--temperature=1.0] [--seed=0]
       prints what a model writes after a prompt, with scores where there is a reward model
-  rlhf-jax chat MODEL [--system=TEXT] [--reward-model=DIR]
+  rlhf-jax chat MODEL [--system=TEXT] [REWARD]
       talks to a model in the terminal
   rlhf-jax logprobs MODEL < ROWS.jsonl > OUT.jsonl
       adds the log-probabilities of completions to rows of prompt and completion
-  rlhf-jax best-of-n MODEL --reward-model=DIR [--n=16] [--soft=LAMBDA] [--out=FILE] < PROMPTS.jsonl > BEST.jsonl
-      samples answers to rows of prompts, and adds the one that a reward model likes best; --out goes on where it ended
+  rlhf-jax best-of-n MODEL REWARD [--n=16] [--soft=LAMBDA] [--out=FILE] < PROMPTS.jsonl > BEST.jsonl
+      samples answers to rows of prompts, and adds the one that a reward likes best; --out goes on where it ended
   rlhf-jax export MODEL --out=DIR
       writes a model as a directory that transformers loads
 
-MODEL is --model=DIR|FILE.gguf|OWNER/NAME, or --workdir=DIR --stage=NAME. `rlhf-jax VERB --help` lists a verb's flags;
+MODEL is --model=DIR|FILE.gguf|OWNER/NAME, or --workdir=DIR --stage=NAME; REWARD is --reward-model=DIR, or
+--reward-stage=NAME of --workdir, or --reward=FILE.py:FUNC. `rlhf-jax VERB --help` lists a verb's flags;
 --debug before or after any of them shows the traceback of an error.
 """
 

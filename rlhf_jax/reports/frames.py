@@ -1,11 +1,16 @@
 """What tables and figures show, gathered from a run: methods by name, points of the frontier, answers side by side."""
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pandas as pd
 
 from rlhf_jax.core.statistics import standard_error
 from rlhf_jax.reports.run import Run
 from rlhf_jax.rewards.tfidf import TfidfJudge
+
+GOLD = "gold judge"
 
 KINDS = ("sft", "best_of_n", "dpo", "ppo")
 """The order of methods in figures; within DPO by beta, the gentlest first."""
@@ -47,9 +52,25 @@ def judged_by_gold(results: pd.DataFrame) -> bool:
 def judge_of(run: Run) -> str:
     """Who decided the pairs, as a sentence would name it."""
     judge = run.config(run.evaluation())["section"].get("judge")
-    if isinstance(judge, dict):
-        return f"judge {judge['model']}"
-    return "reward model" if judge is None else "gold judge"
+    return "reward model" if judge is None else _judge(run, judge)
+
+
+def compared_score(run: Run) -> str:
+    """What the judge of the evaluation gave answers, as an axis would name it."""
+    judge = judge_of(run)
+    return "gold score (rating by the judge)" if judge == GOLD else f"score by {judge}"
+
+
+def asked_in_both_orders(run: Run) -> bool:
+    """Whether the pairs were decided by a judge that was asked over HTTP."""
+    judge = run.config(run.evaluation())["section"].get("judge")
+    return isinstance(judge, dict) and "url" in judge
+
+
+def frontier_score(run: Run, stage: str) -> str:
+    """What a frontier stage measured, as an axis would name it: gold score, or the score of another judge."""
+    judge = _judge(run, run.config(stage)["section"]["judge"])
+    return "gold score" if judge == GOLD else f"score by {judge}"
 
 
 def stage_labels(run: Run, names: list[str]) -> dict[str, str]:
@@ -118,6 +139,15 @@ def answers(run: Run, count: int) -> list[tuple[str, pd.DataFrame]]:
     table = table.sort_values("method", key=lambda names: names.map(ranks), kind="stable")
     prompts = [table[table["step"] == step] for step in sorted(table["step"].unique())[:count]]
     return [(rows["prompt"].iloc[0], rows.reset_index(drop=True)) for rows in prompts]
+
+
+def _judge(run: Run, judge: str | dict[str, Any]) -> str:
+    """A judge of a config as a sentence would name it."""
+    if isinstance(judge, str):
+        return GOLD if judge in run.stages and run.kind(judge) == "gold" else f"reward model {Path(judge).name}"
+    if "url" in judge:
+        return f"judge {judge['model']}"
+    return " + ".join([*([judge["model"]] if judge["model"] else []), *judge["functions"]])
 
 
 def _kind(run: Run, method: str) -> str:

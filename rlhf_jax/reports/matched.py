@@ -16,10 +16,11 @@ COLUMNS = 4
 ROW_HEIGHT = 1.45  # inches
 
 
-def runs(points: pd.DataFrame, kinds: dict[str, str], start: str) -> Figure:
-    """Gold score against divergence along every run: a panel a method, a line a seed, all others behind in grey.
+def runs(points: pd.DataFrame, kinds: dict[str, str], start: str, score: str) -> Figure:
+    """The judge's score against divergence along every run: a panel a method, a line a seed, all others behind in grey.
 
-    Args: points as a frontier stage wrote them; kinds are the methods' stages' kinds, in the order of the panels.
+    Args: points as a frontier stage wrote them; kinds are the methods' stages' kinds, in the order of the panels;
+    score names what was measured.
     """
     ways = {method: _ways(points, method, start) for method in kinds}
     rows = math.ceil(len(kinds) / COLUMNS)
@@ -45,12 +46,12 @@ def runs(points: pd.DataFrame, kinds: dict[str, str], start: str) -> Figure:
             ax.tick_params(labelbottom=True)
         _root_scale(figure.axes[0], points["kl"].max())
         figure.supxlabel(f"KL from {start} (nats a response; square-root scale)", fontsize=9, color=INK)
-        figure.supylabel("gold score", fontsize=9, color=INK)
+        figure.supylabel(score, fontsize=9, color=INK)
         settle(figure)
     return figure
 
 
-def ranking(matched: pd.DataFrame, kinds: dict[str, str]) -> Figure:
+def ranking(matched: pd.DataFrame, kinds: dict[str, str], score: str) -> Figure:
     """Each method's score at each divergence, mean and standard error over seeds; the best on top."""
     targets = sorted(matched["kl"].unique())
     order = _order(matched)
@@ -73,17 +74,16 @@ def ranking(matched: pd.DataFrame, kinds: dict[str, str]) -> Figure:
             ax.set_yticks(range(len(order)), reversed(order))
             ax.set_ylim(-0.6, len(order) - 0.4)
             ax.set_title(f"KL {target:g}")
-            ax.set_xlabel("gold score")
+            ax.set_xlabel(score)
         settle(figure)
     return figure
 
 
-def matched_table(matched: pd.DataFrame) -> Table:
+def matched_table(matched: pd.DataFrame, score: str) -> Table:
     """The same as text: a row a method, a column a divergence; `2/4` where not every seed went so far."""
     targets = sorted(matched["kl"].unique())
-    table = Table(
-        title="Gold score at equal divergence (mean over seeds, and its standard error)", title_justify="left"
-    )
+    title = f"{score[0].upper()}{score[1:]} at equal divergence (mean over seeds, and its standard error)"
+    table = Table(title=title, title_justify="left")
     table.add_column("method")
     for target in targets:
         table.add_column(f"KL {target:g}", justify="right")

@@ -55,7 +55,8 @@ def is_current(workdir: str | Path, inputs: str | Path | None = None) -> bool:
 def print_summary(run: Run, console: Console) -> None:
     """What the experiment found: answers side by side, then the table. Says so where there is no evaluation yet."""
     for stage in run.of_kind("frontier", complete=True)[-1:]:
-        console.print(matched.matched_table(run.matched(stage)), highlight=False)
+        found = matched.matched_table(run.matched(stage), frames.frontier_score(run, stage))
+        console.print(found, highlight=False)
     if not run.of_kind("evaluate", complete=True):
         if run.of_kind("frontier", complete=True):
             return
@@ -78,8 +79,9 @@ def draw(run: Run) -> dict[str, Figure]:
     for stage in run.of_kind("frontier", complete=True)[-1:]:
         points, found = run.points(stage), run.matched(stage)
         kinds = {method: run.kind(method) for method in found["method"].unique()}
-        drawn["runs"] = matched.runs(points, kinds, points["method"].iloc[0])
-        drawn["equal_kl"] = matched.ranking(found, kinds)
+        score = frames.frontier_score(run, stage)
+        drawn["runs"] = matched.runs(points, kinds, points["method"].iloc[0], score)
+        drawn["equal_kl"] = matched.ranking(found, kinds, score)
     for stage in run.of_kind("reward_model", complete=True)[-1:]:
         if (run.directory(stage) / "calibration.json").exists():  # stages of earlier versions did not write it
             found = read_json(run.directory(stage) / "calibration.json")
@@ -103,7 +105,7 @@ def _comparisons(run: Run) -> dict[str, Figure]:
             results,
             frames.best_of_n_points(run, gold=gold),
             frames.training_paths(run, judge) if scored_alike else {},
-            score="gold score (rating by the judge)" if gold else "score of the reward model",
+            score=frames.compared_score(run) if gold else "score of the reward model",
             start=start,
         )
     }

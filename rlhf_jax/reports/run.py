@@ -186,8 +186,12 @@ class Run:
         return models.load_reward_model(self.directory(stage), find=self.directory)
 
     def load_judge(self) -> tfidf.TfidfJudge | None:
-        """The gold judge that the experiment's results were judged by, if it has one."""
-        asked = (self.config(name)["section"].get("judge") for name in reversed(self.stages))
+        """The gold judge that the experiment's results were judged by, if it has one.
+
+        Those are the evaluation's, and where there is none what was judged last.
+        """
+        askers = self.of_kind("evaluate", complete=True)[-1:] or reversed(self.stages)
+        asked = (self.config(name)["section"].get("judge") for name in askers)
         named = (name for name in asked if isinstance(name, str))  # one over HTTP is a section
         stage = next((name for name in named if name in self._directories() and self.is_complete(name)), None)
         fitted = stage is not None and (self.directory(stage) / JUDGE_FILE).exists()  # a judge may be a reward model

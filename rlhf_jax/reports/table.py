@@ -143,7 +143,7 @@ def notes(run: Run) -> list[str]:
     found = [f"{int(results['n_prompts'].max())} prompts of the test split, one answer each."]
     if run.selected():
         found.append(f"{CHOSEN} chosen on the evaluation split, among the stages of its kind.")
-    if frames.judge_of(run) not in ("gold judge", "reward model"):
+    if frames.asked_in_both_orders(run):
         found.append(f"Pairs are won by what {frames.judge_of(run)} prefers in both orders.")
     elif not frames.judged_by_gold(results):
         found.append("No gold judge was asked: pairs are won by the reward model's score.")

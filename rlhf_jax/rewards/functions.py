@@ -112,18 +112,31 @@ def function_hash(source: str) -> str:
     return hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
-def weighted_sum(rewards: np.ndarray, weights: Sequence[float], sources: Sequence[str]) -> np.ndarray:
+def weighted_sum(
+    rewards: np.ndarray,
+    weights: Sequence[float],
+    sources: Sequence[str],
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+) -> np.ndarray:
     """float32[N], from float64[N, parts]: what does not apply counts nothing, as in TRL's GRPOTrainer.
 
-    Raises RlhfError where nothing applies to a completion; TRL goes on without it, and so leaves its group smaller.
+    Raises RlhfError, naming prompt and completion, where nothing applies. TRL warns, and trains on the rest of the
+    group; here every consumer of scores, a value function among them, has one for each response.
     """
     nothing = np.isnan(rewards).all(axis=1)
     if nothing.any():
+        row = int(nothing.argmax())
         raise RlhfError(
-            f"none of the reward functions {', '.join(sources)} applies to completion {int(nothing.argmax()) + 1} of "
-            f"{len(rewards)}: let one of them give it a number"
+            f"no reward applies to the completion {_shortened(completions[row])} of the prompt "
+            f"{_shortened(prompts[row])}: {', '.join(sources)} gave it None. Let one of them give it a number"
         )
     return np.nansum(rewards * np.asarray(weights), axis=1).astype(np.float32)
+
+
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:100]} ... {text[-90:]}"
 
 
 def _parts(source: str) -> tuple[str, str]:

@@ -42,7 +42,7 @@ class EvaluateConfig:
     policies: tuple[StageName, ...]
     best_of: tuple[int, ...]  # each above 1
     reward_model: RewardSource
-    judge: ModelSource | HTTPJudgeConfig | None  # a gold stage, a reward model; None: reward_model decides the pairs
+    judge: RewardSource | HTTPJudgeConfig | None  # a gold stage, or any reward; None: reward_model decides the pairs
     prompts: int  # at most, of the test split
     selection_prompts: int  # at most, of the evaluation split
     temperature: float
@@ -94,7 +94,7 @@ def run(config: EvaluateConfig, context: Context) -> dict[str, Any]:
         "selected": select(selection, deciding_column(config), context),
         "judge": config.judge.model
         if isinstance(config.judge, HTTPJudgeConfig)
-        else config.judge or name_of(config.reward_model),
+        else name_of(config.judge or config.reward_model),
         **(http.summary() if http else {}),
     }
 

@@ -1,4 +1,4 @@
-"""frontier: gold score against divergence along the runs of many methods, and each method's score at equal divergence.
+"""frontier: score against divergence along the runs of many methods, and each method's score at equal divergence.
 
 Where a run ends depends on its learning rate, its coefficient and its length; a checkpoint every so often shows the way
 it took. Methods are compared where their ways cross the same divergence: the axes of figure 1 of Gao et al. 2022
@@ -16,13 +16,14 @@ from rlhf_jax.config import ModelSource, StageName
 from rlhf_jax.core.frontier import score_at_kl
 from rlhf_jax.core.statistics import standard_error
 from rlhf_jax.data import pipeline
-from rlhf_jax.rewards.tfidf import TfidfJudge
+from rlhf_jax.rewards.http_judge import HTTPJudgeConfig
 from rlhf_jax.runtime.checkpoints import steps_of
 from rlhf_jax.runtime.files import read_json, read_rows, write_rows
 from rlhf_jax.sampling.batches import sample_all, sequence_kl
 from rlhf_jax.stages.context import Context
-from rlhf_jax.stages.gold import load_judge
+from rlhf_jax.stages.judging import TextScorer, make_judge
 from rlhf_jax.stages.models import Policy, load_policy
+from rlhf_jax.stages.reward_source import RewardSource, name_of
 from rlhf_jax.stages.samples import texts
 from rlhf_jax.types import RlhfError
 
@@ -36,12 +37,18 @@ class FrontierConfig:
     kind: Literal["frontier"]
     reference: ModelSource
     policies: tuple[StageName, ...]
-    judge: StageName
+    judge: RewardSource | HTTPJudgeConfig  # a gold stage, or any reward; one over HTTP gives no scores
     prompts: int  # of the test split
     temperature: float
     kl_targets: tuple[float, ...]  # nats
 
     def __post_init__(self) -> None:
+        if isinstance(self.judge, HTTPJudgeConfig):
+            raise ValueError(
+                f"judge = {self.judge.model!r} over HTTP prefers one of two answers, and gives none the score that is "
+                "compared at equal divergence: name a gold stage, a reward model, or a section with functions; a stage "
+                "of kind evaluate asks it for win rates"
+            )
         if self.prompts < 2:
             raise ValueError(f"prompts = {self.prompts} must be at least 2: a mean's error is estimated from them")
         if not self.kl_targets or min(self.kl_targets) <= 0:
@@ -51,14 +58,17 @@ class FrontierConfig:
 def run(config: FrontierConfig, context: Context) -> dict[str, Any]:
     """Writes `points.jsonl` (a row for every checkpoint of every seed) and `matched.jsonl` (every method and target).
 
+    The score stands under `gold`, whoever judges; the summary names the judge.
     Points that an interrupted run left are kept: each is written as soon as it is measured.
     """
-    reference, judge = context.policy(config.reference), load_judge(context, config.judge)
+    assert not isinstance(config.judge, HTTPJudgeConfig)
+    reference = context.policy(config.reference)
     rows = pipeline.load_rows(context.data, "test")
     prompts = pipeline.prompts(rows, reference.tokenizer, context.data)
     if config.prompts > len(prompts.tokens):
         raise RlhfError(f"config.{context.name}.prompts = {config.prompts}: the data has only {len(prompts.tokens)}")
     prompts = pipeline.take(prompts, np.arange(config.prompts))
+    judge = make_judge(config.judge, context)(reference, rows)
 
     path = context.directory / POINTS
     points = read_rows(path)
@@ -76,7 +86,7 @@ def run(config: FrontierConfig, context: Context) -> dict[str, Any]:
         context.bar.update(done + 1, len(places), {})
     matched = match(points, config.policies, config.kl_targets)
     write_rows(context.directory / MATCHED, matched)
-    return {"points": len(points), "prompts": config.prompts, "judge": config.judge}
+    return {"points": len(points), "prompts": config.prompts, "judge": name_of(config.judge)}
 
 
 def _checkpoints(policies: tuple[StageName, ...], context: Context) -> list[tuple[str, int, int]]:
@@ -94,7 +104,7 @@ def measure(
     place: tuple[str, int, int],
     policy: Policy,
     reference: Policy,
-    judge: TfidfJudge,
+    judge: TextScorer,
     prompts: pipeline.Prompts,
     config: FrontierConfig,
     context: Context,
@@ -110,7 +120,8 @@ def measure(
         samples=1,
         batch_size=context.runtime.inference_batch,
     )
-    gold = judge.score([prompt + answer for prompt, answer in zip(*texts(policy.tokenizer, rollout), strict=True)])
+    written = [prompt + answer for prompt, answer in zip(*texts(policy.tokenizer, rollout), strict=True)]
+    gold = judge(rollout, written)
     divergence = sequence_kl(
         policy.network,
         policy.params,
@@ -132,7 +143,7 @@ def measure(
 
 
 def match(points: list[dict[str, Any]], methods: tuple[str, ...], targets: tuple[float, ...]) -> list[dict[str, Any]]:
-    """Each method's gold score at each divergence: the mean over the seeds that reached it, and its standard error.
+    """Each method's score at each divergence: the mean over the seeds that reached it, and its standard error.
 
     Args: points as `points.jsonl` has them, the reference's first; targets in nats.
     """

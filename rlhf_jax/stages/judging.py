@@ -6,13 +6,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from rlhf_jax.config import ModelSource
 from rlhf_jax.data import fetch
 from rlhf_jax.rewards.http_judge import HTTPJudge, HTTPJudgeConfig, Pair
 from rlhf_jax.rewards.tfidf import TfidfJudge
 from rlhf_jax.stages.context import Context
 from rlhf_jax.stages.gold import has_judge, load_judge
 from rlhf_jax.stages.models import Policy
+from rlhf_jax.stages.reward_source import RewardSource
 from rlhf_jax.stages.samples import texts
 from rlhf_jax.stages.scoring import Scorer, make_scorer
 from rlhf_jax.text.tokenizer import Tokenizer
@@ -27,12 +27,12 @@ def make_http_judge(config: HTTPJudgeConfig) -> HTTPJudge:
     return HTTPJudge(config, fetch.data_dir() / "judge")
 
 
-def make_judge(source: ModelSource, context: Context) -> Callable[[Policy, Sequence[dict[str, Any]]], TextScorer]:
-    """The judge that a gold stage fitted, or a reward model, such as a larger one than what is trained on.
+def make_judge(source: RewardSource, context: Context) -> Callable[[Policy, Sequence[dict[str, Any]]], TextScorer]:
+    """The judge that a gold stage fitted, or any reward, such as a larger model than what is trained on.
 
     Returns: what gives the judge of a policy's answers to the prompts that were made from rows.
     """
-    if source in context.stages and has_judge(context, source):
+    if isinstance(source, str) and source in context.stages and has_judge(context, source):
         judge = load_judge(context, source)
         return lambda policy, rows: lambda rollout, texts: judge.score(texts)
     model, batch_size = context.reward_model(source), context.runtime.inference_batch

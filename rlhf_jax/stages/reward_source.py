@@ -5,6 +5,7 @@ and `scoring.make_scorer` makes of either a function of responses.
 """
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 from rlhf_jax.config import FunctionSource, ModelSource
@@ -38,6 +39,8 @@ class RewardConfig:
             raise ValueError(
                 f"weights = {self.weights} must have one for each of {parts} parts, the model's first if there is one"
             )
+        if self.weights is not None and not all(map(math.isfinite, self.weights)):
+            raise ValueError(f"weights = {self.weights} must be finite numbers")
         if self.combine is not None and self.model is None:
             raise ValueError(f"combine = {self.combine!r} needs a model, an ensemble of which it says how to combine")
         if self.combine is not None or self.variance_coefficient is not None:

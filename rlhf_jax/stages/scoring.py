@@ -88,7 +88,7 @@ def _make_sum(
         given["completion_ids"] = [ids[kept].tolist() for ids, kept in zip(response, mask, strict=True)]
         parts = [] if by_model is None else [np.asarray(by_model(rollout), np.float64)]
         parts += [function(prompts, completions, given) for function in reward.functions]
-        return weighted_sum(np.stack(parts, axis=1), reward.weights, sources)
+        return weighted_sum(np.stack(parts, axis=1), reward.weights, sources, prompts, completions)
 
     return score
 

@@ -1,4 +1,4 @@
-"""`rlhf-jax best-of-n`: several answers to each prompt, and the one that a reward model likes best."""
+"""`rlhf-jax best-of-n`: several answers to each prompt, and the one that a reward likes best."""
 
 import argparse
 import contextlib
@@ -16,6 +16,7 @@ from rlhf_jax.core.best_of_n import soft_choice
 from rlhf_jax.data.chat import naming_row
 from rlhf_jax.data.formats import checked_row
 from rlhf_jax.data.pipeline import Example, encode_pairs, pad_left, pad_right
+from rlhf_jax.rewards.functions import function_hash
 from rlhf_jax.runtime.pretrained import checkpoint_hash
 from rlhf_jax.runtime.workdir import Workdir
 from rlhf_jax.sampling.batches import score_all
@@ -23,6 +24,7 @@ from rlhf_jax.sampling.buckets import bucket
 from rlhf_jax.sampling.choice import Sampling
 from rlhf_jax.sampling.generate import generate
 from rlhf_jax.stages.models import Policy, RewardModel
+from rlhf_jax.stages.reward_source import Reward
 from rlhf_jax.text.incremental import INCOMPLETE, IncrementalText
 from rlhf_jax.types import PromptBatch, RlhfError, Rollout
 from rlhf_jax.verbs import options as flags
@@ -42,6 +44,10 @@ A prompt is a text, which the model continues, or a chat (a list of messages), w
 answers to a chat are lists of one message. The reward model reads prompt and answer as texts, by its own tokenizer and
 chat template: a score is that of what the row says, and anyone can compute it again.
 
+Instead of a reward model, --reward names a Python function of prompts and completions, which is called for each row
+with all its answers and the row's columns, each repeated for every answer. Several are summed, with --reward-weights;
+None leaves an answer out of one of them.
+
 With --out=FILE a run that was ended by anything goes on when the same command is given again with the same input, and
 the file is the same, byte for byte, as if it had not been ended. Rows are answered --batch-size at a time.
 """
@@ -60,7 +66,7 @@ class Chooser(NamedTuple):
     """Who answers, who chooses, and how."""
 
     policy: Policy
-    judge: RewardModel
+    judge: RewardModel | Reward
     sampling: Sampling
     stops: list[str]
     n: int
@@ -83,7 +89,10 @@ def best_of_n_verb(arguments: list[str]) -> None:
     _check(options, batch_size)
     policy, judge = flags.load_policy(options), flags.load_judge(options)
     if judge is None:
-        raise RlhfError("no reward model is named: give --reward-model=DIR, or --workdir=DIR --reward-stage=NAME")
+        raise RlhfError(
+            "no reward is named: give --reward-model=DIR, or --workdir=DIR --reward-stage=NAME, or "
+            "--reward=FILE.py:FUNC"
+        )
     if sys.stdin.isatty():
         raise RlhfError("there are no rows to read: rlhf-jax best-of-n ... < prompts.jsonl > best.jsonl")
     sampling = flags.sampling(options, policy, MAX_NEW_TOKENS)
@@ -146,7 +155,8 @@ def _sample(chooser: Chooser, rows: list[_Row], first: int, batch_size: int) -> 
     for row in rows:
         with naming_row(row.number):
             text = isinstance(row.prompt, str)
-            if not text and chooser.judge.tokenizer.chat_template is None:
+            judge = chooser.judge
+            if not text and isinstance(judge, RewardModel) and judge.tokenizer.chat_template is None:
                 raise RlhfError("the prompt is a chat, and the reward model has no chat template: give a text")
             prompts.append(flags.text_prompt(policy, row.prompt) if text else flags.chat_prompt(policy, row.prompt))
             flags.within_context(policy, prompts[-1], sampling)
@@ -184,12 +194,15 @@ def _said(chooser: Chooser, row: _Row, prompt: list[int], response: list[int]) -
 
 
 def _scores(chooser: Chooser, rows: list[_Row], said: list[list[Any]], batch_size: int) -> np.ndarray:
-    """The reward model's scores, float32[rows, n]."""
+    """The reward's scores, float32[rows, n]."""
+    judge = chooser.judge
+    if isinstance(judge, Reward):
+        return _by_functions(judge, chooser.policy, rows, said)
     examples: list[Example] = []
     for row, completions in zip(rows, said, strict=True):
         prompts = [row.prompt] * chooser.n
-        found, _ = encode_pairs(prompts, completions, chooser.judge.tokenizer, flags.UNCUT, first=row.number)
-        context, longest = chooser.judge.network.config.context, max(len(a.prompt) + len(a.response) for a in found)
+        found, _ = encode_pairs(prompts, completions, judge.tokenizer, flags.UNCUT, first=row.number)
+        context, longest = judge.network.config.context, max(len(a.prompt) + len(a.response) for a in found)
         if context is not None and longest > context:
             raise RlhfError(
                 f"row {row.number} has {longest} tokens with an answer, and the reward model sees {context}: shorten "
@@ -200,12 +213,21 @@ def _scores(chooser: Chooser, rows: list[_Row], said: list[list[Any]], batch_siz
     rollout = Rollout(
         *pad_left(asked, bucket(max(map(len, asked)))), *pad_right(responses, bucket(max(map(len, responses))))
     )
-    judge, at_once = chooser.judge, min(ROWS, batch_size * chooser.n)
+    at_once = min(ROWS, batch_size * chooser.n)
     scores = score_all(judge.network, judge.params, rollout, at_once).reshape(len(rows), chooser.n)
     for row, own in zip(rows, scores, strict=True):
         if not np.isfinite(own).all():
             raise RlhfError(f"row {row.number}: the reward model's scores are not all numbers ({own.tolist()})")
     return scores
+
+
+def _by_functions(reward: Reward, policy: Policy, rows: list[_Row], said: list[list[Any]]) -> np.ndarray:
+    """The scores of Python functions, float32[rows, n]: each row's are its own, whatever stands beside it."""
+    scores = []
+    for row, completions in zip(rows, said, strict=True):
+        with naming_row(row.number):
+            scores.append(flags.function_scores(reward, policy, row.prompt, completions, row.columns))
+    return np.stack(scores)
 
 
 def _check(options: argparse.Namespace, batch_size: int) -> None:
@@ -228,7 +250,9 @@ def _settings(options: argparse.Namespace, sampling: Sampling, batch_size: int) 
     settings |= {"max_new_tokens": sampling.max_new_tokens, "batch_size": batch_size}
     return settings | {
         "model": _fingerprint(options, options.model, options.stage),
-        "reward_model": _fingerprint(options, options.reward_model, options.reward_stage),
+        "reward_model": None if options.reward else _fingerprint(options, options.reward_model, options.reward_stage),
+        "reward": options.reward and [[source, function_hash(source)] for source in options.reward],
+        "reward_weights": options.reward_weights,
     }
 
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from rlhf_jax.stages.models import RewardModel
+from rlhf_jax.stages.reward_source import Reward
 from rlhf_jax.types import RlhfError
 from rlhf_jax.verbs import options as flags
 from rlhf_jax.verbs.conversation import Answer, Conversation
@@ -26,7 +27,7 @@ COMMANDS = """\
 /system TEXT     what the assistant is told first; /system alone takes it back
 /temperature X   0 takes the most likely token
 /reset           forgets what was said
-/score           what the reward model gives the last answer
+/score           what the reward gives the last answer
 /exit            ends, as Ctrl-D does; Ctrl-C stops an answer"""
 MARK = "\001\033[1;36m\002> \001\033[0m\002"  # \001 and \002 tell readline what takes up no place
 
@@ -53,7 +54,7 @@ def chat_verb(arguments: list[str]) -> None:
 class Terminal:
     """Reads lines, and prints answers and notes."""
 
-    def __init__(self, conversation: Conversation, judge: RewardModel | None, console: Console) -> None:
+    def __init__(self, conversation: Conversation, judge: RewardModel | Reward | None, console: Console) -> None:
         """Prints nothing yet."""
         self._conversation, self._judge, self._console = conversation, judge, console
 
@@ -100,7 +101,9 @@ class Terminal:
             self._set_temperature(rest)
         elif name == "/score":
             if self._judge is None:
-                raise RlhfError("there is no reward model: start with --reward-model=DIR, or --reward-stage=NAME")
+                raise RlhfError(
+                    "there is no reward: start with --reward-model=DIR, --reward-stage=NAME or --reward=FILE.py:FUNC"
+                )
             self._note(f"score {conversation.score(self._judge):+.3f}")
         else:
             raise RlhfError(f"{name} is no command; /help lists them")

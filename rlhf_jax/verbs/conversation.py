@@ -12,10 +12,11 @@ from rlhf_jax.sampling.buckets import bucket
 from rlhf_jax.sampling.choice import Sampling
 from rlhf_jax.sampling.stream import Stream
 from rlhf_jax.stages.models import Policy, RewardModel
+from rlhf_jax.stages.reward_source import Reward
 from rlhf_jax.text.incremental import IncrementalText
 from rlhf_jax.text.tokenizer import Messages
 from rlhf_jax.types import RlhfError, Rollout
-from rlhf_jax.verbs.options import UNCUT, chat_prompt, text_prompt, within_context
+from rlhf_jax.verbs.options import UNCUT, chat_prompt, function_scores, text_prompt, within_context
 
 
 @dataclasses.dataclass
@@ -90,15 +91,20 @@ class Conversation:
             if complete or said.text:
                 self.messages = [*asked, {"role": "assistant", "content": said.text}]
 
-    def score(self, judge: RewardModel) -> float:
-        """A reward model's score of the last answer, in what was said before it. Raises RlhfError where there is none.
+    def score(self, judge: RewardModel | Reward) -> float:
+        """A reward's score of the last answer, in what was said before it. Raises RlhfError where there is none.
 
-        The reward model reads the texts by its own tokenizer and, if it has one, its own chat template.
+        A reward model reads the texts by its own tokenizer and, if it has one, its own chat template. Python functions
+        are given no columns.
         """
         if not self.messages:
             raise RlhfError("nothing has been said that could be scored")
         before, after = self._with_system(self.messages[:-1]), self.messages[-1:]
         pair = (before, after)
+        if isinstance(judge, Reward):
+            if not self.is_chat:
+                pair = (_continued(before), after[0]["content"])
+            return float(function_scores(judge, self.policy, pair[0], [pair[1]], {})[0])
         if judge.tokenizer.chat_template is None or not self.is_chat:
             pair = (_continued(before), after[0]["content"])
         (example,), _ = encode_pairs([pair[0]], [pair[1]], judge.tokenizer, UNCUT)

@@ -5,15 +5,21 @@ import contextlib
 import dataclasses
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from rlhf_jax.data.pipeline import DataConfig
+import numpy as np
+
+from rlhf_jax.config import FunctionSource
+from rlhf_jax.data.pipeline import DataConfig, encode_pairs
 from rlhf_jax.reports.run import Run, encode_prompt
+from rlhf_jax.rewards.functions import load_function, weighted_sum
 from rlhf_jax.sampling.choice import Sampling
 from rlhf_jax.stages import models
 from rlhf_jax.stages.models import Policy, RewardModel, Tuning
+from rlhf_jax.stages.reward_source import Reward, RewardConfig
+from rlhf_jax.stages.scoring import TAKEN
 from rlhf_jax.types import RlhfError
 
 UNCUT = DataConfig(
@@ -91,14 +97,42 @@ def load_policy(options: argparse.Namespace) -> Policy:
 
 def add_judge_flags(parser: Parser) -> None:
     """The flags that `load_judge` reads."""
-    parser.add_argument("--reward-model", metavar="DIR", help="scores answers: named as --model is")
-    parser.add_argument("--reward-stage", metavar="NAME", help="scores answers: a stage of --workdir")
+    which = parser.add_argument_group("who scores answers", "--reward-model, or --reward-stage, or --reward")
+    which.add_argument("--reward-model", metavar="DIR", help="a reward model: named as --model is")
+    which.add_argument("--reward-stage", metavar="NAME", help="a reward model: a stage of --workdir")
+    which.add_argument(
+        "--reward",
+        action="append",
+        metavar="FILE.py:FUNC",
+        help="a function (prompts, completions, **columns) -> list[float | None], of a file or of package.module; may "
+        "be given again, for a sum",
+    )
+    which.add_argument("--reward-weights", type=_numbers, metavar="W,W", help="one for each --reward (1 each)")
 
 
-def load_judge(options: argparse.Namespace) -> RewardModel | None:
-    """The reward model that the flags name, or None. Raises RlhfError where they name two, or a language model."""
-    if options.reward_model is not None and options.reward_stage is not None:
-        raise RlhfError("--reward-model and --reward-stage name two reward models: leave one of them out")
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(map(float, text.split(",")))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} should be numbers, with commas between them") from error
+
+
+def load_judge(options: argparse.Namespace) -> RewardModel | Reward | None:
+    """The reward that the flags name, or None. Raises RlhfError where they name two, or a language model."""
+    flags = [
+        f"--{name.replace('_', '-')}" for name in ("reward_model", "reward_stage", "reward") if getattr(options, name)
+    ]
+    if len(flags) > 1:
+        raise RlhfError(f"{' and '.join(flags)} name {len(flags)} rewards: leave all but one of them out")
+    if options.reward is not None:
+        try:
+            config = RewardConfig(tuple(map(FunctionSource, options.reward)), weights=options.reward_weights)
+        except ValueError as error:
+            raise RlhfError(f"--reward-{error}") from error
+        functions = tuple(map(load_function, config.functions))
+        return Reward(None, functions, config.weights or (1.0,) * len(functions))
+    if options.reward_weights is not None:
+        raise RlhfError("--reward-weights weigh what --reward names, and there is none: leave them out")
     if options.reward_stage is not None:
         if options.workdir is None:
             raise RlhfError("--reward-stage needs the --workdir that has it: or give --reward-model=DIR")
@@ -109,6 +143,23 @@ def load_judge(options: argparse.Namespace) -> RewardModel | None:
     if not isinstance(judge, RewardModel):
         raise RlhfError(f"--reward-model={options.reward_model} is a language model: give a classifier with one label")
     return judge
+
+
+def function_scores(
+    reward: Reward, policy: Policy, prompt: Any, completions: Sequence[Any], columns: Mapping[str, Any]
+) -> np.ndarray:
+    """Scores of answers to one prompt by Python functions, float32[N].
+
+    Args: prompt and completions are texts or chats; columns are those of the prompt's row. `completion_ids` are the
+    answers' tokens by the policy's tokenizer, what ends them included.
+    """
+    prompts = [prompt] * len(completions)
+    given = {name: [value] * len(completions) for name, value in columns.items() if name not in TAKEN}
+    examples, _ = encode_pairs(prompts, list(completions), policy.tokenizer, UNCUT)
+    given["completion_ids"] = [example.response for example in examples]
+    parts = [function(prompts, completions, given) for function in reward.functions]
+    sources = [function.source for function in reward.functions]
+    return weighted_sum(np.stack(parts, axis=1), reward.weights, sources, prompts, completions)
 
 
 def add_sampling_flags(parser: Parser) -> None:

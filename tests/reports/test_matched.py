@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from rlhf_jax.reports import report
+from rlhf_jax.reports import frames, report
 from rlhf_jax.reports.run import Run
 from rlhf_jax.stages.frontier import match
 from tests.reports import workdirs
@@ -33,8 +33,15 @@ def run(tmp_path_factory):
     workdirs.write_training(root, seeds=2)
     points = written_points()
     files = {"points.jsonl": points, "matched.jsonl": match(points, tuple(SLOPES), TARGETS)}
-    workdirs.write_stage(root, "frontier", {"kind": "frontier"}, inputs=("sft", *SLOPES), files=files)
+    workdirs.write_gold(root)
+    section = {"kind": "frontier", "judge": {"functions": ["mine.py:f"], "model": "rm"}}
+    workdirs.write_stage(root, "frontier", section, inputs=("gold", "sft", *SLOPES), files=files)
     return Run(root)
+
+
+@pytest.fixture(scope="module")
+def drawn(run):
+    return report.draw(run)
 
 
 def test_methods_are_compared_over_the_seeds_that_went_so_far(run):
@@ -51,8 +58,9 @@ def test_methods_are_compared_over_the_seeds_that_went_so_far(run):
     assert pd.isna(table.loc[("dpo_1", 4.0), "gold"])
 
 
-def test_every_run_is_a_line_in_its_methods_panel(run):
-    figure = report.draw(run)["runs"]
+def test_every_run_is_a_line_in_its_methods_panel(drawn):
+    figure = drawn["runs"]
+    assert [text.get_text() for text in figure.texts][-1] == "score by rm + mine.py:f"
     panels = {axes.get_title(loc="left"): axes for axes in figure.axes if axes.get_visible()}
     assert list(panels) == list(SLOPES)
     for method, axes in panels.items():
@@ -65,14 +73,16 @@ def test_every_run_is_a_line_in_its_methods_panel(run):
             np.testing.assert_allclose(np.asarray(line.get_ydata()), [1, *(point["gold"] for point in expected)])
 
 
-def test_the_ranking_has_the_best_on_top_and_says_who_did_not_arrive(run):
-    figure = report.draw(run)["equal_kl"]
+def test_the_ranking_has_the_best_on_top_and_says_who_did_not_arrive(drawn):
+    figure = drawn["equal_kl"]
+    assert {axes.get_xlabel() for axes in figure.axes} == {"score by rm + mine.py:f"}
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["KL 1", "KL 4"]
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["dpo_1", "dpo_01", "ppo"]
     assert [text.get_text() for text in figure.axes[1].texts] == ["not reached"]
 
 
-def test_table_and_file(run):
+def test_table_and_file(run, monkeypatch):
+    monkeypatch.setattr(report, "PNG_DPI", 20)
     report.write_report(run.workdir)
     written = pd.read_csv(run.workdir / "matched.csv")
     assert len(written) == len(SLOPES) * len(TARGETS)
@@ -81,5 +91,14 @@ def test_table_and_file(run):
     with console.capture() as capture:
         report.print_summary(run, console)
     shown = capture.get()
+    assert "Score by rm + mine.py:f at equal divergence" in " ".join(shown.split())
     assert "3.050 ± 0.050" in shown
     assert "(1/2)" in shown and "–" in shown and "no evaluation" not in shown
+
+
+def test_other_judges_have_names_too(tmp_path):
+    workdirs.write_gold(tmp_path)
+    judges = {"gold": "gold score", "/models/judge": "score by reward model judge"}
+    for number, (judge, named) in enumerate(judges.items()):
+        workdirs.write_stage(tmp_path, f"frontier_{number}", {"kind": "frontier", "judge": judge}, inputs=("gold",))
+        assert frames.frontier_score(Run(tmp_path), f"frontier_{number}") == named

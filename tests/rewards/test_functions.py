@@ -134,6 +134,6 @@ def test_a_file_that_does_not_load_is_named_and_read_again(tmp_path):
 
 def test_weights_add_up_what_applies():
     rewards = np.array([[1.0, 10.0], [np.nan, 10.0], [2.0, np.nan]])
-    np.testing.assert_allclose(weighted_sum(rewards, (2.0, 0.5), ("f", "g")), [7, 5, 4])
-    with pytest.raises(RlhfError, match="none of the reward functions f, g applies to completion 2 of 2"):
-        weighted_sum(np.array([[1.0, 2.0], [np.nan, np.nan]]), (1.0, 1.0), ("f", "g"))
+    np.testing.assert_allclose(weighted_sum(rewards, (2.0, 0.5), ("f", "g"), "abc", "xyz"), [7, 5, 4])
+    with pytest.raises(RlhfError, match="no reward applies to the completion 'two!' of the prompt 'b': f, g gave"):
+        weighted_sum(np.array([[1.0, 2.0], [np.nan, np.nan]]), (1.0, 1.0), ("f", "g"), PROMPTS, COMPLETIONS)

@@ -2,12 +2,15 @@
 
 import json
 import shutil
+from typing import Any
 
 import numpy as np
 import pytest
 
 from rlhf_jax.config import ModelSource, StageName
+from rlhf_jax.rewards.http_judge import HTTPJudgeConfig
 from rlhf_jax.runtime.checkpoints import steps_of
+from rlhf_jax.runtime.files import read_json
 from rlhf_jax.stages.frontier import FrontierConfig, match
 from tests.stages import experiments
 
@@ -23,7 +26,7 @@ def test_points_are_every_checkpoint_and_an_interrupted_stage_goes_on(tmp_path):
             words = rng.choice(experiments.WORDS, 4).tolist()
             rating = words.count("good") - words.count("bad") + rng.normal(0, 0.1)
             file.write(json.dumps({"text": " ".join(words), "rating": rating}) + "\n")
-    stages = {
+    stages: dict[str, dict[str, Any]] = {
         "gold": {"kind": "gold", "model": {"alpha": 1.0, "min_df": 1}, "rating": "rating"},
         "online": {
             "kind": "group_rl",
@@ -76,8 +79,37 @@ def test_points_are_every_checkpoint_and_an_interrupted_stage_goes_on(tmp_path):
     experiments.run(tmp_path / "again", data, stages, seeds=2)
     assert (half_done / "points.jsonl").read_text() == "".join([lines[0], kept, *lines[2:]])
 
+    (tmp_path / "mine.py").write_text("def tokens(completion_ids):\n    return [len(ids) for ids in completion_ids]\n")
+    mine = f"{tmp_path / 'mine.py'}:tokens"
+    judges = {
+        "model": reward_model,
+        "functions": {"functions": (mine,), "weights": (2.0,)},
+        "both": {"model": reward_model, "functions": (mine,)},
+    }
+    found = {}
+    for name, judge in judges.items():
+        root = tmp_path / f"by_{name}"
+        shutil.copytree(tmp_path / "run", root)
+        shutil.rmtree(root / "frontier")
+        stages["frontier"]["judge"] = judge
+        experiments.run(root, data, stages, seeds=2)
+        found[name] = experiments.rows(root / "frontier" / "points.jsonl")
+        assert [point["kl"] for point in found[name]] == [point["kl"] for point in points], "the same answers"
+    gold = {name: np.array([point["gold"] for point in rows]) for name, rows in found.items()}
+    lengths = np.array([point["length"] for point in points])
+    np.testing.assert_allclose(gold["functions"], 2 * lengths, rtol=1e-6)
+    np.testing.assert_allclose(gold["both"] - gold["model"], lengths, rtol=1e-4)
+    assert np.ptp(gold["model"]) > 1e-3
+    assert read_json(tmp_path / "by_both" / "frontier" / "summary.json")["judge"] == f"{reward_model} + {mine}"
+
 
 @pytest.mark.parametrize("targets", [(), (0.0, 1.0)])
 def test_divergences_that_cannot_be_are_refused(targets):
     with pytest.raises(ValueError, match="kl_targets"):
-        FrontierConfig("frontier", ModelSource("sft"), (StageName("dpo"),), StageName("gold"), 24, 1.0, targets)
+        FrontierConfig("frontier", ModelSource("sft"), (StageName("dpo"),), ModelSource("gold"), 24, 1.0, targets)
+
+
+def test_a_judge_that_only_compares_pairs_is_refused():
+    judge = HTTPJudgeConfig(url="http://localhost/v1", model="tiny")
+    with pytest.raises(ValueError, match="judge = 'tiny' over HTTP prefers one of two answers, and gives none"):
+        FrontierConfig("frontier", ModelSource("sft"), (StageName("dpo"),), judge, 24, 1.0, TARGETS)

@@ -100,7 +100,7 @@ def test_a_conversation_in_a_terminal(tmp_path):
         person.type("/temperature 0.5\r")
         person.reads("temperature 0.5\x1b")  # printed, not typed
         person.type("/exi\x7f\x7f\x7fhelp\r")  # lines can be edited
-        person.reads("/score  +what the reward model gives the last answer")
+        person.reads("/score  +what the reward gives the last answer")
         person.reads("> ")
         person.type(CTRL_D)
         assert person.leaves() == 0
@@ -153,10 +153,22 @@ def test_a_pipe_asks_and_commands(model, capsys, monkeypatch):
     assert answer in chat(capsys, monkeypatch, "/system Be short.\n/system\nIs it good?\n", *short)
 
 
+def test_the_last_answer_is_scored_by_python(model, tmp_path, capsys, monkeypatch):
+    (tmp_path / "mine.py").write_text(
+        "def f(prompts, completions, completion_ids):\n"
+        "    assert [m['role'] for m in prompts[0]] == ['system', 'user', 'assistant', 'user']\n"
+        "    return [100 * len(completions[0]) + (completions[0][0]['role'] == 'assistant')]\n"
+    )
+    asked = "Is it good?\nAnd now?\n/score\n"
+    flags = [model, "--max-new-tokens=3", "--system=Be short.", f"--reward={tmp_path / 'mine.py'}:f"]
+    assert "score +101.000" in chat(capsys, monkeypatch, asked, *flags)
+    assert "score +50.500" in chat(capsys, monkeypatch, asked, *flags, "--reward-weights=0.5")
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("/score", "there is no reward model: start with --reward-model=DIR, or --reward-stage=NAME"),
+        ("/score", "there is no reward: start with --reward-model=DIR, --reward-stage=NAME or"),
         ("/temperature", "temperature 1"),
         ("/temperature hot", "/temperature hot: give a number, at least 0"),
         ("/temperature -1", "/temperature -1: give a number, at least 0"),
@@ -175,6 +187,6 @@ def test_flags_that_cannot_be(model, tmp_path, capsys):
     assert "is a language model" in fails(capsys, "chat", model, f"--reward-model={policy}")
     assert "--reward-stage needs the --workdir" in fails(capsys, "chat", model, "--reward-stage=rm")
     both = [f"--reward-model={judge}", "--reward-stage=rm"]
-    assert "name two reward models" in fails(capsys, "chat", model, *both)
+    assert "name 2 rewards" in fails(capsys, "chat", model, *both)
     plain = checkpoints.policy(tmp_path / "plain", tokenizers.gpt2)
     assert "no chat template" in fails(capsys, "chat", f"--model={plain}", "--system=Be short.")

@@ -20,6 +20,7 @@ class Rope:
     long_factors: tuple[float, ...] | None = None
     short_context: int | None = None
     amplitude: float = 1.0  # multiplies queries and keys alike
+    limit: int | None = None  # most tokens that a sequence may grow to; None: any
 
 
 @dataclasses.dataclass(frozen=True)

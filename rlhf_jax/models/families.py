@@ -10,7 +10,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from rlhf_jax.models.config import ModelConfig, Rope
+from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.models.rotary import rope_of
 from rlhf_jax.types import RlhfError
 
 Layout = Literal["flat", "out_in", "in_out", "heads_qkv"]
@@ -119,37 +120,6 @@ def _activation(name: str) -> str:
     return _ACTIVATIONS[name]
 
 
-def _rope(parameters: dict[str, Any], width: int, context: int) -> Rope:
-    """Rotary positions from a config's `rope_parameters`."""
-    kind, theta = parameters.get("rope_type", "default"), float(parameters["rope_theta"])
-    fraction = float(parameters.get("partial_rotary_factor", 1.0))
-    pairs = int(width * fraction) // 2
-    if kind == "default":
-        return Rope(theta, fraction)
-    if kind == "linear":
-        return Rope(theta, fraction, (float(parameters["factor"]),) * pairs)
-    if kind == "llama3":
-        return Rope(theta, fraction, _llama3_factors(parameters, theta, pairs))
-    if kind == "longrope":
-        short_context = int(parameters["original_max_position_embeddings"])
-        stretch = parameters.get("factor") or context / short_context
-        amplitude = parameters.get("attention_factor")
-        if amplitude is None:
-            amplitude = math.sqrt(1 + math.log(stretch) / math.log(short_context)) if stretch > 1 else 1.0
-        short, long = (tuple(map(float, parameters[name])) for name in ("short_factor", "long_factor"))
-        return Rope(theta, fraction, short, long, short_context, float(amplitude))
-    raise RlhfError(f"rope_type = {kind!r} is not supported: it should be one of default, linear, llama3, longrope")
-
-
-def _llama3_factors(parameters: dict[str, Any], theta: float, pairs: int) -> tuple[float, ...]:
-    """Llama 3.1: long waves are stretched by `factor`, short ones left alone, and between them it is interpolated."""
-    factor, context = parameters["factor"], parameters["original_max_position_embeddings"]
-    low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
-    wavelengths = 2 * math.pi * theta ** (np.arange(pairs) / pairs)
-    smooth = np.clip((context / wavelengths - low) / (high - low), 0, 1)
-    return tuple((1 / ((1 - smooth) / factor + smooth)).tolist())
-
-
 def _windows(config: Any) -> tuple[int | None, ...] | None:
     window, layers = getattr(config, "sliding_window", None), config.num_hidden_layers
     kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * layers
@@ -163,7 +133,7 @@ def _llama(config: Any) -> dict[str, Any]:
     parameters = config.rope_parameters
     nested = "full_attention" in parameters
     ropes = [
-        _rope(one, width, config.max_position_embeddings)
+        rope_of(one, width, config.max_position_embeddings)
         for one in ([parameters["full_attention"], parameters["sliding_attention"]] if nested else [parameters])
     ]
     return {
@@ -238,7 +208,7 @@ def _gpt_neox(config: Any) -> dict[str, Any]:
         "out_bias": bool(config.attention_bias),
         "mlp_bias": True,
         "context": config.max_position_embeddings,
-        "rope": _rope(config.rope_parameters, width, config.max_position_embeddings),
+        "rope": rope_of(config.rope_parameters, width, config.max_position_embeddings),
         "tied": bool(config.tie_word_embeddings),
     }
 

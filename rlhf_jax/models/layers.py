@@ -1,4 +1,4 @@
-"""A transformer's layers: norms, rotary positions, attention and the MLP, each written once for all families."""
+"""A transformer's layers: norms, attention and the MLP, each written once for all families."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
-from rlhf_jax.models.config import ModelConfig, Rope
+from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.models.rotary import rotate
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
@@ -26,32 +27,6 @@ class Place(NamedTuple):
     cos: Array | None
     attention_mask: Array  # bool[B, S, C]: which of C slots each of S new tokens sees
     slot: Array | int  # where in the cache the new tokens go
-
-
-def rope_angles(rope: Rope, head_width: int, positions: Int[Array, "B S"], room: int) -> tuple[Array, Array]:
-    """Sine and cosine of every pair's angle at every position, [B, S, pairs] each, in float32.
-
-    Args: room is how many tokens a sequence may grow to, which chooses between short and long factors.
-    """
-    pairs = int(head_width * rope.fraction) // 2
-    frequencies = rope.theta ** (-jnp.arange(pairs, dtype=jnp.float32) / pairs)
-    long = rope.short_context is not None and room > rope.short_context
-    factors = rope.long_factors if long else rope.factors
-    if factors is not None:
-        frequencies = frequencies / jnp.array(factors, jnp.float32)
-    angles = positions[:, :, None].astype(jnp.float32) * frequencies[None, None, :]
-    return jnp.sin(angles) * rope.amplitude, jnp.cos(angles) * rope.amplitude
-
-
-def rotate(
-    x: Float[Array, "B S H K"], sin: Float[Array, "B S pairs"], cos: Float[Array, "B S pairs"]
-) -> Float[Array, "B S H K"]:
-    """Turns the pairs (i, i + pairs) of each head's first channels; channels beyond the pairs stay as they are."""
-    pairs = sin.shape[-1]
-    sin, cos = sin[:, :, None].astype(x.dtype), cos[:, :, None].astype(x.dtype)
-    first, second, rest = x[..., :pairs], x[..., pairs : 2 * pairs], x[..., 2 * pairs :]
-    turned = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate([*turned, rest] if rest.shape[-1] else turned, axis=-1)
 
 
 class Norm(nn.Module):

@@ -103,9 +103,10 @@ class Context:
             stage = load_stage(self.workdir.find(source), seed=self.seed, find=self.workdir.find)
             found = tuned(merged(stage), tuning)
         config, most = found.network.config, self.data.max_prompt_tokens + self.data.max_response_tokens
-        if config.positions == "learned" and config.context is not None and most > config.context:
+        positions = config.context if config.positions == "learned" else config.rope.limit
+        if positions is not None and most > positions:
             raise RlhfError(
-                f"config.{self.name}: {source} has learnt {config.context} positions, and data.max_prompt_tokens + "
+                f"config.{self.name}: {source} has learnt {positions} positions, and data.max_prompt_tokens + "
                 f"data.max_response_tokens = {most}: lower them"
             )
         return found

@@ -7,10 +7,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from rlhf_jax.models import hf
+from rlhf_jax.models.config import Rope
+from rlhf_jax.models.rotary import rope_angles
 from rlhf_jax.models.tensor_files import read_header, write_tensors
 from rlhf_jax.types import RlhfError
 
@@ -43,6 +46,34 @@ def test_a_config_may_leave_out_what_is_as_its_family_has_it_by_default(tmp_path
     expected, found = (hf.load_pretrained(str(directory)) for directory in (given, left_out))
     assert (found.config, found.vocab_size) == (expected.config, 32000)
     assert found.params["embedding"].shape == (32000, 8)
+
+
+def rope(**parameters: Any) -> Rope:
+    said = LLAMA | {"head_dim": 128, "max_position_embeddings": 32768, "rope_parameters": parameters}
+    return hf.read_shape(said, param_dtype="float32", compute_dtype="float32")[0].rope
+
+
+def test_yarn_as_qwen_has_it():
+    """Pairs that turn 32 times or more in 32,768 tokens stay as they are; those that turn once or less are stretched.
+
+    Pair i of 64 turns 32768 / (2 pi 10^(6 i / 64)) times: pair 23 turns 36.3 times, 24 29.3; 39 1.15 times, 40 0.93.
+    """
+    yarn = rope(rope_type="yarn", rope_theta=1e6, factor=4.0, original_max_position_embeddings=32768)
+    assert yarn.factors is not None
+    ramp = [min(max((i - 23) / (40 - 23), 0), 1) for i in range(64)]
+    np.testing.assert_allclose(1 / np.array(yarn.factors), [1 - share + share / 4 for share in ramp])
+    assert yarn.amplitude == pytest.approx(1.138629)  # 0.1 ln 4 + 1
+    assert yarn.limit is None
+
+
+def test_dynamic_positions_serve_the_context_and_nothing_beyond():
+    dynamic = rope(rope_type="dynamic", rope_theta=1e4, factor=4.0)
+    positions = jnp.arange(5, dtype=jnp.int32)[None]
+    np.testing.assert_array_equal(
+        rope_angles(dynamic, 128, positions, 32768)[0], rope_angles(Rope(1e4), 128, positions, 32768)[0]
+    )
+    with pytest.raises(RlhfError, match=r"room for sequences of 32769 tokens, and the model's dynamic .* serve 32768"):
+        rope_angles(dynamic, 128, positions, 32769)
 
 
 def test_a_file_that_ends_within_a_tensor_is_named(tmp_path):

@@ -29,6 +29,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 16}
 LONGROPE = {
     "rope_type": "longrope",
     "rope_theta": 10000.0,
@@ -76,6 +77,23 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, linear rope": (
         "llama",
         {**GROUPED, "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
+    ),
+    "llama, dynamic rope": (
+        "llama",
+        {**GROUPED, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}},
+    ),
+    "qwen2, yarn": ("qwen2", {**GROUPED, "rope_parameters": YARN | {"beta_fast": 2.0, "beta_slow": 0.1}}),
+    "qwen3, yarn, untruncated": (
+        "qwen3",
+        {
+            **GROUPED,
+            "head_dim": 16,
+            "rope_parameters": YARN | {"truncate": False, "mscale": 1.5, "mscale_all_dim": 0.7, "beta_slow": 0.2},
+        },
+    ),
+    "gpt_neox, yarn, amplified": (
+        "gpt_neox",
+        {**SMALL, "rope_parameters": YARN | {"attention_factor": 1.5, "partial_rotary_factor": 0.5}},
     ),
     "mistral, window": ("mistral", {**GROUPED, "sliding_window": 5}),
     "mistral, no window": ("mistral", {**GROUPED, "sliding_window": None}),

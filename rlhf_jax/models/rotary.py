@@ -1,0 +1,128 @@
+"""Rotary positions: what a config's `rope_parameters` ask for, and how queries and keys are turned by it."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from rlhf_jax.models.config import Rope
+from rlhf_jax.types import RlhfError
+
+
+def rope_of(parameters: dict[str, Any], width: int, context: int) -> Rope:
+    """Rotary positions from a config's `rope_parameters`, for heads of this width. Raises RlhfError naming the type."""
+    kind, theta = parameters.get("rope_type", "default"), float(parameters["rope_theta"])
+    if kind not in _KINDS:
+        raise RlhfError(f"rope_type = {kind!r} is not supported: it should be one of {', '.join(_KINDS)}")
+    rope = Rope(theta, float(parameters.get("partial_rotary_factor", 1.0)))
+    return _KINDS[kind](rope, parameters, int(width * rope.fraction) // 2, context)
+
+
+def _default(rope: Rope, parameters: dict[str, Any], pairs: int, context: int) -> Rope:
+    return rope
+
+
+def _linear(rope: Rope, parameters: dict[str, Any], pairs: int, context: int) -> Rope:
+    return dataclasses.replace(rope, factors=(float(parameters["factor"]),) * pairs)
+
+
+def _dynamic(rope: Rope, parameters: dict[str, Any], pairs: int, context: int) -> Rope:
+    """NTK-aware scaling by the length of the sequence: up to max_position_embeddings it changes nothing.
+
+    Beyond, transformers turns a cached key by the length that its sequence had when it was written, and the same key
+    in a whole pass by the length in the end, so that no one answer is right there; we refuse to go there.
+    """
+    return dataclasses.replace(rope, limit=context)
+
+
+def _llama3(rope: Rope, parameters: dict[str, Any], pairs: int, context: int) -> Rope:
+    """Llama 3.1: long waves are stretched by `factor`, short ones left alone, and between them it is interpolated."""
+    factor, length = parameters["factor"], parameters["original_max_position_embeddings"]
+    low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
+    wavelengths = 2 * math.pi * rope.theta ** (np.arange(pairs) / pairs)
+    smooth = np.clip((length / wavelengths - low) / (high - low), 0, 1)
+    return dataclasses.replace(rope, factors=tuple((1 / ((1 - smooth) / factor + smooth)).tolist()))
+
+
+def _longrope(rope: Rope, parameters: dict[str, Any], pairs: int, context: int) -> Rope:
+    short_context = int(parameters["original_max_position_embeddings"])
+    stretch = parameters.get("factor") or context / short_context
+    amplitude = parameters.get("attention_factor")
+    if amplitude is None:
+        amplitude = math.sqrt(1 + math.log(stretch) / math.log(short_context)) if stretch > 1 else 1.0
+    short, long = (tuple(map(float, parameters[name])) for name in ("short_factor", "long_factor"))
+    return Rope(rope.theta, rope.fraction, short, long, short_context, float(amplitude))
+
+
+def _yarn(rope: Rope, parameters: dict[str, Any], pairs: int, context: int) -> Rope:
+    """YaRN (Peng et al. 2023, arXiv:2309.00071): as Llama 3's, with another ramp, and an amplitude.
+
+    The ramp goes over the number of a pair, as in the authors' code; in the paper it goes over the turns that a pair
+    makes within the context.
+    """
+    length = parameters["original_max_position_embeddings"]
+    factor = parameters["factor"] or context / length
+
+    def pair(turns: float) -> float:
+        """The pair, between two of them, that turns so often within the context."""
+        return pairs * math.log(length / (2 * math.pi * turns)) / math.log(rope.theta)
+
+    low, high = pair(parameters.get("beta_fast") or 32), pair(parameters.get("beta_slow") or 1)
+    if parameters.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, 2 * pairs - 1)
+    smooth = np.clip((np.arange(pairs) - low) / ((high - low) or 1e-3), 0, 1)
+    amplitude = parameters.get("attention_factor")
+    if amplitude is None:
+        above, below = parameters.get("mscale"), parameters.get("mscale_all_dim")
+        above, below = (above, below) if above and below else (1.0, 0.0)
+        stretch = 0.1 * math.log(max(factor, 1))
+        amplitude = (stretch * above + 1) / (stretch * below + 1)
+    factors = tuple((1 / (smooth / factor + 1 - smooth)).tolist())
+    return dataclasses.replace(rope, factors=factors, amplitude=float(amplitude))
+
+
+_KINDS = {
+    "default": _default,
+    "linear": _linear,
+    "dynamic": _dynamic,
+    "llama3": _llama3,
+    "longrope": _longrope,
+    "yarn": _yarn,
+}
+
+
+def rope_angles(rope: Rope, head_width: int, positions: Int[Array, "B S"], room: int) -> tuple[Array, Array]:
+    """Sine and cosine of every pair's angle at every position, [B, S, pairs] each, in float32.
+
+    Args: room is how many tokens a sequence may grow to, which chooses between short and long factors.
+    Raises RlhfError where there is more room than these positions have.
+    """
+    if rope.limit is not None and room > rope.limit:
+        raise RlhfError(
+            f"there is room for sequences of {room} tokens, and the model's dynamic rotary positions serve "
+            f"{rope.limit} (max_position_embeddings): beyond them every frequency would depend on how long the whole "
+            "sequence is, which nobody knows while it is written. Shorten prompts and responses"
+        )
+    pairs = int(head_width * rope.fraction) // 2
+    frequencies = rope.theta ** (-jnp.arange(pairs, dtype=jnp.float32) / pairs)
+    long = rope.short_context is not None and room > rope.short_context
+    factors = rope.long_factors if long else rope.factors
+    if factors is not None:
+        frequencies = frequencies / jnp.array(factors, jnp.float32)
+    angles = positions[:, :, None].astype(jnp.float32) * frequencies[None, None, :]
+    return jnp.sin(angles) * rope.amplitude, jnp.cos(angles) * rope.amplitude
+
+
+def rotate(
+    x: Float[Array, "B S H K"], sin: Float[Array, "B S pairs"], cos: Float[Array, "B S pairs"]
+) -> Float[Array, "B S H K"]:
+    """Turns the pairs (i, i + pairs) of each head's first channels; channels beyond the pairs stay as they are."""
+    pairs = sin.shape[-1]
+    sin, cos = sin[:, :, None].astype(x.dtype), cos[:, :, None].astype(x.dtype)
+    first, second, rest = x[..., :pairs], x[..., pairs : 2 * pairs], x[..., 2 * pairs :]
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate([*turned, rest] if rest.shape[-1] else turned, axis=-1)

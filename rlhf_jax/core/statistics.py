@@ -69,13 +69,10 @@ def length_controlled_win_rate(
         return LengthControlled(mean, math.sqrt(mean * (1 - mean) / count))
     inputs = np.stack([np.ones(count), np.tanh(difference / difference.std())], axis=1)
     penalty, weights = np.array([0.0, 1.0]), np.array([math.log(mean / (1 - mean)), 0.0])
-    for _ in range(50):
+    for _ in range(20):  # Newton's method, twice as many steps as it has needed
         chances = 1 / (1 + np.exp(-inputs @ weights))
         curvature = inputs.T @ (inputs * (chances * (1 - chances))[:, None]) + np.diag(penalty)
-        step = np.linalg.solve(curvature, inputs.T @ (wins - chances) - penalty * weights)
-        weights = weights + step  # Newton's method
-        if np.abs(step).max() < 1e-10:
-            break
+        weights = weights + np.linalg.solve(curvature, inputs.T @ (wins - chances) - penalty * weights)
     rate = 1 / (1 + math.exp(-weights[0]))
     return LengthControlled(rate, rate * (1 - rate) * math.sqrt(np.linalg.inv(curvature)[0, 0]))
 

@@ -1,6 +1,7 @@
 """Which axis of which weight is split over which axis of the mesh, by patterns on the parameter's path."""
 
 import re
+from collections.abc import Callable
 
 import jax
 from jax.sharding import Mesh, NamedSharding
@@ -27,6 +28,22 @@ ROWS = P(("data", "fsdp"))
 """Rows of a batch are split over both the data and the fsdp axis."""
 
 
+Where = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
+"""On which devices a parameter belongs: its path and its shape -> its sharding."""
+
+
+def sharding_of(path: str, shape: tuple[int, ...], mesh: Mesh, *, leading_axes: int = 0) -> NamedSharding:
+    """The sharding of one parameter; see `shardings`."""
+    spec = next((spec for pattern, spec in PARTITIONS if re.search(pattern, path)), P())
+    before = max(leading_axes, len(shape) - len(spec)) if spec else leading_axes
+    sizes = shape[before:]
+    kept = [
+        axis if axis is not None and size % mesh.shape[axis] == 0 else None
+        for size, axis in zip(sizes, tuple(spec) + (None,) * len(sizes), strict=False)
+    ]
+    return NamedSharding(mesh, P(*([None] * before + kept)))
+
+
 def shardings(tree: PyTree, mesh: Mesh, *, leading_axes: int) -> PyTree:
     """A NamedSharding for every leaf of a tree of parameters or of a state that contains some.
 
@@ -34,16 +51,11 @@ def shardings(tree: PyTree, mesh: Mesh, *, leading_axes: int) -> PyTree:
     weight whose dimension does not divide over its mesh axis is kept whole along it. More axes than its pattern has are
     those of an ensemble's members, and are not split either.
     """
+    return on_devices(tree, lambda path, shape: sharding_of(path, shape, mesh, leading_axes=leading_axes))
 
-    def sharding(path: tuple, leaf: jax.Array | jax.ShapeDtypeStruct) -> NamedSharding:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        spec = next((spec for pattern, spec in PARTITIONS if re.search(pattern, name)), P())
-        before = max(leading_axes, leaf.ndim - len(spec)) if spec else leading_axes
-        sizes = leaf.shape[before:]
-        kept = [
-            axis if axis is not None and size % mesh.shape[axis] == 0 else None
-            for size, axis in zip(sizes, tuple(spec) + (None,) * len(sizes), strict=False)
-        ]
-        return NamedSharding(mesh, P(*([None] * before + kept)))
 
-    return jax.tree_util.tree_map_with_path(sharding, tree)
+def on_devices(tree: PyTree, where: Where) -> PyTree:
+    """The sharding of every leaf."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: where(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape), tree
+    )

@@ -12,6 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
+from rlhf_jax.models.sharding import Where, on_devices
 from rlhf_jax.types import RlhfError
 
 
@@ -85,11 +86,12 @@ def steps_of(directory: Path) -> list[int]:
         return sorted(manager.all_steps())
 
 
-def load_params(directory: Path, network: str, like: PyTree, *, step: int | None) -> PyTree:
+def load_params(directory: Path, network: str, like: PyTree, *, step: int | None, where: Where | None = None) -> PyTree:
     """One network's parameters from a stage's checkpoints.
 
     Args: like gives the shapes (`jax.eval_shape` of the network's init, with the seeds' axis where there are several);
-    step is None for the newest. Raises RlhfError where there is no such checkpoint.
+    step is None for the newest; where says on which devices each parameter goes (None: the first). Raises RlhfError
+    where there is no such checkpoint.
     """
     with ocp.CheckpointManager(
         directory.absolute(), options=ocp.CheckpointManagerOptions(read_only=True, create=False)
@@ -99,7 +101,8 @@ def load_params(directory: Path, network: str, like: PyTree, *, step: int | None
             kept = ", ".join(map(str, sorted(steps))) or "none"
             raise RlhfError(f"{directory} has no checkpoint{'' if step is None else f' of step {step}'} (kept: {kept})")
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), like)
+        places = on_devices(like, where or (lambda path, shape: device))
+        target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, places)
         chosen = max(steps) if step is None else step
         return manager.restore(chosen, args=ocp.args.Composite(**{network: ocp.args.StandardRestore(target)}))[network]
 

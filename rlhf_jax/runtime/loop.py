@@ -97,7 +97,7 @@ def train(task: Task, config: LoopConfig, placement: Placement, first_seed: int,
             rows = _metric_rows(metrics, steps, first_seed, placement.seeds)
             sample_rows.write(_sample_rows(samples, steps, first_seed, placement.seeds, task.describe))
             if task.evaluation and _crossed(task.evaluation.every, previous, done, task.total_steps):
-                params = placement.on_one_device(state.params)
+                params = placement.for_evaluation(state.params)
                 for seed, row in enumerate(rows[-placement.seeds :]):
                     evaluation, described = task.evaluation.run(_of_seed(params, seed, placement.seeds))
                     row.update(evaluation)

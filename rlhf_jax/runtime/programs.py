@@ -17,11 +17,11 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
-from rlhf_jax.models.sharding import ROWS, shardings
+from rlhf_jax.models.sharding import ROWS, sharding_of, shardings
 from rlhf_jax.types import RlhfError
 
 Step = Callable[[Any, Any, Any, jax.Array], tuple[Any, dict[str, jax.Array], Any]]
@@ -123,9 +123,19 @@ class MeshPlacement:
         """The state as checkpoints hold it."""
         return state
 
-    def on_one_device(self, params: PyTree) -> PyTree:
-        """Parameters as other code holds loaded ones, so that evaluating both compiles nothing twice."""
-        return jax.device_put(params, self.mesh.devices.flat[0])
+    def for_evaluation(self, params: PyTree) -> PyTree:
+        """Parameters where `where` puts loaded ones, so that evaluating both compiles nothing twice."""
+        return params if self._splits else jax.device_put(params, self.mesh.devices.flat[0])
+
+    def where(self, path: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
+        """On which devices a loaded parameter belongs: in parts, so that it is whole on none; or else on the first."""
+        if self._splits:
+            return sharding_of(path, shape, self.mesh)
+        return SingleDeviceSharding(self.mesh.devices.flat[0])
+
+    @property
+    def _splits(self) -> bool:
+        return self.mesh.shape["fsdp"] * self.mesh.shape["tensor"] > 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,9 +192,14 @@ class PmapPlacement:
         """The state as checkpoints hold it: one device's copy."""
         return jax.tree.map(lambda leaf: leaf[0], state)
 
-    def on_one_device(self, params: PyTree) -> PyTree:
+    def for_evaluation(self, params: PyTree) -> PyTree:
         """The first device's copy."""
         return jax.device_put(self.whole(params), self.devices[0])
+
+    def where(self, path: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
+        """On which device a loaded parameter belongs: the first, from which `put_state` replicates it."""
+        del path, shape
+        return SingleDeviceSharding(self.devices[0])
 
 
 Placement = MeshPlacement | PmapPlacement

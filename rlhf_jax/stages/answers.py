@@ -145,7 +145,8 @@ def held_out_texts(rows: list[dict[str, Any]], policy: Policy, context: Context)
 def _policy(method: Method, context: Context) -> Policy:
     if method.source not in context.stages:
         return context.policy(method.source)
-    return load_policy(context.workdir.find(method.source), seed=method.seed, step=None, find=context.workdir.find)
+    find = context.workdir.find
+    return load_policy(find(method.source), seed=method.seed, step=None, find=find, where=context.where)
 
 
 def _answers_nll(reference: Policy, rollout: Rollout, batch_size: int) -> float:

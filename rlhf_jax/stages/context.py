@@ -8,6 +8,7 @@ import jax
 from jaxtyping import PRNGKeyArray
 
 from rlhf_jax.data.pipeline import DataConfig
+from rlhf_jax.models.sharding import Where
 from rlhf_jax.rewards.functions import load_function
 from rlhf_jax.runtime.programs import Placement, RuntimeConfig, make_placement
 from rlhf_jax.runtime.progress import Bar
@@ -56,6 +57,11 @@ class Context:
         """The devices, for a stage with this many runs at once."""
         return make_placement(self.runtime, seeds)
 
+    @property
+    def where(self) -> Where:
+        """On which devices each parameter of a model goes as it is loaded."""
+        return self.placement().where
+
     def sampling(self, tokenizer: Tokenizer, temperature: float) -> Sampling:
         """Responses of the length that the data has room for."""
         return Sampling(self.data.max_response_tokens, temperature, tokenizer.stop_ids)
@@ -98,10 +104,10 @@ class Context:
     def model(self, source: str, tuning: Tuning = AS_IT_IS) -> Policy | RewardModel:
         """The model of an earlier stage or of a checkpoint, held as `tuning` says."""
         if source not in self.stages:
-            found = load_checkpoint(source, tuning)
+            found = load_checkpoint(source, tuning, where=self.where)
         else:
-            stage = load_stage(self.workdir.find(source), seed=self.seed, find=self.workdir.find)
-            found = tuned(merged(stage), tuning)
+            directory, find = self.workdir.find(source), self.workdir.find
+            found = tuned(merged(load_stage(directory, seed=self.seed, find=find, where=self.where)), tuning)
         config, most = found.network.config, self.data.max_prompt_tokens + self.data.max_response_tokens
         positions = config.context if config.positions == "learned" else config.rope.limit
         if positions is not None and most > positions:

@@ -79,8 +79,8 @@ def run(config: FrontierConfig, context: Context) -> dict[str, Any]:
         if place not in known:
             policy = reference
             if place != places[0]:
-                directory = context.workdir.find(place[0])
-                policy = load_policy(directory, seed=place[1], step=place[2], find=context.workdir.find)
+                find = context.workdir.find
+                policy = load_policy(find(place[0]), seed=place[1], step=place[2], find=find, where=context.where)
             points.append(measure(place, policy, reference, judge, prompts, config, context))
             write_rows(path, points)
         context.bar.update(done + 1, len(places), {})

@@ -17,6 +17,7 @@ from rlhf_jax.models.ensembles import EnsembleConfig
 from rlhf_jax.models.lora import Adapted, LoraConfig
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
+from rlhf_jax.models.sharding import Where
 from rlhf_jax.runtime.checkpoints import load_params
 from rlhf_jax.runtime.files import read_json, write_json
 from rlhf_jax.runtime.pretrained import MODELS, checkpoint_directory, checkpoint_tokenizer, whole_directory
@@ -102,17 +103,22 @@ def save_reward_spec(
     _save_spec(directory, model, {**more, "ensemble": ensemble, "moments": moments}, base)
 
 
-def load_stage(directory: Path, *, seed: int, find: Find | None = None) -> Policy | RewardModel:
+def load_stage(
+    directory: Path, *, seed: int, find: Find | None = None, where: Where | None = None
+) -> Policy | RewardModel:
     """What a stage trained. Raises RlhfError where it trains no model."""
     if _read_spec(directory)["network"] == "policy":
-        return load_policy(directory, seed=seed, step=None, find=find)
-    return load_reward_model(directory, find=find)
+        return load_policy(directory, seed=seed, step=None, find=find, where=where)
+    return load_reward_model(directory, find=find, where=where)
 
 
-def load_policy(directory: Path, *, seed: int, step: int | None, find: Find | None = None) -> Policy:
+def load_policy(
+    directory: Path, *, seed: int, step: int | None, find: Find | None = None, where: Where | None = None
+) -> Policy:
     """A stage's policy: its parameters, or `Adapted` ones where the stage trained an adapter.
 
-    Args: find says where the stage is that an adapter's base comes from; by default beside this one.
+    Args: find says where the stage is that an adapter's base comes from, by default beside this one; where, on which
+    devices each parameter goes, by default the first.
     Raises RlhfError where the stage trains no policy, or has no such seed or checkpoint.
     """
     spec = _spec_of(directory, "policy")
@@ -127,17 +133,17 @@ def load_policy(directory: Path, *, seed: int, step: int | None, find: Find | No
         like = jax.eval_shape(network.init_adapter, like, jax.random.key(0))
     if stop - first > 1:
         like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((stop - first, *leaf.shape), leaf.dtype), like)
-    params = load_params(directory / "checkpoints", "policy", like, step=step)
+    params = load_params(directory / "checkpoints", "policy", like, step=step, where=where)
     if stop - first > 1:
         params = jax.tree.map(lambda leaf: leaf[seed - first], params)
     if lora is not None:
-        base = _load_base(directory, find)
+        base = _load_base(directory, find, where)
         assert isinstance(base, Policy)
         params = Adapted(cast(base.params, config.param_dtype), params)
     return Policy(network, params, tokenizer, spec["hf_config"])
 
 
-def load_reward_model(directory: Path, *, find: Find | None = None) -> RewardModel:
+def load_reward_model(directory: Path, *, find: Find | None = None, where: Where | None = None) -> RewardModel:
     """A stage's reward model, as `load_policy` gives a policy. Raises RlhfError where the stage trains none.
 
     Scores that the stage normalised are so by the head that is given here. An ensemble's adapters are merged.
@@ -153,12 +159,12 @@ def load_reward_model(directory: Path, *, find: Find | None = None) -> RewardMod
         like = jax.eval_shape(network.init_adapter, like, jax.random.key(0))
     if ensemble is not None:
         like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((ensemble.members, *leaf.shape), leaf.dtype), like)
-    params = load_params(directory / "checkpoints", "reward", like, step=None)
+    params = load_params(directory / "checkpoints", "reward", like, step=None, where=where)
     if spec.get("moments") is not None:
         params = params | {"head": normalised_head(params["head"], spec["moments"], stacked=ensemble is not None)}
         network = dataclasses.replace(network, bias=True)
     if lora is not None:
-        base = _load_base(directory, find)
+        base = _load_base(directory, find, where)
         body = cast(body_of(base), config.param_dtype)
         if ensemble is None:
             params = Adapted({"body": body, "head": params["head"]}, params)
@@ -191,10 +197,11 @@ def merged(model: Policy | RewardModel) -> Policy | RewardModel:
     return model._replace(network=dataclasses.replace(model.network, lora=None), params=params)
 
 
-def load_checkpoint(source: str, tuning: Tuning = AS_IT_IS) -> Policy | RewardModel:
+def load_checkpoint(source: str, tuning: Tuning = AS_IT_IS, *, where: Where | None = None) -> Policy | RewardModel:
     """A model that others trained: a Hugging Face directory, a GGUF file, or an id on the hub.
 
-    Where there is an adapter of PEFT's instead of a whole model, it is merged into the base that it names.
+    Where there is an adapter of PEFT's instead of a whole model, it is merged into the base that it names. Each
+    parameter goes from its file straight to the devices that `where` says, by default the first.
     Raises RlhfError where there is none, where it is of a family that is not covered, or has no tokenizer.
     """
     directory = checkpoint_directory(source)
@@ -204,6 +211,7 @@ def load_checkpoint(source: str, tuning: Tuning = AS_IT_IS) -> Policy | RewardMo
         param_dtype=tuning.param_dtype,
         compute_dtype=tuning.compute_dtype or "float32",
         remat=bool(tuning.remat),
+        place=None if where is None else lambda path, array: jax.device_put(array, where(path, array.shape)),
     )
     tokenizer = checkpoint_tokenizer(directory, whole)
     if whole != directory:
@@ -299,15 +307,15 @@ def _lora(spec: dict[str, Any], directory: Path) -> LoraConfig | None:
     return configs.build(LoraConfig, spec["lora"], f"{directory / 'model.json'}: lora")
 
 
-def _load_base(directory: Path, find: Find | None) -> Policy | RewardModel:
+def _load_base(directory: Path, find: Find | None, where: Where | None) -> Policy | RewardModel:
     """The model that an adapter was trained beside: of a stage with several seeds, the first one's."""
     base = base_of(directory)
     assert base is not None, directory
     if not base.is_stage:
-        return load_checkpoint(base.name)
+        return load_checkpoint(base.name, where=where)
     beside = directory.parent / base.name  # found first: elsewhere, a stage of that name may have been run anew
     place = beside if find is None or (beside / "complete.json").exists() else find(base.name)
-    return merged(load_stage(place, seed=_read_spec(place).get("seeds", [0])[0], find=find))
+    return merged(load_stage(place, seed=_read_spec(place).get("seeds", [0])[0], find=find, where=where))
 
 
 def _model_config(spec: dict[str, Any], directory: Path) -> ModelConfig:

@@ -5,6 +5,7 @@ of the data (Coste et al. 2023, arXiv:2310.02743): member k is the single run wi
 """
 
 import dataclasses
+import functools
 from typing import Any, Literal
 
 import jax
@@ -105,12 +106,11 @@ def run(config: RewardModelConfig, context: Context) -> dict[str, Any]:
         describe=lambda step, samples: [],
     )
     train(task, config.loop, placement, context.seed, context.directory, context.bar)
+    load = functools.partial(load_reward_model, context.directory, find=context.workdir.find, where=context.where)
     if config.normalise is not None:
-        found = score_moments(
-            config.normalise, load_reward_model(context.directory, find=context.workdir.find), context
-        )
+        found = score_moments(config.normalise, load(), context)
         save_reward_spec(context.directory, model, base=source, moments=found)
-    finished = load_reward_model(context.directory, find=context.workdir.find)
+    finished = load()
     figures = report(finished, eval_data, context)
     return {"train_pairs": len(rows), "eval_pairs": len(held_out), "steps": steps, **figures}
 

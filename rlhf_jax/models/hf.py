@@ -59,13 +59,25 @@ def find_checkpoint(source: str) -> Path:
             f"{source} is not a directory: give that of a Hugging Face checkpoint, or the id of one on the hub"
         )
     import huggingface_hub  # takes a second, and only those who download need it
+    from huggingface_hub import errors
 
     try:
         return Path(huggingface_hub.snapshot_download(source, allow_patterns=_WEIGHTS))
-    except Exception as error:  # of httpx, of the hub, and of the file system
+    except errors.GatedRepoError as error:
         raise RlhfError(
-            f"{source} is no directory here, and could not be had from the hub ({type(error).__name__}): check the "
-            "name and the connection, or download it elsewhere and give its directory"
+            f"{source} is gated: ask for access on its page on the hub, and set HF_TOKEN to a token of that account"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise RlhfError(
+            f"{source} is no directory here, and the hub has no such model, or keeps it private: check the name, or "
+            "set HF_TOKEN to a token that may read it"
+        ) from error
+    except Exception as error:  # of httpx, of the hub, and of the file system
+        offline = isinstance(error.__cause__, errors.OfflineModeIsEnabled)
+        reason = "HF_HUB_OFFLINE is set" if offline else str(error.__cause__ or error).strip().partition("\n")[0]
+        raise RlhfError(
+            f"{source} is no directory here, has not been downloaded before, and could not be had from the hub "
+            f"({reason}): check the name and the connection, or download it elsewhere and give its directory"
         ) from error
 
 

@@ -1,0 +1,78 @@
+"""A hub on this machine: what huggingface_hub asks of one to download a model, and how one refuses."""
+
+import contextlib
+import hashlib
+import http.server
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import unquote, urlsplit
+
+REVISION = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub(NamedTuple):
+    """Where it listens, and the paths that were asked for, in order."""
+
+    url: str
+    asked: list[str]
+
+
+@contextlib.contextmanager
+def serving(models: dict[str, Path], refused: dict[str, tuple[int, str]]) -> Iterator[Hub]:
+    """A hub that has these models, by their ids; others it refuses with a status and a code of the hub's."""
+    asked: list[str] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            path = unquote(urlsplit(self.path).path).removeprefix("/")
+            asked.append(f"{self.command} {path}")
+            name = "/".join(path.removeprefix("api/models/").split("/")[:2])
+            status, code = refused.get(name, (404, "RepoNotFound"))
+            headers = {"X-Error-Code": code, "X-Error-Message": code}
+            body = b""
+            if name in models:
+                status, headers, body = self.found(models[name], path, name)
+            self.send_response(status)
+            for key, value in {**headers, "Content-Length": str(len(body))}.items():
+                self.send_header(key, value)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        do_HEAD = do_GET
+
+        def found(self, directory: Path, path: str, name: str) -> tuple[int, dict[str, str], bytes]:
+            files = sorted(file for file in directory.iterdir() if file.is_file())
+            if path == f"api/models/{name}/revision/main":
+                listed = [{"rfilename": file.name} for file in files]
+                return 200, {}, json.dumps({"id": name, "sha": REVISION, "siblings": listed}).encode()
+            if path == f"api/models/{name}/tree/{REVISION}":
+                listed = [
+                    {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": oid(file)} for file in files
+                ]
+                return 200, {}, json.dumps(listed).encode()
+            assert path.startswith(f"{name}/resolve/{REVISION}/"), path
+            file = directory / path.rpartition("/")[2]
+            return 200, {"ETag": f'"{oid(file)}"', "X-Repo-Commit": REVISION}, file.read_bytes()
+
+        def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield Hub(f"http://127.0.0.1:{server.server_address[1]}", asked)
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def oid(file: Path) -> str:
+    return hashlib.sha1(file.read_bytes()).hexdigest()

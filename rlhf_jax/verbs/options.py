@@ -49,7 +49,11 @@ class Parser(argparse.ArgumentParser):
 def add_model_flags(parser: Parser) -> None:
     """The flags that `load_model` reads."""
     which = parser.add_argument_group("which model", "--model, or --workdir and --stage")
-    which.add_argument("--model", metavar="DIR", help="a Hugging Face directory, a GGUF file, or OWNER/NAME on the hub")
+    which.add_argument(
+        "--model",
+        metavar="DIR",
+        help="a Hugging Face directory or a PEFT adapter's, a GGUF file, or OWNER/NAME on the hub",
+    )
     which.add_argument("--workdir", type=Path, metavar="DIR", help="where an experiment was run")
     which.add_argument("--stage", metavar="NAME", help="the stage of it whose model is meant")
     which.add_argument("--inputs", type=Path, metavar="DIR", help="where stages are that the experiment only read")

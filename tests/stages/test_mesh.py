@@ -6,7 +6,7 @@ import pytest
 
 from rlhf_jax import config as configs
 from rlhf_jax.models.sharding import shardings
-from rlhf_jax.runtime.programs import RuntimeConfig, make_placement
+from rlhf_jax.runtime.programs import MeshPlacement, RuntimeConfig, make_placement
 from rlhf_jax.stages.context import Context
 from tests.stages import experiments
 from tests.stages.test_reference import preference_rows, section
@@ -47,6 +47,7 @@ def test_what_is_loaded_lies_where_it_is_trained_and_nowhere_else(finished):
     _, loaded = finished
     assert list(loaded) == ["dpo", "tuned"]  # a checkpoint's, and a stage's
     placement = make_placement(configs.build(RuntimeConfig, MESH, "runtime"), 1)
+    assert isinstance(placement, MeshPlacement)
     for params, present in loaded.values():
         layout = shardings(params, placement.mesh, leading_axes=0)
         assert all(jax.tree.leaves(jax.tree.map(lambda leaf, there: leaf.sharding == there, params, layout)))

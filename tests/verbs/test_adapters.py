@@ -112,6 +112,14 @@ def test_what_is_wrong_with_the_stage_beside_is_told(said, made, tmp_path, capsy
     assert "has no stage 'dpo'; its stages: " in fails(capsys, *asked)
 
 
+def test_adapters_of_several_seeds_have_the_first_seeds_base(made, tmp_path, capsys):
+    start = load_checkpoint(str(made / "source"))
+    write_stage(tmp_path / "run" / "sft", start, seeds=range(3, 4))
+    write_stage(tmp_path / "run" / "dpo", adapted(start), Base("sft", is_stage=True), seeds=range(3, 5))
+    out = export(capsys, tmp_path, "dpo", tmp_path / "out", "--policy-seed=4")
+    assert_equal(load_checkpoint(str(out)), merged(adapted(start)))
+
+
 def test_what_has_no_adapter(made, tmp_path, capsys):
     write_stage(tmp_path / "run" / "sft", load_checkpoint(str(made / "source")))
     out = f"--out={tmp_path / 'out'}"

@@ -60,16 +60,18 @@ def test_another_dtype(tmp_path, capsys):
     assert {leaf.dtype.name for leaf in leaves} == {"bfloat16"}
 
 
-def write_stage(directory, model: Policy | RewardModel, base: Base | None = None) -> None:
-    """What a stage leaves of its model: its parameters, or those of its adapter beside `base`."""
+def write_stage(directory, model: Policy | RewardModel, base: Base | None = None, seeds: range = range(1)) -> None:
+    """What a stage leaves of its model, for each seed: its parameters, or those of its adapter beside `base`."""
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps({"section": {"kind": "x"}, "common": {}, "inputs": {}}))
     kind = "policy" if isinstance(model, Policy) else "reward"
     if isinstance(model, Policy):
-        models.save_policy_spec(directory, model, range(1), base=base)
+        models.save_policy_spec(directory, model, seeds, base=base)
     else:
         models.save_reward_spec(directory, model, base=base)
     params = model.params.adapter if isinstance(model.params, Adapted) else model.params
+    if len(seeds) > 1:
+        params = jax.tree.map(lambda leaf: jnp.stack([leaf] * len(seeds)), params)
     with contextlib.closing(Checkpoints(directory / "checkpoints", keep=1)) as kept:
         kept.save(TrainState(jnp.int32(0), {kind: params}, ()))
 

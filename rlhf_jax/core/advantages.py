@@ -14,7 +14,10 @@ from rlhf_jax.core import masking
 
 
 def score_clipped(scores: Float[Array, "B"], *, clip: float | None) -> Float[Array, "B"]:
-    """Scores within plus and minus `clip`, or as they are: a bound on what one response can do (arXiv:2403.17031)."""
+    """Scores within plus and minus `clip`, or as they are: a bound on what one response can do.
+
+    Score clipping of Zheng et al. 2023 (Secrets of RLHF, arXiv:2307.04964), who normalise scores first.
+    """
     return scores if clip is None else jnp.clip(scores, -clip, clip)
 
 

@@ -44,7 +44,7 @@ def masked_variance(x: Float[Array, "*dims"], mask: Bool[Array, "*dims"], axes: 
 def whiten(x: Float[Array, "B T"], mask: Bool[Array, "B T"], axes: tuple[str, ...]) -> Float[Array, "B T"]:
     """Shift and scale to mean 0 and variance 1 over the masked entries of the whole batch; 0 elsewhere.
 
-    As `masked_whiten` of Huang et al. 2024 (arXiv:2403.17031, detail 23): the variance is stabilised by 1e-8 under the
+    As `masked_whiten` of Huang et al. 2024 (arXiv:2403.17031): the variance is stabilised by 1e-8 under the
     root. We divide by the count, they by the count less one.
     """
     x = jnp.where(mask, x, 0)

@@ -89,8 +89,8 @@ def cispo(
 ) -> TokenLosses:
     r"""CISPO: $-\mathrm{sg}[\min(r_t, 1 + \epsilon_{high})] A_t \log \pi(a_t)$, in which every token keeps a gradient.
 
-    The importance weight is clipped, not the update, and has no gradient: MiniMax-M1 (Chen et al. 2025,
-    arXiv:2506.13585). As there, it has no lower bound.
+    The importance weight is clipped, not the update, and has no gradient: eqs. 4 and 5 of MiniMax-M1 (Chen et al.
+    2025, arXiv:2506.13585). As in their runs, it has no lower bound.
     """
     ratio = jnp.exp(_log_ratio(logprobs, old_logprobs, response_mask))
     weight = jax.lax.stop_gradient(jnp.minimum(ratio, 1 + clip_ratio_high))
@@ -263,7 +263,7 @@ def value_loss(
     r"""Clipped squared error of the values, averaged over the response tokens of the whole batch.
 
     $L = \frac12 \mathbb{E}[\max((V - \hat R)^2, (\mathrm{clip}(V, V_{old} \pm \epsilon) - \hat R)^2)]$, as in OpenAI
-    baselines' PPO2 and detail 25 of Huang et al. 2024 (arXiv:2403.17031).
+    baselines' PPO2, and in Ziegler et al.'s code (lm-human-preferences).
 
     Returns: the loss and `val/clipfrac_avg`, the share of tokens where the clipped branch was taken.
     """

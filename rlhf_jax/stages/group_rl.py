@@ -1,8 +1,8 @@
 """group_rl: policy gradients without a value function; responses are compared with each other instead.
 
 RLOO, REINFORCE++, GRPO, Dr. GRPO, DAPO, GSPO and CISPO are one iteration (`policy_gradient.py`) with other fields:
-`METHODS` has what each paper sets, and any field of it can be set otherwise. What PPO has of details of the rollout,
-the scores, the penalty and the optimiser holds here as well.
+`METHODS` has what each paper sets, or else what is usual, and any field of it can be set otherwise. What PPO has of
+details of the rollout, the scores, the penalty and the optimiser holds here as well.
 """
 
 import dataclasses
@@ -30,6 +30,7 @@ from rlhf_jax.stages.policy_method import (
 
 Name = Literal["rloo", "reinforce_plus_plus", "grpo", "dr_grpo", "dapo", "gspo", "cispo"]
 
+# Of TRL and verl, where a paper names none of its own.
 PPO_BOUNDS = {"policy_loss": "ppo", "clip_ratio": 0.2, "clip_ratio_high": 0.2}
 WITHOUT_PENALTY = {"kl_coef": 0.0, "kl_estimator": "k3", "kl_in": "loss"}
 
@@ -53,7 +54,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "kl_estimator": "k1",
         "kl_in": "reward",
     },
-    # Shao et al. 2024 (DeepSeekMath, arXiv:2402.03300).
+    # Shao et al. 2024 (DeepSeekMath, arXiv:2402.03300): the coefficient is that of their runs, section 4.2.
     "grpo": {
         **PPO_BOUNDS,
         "advantage": "grpo",
@@ -62,10 +63,10 @@ METHODS: dict[str, dict[str, Any]] = {
         "kl_estimator": "k3",
         "kl_in": "loss",
     },
-    # Liu et al. 2025 (arXiv:2503.20783).
+    # Liu et al. 2025 (arXiv:2503.20783), whose runs have no penalty.
     "dr_grpo": {**PPO_BOUNDS, **WITHOUT_PENALTY, "advantage": "dr_grpo", "aggregation": "constant"},
-    # Yu et al. 2025 (arXiv:2503.14476): L_cache is 4096 of 20480 tokens. The bound on the rounds is that of verl's
-    # description of DAPO, where the paper has none.
+    # Yu et al. 2025 (arXiv:2503.14476), section 4.1: L_cache is 4096 of 20480 tokens. The bound on the rounds is that
+    # of verl's description of DAPO, where the paper has none.
     "dapo": {
         **PPO_BOUNDS,
         **WITHOUT_PENALTY,
@@ -75,7 +76,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "dynamic_sampling_rounds": 10,
         "overlong_buffer": 0.2,
     },
-    # Zheng et al. 2025 (arXiv:2507.18071).
+    # Zheng et al. 2025 (arXiv:2507.18071), section 5.1.
     "gspo": {
         **WITHOUT_PENALTY,
         "advantage": "grpo",

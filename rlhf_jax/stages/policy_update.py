@@ -2,8 +2,8 @@
 
 Details of Huang et al. 2024 (arXiv:2403.17031, "N+") and of their study of Ziegler et al.'s code (2023, "N") that stand
 here: the clipped loss of the policy and of the values (N), minibatches of whole shuffled responses, in another order
-every epoch (N), Adam's epsilon and the rate's warm-up (N, by the optimizer's config); and by choice a bonus on the
-entropy, first iterations that train the values alone, and the pre-training mix of InstructGPT (arXiv:2203.02155).
+every epoch (N), Adam's epsilon of 1e-5 (N, by the optimizer's config); and by choice a bonus on the entropy, first
+iterations that train the values alone, and the pre-training mix of InstructGPT (arXiv:2203.02155).
 """
 
 import dataclasses

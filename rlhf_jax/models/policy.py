@@ -100,6 +100,19 @@ class PolicyNetwork:
         hidden, cache = self._apply(params, tokens[:, None], seen, cache, slot, method="extend")
         return self._logits(params, hidden[:, 0]), cache
 
+    def extend(
+        self,
+        params: PyTree,
+        tokens: Int[Array, "B S"],
+        mask: Bool[Array, "B S"],
+        cache: KVCache,
+        slot: Int[Array, ""] | int,
+    ) -> tuple[Float[Array, "B V"], KVCache]:
+        """Prefill that goes on: logits of the token after S more, right-padded, which go into the cache from `slot`."""
+        hidden, cache = self._apply(params, tokens, mask, cache, slot, method="extend")
+        last = jnp.sum(mask, axis=1, dtype=jnp.int32) - 1
+        return self._logits(params, jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]), cache
+
     @property
     def _body(self) -> Transformer:
         return Transformer(self.config, self.vocab_size)

@@ -9,15 +9,14 @@ import numpy as np
 import pandas as pd
 
 from rlhf_jax import config as configs
-from rlhf_jax.data import pipeline
 from rlhf_jax.data.pipeline import DataConfig
 from rlhf_jax.rewards import tfidf
 from rlhf_jax.runtime.files import read_json, read_rows
-from rlhf_jax.sampling.batches import sample_all, sequence_kl
-from rlhf_jax.sampling.choice import Sampling
+from rlhf_jax.sampling.batches import sequence_kl
+from rlhf_jax.sampling.options import SamplingOptions
 from rlhf_jax.stages import models
 from rlhf_jax.stages.gold import JUDGE_FILE
-from rlhf_jax.stages.samples import texts
+from rlhf_jax.stages.samples import respond
 from rlhf_jax.stages.scoring import make_scorer
 from rlhf_jax.text.tokenizer import TOKENIZER_FILE, Tokenizer
 from rlhf_jax.types import RlhfError
@@ -215,35 +214,35 @@ class Run:
         *,
         stage: str,
         n: int = 1,
-        temperature: float = 1.0,
         seed: int = 0,
         policy_seed: int | None = None,
+        **options: Any,
     ) -> pd.DataFrame:
-        """Draws n responses to each prompt from a stage's policy.
+        """Draws n responses to each prompt from a stage's policy, as `rlhf-jax sample` does for the same options.
 
-        Args: seed makes the random numbers; policy_seed says whose policy, where a stage trained several.
+        Args: seed makes the random numbers; policy_seed says whose policy, where a stage trained several; options are
+        the fields of SamplingOptions: temperature, top_k, top_p, min_p, max_new_tokens (what the data has room for,
+        unless told otherwise) and stop, a list of texts.
 
         Returns: `prompt, completion, score, kl`. The score is that of the experiment's reward model (NaN without one);
         kl is log pi(y|x) - log pi_0(y|x) in nats, EOS included, where pi_0 is the policy that the stage started from (0
-        for one trained from scratch). Both policies are taken at the temperature that is sampled at.
+        for one trained from scratch). Both policies are taken at the temperature that is sampled at, where that is 0 at
+        1, and whole: top_k, top_p and min_p leave out none of their tokens.
 
-        Raises RlhfError where a prompt is too long or has words that the tokenizer does not know.
+        Raises RlhfError where a prompt is too long or has words that the tokenizer does not know, and where an option
+        is unknown or cannot be.
         """
-        if n < 1 or temperature <= 0:
-            raise RlhfError(f"n = {n} must be at least 1, and temperature = {temperature} above 0")
+        if n < 1:
+            raise RlhfError(f"n = {n} must be at least 1")
+        how = configs.build(SamplingOptions, options, "sample")
         policy, data = self.load_policy(stage, policy_seed), self._data(stage)
         ids = [encode_prompt(prompt, policy.tokenizer, data.max_prompt_tokens) for prompt in prompts]
         if not ids:
             return pd.DataFrame(columns=["prompt", "completion", "score", "kl"])
         batch_size = min(SAMPLE_BATCH, len(ids) * n)
-        rollout = sample_all(
-            policy.network,
-            policy.params,
-            pipeline.pad_left(ids, data.max_prompt_tokens),
-            jax.random.key(seed),
-            Sampling(data.max_response_tokens, float(temperature), policy.tokenizer.stop_ids),
-            samples=n,
-            batch_size=batch_size,
+        sampling = how.sampling(policy.tokenizer.stop_ids, data.max_response_tokens)
+        rollout, completions = respond(
+            policy, ids, jax.random.key(seed), sampling, how.stop, samples=n, batch_size=batch_size
         )
         scores, kl = np.full((2, len(rollout.response)), [[math.nan], [0.0]])
         judge, start = self.reward_model_of(stage), self.config(stage)["section"].get("policy")
@@ -258,9 +257,8 @@ class Run:
                 (reference.network, reference.params),
                 rollout,
                 batch_size=batch_size,
-                temperature=float(temperature),
+                temperature=how.temperature or 1.0,
             )
-        completions = texts(policy.tokenizer, rollout)[1]
         return pd.DataFrame({"prompt": np.repeat(prompts, n), "completion": completions, "score": scores, "kl": kl})
 
     def _checkpoint(self, source: str) -> models.Policy:

@@ -13,6 +13,7 @@ from rlhf_jax.models.head import TokenStats
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
 from rlhf_jax.sampling.choice import Sampling
+from rlhf_jax.sampling.continuous import default_refill, generate_queue
 from rlhf_jax.sampling.generate import generate
 from rlhf_jax.types import PromptBatch, Rollout, TokenBatch
 
@@ -24,14 +25,21 @@ class Divergences(NamedTuple):
     k3: np.ndarray  # unbiased, of lower variance, never negative
 
 
-def map_batches(function: Callable[[Any], Any], arrays: Any, batch_size: int) -> Any:
-    """A function of all rows, `batch_size` at a time, in NumPy. The last batch is filled up with its last row."""
+def map_batches(function: Callable[[Any], Any], arrays: Any, batch_size: int, *, each: int = 1) -> Any:
+    """A function of all rows, `batch_size` at a time, in NumPy. The last batch is filled up with its last row.
+
+    Args: each is how many rows the function gives for one.
+    """
     count = len(jax.tree.leaves(arrays)[0])
     parts = []
     for start in range(0, count, batch_size):
         rows = np.minimum(np.arange(start, start + batch_size), count - 1)
         parts.append(function(jax.tree.map(lambda leaf, rows=rows: leaf[rows], arrays)))
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:count], *parts)
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[: count * each], *parts)
+
+
+QUEUE = 32
+"""The most rows that go through the slots in one program, in multiples of the slots: what the device has to hold."""
 
 
 def sample_all(
@@ -43,14 +51,62 @@ def sample_all(
     *,
     samples: int,
     batch_size: int,
+    first: int = 0,
+    limits: np.ndarray | None = None,
+    stop_strings: np.ndarray | None = None,
 ) -> Rollout:
     """`samples` responses to each of N prompts (tokens and mask, left-padded): a Rollout of N * samples rows, grouped.
 
-    Row i * samples + j is sample j of prompt i, and is drawn with that number's key: the batch size changes nothing.
+    Row i * samples + j is sample j of prompt i, and is drawn with the number of that row where `first` prompts stand
+    before: the batch size changes nothing. Samples of a prompt share its prefill where they fit into a batch.
+
+    Where rows are left after the first batch, its lengths say how those are sampled. Where they are uneven, through
+    `batch_size` slots, each of which takes the next prompt as soon as it is free: then nobody waits for the longest of
+    a batch. Where most have nearly the same length, batch by batch, which costs less a token. Which it is changes no
+    row, but by the rounding of the last bits.
+
+    Args: limits (tokens a prompt, int32[N]) and stop_strings as in `generate`.
     """
-    tokens, mask = (np.repeat(array, samples, axis=0) for array in prompts)
-    rows = PromptBatch(tokens, mask, np.arange(len(tokens), dtype=np.int32))
-    return map_batches(lambda batch: _generate(policy, params, batch, key, sampling).rollout, rows, batch_size)
+    shared = samples if samples <= batch_size else 1
+    tokens, mask = (np.repeat(array, samples // shared, axis=0) for array in prompts)
+    rows = PromptBatch(tokens, mask, np.arange(len(tokens), dtype=np.int32) + first * (samples // shared))
+    most = np.full(len(prompts[0]), sampling.max_new_tokens) if limits is None else limits
+    asked = (rows, np.repeat(most.astype(np.int32), samples // shared))
+    at_once = batch_size // shared
+
+    def of_batch(part: tuple[PromptBatch, np.ndarray]) -> Rollout:
+        return _generate(policy, params, *part, key, sampling, shared, stop_strings)
+
+    begun = map_batches(of_batch, _rows(asked, slice(at_once)), at_once, each=shared)
+    rest = _rows(asked, slice(at_once, None))
+    if not len(rest[1]):
+        return begun
+    if not _uneven(begun):
+        return _joined([begun, map_batches(of_batch, rest, at_once, each=shared)])
+    parts = [begun]
+    size = min(at_once * QUEUE, 1 << (len(rest[1]) - 1).bit_length())  # few programs for many numbers of prompts
+    for start in range(0, len(rest[1]), size):
+        part, most = _rows(rest, slice(start, start + size))
+        count = len(most)
+        filled = _rows(part, np.minimum(np.arange(size), count - 1))
+        most = np.pad(most, (0, size - count))  # at a limit of 0 nothing is sampled
+        found = _generate_queue(policy, params, filled, most, key, sampling, shared, stop_strings, at_once * shared)
+        parts.append(_rows(jax.device_get(found), slice(count * shared)))
+    return _joined(parts)
+
+
+def _uneven(rollout: Rollout) -> bool:
+    """Whether rows wait so long for the longest that a queue pays: on two CPU cores, from about 0.7 of its length."""
+    lengths = rollout.response_mask.sum(axis=1)
+    return bool(lengths.mean() < 2 / 3 * lengths.max())
+
+
+def _rows(arrays: PyTree, which: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf[which], arrays)
+
+
+def _joined(parts: list[Rollout]) -> Rollout:
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
 
 
 def score_all(network: ScalarNetwork, params: PyTree, rollout: Rollout, batch_size: int) -> np.ndarray:
@@ -111,9 +167,27 @@ def sequence_stats_all(policy: PolicyNetwork, params: PyTree, data: TokenBatch, 
     return map_batches(lambda batch: _sequence_stats(policy, params, batch), data, batch_size)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4))
-def _generate(policy, params, prompts, key, sampling):
-    return generate(policy, params, prompts, key, sampling)
+@functools.partial(jax.jit, static_argnums=(0, 5, 6))
+def _generate(policy, params, prompts, limits, key, sampling, samples, stop_strings):
+    found = generate(policy, params, prompts, key, sampling, samples=samples, limits=limits, stop_strings=stop_strings)
+    return found.rollout
+
+
+@functools.partial(jax.jit, static_argnums=(0, 5, 6, 8))
+def _generate_queue(policy, params, prompts, limits, key, sampling, samples, stop_strings, slots):
+    found, _ = generate_queue(
+        policy,
+        params,
+        prompts,
+        key,
+        sampling,
+        slots=slots,
+        refill=default_refill(slots, samples),
+        samples=samples,
+        limits=limits,
+        stop_strings=stop_strings,
+    )
+    return found.rollout
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.transformer import EMPTY, KVCache, empty_cache
 from rlhf_jax.sampling.choice import Sampling, draw, uniform_at
-from rlhf_jax.sampling.generate import Generation, cast_weights, is_stop
+from rlhf_jax.sampling.generate import Generation, cast_weights, ends_response, sample_numbers
 from rlhf_jax.types import PromptBatch, Rollout
 
 
@@ -28,9 +28,10 @@ class _Slots(NamedTuple):
 
     time: Array  # int32: steps taken; the ring's place of the next token is `time` modulo its length
     queue: Array  # int32: prompts taken so far
-    prompt: Array  # int32[slots]: which prompt, or N
+    row: Array  # int32[slots]: which response, or N
     last: Array  # int32[slots]: its last token
     length: Array  # int32[slots]: response tokens written
+    progress: Array  # int32[slots]: how far into a stop string
     cache: KVCache
     response: Array  # int32[N, T]
     response_mask: Array  # bool[N, T]
@@ -39,9 +40,9 @@ class _Slots(NamedTuple):
     steps: Array  # int32: decoding steps, for those who measure
 
 
-def default_refill(slots: int) -> int:
-    """How many slots fall free before a prefill: few, so that little idles, but so many that a prefill is a batch."""
-    return max(2, slots // 8)
+def default_refill(slots: int, samples: int = 1) -> int:
+    """How many prompts are taken at once: few, so that little idles, but so many that a prefill is a batch."""
+    return max(1, max(2, slots // 8) // samples)
 
 
 def generate_queue(
@@ -53,54 +54,68 @@ def generate_queue(
     *,
     slots: int,
     refill: int,
-    limits: Int[Array, "N"] | None = None,
+    samples: int = 1,
+    limits: Int[Array, "B"] | None = None,
+    stop_strings: Int[Array, "Q V"] | None = None,
 ) -> tuple[Generation, Int[Array, ""]]:
-    """One response to each of N prompts, by `slots` rows at a time: what `generate` gives for the same rows and key.
+    """What `generate` gives for the same prompts and key, by at most `slots` rows at a time.
 
-    Args: a prefill of `refill` prompts is made as soon as so many slots are free, or fewer prompts are left; limits are
-    tokens a prompt. Not for use under `vmap`, where both branches of a refill would be run at every step.
+    Args: a prefill of `refill` prompts is made as soon as so many slots are free as they have samples, or fewer prompts
+    are left; limits are tokens a prompt. A prompt whose limit is 0 is not answered, and costs nothing; such prompts
+    must stand last. So that one program serves several numbers of prompts. Not for use under `vmap`, where both
+    branches of a refill would be run at every step.
     Returns: the responses in the order of the prompts, and the number of decoding steps taken.
+    Raises ValueError where there are fewer slots than samples of a prompt, which share its prefill.
     """
+    if slots < samples:
+        raise ValueError(f"slots = {slots} must be at least samples = {samples}, which are begun together")
     params = cast_weights(params, policy.config.compute_dtype)
-    count, prompt_length = prompts.tokens.shape
-    ring = prompt_length + sampling.max_new_tokens
-    slots, refill = min(slots, count), min(refill, slots, count)
-    ends = jnp.full(count, sampling.max_new_tokens, jnp.int32) if limits is None else limits
-    ends = jnp.append(ends, 0)
-    numbers = jnp.append(prompts.rows, 0)
+    (asked, prompt_length), ring = prompts.tokens.shape, prompts.tokens.shape[1] + sampling.max_new_tokens
+    count = asked * samples
+    slots = min(slots, count)
+    refill = min(refill, slots // samples)
+    ends = jnp.full(asked, sampling.max_new_tokens, jnp.int32) if limits is None else limits
+    total = jnp.sum(ends > 0, dtype=jnp.int32)
+    ends = jnp.append(jnp.repeat(ends, samples), 0)
+    numbers = jnp.append(sample_numbers(prompts, samples), 0)
     blank = jnp.zeros((count, sampling.max_new_tokens), jnp.int32)
     nothing = jnp.zeros(blank.shape, jnp.float32)
 
     def put(whole: Array, index: Array | tuple, part: Array | int) -> Array:
         return whole.at[index].set(part, mode="drop", unique_indices=True)
 
-    def write(state: _Slots, rows: Array, slot: Array, length: Array, logits: Array) -> _Slots:
-        """The next token of some slots, given its logits; `rows` are their prompts."""
+    def write(state: _Slots, rows: Array, slot: Array, length: Array, progress: Array, logits: Array) -> _Slots:
+        """The next token of some slots, given its logits; `rows` are their responses."""
         uniforms = jax.vmap(lambda number, t: uniform_at(key, number, t))(numbers[rows], length)
         token, logprob, model_logprob = draw(logits, uniforms, sampling)
         going = rows < count
-        ended = is_stop(token, sampling.stop_ids) | (length + 1 >= ends[rows])
+        stopped, progress = ends_response(token, progress, sampling, stop_strings)
+        ended = stopped | (length + 1 >= ends[rows])
         place = (jnp.where(going, rows, count + jnp.arange(rows.size, dtype=jnp.int32)), length)
         return state._replace(
             response=put(state.response, place, token),
             response_mask=put(state.response_mask, place, going),
             logprobs=put(state.logprobs, place, logprob),
             model_logprobs=put(state.model_logprobs, place, model_logprob),
-            prompt=put(state.prompt, slot, jnp.where(ended, count, rows)),
+            row=put(state.row, slot, jnp.where(ended, count, rows)),
             last=put(state.last, slot, token),
             length=put(state.length, slot, jnp.where(going, length + 1, 0)),
+            progress=put(state.progress, slot, progress),
         )
 
     def take(state: _Slots) -> _Slots:
-        """Prefill of the next prompts into slots that are free."""
-        free = state.prompt == count
-        chosen = jnp.argsort(~free, stable=True)[:refill].astype(jnp.int32)
-        rows = state.queue + jnp.cumsum(free[chosen], dtype=jnp.int32) - 1
-        usable = free[chosen] & (rows < count)
-        rows = jnp.where(usable, rows, count)
-        slot = jnp.where(usable, chosen, slots + jnp.arange(refill, dtype=jnp.int32))  # out of bounds: dropped
-        source = jnp.minimum(rows, count - 1)
+        """Prefill of the next prompts, for slots that are free."""
+        free = state.row == count
+        begun = jnp.minimum(jnp.minimum(jnp.sum(free, dtype=jnp.int32) // samples, refill), total - state.queue)
+        offset = jnp.arange(refill * samples, dtype=jnp.int32)
+        usable = offset < begun * samples
+        rows = jnp.where(usable, state.queue * samples + offset, count)
+        chosen = jnp.argsort(~free, stable=True)[: refill * samples].astype(jnp.int32)
+        slot = jnp.where(usable, chosen, slots + offset)  # out of bounds: dropped
+        source = jnp.minimum(state.queue + jnp.arange(refill, dtype=jnp.int32), asked - 1)
         logits, filled = policy.start(params, prompts.tokens[source], prompts.mask[source], prompt_length, ring)
+        if samples > 1:
+            logits, filled = jax.tree.map(lambda leaf: jnp.repeat(leaf, samples, axis=0), (logits, filled))
         places = (state.time - prompt_length + jnp.arange(prompt_length, dtype=jnp.int32)) % ring
         index = (slot[:, None], slice(None), places[None, :])
 
@@ -113,31 +128,32 @@ def generate_queue(
             tuple(map(fill, state.cache.values, filled.values)),
             put(positions, (slot[:, None], places[None, :]), filled.positions),
         )
-        state = state._replace(cache=cache, queue=state.queue + jnp.sum(usable, dtype=jnp.int32))
-        return write(state, rows, slot, jnp.zeros(refill, jnp.int32), logits)
+        fresh = jnp.zeros(refill * samples, jnp.int32)
+        return write(state._replace(cache=cache, queue=state.queue + begun), rows, slot, fresh, fresh, logits)
 
     def decode(state: _Slots) -> _Slots:
         """One more token of every slot."""
         logits, cache = policy.step(params, state.last, state.cache, state.time % ring)
         state = state._replace(cache=cache, time=state.time + 1, steps=state.steps + 1)
-        everything = jnp.arange(slots, dtype=jnp.int32)
-        return write(state, state.prompt, everything, jnp.where(state.prompt < count, state.length, 0), logits)
+        everything, length = jnp.arange(slots, dtype=jnp.int32), jnp.where(state.row < count, state.length, 0)
+        return write(state, state.row, everything, length, state.progress, logits)
 
     def worthwhile(state: _Slots) -> Array:
         """Whether enough slots are free for a prefill."""
-        free, left = jnp.sum(state.prompt == count, dtype=jnp.int32), count - state.queue
-        return (left > 0) & (free >= jnp.minimum(refill, left))
+        free, left = jnp.sum(state.row == count, dtype=jnp.int32), total - state.queue
+        return (left > 0) & (free >= samples * jnp.minimum(refill, left))
 
     def advance(state: _Slots) -> _Slots:
         state = jax.lax.while_loop(worthwhile, take, state)
-        return jax.lax.cond(jnp.any(state.prompt < count), decode, lambda state: state, state)
+        return jax.lax.cond(jnp.any(state.row < count), decode, lambda state: state, state)
 
     state = _Slots(
         time=jnp.int32(prompt_length),
         queue=jnp.int32(0),
-        prompt=jnp.full(slots, count, jnp.int32),
+        row=jnp.full(slots, count, jnp.int32),
         last=jnp.zeros(slots, jnp.int32),
         length=jnp.zeros(slots, jnp.int32),
+        progress=jnp.zeros(slots, jnp.int32),
         cache=empty_cache(policy.config, slots, ring),
         response=blank,
         response_mask=blank.astype(bool),
@@ -145,6 +161,7 @@ def generate_queue(
         model_logprobs=nothing,
         steps=jnp.int32(0),
     )
-    state = jax.lax.while_loop(lambda state: (state.queue < count) | jnp.any(state.prompt < count), advance, state)
-    rollout = Rollout(prompts.tokens, prompts.mask, state.response, state.response_mask)
+    state = jax.lax.while_loop(lambda state: (state.queue < total) | jnp.any(state.row < count), advance, state)
+    prompt, mask = (jnp.repeat(leaf, samples, axis=0) for leaf in (prompts.tokens, prompts.mask))
+    rollout = Rollout(prompt, mask, state.response, state.response_mask)
     return Generation(rollout, state.logprobs, state.model_logprobs), state.steps

@@ -10,6 +10,7 @@ from rlhf_jax.models.config import DType
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.transformer import KVCache
 from rlhf_jax.sampling.choice import Sampling, draw, row_uniforms
+from rlhf_jax.text.stop_strings import FOUND
 from rlhf_jax.types import PromptBatch, Rollout
 
 
@@ -30,6 +31,7 @@ class Decoding(NamedTuple):
     logprobs: Array  # float32[B, T]
     model_logprobs: Array  # float32[B, T]
     ended: Array  # bool[B]
+    progress: Array  # int32[B]: how far into a stop string
     cache: KVCache
 
 
@@ -42,19 +44,21 @@ def generate(
     *,
     samples: int = 1,
     limits: Int[Array, "B"] | None = None,
+    stop_strings: Int[Array, "Q V"] | None = None,
     loop_axes: tuple[str, ...] = (),
 ) -> Generation:
-    """Samples responses to each prompt, each up to and including a stop token or its limit.
+    """Samples responses to each prompt, each up to and including a stop token, the end of a stop string or its limit.
 
     Args: samples of one prompt stand one after the other, share its prefill, and are numbered `row * samples + i`;
-    limits are tokens a prompt, at most `max_new_tokens`, which is what None means. loop_axes names the `vmap` axes
-    around this call: the loop's predicate is reduced over them, and must be one boolean, or the loop would become a
-    select over the whole cache at every token.
+    limits are tokens a prompt, at most `max_new_tokens`, which is what None means; stop_strings is their `stop_table`:
+    the token that completes one is a response's last. loop_axes names the `vmap` axes around this call: the loop's
+    predicate is reduced over them, and must be one boolean, or the loop would become a select over the whole cache at
+    every token.
 
     Returns: the prompts with their responses, padded on the right with token 0 and a False mask.
     """
     params = cast_weights(params, policy.config.compute_dtype)
-    rows = _numbers(prompts, samples)
+    rows = sample_numbers(prompts, samples)
     uniforms = row_uniforms(key, rows, sampling.max_new_tokens)
     most = sampling.max_new_tokens
     ends = jnp.full(rows.shape, most, jnp.int32) if limits is None else jnp.repeat(limits, samples)
@@ -65,10 +69,16 @@ def generate(
             some_left = jax.lax.pmax(some_left.astype(jnp.int32), loop_axes) > 0
         return (decoding.t < most) & some_left
 
-    def advance(decoding: Decoding) -> Decoding:
-        return step(policy, params, decoding, prompts.tokens.shape[1], uniforms, ends, sampling)
+    def append(decoding: Decoding, logits: Array) -> Decoding:
+        return _append(decoding, logits, uniforms, ends, sampling, stop_strings)
 
-    decoding = start(policy, params, prompts, uniforms, ends, sampling, samples=samples)
+    def advance(decoding: Decoding) -> Decoding:
+        """One more token of every response that has not ended."""
+        last = decoding.response[:, decoding.t - 1]
+        logits, cache = policy.step(params, last, decoding.cache, prompts.tokens.shape[1] + decoding.t - 1)
+        return append(decoding._replace(cache=cache), logits)
+
+    decoding = append(*_prefill(policy, params, prompts, most, samples))
     decoding = jax.lax.while_loop(unfinished, advance, decoding)
     prompt, mask = (jnp.repeat(leaf, samples, axis=0) for leaf in (prompts.tokens, prompts.mask))
     rollout = Rollout(prompt, mask, decoding.response, decoding.response_mask)
@@ -88,41 +98,17 @@ def cast_weights(params: PyTree, dtype: DType) -> PyTree:
     return jax.tree_util.tree_map_with_path(cast, params)
 
 
-def start(
-    policy: PolicyNetwork,
-    params: PyTree,
-    prompts: PromptBatch,
-    uniforms: Array,
-    ends: Array,
-    sampling: Sampling,
-    *,
-    samples: int = 1,
-) -> Decoding:
-    """Prefill, and the first token of every response."""
-    most = sampling.max_new_tokens
+def _prefill(
+    policy: PolicyNetwork, params: PyTree, prompts: PromptBatch, most: int, samples: int
+) -> tuple[Decoding, Array]:
+    """Responses before their first token, and its logits."""
     logits, cache = policy.start(params, prompts.tokens, prompts.mask, prompts.tokens.shape[1] + most)
     if samples > 1:
         logits, cache = jax.tree.map(lambda leaf: jnp.repeat(leaf, samples, axis=0), (logits, cache))
     blank = jnp.zeros((logits.shape[0], most), jnp.int32)
     none = jnp.zeros(blank.shape, jnp.float32)
-    ended = jnp.zeros(blank.shape[0], bool)
-    decoding = Decoding(jnp.int32(0), blank, blank.astype(bool), none, none, ended, cache)
-    return _append(decoding, logits, uniforms, ends, sampling)
-
-
-def step(
-    policy: PolicyNetwork,
-    params: PyTree,
-    decoding: Decoding,
-    prompt_length: int,
-    uniforms: Array,
-    ends: Array,
-    sampling: Sampling,
-) -> Decoding:
-    """One more token of every response that has not ended."""
-    last = decoding.response[:, decoding.t - 1]
-    logits, cache = policy.step(params, last, decoding.cache, prompt_length + decoding.t - 1)
-    return _append(decoding._replace(cache=cache), logits, uniforms, ends, sampling)
+    nothing = jnp.zeros(blank.shape[0], jnp.int32)
+    return Decoding(jnp.int32(0), blank, blank.astype(bool), none, none, nothing.astype(bool), nothing, cache), logits
 
 
 def is_stop(tokens: Int[Array, "*rows"], stop_ids: tuple[int, ...]) -> Bool[Array, "*rows"]:
@@ -133,20 +119,41 @@ def is_stop(tokens: Int[Array, "*rows"], stop_ids: tuple[int, ...]) -> Bool[Arra
     return found
 
 
-def _numbers(prompts: PromptBatch, samples: int) -> Int[Array, "B"]:
+def ends_response(
+    tokens: Int[Array, "B"], progress: Int[Array, "B"], sampling: Sampling, stop_strings: Int[Array, "Q V"] | None
+) -> tuple[Bool[Array, "B"], Int[Array, "B"]]:
+    """Which tokens end a response, alone or as the end of a stop string, and how far into one they are."""
+    stopped = is_stop(tokens, sampling.stop_ids)
+    if stop_strings is None:
+        return stopped, progress
+    progress = stop_strings[progress, tokens]
+    return stopped | (progress == FOUND), progress
+
+
+def sample_numbers(prompts: PromptBatch, samples: int) -> Int[Array, "N"]:
+    """The global number of every sample of every prompt, N = B * samples, which its random numbers are made from."""
     return (prompts.rows[:, None] * samples + jnp.arange(samples, dtype=jnp.int32)[None, :]).reshape(-1)
 
 
-def _append(decoding: Decoding, logits: Array, uniforms: Array, ends: Array, sampling: Sampling) -> Decoding:
+def _append(
+    decoding: Decoding,
+    logits: Array,
+    uniforms: Array,
+    ends: Array,
+    sampling: Sampling,
+    stop_strings: Array | None,
+) -> Decoding:
     t, going = decoding.t, ~decoding.ended
     token, *logprobs = draw(logits, uniforms[:, t], sampling)
     token = jnp.where(going, token, 0)
     logprob, model_logprob = (jnp.where(going, value, 0) for value in logprobs)
+    stopped, progress = ends_response(token, decoding.progress, sampling, stop_strings)
     return decoding._replace(
         t=t + 1,
         response=decoding.response.at[:, t].set(token),
         response_mask=decoding.response_mask.at[:, t].set(going),
         logprobs=decoding.logprobs.at[:, t].set(logprob),
         model_logprobs=decoding.model_logprobs.at[:, t].set(model_logprob),
-        ended=decoding.ended | is_stop(token, sampling.stop_ids) & going | (t + 1 >= ends),
+        ended=decoding.ended | stopped & going | (t + 1 >= ends),
+        progress=progress,
     )

@@ -1,16 +1,64 @@
 """Responses as people read them: rows of `samples.jsonl`."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
-from rlhf_jax.data.pipeline import Prompts, take
+from rlhf_jax.data.pipeline import Prompts, pad_left, take
 from rlhf_jax.sampling.batches import sample_all
+from rlhf_jax.sampling.buckets import bucket
+from rlhf_jax.sampling.choice import Sampling
 from rlhf_jax.stages.context import Context
 from rlhf_jax.stages.models import Policy
+from rlhf_jax.text.stop_strings import cut, stop_table
 from rlhf_jax.text.tokenizer import Tokenizer
 from rlhf_jax.types import Rollout
+
+
+class Responses(NamedTuple):
+    """What a model wrote: a row of the rollout each, whose last token may complete a stop string, and texts without."""
+
+    rollout: Rollout
+    texts: list[str]
+
+
+def respond(
+    policy: Policy,
+    prompts: Sequence[Sequence[int]],
+    key: jax.Array,
+    sampling: Sampling,
+    stops: Sequence[str],
+    *,
+    samples: int,
+    batch_size: int,
+    first: int = 0,
+) -> Responses:
+    """`samples` responses to each prompt, at most `batch_size` at once, up to a stop token or stop string.
+
+    Each is cut where the model's context ends. `first` prompts stand before these, for the random numbers.
+    """
+    network, context = policy.network, policy.network.config.context
+    lengths = np.array([len(prompt) for prompt in prompts])
+    rollout = sample_all(
+        network,
+        policy.params,
+        pad_left(prompts, bucket(int(lengths.max()))),
+        key,
+        sampling,
+        samples=samples,
+        batch_size=batch_size,
+        first=first,
+        limits=None if context is None else np.minimum(sampling.max_new_tokens, context - lengths),
+        stop_strings=stop_table(policy.tokenizer, stops, network.vocab_size) if stops else None,
+    )
+    mask, written = rollout.response_mask.copy(), []
+    for row, (response, own) in enumerate(zip(rollout.response, rollout.response_mask, strict=True)):
+        count, text = cut(policy.tokenizer, prompts[row // samples], response[own].tolist(), stops)
+        mask[row, count:] = False
+        written.append(text)
+    return Responses(rollout._replace(response=np.where(mask, rollout.response, 0), response_mask=mask), written)
 
 
 def texts(tokenizer: Tokenizer, rollout: Rollout) -> tuple[list[str], list[str]]:

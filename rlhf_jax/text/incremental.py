@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from rlhf_jax.text.tokenizer import Tokenizer
 
 INCOMPLETE = "\ufffd"  # what decoders write for bytes that are no character, or not yet
-_CONTEXT = 16  # tokens of the prompt that a tokenizer might need to know whether a space comes first
+CONTEXT = 16
+"""Tokens of the prompt that a tokenizer might need to know whether a space comes first."""
 
 
 class IncrementalText:
@@ -18,7 +19,7 @@ class IncrementalText:
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stops: Sequence[str] = ()) -> None:
         """Begins a response to a prompt's tokens, which a stop string ends wherever it is found."""
-        self._tokenizer, self._prompt, self._stops = tokenizer, list(prompt[-_CONTEXT:]), [*stops]
+        self._tokenizer, self._prompt, self._stops = tokenizer, list(prompt[-CONTEXT:]), [*stops]
         self._ids: list[int] = []
         self.text, self.stopped = "", False
 

@@ -2,7 +2,7 @@
 
 import argparse
 import contextlib
-import functools
+import dataclasses
 import itertools
 import sys
 from collections.abc import Iterable, Iterator
@@ -22,11 +22,11 @@ from rlhf_jax.runtime.workdir import Workdir
 from rlhf_jax.sampling.batches import score_all
 from rlhf_jax.sampling.buckets import bucket
 from rlhf_jax.sampling.choice import Sampling
-from rlhf_jax.sampling.generate import generate
+from rlhf_jax.sampling.options import SamplingOptions
 from rlhf_jax.stages.models import Policy, RewardModel
 from rlhf_jax.stages.reward_source import Reward
-from rlhf_jax.text.incremental import INCOMPLETE, IncrementalText
-from rlhf_jax.types import PromptBatch, RlhfError, Rollout
+from rlhf_jax.stages.samples import respond
+from rlhf_jax.types import RlhfError, Rollout
 from rlhf_jax.verbs import options as flags
 from rlhf_jax.verbs.rows import RowFile, StandardOutput, read_objects, shortest
 
@@ -53,7 +53,8 @@ the file is the same, byte for byte, as if it had not been ended. Rows are answe
 """
 GAINED = ("completion", "score", "scores", "completions")
 MAX_NEW_TOKENS = 256
-ROWS = 128  # answers at a time, unless --batch-size says otherwise
+ROWS = 128  # answers at a time
+QUEUE = 4  # times as many are sampled together unless --batch-size says otherwise, so that few slots are ever idle
 
 
 class _Row(NamedTuple):
@@ -81,11 +82,11 @@ def best_of_n_verb(arguments: list[str]) -> None:
     flags.add_judge_flags(parser)
     parser.add_argument("--n", type=int, default=16, help="answers to each prompt (default 16)")
     parser.add_argument("--soft", type=float, metavar="LAMBDA", help="chooses softly, at this temperature of the score")
-    parser.add_argument("--batch-size", type=int, metavar="N", help=f"prompts at a time (default {ROWS} / --n)")
+    parser.add_argument("--batch-size", type=int, metavar="N", help=f"prompts at a time (default {QUEUE * ROWS} / --n)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="a file to write, or to go on with; otherwise stdout")
     flags.add_sampling_flags(parser)
     options = parser.parse_args(arguments)
-    batch_size = max(1, ROWS // max(1, options.n)) if options.batch_size is None else options.batch_size
+    batch_size = max(1, QUEUE * ROWS // max(1, options.n)) if options.batch_size is None else options.batch_size
     _check(options, batch_size)
     policy, judge = flags.load_policy(options), flags.load_judge(options)
     if judge is None:
@@ -160,37 +161,20 @@ def _sample(chooser: Chooser, rows: list[_Row], first: int, batch_size: int) -> 
                 raise RlhfError("the prompt is a chat, and the reward model has no chat template: give a text")
             prompts.append(flags.text_prompt(policy, row.prompt) if text else flags.chat_prompt(policy, row.prompt))
             flags.within_context(policy, prompts[-1], sampling)
-    context = policy.network.config.context
-    room = [sampling.max_new_tokens if context is None else context - len(prompt) for prompt in prompts]
-    limits = np.minimum(np.array(room, np.int32), np.int32(sampling.max_new_tokens))
-    filled = np.minimum(np.arange(batch_size, dtype=np.int32), np.int32(len(rows) - 1))  # up, with the last row
-    tokens, mask = pad_left(prompts, bucket(max(map(len, prompts))))
-    batch = PromptBatch(tokens[filled], mask[filled], first + filled)
-    rollout = _generate(policy.network, policy.params, batch, jax.random.key(chooser.seed), sampling, n, limits[filled])
-    responses, written = np.asarray(rollout.response), np.asarray(rollout.response_mask)
+    texts = respond(
+        policy,
+        prompts,
+        jax.random.key(chooser.seed),
+        sampling,
+        chooser.stops,
+        samples=n,
+        batch_size=min(ROWS, batch_size * n),
+        first=first,
+    ).texts
     return [
-        [_said(chooser, row, prompt, responses[i * n + j][written[i * n + j]].tolist()) for j in range(n)]
-        for i, (row, prompt) in enumerate(zip(rows, prompts, strict=True))
+        [text if isinstance(row.prompt, str) else [{"role": "assistant", "content": text}] for text in own]
+        for row, own in ((row, texts[i * n : (i + 1) * n]) for i, row in enumerate(rows))
     ]
-
-
-@functools.partial(jax.jit, static_argnums=(0, 4, 5))
-def _generate(policy, params, prompts, key, sampling, samples, limits):
-    return generate(policy, params, prompts, key, sampling, samples=samples, limits=limits).rollout
-
-
-def _said(chooser: Chooser, row: _Row, prompt: list[int], response: list[int]) -> Any:
-    """A response as it is written, up to a stop string, and without half of a character."""
-    tokenizer = chooser.policy.tokenizer
-    if chooser.stops:
-        incremental = IncrementalText(tokenizer, prompt, chooser.stops)
-        for token in response:
-            incremental.add(token)
-        incremental.finish()
-        text = incremental.text
-    else:
-        text = tokenizer.decode_completion(prompt, response).rstrip(INCOMPLETE)
-    return text if isinstance(row.prompt, str) else [{"role": "assistant", "content": text}]
 
 
 def _scores(chooser: Chooser, rows: list[_Row], said: list[list[Any]], batch_size: int) -> np.ndarray:
@@ -245,7 +229,7 @@ def _check(options: argparse.Namespace, batch_size: int) -> None:
 
 def _settings(options: argparse.Namespace, sampling: Sampling, batch_size: int) -> dict[str, Any]:
     """What the rows of an output depend on, beside the input."""
-    said = ("n", "soft", "seed", "stop", "temperature", "top_k", "top_p", "min_p", "dtype", "policy_seed")
+    said = [*(field.name for field in dataclasses.fields(SamplingOptions)), "n", "soft", "seed", "dtype", "policy_seed"]
     settings = {name: getattr(options, name) for name in said}
     settings |= {"max_new_tokens": sampling.max_new_tokens, "batch_size": batch_size}
     return settings | {

@@ -38,7 +38,7 @@ class Conversation:
         """Begins with nothing said."""
         self.policy, self.sampling = policy, sampling
         self._key, self._stops = key, stops
-        self._answers = 0
+        self._answers, self._stream = 0, Stream(policy.network, policy.params)
         self.system: str | None = None
         self.messages: Messages = []
 
@@ -69,13 +69,12 @@ class Conversation:
         asked = [*self.messages, {"role": "user", "content": text}]
         prompt = self._prompt(asked)
         sampling = within_context(self.policy, prompt, self.sampling)
-        stream = Stream(self.policy.network, self.policy.params, [prompt], self._key, sampling, rows=[self._answers])
+        tokens = self._stream.respond(prompt, self._key, sampling, row=self._answers)
         said = IncrementalText(self.policy.tokenizer, prompt, self._stops)
         start, last = None, None
         complete = False
         try:
-            for (last,) in stream:
-                assert last is not None  # the only row
+            for last in tokens:
                 start = start or time.perf_counter()
                 answer.tokens, answer.seconds = answer.tokens + 1, time.perf_counter() - start
                 if last not in sampling.stop_ids and (piece := said.add(last)):

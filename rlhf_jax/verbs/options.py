@@ -16,6 +16,7 @@ from rlhf_jax.data.pipeline import DataConfig, encode_pairs
 from rlhf_jax.reports.run import Run, encode_prompt
 from rlhf_jax.rewards.functions import load_function, weighted_sum
 from rlhf_jax.sampling.choice import Sampling
+from rlhf_jax.sampling.options import SamplingOptions
 from rlhf_jax.stages import models
 from rlhf_jax.stages.models import Policy, RewardModel, Tuning
 from rlhf_jax.stages.reward_source import Reward, RewardConfig
@@ -167,29 +168,25 @@ def function_scores(
 
 
 def add_sampling_flags(parser: Parser) -> None:
-    """The flags that `sampling` reads, and --seed and --stop."""
+    """A flag for each of the sampling options, and --seed."""
     how = parser.add_argument_group("how it answers")
-    how.add_argument("--temperature", type=float, default=1.0, help="0 takes the most likely token (default 1)")
-    how.add_argument("--top-k", type=int, metavar="K", help="only the K most likely tokens")
-    how.add_argument("--top-p", type=float, metavar="P", help="only the fewest tokens whose probabilities reach P")
-    how.add_argument("--min-p", type=float, metavar="P", help="only tokens at least P times as likely as the likeliest")
-    how.add_argument("--max-new-tokens", type=int, metavar="N", help="the most tokens of an answer")
-    how.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends an answer; may be given again")
+    for field in dataclasses.fields(SamplingOptions):
+        given: dict[str, Any] = {"default": field.default, **field.metadata}
+        if field.default == ():
+            given |= {"action": "append", "default": []}
+        how.add_argument(f"--{field.name.replace('_', '-')}", **given)
     how.add_argument("--seed", type=int, default=0, help="of the random numbers (default 0)")
 
 
 def sampling(options: argparse.Namespace, policy: Policy, max_new_tokens: int) -> Sampling:
     """How the flags say that the policy is sampled. Raises RlhfError naming the flag that cannot be."""
-    if "" in options.stop:
-        raise RlhfError("--stop= is empty, and would end every answer at once: give the text that ends one")
-    most = max_new_tokens if options.max_new_tokens is None else options.max_new_tokens
+    values = {field.name: getattr(options, field.name) for field in dataclasses.fields(SamplingOptions)}
     try:
-        return Sampling(
-            most, options.temperature, policy.tokenizer.stop_ids, options.top_k, options.top_p, options.min_p
-        )
+        found = SamplingOptions(**values | {"stop": tuple(options.stop)})
     except ValueError as error:
         name, _, rest = str(error).partition(" ")
         raise RlhfError(f"--{name.replace('_', '-')} {rest}") from error
+    return found.sampling(policy.tokenizer.stop_ids, max_new_tokens)
 
 
 def text_prompt(policy: Policy, text: str) -> list[int]:

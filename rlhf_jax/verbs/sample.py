@@ -2,33 +2,24 @@
 
 import argparse
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 
 from rlhf_jax import config as configs
-from rlhf_jax.data.pipeline import DataConfig, pad_left, pad_right
+from rlhf_jax.data.pipeline import DataConfig
 from rlhf_jax.reports.run import Run, encode_prompt
 from rlhf_jax.sampling.batches import score_all
-from rlhf_jax.sampling.choice import Sampling
-from rlhf_jax.sampling.stream import Stream
 from rlhf_jax.stages.models import Policy, RewardModel
-from rlhf_jax.text.incremental import IncrementalText
+from rlhf_jax.stages.samples import respond
 from rlhf_jax.types import RlhfError, Rollout
 from rlhf_jax.verbs import options as flags
 
 BATCH = 128  # rows at a time
+ROWS = 4 * BATCH  # between two prints
 DESCRIPTION = """\
 Prints what a model writes after each prompt. A prompt is plain text; with --chat it is a user's message, and what is
 printed is the answer. Of a stage whose experiment has a reward model, each line begins with the response's score.
 """
-
-
-class Response(NamedTuple):
-    """What a model wrote: its tokens, a stop token included, and their text, up to a stop string."""
-
-    tokens: list[int]
-    text: str
 
 
 def sample_verb(arguments: list[str]) -> None:
@@ -48,41 +39,25 @@ def sample_verb(arguments: list[str]) -> None:
     data = None if run is None else _data(run, options.stage)
     prompts = [_encode(policy, prompt, options.chat, data) for prompt in options.prompt]
     sampling = flags.sampling(options, policy, 128 if data is None else data.max_response_tokens)
-    sampling = flags.within_context(policy, max(prompts, key=len), sampling)
+    flags.within_context(policy, max(prompts, key=len), sampling)
     judge = None if run is None else _judge(run, options.stage)
+    at_once = max(1, ROWS // n)
     with flags.until_closed():
-        for start in range(0, len(prompts) * n, BATCH):
-            rows = range(start, min(start + BATCH, len(prompts) * n))
-            asked = [prompts[row // n] for row in rows]
-            responses = respond(policy, asked, jax.random.key(options.seed), sampling, options.stop, rows=rows)
-            scores = _scores(judge, asked, responses)
-            for row, response, score in zip(rows, responses, scores, strict=True):
-                _show(options, options.prompt[row // n], response.text, score, first=row == 0)
-
-
-def respond(
-    policy: Policy,
-    prompts: Sequence[Sequence[int]],
-    key: jax.Array,
-    sampling: Sampling,
-    stops: Sequence[str],
-    *,
-    rows: Sequence[int],
-) -> list[Response]:
-    """A response to each prompt, ended by a stop string too; rows number them, for their random numbers."""
-    stream = Stream(policy.network, policy.params, prompts, key, sampling, rows=rows)
-    texts = [IncrementalText(policy.tokenizer, prompt, stops) for prompt in prompts]
-    tokens: list[list[int]] = [[] for _ in prompts]
-    for step in stream:
-        for row, token in enumerate(step):
-            if token is not None:
-                tokens[row].append(token)
-                texts[row].add(token)
-                if texts[row].stopped:
-                    stream.end(row)
-    for text in texts:
-        text.finish()
-    return [Response(ids, text.text) for ids, text in zip(tokens, texts, strict=True)]
+        for start in range(0, len(prompts), at_once):
+            asked = prompts[start : start + at_once]
+            found = respond(
+                policy,
+                asked,
+                jax.random.key(options.seed),
+                sampling,
+                options.stop,
+                samples=n,
+                batch_size=min(BATCH, len(asked) * n),
+                first=start,
+            )
+            scores = _scores(judge, found.rollout)
+            for row, (text, score) in enumerate(zip(found.texts, scores, strict=True), start=start * n):
+                _show(options, options.prompt[row // n], text, score, first=row == 0)
 
 
 def _encode(policy: Policy, prompt: str, chat: bool, data: DataConfig | None) -> list[int]:
@@ -102,12 +77,10 @@ def _judge(run: Run, stage: str) -> RewardModel | None:
     return None if name is None else run.load_reward_model(name)
 
 
-def _scores(judge: RewardModel | None, prompts: list[list[int]], responses: list[Response]) -> list[float | None]:
+def _scores(judge: RewardModel | None, rollout: Rollout) -> Sequence[float | None]:
     if judge is None:
-        return [None] * len(responses)
-    answers = [response.tokens for response in responses]
-    rollout = Rollout(*pad_left(prompts, max(map(len, prompts))), *pad_right(answers, max(map(len, answers))))
-    return score_all(judge.network, judge.params, rollout, len(answers)).tolist()
+        return [None] * len(rollout.response)
+    return score_all(judge.network, judge.params, rollout, min(BATCH, len(rollout.response))).tolist()
 
 
 def _show(options: argparse.Namespace, prompt: str, text: str, score: float | None, *, first: bool) -> None:

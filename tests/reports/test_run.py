@@ -9,6 +9,8 @@ from rlhf_jax import config as configs
 from rlhf_jax.data import pipeline
 from rlhf_jax.data.pipeline import DataConfig
 from rlhf_jax.reports.run import RESULT_COLUMNS, Run
+from rlhf_jax.sampling.choice import Sampling
+from rlhf_jax.sampling.options import SamplingOptions
 from rlhf_jax.types import RlhfError, Rollout
 from tests.reports import workdirs
 
@@ -106,9 +108,24 @@ def test_sampling_is_a_function_of_the_seed(models):
     first, again, other = (models.sample(["film"], stage="sft", n=8, seed=seed) for seed in (0, 0, 1))
     assert first["completion"].tolist() == again["completion"].tolist() != other["completion"].tolist()
     assert (first["kl"] == 0).all(), "trained from scratch: there is nothing to diverge from"
-    cold = models.sample(["film"], stage="sft", n=8, temperature=1e-3)
+    cold = models.sample(["film"], stage="sft", n=8, temperature=0)
     assert cold["completion"].nunique() == 1
     assert models.sample([], stage="sft").columns.tolist() == first.columns.tolist()
+
+
+def test_the_options_of_the_verb_sample_count(models):
+    given = SamplingOptions(0.5, 3, 0.9, 0.1, 7, ("x",))
+    assert given.sampling((2,), 99) == Sampling(7, 0.5, (2,), 3, 0.9, 0.1)
+    assert SamplingOptions().sampling((2,), 99) == Sampling(99, 1.0, (2,))
+    whole, short = (models.sample(["film"], stage="ppo", n=6, **how) for how in ({}, {"max_new_tokens": 2}))
+    assert all(a.startswith(b) for a, b in zip(whole["completion"], short["completion"], strict=True))
+    likeliest, greedy = (models.sample(["film"], stage="ppo", **how) for how in ({"top_k": 1}, {"temperature": 0}))
+    assert likeliest["completion"].tolist() == greedy["completion"].tolist()
+    np.testing.assert_allclose(likeliest["kl"], greedy["kl"], atol=1e-5)
+    assert np.isfinite(greedy["kl"]).all() and (greedy["kl"] != 0).any()
+    word = next(text.split()[1] for text in whole["completion"] if " " in text.strip())
+    cut = models.sample(["film"], stage="ppo", n=6, stop=[word, "never said"])
+    assert cut["completion"].tolist() == [text.split(word)[0] for text in whole["completion"]]
 
 
 @pytest.mark.parametrize(
@@ -124,8 +141,14 @@ def test_a_prompt_that_cannot_be_read_is_refused_in_words(models, prompt, messag
 
 
 def test_numbers_that_make_no_sense_are_refused(models):
-    for bad in ({"n": 0}, {"temperature": 0.0}):
-        with pytest.raises(RlhfError, match="must be at least 1"):
+    for bad, words in (
+        ({"n": 0}, "n = 0 must be at least 1"),
+        ({"temperature": -1.0}, r"temperature = -1.0 must be at least 0"),
+        ({"top_p": 2.0}, r"top_p = 2.0 must be above 0 and at most 1"),
+        ({"stop": [""]}, "stop = '' is empty"),
+        ({"topk": 3}, r"sample.topk is not a field of SamplingOptions. Did you mean 'top_k'"),
+    ):
+        with pytest.raises(RlhfError, match=words):
             models.sample(["film"], stage="sft", **bad)
     with pytest.raises(RlhfError, match="trains a reward, not a policy"):
         models.sample(["film"], stage="reward_model")

@@ -67,6 +67,34 @@ def test_samples_are_grouped_by_prompt_and_drawn_by_their_number_whatever_the_ba
     assert np.any(sample_all(batch_size=4, seed=1).response != rollout.response)
 
 
+def test_where_lengths_are_uneven_the_rest_goes_through_a_queue_and_nothing_else_changes(monkeypatch):
+    rng, samples = np.random.default_rng(0), 3
+    prompts = padded(
+        [rng.integers(4, VOCAB, 1 + i % 3).astype(np.int32) for i in range(17)], [2 - i % 3 for i in range(17)], 3
+    )
+    limits, queued, run = 1 + 3 * np.arange(17) % LIMIT, [], batches._generate_queue
+    monkeypatch.setattr(batches, "_generate_queue", lambda *args: queued.append(len(args[2].rows)) or run(*args))
+    monkeypatch.setattr(batches, "QUEUE", 2)
+
+    def sampled(batch_size=8, limits=limits, first=0):
+        part, key, sampling = (prompts[0][first:], prompts[1][first:]), jax.random.key(1), Sampling(LIMIT, 0.9, ())
+        sizes = {"samples": samples, "batch_size": batch_size, "first": first}
+        return batches.sample_all(POLICY, PARAMS, part, key, sampling, limits=limits[first:], **sizes)
+
+    found = sampled()
+    assert queued == [4] * 4  # prompts, of 15 that are left; the same program for all
+    np.testing.assert_array_equal(found.response_mask.sum(axis=1), np.repeat(limits, samples))
+    queued.clear()
+    jax.tree.map(np.testing.assert_array_equal, sampled(batch_size=100), found)
+    later = jax.tree.map(lambda leaf: leaf[samples * 5 :], found)
+    jax.tree.map(np.testing.assert_array_equal, sampled(first=5), later)
+    # Samples of a prompt that do not fit into a batch.
+    jax.tree.map(np.testing.assert_array_equal, sampled(batch_size=2), found)
+    queued.clear()
+    even = sampled(limits=np.full(17, LIMIT))
+    assert not queued and np.all(even.response_mask)
+
+
 def test_sequence_kl_and_k3_are_sums_over_the_response_of_functions_of_the_difference_of_logprobs():
     rollout, temperature = draw(), 0.8
     got = batches.sequence_kl(POLICY, PARAMS, (POLICY, OTHER), rollout, batch_size=3, temperature=temperature)

@@ -36,32 +36,60 @@ def prompts() -> PromptBatch:
 LIMITS = jnp.asarray(np.random.default_rng(1).integers(1, LIMIT + 1, ROWS), jnp.int32)
 
 
+STOPS = jnp.zeros((3, VOCAB), jnp.int32).at[:2, : VOCAB // 2].set(jnp.array([[1], [2]])).at[2, : VOCAB // 2].set(-1)
+"""A stop string of three tokens: any three of the first half of the vocabulary."""
+
+
 @functools.cache
-def all_at_once(name, sampling):
+def all_at_once(name, sampling, samples, stops):
     policy = FAMILIES[name]
-    function = jax.jit(lambda params: generate(policy, params, prompts(), KEY, sampling, limits=LIMITS))
+    function = jax.jit(
+        lambda params: generate(
+            policy,
+            params,
+            prompts(),
+            KEY,
+            sampling,
+            samples=samples,
+            limits=LIMITS,
+            stop_strings=STOPS if stops else None,
+        )
+    )
     return jax.device_get(function(random_params(policy)))
 
 
 @pytest.mark.parametrize(
-    "name, slots, refill",
+    "name, slots, refill, samples, stops",
     [
-        *(("plain", *sizes) for sizes in ((1, 1), (4, 1), (4, 3), (40, 2))),
-        *((name, 4, 3) for name in FAMILIES if name != "plain"),
+        *(("plain", *sizes, 1, False) for sizes in ((1, 1), (4, 3), (40, 2))),
+        ("plain", 8, 2, 3, True),
+        *((name, 4, 3, 1, False) for name in FAMILIES if name != "plain"),
     ],
 )
-def test_the_texts_are_those_of_all_prompts_at_once(name, slots, refill):
+def test_the_texts_are_those_of_all_prompts_at_once(name, slots, refill, samples, stops):
     sampling = Sampling(LIMIT, 0.9, (EOS, 7), top_k=20)
     policy = FAMILIES[name]
+    more = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf[:2]]), prompts())  # two that are not to be answered
     function = jax.jit(
         lambda params: generate_queue(
-            policy, params, prompts(), KEY, sampling, slots=slots, refill=refill, limits=LIMITS
+            policy,
+            params,
+            more,
+            KEY,
+            sampling,
+            slots=slots,
+            refill=refill,
+            samples=samples,
+            limits=jnp.pad(LIMITS, (0, 2)),
+            stop_strings=STOPS if stops else None,
         )
     )
     got, _ = jax.device_get(function(random_params(policy)))
-    expected = all_at_once(name, sampling)
+    expected = all_at_once(name, sampling, samples, stops)
     lengths = expected.rollout.response_mask.sum(axis=1)
-    assert len(set(lengths)) > 4 and np.any(lengths < LIMITS)
+    assert len(set(lengths)) > 4 and np.any(lengths < np.repeat(LIMITS, samples))
+    assert not np.any(got.rollout.response_mask[-2 * samples :])
+    got = jax.tree.map(lambda leaf: leaf[: -2 * samples], got)
     jax.tree.map(np.testing.assert_array_equal, got.rollout, expected.rollout)
     np.testing.assert_allclose(got.logprobs, expected.logprobs, atol=1e-4)
     np.testing.assert_allclose(got.model_logprobs, expected.model_logprobs, atol=1e-4)
@@ -80,6 +108,11 @@ def test_slots_do_not_wait_for_the_longest():
     np.testing.assert_array_equal(result.rollout.response_mask.sum(axis=1), lengths)
     waiting = sum(lengths[i : i + 4].max() - 1 for i in range(0, ROWS, 4))
     assert steps <= np.ceil((lengths - 1).sum() / 4) + LIMIT / 2 < waiting
+
+
+def test_samples_of_a_prompt_are_begun_together():
+    with pytest.raises(ValueError, match="slots = 2 must be at least samples = 3"):
+        generate_queue(POLICY, {}, prompts(), KEY, Sampling(LIMIT, 1.0, ()), slots=2, refill=1, samples=3)
 
 
 def test_one_program_whatever_the_lengths():

@@ -288,3 +288,23 @@ def test_every_row_has_its_own_limit_and_any_stop_token_ends_it():
         length = min([*ends, int(limits[row])])
         assert np.asarray(result.rollout.response_mask[row]).sum() == length
         assert np.asarray(result.rollout.response[row, :length]).tolist() == text[:length]
+
+
+def test_the_token_that_completes_a_stop_string_ends_a_response():
+    prompts, sampling = PromptBatch(*map(jnp.asarray, draw_prompts())), Sampling(LIMIT, TEMPERATURE, ())
+    function = jax.jit(
+        lambda params, table: generate(POLICY, params, prompts, KEY, sampling, stop_strings=table).rollout
+    )
+    free = np.asarray(function(PARAMS, jnp.zeros((2, VOCAB), jnp.int32)).response)
+    first, second = free[0, 2:4].tolist()
+    table = np.zeros((2, VOCAB), np.int32)
+    table[:, first] = 1
+    table[1, second] = -1
+    result = function(PARAMS, jnp.asarray(table))
+    lengths = []
+    for row, text in enumerate(free.tolist()):
+        ends = [t + 1 for t in range(1, LIMIT) if text[t - 1 : t + 1] == [first, second]]
+        lengths.append(min([*ends, LIMIT]))
+        assert np.asarray(result.response_mask[row]).sum() == lengths[-1]
+        assert np.asarray(result.response[row, : lengths[-1]]).tolist() == text[: lengths[-1]]
+    assert lengths[0] == 4 and max(lengths) == LIMIT

@@ -1,5 +1,6 @@
 """Responses a token at a time: those of `generate`, by few programs for many lengths."""
 
+import itertools
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from rlhf_jax.data.pipeline import pad_left
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.sampling import stream as streams
 from rlhf_jax.sampling.batches import response_logprobs_all
-from rlhf_jax.sampling.buckets import bucket, prompt_and_slots
+from rlhf_jax.sampling.buckets import bucket
 from rlhf_jax.sampling.choice import Sampling
 from rlhf_jax.sampling.generate import generate
 from rlhf_jax.sampling.stream import Stream
@@ -27,15 +28,6 @@ KEY = jax.random.key(3)
 def prompts(lengths: list[int]) -> list[list[int]]:
     rng = np.random.default_rng(0)
     return [rng.integers(4, VOCAB, length).tolist() for length in lengths]
-
-
-def collect(stream: Stream, rows: int) -> list[list[int]]:
-    responses: list[list[int]] = [[] for _ in range(rows)]
-    for step in stream:
-        for response, token in zip(responses, step, strict=True):
-            if token is not None:
-                response.append(token)
-    return responses
 
 
 @pytest.mark.parametrize(
@@ -54,48 +46,57 @@ def test_what_generate_gives_for_the_same_rows(sampling):
     whole = jax.jit(lambda params: generate(POLICY, params, batch, KEY, sampling).rollout)(PARAMS)
     expected = [np.asarray(row)[np.asarray(mask)].tolist() for row, mask in zip(*whole[2:], strict=True)]
     assert len({len(response) for response in expected}) > 1 or not sampling.stop_ids
-    assert collect(Stream(POLICY, PARAMS, asked, KEY, sampling, rows=rows.tolist()), 5) == expected
-    alone = collect(Stream(POLICY, PARAMS, asked[2:3], KEY, sampling, rows=[9]), 1)
-    assert alone == expected[2:3]
+    stream = Stream(POLICY, PARAMS)
+    found = [
+        list(stream.respond(prompt, KEY, sampling, row=row)) for prompt, row in zip(asked, rows.tolist(), strict=True)
+    ]
+    assert found == expected
 
 
-def test_rows_end_when_they_are_told_to():
-    asked, sampling = prompts([2, 3, 4]), Sampling(NEW, 1.0, ())
-    whole = collect(Stream(POLICY, PARAMS, asked, KEY, sampling), 3)
-    assert [len(response) for response in whole] == [NEW] * 3
-    stream = Stream(POLICY, PARAMS, asked, KEY, sampling)
-    steps = []
-    for step in stream:
-        steps.append(step)
-        if len(steps) == 2:
-            stream.end(1)
-        if len(steps) == 4:
-            stream.end(0)
-            stream.end(2)
-    assert len(steps) == 4  # nobody is left
-    assert [row[1] for row in steps] == [*whole[1][:2], None, None]
-    assert [row[2] for row in steps] == whole[2][:4]
+@pytest.mark.parametrize("windows", [(None,), (5,)])
+def test_a_conversation_is_read_on_where_it_goes_on(windows, monkeypatch):
+    policy = PolicyNetwork(config(n_layers=1, windows=windows), VOCAB, SUPPRESSED)
+    params, sampling = random_params(policy), Sampling(NEW, 0.0, ())
+    read, extend = [], streams._extend
+
+    def recorded(policy, params, tokens, mask, cache, kept):
+        read.append((int(kept), int(mask.sum()), tokens.shape[1], cache.positions.shape[1]))
+        return extend(policy, params, tokens, mask, cache, kept)
+
+    monkeypatch.setattr(streams, "_extend", recorded)
+    (first, second, third, other), stream = prompts([30, 8, 34, 3]), Stream(policy, params)
+
+    def answers(prompt: list[int], tokens: int = NEW) -> list[int]:
+        alone = list(Stream(policy, params).respond(prompt, KEY, sampling, row=0))
+        read.pop()
+        assert [*itertools.islice(stream.respond(prompt, KEY, sampling, row=0), tokens)] == alone[:tokens]
+        return alone[:tokens]
+
+    turns = [first]
+    turns.append([*turns[-1], *answers(turns[-1]), *second])
+    turns.append([*turns[-1], *answers(turns[-1], tokens=4), *third])  # the second answer was not read to its end
+    turns.append([*turns[-1], *answers(turns[-1])])
+    answers(turns[-1])
+    answers([*turns[-1][:35], *other])  # what was said is said otherwise; back in a smaller cache
+    # 38 tokens are known to the second turn; its padding fits only where some of them are read again.
+    assert read == [(0, 30, 32, 64), (32, 15, 32, 64), (0, 85, 128, 128), (93, 1, 32, 128), (0, 38, 64, 64)]
 
 
 def test_buckets_hold_what_they_are_for():
     for length in range(1, 3000):
         assert length <= bucket(length) < max(2 * length, 33)
-        for new_tokens in (1, 60, 512):
-            width, slots = prompt_and_slots(length, new_tokens)
-            assert length <= width
-            assert width + new_tokens <= slots == bucket(length + new_tokens)
 
 
 def test_mixed_lengths_compile_a_handful_of_programs():
-    programs: list[Any] = [streams._prefill, streams._decode, streams._choose]
+    programs: list[Any] = [streams._extend, streams._decode, streams._choose]
     before = [program._cache_size() for program in programs]
     policy = PolicyNetwork(config(n_layers=1, d_ff=24), VOCAB, SUPPRESSED)  # no other test's
-    params = random_params(policy)
+    stream = Stream(policy, random_params(policy))
     for length in range(1, 250, 6):
         for temperature in (0.0, 1.0):
-            collect(Stream(policy, params, prompts([length]), KEY, Sampling(8, temperature, (EOS,))), 1)
-    prefill, decode, choose = (program._cache_size() - size for program, size in zip(programs, before, strict=True))
-    assert prefill <= 7
+            list(stream.respond(prompts([length])[0], KEY, Sampling(8, temperature, (EOS,)), row=0))
+    extend, decode, choose = (program._cache_size() - size for program, size in zip(programs, before, strict=True))
+    assert extend <= 7
     assert decode <= 4  # 32, 64, 128, 256
     assert choose <= 2
 

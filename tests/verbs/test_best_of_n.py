@@ -17,9 +17,9 @@ from rlhf_jax.data.pipeline import pad_left, pad_right
 from rlhf_jax.main import main
 from rlhf_jax.sampling.batches import _scores
 from rlhf_jax.sampling.choice import Sampling
+from rlhf_jax.sampling.stream import Stream
 from rlhf_jax.stages.models import Policy, RewardModel, load_checkpoint
 from rlhf_jax.types import Rollout
-from rlhf_jax.verbs.sample import respond
 from tests import checkpoints
 from tests.text import checkpoints as tokenizers
 from tests.verbs.commands import fails, reads, succeeds
@@ -81,6 +81,7 @@ def test_rows_keep_their_columns_and_gain_the_best_of_what_sample_writes(models,
     policy, judge = loaded(models)
     found = best(models, capsys, monkeypatch, "--seed=3")
     sampling = Sampling(6, 1.0, policy.tokenizer.stop_ids)
+    stream = Stream(policy.network, policy.params)
     assert [list(row) for row in found] == [[*row, *GAINED] for row in ROWS]
     for i, (asked, row) in enumerate(zip(ROWS, found, strict=True)):
         assert asked.items() <= row.items()
@@ -90,9 +91,9 @@ def test_rows_keep_their_columns_and_gain_the_best_of_what_sample_writes(models,
         else:
             ids = policy.tokenizer.encode(policy.tokenizer.render(prompt, add_generation_prompt=True))
             assert all(answer[0]["role"] == "assistant" and len(answer) == 1 for answer in row["completions"])
-        if len(ids) < 16:  # of one program
-            drawn = respond(policy, [ids] * 3, jax.random.key(3), sampling, [], rows=range(3 * i, 3 * i + 3))
-            assert [said(answer) for answer in row["completions"]] == [response.text for response in drawn]
+        drawn = [stream.respond(ids, jax.random.key(3), sampling, row=3 * i + j) for j in range(3)]
+        texts = [policy.tokenizer.decode_completion(ids, tokens).rstrip("\ufffd") for tokens in drawn]
+        assert [said(answer) for answer in row["completions"]] == texts
         assert row["completion"] == row["completions"][int(np.argmax(row["scores"]))]
         assert row["score"] == max(row["scores"])
         expected = [scored(judge, prompt, answer) for answer in row["completions"]]

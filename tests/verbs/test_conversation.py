@@ -6,9 +6,9 @@ import pytest
 
 from rlhf_jax.sampling.choice import Sampling
 from rlhf_jax.stages.models import Policy, RewardModel, load_checkpoint
+from rlhf_jax.stages.samples import respond
 from rlhf_jax.types import RlhfError, Rollout
 from rlhf_jax.verbs.conversation import Answer, Conversation
-from rlhf_jax.verbs.sample import respond
 from tests import checkpoints
 from tests.text import checkpoints as tokenizers
 
@@ -49,7 +49,8 @@ def assistant(text: str) -> dict[str, str]:
 def expected(policy: Policy, text: str, row: int, tokens: int = 6) -> str:
     """The answer of the verb sample to a rendered text."""
     sampling = Sampling(tokens, 1.0, policy.tokenizer.stop_ids)
-    return respond(policy, [policy.tokenizer.encode(text)], KEY, sampling, [], rows=[row])[0].text
+    ids = policy.tokenizer.encode(text)
+    return respond(policy, [ids], KEY, sampling, [], samples=1, batch_size=1, first=row).texts[0]
 
 
 def test_each_answer_is_one_to_all_that_was_said(policy):

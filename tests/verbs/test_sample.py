@@ -55,7 +55,7 @@ def test_a_stop_string_ends_the_text_before_it(model, capsys):
         ("--top-k=0", "--top-k = 0 must be at least 1"),
         ("--max-new-tokens=0", "--max-new-tokens = 0 must be at least 1"),
         ("--n=0", "--n=0 must be at least 1"),
-        ("--stop=", "--stop= is empty"),
+        ("--stop=", "--stop = '' is empty"),
         (f"--prompt={'word ' * 200}", "tokens, and the model sees 256"),
     ],
 )

@@ -32,6 +32,9 @@ FAMILY_KEYS: dict[str, dict[str, Any]] = {
     "gemma2": WIDE | {"attention.sliding_window": 8, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
     "gemma3": WIDE | {"block_count": 7, "attention.sliding_window": 8},
     "gpt2": GPT2_KEYS | {"attention.layer_norm_epsilon": 1e-5},
+    "gptneox": GPT2_KEYS
+    | {"attention.layer_norm_epsilon": 1e-5, "rope.dimension_count": 4, "use_parallel_residual": True},
+    "olmo2": KEYS,
     "phi3": KEYS | {"rope.dimension_count": 16, "attention.sliding_window": 8},
 }
 
@@ -114,6 +117,8 @@ def _change(architecture: str, name: str, tensor: np.ndarray) -> np.ndarray:
         return permute(tensor, HEADS)
     if architecture == "llama" and "k_proj" in name:
         return permute(tensor, KV_HEADS)
+    if "query_key_value" in name:
+        return tensor.reshape(HEADS, 3, -1).swapaxes(0, 1).reshape(tensor.shape)
     if architecture.startswith("gemma") and name.endswith("norm.weight"):
         return tensor + 1
     if name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight")):
@@ -142,6 +147,17 @@ def hub_tensors(architecture: str, seed: int = 0, tied: bool = False) -> dict[st
         ):
             inside |= {f"{name}.weight": (rows, columns), f"{name}.bias": (columns,)}
         outside, prefix = {f"transformer.{name}": shape for name, shape in outside.items()}, "transformer.h"
+    elif architecture == "gptneox":
+        outside, prefix = {"gpt_neox.embed_in.weight": (words, width)}, "gpt_neox.layers"
+        outside |= _norm("gpt_neox.final_layer_norm", width)
+        inside = _norm("input_layernorm", width) | _norm("post_attention_layernorm", width)
+        for name, rows, columns in (
+            ("attention.query_key_value", 3 * width, width),
+            ("attention.dense", width, width),
+            ("mlp.dense_h_to_4h", inner, width),
+            ("mlp.dense_4h_to_h", width, inner),
+        ):
+            inside |= {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
     else:
         outside, prefix = {"model.embed_tokens.weight": (words, width), "model.norm.weight": (width,)}, "model.layers"
         projections = {"self_attn.q_proj": (q, width), "self_attn.k_proj": (kv, width), "self_attn.v_proj": (kv, width)}
@@ -152,17 +168,21 @@ def hub_tensors(architecture: str, seed: int = 0, tied: bool = False) -> dict[st
         norms = ["input_layernorm", "post_attention_layernorm"]
         if architecture in ("gemma2", "gemma3"):
             norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
+        if architecture == "olmo2":
+            norms = ["post_attention_layernorm", "post_feedforward_layernorm"]
         inside = {f"{name}.weight": shape for name, shape in projections.items()}
         inside |= {f"{name}.weight": (width,) for name in norms}
         if architecture in ("qwen3", "gemma3"):
             inside |= {f"self_attn.{name}_norm.weight": (head,) for name in "qk"}
+        if architecture == "olmo2":
+            inside |= {"self_attn.q_norm.weight": (q,), "self_attn.k_norm.weight": (kv,)}
         if architecture == "qwen2":
             inside |= {f"self_attn.{name}_proj.bias": (rows,) for name, rows in (("q", q), ("k", kv), ("v", kv))}
     shapes = outside | {
         f"{prefix}.{layer}.{name}": shape for layer in range(keys["block_count"]) for name, shape in inside.items()
     }
     if not tied and not architecture.startswith("gemma"):  # which has no other head
-        shapes["lm_head.weight"] = (words, width)
+        shapes["embed_out.weight" if architecture == "gptneox" else "lm_head.weight"] = (words, width)
     rng = np.random.default_rng(seed)
     return {name: (rng.integers(-256, 256, shape) / 256).astype(np.float32) for name, shape in shapes.items()}
 

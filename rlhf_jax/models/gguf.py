@@ -105,7 +105,7 @@ def _plan(header: Header) -> tuple[dict[str, Any], list[TensorPlan]]:
             f"of {', '.join(FAMILIES)}"
         )
     family = FAMILIES[header.architecture]
-    sizes = _sizes(header)
+    sizes = _sizes(header, family)
     tied = "output.weight" not in header.shapes
     tensors = _tensors(family, sizes, header.number("block_count"), tied)
     known = {tensor.source for tensor in tensors} | {"rope_freqs.weight"}
@@ -136,10 +136,11 @@ def _token_id(header: Header, kind: str) -> int | None:
     return header.metadata.get(f"tokenizer.ggml.{'padding' if kind == 'pad' else kind}_token_id")
 
 
-def _sizes(header: Header) -> dict[str, int]:
+def _sizes(header: Header, family: Family) -> dict[str, int]:
     width, heads = header.number("embedding_length"), header.number("attention.head_count")
     kv_heads = header.number("attention.head_count_kv") if header.get("attention.head_count_kv") else heads
-    head_width = header.get("attention.key_length") or header.get("rope.dimension_count") or width // heads
+    rotated = None if family.partial else header.get("rope.dimension_count")
+    head_width = header.get("attention.key_length") or rotated or width // heads
     inner = header.number("feed_forward_length")
     vocabulary = header.get("vocab_size") or len(header.metadata.get("tokenizer.ggml.tokens", []))
     sizes = {"V": vocabulary, "D": width, "F": inner, "K": head_width, "C": header.number("context_length")}
@@ -164,6 +165,8 @@ def _tensors(family: Family, sizes: Sizes, layers: int, tied: bool) -> list[Tens
             tensor = tensor._replace(rows=_half_rotation(sizes["heads"], sizes["K"]))
         elif family.interleaved and ".attn_k." in source:
             tensor = tensor._replace(rows=_half_rotation(sizes["kv_heads"], sizes["K"]))
+        elif family.by_head and ".attn_qkv." in source:
+            tensor = tensor._replace(rows=_heads_together(sizes["heads"], sizes["K"]))
         elif source.endswith("norm.weight"):
             tensor = tensor._replace(offset=-family.norm_offset)
         elif source.startswith("blk.") and len(shape) == 2:
@@ -175,6 +178,11 @@ def _tensors(family: Family, sizes: Sizes, layers: int, tied: bool) -> list[Tens
 def _half_rotation(heads: int, head_width: int) -> np.ndarray:
     """Where the rows of a q or k for rotary pairs (i, i + K / 2) are in one for pairs (2i, 2i + 1)."""
     return np.arange(heads * head_width).reshape(heads, head_width // 2, 2).swapaxes(1, 2).reshape(-1)
+
+
+def _heads_together(heads: int, head_width: int) -> np.ndarray:
+    """Where the rows of a fused q, k and v, one head's together, are in one of all heads' q, then k, then v."""
+    return np.arange(3 * heads * head_width).reshape(3, heads, head_width).swapaxes(0, 1).reshape(-1)
 
 
 def _value(field: gguf.ReaderField) -> Any:
@@ -217,13 +225,16 @@ def _convert(file: GgufFile, plan: TensorPlan, dtype: np.dtype) -> np.ndarray:
     """One tensor as it is on the hub."""
     tensor = file.stored[plan.source]
     # Blocks lie within rows, so that rows can be chosen and put in order before they are dequantised, some at a time.
-    stored = tensor.data if tensor.data.ndim > 1 else tensor.data[None]
+    is_vector = tensor.data.ndim == 1
+    stored = tensor.data[None] if is_vector else tensor.data
     width = plan.shape[-1]
     converted = np.empty((len(stored), width), dtype)
     step = max(1, _CHUNK // width)
     for start in range(0, len(stored), step):
         rows = slice(start, start + step)
-        weights = _dequantise(tensor, stored[rows if plan.rows is None else plan.rows[rows]])
+        weights = _dequantise(tensor, stored[rows if plan.rows is None or is_vector else plan.rows[rows]])
+        if plan.rows is not None and is_vector:
+            weights = weights[:, plan.rows]
         if plan.offset:  # or -0.0 would become 0.0
             weights = weights + np.float32(plan.offset)
         with np.errstate(over="ignore"):  # which the next lines report

@@ -59,12 +59,14 @@ class Family(NamedTuple):
     config: Callable[[Header, Sizes], dict[str, Any]]
     head: str = "lm_head.weight"
     interleaved: bool = False  # q and k are stored for rotary pairs (2i, 2i + 1) instead of (i, i + K / 2)
+    by_head: bool = False  # the hub keeps q, k and v of one head together in what is fused, the file those of one kind
+    partial: bool = False  # a part of each head may be rotated, as rope.dimension_count says
     norm_offset: float = 0.0  # what llama.cpp adds to the weights of norms
     transposed: bool = False  # the hub keeps the layers' matrices with the input axis first
 
 
 def _decoder(header: Header, sizes: Sizes) -> dict[str, Any]:
-    """What all but GPT-2 have in common."""
+    """What all but GPT-2 and GPT-NeoX have in common."""
     if header.get("rope.dimension_count", sizes["K"]) != sizes["K"]:
         raise RlhfError(f"{header.path} rotates a part of each head ({header.architecture}.rope.dimension_count)")
     if header.get("attention.causal") is False:
@@ -188,6 +190,28 @@ def _gpt2(header: Header, sizes: Sizes) -> dict[str, Any]:
     }
 
 
+def _gpt_neox(header: Header, sizes: Sizes) -> dict[str, Any]:
+    rotated = header.get("rope.dimension_count", sizes["K"])
+    return {
+        "hidden_size": sizes["D"],
+        "intermediate_size": sizes["F"],
+        "num_hidden_layers": header.number("block_count"),
+        "num_attention_heads": sizes["heads"],
+        "max_position_embeddings": sizes["C"],
+        "layer_norm_eps": header.number("attention.layer_norm_epsilon"),
+        "hidden_act": "gelu",
+        "attention_bias": True,
+        "use_parallel_residual": header.get("use_parallel_residual", True),
+        "rope_parameters": _rope(header, sizes) | {"partial_rotary_factor": rotated / sizes["K"]},
+    }
+
+
+def _olmo2(header: Header, sizes: Sizes) -> dict[str, Any]:
+    if header.get("attention.sliding_window"):
+        raise RlhfError(f"{header.path} has a sliding window: it is an OLMo 3, and only an OLMo 2 can be converted")
+    return _decoder(header, sizes)
+
+
 _OUTSIDE = {"token_embd.weight": ("model.embed_tokens.weight", "V D"), "output_norm.weight": ("model.norm.weight", "D")}
 _ATTENTION = {
     "attn_norm.weight": ("input_layernorm.weight", "D"),
@@ -225,24 +249,49 @@ _PHI3_LAYER = {
     "ffn_up.weight": ("mlp.gate_up_proj.weight", "G D"),
     "ffn_down.weight": ("mlp.down_proj.weight", "D F"),
 } | _NORM
+_OLMO2_LAYER = {
+    **{name: entry for name, entry in _ATTENTION.items() if name != "attn_norm.weight"},
+    "attn_q_norm.weight": ("self_attn.q_norm.weight", "Q"),
+    "attn_k_norm.weight": ("self_attn.k_norm.weight", "J"),
+    "post_attention_norm.weight": ("post_attention_layernorm.weight", "D"),
+    "post_ffw_norm.weight": ("post_feedforward_layernorm.weight", "D"),
+} | _FEED_FORWARD
+
+
+def _with_biases(**names: str) -> dict[str, tuple[str, str]]:
+    """Weights and biases of what is called so in the file, by what it is called on the hub."""
+    shapes = {"output_norm": "D", "attn_norm": "D", "ffn_norm": "D"}
+    shapes |= {"attn_qkv": "A D", "attn_output": "D Q", "ffn_up": "F D", "ffn_down": "D F"}
+    return {
+        f"{source}.{part}": (f"{target}.{part}", shapes[source] if part == "weight" else shapes[source].split()[0])
+        for source, target in names.items()
+        for part in ("weight", "bias")
+    }
+
+
 _GPT2_OUTSIDE = {
     "token_embd.weight": ("transformer.wte.weight", "V D"),
     "position_embd.weight": ("transformer.wpe.weight", "C D"),
-    "output_norm.weight": ("transformer.ln_f.weight", "D"),
-    "output_norm.bias": ("transformer.ln_f.bias", "D"),
-}
-_GPT2_LAYER = {
-    f"{source}.{part}": (f"{target}.{part}", shape if part == "weight" else shape.split()[0])
-    for source, target, shape in (
-        ("attn_norm", "ln_1", "D"),
-        ("attn_qkv", "attn.c_attn", "A D"),
-        ("attn_output", "attn.c_proj", "D Q"),
-        ("ffn_norm", "ln_2", "D"),
-        ("ffn_up", "mlp.c_fc", "F D"),
-        ("ffn_down", "mlp.c_proj", "D F"),
-    )
-    for part in ("weight", "bias")
-}
+} | _with_biases(output_norm="transformer.ln_f")
+_GPT2_LAYER = _with_biases(
+    attn_norm="ln_1",
+    attn_qkv="attn.c_attn",
+    attn_output="attn.c_proj",
+    ffn_norm="ln_2",
+    ffn_up="mlp.c_fc",
+    ffn_down="mlp.c_proj",
+)
+_GPT_NEOX_OUTSIDE = {"token_embd.weight": ("gpt_neox.embed_in.weight", "V D")} | _with_biases(
+    output_norm="gpt_neox.final_layer_norm"
+)
+_GPT_NEOX_LAYER = _with_biases(
+    attn_norm="input_layernorm",
+    attn_qkv="attention.query_key_value",
+    attn_output="attention.dense",
+    ffn_norm="post_attention_layernorm",
+    ffn_up="mlp.dense_h_to_4h",
+    ffn_down="mlp.dense_4h_to_h",
+)
 
 _LLAMA = Family("llama", "LlamaForCausalLM", _OUTSIDE, "model.layers", _LLAMA_LAYER, _llama, interleaved=True)
 _QWEN2 = Family("qwen2", "Qwen2ForCausalLM", _OUTSIDE, "model.layers", _LLAMA_LAYER | _QKV_BIAS, _qwen)
@@ -253,6 +302,18 @@ _GEMMA3 = _GEMMA2._replace(
     model_type="gemma3_text", model_class="Gemma3ForCausalLM", inside=_GEMMA2_LAYER | _QK_NORM, config=_gemma3
 )
 _GPT2 = Family("gpt2", "GPT2LMHeadModel", _GPT2_OUTSIDE, "transformer.h", _GPT2_LAYER, _gpt2, transposed=True)
+_GPT_NEOX = Family(
+    "gpt_neox",
+    "GPTNeoXForCausalLM",
+    _GPT_NEOX_OUTSIDE,
+    "gpt_neox.layers",
+    _GPT_NEOX_LAYER,
+    _gpt_neox,
+    head="embed_out.weight",
+    by_head=True,
+    partial=True,
+)
+_OLMO2 = Family("olmo2", "Olmo2ForCausalLM", _OUTSIDE, "model.layers", _OLMO2_LAYER, _olmo2)
 _PHI3 = Family("phi3", "Phi3ForCausalLM", _OUTSIDE, "model.layers", _PHI3_LAYER, _phi3)
 
 FAMILIES: dict[str, Family] = {
@@ -263,6 +324,8 @@ FAMILIES: dict[str, Family] = {
     "gemma2": _GEMMA2,
     "gemma3": _GEMMA3,
     "gpt2": _GPT2,
+    "gptneox": _GPT_NEOX,
+    "olmo2": _OLMO2,
     "phi3": _PHI3,
 }
 """By the name llama.cpp gives an architecture (Mistral is a `llama` there, as is SmolLM2)."""

@@ -51,6 +51,7 @@ _SPLITS = {
     "dbrx": _Split(_LLAMA3_SPLIT),
     "smaug-bpe": _Split(_LLAMA3_SPLIT),
     "tekken": _Split(_TEKKEN_SPLIT, whole_words=True, bos=True),
+    "olmo": _Split(_GPT2_SPLIT, nfc=True),  # of GPT-NeoX, Pythia and the first OLMo
 }
 """By `tokenizer.ggml.pre`, as in llama.cpp's llama-vocab.cpp."""
 

@@ -18,6 +18,7 @@ from tests.gguf_files import (
     F32,
     FAMILY_KEYS,
     HEADS,
+    KEYS,
     KV_HEADS,
     TOKENIZER,
     VOCABULARY,
@@ -51,7 +52,7 @@ def test_every_tensor_comes_back_byte_for_byte(architecture: str, tied: bool, tm
     path = write_gguf(tmp_path / "model.gguf", architecture, FAMILY_KEYS[architecture], tensors)
     config, found = convert(path)
     assert_same(found, tensors)
-    assert config["tie_word_embeddings"] is ("lm_head.weight" not in tensors)
+    assert config["tie_word_embeddings"] is tensors.keys().isdisjoint({"lm_head.weight", "embed_out.weight"})
     assert config["vocab_size"] == VOCABULARY
 
 
@@ -132,6 +133,11 @@ def test_what_the_other_families_add(tmp_path: Path):
         "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
     }
     assert configs["phi3"]["sliding_window"] == 8
+    assert configs["gptneox"]["rope_parameters"] == {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.25,
+    }
 
 
 def with_keys(tmp_path: Path, extra: dict[str, np.ndarray] | None = None, **keys: Any) -> Path:
@@ -255,6 +261,12 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
         "rope_freqs.weight is not Llama 3's scaling",
     ),
     "partly rotated": (lambda here: with_keys(here, attention__key_length=16, rope__dimension_count=8), "a part of ea"),
+    "another OLMo": (
+        lambda here: write_gguf(
+            here / "model.gguf", "olmo2", KEYS | {"attention.sliding_window": 8}, hub_tensors("olmo2")
+        ),
+        "it is an OLMo 3, and only an OLMo 2 can be converted",
+    ),
     "no decoder": (lambda here: with_keys(here, attention__causal=False), "its attention is not causal"),
 }
 

@@ -60,6 +60,10 @@ CONFIGS: dict[str, Any] = {
         }
     ),
     "gpt2": transformers.GPT2Config(**GPT2),
+    "gptneox": transformers.GPTNeoXConfig(
+        **COMMON | {"rope_parameters": DEFAULT_THETA | {"partial_rotary_factor": 0.25}, "layer_norm_eps": 1e-5}
+    ),
+    "olmo2": transformers.Olmo2Config(**COMMON),
     "phi3": transformers.Phi3Config(**COMMON | {"sliding_window": 8, "original_max_position_embeddings": CONTEXT}),
 }
 TOKENS = torch.tensor(np.random.default_rng(0).integers(VOCABULARY - 4, size=(2, 40)))

@@ -18,7 +18,7 @@ from rlhf_jax.runtime import loop
 from rlhf_jax.stages import dpo, online, reward_model, sft
 from tests import quickly
 
-STAGES = {"sft": sft, "reward_model": reward_model, "dpo": dpo, "ppo": online}
+STAGES = {"sft": sft, "reward_model": reward_model, "dpo": dpo, "ppo": online, "dapo": online}
 
 
 class Trap:

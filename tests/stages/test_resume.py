@@ -1,6 +1,5 @@
 """Kill a run with SIGKILL, start the same command again: nothing shows that anything had happened."""
 
-import itertools
 import json
 import multiprocessing
 import shutil
@@ -11,22 +10,30 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.stages import experiments, interrupted
+from tests.stages import experiments, interrupted, resumed
 
 # Processes are forked from one that has imported everything, and computed nothing.
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload([interrupted.__name__])
-ROOT = Path(__file__).parents[2]
-STAGES = ("sft", "reward_model", "dpo", "ppo")
-PLACES = ("step", "save")
+STAGES = ("sft", "reward_model", "dpo", "ppo", "dapo")
+KILLS = (
+    ("sft", "step"),
+    ("sft", "save"),
+    ("reward_model", "step"),
+    ("dpo", "save"),
+    ("ppo", "step"),
+    ("ppo", "save"),
+    ("dapo", "save"),
+)
 
 
 def arguments(workdir: Path, data: Path) -> list[str]:
-    flags = [f"--config={ROOT}/experiments/preferences.py:smoke", f"--workdir={workdir}"]
+    flags = [f"--config={resumed.__file__}", f"--workdir={workdir}"]
     flags += [f"--config.data.{split}={data}" for split in ("train", "eval")]
     flags += [f"--config.{stage}.loop.checkpoint_every=2" for stage in STAGES]
-    flags += [f"--config.{stage}.epochs=2.0" for stage in STAGES if stage != "ppo"]
-    return [*flags, "--config.ppo.iterations=8", f"--config.stages={STAGES}"]
+    flags += [f"--config.{stage}.epochs=2.0" for stage in ("sft", "reward_model", "dpo")]
+    flags += [f"--config.{stage}.iterations=8" for stage in ("ppo", "dapo")]
+    return [*flags, f"--config.stages={STAGES}"]
 
 
 class Process:
@@ -71,12 +78,12 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def workdirs(tmp_path_factory, data) -> tuple[Path, Path]:
-    """A run that nobody disturbed, and one that was killed twice in every stage."""
+    """A run that nobody disturbed, and one that was killed in every stage."""
     directory = tmp_path_factory.mktemp("resume")
     whole, disturbed = directory / "whole", directory / "disturbed"
     cache = directory / "cache-all-never"
     Process(directory, cache, "all", "never", arguments(whole, data)).finish()
-    for stage, place in itertools.product(STAGES, PLACES):
+    for stage, place in KILLS:
         Process(directory, cache, stage, place, arguments(disturbed, data)).kill_at_marker()
         assert not (disturbed / stage / "complete.json").exists()
     Process(directory, cache, "none", "never", arguments(disturbed, data)).finish()

@@ -68,8 +68,8 @@ def length_controlled_win_rate(
     if mean in (0.0, 1.0) or not difference.std():
         return LengthControlled(mean, math.sqrt(mean * (1 - mean) / count))
     inputs = np.stack([np.ones(count), np.tanh(difference / difference.std())], axis=1)
-    penalty, weights = np.array([0.0, 1.0]), np.array([math.log(mean / (1 - mean)), 0.0])
-    for _ in range(20):  # Newton's method, twice as many steps as it has needed
+    penalty, weights = np.array([0.0, 1.0]), np.zeros(2)
+    for _ in range(50):  # Newton's method: one step or so for each unit of the log odds, and a few more
         chances = 1 / (1 + np.exp(-inputs @ weights))
         curvature = inputs.T @ (inputs * (chances * (1 - chances))[:, None]) + np.diag(penalty)
         weights = weights + np.linalg.solve(curvature, inputs.T @ (wins - chances) - penalty * weights)

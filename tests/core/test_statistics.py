@@ -136,7 +136,9 @@ def test_a_win_rate_that_lengths_cannot_explain_or_explain_wholly_is_finite():
     wins = (longer > 2).astype(float)
     separated = length_controlled_win_rate(wins, longer, np.full(6, 2))
     assert 0 < separated.rate < 1 and np.isfinite(separated.se)
-    assert length_controlled_win_rate(wins, longer, longer).rate == 0.5
+    assert length_controlled_win_rate(wins, longer, longer) == (0.5, pytest.approx(math.sqrt(0.25 / 6)))
+    rare = (np.arange(10_000) == 0).astype(float)
+    assert length_controlled_win_rate(rare, np.arange(10_000) % 2, np.zeros(10_000, int)).rate < 5e-4
     assert length_controlled_win_rate(np.ones(6), longer, np.full(6, 2)) == (1.0, 0.0)
 
 

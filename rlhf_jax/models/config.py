@@ -4,6 +4,8 @@ import dataclasses
 from typing import Literal
 
 DType = Literal["float32", "bfloat16", "float16"]
+AttentionBy = Literal["xla", "cudnn"]
+"""What computes attention: XLA, anywhere; or cuDNN, on NVIDIA GPUs, without the logits ever being in memory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +37,7 @@ class ModelConfig:
     param_dtype: DType
     compute_dtype: DType
     remat: bool = False  # keep only the layers' inputs for the backward pass, and compute the rest again
+    attention: AttentionBy = "xla"
     n_kv_heads: int | None = None  # heads of keys and values, shared by groups of query heads; None: n_heads
     head_dim: int | None = None  # None: d_model / n_heads
     gated: bool = False  # the MLP multiplies its activation by a second projection (GLU)
@@ -73,8 +76,23 @@ class ModelConfig:
             raise ValueError("positions = 'learned' needs context, the number of positions")
         if self.n_heads % self.kv_heads:
             raise ValueError(f"n_heads = {self.n_heads} must be a multiple of n_kv_heads = {self.kv_heads}")
+        if self.attention == "cudnn":
+            self._require_cudnn()
         if self.windows is not None and len(self.windows) != self.n_layers:
             raise ValueError(f"windows has {len(self.windows)} entries for n_layers = {self.n_layers}")
+
+    def _require_cudnn(self) -> None:
+        """The limits of jax.nn.dot_product_attention by cuDNN; before Hopper a head has at most 128 channels."""
+        faults = {
+            f"compute_dtype = {self.compute_dtype!r}, and it takes bfloat16 or float16": self.compute_dtype
+            == "float32",
+            f"heads of {self.head_width} channels, and it takes multiples of 8 up to 256": self.head_width % 8
+            or self.head_width > 256,
+            f"attention_softcap = {self.attention_softcap}, which it has not": self.attention_softcap is not None,
+        }
+        for fault, found in faults.items():
+            if found:
+                raise ValueError(f"attention = 'cudnn' does not serve {fault}: set attention to 'xla'")
 
     @property
     def head_width(self) -> int:

@@ -25,7 +25,9 @@ def describe(config: ModelConfig, vocab_size: int, **tokens: int) -> dict[str, A
             found, _ = read_shape(said, param_dtype=config.param_dtype, compute_dtype=config.compute_dtype)
         except RlhfError:  # a family that asks for more than another shape
             continue
-        differing[family] = _differences(config, dataclasses.replace(found, remat=config.remat))
+        differing[family] = _differences(
+            config, dataclasses.replace(found, remat=config.remat, attention=config.attention)
+        )
         if not differing[family]:
             return said
     nearest = min(differing, key=lambda family: len(differing[family]))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from rlhf_jax.models.config import DType, ModelConfig
+from rlhf_jax.models.config import AttentionBy, DType, ModelConfig
 from rlhf_jax.models.families import family_of, model_config, pack, tensor_shape, tensors_of, unpack
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
@@ -87,6 +87,7 @@ def load_pretrained(
     param_dtype: DType | None = None,
     compute_dtype: DType = "float32",
     remat: bool = False,
+    attention: AttentionBy = "xla",
     place: Place | None = None,
 ) -> Pretrained:
     """A causal language model, or a sequence classifier with one label, which is a reward model.
@@ -100,8 +101,8 @@ def load_pretrained(
     directory = find_checkpoint(source)
     hf_config = read_config(directory)
     kind = _kind(hf_config, directory)
-    dtypes = {"param_dtype": param_dtype or "float32", "compute_dtype": compute_dtype, "remat": remat}
-    config, vocab_size = _read_shape(hf_config, directory, **dtypes)
+    how = {"param_dtype": param_dtype or "float32", "compute_dtype": compute_dtype, "remat": remat}
+    config, vocab_size = _read_shape(hf_config, directory, **how, attention=attention)
     shapes = _parameter_shapes(kind, config, vocab_size)
     stored = find_tensors(directory)
     family = family_of(hf_config, str(directory))
@@ -211,15 +212,17 @@ def _network(kind: Kind, config: ModelConfig, vocab_size: int) -> PolicyNetwork 
     return ScalarNetwork(config, vocab_size, "last", bias=False)
 
 
-def _read_shape(hf_config: dict[str, Any], directory: Path, **dtypes: Any) -> tuple[ModelConfig, int]:
+def _read_shape(hf_config: dict[str, Any], directory: Path, **how: Any) -> tuple[ModelConfig, int]:
     try:
-        return read_shape(hf_config, **dtypes)
+        return read_shape(hf_config, **how)
     except RlhfError as error:
         raise RlhfError(f"{directory / 'config.json'}: {error}") from error
 
 
-def read_shape(hf_config: dict[str, Any], **dtypes: Any) -> tuple[ModelConfig, int]:
+def read_shape(hf_config: dict[str, Any], **how: Any) -> tuple[ModelConfig, int]:
     """The shape that a config.json describes, and the size of its vocabulary.
+
+    Args: how are the fields that no config.json has: dtypes, remat, attention.
 
     What it leaves out is as transformers has it by default. Raises RlhfError where it cannot be, or is not supported.
     """
@@ -231,7 +234,7 @@ def read_shape(hf_config: dict[str, Any], **dtypes: Any) -> tuple[ModelConfig, i
     try:
         # Completes what older checkpoints leave out, and says it as newer ones do.
         completed = AutoConfig.for_model(**hf_config)
-        return model_config(completed, **dtypes), completed.vocab_size
+        return model_config(completed, **how), completed.vocab_size
     except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
         raise RlhfError(str(error)) from error
 

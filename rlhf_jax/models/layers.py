@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.models.config import AttentionBy, ModelConfig
 from rlhf_jax.models.rotary import rotate
+from rlhf_jax.types import RlhfError
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
@@ -62,15 +63,32 @@ def attend(
     *,
     scale: float,
     softcap: float | None,
+    by: AttentionBy,
 ) -> Float[Array, "B S H K"]:
-    """Attention of S queries to C slots; G heads of keys and values serve H / G query heads each."""
+    """Attention of S queries to C slots; G heads of keys and values serve H / G query heads each.
+
+    Raises RlhfError where cuDNN is asked for and there is no GPU.
+    """
+    if by == "cudnn" and jax.default_backend() != "gpu":
+        raise RlhfError(
+            f"attention = 'cudnn' needs an NVIDIA GPU, and this runs on {jax.default_backend()}: set it to 'xla'"
+        )
     if softcap is None:
-        return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], scale=scale)
+        by = "cudnn" if by == "cudnn" and cudnn_takes(q.shape[1], k.shape[1]) else "xla"
+        return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], scale=scale, implementation=by)
     groups = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
     logits = jnp.einsum("bsgrk,bcgk->bgrsc", groups, k, preferred_element_type=jnp.float32) * scale
     capped = softcap * jnp.tanh(logits / softcap)
     weights = jax.nn.softmax(jnp.where(mask[:, None, None], capped, jnp.finfo(jnp.float32).min), axis=-1)
     return jnp.einsum("bgrsc,bcgk->bsgrk", weights.astype(v.dtype), v).reshape(q.shape)
+
+
+def cudnn_takes(queries: int, slots: int) -> bool:
+    """Whether cuDNN takes so many queries and slots with a mask: it has a gradient for even numbers alone.
+
+    One query at many slots is a step of decoding, of which there is no gradient.
+    """
+    return (queries % 2 == 0 and slots % 2 == 0) or (queries == 1 and slots > 1)
 
 
 class Attention(nn.Module):
@@ -106,7 +124,9 @@ class Attention(nn.Module):
             )
             k, v = jnp.swapaxes(cached[0], 1, 2), jnp.swapaxes(cached[1], 1, 2)
         scale = config.query_scale if config.query_scale is not None else width**-0.5
-        mixed = attend(q, k, v, place.attention_mask, scale=scale, softcap=config.attention_softcap)
+        mixed = attend(
+            q, k, v, place.attention_mask, scale=scale, softcap=config.attention_softcap, by=config.attention
+        )
         out = nn.DenseGeneral(config.d_model, axis=(-2, -1), name="o", use_bias=config.out_bias, **dtypes)
         return out(mixed), cached
 

@@ -12,7 +12,7 @@ from jaxtyping import PyTree
 from rlhf_jax import config as configs
 from rlhf_jax.config import ModelSource
 from rlhf_jax.models import hf, peft
-from rlhf_jax.models.config import DType, ModelConfig
+from rlhf_jax.models.config import AttentionBy, DType, ModelConfig
 from rlhf_jax.models.ensembles import EnsembleConfig
 from rlhf_jax.models.lora import Adapted, LoraConfig
 from rlhf_jax.models.policy import PolicyNetwork
@@ -32,6 +32,7 @@ class Tuning:
     param_dtype: DType | None = None
     compute_dtype: DType | None = None  # a checkpoint's is float32
     remat: bool | None = None
+    attention: AttentionBy = "xla"
     lora: LoraConfig | None = None  # trains an adapter beside the model, which stays as it is
 
 
@@ -211,6 +212,7 @@ def load_checkpoint(source: str, tuning: Tuning = AS_IT_IS, *, where: Where | No
         param_dtype=tuning.param_dtype,
         compute_dtype=tuning.compute_dtype or "float32",
         remat=bool(tuning.remat),
+        attention=tuning.attention,
         place=None if where is None else lambda path, array: jax.device_put(array, where(path, array.shape)),
     )
     tokenizer = checkpoint_tokenizer(directory, whole)
@@ -229,14 +231,18 @@ def load_checkpoint(source: str, tuning: Tuning = AS_IT_IS, *, where: Where | No
 
 
 def tuned(model: Policy | RewardModel, tuning: Tuning) -> Policy | RewardModel:
-    """A model with its parameters and its computations in the dtypes asked for."""
+    """A model with its parameters and its computations as asked for. Raises RlhfError where they cannot be so."""
     old = model.network.config
-    config = dataclasses.replace(
-        old,
-        param_dtype=tuning.param_dtype or old.param_dtype,
-        compute_dtype=tuning.compute_dtype or old.compute_dtype,
-        remat=old.remat if tuning.remat is None else tuning.remat,
-    )
+    try:
+        config = dataclasses.replace(
+            old,
+            param_dtype=tuning.param_dtype or old.param_dtype,
+            compute_dtype=tuning.compute_dtype or old.compute_dtype,
+            remat=old.remat if tuning.remat is None else tuning.remat,
+            attention=tuning.attention,
+        )
+    except ValueError as error:
+        raise RlhfError(str(error)) from error
     params = cast(model.params, tuning.param_dtype)
     if isinstance(model, Policy):
         return model._replace(network=dataclasses.replace(model.network, config=config), params=params)
@@ -283,7 +289,8 @@ def _save_spec(directory: Path, model: Policy | RewardModel, more: dict[str, Any
     model.tokenizer.save(directory / "tokenizer")
     network = model.network
     lora = None if network.lora is None else dataclasses.asdict(network.lora)
-    spec = {"config": dataclasses.asdict(network.config), "vocab_size": network.vocab_size, "lora": lora}
+    config = dataclasses.replace(network.config, attention="xla")  # others read the model on other machines
+    spec = {"config": dataclasses.asdict(config), "vocab_size": network.vocab_size, "lora": lora}
     of_base = {"base": None} if base is None else {"base": base.name, "base_is_stage": base.is_stage}
     write_json(directory / "model.json", {**spec, "hf_config": model.hf_config, **more, **of_base})
 

@@ -16,6 +16,7 @@ from rlhf_jax.models.scalars import ScalarNetwork
 from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.stages.context import Context
 from rlhf_jax.stages.models import Policy, Tuning, save_policy_spec
+from rlhf_jax.types import RlhfError
 
 Network = PolicyNetwork | ScalarNetwork
 
@@ -65,6 +66,11 @@ def begin_policy(source: ModelSource, tuning: Tuning, context: Context) -> Polic
 
     What a reader of the stage's checkpoints must know of it is written down.
     """
+    if tuning.attention == "cudnn" and context.seeds > 1:
+        raise RlhfError(
+            f"config.{context.name}: attention = 'cudnn' does not serve several seeds at once (its masks are of one "
+            "run): set config.seeds to 1, or attention to 'xla'"
+        )
     policy = context.policy(source, tuning)
     policy = policy._replace(network=adapted_network(policy.network, tuning.lora))
     seeds = range(context.seed, context.seed + context.seeds)

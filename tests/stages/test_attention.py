@@ -1,0 +1,44 @@
+"""Attention by cuDNN as a stage's sections ask for it: where it cannot be had, and what is written of it."""
+
+import dataclasses
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from rlhf_jax.config import ModelSource
+from rlhf_jax.data.pipeline import DataConfig
+from rlhf_jax.runtime.progress import Display
+from rlhf_jax.runtime.workdir import Workdir
+from rlhf_jax.stages.context import Context
+from rlhf_jax.stages.models import Policy, Tuning, save_policy_spec, tuned
+from rlhf_jax.stages.training import begin_policy
+from rlhf_jax.text.tokenizer import TokenizerConfig, train_tokenizer
+from rlhf_jax.types import RlhfError
+from tests import tiny
+
+
+def policy() -> Policy:
+    return Policy(tiny.POLICY, None, train_tokenizer(TokenizerConfig("word", tiny.VOCAB), ["a b"]))
+
+
+def test_a_model_takes_it_in_half_precision_and_is_read_without_it(tmp_path):
+    with pytest.raises(RlhfError, match=r"'cudnn' does not serve compute_dtype = 'float32', and it takes bfloat16 or"):
+        tuned(policy(), Tuning(attention="cudnn"))
+    half = tuned(policy(), Tuning(attention="cudnn", compute_dtype="bfloat16"))
+    assert isinstance(half, Policy) and half.network.config.attention == "cudnn"
+    save_policy_spec(tmp_path, half, range(1))
+    assert json.loads((tmp_path / "model.json").read_text())["config"]["attention"] == "xla"
+    assert tuned(half, Tuning()).network.config == dataclasses.replace(half.network.config, attention="xla")
+
+
+def test_several_seeds_do_without_it(tmp_path):
+    data = DataConfig(
+        train="", eval="", test=None, limit=None, text_prompt_tokens=(1, 2), max_prompt_tokens=4, max_response_tokens=4
+    )
+    display = Display(Console(file=io.StringIO()))
+    with display.running(), display.bar("ppo") as bar:
+        context = Context(Workdir(tmp_path, None), ("ppo",), "ppo", 0, 2, data, tiny.ONE_DEVICE, bar)
+    with pytest.raises(RlhfError, match=r"config.ppo: attention = 'cudnn' does not serve several seeds at once"):
+        begin_policy(ModelSource("sft"), Tuning(attention="cudnn"), context)

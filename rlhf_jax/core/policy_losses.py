@@ -223,6 +223,7 @@ def sampler_difference(
 
     Of the absolute difference of one policy's log-probabilities by two programs, as TRL's GRPOTrainer has it.
     """
+    logprobs = jax.lax.stop_gradient(logprobs)  # a maximum over devices has no derivative
     apart = jnp.abs(_log_ratio(logprobs, sampler_logprobs, response_mask))
     farthest = jnp.max(apart)
     return {

@@ -153,3 +153,13 @@ def test_ratio_metrics_count_no_padding():
     filled = policy_losses.ratio_metrics(jnp.where(mask, logprobs, np.nan), old, clipped & ~mask, mask, ())
     for name, value in metrics.items():
         np.testing.assert_array_equal(filled[name], value, err_msg=name)
+
+
+def test_the_samplers_difference_is_of_either_sign_and_of_no_padding():
+    logprobs, old, _ = case(0)
+    mask = prefix_mask([WIDTH, 2, 1, 0, 3])
+    expected = np.abs(np.asarray(logprobs) - np.asarray(old))[np.asarray(mask)]
+    for sign in (1, -1):
+        first, second = (jnp.where(mask, x, jnp.nan) for x in (logprobs, old)[::sign])
+        found = policy_losses.sampler_difference(first, second, mask, ())
+        np.testing.assert_allclose(list(found.values()), [expected.mean(), expected.max()], rtol=1e-6)

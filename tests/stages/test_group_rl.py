@@ -183,6 +183,7 @@ def test_seeds_devices_and_the_host_give_the_same_iterations():
         minibatches=2,
         entropy_coef=0.01,
         overlong_buffer=0.0,
+        old_logprobs="sampler",
     )
     reward = Rare(tiny.MODEL, tiny.VOCAB, "mean")
     networks = dataclasses.replace(NETWORKS, reward=reward)

@@ -66,6 +66,8 @@ class RewardModelConfig:
     def __post_init__(self) -> None:
         if (self.policy is None) != isinstance(self.model, Pretrained):
             raise ValueError("policy names whose tokenizer a model from scratch reads; it is None with model.init")
+        if self.ensemble is not None and self.model.attention == "cudnn":
+            raise ValueError("model.attention = 'cudnn' does not serve several members at once: set it to 'xla'")
 
 
 def run(config: RewardModelConfig, context: Context) -> dict[str, Any]:

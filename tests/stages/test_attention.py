@@ -3,16 +3,19 @@
 import dataclasses
 import io
 import json
+from typing import Any
 
 import pytest
 from rich.console import Console
 
 from rlhf_jax.config import ModelSource
 from rlhf_jax.data.pipeline import DataConfig
+from rlhf_jax.models.ensembles import EnsembleConfig
 from rlhf_jax.runtime.progress import Display
 from rlhf_jax.runtime.workdir import Workdir
 from rlhf_jax.stages.context import Context
-from rlhf_jax.stages.models import Policy, Tuning, save_policy_spec, tuned
+from rlhf_jax.stages.models import Policy, Pretrained, Tuning, save_policy_spec, tuned
+from rlhf_jax.stages.reward_model import RewardModelConfig
 from rlhf_jax.stages.training import begin_policy
 from rlhf_jax.text.tokenizer import TokenizerConfig, train_tokenizer
 from rlhf_jax.types import RlhfError
@@ -31,6 +34,15 @@ def test_a_model_takes_it_in_half_precision_and_is_read_without_it(tmp_path):
     save_policy_spec(tmp_path, half, range(1))
     assert json.loads((tmp_path / "model.json").read_text())["config"]["attention"] == "xla"
     assert tuned(half, Tuning()).network.config == dataclasses.replace(half.network.config, attention="xla")
+
+
+def test_members_of_an_ensemble_do_without_it():
+    fields: dict[str, Any] = {"kind": "reward_model", "policy": None, "preferences": None, "pooling": "last"}
+    fields |= {"optimizer": tiny.OPTIMIZER, "batch_size": 4, "epochs": 1.0, "eval_every": 1, "loop": tiny.LOOP}
+    model = Pretrained(init=ModelSource("sft"), attention="cudnn")
+    assert RewardModelConfig(**fields, model=model).ensemble is None
+    with pytest.raises(ValueError, match=r"model.attention = 'cudnn' does not serve several members at once"):
+        RewardModelConfig(**fields, model=model, ensemble=EnsembleConfig(members=2, combine="mean"))
 
 
 def test_several_seeds_do_without_it(tmp_path):

@@ -159,6 +159,7 @@ def suppression(ids: tuple[int, ...]) -> dict[str, list[int]]:
 
 def as_pretrained(tokenizer: Tokenizer) -> PretrainedTokenizer:
     """A tokenizer of ours as transformers has it: the same ids, BOS before every text, special tokens never in one."""
+    _quieten()
     from transformers import PreTrainedTokenizerFast
 
     backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
@@ -182,8 +183,7 @@ def load_pretrained_tokenizer(source: str | Path, *, generation: Path | None = N
     for file in sorted(directory.glob("*.json")):
         if file.name in (CONFIG_FILE, TOKENIZER_FILE, GENERATION_FILE):
             _check_json(file)
-    # transformers says that it found no PyTorch, which nobody here misses.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    _quieten()
     from transformers import AutoTokenizer
 
     try:
@@ -201,6 +201,11 @@ def load_pretrained_tokenizer(source: str | Path, *, generation: Path | None = N
         return PretrainedTokenizer(wrapped, *ids)
     except RlhfError as error:
         raise RlhfError(f"{directory}: {error}") from error
+
+
+def _quieten() -> None:
+    """Before transformers is imported, which says that it found no PyTorch, which nobody here misses."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 
 def _download(name: str) -> Path:

@@ -95,6 +95,11 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         "gpt_neox",
         {**SMALL, "rope_parameters": YARN | {"attention_factor": 1.5, "partial_rotary_factor": 0.5}},
     ),
+    "arcee": ("arcee", GROUPED),
+    "arcee, tied, biases": (
+        "arcee",
+        {**SMALL, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True, "hidden_act": "relu"},
+    ),
     "mistral, window": ("mistral", {**GROUPED, "sliding_window": 5}),
     "mistral, no window": ("mistral", {**GROUPED, "sliding_window": None}),
     "qwen2": ("qwen2", {**GROUPED, "tie_word_embeddings": True}),

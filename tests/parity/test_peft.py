@@ -32,6 +32,7 @@ CASES = [
     ("gpt_neox, in sequence, tied, no bias", "all-linear"),
     ("llama, grouped", ["q_proj", "v_proj"]),
     ("llama, tied, biases", "all-linear"),
+    ("arcee", ["up_proj", "v_proj"]),
     ("mistral, window", ["o_proj", "down_proj"]),
     ("qwen2", r".*\.1\.self_attn\.[kv]_proj"),
     ("qwen3", ["layers.0.self_attn.q_proj", "up_proj"]),

@@ -2,6 +2,7 @@
 
 import pytest
 
+from rlhf_jax.stages import samples
 from rlhf_jax.stages.models import Policy, load_checkpoint
 from tests import checkpoints
 from tests.text import checkpoints as tokenizers
@@ -39,12 +40,22 @@ def test_seeds_and_numbers_of_responses(model, capsys):
     assert succeeds(capsys, *asked, "--top-k=1", "--n=1") == succeeds(capsys, *asked, "--temperature=0")
 
 
-def test_a_stop_string_ends_the_text_before_it(model, capsys):
+def test_a_stop_string_ends_the_text_before_it(model, capsys, monkeypatch):
+    cuts, cut = [], samples.cut
+
+    def recorded(tokenizer, prompt, response, stops):
+        found = cut(tokenizer, prompt, response, stops)
+        cuts.append((found[0], len(response)))
+        return found
+
+    monkeypatch.setattr(samples, "cut", recorded)
     asked = ["sample", model, "--prompt=The film", "--temperature=0", "--max-new-tokens=20"]
     written = succeeds(capsys, *asked).removeprefix("The film").removesuffix("\n")
     stop = written[7:9]
-    cut = succeeds(capsys, *asked, f"--stop={stop}", "--stop=never said")
-    assert cut == f"The film{written[: written.index(stop)]}\n"
+    stopped = succeeds(capsys, *asked, f"--stop={stop}", "--stop=never said")
+    assert stopped == f"The film{written[: written.index(stop)]}\n"
+    whole, ended = cuts
+    assert ended[0] == ended[1] < whole[1]  # no token is drawn after it
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,6 @@ bandwidth of a copy measured here. The row says which.
 `--mixed` gives each response a limit (geometric, mean 64 of at most 256 tokens) and compares batches that each wait for
 their longest response with as many slots under continuous batching. `--peer transformers` (needs torch) runs
 transformers' `generate` on the same weights and prompts in the same process.
-
-Result: the numbers of one H100 stand in this docstring when they have been measured.
 """
 
 import argparse
@@ -39,7 +37,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig
 
-from rlhf_jax.models.config import DType
+from rlhf_jax.models.config import AttentionBy, DType
 from rlhf_jax.models.families import model_config
 from rlhf_jax.models.hf import load_pretrained, save_pretrained
 from rlhf_jax.models.policy import PolicyNetwork
@@ -69,10 +67,10 @@ class Model(NamedTuple):
     directory: str | None  # where its weights come from, or None for random ones
 
 
-def load(shape: str, directory: str | None, dtype: DType) -> Model:
+def load(shape: str, directory: str | None, dtype: DType, attention: AttentionBy) -> Model:
     """A checkpoint, or random weights of a shape: the dtype is that of weights and of computation."""
     if directory is not None:
-        loaded = load_pretrained(directory, param_dtype=dtype, compute_dtype=dtype)
+        loaded = load_pretrained(directory, param_dtype=dtype, compute_dtype=dtype, attention=attention)
         if loaded.kind != "policy":
             raise SystemExit(f"{directory} is a reward model: give a language model")
         policy = PolicyNetwork(loaded.config, loaded.vocab_size, ())
@@ -90,7 +88,7 @@ def load(shape: str, directory: str | None, dtype: DType) -> Model:
         "rope_parameters": {"rope_type": "default", "rope_theta": theta},
     }
     completed = AutoConfig.for_model(**hf_config)
-    config = model_config(completed, param_dtype=dtype, compute_dtype=dtype, remat=False)
+    config = model_config(completed, param_dtype=dtype, compute_dtype=dtype, remat=False, attention=attention)
     policy = PolicyNetwork(config, vocab, ())
     return Model(shape, policy, policy.init(jax.random.key(0)), hf_config, None)
 
@@ -298,6 +296,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=128, help="tokens")
     parser.add_argument("--new", type=int, default=128, help="tokens of every response")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default=dtype)
+    parser.add_argument("--attention", choices=["xla", "cudnn"], default="xla", help="cudnn: on GPUs, in bfloat16")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--mixed", action="store_true", help="limits that differ: padding against continuous batching")
     parser.add_argument("--mean", type=float, default=64, help="of the limits, before they are cut off; with --mixed")
@@ -322,7 +321,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     args, rows = parse(arguments), []
     memory = bandwidth()
     for shape in [args.model] if args.model else args.shape:
-        model = load(shape, args.model, args.dtype)
+        model = load(shape, args.model, args.dtype, args.attention)
         for batch in args.batch:
             row = {
                 "kind": "mixed" if args.mixed else "uniform",
@@ -330,6 +329,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
                 "batch": batch,
                 "prompt": args.prompt,
                 "dtype": args.dtype,
+                "attention": args.attention,
                 "repeats": args.repeats,
                 "device": jax.devices()[0].device_kind,
                 "cores": os.cpu_count(),

@@ -41,6 +41,12 @@ class Panel(NamedTuple):
     chance: float | None = None  # a level to compare with
 
 
+SAMPLING = (
+    Panel("Score", "reward", (Series("objective/scores", ""),)),
+    Panel("KL from the start", "nats a response", (Series("objective/kl", ""),), chance=0.0),
+    Panel("Length", "tokens a response", (Series("completions/mean_length", ""),)),
+)
+
 CURVES: dict[str, tuple[Panel, ...]] = {
     "sft": (
         Panel("Cross-entropy", "nats a token", (Series("loss", "train"), Series("eval/loss", "held out"))),
@@ -83,11 +89,9 @@ CURVES: dict[str, tuple[Panel, ...]] = {
             chance=0.0,
         ),
     ),
-    "ppo": (
-        Panel("Score", "reward model", (Series("objective/scores", ""),)),
-        Panel("KL from SFT", "nats a response", (Series("objective/kl", ""),), chance=0.0),
-        Panel("Length", "tokens a response", (Series("completions/mean_length", ""),)),
-    ),
+    "ppo": SAMPLING,
+    "group_rl": SAMPLING,
+    "online_dpo": SAMPLING,
 }
 """What is drawn of a training stage, by its kind: lines for training batches, dots for what was held out."""
 
@@ -116,7 +120,7 @@ def learning_curves(kind: str, stages: Mapping[str, pd.DataFrame]) -> Figure:
                 ax.axhline(panel.chance, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
             ax.set_title(panel.title)
             ax.set_ylabel(panel.unit)
-            ax.set_xlabel("iteration" if kind == "ppo" else "step")
+            ax.set_xlabel("iteration" if CURVES[kind] is SAMPLING else "step")
             ax.margins(x=0.04)
             label_ends(ax, ends)
         settle(figure)

@@ -61,6 +61,12 @@ def compared_score(run: Run) -> str:
     return "gold score (rating by the judge)" if judge == GOLD else f"score by {judge}"
 
 
+def reward_of(run: Run) -> str:
+    """The reward that chose Best-of-N's answers and is shown beside the judge's score, as a sentence would name it."""
+    reward = run.config(run.evaluation())["section"].get("reward_model")
+    return _judge(run, reward) if isinstance(reward, dict) else "the reward model"
+
+
 def asked_in_both_orders(run: Run) -> bool:
     """Whether the pairs were decided by a judge that was asked over HTTP."""
     judge = run.config(run.evaluation())["section"].get("judge")
@@ -171,8 +177,9 @@ def _label(run: Run, method: str) -> str:
     if method not in run.stages:
         return method
     section = run.config(method)["section"]
+    distilled = section.get("demonstrations") is not None  # of a stage's samples, such as rejection sampling's
     return {
-        "sft": "SFT",
+        "sft": method if distilled else "SFT",
         "dpo": f"DPO β = {section.get('beta', 0):g}",
         "ppo": "PPO",
         "reward_model": "reward model",

@@ -57,6 +57,8 @@ CAPTIONS = {
     "learning_reward_model": ("Reward model", "Dashed: chance."),
     "learning_dpo": ("DPO", "Dashed: where every policy starts."),
     "learning_ppo": ("PPO", ""),
+    "learning_group_rl": ("Policy gradients without a value function", ""),
+    "learning_online_dpo": ("Online DPO", ""),
 }
 CURVES_CAPTION = (
     "Faint: every step. Strong: the mean of its neighbourhood, a twentieth of all steps (an eighth where several share "

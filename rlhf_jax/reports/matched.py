@@ -22,14 +22,15 @@ def runs(points: pd.DataFrame, kinds: dict[str, str], start: str, score: str) ->
     Args: points as a frontier stage wrote them; kinds are the methods' stages' kinds, in the order of the panels;
     score names what was measured.
     """
+    columns = min(COLUMNS, len(kinds))
     ways = {method: _ways(points, method, start) for method in kinds}
-    rows = math.ceil(len(kinds) / COLUMNS)
+    rows = math.ceil(len(kinds) / columns)
     with context():
         figure = Figure(
             figsize=(WIDTH, 0.7 + ROW_HEIGHT * rows), dpi=100, layout=ConstrainedLayoutEngine(w_pad=0.04, h_pad=0.04)
         )
         FigureCanvasAgg(figure)
-        axes = list(figure.subplots(rows, COLUMNS, squeeze=False, sharex=True, sharey=True).flat)
+        axes = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat)
         for ax, (method, kind) in zip(axes, kinds.items(), strict=False):
             for other, lines in ways.items():
                 if other != method:
@@ -42,7 +43,7 @@ def runs(points: pd.DataFrame, kinds: dict[str, str], start: str, score: str) ->
             ax.tick_params(labelsize=7)
         for ax in axes[len(kinds) :]:
             ax.set_visible(False)
-        for ax in axes[max(0, len(kinds) - COLUMNS) : len(kinds)]:  # the last of each column
+        for ax in axes[len(kinds) - columns : len(kinds)]:  # the last of each column
             ax.tick_params(labelbottom=True)
         _root_scale(figure.axes[0], points["kl"].max())
         figure.supxlabel(f"KL from {start} (nats a response; square-root scale)", fontsize=9, color=INK)
@@ -73,6 +74,8 @@ def ranking(matched: pd.DataFrame, kinds: dict[str, str], score: str) -> Figure:
                 ax.errorbar(row["gold"], place, xerr=error, color=color, marker="o", markersize=3.5, linewidth=1.2)
             ax.set_yticks(range(len(order)), reversed(order))
             ax.set_ylim(-0.6, len(order) - 0.4)
+            if not rows["reached"].any():
+                ax.set_xticks([])
             ax.set_title(f"KL {target:g}")
             ax.set_xlabel(score)
         settle(figure)
@@ -119,6 +122,7 @@ def _ways(points: pd.DataFrame, method: str, start: str) -> list[tuple[np.ndarra
 
 def _root_scale(ax: Axes, largest: float) -> None:
     ax.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
-    ticks = [tick for tick in (0, 1, 4, 10, 20, 40, 80, 160) if tick <= 1.1 * largest]
+    candidates = (0, 1, 4, 10, 20, 40, 80, 160) if largest > 4 else (0, 0.1, 0.5, 1, 2, 4)
+    ticks = [tick for tick in candidates if tick <= 1.1 * largest]
     ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     ax.set_xlim(0, 1.05 * largest)

@@ -43,7 +43,7 @@ COLUMNS = (
         pairs=True,
         interval=("win_low", "win_high"),
     ),
-    Column("reward_score", "reward", "the reward model's score: what Best-of-N and PPO were told to raise", 2),
+    Column("reward_score", "reward", "the score of {reward}, by which Best-of-N chooses", 2),
     Column(
         "kl",
         "KL, nats",
@@ -104,8 +104,9 @@ def write_csv(results: pd.DataFrame, path: Path) -> None:
 
 def columns(run: Run, of: Sequence[Column] = COLUMNS) -> list[Column]:
     """Those of some columns that something was measured for."""
-    results = run.results()
-    return [column for column in of if column.name in results and results[column.name].notna().any()]
+    results, reward = run.results(), frames.reward_of(run)
+    named = (column._replace(meaning=column.meaning.format(reward=reward)) for column in of)
+    return [column for column in named if column.name in results and results[column.name].notna().any()]
 
 
 def cells(run: Run, of: Sequence[Column] = COLUMNS) -> list[list[str]]:
@@ -146,7 +147,7 @@ def notes(run: Run) -> list[str]:
     if frames.asked_in_both_orders(run):
         found.append(f"Pairs are won by what {frames.judge_of(run)} prefers in both orders.")
     elif not frames.judged_by_gold(results):
-        found.append("No gold judge was asked: pairs are won by the reward model's score.")
+        found.append(f"No gold judge was asked: pairs are won by the score of {frames.reward_of(run)}.")
     seeds = results.groupby("method")["seed"].nunique().max()
     if seeds > 1:
         found.append(f"Where a method was trained with {seeds} seeds: mean ± standard deviation over seeds.")

@@ -104,7 +104,11 @@ def train(task: Task, config: LoopConfig, placement: Placement, first_seed: int,
                     sample_rows.write({"step": done, **found} | {"seed": first_seed + seed} for found in described)
             rows[-1].update(clock.read(config.steps_per_call, rows[-placement.seeds :]))
             metric_rows.write(rows)
-            bar.update(done, task.total_steps, {name: rows[-1][name] for name in task.key_figures if name in rows[-1]})
+            bar.update(
+                done,
+                task.total_steps,
+                {name: rows[-1][name] for name in task.key_figures if rows[-1].get(name) is not None},
+            )
             if _crossed(config.checkpoint_every, previous, done, task.total_steps):
                 metric_rows.flush()
                 sample_rows.flush()
@@ -135,7 +139,7 @@ def _metric_rows(metrics: dict[str, np.ndarray], steps: range, first_seed: int, 
         {
             "step": step + 1,
             "seed": first_seed + seed,
-            **{name: _pick(values, index, seed, seeds).item() for name, values in metrics.items()},
+            **{name: _number(_pick(values, index, seed, seeds)) for name, values in metrics.items()},
         }
         for index, step in enumerate(steps)
         for seed in range(seeds)
@@ -153,6 +157,11 @@ def _sample_rows(samples: Any, steps: range, first_seed: int, seeds: int, descri
         for seed in range(seeds)
         for row in describe(step + 1, jax.tree.map(lambda leaf, i=index, k=seed: _pick(leaf, i, k, seeds), samples))
     ]
+
+
+def _number(value: Any) -> Any:
+    """None for what could not be measured: JSON has no NaN."""
+    return None if np.isnan(value) else value.item()
 
 
 def _pick(leaf: Any, index: int, seed: int, seeds: int) -> Any:

@@ -36,11 +36,18 @@ class Rounds(NamedTuple):
     collect: Callable[[Any, Any], tuple[Any, jax.Array]]
 
 
+class Scored(NamedTuple):
+    """What the host says of rows that were sampled."""
+
+    scores: np.ndarray  # float32[rows]
+    logged: dict[str, np.ndarray]  # float[rows] each, of which mean and deviation are logged; NaN is left out
+
+
 class HostSteps(NamedTuple):
     """An iteration in two steps, between which the host scores what the first one sampled."""
 
     sample: Step  # -> its samples are a rollout
-    score: Callable[[Any], np.ndarray]  # a rollout of any number of rows, in NumPy -> float32[rows]
+    score: Callable[[Any], Scored]  # of a rollout of any number of rows, in NumPy
     learn: Step  # on a batch (rollout, scores), or with rounds on what they kept
     rounds: Rounds | None = None
 
@@ -235,24 +242,45 @@ def compile_host_steps(placement: Placement, steps: HostSteps, state: PyTree) ->
         state, _, rollout = sample(state, frozen, batch, run_key)
         rollout = jax.device_get(rollout)
         flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[leading:]), rollout)
-        scores = np.asarray(steps.score(flat), np.float32).reshape(jax.tree.leaves(rollout)[0].shape[:leading])
-        return state, (rollout, scores)
+        shape, found = jax.tree.leaves(rollout)[0].shape[:leading], steps.score(flat)
+        logged = {name: np.asarray(values, np.float64).reshape(shape) for name, values in found.logged.items()}
+        return state, (rollout, np.asarray(found.scores, np.float32).reshape(shape)), logged
 
     def program(state: Any, frozen: Any, batches: Any, run_key: jax.Array) -> tuple:
         results = []
         for i in range(len(jax.tree.leaves(batches)[0])):
-            kept = None
+            kept, enough, logged = None, np.bool(False), []
             for batch in split(jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], batches)):
-                state, found = scored(state, frozen, batch, run_key)
+                state, found, said = scored(state, frozen, batch, run_key)
+                lacking = ~np.asarray(enough)[..., None]  # a seed's own rounds, as it would be alone
+                logged.append({name: np.where(lacking, values, np.nan) for name, values in said.items()})
                 kept, enough = (found, True) if collect is None else collect(kept, found)
                 if np.all(enough):
                     break
             state, metrics, samples = learn(state, frozen, kept, run_key)
-            results.append(jax.device_get((metrics, samples)))
+            metrics, samples = jax.device_get((metrics, samples))
+            results.append((metrics | _logged(logged), samples))
         metrics, samples = jax.tree.map(lambda *leaves: np.concatenate(leaves), *results)
         return state, metrics, samples
 
     return program
+
+
+def _logged(rounds: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Mean and deviation over the last axis of all rounds, of what is not NaN: as TRL logs `rewards/NAME`.
+
+    The deviation is the sample's, with the count less one. Both are NaN where there is too little.
+    """
+    metrics = {}
+    for name in rounds[0]:
+        values = np.concatenate([found[name] for found in rounds], axis=-1)
+        there = ~np.isnan(values)
+        count = there.sum(axis=-1)
+        mean = np.where(there, values, 0).sum(axis=-1) / np.maximum(count, 1)
+        squares = np.where(there, np.square(values - mean[..., None]), 0).sum(axis=-1)
+        metrics[f"{name}/mean"] = np.where(count > 0, mean, np.nan)
+        metrics[f"{name}/std"] = np.where(count > 1, np.sqrt(squares / np.maximum(count - 1, 1)), np.nan)
+    return metrics
 
 
 @functools.lru_cache

@@ -9,7 +9,6 @@ from jaxtyping import PRNGKeyArray
 
 from rlhf_jax.data.pipeline import DataConfig
 from rlhf_jax.models.sharding import Where
-from rlhf_jax.rewards.functions import load_function
 from rlhf_jax.runtime.programs import Placement, RuntimeConfig, make_placement
 from rlhf_jax.runtime.progress import Bar
 from rlhf_jax.runtime.workdir import Workdir
@@ -26,7 +25,7 @@ from rlhf_jax.stages.models import (
     merged,
     tuned,
 )
-from rlhf_jax.stages.reward_source import Reward, RewardConfig, RewardSource, recombined
+from rlhf_jax.stages.reward_source import Reward, RewardConfig, RewardSource, load_reward, recombined
 from rlhf_jax.text.tokenizer import Tokenizer
 from rlhf_jax.types import RlhfError
 
@@ -83,9 +82,8 @@ class Context:
         model = None
         if source.model is not None:
             model = recombined(self._reward_model(source.model), source, f"config.{self.name}.reward_model")
-        functions = tuple(map(load_function, source.functions))
-        weights = source.weights or (1.0,) * (len(functions) + (model is not None))
-        return model if model is not None and weights == (1.0,) else Reward(model, functions, weights)
+        found = load_reward(source, model)
+        return model if model is not None and found.weights == (1.0,) else found
 
     def base(self, tuning: Tuning | None, source: str | None = None) -> Base | None:
         """What an adapter is trained beside, where one is: the source, or what a `Pretrained` section starts from."""

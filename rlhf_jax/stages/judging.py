@@ -9,12 +9,13 @@ from jaxtyping import Float
 from rlhf_jax.data import fetch
 from rlhf_jax.rewards.http_judge import HTTPJudge, HTTPJudgeConfig, Pair
 from rlhf_jax.rewards.tfidf import TfidfJudge
+from rlhf_jax.runtime.programs import Scored
 from rlhf_jax.stages.context import Context
 from rlhf_jax.stages.gold import has_judge, load_judge
 from rlhf_jax.stages.models import Policy
 from rlhf_jax.stages.reward_source import RewardSource
 from rlhf_jax.stages.samples import texts
-from rlhf_jax.stages.scoring import Scorer, make_scorer
+from rlhf_jax.stages.scoring import HostScorer, make_scorer
 from rlhf_jax.text.tokenizer import Tokenizer
 from rlhf_jax.types import Rollout
 
@@ -60,17 +61,18 @@ def preferred_by_asking(
     return judge.prefer(pairs, progress)
 
 
-def pair_scorer(judge: TfidfJudge | HTTPJudge, tokenizer: Tokenizer) -> Scorer:
+def pair_scorer(judge: TfidfJudge | HTTPJudge, tokenizer: Tokenizer) -> HostScorer:
     """A judge's scores of responses that stand two by two, both to one prompt.
 
     Of a judge over HTTP they are 1 for the preferred one of two and 0 for the other, and 1/2 each for a tie.
     """
 
-    def score(rollout: Rollout) -> np.ndarray:
+    def score(rollout: Rollout) -> Scored:
         prompts, completions = texts(tokenizer, rollout)
         if isinstance(judge, TfidfJudge):
-            return judge.score([prompt + completion for prompt, completion in zip(prompts, completions, strict=True)])
+            read = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+            return Scored(judge.score(read), {})
         wins = judge.prefer([Pair(*two) for two in zip(prompts[::2], completions[::2], completions[1::2], strict=True)])
-        return np.stack([wins, 1 - wins], axis=1).reshape(-1)
+        return Scored(np.stack([wins, 1 - wins], axis=1).reshape(-1), {})
 
     return score

@@ -45,7 +45,7 @@ from rlhf_jax.stages.preference_loss import (
 )
 from rlhf_jax.stages.prompts import PromptSource
 from rlhf_jax.stages.reward_source import Reward, RewardSource
-from rlhf_jax.stages.scoring import joins_program, make_scorer
+from rlhf_jax.stages.scoring import joins_program, make_host_scorer
 from rlhf_jax.stages.training import begin, begin_policy, dropout_keys, whole
 from rlhf_jax.types import PreferenceBatch, PromptBatch, Rollout
 
@@ -118,7 +118,7 @@ def run(config: OnlineDPOConfig, context: Context) -> dict[str, Any]:
         if isinstance(annotator, (TfidfJudge, HTTPJudge)):
             scorer = pair_scorer(annotator, reference.tokenizer)
         else:
-            scorer = make_scorer(annotator, reference, rows, context.data, context.runtime.inference_batch)
+            scorer = make_host_scorer(annotator, reference, rows, context.data, context.runtime.inference_batch)
         sample, learn = make_halves(networks, config, *axes)
         step = HostSteps(sample, scorer, learn)
 

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import PRNGKeyArray, PyTree
 
 from rlhf_jax.core import masking
@@ -33,7 +32,7 @@ from rlhf_jax.stages.online import seed_keys, train_online
 from rlhf_jax.stages.policy_method import Method, Networks, PolicyGradientConfig, Sampled, Samples
 from rlhf_jax.stages.policy_update import optimise
 from rlhf_jax.stages.prompts import MixedSource, PromptSource, at_round
-from rlhf_jax.stages.scoring import joins_program, make_scorer
+from rlhf_jax.stages.scoring import HostScorer, joins_program, make_host_scorer
 from rlhf_jax.stages.training import adapted_scalar, begin, begin_policy
 from rlhf_jax.types import PromptBatch, TokenBatch
 
@@ -174,7 +173,7 @@ class Scoring(NamedTuple):
     """Where scores come from: a network within the compiled iteration, or the host between its two halves."""
 
     on_device: RewardModel | None
-    on_host: Callable[[Any], np.ndarray] | None
+    on_host: HostScorer | None
 
 
 def scoring(config: PolicyGradientConfig, context: Context, policy: Policy, rows: Sequence[dict[str, Any]]) -> Scoring:
@@ -182,7 +181,7 @@ def scoring(config: PolicyGradientConfig, context: Context, policy: Policy, rows
     reward_model = context.reward_model(config.reward_model)
     if joins_program(reward_model, policy):
         return Scoring(reward_model, None)
-    return Scoring(None, make_scorer(reward_model, policy, rows, context.data, context.runtime.inference_batch))
+    return Scoring(None, make_host_scorer(reward_model, policy, rows, context.data, context.runtime.inference_batch))
 
 
 class ValueStart(NamedTuple):

@@ -6,11 +6,12 @@ and `scoring.make_scorer` makes of either a function of responses.
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import NamedTuple
 
 from rlhf_jax.config import FunctionSource, ModelSource
 from rlhf_jax.models.ensembles import Combine, EnsembleConfig, check_combination
-from rlhf_jax.rewards.functions import RewardFunction
+from rlhf_jax.rewards.functions import RewardFunction, load_function
 from rlhf_jax.stages.models import RewardModel
 from rlhf_jax.types import RlhfError
 
@@ -21,8 +22,10 @@ class RewardConfig:
 
     A function is `reward_fn(prompts, completions, **columns) -> list[float | None]`, as in TRL: chats where the prompts
     are chats, else texts; `completion_ids` beside them; and every other column of the prompts' rows. It runs on the
-    host, between the two halves of an online stage's iteration. `combine` is another way to combine an ensemble than
-    that which it was trained with.
+    host, between the two halves of an online stage's iteration. Where it gives None it does not apply: it is left out
+    of the sum, and of `rewards/NAME/mean` and `/std`, which online stages log of every part.
+
+    `combine` is another way to combine an ensemble than that which it was trained with.
     """
 
     functions: tuple[FunctionSource, ...] = ()
@@ -35,6 +38,8 @@ class RewardConfig:
         parts = len(self.functions) + (self.model is not None)
         if not parts:
             raise ValueError("functions = () and model = None: a reward needs one of them")
+        if len(set(self.functions)) < len(self.functions):
+            raise ValueError(f"functions = {self.functions} has one twice: name it once, and weigh it by weights")
         if self.weights is not None and len(self.weights) != parts:
             raise ValueError(
                 f"weights = {self.weights} must have one for each of {parts} parts, the model's first if there is one"
@@ -56,6 +61,26 @@ class Reward(NamedTuple):
     model: RewardModel | None
     functions: tuple[RewardFunction, ...]
     weights: tuple[float, ...]
+    names: tuple[str, ...]  # the model's first, as the weights
+
+
+def load_reward(source: RewardConfig, model: RewardModel | None) -> Reward:
+    """A section's reward. Raises RlhfError where a function cannot be loaded.
+
+    Args: model is the one that the section names, if it names one.
+    """
+    functions = tuple(map(load_function, source.functions))
+    return Reward(model, functions, source.weights or (1.0,) * len(names_of(source)), names_of(source))
+
+
+def names_of(source: RewardConfig) -> tuple[str, ...]:
+    """Each part as its metrics are named: by the function's own name, as in TRL, or its source if two are alike."""
+    whole = [*([source.model] if source.model else []), *source.functions]
+    short = [
+        *([Path(source.model).name] if source.model else []),
+        *(name.rpartition(":")[2] for name in source.functions),
+    ]
+    return tuple(one if short.count(one) == 1 else all_of_it for one, all_of_it in zip(short, whole, strict=True))
 
 
 def name_of(source: RewardSource) -> str:

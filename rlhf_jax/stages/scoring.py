@@ -9,6 +9,7 @@ import numpy as np
 from rlhf_jax.data import pipeline
 from rlhf_jax.data.pipeline import DataConfig
 from rlhf_jax.rewards.functions import weighted_sum
+from rlhf_jax.runtime.programs import Scored
 from rlhf_jax.sampling.batches import score_all
 from rlhf_jax.stages.models import Policy, RewardModel
 from rlhf_jax.stages.reward_source import Reward
@@ -23,6 +24,7 @@ ROOM = 2
 """How many times as many tokens a text may have for another tokenizer as for the policy's."""
 
 Scorer = Callable[[Rollout], np.ndarray]
+HostScorer = Callable[[Rollout], Scored]
 
 
 def reads_same_tokens(one: Tokenizer, other: Tokenizer) -> bool:
@@ -52,7 +54,8 @@ def make_scorer(
     and their columns are given to Python functions.
     """
     if isinstance(reward_model, Reward):
-        return _make_sum(reward_model, policy, rows, data, batch_size)
+        total = _make_sum(reward_model, policy, rows, data, batch_size)
+        return lambda rollout: total(rollout).scores
     if reads_same_tokens(reward_model.tokenizer, policy.tokenizer):
         return lambda rollout: score_all(reward_model.network, reward_model.params, rollout, batch_size)
     wider = dataclasses.replace(
@@ -72,23 +75,38 @@ def make_scorer(
     return score
 
 
+def make_host_scorer(
+    reward_model: RewardModel | Reward,
+    policy: Policy,
+    rows: Sequence[dict[str, Any]],
+    data: DataConfig,
+    batch_size: int,
+) -> HostScorer:
+    """The same scores for an iteration's host, with a reward's parts to be logged as `rewards/NAME`."""
+    if isinstance(reward_model, Reward):
+        return _make_sum(reward_model, policy, rows, data, batch_size)
+    score = make_scorer(reward_model, policy, rows, data, batch_size)
+    return lambda rollout: Scored(score(rollout), {})
+
+
 def _make_sum(
     reward: Reward, policy: Policy, rows: Sequence[dict[str, Any]], data: DataConfig, batch_size: int
-) -> Scorer:
-    """The weighted sum of a reward's parts."""
+) -> HostScorer:
+    """The weighted sum of a reward's parts, and the parts."""
     original = _originals(rows, policy.tokenizer, data)
     columns = {name for row in original.values() for name in row} - TAKEN
     by_model = None if reward.model is None else make_scorer(reward.model, policy, rows, data, batch_size)
-    sources = [*(["the reward model"] if by_model else []), *(function.source for function in reward.functions)]
+    sources = [function.source for function in reward.functions]
 
-    def score(rollout: Rollout) -> np.ndarray:
+    def score(rollout: Rollout) -> Scored:
         prompts, completions, found = _written(rollout, policy, original)
         given = {name: [row[name] for row in found] for name in columns}
         response, mask = map(np.asarray, rollout[2:])
         given["completion_ids"] = [ids[kept].tolist() for ids, kept in zip(response, mask, strict=True)]
         parts = [] if by_model is None else [np.asarray(by_model(rollout), np.float64)]
         parts += [function(prompts, completions, given) for function in reward.functions]
-        return weighted_sum(np.stack(parts, axis=1), reward.weights, sources, prompts, completions)
+        total = weighted_sum(np.stack(parts, axis=1), reward.weights, sources, prompts, completions)
+        return Scored(total, {f"rewards/{name}": part for name, part in zip(reward.names, parts, strict=True)})
 
     return score
 

@@ -14,12 +14,12 @@ import numpy as np
 from rlhf_jax.config import FunctionSource
 from rlhf_jax.data.pipeline import DataConfig, encode_pairs
 from rlhf_jax.reports.run import Run, encode_prompt
-from rlhf_jax.rewards.functions import load_function, weighted_sum
+from rlhf_jax.rewards.functions import weighted_sum
 from rlhf_jax.sampling.choice import Sampling
 from rlhf_jax.sampling.options import SamplingOptions
 from rlhf_jax.stages import models
 from rlhf_jax.stages.models import Policy, RewardModel, Tuning
-from rlhf_jax.stages.reward_source import Reward, RewardConfig
+from rlhf_jax.stages.reward_source import Reward, RewardConfig, load_reward
 from rlhf_jax.stages.scoring import TAKEN
 from rlhf_jax.types import RlhfError
 
@@ -134,8 +134,7 @@ def load_judge(options: argparse.Namespace) -> RewardModel | Reward | None:
             config = RewardConfig(tuple(map(FunctionSource, options.reward)), weights=options.reward_weights)
         except ValueError as error:
             raise RlhfError(f"--reward-{error}") from error
-        functions = tuple(map(load_function, config.functions))
-        return Reward(None, functions, config.weights or (1.0,) * len(functions))
+        return load_reward(config, None)
     if options.reward_weights is not None:
         raise RlhfError("--reward-weights weigh what --reward names, and there is none: leave them out")
     if options.reward_stage is not None:

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from rlhf_jax.runtime import optimizers
-from rlhf_jax.runtime.programs import SEED_AXIS, HostSteps, RuntimeConfig, compile_host_steps, make_placement
+from rlhf_jax.runtime.programs import SEED_AXIS, HostSteps, RuntimeConfig, Scored, compile_host_steps, make_placement
 from rlhf_jax.stages import dpo, ppo
 from rlhf_jax.stages.preference_loss import join, pair_stats, preference_loss
 from rlhf_jax.types import RlhfError
@@ -147,7 +147,7 @@ def test_scores_from_the_host_give_the_same_iterations():
         rollout = sampled.rollout
         scored.append(len(rollout.response))
         assert isinstance(rollout.response, np.ndarray)
-        return np.asarray(jax.jit(tiny.REWARD.scores)(frozen["reward"], rollout))
+        return Scored(np.asarray(jax.jit(tiny.REWARD.scores)(frozen["reward"], rollout)), {})
 
     def run(program):
         state = placement.put_state(start)

@@ -1,10 +1,14 @@
 """Runs the command line in a process of its own, which stops dead at one place of one stage, to be killed there.
 
 `step`: while the device computes the third call of the stage. `save`: when the files of its second checkpoint are
-written and it is not yet valid. The process touches a marker there and waits; `never` runs to the end.
+written and it is not yet valid. `write`: when a file of rows is written, and has not yet its name. The process touches
+a marker there and waits; `never` runs to the end.
 """
 
+import multiprocessing
 import os
+import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -19,6 +23,16 @@ from rlhf_jax.stages import dpo, online, reward_model, sft
 from tests import quickly
 
 STAGES = {"sft": sft, "reward_model": reward_model, "dpo": dpo, "ppo": online, "dapo": online}
+FILES = {
+    "rejection_sampling": ("demonstrations.jsonl", 1),
+    "preferences": ("preferences.jsonl", 1),
+    "frontier": ("points.jsonl", 3),
+}
+"""The file that stages which only sample are stopped at, and how many times they have written it then."""
+
+# Processes are forked from one that has imported everything, and computed nothing.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload([__name__])
 
 
 class Trap:
@@ -68,6 +82,17 @@ def trap_saves(trap: Trap) -> None:
         kind.finalize = trapped  # type: ignore[method-assign]
 
 
+def trap_writes(trap: Trap, name: str) -> None:
+    replace = Path.replace
+
+    def trapped(self: Path, target: Path) -> Path:
+        if target.name == name:
+            trap.spring()
+        return replace(self, target)
+
+    Path.replace = trapped  # type: ignore[method-assign]
+
+
 def run(stage: str, place: str, marker: Path, cache: Path, log: Path, arguments: list[str]) -> None:
     """What the process does, with a compilation cache of its own and all its output in a file."""
     with log.open("w") as file:
@@ -76,8 +101,40 @@ def run(stage: str, place: str, marker: Path, cache: Path, log: Path, arguments:
     os.environ["XLA_FLAGS"] = quickly.XLA_FLAGS  # one device
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    if place != "never":
+    if place == "write":
+        name, number = FILES[stage]
+        trap = Trap(marker, number)
+        trap.armed = True
+        trap_writes(trap, name)
+    elif place != "never":
         trap = Trap(marker, 3 if place == "step" else 2)
         arm_in(STAGES[stage], trap)
         (trap_steps if place == "step" else trap_saves)(trap)
     sys.exit(main.main(arguments))
+
+
+class Process:
+    """One run of the command line, in a process with a compilation cache of its own."""
+
+    def __init__(self, directory: Path, cache: Path, stage: str, place: str, args: list[str]) -> None:
+        self.marker = directory / f"marker-{stage}-{place}"
+        own_cache = directory / f"cache-{stage}-{place}"
+        if cache != own_cache:
+            shutil.copytree(cache, own_cache, dirs_exist_ok=True)
+        self.log = directory / f"log-{stage}-{place}"
+        self.process = SERVER.Process(
+            target=run, args=(stage, place, self.marker, own_cache, self.log, args), daemon=True
+        )
+        self.process.start()
+
+    def kill_at_marker(self) -> None:
+        while not self.marker.exists():
+            assert self.process.is_alive(), self.log.read_text()
+            time.sleep(0.05)
+        self.process.kill()
+        self.process.join()
+        assert self.process.exitcode == -signal.SIGKILL
+
+    def finish(self) -> None:
+        self.process.join()
+        assert self.process.exitcode == 0, self.log.read_text()

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from rlhf_jax import config as configs
 from rlhf_jax.config import ModelSource
 from rlhf_jax.models.scalars import ScalarNetwork
-from rlhf_jax.runtime.programs import SEED_AXIS, HostSteps, compile_host_steps, make_placement
+from rlhf_jax.runtime.programs import SEED_AXIS, HostSteps, Scored, compile_host_steps, make_placement
 from rlhf_jax.stages import group_rl, policy_gradient
 from rlhf_jax.stages.dynamic_sampling import collect, empty, filled, is_full
 from rlhf_jax.stages.policy_method import AdaptiveKL, Networks, Sampled
@@ -207,9 +207,14 @@ def test_seeds_devices_and_the_host_give_the_same_iterations():
     step = group_rl.make_step(networks, config, devices.axes, (SEED_AXIS,))
     method = group_rl.method_of(config)
     sample, learn = policy_gradient.make_halves(networks, config, method, (), (SEED_AXIS,))
+
+    def on_host(sampled):
+        scores = np.asarray(reward.scores((), sampled.rollout))
+        return Scored(scores, {"rewards/all": scores})
+
     by_host = HostSteps(
         sample,
-        lambda sampled: np.asarray(reward.scores((), sampled.rollout)),
+        on_host,
         learn,
         policy_gradient.host_rounds(networks, config, method),
     )
@@ -232,6 +237,8 @@ def test_seeds_devices_and_the_host_give_the_same_iterations():
     np.testing.assert_allclose(metrics["objective/kl_coef"][0], [0.1, 0.1], rtol=1e-6)
     assert len(set(np.asarray(state.controller["kl_coef"]).tolist())) == 2
     assert "loss/kl_avg" in metrics
+    # Of a seed's own rounds, whatever others need besides.
+    np.testing.assert_allclose(found[1][1]["rewards/all/mean"], found[1][1]["reward"], rtol=1e-5)
     # Seeds that go on together need different numbers of rounds, and not every batch is full after the last.
     needed, missing = metrics["dynamic_sampling/rounds"], metrics["dynamic_sampling/groups_missing"]
     assert np.any(needed[:, 0] != needed[:, 1]) and needed.max() == rounds

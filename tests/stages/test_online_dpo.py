@@ -13,7 +13,7 @@ from rlhf_jax.config import ModelSource, StageName
 from rlhf_jax.reports import Run
 from rlhf_jax.rewards import tfidf
 from rlhf_jax.rewards.tfidf import TfidfRidgeConfig
-from rlhf_jax.runtime.programs import SEED_AXIS, HostSteps, compile_host_steps, make_placement
+from rlhf_jax.runtime.programs import SEED_AXIS, HostSteps, Scored, compile_host_steps, make_placement
 from rlhf_jax.stages import judging, online_dpo
 from rlhf_jax.stages.preference_loss import PreferenceLossConfig
 from rlhf_jax.text.tokenizer import TokenizerConfig, train_tokenizer
@@ -69,7 +69,7 @@ def test_a_seed_of_two_over_devices_and_scored_on_the_host_is_the_run_of_that_se
     networks = dataclasses.replace(NETWORKS, reward=None)
     halves = online_dpo.make_halves(networks, CONFIG, placement.axes, (SEED_AXIS,))
     scores = jax.jit(tiny.REWARD.scores)
-    steps = HostSteps(halves[0], lambda rollout: np.asarray(scores(frozen["reward"], rollout)), halves[1])
+    steps = HostSteps(halves[0], lambda rollout: Scored(np.asarray(scores(frozen["reward"], rollout)), {}), halves[1])
     state = placement.put_state(jax.tree.map(lambda leaf: jnp.stack([leaf] * 2), start()))
     program = compile_host_steps(placement, steps, state)
     batches = tiny.several([tiny.several(list(pair)) for pair in zip(*BATCHES, strict=True)])
@@ -156,7 +156,7 @@ def test_a_judge_with_scores_reads_prompts_and_responses():
     prompt, answers = tokenizer.encode("a"), [tokenizer.encode(text) for text in ("bad film", "good film")]
     rollout = Rollout(*(np.array(leaf, np.int32) for leaf in ([prompt] * 2, [[1]] * 2, answers, [[1, 1]] * 2)))
     masks = {"prompt_mask": rollout.prompt_mask.astype(bool), "response_mask": rollout.response_mask.astype(bool)}
-    scores = judging.pair_scorer(judge, tokenizer)(rollout._replace(**masks))
+    scores = judging.pair_scorer(judge, tokenizer)(rollout._replace(**masks)).scores
     np.testing.assert_allclose(scores, judge.score(["a bad film", "a good film"]))
     assert scores[0] < scores[1]
 

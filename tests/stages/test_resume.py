@@ -1,20 +1,14 @@
 """Kill a run with SIGKILL, start the same command again: nothing shows that anything had happened."""
 
 import json
-import multiprocessing
-import shutil
-import signal
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.stages import experiments, interrupted, resumed
+from tests.stages import experiments, resumed
+from tests.stages.interrupted import Process
 
-# Processes are forked from one that has imported everything, and computed nothing.
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload([interrupted.__name__])
 STAGES = ("sft", "reward_model", "dpo", "ppo", "dapo")
 KILLS = (
     ("sft", "step"),
@@ -34,33 +28,6 @@ def arguments(workdir: Path, data: Path) -> list[str]:
     flags += [f"--config.{stage}.epochs=2.0" for stage in ("sft", "reward_model", "dpo")]
     flags += [f"--config.{stage}.iterations=8" for stage in ("ppo", "dapo")]
     return [*flags, f"--config.stages={STAGES}"]
-
-
-class Process:
-    """One run of the command line, in a process with a compilation cache of its own."""
-
-    def __init__(self, directory: Path, cache: Path, stage: str, place: str, args: list[str]) -> None:
-        self.marker = directory / f"marker-{stage}-{place}"
-        own_cache = directory / f"cache-{stage}-{place}"
-        if cache != own_cache:
-            shutil.copytree(cache, own_cache, dirs_exist_ok=True)
-        self.log = directory / f"log-{stage}-{place}"
-        self.process = SERVER.Process(
-            target=interrupted.run, args=(stage, place, self.marker, own_cache, self.log, args), daemon=True
-        )
-        self.process.start()
-
-    def kill_at_marker(self) -> None:
-        while not self.marker.exists():
-            assert self.process.is_alive(), self.log.read_text()
-            time.sleep(0.05)
-        self.process.kill()
-        self.process.join()
-        assert self.process.exitcode == -signal.SIGKILL
-
-    def finish(self) -> None:
-        self.process.join()
-        assert self.process.exitcode == 0, self.log.read_text()
 
 
 @pytest.fixture(scope="module")

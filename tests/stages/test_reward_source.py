@@ -16,7 +16,7 @@ from rlhf_jax.models.ensembles import EnsembleConfig
 from rlhf_jax.rewards.functions import load_function
 from rlhf_jax.sampling.batches import score_all
 from rlhf_jax.stages.models import Policy, RewardModel, load_checkpoint, load_reward_model
-from rlhf_jax.stages.reward_source import Reward, RewardConfig, name_of, recombined
+from rlhf_jax.stages.reward_source import Reward, RewardConfig, name_of, names_of, recombined
 from rlhf_jax.stages.scoring import joins_program, make_scorer
 from rlhf_jax.types import RlhfError, Rollout
 from tests import tiny
@@ -70,6 +70,9 @@ def right(completions, answer, **columns):
 
 def tokens(completion_ids):
     return [len(ids) for ids in completion_ids]
+
+def never(completions):
+    return [None] * len(completions)
 """
 
 
@@ -96,7 +99,8 @@ def test_both_paths_give_the_same_learning_step(places):
     one, other = (experiments.rows(run.find("rl") / "metrics.jsonl") for run in runs)
     assert len(one) == len(other) == 2
     for ours, theirs in zip(one, other, strict=True):
-        assert ours.keys() == theirs.keys()
+        assert theirs.keys() - ours.keys() == {"rewards/by_judge/mean", "rewards/by_judge/std"}
+        assert theirs["rewards/by_judge/mean"] == pytest.approx(theirs["reward"], rel=1e-5)
         for name, value in ours.items():
             if not name.startswith("time/"):
                 np.testing.assert_allclose(theirs[name], value, rtol=1e-3, atol=1e-4, err_msg=name)
@@ -130,7 +134,8 @@ def rollout(policy) -> Rollout:
 
 
 def reward(places, model, names, weights) -> Reward:
-    return Reward(model, tuple(load_function(f"{places[0] / 'mine.py'}:{name}") for name in names), weights)
+    functions = tuple(load_function(f"{places[0] / 'mine.py'}:{name}") for name in names)
+    return Reward(model, functions, weights, (*(["rm"] if model else []), *names))
 
 
 def test_parts_are_weighted_and_functions_see_the_columns_of_their_prompts(places, loaded):
@@ -143,6 +148,41 @@ def test_parts_are_weighted_and_functions_see_the_columns_of_their_prompts(place
     np.testing.assert_allclose(scores, 2 * plain + [0, 10, 0] + [2, 3, 3], rtol=1e-5)
     assert scores.dtype == np.float32
     assert joins_program(judge, policy) and not joins_program(source, policy)
+
+
+def test_means_that_are_logged_are_of_the_rows_to_which_a_reward_applies(places):
+    """By hand: what the first function says of half of the prompts, and the second of all."""
+    directory, model, _ = places
+    asked = {"the film": "good", "is": "", "bad bad": "dull", "film film film": ""}
+    data = directory / "mixed.jsonl"
+    rows = [{"prompt": [{"role": "user", "content": text}], "answer": answer} for text, answer in asked.items()]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    mine = tuple(f"{directory / 'mine.py'}:{name}" for name in ("right", "tokens", "never"))
+    source = {"functions": mine, "weights": (10.0, 0.5, 1.0)}
+    section = {**RLOO, "policy": model, "iterations": 1, "samples_written": 16, "reward_model": source}
+    run = experiments.run(directory / "mixed", data, {"rl": section})
+    samples = experiments.rows(run.find("rl") / "samples.jsonl")
+    (metrics,) = experiments.rows(run.find("rl") / "metrics.jsonl")
+    right, tokens = [], []
+    for row in samples:
+        answer = asked[row["prompt"].replace(":", "").strip()]
+        own = [float(answer in row["completion"])] if answer else []
+        right, tokens = right + own, [*tokens, row["length"]]
+        assert row["score"] == pytest.approx(10 * sum(own) + 0.5 * row["length"])
+    assert len(samples) == 16 and len(right) == 8 and len(set(right)) == 2
+    for name, values in (("right", right), ("tokens", tokens)):
+        assert metrics[f"rewards/{name}/mean"] == pytest.approx(sum(values) / len(values))
+        assert metrics[f"rewards/{name}/std"] == pytest.approx(np.std(values, ddof=1))
+    assert metrics["rewards/never/mean"] is metrics["rewards/never/std"] is None
+    assert metrics["reward"] == pytest.approx(np.mean([row["score"] for row in samples]), rel=1e-5)
+
+
+def test_a_reward_that_applies_to_no_answer_names_the_row(places, loaded):
+    policy, _ = loaded
+    with pytest.raises(
+        RlhfError, match=r"no reward applies to the completion .*' good'.* of the prompt .*'is bad'.*mine"
+    ):
+        make_scorer(reward(places, None, ("right",), (1.0,)), policy, ROWS, DATA, 4)(rollout(policy))
 
 
 def test_columns_in_which_rows_with_one_prompt_differ_are_not_given(places, loaded):
@@ -158,12 +198,16 @@ def test_sections_that_cannot_be_are_refused():
         ({}, "a reward needs one of them"),
         ({"functions": (function,), "weights": (1.0, 2.0)}, "must have one for each of 1 parts"),
         ({"functions": (function,), "combine": "wco"}, "needs a model"),
+        ({"functions": (function,), "weights": (math.nan,)}, "must be finite"),
+        ({"functions": (function, function)}, "has one twice"),
         ({"model": ModelSource("rm"), "variance_coefficient": 0.1}, "nothing else reads it"),
     )
     for fields, message in cases:
         with pytest.raises(ValueError, match=message):
             RewardConfig(**fields)
     assert name_of(RewardConfig((function,), ModelSource("rm"))) == "rm + mine.py:f"
+    alike = FunctionSource("other.py:f"), FunctionSource("mine.py:g")
+    assert names_of(RewardConfig((function, *alike), ModelSource("/a/rm"))) == ("rm", "mine.py:f", "other.py:f", "g")
 
 
 def test_a_stage_may_combine_an_ensemble_otherwise(loaded):

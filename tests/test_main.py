@@ -89,7 +89,7 @@ def test_every_kind_of_file_gives_the_same_run(tmp_path):
         ("--config.ppo.kl_coef=high", "high"),
         ("--config.ppo.minibatches=3", "does not divide into 3 minibatches"),
         ("--config.sft.model.n_heads=3", "d_model = 16 must be a multiple"),
-        ("--config.sft.model.activation=tanh", "one of 'relu', 'gelu', 'gelu_exact', 'silu'"),
+        ("--config.sft.model.activation=tanh", "one of 'relu', 'relu2', 'gelu', 'gelu_exact', 'silu'"),
         ("--config.dpo.policy=nobody", "'nobody'"),
         ("--config.stages=('sft','nobody')", "'nobody'"),
         ("--config.runtime.data=99", "99 devices"),

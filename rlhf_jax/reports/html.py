@@ -190,10 +190,11 @@ def _results(run: Run) -> str:
 def _results_table(labels: Mapping[str, str], headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     body = []
     for name, *values in rows:
-        label = labels[name.removesuffix(table.CHOSEN).strip()]
+        plain = name.removesuffix(table.CHOSEN).strip()
+        label = "" if labels[plain] == plain else f" <small>{_text(labels[plain])}</small>"
         cells = "".join(f"<td>{_text(value)}</td>" for value in values)
         style_class = ' class="chosen"' if name.endswith(table.CHOSEN) else ""
-        body.append(f"<tr{style_class}><th>{_text(name)} <small>{_text(label)}</small></th>{cells}</tr>")
+        body.append(f"<tr{style_class}><th>{_text(name)}{label}</th>{cells}</tr>")
     head = "".join(f"<th>{_text(heading)}</th>" for heading in headings)
     return (
         f'<div class="scroll"><table><thead><tr><th>method</th>{head}</tr></thead>'

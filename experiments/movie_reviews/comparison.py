@@ -29,6 +29,10 @@ score is 0.05 at the start; standard errors are over four seeds, up to 0.04 unle
   discopop falls below the start: at a margin of 0 its loss rises with the margin, for the modulation's derivative
   (5 at tau = 0.05) outweighs the rest, and so it learns to prefer what was rejected.
 
+In those runs dapo drew twice as many groups as it trains on, and kept such as have scores that differ. Its four runs
+with rounds of new prompts until a batch is full, as it draws now, were made apart (same seeds, one core, beside other
+work, 2026-11-23; results/comparison_dapo): 0.33 (0.05) at 2 nats, 0.49 at 4, 0.80 (0.05) at 10, the same within errors.
+
 Seen in `half_hour` (seeds 0 and 1; 2 cores of AMD EPYC, JAX 0.10.2, 2026-11-22; 24 minutes of stages, some of them with
 other work on the same cores; results/comparison_half_hour): at 2 nats the offline losses with a reference and RLOO lead
 (ipo 0.67, sigmoid 0.56, rloo 0.54, grpo 0.49, kto 0.43, ppo 0.37, online_dpo 0.34, simpo 0.25; standard errors up to

@@ -2,13 +2,13 @@
 
 import contextlib
 import hashlib
-import http.server
 import json
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
+
+from tests.listening import Quiet, listening
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
@@ -25,7 +25,7 @@ def serving(models: dict[str, Path], refused: dict[str, tuple[int, str]]) -> Ite
     """A hub that has these models, by their ids; others it refuses with a status and a code of the hub's."""
     asked: list[str] = []
 
-    class Handler(http.server.BaseHTTPRequestHandler):
+    class Handler(Quiet):
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
@@ -60,18 +60,8 @@ def serving(models: dict[str, Path], refused: dict[str, tuple[int, str]]) -> Ite
             file = directory / path.rpartition("/")[2]
             return 200, {"ETag": f'"{oid(file)}"', "X-Repo-Commit": REVISION}, file.read_bytes()
 
-        def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
-        yield Hub(f"http://127.0.0.1:{server.server_address[1]}", asked)
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with listening(Handler) as url:
+        yield Hub(url, asked)
 
 
 def oid(file: Path) -> str:

@@ -1,7 +1,6 @@
 """An OpenAI-compatible server on this machine, which answers as a test tells it to."""
 
 import contextlib
-import http.server
 import json
 import re
 import threading
@@ -10,6 +9,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from rlhf_jax.rewards.http_judge import TEMPLATE
+from tests.listening import Quiet, listening
 
 
 class Answer(NamedTuple):
@@ -56,7 +56,7 @@ def serving(answer: Callable[[dict[str, Any]], Answer]) -> Iterator[Server]:
     asked: list[dict[str, Any]] = []
     lock = threading.Lock()
 
-    class Handler(http.server.BaseHTTPRequestHandler):
+    class Handler(Quiet):
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             with lock:
@@ -70,15 +70,5 @@ def serving(answer: Callable[[dict[str, Any]], Answer]) -> Iterator[Server]:
                 self.end_headers()
                 self.wfile.write(found.encoded())
 
-        def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
-        yield Server(f"http://127.0.0.1:{server.server_address[1]}/v1", asked)
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with listening(Handler) as url:
+        yield Server(f"{url}/v1", asked)

@@ -44,8 +44,9 @@ FUNCTIONS: dict[str, Callable] = {
     "masked_variance": lambda theta, a, b, c, mask, s, axes: masking.masked_variance(a * theta, mask, axes),
     "whiten": lambda theta, a, b, c, mask, s, axes: masking.total(b * masking.whiten(a * theta, mask, axes), axes),
     "cross_entropy": lambda theta, a, b, c, mask, s, axes: logprobs.cross_entropy(a * theta, mask, axes),
-    "policy_loss": lambda theta, a, b, c, mask, s, axes: with_metrics(
-        policy_losses.policy_loss(a * theta, a + 0.3 * b, c, mask, clip_ratio=0.2, axes=axes)
+    "policy_loss": lambda theta, a, b, c, mask, s, axes: (
+        with_metrics(policy_losses.policy_loss(a * theta, a + 0.3 * b, c, mask, clip_ratio=0.2, axes=axes))
+        | policy_losses.sampler_difference(a * theta, b, mask, axes)
     ),
     "value_loss": lambda theta, a, b, c, mask, s, axes: with_metrics(
         policy_losses.value_loss(a * theta, a + 0.3 * b, c, mask, clip_range=0.2, axes=axes)

@@ -73,12 +73,12 @@ class RewardFunction:
         for place, reward in enumerate(found):
             if reward is None:
                 continue
-            if isinstance(reward, (str, bytes)) or not hasattr(reward, "__float__") or math.isinf(float(reward)):
+            rewards[place] = _number(reward)
+            if math.isinf(rewards[place]):
                 raise RlhfError(
                     f"{where} returned {reward!r} for completion {place + 1} of {count}: return a finite number, or "
                     "None where the function does not apply"
                 )
-            rewards[place] = float(reward)
         return rewards
 
 
@@ -132,6 +132,15 @@ def weighted_sum(
             f"{_shortened(prompts[row])}: {', '.join(sources)} gave it None. Let one of them give it a number"
         )
     return np.nansum(rewards * np.asarray(weights), axis=1).astype(np.float32)
+
+
+def _number(reward: Any) -> float:
+    """A reward as a number; infinite where it is none, or more than a float32 holds."""
+    try:
+        number = math.inf if isinstance(reward, (str, bytes)) else float(reward)
+    except (TypeError, ValueError, RuntimeError):  # the last from a tensor of several numbers
+        return math.inf
+    return math.inf if abs(number) > np.finfo(np.float32).max else number
 
 
 def _shortened(value: Any) -> str:

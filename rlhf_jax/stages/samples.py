@@ -1,5 +1,6 @@
 """Responses as people read them: rows of `samples.jsonl`."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -41,6 +42,8 @@ def respond(
     """
     network, context = policy.network, policy.network.config.context
     lengths = np.array([len(prompt) for prompt in prompts])
+    if context is not None:  # no more room than this is ever filled, whatever the prompts; few programs for many
+        sampling = dataclasses.replace(sampling, max_new_tokens=min(sampling.max_new_tokens, context))
     rollout = sample_all(
         network,
         policy.params,

@@ -37,6 +37,13 @@ def short(completions, **kwargs):
 def infinite(completions, **kwargs):
     return [float("inf")] * len(completions)
 
+def beyond(completions, **kwargs):
+    return [1e300] * len(completions)
+
+def several(completions, **kwargs):
+    import numpy
+    return [numpy.ones(2)] * len(completions)
+
 def words(completions, **kwargs):
     return ["1"] * len(completions)
 
@@ -91,6 +98,8 @@ def test_a_changed_file_is_another_function(tmp_path):
         ("raises", r"mine.py:raises raised ZeroDivisionError: division by zero \(.*mine.py, line 21\)"),
         ("short", "mine.py:short returned 1 rewards for 2 completions"),
         ("infinite", "mine.py:infinite returned inf for completion 1 of 2"),
+        ("beyond", r"returned 1e\+300 for completion 1 of 2"),
+        ("several", r"returned array\(\[1., 1.\]\) for completion 1 of 2"),
         ("words", "returned '1' for completion 1 of 2"),
         ("number", "returned a float: return a list"),
         ("later", "is asynchronous"),

@@ -21,6 +21,8 @@ def test_text_goes_on_and_a_message_is_answered(model, capsys):
     assert text.startswith("The film")
     assert len(text) > len("The film\n")
     assert succeeds(capsys, *asked) == text
+    endless = succeeds(capsys, *asked[:-1], f"--max-new-tokens={2**40}")  # the model's room, and no memory for more
+    assert endless.startswith(text.removesuffix("\n"))
     answer = succeeds(capsys, *asked, "--chat")
     assert not answer.startswith("The film")
     policy = load_checkpoint(model.removeprefix("--model="))

@@ -137,7 +137,8 @@ def reinforce_plus_plus(
 ) -> Float[Array, "B T"]:
     r"""$A_t = \sum_{i \ge t} r_i$, whitened over all tokens of the batch: no group.
 
-    REINFORCE++, Hu 2025 (arXiv:2501.03262), where $r_i$ is the score on the last token less the penalty on each.
+    REINFORCE++, Hu 2025 (arXiv:2501.03262), where $r_i$ is the score on the last token less the penalty on each. As
+    the means of groups, those of the batch are of all that was sampled, trained on or not.
     """
     del num_generations
     rewards = jnp.where(response_mask, rewards, 0)

@@ -140,7 +140,7 @@ def _number(reward: Any) -> float:
         number = math.inf if isinstance(reward, (str, bytes)) else float(reward)
     except (TypeError, ValueError, RuntimeError):  # the last from a tensor of several numbers
         return math.inf
-    return math.inf if abs(number) > np.finfo(np.float32).max else number
+    return math.inf if abs(number) > float(np.finfo(np.float32).max) else number
 
 
 def _shortened(value: Any) -> str:

@@ -153,7 +153,7 @@ def load_reward_model(directory: Path, *, find: Find | None = None, where: Where
     config, lora = _model_config(spec, directory), _lora(spec, directory)
     network = ScalarNetwork(config, spec["vocab_size"], spec["pooling"], spec["bias"], lora)
     ensemble = None
-    if spec.get("ensemble") is not None:  # workdirs of earlier versions do not have the key
+    if spec["ensemble"] is not None:
         ensemble = configs.build(EnsembleConfig, spec["ensemble"], f"{directory / 'model.json'}: ensemble")
     like = jax.eval_shape(network.init, jax.random.key(0))
     if lora is not None:
@@ -161,7 +161,7 @@ def load_reward_model(directory: Path, *, find: Find | None = None, where: Where
     if ensemble is not None:
         like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((ensemble.members, *leaf.shape), leaf.dtype), like)
     params = load_params(directory / "checkpoints", "reward", like, step=None, where=where)
-    if spec.get("moments") is not None:
+    if spec["moments"] is not None:
         params = params | {"head": normalised_head(params["head"], spec["moments"], stacked=ensemble is not None)}
         network = dataclasses.replace(network, bias=True)
     if lora is not None:
@@ -298,7 +298,8 @@ def _save_spec(directory: Path, model: Policy | RewardModel, more: dict[str, Any
 def _read_spec(directory: Path) -> dict[str, Any]:
     if not (directory / "model.json").exists():
         raise RlhfError(f"stage {directory.name!r} in {directory.parent} trains no model: name one that does")
-    return read_json(directory / "model.json")
+    earlier = {"lora": None, "hf_config": None, "base": None, "ensemble": None, "moments": None}  # versions have none
+    return earlier | read_json(directory / "model.json")
 
 
 def _spec_of(directory: Path, network: str) -> dict[str, Any]:

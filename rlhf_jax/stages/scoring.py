@@ -15,7 +15,7 @@ from rlhf_jax.stages.models import Policy, RewardModel
 from rlhf_jax.stages.reward_source import Reward
 from rlhf_jax.stages.samples import texts
 from rlhf_jax.text.tokenizer import Tokenizer
-from rlhf_jax.types import Rollout
+from rlhf_jax.types import RlhfError, Rollout
 
 TAKEN = {"prompt", "prompts", "completion", "completions", "completion_ids"}
 """Columns that are not given to functions, because these are what the policy wrote."""
@@ -103,12 +103,23 @@ def _make_sum(
         given = {name: [row[name] for row in found] for name in columns}
         response, mask = map(np.asarray, rollout[2:])
         given["completion_ids"] = [ids[kept].tolist() for ids, kept in zip(response, mask, strict=True)]
-        parts = [] if by_model is None else [np.asarray(by_model(rollout), np.float64)]
+        parts = [] if by_model is None else [_finite(by_model(rollout), prompts, completions)]
         parts += [function(prompts, completions, given) for function in reward.functions]
         total = weighted_sum(np.stack(parts, axis=1), reward.weights, sources, prompts, completions)
         return Scored(total, {f"rewards/{name}": part for name, part in zip(reward.names, parts, strict=True)})
 
     return score
+
+
+def _finite(scores: np.ndarray, prompts: list[Any], completions: list[Any]) -> np.ndarray:
+    """float64[N]. Raises RlhfError where a score is none: in a sum it would pass for a function's None."""
+    bad = np.flatnonzero(~np.isfinite(scores))
+    if len(bad):
+        raise RlhfError(
+            f"the reward model gave {scores[bad[0]]} to the completion {completions[bad[0]]!r:.200} of the prompt "
+            f"{prompts[bad[0]]!r:.200}: its training has diverged; train it anew, with a lower learning_rate"
+        )
+    return np.asarray(scores, np.float64)
 
 
 def _written(

@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -15,7 +16,7 @@ from rlhf_jax.data import pipeline
 from rlhf_jax.models.ensembles import EnsembleConfig
 from rlhf_jax.rewards.functions import load_function
 from rlhf_jax.sampling.batches import score_all
-from rlhf_jax.stages.models import Policy, RewardModel, load_checkpoint, load_reward_model
+from rlhf_jax.stages.models import Policy, RewardModel, load_checkpoint, load_policy, load_reward_model
 from rlhf_jax.stages.reward_source import Reward, RewardConfig, name_of, names_of, recombined
 from rlhf_jax.stages.scoring import joins_program, make_scorer
 from rlhf_jax.types import RlhfError, Rollout
@@ -109,6 +110,10 @@ def test_both_paths_give_the_same_learning_step(places):
         assert ours["completion"] == theirs["completion"]
     inputs = json.loads((runs[1].find("rl") / "config.json").read_text())["inputs"]
     assert f"{directory / 'mine.py'}:by_judge" in inputs
+    spec = json.loads((runs[1].find("rl") / "model.json").read_text())
+    earlier = {key: value for key, value in spec.items() if key not in ("lora", "hf_config", "base")}
+    (runs[1].find("rl") / "model.json").write_text(json.dumps(earlier))
+    assert load_policy(runs[1].find("rl"), seed=0, step=None).network.lora is None  # what an earlier version wrote
     curve = experiments.rows(runs[1].find("best") / "curve.jsonl")
     assert curve[0]["proxy"] < curve[-1]["proxy"] < 0  # the shortest of two
 
@@ -183,6 +188,13 @@ def test_a_reward_that_applies_to_no_answer_names_the_row(places, loaded):
         RlhfError, match=r"no reward applies to the completion .*' good'.* of the prompt .*'is bad'.*mine"
     ):
         make_scorer(reward(places, None, ("right",), (1.0,)), policy, ROWS, DATA, 4)(rollout(policy))
+
+
+def test_a_model_that_diverged_is_no_part_that_does_not_apply(places, loaded):
+    policy, judge = loaded
+    broken = judge._replace(params=jax.tree.map(lambda leaf: leaf * jnp.nan, judge.params))
+    with pytest.raises(RlhfError, match=r"the reward model gave nan to the completion .* its training has diverged"):
+        make_scorer(reward(places, broken, ("tokens",), (1.0, 1.0)), policy, ROWS, DATA, 4)(rollout(policy))
 
 
 def test_columns_in_which_rows_with_one_prompt_differ_are_not_given(places, loaded):

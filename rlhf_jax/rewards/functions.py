@@ -138,7 +138,7 @@ def _number(reward: Any) -> float:
     """A reward as a number; infinite where it is none, or more than a float32 holds."""
     try:
         number = math.inf if isinstance(reward, (str, bytes)) else float(reward)
-    except (TypeError, ValueError, RuntimeError):  # the last from a tensor of several numbers
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last from a tensor of several numbers
         return math.inf
     return math.inf if abs(number) > float(np.finfo(np.float32).max) else number
 

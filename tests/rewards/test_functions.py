@@ -40,6 +40,9 @@ def infinite(completions, **kwargs):
 def beyond(completions, **kwargs):
     return [1e300] * len(completions)
 
+def beyond_all(completions, **kwargs):
+    return [10**400] * len(completions)
+
 def several(completions, **kwargs):
     import numpy
     return [numpy.ones(2)] * len(completions)
@@ -99,6 +102,7 @@ def test_a_changed_file_is_another_function(tmp_path):
         ("short", "mine.py:short returned 1 rewards for 2 completions"),
         ("infinite", "mine.py:infinite returned inf for completion 1 of 2"),
         ("beyond", r"returned 1e\+300 for completion 1 of 2"),
+        ("beyond_all", "returned 10+ for completion 1 of 2"),
         ("several", r"returned array\(\[1., 1.\]\) for completion 1 of 2"),
         ("words", "returned '1' for completion 1 of 2"),
         ("number", "returned a float: return a list"),

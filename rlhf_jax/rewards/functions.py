@@ -131,7 +131,10 @@ def weighted_sum(
             f"no reward applies to the completion {_shortened(completions[row])} of the prompt "
             f"{_shortened(prompts[row])}: {', '.join(sources)} gave it None. Let one of them give it a number"
         )
-    return np.nansum(rewards * np.asarray(weights), axis=1).astype(np.float32)
+    total = np.nansum(rewards * np.asarray(weights), axis=1)
+    if np.abs(total).max(initial=0.0) > float(np.finfo(np.float32).max):
+        raise RlhfError(f"the sum of rewards with weights = {tuple(weights)} is too large: give smaller weights")
+    return total.astype(np.float32)
 
 
 def _number(reward: Any) -> float:

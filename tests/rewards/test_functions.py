@@ -150,3 +150,8 @@ def test_weights_add_up_what_applies():
     np.testing.assert_allclose(weighted_sum(rewards, (2.0, 0.5), ("f", "g"), "abc", "xyz"), [7, 5, 4])
     with pytest.raises(RlhfError, match="no reward applies to the completion 'two!' of the prompt 'b': f, g gave"):
         weighted_sum(np.array([[1.0, 2.0], [np.nan, np.nan]]), (1.0, 1.0), ("f", "g"), PROMPTS, COMPLETIONS)
+
+
+def test_a_sum_beyond_float32_is_refused():
+    with pytest.raises(RlhfError, match=r"weights = \(1e\+30,\) is too large: give smaller weights"):
+        weighted_sum(np.array([[1e20]]), (1e30,), ["f"], ["p"], ["c"])

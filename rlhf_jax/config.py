@@ -2,10 +2,11 @@
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Container, Iterator, Mapping
-from typing import Any, NewType, TypeVar
+from typing import Annotated, Any, NewType, TypeVar
 
 from ml_collections import ConfigDict
 
@@ -23,13 +24,63 @@ FunctionSource = NewType("FunctionSource", str)
 """A field of this type names a Python function: package.module:function, or path/file.py:function."""
 
 
+INT32_MAX = 2**31 - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Bounds of a number in a config, which `build` checks: `beta: Annotated[float, Range(above=0)]`.
+
+    Every number must be finite besides, unless `infinite`. The names below serve most fields.
+    """
+
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+    infinite: bool = False
+
+    def fault(self, value: float) -> str | None:
+        """The bound that a number violates, to follow "must be"; None if it is within all bounds."""
+        if math.isnan(value) or (math.isinf(value) and not self.infinite):
+            return "a finite number"
+        if self.at_least is not None and value < self.at_least:
+            return f"at least {self.at_least}"
+        if self.above is not None and value <= self.above:
+            return f"above {self.above}"
+        if self.at_most is not None and value > self.at_most:
+            return f"at most {self.at_most}"
+        if self.below is not None and value >= self.below:
+            return f"below {self.below}"
+        return None
+
+
+Count = Annotated[int, Range(at_least=1, at_most=INT32_MAX)]
+"""One or more: rows, steps, layers."""
+
+CountOrZero = Annotated[int, Range(at_least=0, at_most=INT32_MAX)]
+"""Zero or more. Seeds too: grain, NumPy and JAX agree on these."""
+
+Finite = Annotated[float, Range()]
+"""Any number but NaN and the infinities, such as a score."""
+
+Positive = Annotated[float, Range(above=0)]
+"""A number above 0."""
+
+NonNegative = Annotated[float, Range(at_least=0)]
+"""A number from 0 on."""
+
+Share = Annotated[float, Range(at_least=0, at_most=1)]
+"""A part of a whole: from 0 to 1."""
+
+
 def build(cls: type[T], section: Mapping[str, Any] | ConfigDict, path: str) -> T:
     """An instance of a dataclass from a config section.
 
     Args: path is where the section stands, for messages, such as `config.ppo`.
     Raises RlhfError naming the key, its value, what was expected, and the closest known key.
     """
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in section:
         if key not in fields:
@@ -85,6 +136,8 @@ def describe(hint: Any) -> str:
         return "a function, as package.module:function or path/file.py:function"
     if hint is types.NoneType:
         return "None"
+    if origin is Annotated:
+        return describe(args[0])
     if dataclasses.is_dataclass(hint):
         return f"a section with the fields of {hint.__name__}"
     if origin is typing.Literal:
@@ -112,7 +165,21 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         return build(max(sections, key=lambda section: _likeness(section, value)), value, path)
     if not _matches(hint, value):
         raise RlhfError(f"{path} = {value!r} should be {describe(hint)}: set it with --{path}=....")
+    if fault := _fault(hint, value):
+        raise RlhfError(f"{path} = {value!r} must be {fault}: set it with --{path}=....")
     return _cast(hint, value)
+
+
+def _fault(hint: Any, value: Any) -> str | None:
+    """The first bound that a number violates; in a list, any number of it."""
+    hint = next(arm for arm in _arms(hint) if _matches(arm, value))
+    if typing.get_origin(hint) is Annotated:
+        ranges = [extra for extra in typing.get_args(hint)[1:] if isinstance(extra, Range)]
+        return next((fault for bounds in ranges if (fault := bounds.fault(value))), None)
+    if isinstance(value, (list, tuple)):
+        faults = map(_fault, _elements(hint, value), value)
+        return next((f"{fault} in every element" for fault in faults if fault), None)
+    return None
 
 
 def _likeness(section: Any, value: Any) -> tuple[int, int]:
@@ -124,10 +191,15 @@ def _likeness(section: Any, value: Any) -> tuple[int, int]:
 
 def _cast(hint: Any, value: Any) -> Any:
     # What matches a type, as that type: lists become tuples (which hash), and integers floats, elements too.
-    hint = next(arm for arm in _arms(hint) if _matches(arm, value))
+    hint = _bare(next(arm for arm in _arms(hint) if _matches(arm, value)))
     if isinstance(value, (list, tuple)):
         return tuple(map(_cast, _elements(hint, value), value))
     return float(value) if hint is float else value
+
+
+def _bare(hint: Any) -> Any:
+    """A type without its range."""
+    return typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
 
 
 def _arms(hint: Any) -> tuple[Any, ...]:
@@ -140,6 +212,7 @@ def _elements(hint: Any, value: Any) -> tuple[Any, ...]:
 
 
 def _matches(hint: Any, value: Any) -> bool:
+    hint = _bare(hint)
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if len(_arms(hint)) > 1:
         return any(_matches(arm, value) for arm in _arms(hint))

@@ -1,12 +1,12 @@
 import dataclasses
 import re
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
 from ml_collections import ConfigDict, FrozenConfigDict, config_dict
 
 from rlhf_jax import config
-from rlhf_jax.config import StageName
+from rlhf_jax.config import Count, Finite, NonNegative, Positive, Range, Share, StageName
 from rlhf_jax.types import RlhfError
 
 
@@ -179,6 +179,72 @@ def test_a_required_value_left_unset_is_an_error_that_names_it():
 
 def test_what_the_dataclass_itself_refuses_is_the_same_kind_of_error():
     assert message(steps=0) == "config.ppo: steps must be positive, not 0"
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranged:
+    rows: Count = 1
+    rate: Positive = 1.0
+    decay: NonNegative = 0.0
+    share: Share = 0.5
+    score: Finite = 0.0
+    smoothing: Annotated[float, Range(at_least=0, below=0.5)] = 0.0
+    bound: Annotated[float, Range(above=0, infinite=True)] = 1.0
+    clip: Positive | None = None
+    beta: Positive | Literal["auto"] = "auto"
+    targets: tuple[Positive, ...] = ()
+    windows: tuple[Count | None, ...] | None = None
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "fault"),
+    [
+        ("rows", 0, "at least 1"),
+        ("rows", -3, "at least 1"),
+        ("rows", 2**31, "at most 2147483647"),
+        ("rate", 0, "above 0"),
+        ("rate", float("nan"), "a finite number"),
+        ("rate", float("inf"), "a finite number"),
+        ("decay", -1e-9, "at least 0"),
+        ("share", 1.01, "at most 1"),
+        ("score", float("-inf"), "a finite number"),
+        ("smoothing", 0.5, "below 0.5"),
+        ("bound", float("nan"), "a finite number"),
+        ("clip", 0.0, "above 0"),
+        ("beta", -1, "above 0"),
+        ("targets", (1.0, 0.0), "above 0 in every element"),
+        ("windows", (4, None, 0), "at least 1 in every element"),
+    ],
+)
+def test_a_number_out_of_its_range_is_named_with_its_bound(key, value, fault):
+    with pytest.raises(RlhfError) as caught:
+        config.build(Ranged, {key: value}, "config.dpo")
+    assert str(caught.value) == f"config.dpo.{key} = {value!r} must be {fault}: set it with --config.dpo.{key}=...."
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("rows", 1, 1),
+        ("rate", 1, 1.0),
+        ("decay", 0, 0.0),
+        ("share", 1, 1.0),
+        ("score", -3, -3.0),
+        ("bound", float("inf"), float("inf")),
+        ("clip", None, None),
+        ("beta", "auto", "auto"),
+        ("beta", 2, 2.0),
+        ("targets", [1, 2], (1.0, 2.0)),
+        ("windows", [4, None], (4, None)),
+    ],
+)
+def test_a_number_on_the_right_side_of_its_bounds_arrives(key, value, expected):
+    assert repr(getattr(config.build(Ranged, {key: value}, "config.dpo"), key)) == repr(expected)
+
+
+def test_a_type_with_a_range_is_described_as_without():
+    with pytest.raises(RlhfError, match=re.escape("config.clip = 'no' should be a number or None: set it")):
+        config.build(Ranged, {"clip": "no"}, "config")
 
 
 def test_input_stages_are_every_stage_named_in_the_order_of_fields_and_once():

@@ -1,7 +1,6 @@
 """The language-model head: from hidden states to what is wanted of the logits, which exist for a slice at a time."""
 
 import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -62,6 +61,8 @@ def token_stats(
 ) -> TokenStats:
     """Statistics of tokens under softmax(logits / temperature); a token that is not allowed gets log-probability 0.
 
+    Raises ValueError unless temperature > 0: greedy decoding has no softmax.
+
     Equal to `core.logprobs.token_logprobs` and `entropy` of the whole logits. Where there are several slices, the
     backward pass computes each one's logits again instead of keeping them.
     """
@@ -82,8 +83,11 @@ def token_stats_with_entropy(
 
 
 def _in_slices(
-    of_slice: Callable[..., tuple], hidden: Array, embedding: Array, allowed: Array, tokens: Array
+    of_slice: functools.partial[tuple], hidden: Array, embedding: Array, allowed: Array, tokens: Array
 ) -> TokenStats:
+    temperature = of_slice.args[0]
+    if temperature <= 0:
+        raise ValueError(f"temperature = {temperature} must be above 0: log-probabilities are those of a softmax")
     batch, length = tokens.shape
     width = max(1, LOGIT_SLICE // (batch * embedding.shape[0]))
     if length <= width:

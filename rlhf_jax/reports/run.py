@@ -257,7 +257,7 @@ class Run:
                 (reference.network, reference.params),
                 rollout,
                 batch_size=batch_size,
-                temperature=how.temperature or 1.0,
+                temperature=how.temperature,
             )
         return pd.DataFrame({"prompt": np.repeat(prompts, n), "completion": completions, "score": scores, "kl": kl})
 

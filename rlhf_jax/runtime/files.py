@@ -1,8 +1,9 @@
 """Files that are whole or absent, and row files that can be cut back to a step."""
 
 import json
+import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -23,9 +24,14 @@ def write_text(path: Path, text: str) -> None:
         raise
 
 
+def measured(value: float) -> float | None:
+    """A number for a file, or None for NaN: what could not be measured, such as the standard error of one row."""
+    return None if math.isnan(value) else value
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Writes indented JSON, whole or not at all."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """Writes indented JSON, whole or not at all. Raises RlhfError for a number that is not finite."""
+    write_text(path, _encode(value, path, indent=2) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -37,8 +43,8 @@ def read_json(path: Path) -> Any:
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Writes a JSONL file, whole or not at all."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    """Writes a JSONL file, whole or not at all. Raises RlhfError for a number that is not finite."""
+    write_text(path, "".join(_encode(row, path) + "\n" for row in rows))
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -47,19 +53,43 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
+def _encode(value: Any, path: Path, indent: int | None = None) -> str:
+    """JSON without NaN and infinities, which JSON has no words for and most readers refuse."""
+    try:
+        return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+    except ValueError as error:
+        places = [f"{place} = {number}" for place, number in _not_finite(value, "")]
+        if not places:
+            raise
+        raise RlhfError(
+            f"{path.name}: {', '.join(places[:3])} is not finite, and JSON has no such number. A model's training has "
+            "diverged, or a reward is not finite"
+        ) from error
+
+
+def _not_finite(value: Any, place: str) -> Iterator[tuple[str, float]]:
+    """Every number in a JSON value that is NaN or infinite, with its path."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield place, value
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    for key, inner in items:
+        yield from _not_finite(inner, f"{place}.{key}" if place else str(key))
+
+
 class RowWriter:
     """Appends rows, each with a `step`, to a JSONL file; on opening, cuts off what is later than a step."""
 
     def __init__(self, path: Path, after_step: int) -> None:
         """Keeps the rows up to `after_step`, and an empty file where there are none."""
+        self._path = path
         kept = [row for row in read_rows(path) if row["step"] <= after_step]
         write_rows(path, kept)
         self._file: TextIO = path.open("a", encoding="utf-8")
 
     def write(self, rows: Iterable[dict[str, Any]]) -> None:
-        """Adds rows to the buffer."""
+        """Adds rows to the buffer. Raises RlhfError for a number that is not finite."""
         for row in rows:
-            self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            self._file.write(_encode(row, self._path) + "\n")
 
     def flush(self) -> None:
         """Puts all rows so far on disk, before the checkpoint that follows them."""

@@ -100,7 +100,7 @@ def train(task: Task, config: LoopConfig, placement: Placement, first_seed: int,
                 params = placement.for_evaluation(state.params)
                 for seed, row in enumerate(rows[-placement.seeds :]):
                     evaluation, described = task.evaluation.run(_of_seed(params, seed, placement.seeds))
-                    row.update(evaluation)
+                    row.update({name: _number(np.asarray(value)) for name, value in evaluation.items()})
                     sample_rows.write({"step": done, **found} | {"seed": first_seed + seed} for found in described)
             rows[-1].update(clock.read(config.steps_per_call, rows[-placement.seeds :]))
             metric_rows.write(rows)
@@ -160,8 +160,8 @@ def _sample_rows(samples: Any, steps: range, first_seed: int, seeds: int, descri
 
 
 def _number(value: Any) -> Any:
-    """None for what could not be measured: JSON has no NaN."""
-    return None if np.isnan(value) else value.item()
+    """None for what could not be measured, or overflowed: JSON has neither NaN nor infinities."""
+    return value.item() if np.isfinite(value) else None
 
 
 def _pick(leaf: Any, index: int, seed: int, seeds: int) -> Any:

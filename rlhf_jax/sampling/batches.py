@@ -12,7 +12,7 @@ from rlhf_jax.core import kl, logprobs
 from rlhf_jax.models.head import TokenStats
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
-from rlhf_jax.sampling.choice import Sampling
+from rlhf_jax.sampling.choice import Sampling, stated_temperature
 from rlhf_jax.sampling.continuous import default_refill, generate_queue
 from rlhf_jax.sampling.generate import generate
 from rlhf_jax.types import PromptBatch, Rollout, TokenBatch
@@ -123,7 +123,12 @@ def sequence_kl(
     batch_size: int,
     temperature: float,
 ) -> np.ndarray:
-    """The k1 estimate log pi(y|x) - log pi_ref(y|x) of every row, in nats, EOS included: float32[N]."""
+    """The k1 estimate log pi(y|x) - log pi_ref(y|x) of every row, in nats, EOS included: float32[N].
+
+    Args: temperature at which the rows were sampled. Both policies are taken at this temperature, and at 1 for greedy
+    rows (temperature 0; see `stated_temperature`). The mean of greedy rows is no unbiased estimate of a KL.
+    """
+    temperature = stated_temperature(temperature)
 
     def of_batch(batch: Rollout) -> jax.Array:
         own = _logprobs(policy, params, batch, temperature)
@@ -142,6 +147,7 @@ def sequence_divergences(
     temperature: float,
 ) -> Divergences:
     """What `sequence_kl` gives, with the k3 estimate beside it, from the same forward passes."""
+    temperature = stated_temperature(temperature)
 
     def of_batch(batch: Rollout) -> Divergences:
         own = _logprobs(policy, params, batch, temperature)

@@ -42,6 +42,15 @@ class Sampling:
         return self.top_k is not None or self.top_p is not None or self.min_p is not None
 
 
+def stated_temperature(temperature: float) -> float:
+    """The temperature at which log-probabilities of samples are stated: that of sampling, and 1 for greedy samples.
+
+    Greedy decoding (temperature 0) puts all its mass on one answer, so that its KL to another policy is infinite or 0.
+    Log-probabilities and log-ratios of greedy answers are therefore those of softmax(logits).
+    """
+    return temperature if temperature > 0 else 1.0
+
+
 def draw(
     logits: Float[Array, "B V"], uniforms: Float[Array, "B"], sampling: Sampling
 ) -> tuple[Int[Array, "B"], Float[Array, "B"], Float[Array, "B"]]:

@@ -10,6 +10,7 @@ from rlhf_jax.core.best_of_n import best_of_n_kl
 from rlhf_jax.core.statistics import distinct_n, repetition, standard_error
 from rlhf_jax.data import formats, pipeline
 from rlhf_jax.rewards.lexicon import vader
+from rlhf_jax.runtime.files import measured
 from rlhf_jax.sampling.batches import (
     Divergences,
     response_logprobs_all,
@@ -118,20 +119,20 @@ def measures(found: Answers, best_of: int) -> dict[str, Any]:
     k1, k3 = (None, None) if found.divergences is None else found.divergences
     return {
         "gold_score": None if judged is None else float(judged.mean()),
-        "gold_se": None if judged is None else standard_error(judged),
+        "gold_se": None if judged is None else measured(standard_error(judged)),
         "reward_score": float(np.mean([row["score"] for row in found.rows])),
         "kl": float(best_of_n_kl(best_of)) if k1 is None else float(np.mean(k1.tolist())),
-        "kl_se": 0.0 if k1 is None else standard_error(k1),
+        "kl_se": 0.0 if k1 is None else measured(standard_error(k1)),
         "length": float(np.mean(found.lengths())),
         "vader": float(vader(texts).mean()),
-        "distinct_2": distinct_n(words, 2),
+        "distinct_2": measured(distinct_n(words, 2)),
         "kl_k3": None if k3 is None else float(np.mean(k3.tolist())),
-        "kl_k3_se": None if k3 is None else standard_error(k3),
+        "kl_k3_se": None if k3 is None else measured(standard_error(k3)),
         "ref_nll": found.ref_nll,
         "text_nll": found.text_nll,
-        "distinct_1": distinct_n(words, 1),
-        "distinct_3": distinct_n(words, 3),
-        "repetition_4": repetition(words, 4),
+        "distinct_1": measured(distinct_n(words, 1)),
+        "distinct_3": measured(distinct_n(words, 3)),
+        "repetition_4": measured(repetition(words, 4)),
     }
 
 

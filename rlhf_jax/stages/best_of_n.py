@@ -24,7 +24,7 @@ from rlhf_jax.core.best_of_n import (
 )
 from rlhf_jax.core.statistics import bootstrap_interval, standard_error
 from rlhf_jax.data import pipeline
-from rlhf_jax.runtime.files import write_rows
+from rlhf_jax.runtime.files import measured, write_rows
 from rlhf_jax.sampling.batches import response_logprobs_all, sample_all
 from rlhf_jax.stages.context import Context
 from rlhf_jax.stages.gold import load_judge
@@ -160,7 +160,7 @@ def _mean(name: str, estimates: np.ndarray | None) -> dict[str, float | None]:
     low, high = bootstrap_interval(estimates, level=0.95, rounds=ROUNDS, seed=0)  # for every n the same prompts
     return {
         name: float(estimates.mean()),
-        f"{name}_se": standard_error(estimates),
+        f"{name}_se": measured(standard_error(estimates)),
         f"{name}_low": low,
         f"{name}_high": high,
     }

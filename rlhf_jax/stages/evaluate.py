@@ -20,7 +20,7 @@ from rlhf_jax.core.statistics import (
 )
 from rlhf_jax.data import pipeline
 from rlhf_jax.rewards.http_judge import HTTPJudge, HTTPJudgeConfig
-from rlhf_jax.runtime.files import read_json, write_rows
+from rlhf_jax.runtime.files import measured, read_json, write_rows
 from rlhf_jax.stages.answers import Answers, Method, Split, answer, held_out_texts, measures
 from rlhf_jax.stages.context import Context
 from rlhf_jax.stages.judging import TextScorer, make_http_judge, make_judge, preferred_by_asking, preferred_by_score
@@ -45,7 +45,7 @@ class EvaluateConfig:
     judge: RewardSource | HTTPJudgeConfig | None  # a gold stage, or any reward; None: reward_model decides the pairs
     prompts: int  # at most, of the test split
     selection_prompts: int  # at most, of the evaluation split
-    temperature: float
+    temperature: float  # of the answers; 0 is greedy, and then `kl` is the mean log-ratio at temperature 1
     against: tuple[ModelSource, ...] = ()  # further opponents, beside the reference; each gets a row of its own too
     bootstrap_rounds: int = 1000
 
@@ -178,7 +178,7 @@ def result(
         "gold_score": alone["gold_score"],
         "gold_se": alone["gold_se"],
         "gold_gain": None if gains is None else float(gains.mean()),
-        "gold_gain_se": None if gains is None else standard_error(gains),
+        "gold_gain_se": None if gains is None else measured(standard_error(gains)),
     }
     for name in ("win_rate", "win_low", "win_high"):
         columns[name] = pairs[name]

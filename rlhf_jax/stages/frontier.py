@@ -39,7 +39,7 @@ class FrontierConfig:
     policies: tuple[StageName, ...]
     judge: RewardSource | HTTPJudgeConfig  # a gold stage, or any reward; one over HTTP gives no scores
     prompts: int  # of the test split
-    temperature: float
+    temperature: float  # of the answers; 0 is greedy, and then divergence is the mean log-ratio at temperature 1
     kl_targets: tuple[float, ...]  # nats
 
     def __post_init__(self) -> None:

@@ -203,3 +203,9 @@ def equations(jaxpr):
         yield equation
         for inner in jaxprs_in_params(equation.params):
             yield from equations(inner)
+
+
+@pytest.mark.parametrize("of_logits", [head.token_stats, head.token_stats_with_entropy])
+def test_greedy_decoding_has_no_log_probabilities(of_logits):
+    with pytest.raises(ValueError, match=r"temperature = 0\.0 must be above 0"):
+        of_logits(HIDDEN, EMBEDDING, jnp.asarray(ALLOWED), TOKENS, temperature=0.0, softcap=None)

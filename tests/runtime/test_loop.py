@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from rlhf_jax.runtime.checkpoints import TrainState
-from rlhf_jax.runtime.files import RowWriter, read_rows, write_rows
+from rlhf_jax.runtime.files import RowWriter, read_rows, write_json, write_rows
 from rlhf_jax.runtime.loop import Evaluation, LoopConfig, Task, train
 from rlhf_jax.runtime.programs import make_placement
 from rlhf_jax.runtime.progress import Display
@@ -47,6 +47,33 @@ def run(a_task: Task, directory, **config) -> None:
     settings = LoopConfig(**{"steps_per_call": 2, "checkpoint_every": 4, **config})
     with contextlib.closing(open(directory / "log", "w")) as log, Display(Console(file=log)).bar("x") as bar:
         train(a_task, settings, make_placement(tiny.ONE_DEVICE, seeds), 7, directory, bar)
+
+
+def test_numbers_that_are_not_finite_are_null_in_metrics(tmp_path):
+    def overflowing(state, frozen, batch, run_key):
+        state, metrics, samples = step(state, frozen, batch, run_key)
+        return state, metrics | {"ratio": metrics["total"] * jnp.inf, "apart": metrics["total"] * jnp.nan}, samples
+
+    evaluation = Evaluation(4, lambda params: ({"eval/total": float("nan")}, []))
+    run(task(4, step=overflowing, evaluation=evaluation), tmp_path)
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    assert [row["ratio"] for row in rows] == [row["apart"] for row in rows] == [None] * 4
+    assert rows[-1]["eval/total"] is None
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_no_file_gets_a_number_that_is_not_finite(value, tmp_path):
+    nested = {"step": 1, "kl": [0.5, {"k1": value}], "text": "NaN", "se": None}
+    message = rf"kl\.1\.k1 = {value} is not finite"
+    for write in (write_rows, write_json):
+        with pytest.raises(RlhfError, match=f"rows.jsonl: {message}"):
+            write(tmp_path / "rows.jsonl", [nested] if write is write_rows else nested)
+    assert not list(tmp_path.iterdir())
+    with contextlib.closing(RowWriter(tmp_path / "rows.jsonl", 0)) as writer:
+        with pytest.raises(RlhfError, match=f"rows.jsonl: {message}"):
+            writer.write([nested])
+        writer.write([{"step": 1, "text": "NaN"}])
+    assert read_rows(tmp_path / "rows.jsonl") == [{"step": 1, "text": "NaN"}]
 
 
 def test_rows_evaluations_and_samples_are_written(tmp_path):

@@ -11,10 +11,13 @@ import pandas as pd
 import pytest
 
 from rlhf_jax.core.statistics import bootstrap_interval, length_controlled_win_rate, repetition, wilson_interval
+from rlhf_jax.data import pipeline
 from rlhf_jax.models import hf
 from rlhf_jax.reports import report
 from rlhf_jax.reports.run import FURTHER_COLUMNS, RESULT_COLUMNS, Run
 from rlhf_jax.rewards.http_judge import HTTPJudgeConfig
+from rlhf_jax.sampling.batches import response_logprobs_all, sample_all
+from rlhf_jax.sampling.choice import Sampling
 from rlhf_jax.stages import answers
 from rlhf_jax.stages.evaluate import EvaluateConfig, deciding_column, opponent
 from rlhf_jax.stages.models import Policy, RewardModel, load_checkpoint
@@ -157,6 +160,39 @@ def test_the_columns_stand_in_the_order_that_was_agreed_and_say_what_the_answers
     assert np.isnan(best["kl_k3"]) and np.isnan(best["text_nll"]) and best["ref_nll"] > 0
     assert other["ref_nll"] > reference["ref_nll"], "what another policy says is less likely"
     assert other["text_nll"] != reference["text_nll"]
+
+
+def test_greedy_answers_have_the_log_ratio_of_both_models_at_temperature_1(tmp_path):
+    model, reward_model = experiments.models(tmp_path)
+    other = near(model, tmp_path / "other", "policy", 0.3)
+    data = conversations(tmp_path / "chats.jsonl", 6)
+    sizes = {"prompts": 6, "selection_prompts": 1}
+    stages = {"greedy": section(model, reward_model, against=(other,), temperature=0.0, **sizes)}
+    directory = experiments.run(tmp_path / "run", data, stages).root / "greedy"
+    for name in ("results.jsonl", "selection.jsonl", "win_rates.jsonl", "samples.jsonl"):
+        for line in (directory / name).read_text().splitlines():
+            json.loads(line, parse_constant=lambda word, name=name: pytest.fail(f"{name} has a bare {word}"))
+    (selection,) = [row for row in experiments.rows(directory / "selection.jsonl") if row["method"] == "other"]
+    assert selection["kl_se"] is None and np.isfinite(selection["kl"]), "one prompt has no standard error"
+
+    reference, policy = load_checkpoint(model), load_checkpoint(other)
+    assert isinstance(reference, Policy) and isinstance(policy, Policy)
+    config = experiments.data_config(data)
+    prompts = pipeline.prompts(pipeline.load_rows(config, "test"), policy.tokenizer, config)
+    greedy = Sampling(config.max_response_tokens, 0.0, policy.tokenizer.stop_ids)
+    rollout = sample_all(
+        policy.network, policy.params, prompts, jax.random.key(0), greedy, samples=1, batch_size=len(prompts.tokens)
+    )
+    own, theirs = (
+        response_logprobs_all(of.network, of.params, rollout, len(prompts.tokens), temperature=1.0)
+        for of in (policy, reference)
+    )
+    expected = np.where(rollout.response_mask, own - theirs, 0).sum(axis=1)
+    assert np.abs(expected).min() > 1e-3
+    np.testing.assert_allclose(sampled(directory, "other")["kl"], expected, atol=1e-4)
+    results = {row["method"]: row for row in experiments.rows(directory / "results.jsonl")}
+    assert results["reference"]["kl"] == 0
+    np.testing.assert_allclose(results["other"]["kl"], expected.mean(), atol=1e-4)
 
 
 def test_perplexity_is_of_the_tokens_of_each_text_alone():

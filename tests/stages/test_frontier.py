@@ -102,6 +102,14 @@ def test_points_are_every_checkpoint_and_an_interrupted_stage_goes_on(tmp_path):
     assert np.ptp(gold["model"]) > 1e-3
     assert read_json(tmp_path / "by_both" / "frontier" / "summary.json")["judge"] == f"{reward_model} + {mine}"
 
+    # Greedy answers are compared at temperature 1.
+    shutil.copytree(tmp_path / "run", tmp_path / "greedy")
+    shutil.rmtree(tmp_path / "greedy" / "frontier")
+    stages["frontier"] |= {"judge": reward_model, "temperature": 0.0}
+    experiments.run(tmp_path / "greedy", data, stages, seeds=2)
+    greedy = experiments.rows(tmp_path / "greedy" / "frontier" / "points.jsonl")
+    assert greedy[0]["kl"] == 0 and all(np.isfinite(point["kl"]) and point["kl"] != 0 for point in greedy[1:])
+
 
 @pytest.mark.parametrize("targets", [(), (0.0, 1.0)])
 def test_divergences_that_cannot_be_are_refused(targets):

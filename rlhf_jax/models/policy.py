@@ -93,11 +93,20 @@ class PolicyNetwork:
         return self._logits(params, hidden[:, -1]), cache
 
     def step(
-        self, params: PyTree, tokens: Int[Array, "B"], cache: KVCache, slot: Int[Array, ""] | int
+        self,
+        params: PyTree,
+        tokens: Int[Array, "B"],
+        cache: KVCache,
+        slot: Int[Array, ""] | int,
+        active: Bool[Array, "B"] | None = None,
     ) -> tuple[Float[Array, "B V"], KVCache]:
-        """Decode: logits of the token after one more token a row, which goes into the cache at `slot`."""
-        seen = jnp.ones((tokens.shape[0], 1), bool)
-        hidden, cache = self._apply(params, tokens[:, None], seen, cache, slot, method="extend")
+        """Decode: logits of the token after one more token a row, which goes into the cache at `slot`.
+
+        Args: active marks the rows that have such a token (None: all). The others take up no position and see nothing,
+        and their logits have no meaning.
+        """
+        seen = jnp.ones(tokens.shape[0], bool) if active is None else active
+        hidden, cache = self._apply(params, tokens[:, None], seen[:, None], cache, slot, method="extend")
         return self._logits(params, hidden[:, 0]), cache
 
     def extend(

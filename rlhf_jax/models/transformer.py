@@ -92,6 +92,7 @@ class Transformer(nn.Module):
         if config.embedding_scale != 1:
             x = x * jnp.array(config.embedding_scale, x.dtype)
         if config.positions == "learned":
+            # A position beyond the table is NaN, which no mask of attention takes out again: callers never go there.
             x = x + jnp.take(self.position_table, present, axis=0).astype(config.compute_dtype)
         angles: dict[Rope, tuple[Array | None, Array | None]] = {}
         masks: dict[int | None, Array] = {}

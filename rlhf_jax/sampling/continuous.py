@@ -132,10 +132,11 @@ def generate_queue(
         return write(state._replace(cache=cache, queue=state.queue + begun), rows, slot, fresh, fresh, logits)
 
     def decode(state: _Slots) -> _Slots:
-        """One more token of every slot."""
-        logits, cache = policy.step(params, state.last, state.cache, state.time % ring)
+        """One more token of every slot that has a response; the others must not grow beyond the model's positions."""
+        going = state.row < count
+        logits, cache = policy.step(params, state.last, state.cache, state.time % ring, going)
         state = state._replace(cache=cache, time=state.time + 1, steps=state.steps + 1)
-        everything, length = jnp.arange(slots, dtype=jnp.int32), jnp.where(state.row < count, state.length, 0)
+        everything, length = jnp.arange(slots, dtype=jnp.int32), jnp.where(going, state.length, 0)
         return write(state, state.row, everything, length, state.progress, logits)
 
     def worthwhile(state: _Slots) -> Array:

@@ -65,9 +65,9 @@ def test_numbers_that_are_not_finite_are_null_in_metrics(tmp_path):
 def test_no_file_gets_a_number_that_is_not_finite(value, tmp_path):
     nested = {"step": 1, "kl": [0.5, {"k1": value}], "text": "NaN", "se": None}
     message = rf"kl\.1\.k1 = {value} is not finite"
-    for write in (write_rows, write_json):
+    for write in (lambda path: write_rows(path, [nested]), lambda path: write_json(path, nested)):
         with pytest.raises(RlhfError, match=f"rows.jsonl: {message}"):
-            write(tmp_path / "rows.jsonl", [nested] if write is write_rows else nested)
+            write(tmp_path / "rows.jsonl")
     assert not list(tmp_path.iterdir())
     with contextlib.closing(RowWriter(tmp_path / "rows.jsonl", 0)) as writer:
         with pytest.raises(RlhfError, match=f"rows.jsonl: {message}"):

@@ -95,6 +95,23 @@ def test_the_texts_are_those_of_all_prompts_at_once(name, slots, refill, samples
     np.testing.assert_allclose(got.model_logprobs, expected.model_logprobs, atol=1e-4)
 
 
+def test_idle_slots_stay_within_the_positions_that_there_are():
+    """A slot that waits for its next prompt until the others end, longer than its model has positions."""
+    policy = FAMILIES["learned positions, grouped"]
+    limits = jnp.array([LIMIT, 8, 8, 8, LIMIT, LIMIT, LIMIT, LIMIT, 5, LIMIT], jnp.int32)
+    tokens = jnp.asarray(np.random.default_rng(4).integers(4, VOCAB, (len(limits), PROMPT)), jnp.int32)
+    full = PromptBatch(tokens, jnp.ones(tokens.shape, bool), jnp.arange(len(limits), dtype=jnp.int32))
+    sampling, params = Sampling(LIMIT, 1.0, ()), random_params(policy)
+    queued = jax.jit(
+        lambda params: generate_queue(policy, params, full, KEY, sampling, slots=4, refill=3, limits=limits)[0]
+    )
+    at_once = jax.jit(lambda params: generate(policy, params, full, KEY, sampling, limits=limits))
+    got, expected = jax.device_get((queued(params), at_once(params)))
+    np.testing.assert_array_equal(got.rollout.response_mask, np.arange(LIMIT)[None] < np.asarray(limits)[:, None])
+    np.testing.assert_allclose(got.logprobs, expected.logprobs, atol=1e-4)
+    jax.tree.map(np.testing.assert_array_equal, got.rollout, expected.rollout)
+
+
 def test_slots_do_not_wait_for_the_longest():
     """Decoding steps, against those of as many batches that each wait for their longest response."""
     sampling = Sampling(LIMIT, 1.0, ())

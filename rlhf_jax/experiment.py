@@ -2,15 +2,14 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
-import platform
 import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 from rich.console import Console
 
@@ -18,6 +17,7 @@ from rlhf_jax import config as configs
 from rlhf_jax.data import formats
 from rlhf_jax.data.pipeline import DataConfig
 from rlhf_jax.rewards.functions import function_hash
+from rlhf_jax.runtime import provenance
 from rlhf_jax.runtime.files import read_rows, write_json
 from rlhf_jax.runtime.pretrained import MODELS, checkpoint_hash
 from rlhf_jax.runtime.programs import RuntimeConfig
@@ -39,6 +39,7 @@ from rlhf_jax.stages import (
     sft,
 )
 from rlhf_jax.stages.context import Context
+from rlhf_jax.stages.online import OnlineConfig
 from rlhf_jax.types import RlhfError
 
 StageRun = Callable[[Any, Context], dict[str, Any]]
@@ -67,6 +68,17 @@ SEEDED = (
     online_dpo.OnlineDPOConfig,
 )
 """Stages that train `seeds` runs at once; the others train one, with `seed`."""
+
+UNITS = {
+    "sft": "demonstrations",
+    "reward_model": "comparisons",
+    "dpo": "pairs",
+    "kto": "responses",
+    "online_dpo": "pairs",
+    "ppo": "responses",
+    "group_rl": "responses",
+}
+"""A row of a batch, of the kinds of stages that train."""
 
 COMMON = ("seed", "seeds", "stages", "data", "runtime")
 
@@ -137,17 +149,21 @@ def run(experiment: Experiment, workdir: Workdir, only: str | None, console: Con
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {experiment.runtime.xla_flags}"
     display = Display(console)
     worked = False
+    here = functools.cache(provenance.environment)  # of this process, whatever becomes of the source while it runs
     with display.running():
         for name in [only] if only else experiment.stages:
-            worked |= _run_stage(experiment, workdir, name, display)
+            worked |= _run_stage(experiment, workdir, name, display, here)
     return worked
 
 
-def _run_stage(experiment: Experiment, workdir: Workdir, name: str, display: Display) -> bool:
+def _run_stage(
+    experiment: Experiment, workdir: Workdir, name: str, display: Display, here: Callable[[], dict[str, Any]]
+) -> bool:
     identity = experiment.identity(name, workdir.fingerprint)
     if workdir.status(name, identity) in ("complete", "elsewhere"):
         return False
     directory = workdir.begin(name, identity)
+    provenance.begin(directory, here())
     stage = experiment.stages[name]
     with display.bar(name) as bar, _timed(directory) as seconds:
         context = Context(
@@ -161,7 +177,10 @@ def _run_stage(experiment: Experiment, workdir: Workdir, name: str, display: Dis
             bar=bar,
         )
         summary = KINDS[stage.kind][1](stage, context)
-    write_json(directory / "summary.json", {**summary, "environment": _environment(), "time/seconds": seconds[0]})
+    seeds = range(experiment.seed, experiment.seed + (experiment.seeds if isinstance(stage, SEEDED) else 1))
+    batch = _batch(stage, experiment.runtime, directory)
+    found = provenance.record(directory, identity, seeds, batch)
+    write_json(directory / "summary.json", {**summary, "provenance": found, "time/seconds": seconds[0]})
     workdir.complete(name, identity)
     return True
 
@@ -176,21 +195,24 @@ def _timed(directory: Path) -> Iterator[list[float]]:
     seconds[0] += time.perf_counter() - start
 
 
-def _environment() -> dict[str, Any]:
-    """What a reader of a stage's figures must know of where and when they were made."""
-    processors = re.findall(r"^model name\s*: (.*)$", _text_of("/proc/cpuinfo"), re.MULTILINE)
-    return {
-        "processor": processors[0] if processors else platform.processor(),
-        "cores": os.cpu_count(),
-        "devices": [device.device_kind for device in jax.devices()],
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def _text_of(path: str) -> str:
-    return Path(path).read_text() if os.path.exists(path) else ""
+def _batch(stage: Any, runtime: RuntimeConfig, directory: Path) -> dict[str, Any] | None:
+    """The effective batch of a stage that trains, of which `metrics.jsonl` has the tokens; None for another stage."""
+    if stage.kind not in UNITS:
+        return None
+    metrics = read_rows(directory / "metrics.jsonl")
+    if isinstance(stage, OnlineConfig):
+        rows = stage.batch_size // stage.minibatches
+        responses = 2 * rows if isinstance(stage, online_dpo.OnlineDPOConfig) else rows
+        tokens = [responses * row["completions/mean_length"] for row in metrics]
+    else:
+        rows, tokens = stage.batch_size, [row["num_tokens"] for row in metrics]
+    return provenance.effective_batch(
+        rows=rows,
+        unit=UNITS[stage.kind],
+        micro_batch=stage.optimizer.micro_batch,
+        devices=runtime.data * runtime.fsdp,
+        tokens=tokens,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

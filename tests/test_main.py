@@ -71,13 +71,15 @@ def test_own_preferences_run_whole(tmp_path, capsys):
 
 
 def test_every_kind_of_file_gives_the_same_run(tmp_path):
-    summaries = []
+    summaries, hashes = [], set()
     for ending in WRITERS:
         flags = [f"--workdir={tmp_path / ending}", *files(tmp_path, ending), "--stage=sft"]
         assert main([PREFERENCES, *flags]) == 0
         summary = json.loads((tmp_path / ending / "sft" / "summary.json").read_text())
+        hashes.add(summary.pop("provenance")["sha256"]["train"])
         summaries.append({key: value for key, value in summary.items() if not key.startswith("time/")})
     assert summaries[0] == summaries[1] == summaries[2]
+    assert len(hashes) == 3, "the files are known by what they hold"
 
 
 @pytest.mark.parametrize(

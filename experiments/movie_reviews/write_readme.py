@@ -37,7 +37,7 @@ def keep(run: Run, seed: int) -> None:
     directory = HERE / "results" / f"seed_{seed}"
     directory.mkdir(parents=True, exist_ok=True)
     shutil.copy(run.workdir / "results.csv", directory / "results.csv")
-    stages = {name: {key: run.summary(name)[key] for key in ("environment", "time/seconds")} for name in run.stages}
+    stages = {name: {key: run.summary(name)[key] for key in ("provenance", "time/seconds")} for name in run.stages}
     write_json(directory / "stages.json", stages)
 
 
@@ -64,14 +64,16 @@ def markdown(results: pd.DataFrame, chosen: set[str]) -> list[str]:
 def record(runs: list[Run], tables: list[pd.DataFrame]) -> list[str]:
     """Machine, versions, date, seeds, prompts and time, from the stages' own notes."""
     summaries = [[run.summary(name) for name in run.stages] for run in runs]
-    where = summaries[0][-1]["environment"]
+    found = summaries[0][-1]["provenance"]
+    where, source = found["machine"], found["source"]
     minutes = [sum(summary["time/seconds"] for summary in stages) / 60 for stages in summaries]
     seeds = ", ".join(str(table["seed"].iloc[0]) for table in tables)
     return [
         f"Mean over the whole pipeline run with seeds {seeds} (lowest to highest in brackets), "
         f"{tables[0]['n_prompts'].iloc[0]} test prompts, one answer each; * chosen on the validation split. "
-        f"{where['cores']} cores of {where['processor']}, Python {where['python']}, JAX {where['jax']}, "
-        f"{where['date']}; "
+        f"{where['threads']} cores of {where['processor']} ({where['cpu_target']['name']}), Python {where['python']}, "
+        f"JAX {found['packages']['jax']}, commit {source['commit'][:7]}{'' if source['clean'] else ' with changes'}, "
+        f"{found['date']}; "
         f"{' / '.join(f'{m:.1f}' for m in minutes)} minutes a run. "
         "Files: [experiments/movie_reviews/results](experiments/movie_reviews/results)."
     ]

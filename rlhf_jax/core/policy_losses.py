@@ -1,7 +1,8 @@
 """Policy losses, value losses, and how token losses become one number. Log-probabilities in, no model anywhere.
 
 A policy loss is two arrays, [B, T]: the loss of each token, and where a bound was reached. An aggregation makes a
-scalar of the first. `POLICY_LOSSES` and `AGGREGATIONS` name them all.
+scalar of the first. `POLICY_LOSSES` and `AGGREGATIONS` name them all. Ratios are those of `ratios.ratio`: exact up to
+e^30, and finite beyond.
 """
 
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from rlhf_jax.core import masking
+from rlhf_jax.core import masking, ratios
 
 
 class TokenLosses(NamedTuple):
@@ -37,7 +38,7 @@ def ppo_clip(
 
     Args: logprobs in nats of the sampled tokens now and when they were sampled; clip_ratio is epsilon.
     """
-    ratio = jnp.exp(_log_ratio(logprobs, old_logprobs, response_mask))
+    ratio = ratios.ratio(_log_ratio(logprobs, old_logprobs, response_mask))
     return _clipped(ratio, advantages, response_mask, clip_ratio, clip_ratio_high)
 
 
@@ -56,7 +57,7 @@ def sequence_clip(
     as in TRL's RLOOTrainer. Aggregated by `sequence`.
     """
     log_ratio = jnp.sum(_log_ratio(logprobs, old_logprobs, response_mask), axis=1, keepdims=True)
-    ratio = jnp.broadcast_to(jnp.exp(log_ratio), logprobs.shape)
+    ratio = jnp.broadcast_to(ratios.ratio(log_ratio), logprobs.shape)
     return _clipped(ratio, advantages, response_mask, clip_ratio, clip_ratio_high)
 
 
@@ -75,7 +76,7 @@ def gspo(
     """
     lengths = jnp.maximum(masking.lengths(response_mask), 1).astype(logprobs.dtype)[:, None]
     log_ratio = jnp.sum(_log_ratio(logprobs, old_logprobs, response_mask), axis=1, keepdims=True) / lengths
-    ratio = jnp.broadcast_to(jnp.exp(log_ratio), logprobs.shape)
+    ratio = jnp.broadcast_to(ratios.ratio(log_ratio), logprobs.shape)
     return _clipped(ratio, advantages, response_mask, clip_ratio, clip_ratio_high)
 
 
@@ -92,7 +93,7 @@ def cispo(
     The importance weight is clipped, not the update, and has no gradient: eqs. 4 and 5 of MiniMax-M1 (Chen et al.
     2025, arXiv:2506.13585). As in their runs, it has no lower bound.
     """
-    ratio = jnp.exp(_log_ratio(logprobs, old_logprobs, response_mask))
+    ratio = ratios.ratio(_log_ratio(logprobs, old_logprobs, response_mask))
     weight = jax.lax.stop_gradient(jnp.minimum(ratio, 1 + clip_ratio_high))
     logprobs, advantages = (jnp.where(response_mask, x, 0) for x in (logprobs, advantages))
     return TokenLosses(-weight * advantages * logprobs, (ratio > 1 + clip_ratio_high) & (advantages > 0))
@@ -201,10 +202,10 @@ def ratio_metrics(
     """`policy/clipfrac_avg` (share of tokens where a bound was reached), `policy/approxkl_avg`, and the tokens' ratios.
 
     `policy/approxkl_avg` is k2 of old against new in nats a token; `val/ratio` and `val/ratio_var` are of tokens
-    whatever ratio the loss has. Padding counts in none of them.
+    whatever ratio the loss has, each at most e to the power of `ratios.LARGEST`. Padding counts in none of them.
     """
     log_ratio = _log_ratio(logprobs, old_logprobs, response_mask)
-    ratio = jnp.exp(log_ratio)
+    ratio = jnp.exp(jnp.minimum(log_ratio, ratios.LARGEST))
     return {
         "policy/clipfrac_avg": masking.masked_mean(clipped.astype(ratio.dtype), response_mask, axes),
         "policy/approxkl_avg": masking.masked_mean(0.5 * jnp.square(log_ratio), response_mask, axes),

@@ -119,7 +119,7 @@ def gather_experience(
 
     ended = has_ended(networks, rollout)
     shaped = shaped_scores(networks, config, method, rollout, scores)
-    kl = ESTIMATORS[method.kl_estimator](old.logprobs, reference.logprobs)
+    kl = ESTIMATORS[method.kl_estimator](old.logprobs, reference.logprobs, old.logprobs)
     rewards = token_rewards(shaped, kl, mask, kl_coef=kl_coef if method.kl_in == "reward" else 0.0)
     trained = mask & ended[:, None] if config.reject_truncated else mask
     trained = trained if useful is None else trained & useful[:, None]

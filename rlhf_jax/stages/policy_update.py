@@ -131,7 +131,8 @@ def minibatch_loss(
         loss = loss + method.vf_coef * value
         metrics |= {"loss/value_avg": value, **value_metrics}
     if batch.ref_logprobs is not None:
-        divergence = aggregate(ESTIMATORS[method.kl_estimator](stats.logprobs, batch.ref_logprobs))
+        apart = (jnp.where(mask, x, 0) for x in (stats.logprobs, batch.ref_logprobs, batch.logprobs))
+        divergence = aggregate(ESTIMATORS[method.kl_estimator](*apart))
         loss = loss + kl_coef * divergence
         metrics["loss/kl_avg"] = divergence
     if config.entropy_coef:

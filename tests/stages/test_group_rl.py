@@ -272,7 +272,9 @@ def test_a_method_sets_what_its_paper_sets_and_any_field_can_be_otherwise():
         ({"method": "cispo", "clip_ratio": 0.2}, r"clip_ratio is not read by policy_loss = 'cispo'"),
         ({"method": "cispo", "policy_loss": "ppo"}, r"policy_loss = 'ppo' needs clip_ratio"),
         ({"method": "dapo", "kl_in": "reward"}, r"kl_in = 'reward' says where the penalty is, and kl_coef is 0"),
-        ({"method": "grpo", "kl_estimator": "k1"}, r"kl_estimator = 'k1' in the loss has a gradient of mean 0"),
+        ({"method": "grpo", "kl_estimator": "k1"}, r"a gradient of mean 0: set kl_estimator to 'k2' or 'k3\+'"),
+        ({"method": "rloo", "kl_coef": 0.1, "kl_estimator": "k3+"}, r"'k3\+' differs from 'k3' in its gradient, which"),
+        ({"method": "rloo", "kl_coef": 0.1, "kl_estimator": "k3_weighted"}, r"set kl_in to 'loss', or kl_estimator"),
         ({"method": "dapo", "overlong_buffer": 4.0}, r"overlong_buffer = 4.0 is a share"),
         ({"method": "dapo", "dynamic_sampling_rounds": -1}, r"dynamic_sampling_rounds = -1 must be at least 1, or 0"),
         ({"method": "dapo", "kl_controller": {"target": 1.0, "horizon": 1.0}}, r"kl_controller multiplies kl_coef = 0"),
@@ -290,3 +292,12 @@ def test_a_method_sets_what_its_paper_sets_and_any_field_can_be_otherwise():
 def test_what_cannot_work_or_is_not_read_is_refused(changes, message):
     with pytest.raises(RlhfError, match=message):
         parse(**changes)
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+def test_an_estimator_whose_gradient_in_the_reward_is_not_the_divergences_warns(estimator):
+    with pytest.warns(UserWarning, match=f"'{estimator}' in the reward does not have the divergence's gradient"):
+        parse(method="rloo", kl_coef=0.1, kl_estimator=estimator)
+    # Nothing is penalised, or it is where the gradient is right: warnings are errors in these tests.
+    parse(method="rloo", kl_coef=0.0, kl_estimator=estimator)
+    parse(method="grpo", kl_estimator=estimator)

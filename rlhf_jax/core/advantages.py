@@ -156,9 +156,11 @@ CRITIC_FREE: dict[str, Callable[..., Array]] = {
 
 
 def groups_that_differ(scores: Float[Array, "B"], *, num_generations: int) -> Bool[Array, "G"]:
-    """Which groups have responses of different scores (by more than 1e-6): the others teach nothing.
+    """Groups whose responses have different scores (by more than 1e-6): the others teach nothing.
 
-    What dynamic sampling keeps: eq. 11 of Yu et al. 2025 (DAPO, arXiv:2503.14476), for any score.
+    Dynamic sampling keeps them: eq. 11 of Yu et al. 2025 (DAPO, arXiv:2503.14476), for any score.
+
+    Args: scores are those of the reward, before anything is done to them.
     """
     groups = scores.reshape(-1, num_generations)
     return jnp.max(groups, axis=1) - jnp.min(groups, axis=1) > 1e-6

@@ -1,8 +1,9 @@
 """Dynamic sampling: round after round of new prompts, until a batch is full of groups that teach something.
 
-Section 3.2 of Yu et al. 2025 (DAPO, arXiv:2503.14476): a group whose responses all have the same score has no
-advantages, and is left out. A round samples as many groups as a batch has. There rounds have no end; here a batch that
-still lacks groups after the last one is filled up with others, which are masked out of the losses.
+Section 3.2 of Yu et al. 2025 (DAPO, arXiv:2503.14476): a group whose responses all have the same score is left out. The
+score is the reward's own, before it is scaled, clipped or lowered for length or a missing EOS: eq. 11 of the paper, and
+verl's filter, are on correctness. A round samples as many groups as a batch has. There rounds have no end; here a batch
+that still lacks groups after the last one is filled up with others, which are masked out of the losses.
 
 Every array has one shape whatever the number of rounds, and a round's prompts and random numbers are a function of the
 seed, the step and the round. Several seeds go on until all are full, and each keeps its own first groups: what it
@@ -18,8 +19,7 @@ from jaxtyping import Array, Bool, Float
 
 from rlhf_jax.core import masking
 from rlhf_jax.core.advantages import groups_that_differ
-from rlhf_jax.stages.experience import shaped_scores
-from rlhf_jax.stages.policy_method import Method, Networks, PolicyGradientConfig, Sampled
+from rlhf_jax.stages.policy_method import Method, PolicyGradientConfig, Sampled
 from rlhf_jax.stages.prompts import at_round
 from rlhf_jax.types import PromptBatch, Rollout
 
@@ -64,7 +64,6 @@ def is_full(filling: Filling, axes: tuple[str, ...]) -> Bool[Array, ""]:
 
 
 def collect(
-    networks: Networks,
     config: PolicyGradientConfig,
     method: Method,
     filling: Filling,
@@ -78,9 +77,7 @@ def collect(
     """
     size, groups = method.num_generations, config.batch_size // method.num_generations
     full = is_full(filling, axes)
-    differ = groups_that_differ(
-        shaped_scores(networks, config, method, sampled.rollout, scores), num_generations=size
-    ).repeat(size)
+    differ = groups_that_differ(scores, num_generations=size).repeat(size)
     new = (sampled.rollout, sampled.logprobs, scores, jnp.where(differ, DIFFERS, ALIKE))
     rows = jax.tree.map(
         lambda *leaves: jnp.concatenate(leaves), *(masking.gather_rows(part, axes) for part in (filling[:4], new))
@@ -103,7 +100,6 @@ def collect(
 
 
 def fill(
-    networks: Networks,
     config: PolicyGradientConfig,
     method: Method,
     draw: Callable[[PromptBatch], tuple[Sampled, Array]],
@@ -126,7 +122,7 @@ def fill(
 
     def another(carry: tuple[Array, Array, Filling]) -> tuple[Array, Array, Filling]:
         number, _, filling = carry
-        filling = collect(networks, config, method, filling, *draw(at_round(prompts, number)), axes)
+        filling = collect(config, method, filling, *draw(at_round(prompts, number)), axes)
         return number + 1, ~is_full(filling, axes), filling
 
     sampled, _ = jax.eval_shape(draw, at_round(prompts, 0))

@@ -128,9 +128,8 @@ class GroupRLConfig(PolicyGradientConfig):
     kl_coef: float | None = None
     kl_estimator: Estimator | None = None
     kl_in: Place | None = None
-    dynamic_sampling_rounds: int | None = (
-        None  # at most, until all groups have scores that differ; 0: whatever they are
-    )
+    # Rounds of sampling at most, until all groups have different scores of the reward itself; 0: one, kept as it is.
+    dynamic_sampling_rounds: int | None = None
     overlong_buffer: float | None = None  # the share of the longest response over which its score falls by 1
 
     def __post_init__(self) -> None:

@@ -69,7 +69,7 @@ def make_step(
         def draw(prompts: PromptBatch) -> tuple[Sampled, jax.Array]:
             return scored(state, frozen, prompts, run_key)
 
-        filling = fill(networks, config, method, draw, prompts, axes, loop_axes)
+        filling = fill(config, method, draw, prompts, axes, loop_axes)
         return learn(state, frozen, (filling, demonstrations), run_key)
 
     return dynamic_step if method.dynamic_sampling_rounds else step
@@ -133,7 +133,7 @@ def make_halves(
     return sample, learn
 
 
-def host_rounds(networks: Networks, config: PolicyGradientConfig, method: Method) -> Rounds | None:
+def host_rounds(config: PolicyGradientConfig, method: Method) -> Rounds | None:
     """Dynamic sampling between two halves, where there is some."""
     if not method.dynamic_sampling_rounds:
         return None
@@ -146,7 +146,7 @@ def host_rounds(networks: Networks, config: PolicyGradientConfig, method: Method
 
     def collected(before: Any, new: tuple[Sampled, jax.Array]) -> tuple[Any, jax.Array]:
         filling = empty(new[0], method.dynamic_sampling_rounds) if before is None else before[0]
-        filling = collect(networks, config, method, filling, *new, ())
+        filling = collect(config, method, filling, *new, ())
         return (filling, new[0].demonstrations), is_full(filling, ())
 
     return Rounds(split, collected)
@@ -227,7 +227,7 @@ def run(config: PolicyGradientConfig, method: Method, start_value: StartValue, c
         on_host = scores.on_host
         assert on_host is not None
         sample, learn = make_halves(networks, config, method, *axes)
-        rounds = host_rounds(networks, config, method)
+        rounds = host_rounds(config, method)
         step = HostSteps(sample, lambda sampled: on_host(sampled.rollout), learn, rounds)
     if separate is not None:
         frozen["value_base"] = begin(separate, value.params, context.key()).base

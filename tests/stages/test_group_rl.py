@@ -70,7 +70,7 @@ def test_every_method_pleases_the_reward_model(method):
     config = config_of(method)
     state, networks = state_of(config), frozen()
     (sample, reward), learn = sample_and_score(), jax.jit(halves(config)[1])
-    rounds = policy_gradient.host_rounds(NETWORKS, config, group_rl.method_of(config))
+    rounds = policy_gradient.host_rounds(config, group_rl.method_of(config))
     keep = jax.jit(rounds.collect) if rounds else None
     found, responses = [], []
     for _ in range(ITERATIONS):
@@ -131,7 +131,7 @@ def fixed_groups(scores, first_row):
 def test_rounds_keep_the_first_groups_whose_scores_differ_until_there_are_enough():
     config = config_of("dapo", batch_size=9, num_generations=3, overlong_buffer=0.0)
     method = group_rl.method_of(config)
-    another = jax.jit(functools.partial(collect, NETWORKS, config, method, axes=()))
+    another = jax.jit(functools.partial(collect, config, method, axes=()))
 
     def after(*rounds):
         filling = empty(fixed_groups([0.0] * 9, 0)[0], 4)
@@ -162,6 +162,24 @@ def test_rounds_keep_the_first_groups_whose_scores_differ_until_there_are_enough
     assert again[:4] == (rows, scores, useful, rest)
     for name, value in metrics.items():
         assert again[4][name] == value
+
+
+def test_an_all_wrong_group_of_different_lengths_teaches_nothing():
+    """The paper's condition is on correctness: a score that only length lowered is not a right answer."""
+    config = config_of("dapo", batch_size=9, num_generations=3, missing_eos_penalty=0.5)
+    assert group_rl.method_of(config).overlong_buffer > 0
+    sampled, scores = fixed_groups([0.0] * 3 + [0.0, 1.0, 0.0] + [1.0] * 3, 4)
+    lengths = jnp.array([1, 6, 5, 6, 6, 6, 2, 4, 6])
+    mask = jnp.arange(6)[None] < lengths[:, None]
+    tokens = jnp.where(mask, jnp.tile(sampled.rollout.response[:, :1], 6), tiny.EOS)
+    sampled = Sampled(Rollout(tokens, mask, tokens, mask), jnp.zeros((9, 6)), None)
+    filling = jax.jit(functools.partial(collect, config, group_rl.method_of(config), axes=()))(
+        empty(sampled, 1), sampled, scores
+    )
+    _, kept, useful, metrics = filled(group_rl.method_of(config), filling, None, ())
+    assert kept.tolist() == [0, 1, 0, 0, 0, 0, 1, 1, 1]
+    assert useful.tolist() == [True] * 3 + [False] * 6
+    np.testing.assert_allclose(metrics["dynamic_sampling/groups_that_differ"], 1 / 3, rtol=1e-6)
 
 
 class Rare(ScalarNetwork):
@@ -216,7 +234,7 @@ def test_seeds_devices_and_the_host_give_the_same_iterations():
         sample,
         on_host,
         learn,
-        policy_gradient.host_rounds(networks, config, method),
+        policy_gradient.host_rounds(config, method),
     )
     found = [
         of_seeds(devices, lambda state: devices.compile(step, state)),

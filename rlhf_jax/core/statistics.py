@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 from numpy.typing import ArrayLike
+from scipy import special
 
 
 class LengthControlled(NamedTuple):
@@ -43,6 +44,21 @@ def bootstrap_interval(x: Float[np.ndarray, "N"], *, level: float, rounds: int, 
     means = [x[rng.integers(len(x), size=len(x))].mean() for _ in range(rounds)]
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def t_interval(x: Float[np.ndarray, "N"], *, level: float) -> tuple[float, float]:
+    r"""Student's t interval for the mean of independent values, such as one difference a seed (Student 1908).
+
+    $\bar x \pm t_{N-1, (1 + \text{level})/2} \, s / \sqrt N$. Of the differences between two methods that were trained
+    with the same seeds this is the paired t test's interval. It is exact for normal values however few there are, where
+    the percentile bootstrap of five values covers about 84 % at a level of 95 %: N values hardly show their own spread.
+
+    Returns: the lower and the upper end. Raises ValueError for a single value, which has no spread.
+    """
+    if len(x) < 2:
+        raise ValueError(f"an interval over {len(x)} values: at least two are needed")
+    half = float(special.stdtrit(len(x) - 1, (1 + level) / 2)) * standard_error(x)
+    return float(np.mean(x)) - half, float(np.mean(x)) + half
 
 
 def length_controlled_win_rate(

@@ -15,6 +15,7 @@ from rlhf_jax.core.statistics import (
     length_controlled_win_rate,
     repetition,
     standard_error,
+    t_interval,
     wilson_interval,
 )
 from tests.core.cases import seeds
@@ -147,3 +148,24 @@ def test_repetition_counts_within_each_text_and_leaves_short_texts_out():
     assert repetition(texts, 4) == pytest.approx(np.mean([3 / 5, 0, 1 / 2]))
     assert repetition([[*"ab"], [*"ab"]], 1) == 0
     assert math.isnan(repetition([[*"abc"]], 4))
+
+
+@given(seeds, st.integers(2, 12), st.floats(0.5, 0.999))
+def test_the_t_interval_of_differences_is_the_paired_t_tests(seed, n, level):
+    ours, theirs = np.random.default_rng(seed).normal(size=(2, n))
+    low, high = scipy.stats.ttest_rel(ours, theirs).confidence_interval(level)
+    np.testing.assert_allclose(t_interval(ours - theirs, level=level), (low, high))
+
+
+def test_over_five_seeds_the_t_interval_covers_what_it_says_and_the_percentile_bootstrap_does_not():
+    experiments = np.random.default_rng(0).normal(loc=0.3, size=(1000, 5))
+    by_t = [t_interval(x, level=0.95) for x in experiments]
+    by_bootstrap = [bootstrap_interval(x, level=0.95, rounds=200, seed=i) for i, x in enumerate(experiments)]
+    covered = [np.mean([low < 0.3 < high for low, high in found]) for found in (by_t, by_bootstrap)]
+    assert abs(covered[0] - 0.95) < 0.02, covered
+    assert abs(covered[1] - 0.84) < 0.03, covered
+
+
+def test_one_seed_has_no_interval_over_seeds():
+    with pytest.raises(ValueError, match="at least two"):
+        t_interval(np.array([1.0]), level=0.95)

@@ -136,7 +136,8 @@ class PolicyNetwork:
         return jnp.ones(self.vocab_size, bool).at[jnp.array(self.suppressed, jnp.int32)].set(False)
 
     def _logits(self, params: PyTree, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
-        return head.logits(hidden, self._head(params), self._allowed, softcap=self.config.logit_softcap)
+        weights = self._head(params).astype(self.config.compute_dtype)
+        return head.logits(hidden, weights, self._allowed, softcap=self.config.logit_softcap)
 
     def hidden_stats(
         self,
@@ -162,7 +163,7 @@ class PolicyNetwork:
 
     def _head(self, params: PyTree) -> Float[Array, "V D"]:
         params = params.base if isinstance(params, Adapted) else params  # adapters leave the head as it is
-        return params["embedding" if self.config.tied else "head"].astype(self.config.compute_dtype)
+        return params["embedding" if self.config.tied else "head"]
 
 
 def both_responses(batch: PreferenceBatch) -> Rollout:

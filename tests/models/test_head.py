@@ -1,5 +1,6 @@
 """The head's statistics, and its backward pass written by hand, against core's functions of the whole logits."""
 
+import dataclasses
 import functools
 
 import jax
@@ -11,6 +12,8 @@ from jax.test_util import check_grads
 
 from rlhf_jax.core import logprobs as core
 from rlhf_jax.models import head
+from rlhf_jax.models.policy import PolicyNetwork
+from tests.models import cases
 
 BATCH, LENGTH, WIDTH, VOCAB = 3, 5, 6, 11
 ALLOWED = np.ones(VOCAB, bool)
@@ -188,11 +191,33 @@ def test_bfloat16_is_reduced_in_float32_and_gets_its_gradients_in_bfloat16():
     assert_all_close(got_grads, list(expected_grads), tolerance=0.05)
 
 
+@pytest.mark.parametrize("count", [1, 16, 256])
+def test_the_heads_gradient_is_summed_in_float32_over_slices(monkeypatch, count):
+    rows, length, vocab = 2, 256, 40
+    config = cases.config(compute_dtype="bfloat16", d_model=WIDTH, n_heads=1)
+    network = PolicyNetwork(config, vocab, ())
+    rng = np.random.default_rng(6)
+    hidden = jnp.asarray(1 + rng.normal(size=(rows, length, WIDTH)), jnp.bfloat16)
+    embedding = jnp.asarray(rng.normal(size=(vocab, WIDTH)), jnp.bfloat16).astype(jnp.float32)
+    tokens = jnp.asarray(rng.integers(0, vocab, (rows, length)), jnp.int32)
+
+    def loss(embedding, network, hidden):
+        return jnp.sum(network.hidden_stats({"embedding": embedding}, hidden, tokens, temperature=1.0).logprobs)
+
+    exact = PolicyNetwork(dataclasses.replace(config, compute_dtype="float32"), vocab, ())
+    expected = jax.jit(jax.grad(loss), static_argnums=1)(embedding, exact, hidden.astype(jnp.float32))
+    monkeypatch.setattr(head, "LOGIT_SLICE", rows * length * vocab // count)
+    got = jax.jit(jax.grad(loss), static_argnums=1)(embedding, network, hidden)
+    assert got.dtype == jnp.float32
+    assert np.linalg.norm(got - expected) < 1e-3 * np.linalg.norm(expected)
+
+
 def test_no_more_than_one_slice_of_logits_exists_or_is_kept(monkeypatch):
     monkeypatch.setattr(head, "LOGIT_SLICE", BATCH * 2 * VOCAB)
     evaluate = functools.partial(ours, temperature=1.0)
     jaxpr = jax.make_jaxpr(evaluate)(HIDDEN, EMBEDDING).jaxpr
-    sizes = [variable.aval.size for equation in equations(jaxpr) for variable in equation.outvars]
+    shapes = [variable.aval.shape for equation in equations(jaxpr) for variable in equation.outvars]
+    sizes = [np.prod(shape) for shape in shapes if VOCAB in shape]
     assert max(sizes) == BATCH * 2 * VOCAB
     pullback = jax.eval_shape(lambda *x: jax.vjp(lambda *x: evaluate(*x).logprobs, *x)[1], HIDDEN, EMBEDDING)
     assert all(leaf.shape[2:] != (VOCAB,) for leaf in jax.tree.leaves(pullback))

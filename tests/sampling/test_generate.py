@@ -75,7 +75,7 @@ class Countdown(PolicyNetwork):
     def start(self, params, tokens, mask, slots, room=None):
         return self._logits_after(tokens[:, -1]), empty_cache(self.config, len(tokens), slots)
 
-    def step(self, params, tokens, cache, slot):
+    def step(self, params, tokens, cache, slot, active=None):
         jax.debug.callback(lambda tokens, slot: self.told.append((tokens.tolist(), int(slot))), tokens, slot)
         return self._logits_after(tokens), cache
 

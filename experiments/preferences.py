@@ -112,7 +112,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "clip_ratio": 0.2,
             "value_clip": 0.2,
             "vf_coef": 0.1,
-            "optimizer": adamw(1e-4, schedule="linear", weight_decay=0.0),
+            "optimizer": adamw(1e-4, schedule="linear", weight_decay=0.0, epsilon=1e-5),
             "samples_every": 20,
             "samples_written": 16,
             "loop": loop(steps_per_call=10),
@@ -191,14 +191,14 @@ def model(*, d_model: int, n_layers: int) -> dict:
     }
 
 
-def adamw(learning_rate: float, *, schedule: str, weight_decay: float) -> dict:
-    """An optimiser's section."""
+def adamw(learning_rate: float, *, schedule: str, weight_decay: float, epsilon: float = 1e-8) -> dict:
+    """An optimiser's section; PPO takes an epsilon of 1e-5 (Huang et al. 2024), the others Adam's own."""
     return {
         "learning_rate": learning_rate,
         "schedule": schedule,
         "warmup_steps": 10,
         "weight_decay": weight_decay,
-        "epsilon": 1e-5,
+        "epsilon": epsilon,
         "max_grad_norm": 1.0,
         "micro_batch": config_dict.placeholder(int),
         "freeze": (),

@@ -145,7 +145,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "clip_ratio": 0.2,
             "value_clip": 0.2,
             "vf_coef": 0.1,
-            "optimizer": adamw(1e-5, schedule="linear"),
+            "optimizer": adamw(1e-5, schedule="linear", epsilon=1e-5),
             "samples_every": 20,
             "samples_written": 32,
             "loop": loop(),
@@ -201,14 +201,14 @@ def make_smaller(config: ConfigDict) -> None:
     config.evaluate.update({"policies": ("dpo_01", "ppo"), "best_of": (4,), "prompts": 32, "selection_prompts": 16})
 
 
-def adamw(learning_rate: float, *, schedule: str) -> dict:
-    """An optimiser's section."""
+def adamw(learning_rate: float, *, schedule: str, epsilon: float = 1e-8) -> dict:
+    """An optimiser's section; PPO takes an epsilon of 1e-5 (Huang et al. 2024), the others Adam's own."""
     return {
         "learning_rate": learning_rate,
         "schedule": schedule,
         "warmup_steps": 20,
         "weight_decay": 0.0,
-        "epsilon": 1e-5,
+        "epsilon": epsilon,
         "max_grad_norm": 1.0,
         "micro_batch": config_dict.placeholder(int),
         "freeze": (),

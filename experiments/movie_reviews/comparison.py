@@ -150,6 +150,7 @@ def preference_loss(offline: ConfigDict, name: str) -> ConfigDict:
 def policy_gradient(online: ConfigDict, method: str) -> ConfigDict:
     """PPO's section without what a value function needs: as many responses, in groups of four."""
     section = with_fields(online, {"kind": "group_rl", "method": method, "num_generations": 4})
+    section.optimizer.epsilon = 1e-8  # 1e-5 is PPO's
     for name in ("kl_coef", "gamma", "gae_lambda", "clip_ratio", "value_clip", "vf_coef"):
         del section[name]
     return with_fields(section, POLICY_GRADIENTS[method])
@@ -158,6 +159,7 @@ def policy_gradient(online: ConfigDict, method: str) -> ConfigDict:
 def online_dpo(online: ConfigDict) -> ConfigDict:
     """Half as many prompts as PPO has, two responses to each."""
     section = with_fields(online, {"kind": "online_dpo", "beta": 0.05, "batch_size": online.batch_size // 2})
+    section.optimizer.epsilon = 1e-8
     for name in ("kl_coef", "gamma", "gae_lambda", "clip_ratio", "value_clip", "vf_coef"):
         del section[name]
     return section

@@ -1,66 +1,182 @@
-"""Optimisers by config: AdamW with a schedule and a bound on the gradient's norm, and the gradients they take."""
+"""Optimisers by config, all from optax: the choice, its numbers, its schedule, weight decay, and one update.
+
+Each optimiser has the numbers of the implementation that papers used: torch's for `adamw`, `adam`, `rmsprop` and `sgd`,
+the authors' for `lion` (Chen et al. 2023, arXiv:2302.06675), transformers' for `adafactor` (Shazeer & Stern 2018,
+arXiv:1804.04235). The gradient's norm is bounded before the optimiser sees it, as in torch's training loops.
+"""
 
 import dataclasses
 import functools
 import re
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, PRNGKeyArray, PyTree
 
+from rlhf_jax.config import Count, CountOrZero, NonNegative, Positive, Range
+from rlhf_jax.runtime import rounding
+from rlhf_jax.runtime.rounding import LowPrecision
 from rlhf_jax.types import RlhfError
 
 Schedule = Literal["constant", "linear", "cosine"]
+Decay = Annotated[float, Range(at_least=0, below=1)]
+OptimizerName = Literal["adamw", "adam", "rmsprop", "adafactor", "lion", "sgd"]
+
+NORMS_AND_BIASES = r"(^|/)(scale|bias)$"
+"""Paths of the scales of norms, and of all biases."""
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW: the rate rises linearly over `warmup_steps` updates, then follows the schedule (to 0, unless constant)."""
+    """An optimiser: the rate rises linearly over `warmup_steps` updates, then follows the schedule.
 
-    learning_rate: float
-    schedule: Schedule
-    warmup_steps: int
-    weight_decay: float
-    epsilon: float
-    max_grad_norm: float
-    micro_batch: int | None = None  # rows whose gradient is computed at one time; None: the whole batch's
+    Raises ValueError naming a field that the chosen optimiser or schedule does not read.
+    """
+
+    learning_rate: Positive
+    schedule: Schedule  # after the warm-up: constant, or falling to min_learning_rate at the last update
+    warmup_steps: CountOrZero
+    # Decoupled: an update takes learning_rate x weight_decay of a weight (adamw, lion, adafactor). As torch has it for
+    # adam, rmsprop and sgd: weight_decay x weight is added to the gradient, an L2 penalty that the optimiser rescales.
+    weight_decay: NonNegative
+    max_grad_norm: Positive  # gradients are scaled down to this global norm
+    epsilon: Positive = 1e-8  # of adamw, adam, rmsprop: added to the root of the second moment
+    micro_batch: Count | None = None  # rows whose gradient is computed at one time; None: the whole batch's
     freeze: tuple[str, ...] = ()  # regular expressions on paths (policy/block_0/attention/q/kernel): not trained
+    name: OptimizerName = "adamw"
+    b1: Decay | None = None  # decay of the first moment; None: 0.9 (adamw, adam, lion)
+    b2: Decay | None = None  # decay of the second moment; None: 0.999 (adamw, adam), 0.99 (rmsprop's alpha, lion)
+    momentum: Decay = 0.0  # of rmsprop and sgd, as in torch (no dampening, no Nesterov)
+    min_learning_rate: NonNegative = 0.0  # where the linear and the cosine schedule end
+    # Regular expressions on paths: not decayed. The default leaves out norms and biases alone, as transformers does
+    # (Trainer.get_decay_parameter_names): embeddings, heads and LoRA matrices are decayed.
+    no_decay: tuple[str, ...] = (NORMS_AND_BIASES,)
+    # How an update smaller than the spacing of bfloat16 weights is kept (param_dtype = 'bfloat16'): see `rounding`.
+    low_precision: LowPrecision = "masters"
 
     def __post_init__(self) -> None:
-        if self.micro_batch is not None and self.micro_batch < 1:
-            raise ValueError(f"micro_batch = {self.micro_batch} must be at least 1, or None for the whole batch")
-        for pattern in self.freeze:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"freeze: {pattern!r} is no regular expression ({error})") from error
+        for field in ("freeze", "no_decay"):
+            for pattern in getattr(self, field):
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise ValueError(f"{field}: {pattern!r} is no regular expression ({error})") from error
+        spec = ALGORITHMS[self.name]
+        for field in ("epsilon", "b1", "b2", "momentum"):
+            value, default = getattr(self, field), self.__dataclass_fields__[field].default
+            if value != default and field not in spec.reads:
+                raise ValueError(
+                    f"{field} = {value} is not read by name = {self.name!r}, which reads "
+                    f"{', '.join(spec.reads) or 'none of these'}: leave it at {default}"
+                )
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"min_learning_rate = {self.min_learning_rate} must be at most learning_rate = {self.learning_rate}"
+            )
+        if self.min_learning_rate and self.schedule == "constant":
+            raise ValueError(
+                f"min_learning_rate = {self.min_learning_rate} is not read by schedule = 'constant': leave it at 0, or "
+                "set schedule to 'linear' or 'cosine'"
+            )
+
+
+class Algorithm(NamedTuple):
+    """What one optimiser does with a bounded gradient before the rate is applied, and the fields it reads."""
+
+    scale: Callable[[OptimizerConfig], optax.GradientTransformation]
+    decoupled: bool  # weight decay is added to the scaled update, not to the gradient
+    reads: tuple[str, ...]
+
+
+def _adam(config: OptimizerConfig) -> optax.GradientTransformation:
+    return optax.scale_by_adam(b1=_or(config.b1, 0.9), b2=_or(config.b2, 0.999), eps=config.epsilon)
+
+
+def _rmsprop(config: OptimizerConfig) -> optax.GradientTransformation:
+    """torch.optim.RMSprop, which Rafailov et al. 2023 (arXiv:2305.18290) use: epsilon outside of the root."""
+    scale = optax.scale_by_rms(decay=_or(config.b2, 0.99), eps=config.epsilon, eps_in_sqrt=False)
+    return optax.chain(scale, _momentum(config))
+
+
+def _lion(config: OptimizerConfig) -> optax.GradientTransformation:
+    return optax.scale_by_lion(b1=_or(config.b1, 0.9), b2=_or(config.b2, 0.99))
+
+
+def _adafactor(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Without the parameter's scale in the rate, so that a rate means what it does for the others.
+
+    transformers' `adafactor` sets scale_parameter = False likewise; matrices below 128 x 128 are not factored.
+    """
+    del config
+    return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+
+
+def _momentum(config: OptimizerConfig) -> optax.GradientTransformation:
+    return optax.trace(decay=config.momentum) if config.momentum else optax.identity()
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value
+
+
+ALGORITHMS: dict[str, Algorithm] = {
+    "adamw": Algorithm(_adam, decoupled=True, reads=("epsilon", "b1", "b2")),
+    "adam": Algorithm(_adam, decoupled=False, reads=("epsilon", "b1", "b2")),
+    "rmsprop": Algorithm(_rmsprop, decoupled=False, reads=("epsilon", "b2", "momentum")),
+    "adafactor": Algorithm(_adafactor, decoupled=True, reads=()),
+    "lion": Algorithm(_lion, decoupled=True, reads=("b1", "b2")),
+    "sgd": Algorithm(_momentum, decoupled=False, reads=("momentum",)),
+}
 
 
 def learning_rate(config: OptimizerConfig, updates: int) -> optax.Schedule:
     """The rate at each of `updates` updates."""
     decay_steps = max(1, updates - config.warmup_steps)
+    top, bottom = config.learning_rate, config.min_learning_rate
     after_warmup = {
-        "constant": lambda: optax.constant_schedule(config.learning_rate),
-        "linear": lambda: optax.linear_schedule(config.learning_rate, 0.0, decay_steps),
-        "cosine": lambda: optax.cosine_decay_schedule(config.learning_rate, decay_steps),
+        "constant": lambda: optax.constant_schedule(top),
+        "linear": lambda: optax.linear_schedule(top, bottom, decay_steps),
+        "cosine": lambda: optax.cosine_decay_schedule(top, decay_steps, alpha=bottom / top),
     }[config.schedule]()
-    warmup = optax.linear_schedule(0.0, config.learning_rate, max(1, config.warmup_steps))
+    warmup = optax.linear_schedule(0.0, top, max(1, config.warmup_steps))
     return optax.join_schedules([warmup, after_warmup], [config.warmup_steps])
 
 
-def make_optimizer(config: OptimizerConfig, updates: int) -> optax.GradientTransformation:
+class Optimizer(NamedTuple):
+    """An optax transformation, and how its updates are added to weights of less precision than float32."""
+
+    transformation: optax.GradientTransformation
+    low_precision: LowPrecision
+
+    def init(self, params: PyTree) -> rounding.State:
+        """The state before the first update, in float32 whatever the parameters' dtype."""
+        masters = rounding.init_masters(self.low_precision, params)
+        return rounding.State(self.transformation.init(rounding.float32(params)), masters)
+
+
+def make_optimizer(config: OptimizerConfig, updates: int) -> Optimizer:
     """The optimiser for a run of `updates` updates."""
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(config.max_grad_norm),
-        optax.adamw(learning_rate(config, updates), eps=config.epsilon, weight_decay=config.weight_decay),
-    )
-    if not config.freeze:
-        return optimizer
-    labels = functools.partial(_frozen, config.freeze)
-    return optax.multi_transform({False: optimizer, True: optax.set_to_zero()}, labels)
+    return _optimizer(config, optax.chain(optax.clip_by_global_norm(config.max_grad_norm), _algorithm(config, updates)))
+
+
+def _algorithm(config: OptimizerConfig, updates: int) -> optax.GradientTransformation:
+    """What the config names, with its weight decay and its rate, without the bound on the gradient."""
+    algorithm = ALGORITHMS[config.name]
+    decay = optax.add_decayed_weights(config.weight_decay, functools.partial(_decayed, config.no_decay))
+    parts = [decay] if config.weight_decay else []
+    scaled = [algorithm.scale(config)]
+    ordered = [*scaled, *parts] if algorithm.decoupled else [*parts, *scaled]
+    return optax.chain(*ordered, optax.scale_by_learning_rate(learning_rate(config, updates)))
+
+
+def _optimizer(config: OptimizerConfig, transformation: optax.GradientTransformation) -> Optimizer:
+    if config.freeze:
+        labels = functools.partial(_frozen, config.freeze)
+        transformation = optax.multi_transform({False: transformation, True: optax.set_to_zero()}, labels)
+    return Optimizer(transformation, config.low_precision)
 
 
 def gradients(
@@ -77,8 +193,10 @@ def gradients(
     Args: loss_fn gives a mean, and metrics, of the rows it is given; weight says what it is a mean over (tokens, rows),
     as a count over all devices. Micro-batches are weighted by it, so that accumulating changes nothing but rounding.
     Metrics are weighted by metrics_weight, where that is something else; those under `loss/` always like the loss.
+    The gradient is taken, and accumulated, in float32: the loss sees parameters of less precision as float32 numbers.
     Raises RlhfError where the rows do not divide into micro-batches.
     """
+    params = rounding.float32(params)
     if config.freeze:
         frozen = _frozen(config.freeze, params)
 
@@ -98,32 +216,41 @@ def gradients(
     def accumulate(sums: PyTree, part: tuple[Any, Array]) -> tuple[PyTree, dict[str, Array]]:
         rows, share = part
         (loss, metrics), grads = value_and_grad(params, rows)
-        sums = jax.tree.map(lambda total, grad: total + share * grad.astype(jnp.float32), sums, grads)
+        sums = jax.tree.map(lambda total, grad: total + share * grad, sums, grads)
         return sums, {"loss": loss, **metrics}
 
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
-    grads, each = jax.lax.scan(accumulate, zeros, (parts, shares))
+    grads, each = jax.lax.scan(accumulate, jax.tree.map(jnp.zeros_like, params), (parts, shares))
     loss = jnp.sum(each.pop("loss") * shares)
     of_metrics = shares if metrics_weight is None else _shares(metrics_weight, parts)
     metrics = {
         name: _over_parts(name, values, shares if name.startswith("loss/") else of_metrics)
         for name, values in each.items()
     }
-    return loss, metrics, jax.tree.map(lambda grad, leaf: grad.astype(leaf.dtype), grads, params)
+    return loss, metrics, grads
 
 
 def update(
-    optimizer: optax.GradientTransformation, grads: PyTree, params: PyTree, opt_state: Any, axes: tuple[str, ...]
-) -> tuple[PyTree, Any, Array]:
-    """One optimiser step: new parameters, new optimiser state, and the norm of the gradient before it is bounded.
+    optimizer: Optimizer,
+    grads: PyTree,
+    params: dict[str, PyTree],
+    opt_state: rounding.State,
+    axes: tuple[str, ...],
+    *,
+    key: PRNGKeyArray,
+) -> tuple[PyTree, rounding.State, dict[str, Array]]:
+    """One optimiser step: new parameters, new optimiser state, and metrics.
 
     Over mapped axes the gradient is the mean of the devices': losses reduce with `psum`, whose derivative sums the
     devices' cotangents, so each device's gradient is its share times the number of devices.
+
+    Args: key, equal on all devices, is read by stochastic rounding: `rounding.update_key`.
+    Returns: as metrics `grad_norm`, before it is bounded, and `update_survived`.
     """
     if axes:
         grads = jax.lax.pmean(grads, axes)
-    updates, opt_state = optimizer.update(grads, opt_state, params)
-    return optax.apply_updates(params, updates), opt_state, optax.tree.norm(grads)
+    updates, inner = optimizer.transformation.update(grads, opt_state.inner, rounding.exact(params, opt_state.masters))
+    params, masters, kept = rounding.apply(optimizer.low_precision, params, opt_state.masters, updates, key)
+    return params, rounding.State(inner, masters), {"grad_norm": optax.tree.norm(grads), "update_survived": kept}
 
 
 def _micro_batches(batch: PyTree, rows: int, axes: tuple[str, ...]) -> PyTree:
@@ -163,3 +290,13 @@ def _frozen(patterns: tuple[str, ...], params: PyTree) -> PyTree:
         raise RlhfError(f"optimizer.freeze = {patterns} leaves nothing to train")
     still = [any(re.search(pattern, path) for pattern in patterns) for path in paths]
     return jax.tree.unflatten(jax.tree.structure(params), still)
+
+
+def _decayed(patterns: tuple[str, ...], params: PyTree) -> PyTree:
+    """Which parameters lose weight by decay: those whose path no pattern is found in."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: (
+            not any(re.search(pattern, jax.tree_util.keystr(path, simple=True, separator="/")) for pattern in patterns)
+        ),
+        params,
+    )

@@ -16,6 +16,7 @@ from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.runtime.loop import Evaluation, LoopConfig, Task, train
 from rlhf_jax.runtime.optimizers import OptimizerConfig, gradients, learning_rate, make_optimizer, update
 from rlhf_jax.runtime.programs import Step
+from rlhf_jax.runtime.rounding import update_key
 from rlhf_jax.stages.context import Context, steps_for
 from rlhf_jax.stages.models import AS_IT_IS, Tuning
 from rlhf_jax.stages.preference_loss import (
@@ -162,13 +163,14 @@ def make_step(
         loss, metrics, grads = gradients(
             config, loss_fn, trained, (batch, keys), lambda given: masking.rows(given[0].prompt, axes), axes
         )
-        params, opt_state, grad_norm = update(optimizer, grads, trained, state.opt_state, axes)
+        key = update_key(run_key, state.step)
+        params, opt_state, norms = update(optimizer, grads, trained, state.opt_state, axes, key=key)
         if reference_update:
             reference = moved(reference_update, state.params["reference"], params["policy"], state.step + 1)
             params = {**params, "reference": reference}
         metrics |= {
             "loss": loss,
-            "grad_norm": grad_norm,
+            **norms,
             "learning_rate": schedule(state.step),
             "num_tokens": masking.count(batch.chosen_mask, axes) + masking.count(batch.rejected_mask, axes),
         }

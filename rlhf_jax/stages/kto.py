@@ -23,6 +23,7 @@ from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.runtime.loop import Evaluation, LoopConfig, Task, train
 from rlhf_jax.runtime.optimizers import OptimizerConfig, gradients, learning_rate, make_optimizer, update
 from rlhf_jax.runtime.programs import Step
+from rlhf_jax.runtime.rounding import update_key
 from rlhf_jax.sampling.batches import response_logprobs_all
 from rlhf_jax.stages.context import Context, steps_for
 from rlhf_jax.stages.models import AS_IT_IS, Tuning
@@ -153,10 +154,11 @@ def make_step(
         loss, metrics, grads = gradients(
             config, loss_fn, state.params, (batch, keys), lambda given: masking.rows(given[0].prompt, axes), axes
         )
-        params, opt_state, grad_norm = update(optimizer, grads, state.params, state.opt_state, axes)
+        key = update_key(run_key, state.step)
+        params, opt_state, norms = update(optimizer, grads, state.params, state.opt_state, axes, key=key)
         metrics = _as_means(metrics, batch.label, axes) | {
             "loss": loss,
-            "grad_norm": grad_norm,
+            **norms,
             "learning_rate": schedule(state.step),
             "num_tokens": masking.count(batch.response_mask, axes),
         }

@@ -27,6 +27,7 @@ from rlhf_jax.rewards.tfidf import TfidfJudge
 from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.runtime.optimizers import gradients, learning_rate, make_optimizer, update
 from rlhf_jax.runtime.programs import SEED_AXIS, HostSteps, Step
+from rlhf_jax.runtime.rounding import update_key
 from rlhf_jax.sampling.choice import Sampling
 from rlhf_jax.sampling.generate import generate, is_stop
 from rlhf_jax.stages.context import Context
@@ -309,8 +310,8 @@ def optimise(
             lambda given: masking.rows(given[0][0].chosen, axes),
             axes,
         )
-        params, opt_state, grad_norm = update(optimizer, grads, params, opt_state, axes)
-        return (params, opt_state), metrics | {"loss": loss, "grad_norm": grad_norm}
+        params, opt_state, norms = update(optimizer, grads, params, opt_state, axes, key=update_key(order_key, number))
+        return (params, opt_state), metrics | {"loss": loss, **norms}
 
     start = (state.params, state.opt_state)
     (params, opt_state), metrics = jax.lax.scan(update_minibatch, start, (minibatches, updates))

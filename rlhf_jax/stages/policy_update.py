@@ -21,6 +21,7 @@ from rlhf_jax.core.policy_losses import AGGREGATIONS, POLICY_LOSSES, ratio_metri
 from rlhf_jax.models.head import token_stats, token_stats_with_entropy
 from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.runtime.optimizers import gradients, learning_rate, make_optimizer, update
+from rlhf_jax.runtime.rounding import update_key
 from rlhf_jax.stages.policy_method import Experience, Method, Networks, PolicyGradientConfig
 from rlhf_jax.types import TokenBatch
 
@@ -47,11 +48,12 @@ def optimise(
     optimizer = make_optimizer(config.optimizer, config.updates)
     schedule = learning_rate(config.optimizer, config.updates)
     whole_batch, mix = masking.gather_rows((batch, demonstrations), axes)
+    updates = config.epochs * config.minibatches
     warming = state.step < method.value_warmup
 
     def shuffled(rows: int, first_key: int) -> jax.Array:
         order = jax.vmap(lambda epoch: jax.random.permutation(jax.random.fold_in(order_key, first_key + epoch), rows))
-        return order(jnp.arange(config.epochs)).reshape(config.epochs * config.minibatches, -1)
+        return order(jnp.arange(config.epochs)).reshape(updates, -1)
 
     minibatches = (
         shuffled(whole_batch.advantages.shape[0], 0),
@@ -67,8 +69,8 @@ def optimise(
     def trained_tokens(rows: Experience) -> jax.Array:
         return masking.count(rows.loss_mask, axes)
 
-    def update_minibatch(carry: tuple[PyTree, Any], indices: tuple) -> tuple[tuple[PyTree, Any], dict]:
-        params, opt_state = carry
+    def update_minibatch(carry: tuple[PyTree, Any], given: tuple) -> tuple[tuple[PyTree, Any], dict]:
+        (params, opt_state), (indices, number) = carry, given
         minibatch = _own(whole_batch, indices[0], axes)
         loss, metrics, grads = gradients(
             config.optimizer, loss_fn, params, minibatch, weight, axes, metrics_weight=trained_tokens
@@ -80,14 +82,16 @@ def optimise(
             grads = jax.tree.map(lambda grad, ptx: grad + coef * ptx, grads, ptx_grads)
         if method.value_warmup:
             grads = {**grads, "policy": _where(warming, jax.tree.map(jnp.zeros_like, grads["policy"]), grads["policy"])}
-        updated, opt_state, grad_norm = update(optimizer, grads, params, opt_state, axes)
+        updated, opt_state, norms = update(optimizer, grads, params, opt_state, axes, key=update_key(order_key, number))
         if method.value_warmup:  # weight decay would move it all the same
             updated = {**updated, "policy": _where(warming, params["policy"], updated["policy"])}
-        return (updated, opt_state), metrics | {"loss": loss, "grad_norm": grad_norm}
+        return (updated, opt_state), metrics | {"loss": loss, **norms}
 
-    (params, opt_state), metrics = jax.lax.scan(update_minibatch, (state.params, state.opt_state), minibatches)
+    (params, opt_state), metrics = jax.lax.scan(
+        update_minibatch, (state.params, state.opt_state), (minibatches, jnp.arange(updates))
+    )
     metrics = {name: of[0] if name.startswith("sampling/") else jnp.mean(of) for name, of in metrics.items()}
-    metrics["learning_rate"] = schedule(state.step * config.epochs * config.minibatches)
+    metrics["learning_rate"] = schedule(state.step * updates)
     return state._replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
 

@@ -22,6 +22,7 @@ from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.runtime.loop import Evaluation, LoopConfig, Task, train
 from rlhf_jax.runtime.optimizers import OptimizerConfig, gradients, learning_rate, make_optimizer, update
 from rlhf_jax.runtime.programs import Step
+from rlhf_jax.runtime.rounding import update_key
 from rlhf_jax.sampling.batches import sample_all
 from rlhf_jax.stages import reward_loss
 from rlhf_jax.stages.context import Context, steps_for
@@ -160,10 +161,11 @@ def make_step(
             lambda given: reward_loss.weight(loss_config, given[0], axes),
             axes,
         )
-        params, opt_state, grad_norm = update(optimizer, grads, state.params, state.opt_state, axes)
+        key = update_key(run_key, state.step)
+        params, opt_state, norms = update(optimizer, grads, state.params, state.opt_state, axes, key=key)
         metrics |= {
             "loss": loss,
-            "grad_norm": grad_norm,
+            **norms,
             "learning_rate": schedule(state.step),
             "num_tokens": reward_loss.tokens(batch, axes),
         }

@@ -17,6 +17,7 @@ from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.runtime.loop import Evaluation, LoopConfig, Task, train
 from rlhf_jax.runtime.optimizers import OptimizerConfig, gradients, learning_rate, make_optimizer, update
 from rlhf_jax.runtime.programs import Step
+from rlhf_jax.runtime.rounding import update_key
 from rlhf_jax.sampling.batches import sequence_stats_all
 from rlhf_jax.stages.context import Context, steps_for
 from rlhf_jax.stages.models import Policy, Pretrained, save_policy_spec
@@ -113,10 +114,11 @@ def make_step(network: PolicyNetwork, config: OptimizerConfig, steps: int, axes:
             return masking.count(given[0].loss_mask[:, 1:], axes)
 
         loss, metrics, grads = gradients(config, loss_fn, state.params, (batch, keys), trained_tokens, axes)
-        params, opt_state, grad_norm = update(optimizer, grads, state.params, state.opt_state, axes)
+        key = update_key(run_key, state.step)
+        params, opt_state, norms = update(optimizer, grads, state.params, state.opt_state, axes, key=key)
         metrics |= {
             "loss": loss,
-            "grad_norm": grad_norm,
+            **norms,
             "learning_rate": schedule(state.step),
             "num_tokens": masking.count(batch.loss_mask, axes),
         }

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax import config as configs
 from rlhf_jax.core import masking
 from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.runtime.optimizers import OptimizerConfig, gradients, make_optimizer
@@ -96,8 +97,9 @@ def test_an_unweighted_mean_would_be_another_gradient():
 def test_rows_that_do_not_divide_are_refused():
     with pytest.raises(RlhfError, match=re.escape("16 rows does not divide into micro-batches of 5")):
         run("sft", with_micro_batch(5))
-    with pytest.raises(ValueError, match="micro_batch = 0 must be at least 1"):
-        with_micro_batch(0)
+    section = {**dataclasses.asdict(tiny.OPTIMIZER), "micro_batch": 0}
+    with pytest.raises(RlhfError, match=re.escape("config.sft.optimizer.micro_batch = 0 must be at least 1")):
+        configs.build(OptimizerConfig, section, "config.sft.optimizer")
 
 
 def test_frozen_parameters_stay_and_have_no_optimiser_state():

@@ -96,6 +96,8 @@ def test_dpo_learns(dpo_on_one_device):
 def test_dpo_gradients_equal_one_device(name):
     """A step of plain gradient descent at rate 1 moves by the gradient itself."""
 
+    optimizer = optimizers.Optimizer(optax.sgd(1.0), "masters")
+
     def gradient(config: RuntimeConfig):
         placement = make_placement(config, seeds=1)
 
@@ -109,11 +111,13 @@ def test_dpo_gradients_equal_one_device(name):
 
             loss, grads = jax.value_and_grad(loss_fn)(state.params)
             zeros = jax.tree.map(jnp.zeros_like, state.params)
-            minus_grads, opt_state, _ = optimizers.update(optax.sgd(1.0), grads, zeros, state.opt_state, placement.axes)
+            minus_grads, opt_state, _ = optimizers.update(
+                optimizer, grads, zeros, state.opt_state, placement.axes, key=run_key
+            )
             return state._replace(params=minus_grads, opt_state=opt_state), {"loss": loss}, ()
 
         start = tiny.dpo_state()
-        state = placement.put_state(start._replace(opt_state=optax.sgd(1.0).init(start.params)))
+        state = placement.put_state(start._replace(opt_state=optimizer.init(start.params)))
         frozen = placement.put_frozen({"reference": tiny.policy_params(2)})
         batches = tiny.several([tiny.preferences(16)])
         state, metrics, _ = placement.compile(step, state)(state, frozen, batches, jax.random.key(0))

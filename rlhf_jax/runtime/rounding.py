@@ -1,0 +1,120 @@
+"""Updates of weights that are held in bfloat16: float32 masters, stochastic rounding, or plain rounding.
+
+bfloat16 has 8 bits of significand: near 0.02 its numbers are 1.2e-4 apart, and an update of 1e-6 rounded to the nearest
+leaves a weight where it was. Bytes a parameter while training with Adam, whose moments and gradients are float32:
+
+    float32 weights        4 weight           + 8 moments + 4 gradient = 16   (the default)
+    bfloat16, masters      2 weight + 4 master + 8 moments + 4 gradient = 18   exact; half the bytes read in sampling
+    bfloat16, stochastic   2 weight           + 8 moments + 4 gradient = 14   exact in expectation, with noise
+    bfloat16, nearest      2 weight           + 8 moments + 4 gradient = 14   loses small updates
+
+`update_survived`, which every update logs, says how much of it the weights kept.
+"""
+
+import zlib
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+
+LowPrecision = Literal["masters", "stochastic", "nearest"]
+
+_ROUNDING = zlib.crc32(b"rounding") & 0x7FFFFFFF  # keeps these keys apart from others made of a run's key
+
+
+class State(NamedTuple):
+    """An optimiser's state: that of its transformation, and float32 masters."""
+
+    inner: Any
+    masters: PyTree  # a MaskedNode for each parameter that is float32 itself; () where there are none
+
+
+def float32(params: PyTree) -> PyTree:
+    """Parameters in float32; those that are so already are not copied."""
+    return jax.tree.map(lambda leaf: leaf if leaf.dtype == jnp.float32 else leaf.astype(jnp.float32), params)
+
+
+def init_masters(low_precision: LowPrecision, params: PyTree) -> PyTree:
+    """Float32 copies of the parameters that are not float32, where masters are asked for."""
+    if low_precision != "masters" or all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params)):
+        return ()
+    return jax.tree.map(lambda p: optax.MaskedNode() if p.dtype == jnp.float32 else p.astype(jnp.float32), params)
+
+
+def exact(params: PyTree, masters: PyTree) -> PyTree:
+    """The numbers that are trained, in float32: the masters where there are some, or else the parameters."""
+    if masters == ():
+        return float32(params)
+    return jax.tree.map(
+        lambda master, leaf: leaf if isinstance(master, optax.MaskedNode) else master,
+        masters,
+        params,
+        is_leaf=lambda node: isinstance(node, optax.MaskedNode),
+    )
+
+
+def update_key(run_key: PRNGKeyArray, number: Any) -> PRNGKeyArray:
+    """The key that an update's stochastic rounding draws with: a function of a run's key and the update's number."""
+    return jax.random.fold_in(jax.random.fold_in(run_key, _ROUNDING), number)
+
+
+def apply(
+    low_precision: LowPrecision, params: PyTree, masters: PyTree, updates: PyTree, key: PRNGKeyArray
+) -> tuple[PyTree, PyTree, Float[Array, ""]]:
+    """Add float32 updates to parameters of any dtype.
+
+    Returns: the parameters, the masters, and the share of the update that survived, see `survived`.
+    """
+    before = exact(params, masters)
+    wanted = jax.tree.map(jnp.add, before, updates)
+    if low_precision == "stochastic":
+        leaves, structure = jax.tree.flatten(wanted)
+        rounded = [
+            value if leaf.dtype == jnp.float32 else stochastic_bfloat16(value, jax.random.fold_in(key, number))
+            for number, (value, leaf) in enumerate(zip(leaves, jax.tree.leaves(params), strict=True))
+        ]
+        after = jax.tree.unflatten(structure, rounded)
+    else:
+        after = jax.tree.map(lambda value, leaf: value.astype(leaf.dtype), wanted, params)
+    if masters != ():
+        masters = jax.tree.map(
+            lambda master, value: master if isinstance(master, optax.MaskedNode) else value,
+            masters,
+            wanted,
+            is_leaf=lambda node: isinstance(node, optax.MaskedNode),
+        )
+    return after, masters, survived(before, exact(after, masters), updates)
+
+
+def stochastic_bfloat16(values: Float[Array, "*shape"], key: PRNGKeyArray) -> Float[Array, "*shape"]:
+    r"""Round float32 to one of the two nearest bfloat16, up with the probability that leaves the mean where it was.
+
+    $P(\lceil x \rceil) = (x - \lfloor x \rfloor) / (\lceil x \rceil - \lfloor x \rfloor)$, as Gupta et al. 2015
+    (arXiv:1502.02551), section 3, eq. 1: 16 random bits are added below bfloat16's last bit, and the rest is cut off.
+    What is not finite stays as it is.
+    """
+    bits = jax.lax.bitcast_convert_type(values, jnp.uint32)
+    noise = jax.random.bits(key, values.shape, jnp.uint16).astype(jnp.uint32)
+    cut = ((bits + noise) >> 16).astype(jnp.uint16)
+    rounded = jax.lax.bitcast_convert_type(cut, jnp.bfloat16)
+    return jnp.where(jnp.isfinite(values), rounded, values.astype(jnp.bfloat16))
+
+
+def survived(before: dict[str, PyTree], after: dict[str, PyTree], updates: dict[str, PyTree]) -> Float[Array, ""]:
+    r"""The share of an update u that weights kept: $\langle w' - w, u \rangle / \langle u, u \rangle$.
+
+    The projection on the update, not the ratio of norms, which is above 1 where few weights jump much too far, as they
+    do when small updates are rounded. It is 1 in float32, 0 where no weight moved, and 1 in expectation under
+    stochastic rounding. Of several networks it is the least; NaN where no update was asked for.
+    """
+
+    def dot(one: PyTree, other: PyTree) -> Float[Array, ""]:
+        return jax.tree.reduce(jnp.add, jax.tree.map(lambda a, b: jnp.sum(a * b), one, other))
+
+    shares = [
+        dot(jax.tree.map(jnp.subtract, after[name], before[name]), updates[name]) / dot(updates[name], updates[name])
+        for name in updates
+    ]
+    return jnp.nanmin(jnp.stack(shares))

@@ -12,8 +12,11 @@ AttentionBy = Literal["xla", "cudnn"]
 class Rope:
     """Rotary positions (Su et al. 2021, arXiv:2104.09864): which channels turn, and how fast.
 
-    The frequency of pair i is `theta ** (-i / pairs) / factors[i]`. Sequences that are given more room than
-    `short_context` tokens take `long_factors` in the place of `factors` (LongRoPE, Ding et al. 2024, arXiv:2402.13753).
+    Of a head of K channels, `int(fraction * K)` turn, in pairs (i, i + pairs); the frequency of pair i is
+    `theta ** (-2 i / channels) / factors[i]`. An odd number of channels is rounded up to whole pairs, while exponents
+    keep the odd number, as in transformers: 3 of GPT-NeoX's channels are 4, with exponents over 3. Sequences that are
+    given more room than `short_context` tokens take `long_factors` in the place of `factors` (LongRoPE, Ding et al.
+    2024, arXiv:2402.13753).
     """
 
     theta: float = 10_000.0
@@ -23,6 +26,14 @@ class Rope:
     short_context: int | None = None
     amplitude: float = 1.0  # multiplies queries and keys alike
     limit: int | None = None  # most tokens that a sequence may grow to; None: any
+
+    def channels(self, head_width: int) -> int:
+        """Channels of a head that turn, before they are rounded up to pairs."""
+        return int(head_width * self.fraction)
+
+    def pairs(self, head_width: int) -> int:
+        """Pairs of channels that turn together."""
+        return (self.channels(head_width) + 1) // 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,11 +78,13 @@ class ModelConfig:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
         if self.head_dim is None and self.d_model % self.n_heads:
             raise ValueError(f"d_model = {self.d_model} must be a multiple of n_heads = {self.n_heads}")
-        if self.positions == "rotary" and self.head_width % 2:
-            raise ValueError(
-                f"d_model = {self.d_model} must be a multiple of 2 * n_heads = {2 * self.n_heads}: "
-                "rotary positions turn pairs of channels in each head"
-            )
+        for rope in (self.rope, self.local_rope):
+            if self.positions == "rotary" and rope is not None and 2 * rope.pairs(self.head_width) > self.head_width:
+                raise ValueError(
+                    f"rotary positions turn pairs of channels, and all {self.head_width} channels of a head "
+                    f"(d_model = {self.d_model}, n_heads = {self.n_heads}, head_dim = {self.head_dim}) are an odd "
+                    "number: make it even"
+                )
         if self.positions == "learned" and self.context is None:
             raise ValueError("positions = 'learned' needs context, the number of positions")
         if self.n_heads % self.kv_heads:

@@ -120,22 +120,40 @@ def _activation(name: str) -> str:
     return _ACTIVATIONS[name]
 
 
-def _windows(config: Any) -> tuple[int | None, ...] | None:
-    window, layers = getattr(config, "sliding_window", None), config.num_hidden_layers
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * layers
-    windows = tuple(window if kind == "sliding_attention" else None for kind in kinds)
-    return windows if any(windows) else None
+def _by_layer_type(config: Any) -> tuple[int | None, ...]:
+    """Windows of a family that names each layer's kind of attention."""
+    kinds = config.layer_types
+    return tuple(config.sliding_window if kind == "sliding_attention" else None for kind in kinds)
 
 
-def _llama(config: Any) -> dict[str, Any]:
+def _everywhere(config: Any) -> tuple[int | None, ...]:
+    """Windows of a family that has the same in every layer."""
+    return (config.sliding_window,) * config.num_hidden_layers
+
+
+def _decoder(
+    config: Any,
+    *,
+    activation: str,
+    attention_bias: bool = False,
+    windows: tuple[int | None, ...] = (),
+    partial: bool = False,  # a part of each head may turn
+) -> dict[str, Any]:
+    """What all but GPT-2 and GPT-NeoX have in common."""
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    parameters = config.rope_parameters
+    parameters, context = config.rope_parameters, config.max_position_embeddings
     nested = "full_attention" in parameters
-    ropes = [
-        rope_of(one, width, config.max_position_embeddings)
-        for one in ([parameters["full_attention"], parameters["sliding_attention"]] if nested else [parameters])
-    ]
+    # Where they are nested, transformers looks for YaRN's `truncate` beside the layers' parameters, not in them.
+    truncate = {"truncate": parameters.get("truncate", True)} if nested else {}
+    each = [parameters["full_attention"], parameters["sliding_attention"]] if nested else [parameters]
+    ropes = [rope_of(one | truncate, width, context) for one in each]
+    for rope in ropes:
+        if not partial and rope.channels(width) != width:
+            raise RlhfError(
+                f"partial_rotary_factor = {rope.fraction} is not supported for model_type = {config.model_type!r}: "
+                f"transformers turns all {width} channels of its heads, and has no way to turn {rope.channels(width)}"
+            )
     return {
         "d_model": config.hidden_size,
         "n_layers": config.num_hidden_layers,
@@ -143,39 +161,73 @@ def _llama(config: Any) -> dict[str, Any]:
         "n_kv_heads": config.num_key_value_heads,
         "head_dim": width,
         "d_ff": config.intermediate_size,
-        "activation": _activation(getattr(config, "hidden_activation", None) or config.hidden_act),
+        "activation": _activation(activation),
         "gated": True,
         "norm_epsilon": config.rms_norm_eps,
-        "qkv_bias": bool(getattr(config, "attention_bias", False)),
-        "out_bias": bool(getattr(config, "attention_bias", False)),
-        "mlp_bias": bool(getattr(config, "mlp_bias", False)),
-        "context": config.max_position_embeddings,
+        "qkv_bias": attention_bias,
+        "out_bias": attention_bias,
+        "context": context,
         "rope": ropes[0],
         "local_rope": ropes[1] if nested else None,
-        "windows": _windows(config),
+        "windows": windows if any(windows) else None,
         "tied": bool(config.tie_word_embeddings),
     }
 
 
+def _llama(config: Any) -> dict[str, Any]:
+    common = _decoder(config, activation=config.hidden_act, attention_bias=config.attention_bias)
+    return common | {"mlp_bias": config.mlp_bias}
+
+
+def _mistral(config: Any) -> dict[str, Any]:
+    return _decoder(config, activation=config.hidden_act, windows=_everywhere(config))
+
+
+def _phi3(config: Any) -> dict[str, Any]:
+    return _decoder(config, activation=config.hidden_act, windows=_everywhere(config), partial=True)
+
+
+def _qwen2(config: Any) -> dict[str, Any]:
+    return _decoder(config, activation=config.hidden_act, windows=_by_layer_type(config)) | {"qkv_bias": True}
+
+
+def _qwen3(config: Any) -> dict[str, Any]:
+    windows = _by_layer_type(config)
+    common = _decoder(config, activation=config.hidden_act, attention_bias=config.attention_bias, windows=windows)
+    return common | {"qk_norm": "head"}
+
+
+def _olmo2(config: Any) -> dict[str, Any]:
+    common = _decoder(config, activation=config.hidden_act, attention_bias=config.attention_bias)
+    return common | {"qk_norm": "all", "norm_placement": "after"}
+
+
 def _gemma(config: Any) -> dict[str, Any]:
-    return _llama(config) | {"norm_offset": 1.0, "embedding_scale": math.sqrt(config.hidden_size)}
+    common = _decoder(config, activation=config.hidden_act, attention_bias=config.attention_bias)
+    return common | _gemma_kin(config)
 
 
 def _gemma2(config: Any) -> dict[str, Any]:
-    if getattr(config, "use_bidirectional_attention", False):
-        raise RlhfError("use_bidirectional_attention = True is not supported: it makes an encoder of a Gemma")
-    return _gemma(config) | {
+    bias, windows = config.attention_bias, _by_layer_type(config)
+    common = _decoder(config, activation=config.hidden_activation, attention_bias=bias, windows=windows)
+    return common | {
+        **_gemma_kin(config),
         "norm_placement": "around",
         "query_scale": config.query_pre_attn_scalar**-0.5,
-        "attention_softcap": getattr(config, "attn_logit_softcapping", None),
-        "logit_softcap": getattr(config, "final_logit_softcapping", None),
+        "attention_softcap": config.attn_logit_softcapping,
+        "logit_softcap": config.final_logit_softcapping,
     }
 
 
+def _gemma_kin(config: Any) -> dict[str, Any]:
+    if config.use_bidirectional_attention:
+        raise RlhfError("use_bidirectional_attention = True is not supported: it makes an encoder of a Gemma")
+    return {"norm_offset": 1.0, "embedding_scale": math.sqrt(config.hidden_size)}
+
+
 def _gpt2(config: Any) -> dict[str, Any]:
-    for name, needed in (("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False)):
-        if getattr(config, name) != needed:
-            raise RlhfError(f"{name} = {not needed} is not supported: it should be {needed}")
+    if config.scale_attn_by_inverse_layer_idx:
+        raise RlhfError("scale_attn_by_inverse_layer_idx = True is not supported: it should be False")
     return {
         "d_model": config.n_embd,
         "n_layers": config.n_layer,
@@ -187,6 +239,7 @@ def _gpt2(config: Any) -> dict[str, Any]:
         "qkv_bias": True,
         "out_bias": True,
         "mlp_bias": True,
+        "query_scale": None if config.scale_attn_weights else 1.0,
         "positions": "learned",
         "context": config.n_positions,
         "tied": bool(config.tie_word_embeddings),
@@ -300,16 +353,14 @@ FAMILIES: dict[str, Family] = {
     "gpt2": Family(_gpt2, _GPT2_TENSORS, "transformer."),
     "gpt_neox": Family(_gpt_neox, _GPT_NEOX_TENSORS, "gpt_neox."),
     "llama": Family(_llama, _LLAMA_TENSORS, "model."),
-    "mistral": Family(_llama, _LLAMA_TENSORS, "model."),
-    "qwen2": Family(lambda config: _llama(config) | {"qkv_bias": True}, _LLAMA_TENSORS, "model."),
-    "qwen3": Family(lambda config: _llama(config) | {"qk_norm": "head"}, _LLAMA_TENSORS, "model."),
+    "mistral": Family(_mistral, _LLAMA_TENSORS, "model."),
+    "qwen2": Family(_qwen2, _LLAMA_TENSORS, "model."),
+    "qwen3": Family(_qwen3, _LLAMA_TENSORS, "model."),
     "gemma": Family(_gemma, _LLAMA_TENSORS, "model."),
     "gemma2": Family(_gemma2, _GEMMA2_TENSORS, "model."),
     "gemma3_text": Family(lambda config: _gemma2(config) | {"qk_norm": "head"}, _GEMMA2_TENSORS, "model."),
-    "olmo2": Family(
-        lambda config: _llama(config) | {"qk_norm": "all", "norm_placement": "after"}, _OLMO2_TENSORS, "model."
-    ),
-    "phi3": Family(_llama, _PHI3_TENSORS, "model."),
+    "olmo2": Family(_olmo2, _OLMO2_TENSORS, "model."),
+    "phi3": Family(_phi3, _PHI3_TENSORS, "model."),
 }
 
 

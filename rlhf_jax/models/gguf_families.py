@@ -202,8 +202,14 @@ def _gpt_neox(header: Header, sizes: Sizes) -> dict[str, Any]:
         "hidden_act": "gelu",
         "attention_bias": True,
         "use_parallel_residual": header.get("use_parallel_residual", True),
-        "rope_parameters": _rope(header, sizes) | {"partial_rotary_factor": rotated / sizes["K"]},
+        "rope_parameters": _rope(header, sizes) | {"partial_rotary_factor": _share(rotated, sizes["K"])},
     }
+
+
+def _share(channels: int, width: int) -> float:
+    """The share of a head's channels, so that `int(width * share)` gives their number: of 26, 15 / 26 would give 14."""
+    share = channels / width
+    return share if int(width * share) == channels else math.nextafter(share, 2)
 
 
 def _olmo2(header: Header, sizes: Sizes) -> dict[str, Any]:

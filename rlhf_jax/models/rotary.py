@@ -18,18 +18,18 @@ def rope_of(parameters: dict[str, Any], width: int, context: int) -> Rope:
     if kind not in _KINDS:
         raise RlhfError(f"rope_type = {kind!r} is not supported: it should be one of {', '.join(_KINDS)}")
     rope = Rope(theta, float(parameters.get("partial_rotary_factor", 1.0)))
-    return _KINDS[kind](rope, parameters, int(width * rope.fraction) // 2, context)
+    return _KINDS[kind](rope, parameters, width, context)
 
 
-def _default(rope: Rope, parameters: dict[str, Any], pairs: int, context: int) -> Rope:
+def _default(rope: Rope, parameters: dict[str, Any], width: int, context: int) -> Rope:
     return rope
 
 
-def _linear(rope: Rope, parameters: dict[str, Any], pairs: int, context: int) -> Rope:
-    return dataclasses.replace(rope, factors=(float(parameters["factor"]),) * pairs)
+def _linear(rope: Rope, parameters: dict[str, Any], width: int, context: int) -> Rope:
+    return dataclasses.replace(rope, factors=(float(parameters["factor"]),) * rope.pairs(width))
 
 
-def _dynamic(rope: Rope, parameters: dict[str, Any], pairs: int, context: int) -> Rope:
+def _dynamic(rope: Rope, parameters: dict[str, Any], width: int, context: int) -> Rope:
     """NTK-aware scaling by the length of the sequence: up to max_position_embeddings it changes nothing.
 
     Beyond, transformers turns a cached key by the length that its sequence had when it was written, and the same key
@@ -38,32 +38,42 @@ def _dynamic(rope: Rope, parameters: dict[str, Any], pairs: int, context: int) -
     return dataclasses.replace(rope, limit=context)
 
 
-def _llama3(rope: Rope, parameters: dict[str, Any], pairs: int, context: int) -> Rope:
+def _llama3(rope: Rope, parameters: dict[str, Any], width: int, context: int) -> Rope:
     """Llama 3.1: long waves are stretched by `factor`, short ones left alone, and between them it is interpolated."""
     factor, length = parameters["factor"], parameters["original_max_position_embeddings"]
     low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
-    wavelengths = 2 * math.pi * rope.theta ** (np.arange(pairs) / pairs)
+    wavelengths = 2 * math.pi * rope.theta ** (2 * np.arange(rope.pairs(width)) / rope.channels(width))
     smooth = np.clip((length / wavelengths - low) / (high - low), 0, 1)
     return dataclasses.replace(rope, factors=tuple((1 / ((1 - smooth) / factor + smooth)).tolist()))
 
 
-def _longrope(rope: Rope, parameters: dict[str, Any], pairs: int, context: int) -> Rope:
+def _longrope(rope: Rope, parameters: dict[str, Any], width: int, context: int) -> Rope:
     short_context = int(parameters["original_max_position_embeddings"])
     stretch = parameters.get("factor") or context / short_context
     amplitude = parameters.get("attention_factor")
     if amplitude is None:
         amplitude = math.sqrt(1 + math.log(stretch) / math.log(short_context)) if stretch > 1 else 1.0
     short, long = (tuple(map(float, parameters[name])) for name in ("short_factor", "long_factor"))
+    if {len(short), len(long)} != {rope.pairs(width)}:
+        raise RlhfError(
+            f"rope_type = 'longrope' has {len(short)} short and {len(long)} long factors, and {rope.channels(width)} "
+            f"of a head's {width} channels turn, in {rope.pairs(width)} pairs: it needs a factor for each pair"
+        )
     return Rope(rope.theta, rope.fraction, short, long, short_context, float(amplitude))
 
 
-def _yarn(rope: Rope, parameters: dict[str, Any], pairs: int, context: int) -> Rope:
+def _yarn(rope: Rope, parameters: dict[str, Any], width: int, context: int) -> Rope:
     """YaRN (Peng et al. 2023, arXiv:2309.00071): as Llama 3's, with another ramp, and an amplitude.
 
     The ramp goes over the number of a pair, as in the authors' code; in the paper it goes over the turns that a pair
     makes within the context.
     """
-    length = parameters["original_max_position_embeddings"]
+    if rope.channels(width) % 2:
+        raise RlhfError(
+            "rope_type = 'yarn' is not supported where an odd number of a head's channels turn: "
+            f"{rope.channels(width)} of {width} (partial_rotary_factor = {rope.fraction}); transformers cannot either"
+        )
+    pairs, length = rope.pairs(width), parameters["original_max_position_embeddings"]
     factor = parameters["factor"] or context / length
 
     def pair(turns: float) -> float:
@@ -107,8 +117,8 @@ def rope_angles(rope: Rope, head_width: int, positions: Int[Array, "B S"], room:
             f"{rope.limit} (max_position_embeddings): beyond them every frequency would depend on how long the whole "
             "sequence is, which nobody knows while it is written. Shorten prompts and responses"
         )
-    pairs = int(head_width * rope.fraction) // 2
-    frequencies = rope.theta ** (-jnp.arange(pairs, dtype=jnp.float32) / pairs)
+    steps = jnp.arange(rope.pairs(head_width), dtype=jnp.float32)
+    frequencies = rope.theta ** (-2 * steps / max(rope.channels(head_width), 1))
     long = rope.short_context is not None and room > rope.short_context
     factors = rope.long_factors if long else rope.factors
     if factors is not None:

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from rlhf_jax.models import hf
 from rlhf_jax.models.gguf import read_gguf, write_checkpoint
-from rlhf_jax.models.gguf_families import FAMILIES
+from rlhf_jax.models.gguf_families import FAMILIES, Header
 from rlhf_jax.types import RlhfError
 from tests.gguf_files import (
     F32,
@@ -306,3 +307,23 @@ def test_two_ends_of_a_turn(tmp_path: Path):
     generation = json.loads((tmp_path / "model" / "generation_config.json").read_text())
     assert config["eos_token_id"] == 257
     assert generation["eos_token_id"] == [257, 258]
+
+
+@pytest.mark.parametrize(("channels", "heads"), [(4, 1), (15, 1), (3, 2), (13, 1)])
+def test_the_rotary_share_of_a_head_gives_back_its_channels(channels, heads):
+    """Of a head of 26 channels, 15 / 26 in floating point would be 14."""
+    header = Header(
+        Path("x.gguf"),
+        {
+            "general.architecture": "gptneox",
+            "gptneox.block_count": 1,
+            "gptneox.attention.layer_norm_epsilon": 1e-5,
+            "gptneox.rope.dimension_count": channels,
+        },
+        {},
+        None,
+    )
+    sizes = {"D": 26, "F": 104, "K": 26 // heads, "C": 64, "heads": heads, "V": 9}
+    config = FAMILIES["gptneox"].config(header, sizes) | {"model_type": "gpt_neox", "vocab_size": 9}
+    found, _ = hf.read_shape(config, param_dtype="float32", compute_dtype="float32")
+    assert found.rope.channels(26 // heads) == channels

@@ -13,7 +13,7 @@ import pytest
 
 from rlhf_jax.models import hf
 from rlhf_jax.models.config import Rope
-from rlhf_jax.models.rotary import rope_angles
+from rlhf_jax.models.rotary import rope_angles, rotate
 from rlhf_jax.models.tensor_files import read_header, write_tensors
 from rlhf_jax.types import RlhfError
 
@@ -74,6 +74,68 @@ def test_dynamic_positions_serve_the_context_and_nothing_beyond():
     )
     with pytest.raises(RlhfError, match=r"room for sequences of 32769 tokens, and the model's dynamic .* serve 32768"):
         rope_angles(dynamic, 128, positions, 32769)
+
+
+NEOX = {"model_type": "gpt_neox", "hidden_size": 48, "num_attention_heads": 4, "num_hidden_layers": 1, "vocab_size": 9}
+
+ODD = {"rope_theta": 1000.0, "partial_rotary_factor": 0.25}  # 3 of 12 channels
+
+
+def shape(hf_config: dict[str, Any]):
+    return hf.read_shape(hf_config, param_dtype="float32", compute_dtype="float32")[0]
+
+
+def test_an_odd_number_of_rotary_channels_is_rounded_up_to_pairs_under_the_odd_exponent():
+    """A quarter of GPT-NeoX's head of 12: channels 0 to 3 turn, as pairs (0, 2), (1, 3), with exponents 0 and 2 / 3."""
+    found = shape(NEOX | {"rope_parameters": ODD | {"rope_type": "default"}}).rope
+    positions = jnp.array([[0, 1, 7]], jnp.int32)
+    sin, cos = rope_angles(found, 12, positions, 8)
+    expected = np.array([[0, 1, 7]])[..., None] * np.array([1, 1000 ** (-2 / 3)])
+    np.testing.assert_allclose(sin, np.sin(expected), atol=1e-6)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 3, 1, 12)), jnp.float32)
+    turned = rotate(x, sin, cos)
+    np.testing.assert_array_equal(turned[..., 4:], x[..., 4:])
+    before = np.asarray(x)[:, :, 0]
+    pairs = (before[..., :2] + 1j * before[..., 2:4]) * np.exp(1j * expected)
+    np.testing.assert_allclose(turned[:, :, 0, :4], np.concatenate([pairs.real, pairs.imag], axis=-1), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        (
+            LLAMA | {"head_dim": 8, "partial_rotary_factor": 0.5},
+            "partial_rotary_factor = 0.5 is not supported for model_type = 'llama': .* all 8 channels .* to turn 4",
+        ),
+        (
+            NEOX | {"rope_parameters": ODD | {"rope_type": "yarn", "factor": 2.0}},
+            r"rope_type = 'yarn' is not supported where an odd number .* channels turn: 3 of 12",
+        ),
+        (
+            NEOX | {"rope_parameters": ODD | {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}},
+            "has 1 short and 1 long factors, and 3 of a head's 12 channels turn, in 2 pairs",
+        ),
+        (LLAMA | {"head_dim": 3}, "all 3 channels of a head .* are an odd number"),
+        ({"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True"),
+        ({"model_type": "gemma", "use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
+    ],
+    ids=["partial llama", "odd yarn", "odd longrope", "odd head", "gpt2", "gemma"],
+)
+def test_what_cannot_be_computed_as_transformers_does_is_refused_with_its_numbers(said, message):
+    with pytest.raises(RlhfError, match=message):
+        shape(said)
+
+
+def test_a_family_reads_its_own_fields_alone():
+    """Fields that transformers reads in another family, and leaves unread in this one."""
+    plain = shape(LLAMA | {"sliding_window": None})
+    assert shape(LLAMA | {"sliding_window": 4, "layer_types": ["sliding_attention"]}).windows == plain.windows is None
+    mistral = LLAMA | {"model_type": "mistral", "sliding_window": 4}
+    unread = {"layer_types": ["full_attention"], "attention_bias": True, "mlp_bias": True}
+    assert shape(mistral | unread) == shape(mistral)
+    assert shape(mistral).windows == (4,) and not shape(mistral).qkv_bias
+    gemma = LLAMA | {"model_type": "gemma", "hidden_act": "silu", "hidden_activation": "relu"}
+    assert shape(gemma).activation == "silu"
 
 
 def test_a_file_that_ends_within_a_tensor_is_named(tmp_path):

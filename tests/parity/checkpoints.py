@@ -56,7 +56,10 @@ def gpt2(**changes: Any) -> dict[str, Any]:
 # name -> (family, its config)
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", gpt2()),
-    "gpt2, inner width": ("gpt2", gpt2(n_inner=40, activation_function="gelu", layer_norm_epsilon=1e-3)),
+    "gpt2, inner width": (
+        "gpt2",
+        gpt2(n_inner=40, activation_function="gelu", layer_norm_epsilon=1e-3, scale_attn_weights=False),
+    ),
     "gpt_neox": ("gpt_neox", SMALL),
     "gpt_neox, in sequence, tied, no bias": (
         "gpt_neox",
@@ -94,6 +97,14 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox, yarn, amplified": (
         "gpt_neox",
         {**SMALL, "rope_parameters": YARN | {"attention_factor": 1.5, "partial_rotary_factor": 0.5}},
+    ),
+    "gpt_neox, odd rotary channels": (  # 3 of a head's 12: transformers turns 4, with exponents over 3
+        "gpt_neox",
+        {
+            **SMALL,
+            "hidden_size": 48,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.25},
+        },
     ),
     "arcee": ("arcee", GROUPED),
     "arcee, tied, biases": (

@@ -75,6 +75,10 @@ def gae(
     Schulman et al. 2016 (arXiv:1506.02438). `values[b, t]` is the value of the state before token t. The state after
     the last response token has value 0, whether the response ended or was cut off at the limit.
 
+    With $\gamma = 1$ the policy gradient is unbiased if $\lambda = 1$, whatever the values are, or if the values are
+    exact. Otherwise their errors $e$ bias $\hat A_t$ by $(1-\lambda) \sum_{k \ge 0} \lambda^k e_{t+k+1}$. Whitening the
+    advantages adds the bias of `reinforce_plus_plus`.
+
     Returns: advantages and returns, 0 on padding.
     """
     rewards = jnp.where(response_mask, rewards, 0)
@@ -96,7 +100,8 @@ def rloo(
     r"""$A_i = R_i - \frac{1}{k-1} \sum_{j \ne i} R_j$: the baseline is the mean of the group's other responses.
 
     RLOO, Ahmadian et al. 2024 (arXiv:2402.14740). R is the sum of a response's token rewards, and every token of it has
-    the same advantage. Raises ValueError for groups of one.
+    the same advantage. Unbiased: the baseline does not depend on the response itself. Raises ValueError for groups of
+    one.
     """
     del axes
     groups = _groups(rewards, response_mask, num_generations)
@@ -111,6 +116,11 @@ def grpo(
 
     GRPO, Shao et al. 2024 (arXiv:2402.03300). As in TRL the variance is divided by the count less one, and 1e-4 is
     added to the deviation. Otherwise as `rloo`.
+
+    Biased, because the deviation depends on the response itself. In groups of two only the sign of the difference is
+    left: the gradient is that of the chance to beat another response. With rewards of 0 and 1 it is the gradient of the
+    chance p to be right, times a factor: constant for groups of 2 and 3, $1/\sqrt{p(1-p)}$ for large ones, so that
+    prompts that are almost always or almost never answered right count more.
     """
     del axes
     groups = _groups(rewards, response_mask, num_generations)
@@ -125,7 +135,8 @@ def dr_grpo(
     r"""$A_i = R_i - \mathrm{mean}(R)$ over the group.
 
     Dr. GRPO, Liu et al. 2025 (arXiv:2503.20783): without the deviation, which would give groups that are almost all
-    right or almost all wrong more weight. Otherwise as `rloo`.
+    right or almost all wrong more weight. Otherwise as `rloo`, whose advantages are these times $k/(k-1)$ for k
+    responses: unbiased but for that factor.
     """
     del axes
     groups = _groups(rewards, response_mask, num_generations)
@@ -139,6 +150,9 @@ def reinforce_plus_plus(
 
     REINFORCE++, Hu 2025 (arXiv:2501.03262), where $r_i$ is the score on the last token less the penalty on each. As
     the means of groups, those of the batch are of all that was sampled, trained on or not.
+
+    Biased, because a response's own rewards are in the mean and in the deviation; the bias falls as one over the number
+    of responses in the batch.
     """
     del num_generations
     rewards = jnp.where(response_mask, rewards, 0)

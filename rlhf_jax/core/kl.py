@@ -4,6 +4,11 @@ Each takes the log-probabilities of sampled tokens under both models and gives o
 estimator with the right mean need not have the right gradient. In the reward it multiplies $\nabla \log \pi$; in the
 loss it is differentiated itself. The gradients named below are means over samples of $\pi$; Liu et al. 2025
 (arXiv:2510.01555) derive them.
+
+A response has several tokens. In the reward an estimate counts for its token and all before it, so that `k1` has the
+gradient of the divergence of whole responses. In the loss it counts for its own token alone: the gradients named below
+are then state by state, those of $\sum_s d(s) KL(\pi(\cdot|s) \| \pi_{ref}(\cdot|s))$ with the distribution d of the
+states s (prompt and tokens so far) held fixed. What a token does to the divergence of later ones is left out.
 """
 
 from collections.abc import Callable
@@ -18,7 +23,7 @@ from rlhf_jax.core.ratios import ratio, ratio_minus_one
 def k1(logprobs: Float[Array, "B T"], ref_logprobs: Float[Array, "B T"]) -> Float[Array, "B T"]:
     r"""$\log \pi - \log \pi_{ref}$: unbiased, of either sign.
 
-    In the reward its gradient is the divergence's. In the loss its gradient has mean 0.
+    In the reward its gradient is exactly that of the divergence of whole responses. In the loss its mean is 0.
     """
     return logprobs - ref_logprobs
 
@@ -26,7 +31,9 @@ def k1(logprobs: Float[Array, "B T"], ref_logprobs: Float[Array, "B T"]) -> Floa
 def k2(logprobs: Float[Array, "B T"], ref_logprobs: Float[Array, "B T"]) -> Float[Array, "B T"]:
     r"""$\frac12 (\log \pi - \log \pi_{ref})^2$: biased, low variance, never negative.
 
-    In the loss its gradient is the divergence's, although its value is not.
+    In the loss its gradient is the divergence's, state by state, although its value is not. In the reward the gradient
+    is $\nabla (E[k_2] - KL)$, of second order in the log-ratio where the divergence's is of first: it hardly holds a
+    policy that is near its reference.
     """
     return 0.5 * jnp.square(logprobs - ref_logprobs)
 
@@ -34,7 +41,8 @@ def k2(logprobs: Float[Array, "B T"], ref_logprobs: Float[Array, "B T"]) -> Floa
 def k3(logprobs: Float[Array, "B T"], ref_logprobs: Float[Array, "B T"]) -> Float[Array, "B T"]:
     r"""$r - 1 - \log r$ with $r = \pi_{ref} / \pi$: unbiased, low variance, never negative.
 
-    In the loss its gradient is that of the forward divergence $KL(\pi_{ref} \| \pi)$. Large ratios are those of
+    In the loss its gradient is that of the forward divergence $KL(\pi_{ref} \| \pi)$, state by state. In the reward it
+    is $\nabla KL(\pi \| \pi_{ref}) - \nabla KL(\pi_{ref} \| \pi)$, again of second order. Large ratios are those of
     `ratios.ratio`.
     """
     log_ratio = ref_logprobs - logprobs
@@ -42,7 +50,7 @@ def k3(logprobs: Float[Array, "B T"], ref_logprobs: Float[Array, "B T"]) -> Floa
 
 
 def k3_straight_through(logprobs: Float[Array, "B T"], ref_logprobs: Float[Array, "B T"]) -> Float[Array, "B T"]:
-    r"""The value of `k3` with the gradient of `k2`: both are the divergence's in the loss.
+    r"""The value of `k3` with the gradient of `k2`: both are the divergence's in the loss, state by state.
 
     verl's `k3+` (`kl_penalty` of its core_algos).
     """
@@ -55,8 +63,10 @@ def k3_weighted(
     r"""$w \cdot$ `k3` with $w = \pi / \pi_{old}$; both factors have a gradient.
 
     Over samples of $\pi_{old}$ its value and, in the loss, its gradient are the divergence's at every update, also when
-    the policy has left the one that sampled. DeepSeek-V3.2 (arXiv:2512.02556); `use_bias_correction_kl` in TRL's
-    GRPOTrainer, which takes the ratio of the whole response where its policy loss does: here it is always the token's.
+    the policy has left the one that sampled; state by state, with the states of $\pi_{old}$.
+
+    DeepSeek-V3.2 (arXiv:2512.02556); `use_bias_correction_kl` in TRL's GRPOTrainer, which takes the ratio of the
+    whole response where its policy loss does: here it is always the token's.
 
     The gradient is $w (\log \pi - \log \pi_{ref})$, and is computed as such: as a sum of the two factors' it would be
     a difference of two large numbers where the reference is much the likelier.

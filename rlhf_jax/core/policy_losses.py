@@ -72,7 +72,8 @@ def gspo(
 ) -> TokenLosses:
     r"""GSPO: the clipped surrogate with $s = (\pi(y|x) / \pi_{old}(y|x))^{1/|y|}$ as the ratio of every token.
 
-    The geometric mean of the tokens' ratios: Zheng et al. 2025 (arXiv:2507.18071). Aggregated by `sequence`.
+    The geometric mean of the tokens' ratios: Zheng et al. 2025 (arXiv:2507.18071). Aggregated by `sequence`. Its
+    gradient has the bias by length of `sequence_mean`.
     """
     lengths = jnp.maximum(masking.lengths(response_mask), 1).astype(logprobs.dtype)[:, None]
     log_ratio = jnp.sum(_log_ratio(logprobs, old_logprobs, response_mask), axis=1, keepdims=True) / lengths
@@ -140,7 +141,11 @@ def _clipped(ratio: Array, advantages: Array, mask: Array, low: float, high: flo
 def token_mean(
     x: Float[Array, "B T"], mask: Bool[Array, "B T"], *, max_tokens: int, axes: tuple[str, ...]
 ) -> Float[Array, ""]:
-    r"""$\sum_{i,t} x_{it} / \sum_i |y_i|$: every token of the batch counts alike, as in DAPO (arXiv:2503.14476)."""
+    r"""$\sum_{i,t} x_{it} / \sum_i |y_i|$: every token of the batch counts alike, as in DAPO (arXiv:2503.14476).
+
+    The gradient of a policy loss is that of `sequence_sum` over the mean length, with a bias that falls as one over the
+    number of responses: a batch's number of tokens depends on what was sampled.
+    """
     del max_tokens
     return masking.masked_mean(x, mask, axes)
 
@@ -150,7 +155,9 @@ def sequence_mean(
 ) -> Float[Array, ""]:
     r"""$\frac1B \sum_i \frac1{|y_i|} \sum_t x_{it}$: every response counts alike, as in GRPO (arXiv:2402.03300).
 
-    A response without a masked token counts as 0.
+    A response without a masked token counts as 0. The gradient of a policy loss is that of $\mathbb{E}[A / |y|]$: short
+    responses count more, the length bias of Liu et al. 2025 (arXiv:2503.20783). In `sequence_clip`, whose ratio is of
+    the whole response, the length cancels.
     """
     del max_tokens
     lengths = jnp.maximum(masking.lengths(mask), 1).astype(x.dtype)
@@ -160,7 +167,10 @@ def sequence_mean(
 def sequence_sum(
     x: Float[Array, "B T"], mask: Bool[Array, "B T"], *, max_tokens: int, axes: tuple[str, ...]
 ) -> Float[Array, ""]:
-    r"""$\frac1B \sum_i \sum_t x_{it}$: of log-probabilities, the mean of whole responses', as REINFORCE has it."""
+    r"""$\frac1B \sum_i \sum_t x_{it}$: of log-probabilities, the mean of whole responses', as REINFORCE has it.
+
+    No bias by length.
+    """
     del max_tokens
     return masking.mean(jnp.sum(jnp.where(mask, x, 0), axis=1), axes)
 
@@ -170,7 +180,9 @@ def constant(
 ) -> Float[Array, ""]:
     r"""$\frac1{B T_{max}} \sum_{i,t} x_{it}$: no length in the denominator, as in Dr. GRPO (Liu et al. 2025).
 
-    arXiv:2503.20783. Args: max_tokens is T_max, the most tokens that a response can have.
+    arXiv:2503.20783. `sequence_sum` over a constant: no bias by length.
+
+    Args: max_tokens is T_max, the most tokens that a response can have.
     """
     return masking.mean(jnp.sum(jnp.where(mask, x, 0), axis=1), axes) / max_tokens
 

@@ -17,6 +17,10 @@ from tests.exact.world import World, apart, cosine, every_batch, of_group, world
 EXACT, LONGEST, KL_COEF = 1e-4, 3, 0.3
 
 
+def nightly(value: Any) -> Any:
+    return pytest.param(value, marks=pytest.mark.nightly)
+
+
 def near(distance: float) -> World:
     """The world with a reference at a share of the way from the policy to its own."""
     at = world(LONGEST)
@@ -24,12 +28,13 @@ def near(distance: float) -> World:
     return at._replace(reference=mixed, scores=jnp.zeros_like(at.scores))
 
 
-def found(at: World, estimator: str, place: str, **method: Any) -> np.ndarray:
-    """The expected gradient of the penalty by a whole iteration, over its coefficient."""
-    config = of_group(
-        "rloo", 2, kl_coef=KL_COEF, kl_estimator=estimator, kl_in=place, policy_loss="ppo", aggregation="sequence_sum"
-    )
-    return -every_batch(at, config, **method).mean() / KL_COEF
+def penalty(
+    at: World, estimator: str, place: str, *, method: dict[str, Any] | None = None, **fields: Any
+) -> np.ndarray:
+    """The expected gradient of the penalty in an iteration, over its coefficient."""
+    given = {"kl_estimator": estimator, "kl_in": place, "policy_loss": "ppo", "aggregation": "sequence_sum", **fields}
+    config = of_group("rloo", 2, kl_coef=KL_COEF, **given)
+    return -every_batch(at, config, **(method or {})).mean() / KL_COEF
 
 
 def whole(at: World) -> np.ndarray:
@@ -38,17 +43,17 @@ def whole(at: World) -> np.ndarray:
 
 
 def state_by_state(policy: Any, at: World) -> jax.Array:
-    r"""$KL(\pi \| \pi_{ref})$ of next tokens, over states as often visited as now, whatever the policy becomes."""
-    visits, own = exact.next_tokens(policy, LONGEST)
-    _, reference = exact.next_tokens(at.reference, LONGEST)
-    return jax.lax.stop_gradient(visits) @ jnp.sum(jnp.exp(own) * (own - reference), axis=1)
+    r"""$KL(\pi \| \pi_{ref})$ of next tokens, over the states of the sampler's responses, whatever the policy is."""
+    visits, _ = exact.next_tokens(at.sampler, LONGEST)
+    own, reference = (exact.next_tokens(params, LONGEST)[1] for params in (policy, at.reference))
+    return visits @ jnp.sum(jnp.exp(own) * (own - reference), axis=1)
 
 
 def other_way(policy: Any, at: World) -> jax.Array:
     r"""As `state_by_state`, of $KL(\pi_{ref} \| \pi)$."""
-    visits, own = exact.next_tokens(policy, LONGEST)
-    _, reference = exact.next_tokens(at.reference, LONGEST)
-    return jax.lax.stop_gradient(visits) @ jnp.sum(jnp.exp(reference) * (reference - own), axis=1)
+    visits, _ = exact.next_tokens(at.sampler, LONGEST)
+    own, reference = (exact.next_tokens(params, LONGEST)[1] for params in (policy, at.reference))
+    return visits @ jnp.sum(jnp.exp(reference) * (reference - own), axis=1)
 
 
 def mean_of_k2(policy: Any, at: World) -> jax.Array:
@@ -60,12 +65,13 @@ def mean_of_k2(policy: Any, at: World) -> jax.Array:
 
 def test_k1_in_the_reward_is_exact():
     at = near(1.0)
-    assert apart(found(at, "k1", "reward"), whole(at)) < EXACT
+    assert apart(penalty(at, "k1", "reward"), whole(at)) < EXACT
 
 
-def test_k2_in_the_loss_leaves_out_what_a_token_does_to_later_ones():
+@pytest.mark.parametrize("estimator", ["k2", nightly("k3+"), nightly("k3_weighted")])
+def test_in_the_loss_what_a_token_does_to_later_ones_is_left_out(estimator):
     at = near(1.0)
-    gradient = found(at, "k2", "loss")
+    gradient = penalty(at, estimator, "loss")
     assert apart(gradient, exact.gradient(state_by_state, at)) < EXACT
     assert 0.98 < cosine(gradient, whole(at)) < 0.999
 
@@ -73,7 +79,7 @@ def test_k2_in_the_loss_leaves_out_what_a_token_does_to_later_ones():
 def test_k3_in_the_loss_is_the_other_divergence_state_by_state():
     for distance, least, most in ((1.0, 0.95, 0.99), (0.1, 0.998, 0.9999)):  # divergences of 0.45 and 0.03 nats
         at = near(distance)
-        gradient = found(at, "k3", "loss")
+        gradient = penalty(at, "k3", "loss")
         assert apart(gradient, exact.gradient(other_way, at)) < EXACT
         assert least < cosine(gradient, whole(at)) < most
 
@@ -83,7 +89,8 @@ def test_k2_and_k3_in_the_reward_hardly_hold_a_policy_near_its_reference(estimat
     """They are held fixed there: what their own gradient would add is missing, and next to all of it where near."""
     for distance, share in ((1.0, 0.3), (0.2, 0.12), (0.1, 0.06)):  # divergences of 0.45, 0.1 and 0.03 nats
         at = near(distance)
-        gradient = found(at, estimator, "reward")
+        with pytest.warns(UserWarning, match=f"kl_estimator = '{estimator}' in the reward"):
+            gradient = penalty(at, estimator, "reward")
         if estimator == "k2":
             expected = exact.gradient(mean_of_k2, at) - exact.gradient(state_by_state, at)
         else:
@@ -93,8 +100,15 @@ def test_k2_and_k3_in_the_reward_hardly_hold_a_policy_near_its_reference(estimat
         assert cosine(gradient, whole(at)) < 0.4
 
 
+def test_weighted_k3_holds_off_policy_too():
+    at = near(1.0)
+    at = at._replace(sampler=jax.tree.map(lambda own, other: own + 0.5 * (other - own), at.policy, at.reference))
+    gradient = penalty(at, "k3_weighted", "loss", old_logprobs="sampler")
+    assert apart(gradient, exact.gradient(state_by_state, at)) < EXACT
+
+
 @pytest.mark.nightly
 def test_k1_in_the_loss_has_no_gradient():
     at = near(1.0)
-    gradient = found(at, "k2", "loss", kl_estimator="k1")
+    gradient = penalty(at, "k2", "loss", method={"kl_estimator": "k1"})
     assert np.linalg.norm(gradient) < EXACT * np.linalg.norm(whole(at))

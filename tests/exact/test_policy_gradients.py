@@ -85,6 +85,15 @@ def test_every_loss_has_the_same_gradient_in_the_first_update(loss):
     assert apart(every_batch(world(2), config).mean(), of_score(2)) < EXACT
 
 
+@pytest.mark.nightly
+def test_the_sequence_ratio_corrects_for_another_sampler():
+    at = world(3)
+    at = at._replace(sampler=at.reference)
+    bounds = {"clip_ratio": 0.9999, "clip_ratio_high": 1e6}
+    batches = every_batch(at, of_group("rloo", 2, old_logprobs="sampler", **bounds))
+    assert apart(batches.mean(), of_score(3)) < EXACT
+
+
 def test_dr_grpo_follows_a_fixed_share_of_the_gradient():
     found = every_batch(world(3), of_group("dr_grpo", 2)).mean()
     assert apart(found, (1 - 1 / 2) / 3 * of_score(3)) < EXACT
@@ -167,6 +176,7 @@ def test_whitening_over_the_batch_is_biased_less_in_a_larger_batch():
     assert 1e-3 < found[3] < 0.9 * found[2]
 
 
+@pytest.mark.nightly
 def test_the_mean_over_a_batchs_tokens_is_biased_less_in_a_larger_batch():
     """Without the number of a batch's tokens in the denominator there is no bias."""
     at, found = world(2), {}

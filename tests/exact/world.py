@@ -26,7 +26,7 @@ from rlhf_jax.runtime.loop import LoopConfig
 from rlhf_jax.runtime.optimizers import OptimizerConfig
 from rlhf_jax.stages import group_rl, policy_gradient, ppo
 from rlhf_jax.stages.group_rl import GroupRLConfig
-from rlhf_jax.stages.policy_method import Networks, PolicyGradientConfig, Sampled
+from rlhf_jax.stages.policy_method import Networks, Sampled
 from rlhf_jax.stages.ppo import PPOConfig
 from rlhf_jax.types import Rollout
 
@@ -60,21 +60,22 @@ def of_group(method: str, size: int, **fields: Any) -> GroupRLConfig:
 
 
 class World(NamedTuple):
-    """All responses to one prompt, a policy and its reference far from uniform and from each other, and scores."""
+    """All responses to one prompt, their scores, and the parameters of policies far from uniform and each other."""
 
     responses: Rollout
+    scores: jax.Array  # [N]
     policy: Any
     reference: Any
-    scores: jax.Array  # [N]
+    sampler: Any  # what responses are sampled from
 
 
 @functools.cache
 def world(longest: int) -> World:
-    """The world of responses of at most so many tokens, of which there are 4, 13, 40 for 1, 2, 3."""
+    """The world of responses of at most so many tokens, of which there are 4, 13, 40 for 1, 2, 3; sampled on-policy."""
     policy, reference = (sharper(POLICY.init(jax.random.key(seed))) for seed in (0, 1))
     responses = every_response(longest)
     scores = np.round(np.random.default_rng(0).normal(size=len(responses.prompt)), 1)  # with ties
-    return World(responses, policy, reference, jnp.asarray(scores, jnp.float32))
+    return World(responses, jnp.asarray(scores, jnp.float32), policy, reference, policy)
 
 
 def sharper(params: Any) -> Any:
@@ -189,38 +190,35 @@ class Batches(NamedTuple):
 
 def every_batch(
     world: World,
-    config: PolicyGradientConfig,
+    config: PPOConfig | GroupRLConfig,
     *,
-    sampler: Any = None,
     value: ScalarNetwork | None = None,
     value_params: Any = None,
     **method: Any,
 ) -> Batches:
     """Learns from each of the N ** batch_size batches, by the second half of an iteration.
 
-    Args: sampler has the parameters that responses are sampled from, by default the policy's; value is the value
-    function where the method has one; method has fields of `Method` that are to be otherwise.
+    Args: value is the value function where the method has one; method has fields of `Method` that are to be otherwise.
     """
-    sampler = world.policy if sampler is None else sampler
     rows = np.array(list(itertools.product(range(len(world.scores)), repeat=config.batch_size)))
     learn = _learning(config, value, tuple(sorted(method.items())))
-    descent, ratio = learn(world, sampler, value_params, rows)
-    each = np.prod(chances(sampler, world.responses)[rows], axis=1)
+    descent, ratio = learn(world, value_params, rows)
+    each = np.prod(chances(world.sampler, world.responses)[rows], axis=1)
     return Batches(rows, each, -np.asarray(descent, np.float64), np.asarray(ratio, np.float64))
 
 
 @functools.cache
-def _learning(config: PolicyGradientConfig, value: ScalarNetwork | None, changes: tuple) -> Callable[..., Any]:
+def _learning(config: PPOConfig | GroupRLConfig, value: ScalarNetwork | None, changes: tuple) -> Callable[..., Any]:
     """One program for all worlds and values: the gradient and the mean ratio of every batch."""
-    stage = {PPOConfig: ppo, GroupRLConfig: group_rl}[type(config)]
-    method = dataclasses.replace(stage.method_of(config), **dict(changes))
+    method = ppo.method_of(config) if isinstance(config, PPOConfig) else group_rl.method_of(config)
+    method = dataclasses.replace(method, **dict(changes))
 
-    def learn(world: World, sampler: Any, value_params: Any, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def learn(world: World, value_params: Any, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
         networks = Networks(POLICY, value, None, (EOS,), world.responses.response.shape[1])
         _, second_half = policy_gradient.make_halves(networks, config, method, (), ())
         params = {"policy": world.policy} | ({} if value is None else {"value": value_params})
         state = policy_gradient.init_state(params, config, method)
-        sampled = token_logprobs(sampler, world.responses)
+        sampled = token_logprobs(world.sampler, world.responses)
 
         def of_batch(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
             batch = jax.tree.map(lambda leaf: leaf[rows], (Sampled(world.responses, sampled, None), world.scores))

@@ -159,20 +159,26 @@ class Optimizer(NamedTuple):
 
 def make_optimizer(config: OptimizerConfig, updates: int) -> Optimizer:
     """The optimiser for a run of `updates` updates."""
-    return _optimizer(config, optax.chain(optax.clip_by_global_norm(config.max_grad_norm), _algorithm(config, updates)))
+    return finished(config, optax.chain(bound(config), algorithm(config, updates)))
 
 
-def _algorithm(config: OptimizerConfig, updates: int) -> optax.GradientTransformation:
+def bound(config: OptimizerConfig) -> optax.GradientTransformation:
+    """The bound on the gradient's norm."""
+    return optax.clip_by_global_norm(config.max_grad_norm)
+
+
+def algorithm(config: OptimizerConfig, updates: int) -> optax.GradientTransformation:
     """What the config names, with its weight decay and its rate, without the bound on the gradient."""
-    algorithm = ALGORITHMS[config.name]
+    chosen = ALGORITHMS[config.name]
     decay = optax.add_decayed_weights(config.weight_decay, functools.partial(_decayed, config.no_decay))
     parts = [decay] if config.weight_decay else []
-    scaled = [algorithm.scale(config)]
-    ordered = [*scaled, *parts] if algorithm.decoupled else [*parts, *scaled]
+    scaled = [chosen.scale(config)]
+    ordered = [*scaled, *parts] if chosen.decoupled else [*parts, *scaled]
     return optax.chain(*ordered, optax.scale_by_learning_rate(learning_rate(config, updates)))
 
 
-def _optimizer(config: OptimizerConfig, transformation: optax.GradientTransformation) -> Optimizer:
+def finished(config: OptimizerConfig, transformation: optax.GradientTransformation) -> Optimizer:
+    """An optimiser of a transformation: what the config freezes has no state, and stays as it is."""
     if config.freeze:
         labels = functools.partial(_frozen, config.freeze)
         transformation = optax.multi_transform({False: transformation, True: optax.set_to_zero()}, labels)
@@ -244,13 +250,16 @@ def update(
     devices' cotangents, so each device's gradient is its share times the number of devices.
 
     Args: key, equal on all devices, is read by stochastic rounding: `rounding.update_key`.
-    Returns: as metrics `grad_norm`, before it is bounded, and `update_survived`.
+    Returns: as metrics `grad_norm`, before it is bounded, also of each network where there are several, and
+    `update_survived`.
     """
     if axes:
         grads = jax.lax.pmean(grads, axes)
     updates, inner = optimizer.transformation.update(grads, opt_state.inner, rounding.exact(params, opt_state.masters))
     params, masters, kept = rounding.apply(optimizer.low_precision, params, opt_state.masters, updates, key)
-    return params, rounding.State(inner, masters), {"grad_norm": optax.tree.norm(grads), "update_survived": kept}
+    each = {f"grad_norm/{name}": optax.tree.norm(grads[name]) for name in grads} if len(grads) > 1 else {}
+    norms = {"grad_norm": optax.tree.norm(grads), **each}
+    return params, rounding.State(inner, masters), {**norms, "update_survived": kept}
 
 
 def _micro_batches(batch: PyTree, rows: int, axes: tuple[str, ...]) -> PyTree:

@@ -20,10 +20,10 @@ from rlhf_jax.core.kl import adaptive_kl_coef
 from rlhf_jax.data import pipeline
 from rlhf_jax.models.scalars import ScalarNetwork
 from rlhf_jax.runtime.checkpoints import TrainState
-from rlhf_jax.runtime.optimizers import make_optimizer
 from rlhf_jax.runtime.programs import SEED_AXIS, HostSteps, Rounds, Step
 from rlhf_jax.sampling.choice import Sampling
 from rlhf_jax.sampling.generate import generate
+from rlhf_jax.stages import policy_optimizer
 from rlhf_jax.stages.context import Context
 from rlhf_jax.stages.dynamic_sampling import collect, empty, fill, filled, is_full
 from rlhf_jax.stages.experience import gather_experience
@@ -166,7 +166,7 @@ def _keys(run_key: PRNGKeyArray, state: TrainState) -> tuple[PRNGKeyArray, PRNGK
 def init_state(params: dict[str, PyTree], config: PolicyGradientConfig, method: Method) -> TrainState:
     """The state before the first iteration; an adaptive coefficient is part of it, and so one a seed."""
     controller = {"kl_coef": jnp.float32(method.kl_coef)} if config.kl_controller else ()
-    return TrainState(jnp.int32(0), params, make_optimizer(config.optimizer, config.updates).init(params), controller)
+    return TrainState(jnp.int32(0), params, policy_optimizer.make_optimizer(config, method).init(params), controller)
 
 
 class Scoring(NamedTuple):

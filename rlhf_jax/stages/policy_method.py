@@ -16,6 +16,7 @@ from rlhf_jax.models import value_head
 from rlhf_jax.models.head import TokenStats, token_stats
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
+from rlhf_jax.runtime.optimizers import OptimizerConfig
 from rlhf_jax.stages.online import OnlineConfig
 from rlhf_jax.stages.reward_source import RewardSource
 from rlhf_jax.stages.training import whole
@@ -169,6 +170,7 @@ class Method:
     vf_coef: float = 0.0
     value_clip: float = 0.0
     value_warmup: int = 0  # iterations in which the policy stays as it is
+    value_optimizer: OptimizerConfig | None = None  # None: policy and values share one
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,8 +20,9 @@ from rlhf_jax.core.logprobs import cross_entropy
 from rlhf_jax.core.policy_losses import AGGREGATIONS, POLICY_LOSSES, ratio_metrics, sampler_difference, value_loss
 from rlhf_jax.models.head import token_stats, token_stats_with_entropy
 from rlhf_jax.runtime.checkpoints import TrainState
-from rlhf_jax.runtime.optimizers import gradients, learning_rate, make_optimizer, update
+from rlhf_jax.runtime.optimizers import gradients, update
 from rlhf_jax.runtime.rounding import update_key
+from rlhf_jax.stages import policy_optimizer
 from rlhf_jax.stages.policy_method import Experience, Method, Networks, PolicyGradientConfig
 from rlhf_jax.types import TokenBatch
 
@@ -45,8 +46,7 @@ def optimise(
 
     Args: kl_coef is a number, or the state of a controller.
     """
-    optimizer = make_optimizer(config.optimizer, config.updates)
-    schedule = learning_rate(config.optimizer, config.updates)
+    optimizer = policy_optimizer.make_optimizer(config, method)
     whole_batch, mix = masking.gather_rows((batch, demonstrations), axes)
     updates = config.epochs * config.minibatches
     warming = state.step < method.value_warmup
@@ -80,18 +80,16 @@ def optimise(
             coef = config.ptx.coef if config.ptx else 0.0
             loss, metrics = loss + coef * mixed, metrics | {"loss/ptx_avg": mixed}
             grads = jax.tree.map(lambda grad, ptx: grad + coef * ptx, grads, ptx_grads)
-        if method.value_warmup:
+        if method.value_warmup:  # the bound on both norms counts the values' alone
             grads = {**grads, "policy": _where(warming, jax.tree.map(jnp.zeros_like, grads["policy"]), grads["policy"])}
-        updated, opt_state, norms = update(optimizer, grads, params, opt_state, axes, key=update_key(order_key, number))
-        if method.value_warmup:  # weight decay would move it all the same
-            updated = {**updated, "policy": _where(warming, params["policy"], updated["policy"])}
-        return (updated, opt_state), metrics | {"loss": loss, **norms}
+        params, opt_state, norms = update(optimizer, grads, params, opt_state, axes, key=update_key(order_key, number))
+        return (params, opt_state), metrics | {"loss": loss, **norms}
 
     (params, opt_state), metrics = jax.lax.scan(
         update_minibatch, (state.params, state.opt_state), (minibatches, jnp.arange(updates))
     )
     metrics = {name: of[0] if name.startswith("sampling/") else jnp.mean(of) for name, of in metrics.items()}
-    metrics["learning_rate"] = schedule(state.step * updates)
+    metrics |= policy_optimizer.rates(config, method, state.step)
     return state._replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
 

@@ -15,10 +15,12 @@ from typing import Any, Literal
 import jax
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
+from rlhf_jax.config import CountOrZero
 from rlhf_jax.core import masking
 from rlhf_jax.core.advantages import gae, whiten_rewards
 from rlhf_jax.models import value_head
 from rlhf_jax.runtime.checkpoints import TrainState
+from rlhf_jax.runtime.optimizers import OptimizerConfig
 from rlhf_jax.runtime.programs import Step
 from rlhf_jax.stages import policy_gradient
 from rlhf_jax.stages.context import Context
@@ -34,6 +36,7 @@ from rlhf_jax.stages.policy_method import (
     check_overlong,
     check_penalty,
 )
+from rlhf_jax.stages.policy_optimizer import check_value_optimizer
 from rlhf_jax.types import RlhfError
 
 __all__ = ["Networks", "PPOConfig", "init_state", "make_halves", "make_step", "run"]
@@ -58,12 +61,22 @@ class PPOConfig(PolicyGradientConfig):
     overlong_buffer: float = 0.0  # the share of the longest response over which its score falls by 1
     value_trunk: Literal["reward_model", "policy", "shared"] = "reward_model"
     value_head: Literal["zero", "normal", "reward_model"] = "zero"
-    value_warmup: int = 0  # iterations in which the policy stays as it is
+    # The first iterations train the values alone: the policy, its moments and its schedule stay as they are until then.
+    value_warmup: CountOrZero = 0
+    # The values' own optimiser, rate, schedule and bound on the gradient's norm (verl's critic.optim); None: they share
+    # the policy's, as in TRL. With value_trunk = 'shared' it trains the values' head, and the trunk stays the policy's.
+    value_optimizer: OptimizerConfig | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_overlong(self.overlong_buffer)
         check_penalty(self, self.kl_coef, self.kl_estimator, self.kl_in)
+        check_value_optimizer(self.value_optimizer)
+        if self.value_warmup and self.value_warmup >= self.iterations:
+            raise ValueError(
+                f"value_warmup = {self.value_warmup} leaves none of iterations = {self.iterations} to the policy: "
+                "lower it"
+            )
         if self.value_head == "reward_model" and self.value_trunk != "reward_model":
             raise ValueError(
                 f"value_head = 'reward_model' reads the reward model's trunk, not value_trunk = {self.value_trunk!r}"
@@ -97,6 +110,7 @@ def method_of(config: PPOConfig) -> Method:
         vf_coef=config.vf_coef,
         value_clip=math.inf if config.value_clip is None else config.value_clip,
         value_warmup=config.value_warmup,
+        value_optimizer=config.value_optimizer,
     )
 
 

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.flatten_util import ravel_pytree
 
 from rlhf_jax.config import ModelSource
@@ -35,7 +34,7 @@ MODEL = ModelConfig(
     d_model=8, n_layers=1, n_heads=2, d_ff=16, activation="gelu", param_dtype="float32", compute_dtype="float32"
 )
 POLICY = PolicyNetwork(MODEL, VOCAB, ())
-FIRST_MOMENT = 0.1  # Adam's after one update is so much of the gradient: 1 - b1
+RATE = 1e3  # so large that rounding of the parameters is nothing beside an update
 COMMON: dict[str, Any] = {
     "policy": ModelSource("sft"),
     "reward_model": ModelSource("reward_model"),
@@ -44,13 +43,13 @@ COMMON: dict[str, Any] = {
     "epochs": 1,
     "temperature": 1.0,
     "optimizer": OptimizerConfig(
-        learning_rate=1e-3, schedule="constant", warmup_steps=0, weight_decay=0.0, epsilon=1e-8, max_grad_norm=1e9
+        name="sgd", learning_rate=RATE, schedule="constant", warmup_steps=0, weight_decay=0.0, max_grad_norm=1e9
     ),
     "samples_every": 1,
     "samples_written": 1,
     "loop": LoopConfig(steps_per_call=1, checkpoint_every=1),
 }
-"""Fields of every policy gradient's config: one update an iteration, whose gradient nothing bounds."""
+"""Fields of every policy gradient's config: one update an iteration, along a gradient that nothing bounds."""
 
 
 def of_group(method: str, size: int, **fields: Any) -> GroupRLConfig:
@@ -74,8 +73,12 @@ def world(longest: int) -> World:
     """The world of responses of at most so many tokens, of which there are 4, 13, 40 for 1, 2, 3; sampled on-policy."""
     policy, reference = (sharper(POLICY.init(jax.random.key(seed))) for seed in (0, 1))
     responses = every_response(longest)
-    scores = np.round(np.random.default_rng(0).normal(size=len(responses.prompt)), 1)  # with ties
-    return World(responses, jnp.asarray(scores, jnp.float32), policy, reference, policy)
+    return World(responses, jnp.asarray(scores(len(responses.prompt)), jnp.float32), policy, reference, policy)
+
+
+def scores(count: int) -> np.ndarray:
+    """Scores with one decimal, some of them equal, float64[N]."""
+    return np.round(np.random.default_rng(0).normal(size=count), 1)
 
 
 def sharper(params: Any) -> Any:
@@ -223,8 +226,8 @@ def _learning(config: PPOConfig | GroupRLConfig, value: ScalarNetwork | None, ch
         def of_batch(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
             batch = jax.tree.map(lambda leaf: leaf[rows], (Sampled(world.responses, sampled, None), world.scores))
             after, metrics, _ = second_half(state, {"reference": world.reference}, batch, jax.random.key(0))
-            moment = optax.tree.get(after.opt_state, "mu")["policy"]
-            return ravel_pytree(moment)[0] / FIRST_MOMENT, metrics["val/ratio"]
+            moved = jax.tree.map(jnp.subtract, world.policy, after.params["policy"])
+            return ravel_pytree(moved)[0] / RATE, metrics["val/ratio"]
 
         return jax.vmap(of_batch)(rows)
 

@@ -1,6 +1,7 @@
 """Tiny networks, batches and configs for tests of whole steps."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,14 +9,17 @@ import numpy as np
 
 from rlhf_jax.config import ModelSource
 from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.models.head import TokenStats
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
 from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.runtime.loop import LoopConfig
 from rlhf_jax.runtime.optimizers import OptimizerConfig, make_optimizer
 from rlhf_jax.runtime.programs import RuntimeConfig
-from rlhf_jax.stages import ppo
-from rlhf_jax.types import PreferenceBatch, PromptBatch
+from rlhf_jax.stages import group_rl, ppo
+from rlhf_jax.stages.policy_method import Experience
+from rlhf_jax.stages.policy_update import minibatch_loss
+from rlhf_jax.types import PreferenceBatch, PromptBatch, Rollout
 
 VOCAB, EOS, SUPPRESSED = 16, 2, (0, 1, 3)
 PROMPT, RESPONSE = 4, 6
@@ -32,6 +36,35 @@ REWARD = ScalarNetwork(MODEL, VOCAB, "mean")
 ONE_DEVICE = RuntimeConfig(
     strategy="jit", data=1, fsdp=1, tensor=1, inference_batch=16, deterministic=False, compile_quickly=False
 )
+
+
+class GivenPolicy(PolicyNetwork):
+    """A policy whose parameters are the log-probabilities of the response tokens: a loss's gradient is by these."""
+
+    def response_hidden(self, params, rollout, *, dropout_keys=None):
+        """The parameters."""
+        del rollout, dropout_keys
+        return params
+
+    def hidden_stats(self, params, hidden, tokens, *, temperature, of_logits=None):
+        """The parameters, with 0 for what is not a log-probability."""
+        del params, tokens, temperature, of_logits
+        return TokenStats(hidden, jnp.zeros_like(hidden), jnp.zeros(hidden.shape, bool), jnp.zeros_like(hidden))
+
+
+def given_loss(config, method, logprobs, batch: dict):
+    """Loss and metrics of one minibatch as training computes them, for log-probabilities [B, T] as they are given.
+
+    Args: batch has some fields of Experience; loss_mask is the response mask.
+    """
+    mask = batch["loss_mask"]
+    rollout = Rollout(*(jnp.zeros(mask.shape, jnp.int32), mask) * 2)
+    networks = ppo.Networks(GivenPolicy(MODEL, VOCAB, SUPPRESSED), None, None, (EOS,), mask.shape[1])
+    rows: dict[str, Any] = dict.fromkeys(Experience._fields) | batch | {"rollout": rollout}
+    return minibatch_loss(
+        {"policy": logprobs}, networks, config, method, Experience(**rows), (), kl_coef=method.kl_coef
+    )
+
 
 PPO = ppo.PPOConfig(
     kind="ppo",
@@ -54,6 +87,21 @@ PPO = ppo.PPOConfig(
     samples_written=4,
     loop=LOOP,
 )
+GROUP_RL = {
+    "kind": "group_rl",
+    "policy": ModelSource("sft"),
+    "reward_model": ModelSource("reward_model"),
+    "iterations": 30,
+    "batch_size": 16,
+    "minibatches": 1,
+    "epochs": 1,
+    "temperature": 1.0,
+    "num_generations": 4,
+    "optimizer": dataclasses.replace(OPTIMIZER, learning_rate=1e-2),
+    "samples_every": 1,
+    "samples_written": 4,
+    "loop": LOOP,
+}
 NETWORKS = ppo.Networks(POLICY, REWARD, REWARD, (EOS,), RESPONSE)
 
 
@@ -114,3 +162,11 @@ def several(batches: list):
 
 def with_config(**changes) -> ppo.PPOConfig:
     return dataclasses.replace(PPO, **changes)
+
+
+def group_config(method, **changes) -> group_rl.GroupRLConfig:
+    """A group method's config; kl_coef = 0.01 where the method leaves it open."""
+    fields: dict[str, Any] = {**GROUP_RL, "method": method, **changes}
+    if "kl_coef" not in group_rl.METHODS[method]:
+        fields.setdefault("kl_coef", 0.01)
+    return group_rl.GroupRLConfig(**fields)

@@ -104,9 +104,20 @@ def rloo(
     one.
     """
     del axes
-    groups = _groups(rewards, response_mask, num_generations)
-    others = (jnp.sum(groups, axis=1, keepdims=True) - groups) / (num_generations - 1)
-    return _on_tokens(groups - others, response_mask)
+    return _on_tokens(_others_subtracted(_groups(rewards, response_mask, num_generations)), response_mask)
+
+
+def rloo_normalized(
+    rewards: Float[Array, "B T"], response_mask: Bool[Array, "B T"], *, num_generations: int, axes: tuple[str, ...]
+) -> Float[Array, "B T"]:
+    r"""`rloo`, then $(A_i - \mathrm{mean}(A)) / \mathrm{std}(A)$ over the responses of the batch.
+
+    `normalize_advantages` of TRL's RLOOConfig: the variance is divided by the count less one, and 1e-4 is added to the
+    deviation. Responses count alike, whatever their lengths.
+    """
+    groups = _others_subtracted(_groups(rewards, response_mask, num_generations))
+    normalised = (groups - masking.mean(groups, axes)) / (_deviation(groups, axes) + 1e-4)
+    return _on_tokens(normalised, response_mask)
 
 
 def grpo(
@@ -129,6 +140,20 @@ def grpo(
     return _on_tokens(centred / (jnp.sqrt(variance) + 1e-4), response_mask)
 
 
+def grpo_batch_std(
+    rewards: Float[Array, "B T"], response_mask: Bool[Array, "B T"], *, num_generations: int, axes: tuple[str, ...]
+) -> Float[Array, "B T"]:
+    r"""$A_i = (R_i - \mathrm{mean}_{group}(R)) / \mathrm{std}_{batch}(R)$.
+
+    `scale_rewards="batch"` of TRL's GRPOConfig, after Liu et al. 2025 (Lite PPO, arXiv:2508.08221): a group whose
+    scores hardly differ is not blown up. The deviation is that of the scores of all responses of the batch, not of
+    their differences from the groups' means. Otherwise as `grpo`.
+    """
+    groups = _groups(rewards, response_mask, num_generations)
+    centred = groups - jnp.mean(groups, axis=1, keepdims=True)
+    return _on_tokens(centred / (_deviation(groups, axes) + 1e-4), response_mask)
+
+
 def dr_grpo(
     rewards: Float[Array, "B T"], response_mask: Bool[Array, "B T"], *, num_generations: int, axes: tuple[str, ...]
 ) -> Float[Array, "B T"]:
@@ -144,29 +169,57 @@ def dr_grpo(
 
 
 def reinforce_plus_plus(
-    rewards: Float[Array, "B T"], response_mask: Bool[Array, "B T"], *, num_generations: int, axes: tuple[str, ...]
+    rewards: Float[Array, "B T"],
+    response_mask: Bool[Array, "B T"],
+    *,
+    num_generations: int,
+    axes: tuple[str, ...],
+    gamma: float,
 ) -> Float[Array, "B T"]:
-    r"""$A_t = \sum_{i \ge t} r_i$, whitened over all tokens of the batch: no group.
+    r"""$A_t = \sum_{i \ge t} \gamma^{i-t} r_i$, whitened over all tokens of the batch: no group.
 
-    REINFORCE++, Hu 2025 (arXiv:2501.03262), where $r_i$ is the score on the last token less the penalty on each. As
-    the means of groups, those of the batch are of all that was sampled, trained on or not.
+    REINFORCE++, Hu et al. 2025 (arXiv:2501.03262), where $r_i$ is the score on the last token less the penalty on each;
+    the paper has gamma = 1, and verl's `compute_reinforce_plus_plus_outcome_advantage` any. As the means of groups,
+    those of the batch are of all that was sampled, trained on or not.
 
     Biased, because a response's own rewards are in the mean and in the deviation; the bias falls as one over the number
     of responses in the batch.
     """
     del num_generations
-    rewards = jnp.where(response_mask, rewards, 0)
-    to_go = jnp.cumsum(rewards[:, ::-1], axis=1)[:, ::-1]
+    _, to_go = gae(rewards, jnp.zeros_like(rewards), response_mask, gamma=gamma, gae_lambda=1.0)
     return masking.whiten(to_go, response_mask, axes)
+
+
+def reinforce_plus_plus_baseline(
+    rewards: Float[Array, "B T"], response_mask: Bool[Array, "B T"], *, num_generations: int, axes: tuple[str, ...]
+) -> Float[Array, "B T"]:
+    r"""$R_i - \mathrm{mean}(R)$ over the group, on every token, whitened over all tokens of the batch.
+
+    REINFORCE++ with baseline, Hu et al. 2025 (arXiv:2501.03262), as verl's
+    `compute_reinforce_plus_plus_baseline_outcome_advantage`. The batch's deviation takes the place of the group's,
+    which depends on the responses that it scales. R is the sum of a response's token rewards.
+    """
+    groups = _groups(rewards, response_mask, num_generations)
+    centred = _on_tokens(groups - jnp.mean(groups, axis=1, keepdims=True), response_mask)
+    return masking.whiten(centred, response_mask, axes)
 
 
 CRITIC_FREE: dict[str, Callable[..., Array]] = {
     "rloo": rloo,
+    "rloo_normalized": rloo_normalized,
     "grpo": grpo,
+    "grpo_batch_std": grpo_batch_std,
     "dr_grpo": dr_grpo,
     "reinforce_plus_plus": reinforce_plus_plus,
+    "reinforce_plus_plus_baseline": reinforce_plus_plus_baseline,
 }
 """Name -> estimator: (rewards, response_mask, num_generations, axes) -> advantages."""
+
+DISCOUNTED = ("reinforce_plus_plus",)
+"""Estimators that read gamma besides."""
+
+WITHOUT_GROUPS = ("reinforce_plus_plus",)
+"""Estimators for which a prompt may have one response."""
 
 
 def groups_that_differ(scores: Float[Array, "B"], *, num_generations: int) -> Bool[Array, "G"]:
@@ -184,6 +237,18 @@ def _groups(rewards: Array, mask: Array, num_generations: int) -> Array:
     if num_generations < 2 or len(rewards) % num_generations:
         raise ValueError(f"{len(rewards)} responses do not make groups of {num_generations}, of at least 2")
     return jnp.sum(jnp.where(mask, rewards, 0), axis=1).reshape(-1, num_generations)
+
+
+def _others_subtracted(groups: Array) -> Array:
+    count = groups.shape[1]
+    return groups - (jnp.sum(groups, axis=1, keepdims=True) - groups) / (count - 1)
+
+
+def _deviation(groups: Array, axes: tuple[str, ...]) -> Array:
+    """Standard deviation over all responses of all devices, with the count less one."""
+    count = masking.rows(groups.reshape(-1), axes)
+    squares = masking.total(jnp.square(groups - masking.mean(groups, axes)), axes)
+    return jnp.sqrt(squares / (count - 1).astype(groups.dtype))
 
 
 def _on_tokens(groups: Array, mask: Array) -> Array:

@@ -30,16 +30,20 @@ def ppo_clip(
     *,
     clip_ratio: float,
     clip_ratio_high: float,
+    dual_clip: float,
 ) -> TokenLosses:
     r"""PPO's clipped surrogate $-\min(r_t A_t, \mathrm{clip}(r_t, 1-\epsilon, 1+\epsilon_{high}) A_t)$ of each token.
 
     $r_t = \pi(a_t) / \pi_{old}(a_t)$; eq. 7 of Schulman et al. 2017 (arXiv:1707.06347) where both bounds are one, and
-    with a higher upper one the clip-higher of DAPO (Yu et al. 2025, arXiv:2503.14476).
+    with a higher upper one the clip-higher of DAPO (Yu et al. 2025, arXiv:2503.14476). The minimum leaves a negative
+    advantage unbounded where the ratio is high. Dual clip puts $\min(r_t, c)$ for $r_t$ there: eq. 5 of Ye et al. 2020
+    (arXiv:1912.09729), `clip_ratio_c` in verl.
 
-    Args: logprobs in nats of the sampled tokens now and when they were sampled; clip_ratio is epsilon.
+    Args: logprobs in nats of the sampled tokens now and when they were sampled; clip_ratio is epsilon; dual_clip is
+    c, above 1 + clip_ratio_high, and infinite for none.
     """
     ratio = ratios.ratio(_log_ratio(logprobs, old_logprobs, response_mask))
-    return _clipped(ratio, advantages, response_mask, clip_ratio, clip_ratio_high)
+    return _clipped(ratio, advantages, response_mask, clip_ratio, clip_ratio_high, dual_clip)
 
 
 def sequence_clip(
@@ -50,6 +54,7 @@ def sequence_clip(
     *,
     clip_ratio: float,
     clip_ratio_high: float,
+    dual_clip: float,
 ) -> TokenLosses:
     r"""The clipped surrogate of whole responses: every token has $r = \pi(y|x) / \pi_{old}(y|x)$ as its ratio.
 
@@ -58,7 +63,7 @@ def sequence_clip(
     """
     log_ratio = jnp.sum(_log_ratio(logprobs, old_logprobs, response_mask), axis=1, keepdims=True)
     ratio = jnp.broadcast_to(ratios.ratio(log_ratio), logprobs.shape)
-    return _clipped(ratio, advantages, response_mask, clip_ratio, clip_ratio_high)
+    return _clipped(ratio, advantages, response_mask, clip_ratio, clip_ratio_high, dual_clip)
 
 
 def gspo(
@@ -69,6 +74,7 @@ def gspo(
     *,
     clip_ratio: float,
     clip_ratio_high: float,
+    dual_clip: float,
 ) -> TokenLosses:
     r"""GSPO: the clipped surrogate with $s = (\pi(y|x) / \pi_{old}(y|x))^{1/|y|}$ as the ratio of every token.
 
@@ -78,7 +84,7 @@ def gspo(
     lengths = jnp.maximum(masking.lengths(response_mask), 1).astype(logprobs.dtype)[:, None]
     log_ratio = jnp.sum(_log_ratio(logprobs, old_logprobs, response_mask), axis=1, keepdims=True) / lengths
     ratio = jnp.broadcast_to(ratios.ratio(log_ratio), logprobs.shape)
-    return _clipped(ratio, advantages, response_mask, clip_ratio, clip_ratio_high)
+    return _clipped(ratio, advantages, response_mask, clip_ratio, clip_ratio_high, dual_clip)
 
 
 def cispo(
@@ -117,9 +123,9 @@ def reinforce(
 
 
 POLICY_LOSSES: dict[str, tuple[Callable[..., TokenLosses], tuple[str, ...]]] = {
-    "ppo": (ppo_clip, ("clip_ratio", "clip_ratio_high")),
-    "sequence": (sequence_clip, ("clip_ratio", "clip_ratio_high")),
-    "gspo": (gspo, ("clip_ratio", "clip_ratio_high")),
+    "ppo": (ppo_clip, ("clip_ratio", "clip_ratio_high", "dual_clip")),
+    "sequence": (sequence_clip, ("clip_ratio", "clip_ratio_high", "dual_clip")),
+    "gspo": (gspo, ("clip_ratio", "clip_ratio_high", "dual_clip")),
     "cispo": (cispo, ("clip_ratio_high",)),
     "reinforce": (reinforce, ()),
 }
@@ -130,12 +136,13 @@ def _log_ratio(logprobs: Array, old_logprobs: Array, mask: Array) -> Array:
     return jnp.where(mask, logprobs - old_logprobs, 0)
 
 
-def _clipped(ratio: Array, advantages: Array, mask: Array, low: float, high: float) -> TokenLosses:
+def _clipped(ratio: Array, advantages: Array, mask: Array, low: float, high: float, dual: float) -> TokenLosses:
     # First: 0 times a NaN in the padding would be a NaN in the gradient.
     advantages = jnp.where(mask, advantages, 0)
-    unclipped = -advantages * ratio
+    unclipped = -advantages * jnp.minimum(ratio, dual)
     clipped = -advantages * jnp.clip(ratio, 1 - low, 1 + high)
-    return TokenLosses(jnp.maximum(unclipped, clipped), clipped > unclipped)
+    reached = (clipped > unclipped) | ((ratio > dual) & (advantages < 0))
+    return TokenLosses(jnp.maximum(unclipped, clipped), reached)
 
 
 def token_mean(
@@ -224,45 +231,6 @@ def ratio_metrics(
         "val/ratio": masking.masked_mean(ratio, response_mask, axes),
         "val/ratio_var": masking.masked_variance(ratio, response_mask, axes),
     }
-
-
-def sampler_difference(
-    logprobs: Float[Array, "B T"],
-    sampler_logprobs: Float[Array, "B T"],
-    response_mask: Bool[Array, "B T"],
-    axes: tuple[str, ...],
-) -> dict[str, Array]:
-    """`sampling/sampling_logp_difference/{mean,max}`: how far the sampler is from the learner, in nats a token.
-
-    Of the absolute difference of one policy's log-probabilities by two programs, as TRL's GRPOTrainer has it.
-    """
-    logprobs = jax.lax.stop_gradient(logprobs)  # a maximum over devices has no derivative
-    apart = jnp.abs(_log_ratio(logprobs, sampler_logprobs, response_mask))
-    farthest = jnp.max(apart)
-    return {
-        "sampling/sampling_logp_difference/mean": masking.masked_mean(apart, response_mask, axes),
-        "sampling/sampling_logp_difference/max": jax.lax.pmax(farthest, axes) if axes else farthest,
-    }
-
-
-def policy_loss(
-    logprobs: Float[Array, "B T"],
-    old_logprobs: Float[Array, "B T"],
-    advantages: Float[Array, "B T"],
-    response_mask: Bool[Array, "B T"],
-    *,
-    clip_ratio: float,
-    axes: tuple[str, ...],
-) -> tuple[Float[Array, ""], dict[str, Array]]:
-    r"""PPO's loss: `ppo_clip` with both bounds $\epsilon$, averaged over the response tokens of the whole batch.
-
-    Returns: the loss, and `ratio_metrics`.
-    """
-    tokens = ppo_clip(
-        logprobs, old_logprobs, advantages, response_mask, clip_ratio=clip_ratio, clip_ratio_high=clip_ratio
-    )
-    metrics = ratio_metrics(logprobs, old_logprobs, tokens.clipped, response_mask, axes)
-    return masking.masked_mean(tokens.losses, response_mask, axes), metrics
 
 
 def value_loss(

@@ -14,9 +14,10 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from rlhf_jax.core import masking
 from rlhf_jax.core.advantages import overlong_penalty, score_clipped, token_rewards
+from rlhf_jax.core.importance import WEIGHTS, sampler_difference, weight_metrics
 from rlhf_jax.core.kl import ESTIMATORS, k1
 from rlhf_jax.core.logprobs import sequence_logprobs
-from rlhf_jax.core.policy_losses import explained_variance, sampler_difference
+from rlhf_jax.core.policy_losses import explained_variance
 from rlhf_jax.sampling.generate import is_stop
 from rlhf_jax.stages.policy_method import Experience, Method, Networks, PolicyGradientConfig, Sampled, Samples
 from rlhf_jax.types import Rollout
@@ -61,17 +62,19 @@ def by_learner(
     sampled: Sampled,
     axes: tuple[str, ...],
 ) -> OldPolicy:
-    r"""By a forward pass of the learner: the first ratio is 1, and the sampler comes in by weights at most.
+    """Recompute old log-probabilities with the learner, so that the first ratio is 1 ("decoupled" in verl).
 
-    They are $\min(\pi_{learner} / \pi_{sampler}, C)$ with C = `importance_cap`: truncated importance sampling, each
-    token on its own ("decoupled" in verl, `token_truncate` in TRL).
+    With `importance_cap` the tokens' losses are weighted for the difference of the sampler: see `core/importance.py`.
     """
     mask = sampled.rollout.response_mask
     stats, values = networks.forward(params, sampled.rollout, temperature=config.temperature)
-    ratio = jnp.exp(jnp.where(mask, stats.logprobs - sampled.logprobs, 0))
-    weights = None if config.importance_cap is None else jnp.minimum(ratio, config.importance_cap)
-    difference = sampler_difference(stats.logprobs, sampled.logprobs, mask, axes)
-    return OldPolicy(stats.logprobs, stats.entropy, values, weights, difference)
+    metrics, weights = sampler_difference(stats.logprobs, sampled.logprobs, mask, axes), None
+    if config.importance_cap is not None:
+        floor = 0.0 if config.importance_floor is None else config.importance_floor
+        weigh = WEIGHTS[config.importance_mode or "token_truncate"]
+        weights = weigh(stats.logprobs, sampled.logprobs, mask, cap=config.importance_cap, floor=floor)
+        metrics |= weight_metrics(weights, mask, axes)
+    return OldPolicy(stats.logprobs, stats.entropy, values, weights, metrics)
 
 
 def by_sampler(

@@ -7,11 +7,12 @@ details of the rollout, the scores, the penalty and the optimiser holds here as 
 
 import dataclasses
 import functools
+import math
 from typing import Any, Literal
 
 from jaxtyping import Array, PyTree
 
-from rlhf_jax.core.advantages import CRITIC_FREE
+from rlhf_jax.core.advantages import CRITIC_FREE, DISCOUNTED, WITHOUT_GROUPS
 from rlhf_jax.core.policy_losses import POLICY_LOSSES
 from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.runtime.programs import Step
@@ -24,11 +25,24 @@ from rlhf_jax.stages.policy_method import (
     Networks,
     Place,
     PolicyGradientConfig,
+    check_dual_clip,
     check_overlong,
     check_penalty,
 )
 
-Name = Literal["rloo", "reinforce_plus_plus", "grpo", "dr_grpo", "dapo", "gspo", "cispo"]
+Name = Literal[
+    "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "grpo", "dr_grpo", "dapo", "gspo", "cispo"
+]
+Advantage = Literal[
+    "rloo",
+    "rloo_normalized",
+    "grpo",
+    "grpo_batch_std",
+    "dr_grpo",
+    "reinforce_plus_plus",
+    "reinforce_plus_plus_baseline",
+]
+"""An estimator of advantages, of `core/advantages.py`, each with its formula there."""
 
 # Of TRL and verl, where a paper names none of its own.
 PPO_BOUNDS = {"policy_loss": "ppo", "clip_ratio": 0.2, "clip_ratio_high": 0.2}
@@ -46,13 +60,21 @@ METHODS: dict[str, dict[str, Any]] = {
         "kl_estimator": "k1",
         "kl_in": "reward",
     },
-    # Hu 2025 (arXiv:2501.03262).
+    # Hu et al. 2025 (arXiv:2501.03262): for one response a prompt, and for several of which the mean is a baseline. The
+    # second has the penalty in the loss, by the estimator with the divergence's gradient.
     "reinforce_plus_plus": {
         **PPO_BOUNDS,
         "advantage": "reinforce_plus_plus",
         "aggregation": "token",
         "kl_estimator": "k1",
         "kl_in": "reward",
+    },
+    "reinforce_plus_plus_baseline": {
+        **PPO_BOUNDS,
+        "advantage": "reinforce_plus_plus_baseline",
+        "aggregation": "token",
+        "kl_estimator": "k2",
+        "kl_in": "loss",
     },
     # Shao et al. 2024 (DeepSeekMath, arXiv:2402.03300): the coefficient is that of their runs, section 4.2.
     "grpo": {
@@ -95,9 +117,9 @@ METHODS: dict[str, dict[str, Any]] = {
         "clip_ratio_high": 4.0,
     },
 }
-"""What each method sets. `rloo` and `reinforce_plus_plus` leave `kl_coef` open."""
+"""What each method sets. `rloo` and both `reinforce_plus_plus` leave `kl_coef` open."""
 
-OTHERWISE: dict[str, Any] = {"dynamic_sampling_rounds": 0, "overlong_buffer": 0.0}
+OTHERWISE: dict[str, Any] = {"dual_clip": math.inf, "gamma": 1.0, "dynamic_sampling_rounds": 0, "overlong_buffer": 0.0}
 """What a method that says nothing of a field has."""
 
 OWN = (
@@ -120,11 +142,13 @@ class GroupRLConfig(PolicyGradientConfig):
     kind: Literal["group_rl"]
     method: Name
     num_generations: int  # responses to a prompt, a group
-    advantage: Literal["rloo", "grpo", "dr_grpo", "reinforce_plus_plus"] | None = None
+    advantage: Advantage | None = None
+    gamma: float | None = None  # discount a token of rewards to come, for advantage = "reinforce_plus_plus"; 1 for None
     policy_loss: Literal["ppo", "sequence", "gspo", "cispo", "reinforce"] | None = None
     aggregation: Literal["token", "sequence", "sequence_sum", "constant"] | None = None
     clip_ratio: float | None = None
     clip_ratio_high: float | None = None
+    dual_clip: float | None = None  # greatest ratio of a token with a negative advantage (3 in verl); None: no bound
     kl_coef: float | None = None
     kl_estimator: Estimator | None = None
     kl_in: Place | None = None
@@ -137,7 +161,9 @@ class GroupRLConfig(PolicyGradientConfig):
         fields = settled(self)
         if fields.get("kl_coef") is None:
             raise ValueError(f"method = {self.method!r} leaves kl_coef to you: set it, 0 for no penalty")
-        least = 1 if fields["advantage"] == "reinforce_plus_plus" else 2
+        if self.gamma is not None and fields["advantage"] not in DISCOUNTED:
+            raise ValueError(f"gamma is not read by advantage = {fields['advantage']!r}: leave it out")
+        least = 1 if fields["advantage"] in WITHOUT_GROUPS else 2
         if self.num_generations < least:
             raise ValueError(
                 f"num_generations = {self.num_generations} must be at least {least}: advantage = "
@@ -149,7 +175,7 @@ class GroupRLConfig(PolicyGradientConfig):
                 f"{self.num_generations}"
             )
         reads = POLICY_LOSSES[fields["policy_loss"]][1]
-        for name in ("clip_ratio", "clip_ratio_high"):
+        for name in ("clip_ratio", "clip_ratio_high", "dual_clip"):
             if getattr(self, name) is not None and name not in reads:
                 raise ValueError(f"{name} is not read by policy_loss = {fields['policy_loss']!r}: leave it out")
             if name in reads and fields.get(name) is None:
@@ -168,6 +194,8 @@ class GroupRLConfig(PolicyGradientConfig):
             raise ValueError(
                 f"dynamic_sampling_rounds = {rounds} keeps groups whose scores differ: set num_generations to 2 or more"
             )
+        if "dual_clip" in reads:
+            check_dual_clip(fields["dual_clip"], fields["clip_ratio_high"])
         check_overlong(fields["overlong_buffer"])
         check_penalty(self, fields["kl_coef"], fields["kl_estimator"], fields["kl_in"])
 
@@ -181,7 +209,8 @@ def settled(config: GroupRLConfig) -> dict[str, Any]:
 def method_of(config: GroupRLConfig) -> Method:
     """A config's method, with everything that it leaves open filled in."""
     fields = settled(config)
-    advantages = functools.partial(CRITIC_FREE[fields["advantage"]], num_generations=config.num_generations)
+    discount = {"gamma": fields["gamma"]} if fields["advantage"] in DISCOUNTED else {}
+    advantages = functools.partial(CRITIC_FREE[fields["advantage"]], num_generations=config.num_generations, **discount)
 
     def estimate(
         rewards: Array, values: Array | None, mask: Array, trained: Array, axes: tuple[str, ...]

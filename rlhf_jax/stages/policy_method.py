@@ -48,6 +48,8 @@ The metric `objective/kl` is the estimator's value: that of `k3` for all three.
 """
 Place = Literal["reward", "loss"]
 """Where the divergence is penalised: in the token rewards, or as a term of the loss."""
+ImportanceMode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+"""Whether tokens or whole responses are weighted, and whether weights beyond the bounds become the bound or 0."""
 SharedTrunk = Literal["shared"]
 
 
@@ -88,7 +90,10 @@ class PolicyGradientConfig(OnlineConfig):
     kl_controller: AdaptiveKL | None = None  # None: the coefficient stays what it is
     entropy_coef: float = 0.0  # a bonus on the entropy, nats a token
     old_logprobs: Literal["learner", "sampler"] = "learner"  # by whose forward passes: the sampler's are already done
-    importance_cap: float | None = None  # weights by the learner's over the sampler's probabilities, at most this
+    # Weights for the difference of the sampler from the learner, of `core/importance.py`; None: no weights.
+    importance_cap: float | None = None  # greatest ratio of the learner's probability to the sampler's (3 in TRL)
+    importance_floor: float | None = None  # least ratio; None: 0
+    importance_mode: ImportanceMode | None = None  # what has a ratio, and what bounds do; None: token_truncate
     ptx: PretrainingMix | None = None
 
     def __post_init__(self) -> None:
@@ -108,6 +113,14 @@ class PolicyGradientConfig(OnlineConfig):
             raise ValueError(
                 f"importance_cap = {self.importance_cap} bounds the learner's over the sampler's probabilities, which "
                 "old_logprobs = 'sampler' has in the ratio itself: leave one of the two out"
+            )
+        for name in ("importance_floor", "importance_mode"):
+            if getattr(self, name) is not None and self.importance_cap is None:
+                raise ValueError(f"{name} = {getattr(self, name)!r} is read with importance_cap alone: set that too")
+        if self.importance_cap is not None and not 0 <= (self.importance_floor or 0) < self.importance_cap:
+            raise ValueError(
+                f"importance_floor = {self.importance_floor} must be from 0 to below importance_cap = "
+                f"{self.importance_cap}"
             )
         if self.ptx is not None and (self.ptx.batch_size < 1 or self.ptx.batch_size % self.minibatches):
             raise ValueError(
@@ -137,8 +150,17 @@ def check_penalty(config: PolicyGradientConfig, kl_coef: float, estimator: Estim
         raise ValueError(f"kl_controller multiplies kl_coef = {kl_coef}, which would stay what it is: set it above 0")
 
 
+def check_dual_clip(dual_clip: float, clip_ratio_high: float) -> None:
+    """Raises ValueError unless the second bound is above the first one."""
+    if dual_clip <= 1 + clip_ratio_high:
+        raise ValueError(
+            f"dual_clip = {dual_clip} bounds ratios that the clip at 1 + clip_ratio_high = {1 + clip_ratio_high} "
+            "leaves alone: set it above that, or to None for no bound"
+        )
+
+
 def check_overlong(buffer: float) -> None:
-    """Raises ValueError for a share that is none."""
+    """Raises ValueError unless 0 <= buffer < 1."""
     if not 0 <= buffer < 1:
         raise ValueError(
             f"overlong_buffer = {buffer} is a share of the longest response: set it from 0 (none) to below 1"

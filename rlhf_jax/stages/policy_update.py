@@ -15,9 +15,10 @@ import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray, PyTree
 
 from rlhf_jax.core import masking
+from rlhf_jax.core.importance import sampler_difference
 from rlhf_jax.core.kl import ESTIMATORS
 from rlhf_jax.core.logprobs import cross_entropy
-from rlhf_jax.core.policy_losses import AGGREGATIONS, POLICY_LOSSES, ratio_metrics, sampler_difference, value_loss
+from rlhf_jax.core.policy_losses import AGGREGATIONS, POLICY_LOSSES, ratio_metrics, value_loss
 from rlhf_jax.models.head import token_stats, token_stats_with_entropy
 from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.runtime.optimizers import gradients, update

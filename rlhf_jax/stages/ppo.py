@@ -33,6 +33,7 @@ from rlhf_jax.stages.policy_method import (
     Networks,
     Place,
     PolicyGradientConfig,
+    check_dual_clip,
     check_overlong,
     check_penalty,
 )
@@ -54,6 +55,7 @@ class PPOConfig(PolicyGradientConfig):
     value_clip: float | None  # None: values are not clipped
     vf_coef: float
     clip_ratio_high: float | None = None  # None: as clip_ratio
+    dual_clip: float | None = None  # greatest ratio of a token with a negative advantage (3 in verl); None: no bound
     kl_estimator: Estimator = "k1"
     kl_in: Place = "reward"
     whiten_rewards: bool = False
@@ -69,6 +71,8 @@ class PPOConfig(PolicyGradientConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.dual_clip is not None:
+            check_dual_clip(self.dual_clip, self.upper_clip_ratio)
         check_overlong(self.overlong_buffer)
         check_penalty(self, self.kl_coef, self.kl_estimator, self.kl_in)
         check_value_optimizer(self.value_optimizer)
@@ -81,6 +85,11 @@ class PPOConfig(PolicyGradientConfig):
             raise ValueError(
                 f"value_head = 'reward_model' reads the reward model's trunk, not value_trunk = {self.value_trunk!r}"
             )
+
+    @property
+    def upper_clip_ratio(self) -> float:
+        """The upper bound's distance from 1."""
+        return self.clip_ratio if self.clip_ratio_high is None else self.clip_ratio_high
 
 
 def method_of(config: PPOConfig) -> Method:
@@ -97,10 +106,13 @@ def method_of(config: PPOConfig) -> Method:
             masking.whiten(advantages, trained, axes) if config.whiten_advantages else advantages, returns
         )
 
-    high = config.clip_ratio if config.clip_ratio_high is None else config.clip_ratio_high
     return Method(
         policy_loss="ppo",
-        bounds={"clip_ratio": config.clip_ratio, "clip_ratio_high": high},
+        bounds={
+            "clip_ratio": config.clip_ratio,
+            "clip_ratio_high": config.upper_clip_ratio,
+            "dual_clip": math.inf if config.dual_clip is None else config.dual_clip,
+        },
         aggregation="token",
         kl_coef=config.kl_coef,
         kl_estimator=config.kl_estimator,

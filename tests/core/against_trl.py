@@ -15,8 +15,9 @@ import numpy as np
 from rlhf_jax.core import advantages, kl, logprobs, masking, policy_losses, reward_losses, unpaired_losses
 from rlhf_jax.core.preference_losses import Pairs
 from rlhf_jax.models.head import TokenStats
-from rlhf_jax.stages import preference_loss
+from rlhf_jax.stages import ppo, preference_loss
 from rlhf_jax.stages.preference_loss import PreferenceLossConfig
+from tests import tiny
 from tests.core.against_trl_online import ONLINE_CHECKS
 
 Record = Mapping[str, np.ndarray]
@@ -146,11 +147,18 @@ def check_whitening(trl: Record) -> None:
 
 
 def check_policy_loss(trl: Record, clip_ratio: float) -> None:
-    """PPOTrainer's clipped surrogate at its last step, after three epochs, when many ratios are clipped."""
-    loss = functools.partial(policy_losses.policy_loss, clip_ratio=clip_ratio, axes=())
-    (value, metrics), grad = jax.jit(jax.value_and_grad(loss, has_aux=True))(
-        *(jnp.asarray(trl[f"step_{name}"]) for name in ("new_logprobs", "logprobs", "advantage", "response_mask"))
-    )
+    """PPOTrainer's clipped surrogate at its last step, after three epochs, when many ratios are clipped.
+
+    Ours is the loss of a minibatch, by the function that trains, without values: TRL's have another mask.
+    """
+    config = tiny.with_config(clip_ratio=clip_ratio)
+    names = {"logprobs": "logprobs", "advantages": "advantage", "loss_mask": "response_mask"}
+    batch = {name: jnp.asarray(trl[f"step_{theirs}"]) for name, theirs in names.items()}
+
+    def loss(logprobs):
+        return tiny.given_loss(config, ppo.method_of(config), logprobs, batch)
+
+    (value, metrics), grad = jax.jit(jax.value_and_grad(loss, has_aux=True))(jnp.asarray(trl["step_new_logprobs"]))
     close(value, trl["step_pg_loss"])
     close(grad, trl["step_new_logprobs_grad"])
     # TRL's approxkl and ratio average over padding too: ours are not compared.

@@ -1,12 +1,15 @@
 """Random batches with uneven masks, and the property that every masked function has."""
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from hypothesis import strategies as st
+
+from rlhf_jax.core.policy_losses import AGGREGATIONS, POLICY_LOSSES, ratio_metrics
 
 ROWS, WIDTH = 5, 6
 seeds = st.integers(0, 2**32 - 1)
@@ -26,6 +29,29 @@ def random_mask(seed: int) -> jax.Array:
 
 def normal(seed: int, *shape: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def ppo_loss(
+    logprobs: jax.Array,
+    old_logprobs: jax.Array,
+    advantages: jax.Array,
+    response_mask: jax.Array,
+    *,
+    clip_ratio: float,
+    axes: tuple[str, ...],
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """PPO's loss and metrics of the policy, put together of the parts that training puts together."""
+    tokens = POLICY_LOSSES["ppo"][0](
+        logprobs,
+        old_logprobs,
+        advantages,
+        response_mask,
+        clip_ratio=clip_ratio,
+        clip_ratio_high=clip_ratio,
+        dual_clip=math.inf,
+    )
+    loss = AGGREGATIONS["token"][0](tokens.losses, response_mask, max_tokens=WIDTH, axes=axes)
+    return loss, ratio_metrics(logprobs, old_logprobs, tokens.clipped, response_mask, axes)
 
 
 @functools.cache  # one compilation for all examples

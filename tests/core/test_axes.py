@@ -10,10 +10,10 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from rlhf_jax.core import advantages, logprobs, masking, policy_losses, reward_losses, unpaired_losses
+from rlhf_jax.core import advantages, importance, logprobs, masking, policy_losses, reward_losses, unpaired_losses
 from rlhf_jax.core.preference_losses import Pairs
 from rlhf_jax.stages.preference_loss import PreferenceLossConfig, preference_loss
-from tests.core.cases import normal, prefix_mask
+from tests.core.cases import normal, ppo_loss, prefix_mask
 
 DEVICES, B, T = 8, 16, 5
 # Means of means would differ: devices hold between no token at all (the fourth) and ten.
@@ -45,20 +45,29 @@ FUNCTIONS: dict[str, Callable] = {
     "whiten": lambda theta, a, b, c, mask, s, axes: masking.total(b * masking.whiten(a * theta, mask, axes), axes),
     "cross_entropy": lambda theta, a, b, c, mask, s, axes: logprobs.cross_entropy(a * theta, mask, axes),
     "policy_loss": lambda theta, a, b, c, mask, s, axes: (
-        with_metrics(policy_losses.policy_loss(a * theta, a + 0.3 * b, c, mask, clip_ratio=0.2, axes=axes))
-        | policy_losses.sampler_difference(a * theta, b, mask, axes)
+        with_metrics(ppo_loss(a * theta, a + 0.3 * b, c, mask, clip_ratio=0.2, axes=axes))
+        | importance.sampler_difference(a * theta, b, mask, axes)
     ),
     "value_loss": lambda theta, a, b, c, mask, s, axes: with_metrics(
         policy_losses.value_loss(a * theta, a + 0.3 * b, c, mask, clip_range=0.2, axes=axes)
     ),
     "gspo": lambda theta, a, b, c, mask, s, axes: policy_losses.sequence_mean(
-        policy_losses.gspo(a * theta, a + 0.3 * b, c, mask, clip_ratio=0.2, clip_ratio_high=0.3).losses,
+        policy_losses.gspo(a * theta, a + 0.3 * b, c, mask, clip_ratio=0.2, clip_ratio_high=0.3, dual_clip=3.0).losses,
         mask,
         max_tokens=T,
         axes=axes,
     ),
     "reinforce_plus_plus": lambda theta, a, b, c, mask, s, axes: masking.total(
-        b * advantages.reinforce_plus_plus(a * theta, mask, num_generations=2, axes=axes), axes
+        b * advantages.reinforce_plus_plus(a * theta, mask, num_generations=2, axes=axes, gamma=0.9), axes
+    ),
+    **{
+        name: lambda theta, a, b, c, mask, s, axes, function=advantages.CRITIC_FREE[name]: masking.total(
+            b * function(a * theta, mask, num_generations=2, axes=axes), axes
+        )
+        for name in ("rloo_normalized", "grpo_batch_std", "reinforce_plus_plus_baseline")
+    },
+    "weight_metrics": lambda theta, a, b, c, mask, s, axes: (
+        {"loss": masking.total(b * a * theta, axes)} | importance.weight_metrics(b, mask, axes)
     ),
     "explained_variance": lambda theta, a, b, c, mask, s, axes: policy_losses.explained_variance(
         a * theta, c, mask, axes

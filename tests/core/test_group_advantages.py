@@ -14,29 +14,43 @@ from tests.core.cases import WIDTH, assert_padding_is_inert, normal, prefix_mask
 
 GROUP, ROWS = 3, 6
 lengths_of_rows = st.lists(st.integers(1, WIDTH), min_size=ROWS, max_size=ROWS)
+
+
+def gamma_of(name, gamma=1.0):
+    return {"gamma": gamma} if name in advantages.DISCOUNTED else {}
+
+
 COMPUTE = {
-    name: jax.jit(functools.partial(function, num_generations=GROUP, axes=()))
+    name: jax.jit(functools.partial(function, num_generations=GROUP, axes=(), **gamma_of(name)))
     for name, function in advantages.CRITIC_FREE.items()
 }
 
 
-def slow(name, rewards, lengths):
+def slow(name, rewards, lengths, gamma=1.0):
     """From the papers, one response at a time."""
     rewards = np.asarray(rewards, np.float64)
     result = np.zeros_like(rewards)
     total = [rewards[row, :length].sum() for row, length in enumerate(lengths)]
     if name == "reinforce_plus_plus":
-        to_go = [[rewards[row, t:length].sum() for t in range(length)] for row, length in enumerate(lengths)]
+        to_go = [
+            [sum(gamma ** (i - t) * rewards[row, i] for i in range(t, length)) for t in range(length)]
+            for row, length in enumerate(lengths)
+        ]
         every = np.concatenate(to_go)
         for row, length in enumerate(lengths):
             result[row, :length] = (to_go[row] - every.mean()) / every.std()
         return result
+    means = np.repeat(np.reshape(total, (-1, GROUP)).mean(axis=1), GROUP)
+    others = (GROUP * means - total) / (GROUP - 1)
+    tokens = np.repeat(total - means, lengths)
     for row, length in enumerate(lengths):
         first = row // GROUP * GROUP
         group = total[first : first + GROUP]
-        others = [total[i] for i in range(first, first + GROUP) if i != row]
         result[row, :length] = {
-            "rloo": total[row] - np.mean(others),
+            "rloo": total[row] - others[row],
+            "rloo_normalized": (total[row] - others[row]) / (np.std(total - others, ddof=1) + 1e-4),
+            "grpo_batch_std": (total[row] - np.mean(group)) / (np.std(total, ddof=1) + 1e-4),
+            "reinforce_plus_plus_baseline": (total[row] - means[row] - tokens.mean()) / np.sqrt(tokens.var() + 1e-8),
             "dr_grpo": total[row] - np.mean(group),
             "grpo": (total[row] - np.mean(group)) / (np.std(group, ddof=1) + 1e-4),
         }[name]
@@ -52,6 +66,26 @@ def test_advantages_are_the_papers_formulas(name, seed, lengths):
     # A constant added to all scores, and what is in the padding, change nothing.
     shifted = COMPUTE[name](jnp.where(mask, rewards, np.nan) + _on_last(5.0, mask), mask)
     np.testing.assert_allclose(shifted, got, rtol=1e-2, atol=1e-3)
+
+
+@given(seed=seeds, lengths=lengths_of_rows)
+def test_a_discount_is_of_rewards_to_come(seed, lengths):
+    rewards, mask = normal(seed, ROWS, WIDTH), prefix_mask(lengths)
+    got = advantages.reinforce_plus_plus(rewards, mask, num_generations=1, axes=(), gamma=0.8)
+    expected = slow("reinforce_plus_plus", rewards, lengths, gamma=0.8)
+    np.testing.assert_allclose(got, expected, rtol=2e-3, atol=2e-4)
+    if max(lengths) > 2:
+        assert np.abs(got - COMPUTE["reinforce_plus_plus"](rewards, mask)).max() > 1e-3
+
+
+def test_groups_whose_scores_hardly_differ_are_not_blown_up_by_the_batchs_deviation():
+    """Scores of one group a thousandth of the other's apart: its own deviation hides it, the batch's does not."""
+    scores, mask = jnp.array([0.0, 0.001, 0.002, 0.0, 1.0, 2.0]), prefix_mask([WIDTH] * ROWS)
+    rewards = advantages.token_rewards(scores, jnp.zeros(mask.shape), mask, kl_coef=0.0)
+    size = {name: np.abs(compute(rewards, mask)).reshape(2, -1).max(axis=1) for name, compute in COMPUTE.items()}
+    assert size["grpo"][0] > 0.9 * size["grpo"][1]
+    for name in ("grpo_batch_std", "reinforce_plus_plus_baseline", "rloo_normalized"):
+        assert size[name][0] < 0.01 * size[name][1]
 
 
 def _on_last(score, mask):
@@ -74,7 +108,8 @@ def test_a_group_of_equals_teaches_nothing_and_is_finite():
     rewards, mask = jnp.full((ROWS, WIDTH), 0.3), prefix_mask([WIDTH] * ROWS)
     for name, compute in COMPUTE.items():
         if name != "reinforce_plus_plus":
-            np.testing.assert_allclose(compute(rewards, mask), 0, atol=1e-2 if name == "grpo" else 1e-5)
+            # A deviation of 0 divides the rounding of the sums by the little that is added to it.
+            np.testing.assert_allclose(compute(rewards, mask), 0, atol=1e-5 if name in ("rloo", "dr_grpo") else 1e-2)
     scores = jnp.array([0.3, 0.3, 0.3, 0.0, 1.0, 0.0])
     assert advantages.groups_that_differ(scores, num_generations=GROUP).tolist() == [False, True]
 
@@ -110,7 +145,9 @@ def test_whitened_rewards_keep_their_mean(seed, lengths):
 MASKED = {
     "whiten_rewards": lambda x, mask: advantages.whiten_rewards(x, mask, ()),
     **{
-        name: lambda x, mask, function=function: function(x, mask, num_generations=5, axes=())
+        name: lambda x, mask, name=name, function=function: function(
+            x, mask, num_generations=5, axes=(), **gamma_of(name)
+        )
         for name, function in advantages.CRITIC_FREE.items()
     },
 }

@@ -7,10 +7,20 @@ import pytest
 from hypothesis import given
 
 from rlhf_jax.core import policy_losses
-from tests.core.cases import ROWS, WIDTH, assert_padding_is_inert, normal, prefix_mask, random_mask, row_lengths, seeds
+from tests.core.cases import (
+    ROWS,
+    WIDTH,
+    assert_padding_is_inert,
+    normal,
+    ppo_loss,
+    prefix_mask,
+    random_mask,
+    row_lengths,
+    seeds,
+)
 
 EPSILON = 0.2
-policy_loss = jax.jit(functools.partial(policy_losses.policy_loss, clip_ratio=EPSILON, axes=()))
+policy_loss = jax.jit(functools.partial(ppo_loss, clip_ratio=EPSILON, axes=()))
 value_loss = jax.jit(functools.partial(policy_losses.value_loss, clip_range=EPSILON, axes=()))
 policy_grad = jax.jit(jax.grad(lambda *args: policy_loss(*args)[0]))
 value_grad = jax.jit(jax.grad(lambda *args: value_loss(*args)[0]))

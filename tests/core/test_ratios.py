@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from rlhf_jax.core import kl, policy_losses, ratios
 from rlhf_jax.core.policy_losses import POLICY_LOSSES
 
-BOUNDS = {"clip_ratio": 0.2, "clip_ratio_high": 0.3}
+BOUNDS = {"clip_ratio": 0.2, "clip_ratio_high": 0.3, "dual_clip": np.inf}
 TOP = np.exp(ratios.LARGEST)
 FAR = [92.0, 1e4]
 

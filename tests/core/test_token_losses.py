@@ -1,6 +1,7 @@
 """Every policy loss under every aggregation, against the papers' formulas written out response by response."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from rlhf_jax.core import policy_losses
+from rlhf_jax.core import importance, policy_losses
 from rlhf_jax.core.policy_losses import AGGREGATIONS, POLICY_LOSSES
 from tests.core.cases import ROWS, WIDTH, assert_padding_is_inert, normal, prefix_mask, row_lengths, seeds
 
 LOW, HIGH, MOST = 0.1, 0.3, 9
-BOUNDS = {"clip_ratio": LOW, "clip_ratio_high": HIGH}
+BOUNDS = {"clip_ratio": LOW, "clip_ratio_high": HIGH, "dual_clip": math.inf}
 
 
 def loss_of(name, aggregation):
@@ -143,6 +144,67 @@ def test_an_aggregation_reads_no_padding(aggregation):
     assert function(jnp.where(mask, x, jnp.nan)) == function(jnp.where(mask, x, 0)) != 0
 
 
+@pytest.mark.parametrize("name", ["ppo", "sequence", "gspo"])
+@given(seed=seeds, lengths=row_lengths)
+def test_a_second_clip_bounds_what_a_negative_advantage_can_do(name, seed, lengths):
+    """Eq. 5 of Ye et al. 2020 as it stands: the greater of the clipped surrogate and c times the advantage."""
+    logprobs, old, advantages = case(seed)
+    logprobs, mask, c = old + 4 * (logprobs - old), prefix_mask(lengths), 1.5
+
+    def losses(logprobs, dual_clip):
+        tokens = POLICY_LOSSES[name][0](logprobs, old, advantages, mask, **BOUNDS | {"dual_clip": dual_clip})
+        return jnp.sum(jnp.where(mask, tokens.losses, 0)), tokens
+
+    (_, single), _ = jax.value_and_grad(losses, has_aux=True)(logprobs, math.inf)
+    (_, double), gradient = jax.value_and_grad(losses, has_aux=True)(logprobs, c)
+    expected = jnp.where(advantages < 0, jnp.minimum(single.losses, -c * advantages), single.losses)
+    np.testing.assert_allclose(jnp.where(mask, double.losses, 0), jnp.where(mask, expected, 0), rtol=1e-5)
+    bound = np.asarray(mask & (advantages < 0) & (single.losses > -c * advantages))
+    np.testing.assert_array_equal(double.clipped & mask, (single.clipped & mask) | bound)
+    if name == "ppo":
+        np.testing.assert_array_equal(np.asarray(gradient)[bound], 0)
+
+
+def test_some_ratios_reach_the_second_clip():
+    """Else the test above would be of the first one alone."""
+    old, mask = jnp.full((1, 2), -1.0), jnp.ones((1, 2), bool)
+    for name in ("ppo", "sequence", "gspo"):
+        tokens = POLICY_LOSSES[name][0](old + 1, old, 0 * old - 2, mask, **BOUNDS | {"dual_clip": 1.5})
+        np.testing.assert_allclose(tokens.losses, 3.0)
+        assert tokens.clipped.all()
+
+
+WEIGHED = {
+    "token_truncate": lambda ratio, cap, floor: min(max(ratio, floor), cap),
+    "token_mask": lambda ratio, cap, floor: ratio if floor <= ratio <= cap else 0.0,
+}
+WEIGHED |= {name.replace("token", "sequence"): function for name, function in WEIGHED.items()}
+
+
+@pytest.mark.parametrize("name", importance.WEIGHTS)
+@given(seed=seeds, lengths=row_lengths)
+def test_importance_weights_are_truncated_or_masked_a_token_or_a_response_at_a_time(name, seed, lengths):
+    (logprobs, sampler, _), mask, cap, floor = case(seed), prefix_mask(lengths), 1.2, 0.7
+    filled = [jnp.where(mask, x, jnp.nan) for x in (logprobs, sampler)]
+    got = importance.WEIGHTS[name](*filled, mask, cap=cap, floor=floor)
+    assert np.isfinite(got).all()
+    for row, length in enumerate(lengths):
+        apart = np.asarray(logprobs, np.float64)[row, :length] - np.asarray(sampler, np.float64)[row, :length]
+        ratios = np.exp(apart if name.startswith("token") else np.full(length, apart.sum()))
+        expected = [WEIGHED[name](ratio, cap, floor) for ratio in ratios]
+        np.testing.assert_allclose(got[row, :length], expected, rtol=1e-5)
+    if np.asarray(mask).any():
+        metrics, inside = importance.weight_metrics(got, mask, ()), np.asarray(got)[np.asarray(mask)]
+        np.testing.assert_allclose(list(metrics.values()), [inside.min(), inside.mean(), inside.max()], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", importance.WEIGHTS)
+def test_importance_weights_of_far_programs_are_finite(name):
+    x, mask = jnp.array([[92.0, 1e4], [-92.0, -1e4]]), jnp.ones((2, 2), bool)
+    weights = importance.WEIGHTS[name](x, 0 * x, mask, cap=3.0, floor=0.0)
+    np.testing.assert_allclose(weights, [[3.0 * name.endswith("truncate")] * 2, [0, 0]], atol=1e-30)
+
+
 def test_ratio_metrics_count_no_padding():
     logprobs, old, _ = case(0)
     mask = prefix_mask([WIDTH, 2, 1, 0, 3])
@@ -161,5 +223,5 @@ def test_the_samplers_difference_is_of_either_sign_and_of_no_padding():
     expected = np.abs(np.asarray(logprobs) - np.asarray(old))[np.asarray(mask)]
     for sign in (1, -1):
         first, second = (jnp.where(mask, x, jnp.nan) for x in (logprobs, old)[::sign])
-        found = policy_losses.sampler_difference(first, second, mask, ())
+        found = importance.sampler_difference(first, second, mask, ())
         np.testing.assert_allclose(list(found.values()), [expected.mean(), expected.max()], rtol=1e-6)

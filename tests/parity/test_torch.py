@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from rlhf_jax.core import advantages, logprobs, policy_losses, preference_losses
+from tests.core.cases import ppo_loss
 
 B, T, V = 7, 9, 13
 SEEDS = range(5)
@@ -123,7 +124,7 @@ def test_gae_against_a_loop_over_each_response(seed, gamma, gae_lambda, output):
 def test_policy_loss_against_equation_7_over_the_selected_tokens(seed):
     mask, epsilon = prefix_mask(seed), 0.2
     noise, old, advantage = arrays(seed, 3, B, T)
-    ours = functools.partial(policy_losses.policy_loss, response_mask=jnp.asarray(mask), clip_ratio=epsilon, axes=())
+    ours = functools.partial(ppo_loss, response_mask=jnp.asarray(mask), clip_ratio=epsilon, axes=())
 
     def theirs(new, old, advantage):
         new, old, advantage = (x[torch.as_tensor(mask)] for x in (new, old, advantage))

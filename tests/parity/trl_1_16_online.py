@@ -18,15 +18,27 @@ from tests.parity import tiny
 
 VERSION = "1.16.0"
 ROWS, WIDTH, GROUP = 8, 6, 4
-SETTINGS = {"clip_ratio": 0.1, "clip_ratio_high": 0.3, "kl_coef": 0.2, "max_tokens": WIDTH, "num_generations": GROUP}
-# Their name for a loss, and the level of its ratio.
-VARIANTS = {
-    "grpo": ("grpo", "token"),
-    "dr_grpo": ("dr_grpo", "token"),
-    "dapo": ("dapo", "token"),
-    "gspo": ("grpo", "sequence"),
-    "cispo": ("cispo", "token"),
+SETTINGS = {
+    "clip_ratio": 0.1,
+    "clip_ratio_high": 0.3,
+    "dual_clip": 1.35,
+    "kl_coef": 0.2,
+    "cap": 1.25,
+    "floor": 0.7,
+    "max_tokens": WIDTH,
+    "num_generations": GROUP,
 }
+# Their name for a loss, the level of its ratio, and what else is set.
+VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "grpo": ("grpo", "token", {}),
+    "dr_grpo": ("dr_grpo", "token", {}),
+    "dapo": ("dapo", "token", {}),
+    "gspo": ("grpo", "sequence", {}),
+    "cispo": ("cispo", "token", {}),
+    "grpo, k3_weighted": ("grpo", "token", {"use_bias_correction_kl": True}),
+    "grpo, dual_clip": ("grpo", "token", {"delta": SETTINGS["dual_clip"]}),
+}
+MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 
 
 def _reward(completions: list[str], **columns: Any) -> list[float]:
@@ -61,6 +73,7 @@ def _trainer(kind: str, seed: int, **settings: Any) -> Any:
             processing_class=tiny.tokenizer(),
         )
     made.model.train()
+    made._last_loaded_step = made.state.global_step  # no vLLM to bring weights to
     made.current_gradient_accumulation_steps = 1
     with torch.no_grad():  # away from the reference
         for parameter in made.model.parameters():
@@ -84,12 +97,51 @@ def _scored(trainer: Any) -> dict[str, Any]:
 
     trainer._get_per_token_logps_and_entropies, trainer.reward_funcs = recording, [reward]
     found = trainer._generate_and_score_completions([{"prompt": prompt} for prompt in prompts])
+    trainer._get_per_token_logps_and_entropies, trainer.reward_funcs = compute, [_reward]
     assert torch.std(found["advantages"]) > 0.1
     return {
         "mask": found["completion_mask"].bool(),
         "scores": torch.tensor(scores, dtype=torch.float32),
         "advantages": found["advantages"],
         **logprobs,
+    }
+
+
+def _weighted(trainer: Any, mode: str, apart: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Importance weights for a sampler whose log-probabilities are the learner's less `apart`."""
+    lengths = torch.arange(ROWS) % WIDTH + 1
+    ids = [[2 + (row + t) % 10 for t in range(length)] for row, length in enumerate(lengths.tolist())]
+    found: dict[str, torch.Tensor] = {}
+    compute = trainer._get_per_token_logps_and_entropies
+
+    def recording(model, *args, **kwargs):
+        result = compute(model, *args, **kwargs)
+        found.setdefault("logprobs", result[0])  # first by the learner, then by the reference
+        return result
+
+    def roll_out(logprobs: torch.Tensor) -> None:
+        sampler = [row[:length].tolist() for row, length in zip(logprobs, lengths, strict=True)]
+        answer = {"prompt_ids": [[3, 4]] * ROWS, "completion_ids": ids, "logprobs": sampler}
+        trainer.rollout_func = lambda prompts, trainer: answer
+
+    trainer.use_vllm = trainer.vllm_importance_sampling_correction = True
+    trainer.vllm_importance_sampling_mode = mode
+    trainer.vllm_importance_sampling_clip_max = SETTINGS["cap"]
+    trainer.vllm_importance_sampling_clip_min = SETTINGS["floor"]
+    trainer._get_per_token_logps_and_entropies = recording
+    inputs = [{"prompt": "w3 w4"}] * ROWS
+    roll_out(torch.zeros(ROWS, WIDTH))
+    trainer._generate_and_score_completions(inputs)
+    roll_out(found["logprobs"] - apart)
+    made = trainer._generate_and_score_completions(inputs)
+    trainer.use_vllm, trainer.rollout_func, trainer._get_per_token_logps_and_entropies = False, None, compute
+    mask = made["completion_mask"].bool()
+    weights = made["importance_sampling_ratio"].expand(mask.shape)
+    return {
+        "mask": mask,
+        "logprobs": made["old_per_token_logps"],
+        "sampler_logprobs": made["sampling_per_token_logps"],
+        mode: torch.where(mask, weights, 0),
     }
 
 
@@ -118,6 +170,7 @@ def record(seed: int) -> dict[str, np.ndarray]:
         "ref_logprobs": old + 0.3 * normal(),
         "token_advantages": normal()[:, 0],
     }
+    found["far_logprobs"] = old + 4 * (found["logprobs"] - old)  # ratios that a second clip bounds
     ids = torch.ones(ROWS, WIDTH, dtype=torch.long)
     inputs = {
         "prompt_ids": ids[:, :2],
@@ -134,14 +187,27 @@ def record(seed: int) -> dict[str, np.ndarray]:
     grpo, rloo = _trainer("grpo", seed, use_bias_correction_kl=False), _trainer("rloo", seed)
     for kind, trainer in (("grpo", grpo), ("rloo", rloo)):
         found |= {f"{kind}_sampled/{name}": value for name, value in _scored(trainer).items()}
-    grpo.scale_rewards = "none"
-    found |= {f"dr_grpo_sampled/{name}": value for name, value in _scored(grpo).items()}
-    for name, (loss_type, level) in VARIANTS.items():
+    for kind, scale in (("dr_grpo", "none"), ("grpo_batch_std", "batch")):
+        grpo.scale_rewards = scale
+        found |= {f"{kind}_sampled/{name}": value for name, value in _scored(grpo).items()}
+    rloo.normalize_advantages = True
+    found |= {f"rloo_normalized_sampled/{name}": value for name, value in _scored(rloo).items()}
+    apart = 0.3 * normal()
+    for mode in MODES:
+        found |= {f"importance/{name}": value for name, value in _weighted(grpo, mode, apart).items()}
+    for name, (loss_type, level, settings) in VARIANTS.items():
         grpo.loss_type, grpo.importance_sampling_level = loss_type, level
+        grpo.args.use_bias_correction_kl = settings.get("use_bias_correction_kl", False)
+        grpo.args.delta = settings.get("delta")
         # Its bound for CISPO is the largest weight itself.
         grpo.epsilon_high = SETTINGS["clip_ratio_high"] + (loss_type == "cispo")
-        of_loss = _of_loss(grpo, found["logprobs"], inputs)
+        of_loss = _of_loss(grpo, found["far_logprobs" if "delta" in settings else "logprobs"], inputs)
         found |= {f"{name}/{part}": value for part, value in of_loss.items()}
+    grpo.loss_type, grpo.use_vllm, grpo.epsilon_high = "grpo", True, SETTINGS["clip_ratio_high"]
+    grpo.args.delta = None
+    found["weights"] = torch.exp(0.3 * normal())
+    of_loss = _of_loss(grpo, found["logprobs"], {**inputs, "importance_sampling_ratio": found["weights"]})
+    found |= {f"grpo, weights/{part}": value for part, value in of_loss.items()}
     of_loss = _of_loss(rloo, found["logprobs"], inputs)
     found |= {f"rloo/{part}": value for part, value in of_loss.items()}
     return {name: value.detach().numpy() for name, value in found.items()}

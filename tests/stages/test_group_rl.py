@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,39 +10,20 @@ import pytest
 from ml_collections import ConfigDict
 
 from rlhf_jax import config as configs
-from rlhf_jax.config import ModelSource
 from rlhf_jax.models.scalars import ScalarNetwork
 from rlhf_jax.runtime.programs import SEED_AXIS, HostSteps, Scored, compile_host_steps, make_placement
 from rlhf_jax.stages import group_rl, policy_gradient
 from rlhf_jax.stages.dynamic_sampling import collect, empty, filled, is_full
+from rlhf_jax.stages.experience import by_learner
 from rlhf_jax.stages.policy_method import AdaptiveKL, Networks, Sampled
 from rlhf_jax.types import RlhfError, Rollout
 from tests import tiny
 from tests.runtime.test_programs import assert_close, runtime
 
-ROWS, GROUP, ITERATIONS = 16, 4, 30
+FIELDS = tiny.GROUP_RL
+ROWS, GROUP, ITERATIONS = FIELDS["batch_size"], FIELDS["num_generations"], FIELDS["iterations"]
 NETWORKS = Networks(tiny.POLICY, None, tiny.REWARD, (tiny.EOS,), tiny.RESPONSE)
-FIELDS: dict[str, Any] = {
-    "kind": "group_rl",
-    "policy": ModelSource("sft"),
-    "reward_model": ModelSource("reward_model"),
-    "iterations": ITERATIONS,
-    "batch_size": ROWS,
-    "minibatches": 1,
-    "epochs": 1,
-    "temperature": 1.0,
-    "num_generations": GROUP,
-    "optimizer": dataclasses.replace(tiny.OPTIMIZER, learning_rate=1e-2),
-    "samples_every": 1,
-    "samples_written": 4,
-    "loop": tiny.LOOP,
-}
-OPEN = ("rloo", "reinforce_plus_plus")
-
-
-def config_of(method, **changes) -> group_rl.GroupRLConfig:
-    fields: dict[str, Any] = {**FIELDS, "method": method, **({"kl_coef": 0.01} if method in OPEN else {}), **changes}
-    return group_rl.GroupRLConfig(**fields)
+config_of = tiny.group_config
 
 
 def frozen():
@@ -272,7 +252,7 @@ def parse(**changes):
 def test_a_method_sets_what_its_paper_sets_and_any_field_can_be_otherwise():
     grpo, dapo = (group_rl.method_of(parse(method=name)) for name in ("grpo", "dapo"))
     assert (grpo.aggregation, grpo.kl_in, grpo.kl_estimator, grpo.kl_coef) == ("sequence", "loss", "k3", 0.04)
-    assert dapo.bounds == {"clip_ratio": 0.2, "clip_ratio_high": 0.28}
+    assert dapo.bounds == {"clip_ratio": 0.2, "clip_ratio_high": 0.28, "dual_clip": np.inf}
     assert (dapo.aggregation, dapo.dynamic_sampling_rounds, dapo.overlong_buffer) == ("token", 10, 0.2)
     assert (dapo.kl_coef, grpo.dynamic_sampling_rounds) == (0.0, 0)
     other = group_rl.method_of(parse(method="grpo", aggregation="token", kl_coef=0.0, clip_ratio=0.1))
@@ -302,7 +282,17 @@ def test_a_method_sets_what_its_paper_sets_and_any_field_can_be_otherwise():
         ({"method": "grpo", "importance_cap": 2.0, "old_logprobs": "sampler"}, r"leave one of the two out"),
         ({"method": "grpo", "policy_loss": "reinforce", "old_logprobs": "sampler"}, r"has no ratio, and does not read"),
         ({"method": "grpo", "ptx": {"coef": 1.0, "batch_size": 0}}, r"ptx.batch_size = 0 does not divide"),
-        ({"method": "grpo", "gamma": 1.0}, r"config.grpo.gamma is not a field of GroupRLConfig"),
+        ({"method": "grpo", "gamma": 1.0}, r"gamma is not read by advantage = 'grpo': leave it out"),
+        ({"method": "grpo", "gae_lambda": 1.0}, r"config.grpo.gae_lambda is not a field of GroupRLConfig"),
+        ({"method": "cispo", "dual_clip": 3.0}, r"dual_clip is not read by policy_loss = 'cispo'"),
+        ({"method": "dapo", "dual_clip": 1.25}, r"dual_clip = 1.25 bounds ratios .* at 1 \+ clip_ratio_high = 1.28"),
+        (
+            {"method": "grpo", "importance_mode": "token_mask"},
+            r"importance_mode = 'token_mask' is read with importance_",
+        ),
+        ({"method": "grpo", "importance_floor": 0.5}, r"importance_floor = 0.5 is read with importance_cap alone"),
+        ({"method": "grpo", "importance_floor": 2.0, "importance_cap": 2.0}, r"must be from 0 to below importance_cap"),
+        ({"method": "reinforce_plus_plus_baseline"}, r"'reinforce_plus_plus_baseline' leaves kl_coef to you"),
         ({"method": "grp"}, r"config.grpo.method = 'grp' should be one of"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -319,3 +309,48 @@ def test_an_estimator_whose_gradient_in_the_reward_is_not_the_divergences_warns(
     # Nothing is penalised, or it is where the gradient is right: warnings are errors in these tests.
     parse(method="rloo", kl_coef=0.0, kl_estimator=estimator)
     parse(method="grpo", kl_estimator=estimator)
+
+
+def test_a_discount_and_a_second_clip_reach_the_method():
+    mask = jnp.ones((ROWS, 5), bool)
+    rewards = jnp.zeros((ROWS, 5)).at[:, -1].set(jnp.arange(ROWS, dtype=jnp.float32))
+
+    def of_rows(**changes):
+        method = group_rl.method_of(config_of("reinforce_plus_plus", **changes))
+        return np.asarray(method.estimate(rewards, None, mask, mask, ()).advantages)
+
+    np.testing.assert_array_equal(of_rows(), of_rows(gamma=1.0))
+    np.testing.assert_allclose(of_rows(), of_rows()[:, :1].repeat(5, axis=1), rtol=1e-5)
+    discounted = 0.5 ** np.arange(4, -1, -1)[None] * np.arange(ROWS)[:, None]
+    expected = (discounted - discounted.mean()) / discounted.std()
+    np.testing.assert_allclose(of_rows(gamma=0.5), expected, rtol=1e-4, atol=1e-5)
+    assert group_rl.method_of(config_of("grpo", dual_clip=3.0)).bounds["dual_clip"] == 3.0
+
+
+def test_weights_for_the_sampler_are_those_of_the_mode():
+    """By the function that makes them in training: two responses, whose sampler is off by 0.5 and 0.2 nats a token."""
+    networks = Networks(tiny.GivenPolicy(tiny.MODEL, tiny.VOCAB, tiny.SUPPRESSED), None, None, (tiny.EOS,), 2)
+    sampled, _ = fixed_groups([0.0, 0.0], 4)
+    logprobs = sampled.logprobs - jnp.array([[-0.5], [0.2]])
+
+    def weights(**changes):
+        config = config_of("grpo", **changes)
+        old = by_learner(networks, config, {"policy": logprobs}, sampled, ())
+        names = [f"sampling/importance_sampling_ratio/{name}" for name in ("min", "mean", "max")]
+        assert (names[0] in old.metrics) == (old.weights is not None)
+        if old.weights is None:
+            return []
+        np.testing.assert_allclose(
+            [old.metrics[name] for name in names], [old.weights.min(), old.weights.mean(), old.weights.max()], rtol=1e-6
+        )
+        return old.weights[:, 0].tolist()
+
+    high, low = np.exp([0.5, -0.2])
+    assert weights() == []
+    np.testing.assert_allclose(weights(importance_cap=2.0), [high, low], rtol=1e-6)
+    np.testing.assert_allclose(weights(importance_cap=1.5), [1.5, low], rtol=1e-6)
+    np.testing.assert_allclose(weights(importance_cap=1.5, importance_floor=0.9), [1.5, 0.9], rtol=1e-6)
+    found = weights(importance_cap=1.5, importance_floor=0.9, importance_mode="token_mask")
+    np.testing.assert_allclose(found, [0, 0])
+    np.testing.assert_allclose(weights(importance_cap=2.0, importance_mode="sequence_truncate"), [2, low**2], rtol=1e-6)
+    np.testing.assert_allclose(weights(importance_cap=2.0, importance_mode="sequence_mask"), [0, low**2], rtol=1e-6)

@@ -300,4 +300,9 @@ def test_whitening_and_clipping_are_choices():
     raw = experience(tiny.with_config(whiten_advantages=False))[0]
     assert abs(raw.advantages[mask].mean()) > 0.1
     assert ppo.method_of(tiny.with_config(value_clip=None)).value_clip == np.inf
-    assert ppo.method_of(tiny.with_config(clip_ratio_high=0.3)).bounds == {"clip_ratio": 0.2, "clip_ratio_high": 0.3}
+    assert ppo.method_of(tiny.with_config(clip_ratio_high=0.3)).bounds == {
+        "clip_ratio": 0.2,
+        "clip_ratio_high": 0.3,
+        "dual_clip": np.inf,
+    }
+    assert ppo.method_of(tiny.with_config(dual_clip=3.0)).bounds["dual_clip"] == 3.0

@@ -113,7 +113,7 @@ def rloo_normalized(
     r"""`rloo`, then $(A_i - \mathrm{mean}(A)) / \mathrm{std}(A)$ over the responses of the batch.
 
     `normalize_advantages` of TRL's RLOOConfig: the variance is divided by the count less one, and 1e-4 is added to the
-    deviation. Responses count alike, whatever their lengths.
+    deviation. Responses count alike, whatever their lengths. Biased as `reinforce_plus_plus`.
     """
     groups = _others_subtracted(_groups(rewards, response_mask, num_generations))
     normalised = (groups - masking.mean(groups, axes)) / (_deviation(groups, axes) + 1e-4)
@@ -147,7 +147,7 @@ def grpo_batch_std(
 
     `scale_rewards="batch"` of TRL's GRPOConfig, after Liu et al. 2025 (Lite PPO, arXiv:2508.08221): a group whose
     scores hardly differ is not blown up. The deviation is that of the scores of all responses of the batch, not of
-    their differences from the groups' means. Otherwise as `grpo`.
+    their differences from the groups' means. Biased as `reinforce_plus_plus`. Otherwise as `grpo`.
     """
     groups = _groups(rewards, response_mask, num_generations)
     centred = groups - jnp.mean(groups, axis=1, keepdims=True)
@@ -197,7 +197,8 @@ def reinforce_plus_plus_baseline(
 
     REINFORCE++ with baseline, Hu et al. 2025 (arXiv:2501.03262), as verl's
     `compute_reinforce_plus_plus_baseline_outcome_advantage`. The batch's deviation takes the place of the group's,
-    which depends on the responses that it scales. R is the sum of a response's token rewards.
+    which depends on the few responses that it scales. R is the sum of a response's token rewards. Biased as
+    `reinforce_plus_plus`.
     """
     groups = _groups(rewards, response_mask, num_generations)
     centred = _on_tokens(groups - jnp.mean(groups, axis=1, keepdims=True), response_mask)

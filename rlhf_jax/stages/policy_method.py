@@ -43,8 +43,8 @@ tests/core/test_kl.py computes them.
 `k1` in the reward is PPO's and RLOO's; `k3` in the loss is GRPO's. `k2` and `k3` in the reward are another objective,
 and warn. `k1` in the loss is refused. Of a response of several tokens, only `k1` in the reward has the gradient of the
 whole divergence; the loss leaves out what a token does to later ones (`core/kl.py`). Once the policy has left the one
-that sampled, only `k3_weighted` stays exact.
-The metric `objective/kl` is the estimator's value: that of `k3` for all three.
+that sampled, only `k3_weighted` stays exact. The metric `objective/kl` is the estimator's value: that of `k3` for all
+three.
 """
 Place = Literal["reward", "loss"]
 """Where the divergence is penalised: in the token rewards, or as a term of the loss."""

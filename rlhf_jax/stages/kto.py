@@ -1,7 +1,7 @@
 """kto: tunes a policy on single responses, each labelled good or bad (Ethayarajh et al. 2024, arXiv:2402.01306).
 
 As a person would by prospect theory, the loss weighs a response against a reference point, the policy's divergence from
-its reference. That is estimated, as in the paper and in TRL, from the batch's responses, each put to the next prompt.
+its reference. That is estimated, as in the paper and in TRL, from the batch's responses, each put to another prompt.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, PyTree
 
 from rlhf_jax.config import ModelSource, StageName
 from rlhf_jax.core import masking
@@ -168,10 +168,28 @@ def make_step(
 
 
 def to_other_prompts(batch: UnpairedBatch, axes: tuple[str, ...]) -> UnpairedBatch:
-    """The batch's prompts, each with the response before its own in the whole batch (the first with the last)."""
-    everything = masking.gather_rows((batch.response, batch.response_mask), axes)
-    rows = masking.own_rows(jnp.roll(jnp.arange(len(everything[0])), 1), axes)
-    return batch._replace(response=everything[0][rows], response_mask=everything[1][rows])
+    """Pair each of the batch's prompts with the response to another prompt, anywhere in the whole batch."""
+    prompt, mask, *responses = masking.gather_rows(batch[:4], axes)
+    ids = jnp.where(mask, prompt, -1)
+    first = jnp.argmax(jnp.all(ids[:, None] == ids[None, :], axis=-1), axis=1)
+    rows = masking.own_rows(responses_of_others(first), axes)
+    return batch._replace(response=responses[0][rows], response_mask=responses[1][rows])
+
+
+def responses_of_others(first: Int[Array, "N"]) -> Int[Array, "N"]:
+    """Choose for each row the row whose response its prompt is paired with, in the estimate of the KL divergence.
+
+    Rows are sorted by prompt and turned by the size of the largest group with one prompt. So no row gets a response to
+    its own prompt, unless more than half of the rows have one prompt: then as few as possible do. Where all prompts
+    differ, row i gets row i - 1, the first the last, as in TRL.
+
+    Args: first is the number of the first row with the same prompt.
+    """
+    count = len(first)
+    order = jnp.argsort(first, stable=True)
+    ordered = first[order]
+    largest = jnp.max(jnp.searchsorted(ordered, ordered, side="right") - jnp.searchsorted(ordered, ordered))
+    return jnp.zeros(count, order.dtype).at[order].set(order[(jnp.arange(count) - largest) % count])
 
 
 def response_logprobs(
@@ -219,7 +237,10 @@ def evaluate(
     own, reference = (logprobs(model, responses) for model in params)
     baseline = None
     if config.loss == "kto":
-        others = (np.roll(data.response, 1, axis=0), np.roll(data.response_mask, 1, axis=0))
+        ids = np.where(data.prompt_mask, data.prompt, -1)
+        _, first, which = np.unique(ids, axis=0, return_index=True, return_inverse=True)
+        rows = np.asarray(responses_of_others(jnp.asarray(first[which])))
+        others = (data.response[rows], data.response_mask[rows])
         baseline = kto_baseline(logprobs(params[0], others), logprobs(params[1], others), ())
     label = jnp.asarray(data.label)
     loss, metrics = unpaired_loss(config, own, reference, label, baseline, beta=beta, axes=())

@@ -22,10 +22,13 @@ APO = dataclasses.replace(WEIGHTED, loss="apo_zero_unpaired")
 
 
 def labelled(seed: int) -> UnpairedBatch:
-    """Responses of uneven lengths, a quarter of them good; the padding is full of other tokens."""
+    """Responses of uneven lengths to different prompts, a quarter of them good; the padding is full of other tokens."""
     pairs = tiny.preferences(ROWS, seed)
+    prompt, mask = pairs.prompt, pairs.prompt_mask.copy()
+    mask[:, -3:] = True
+    assert len(np.unique(prompt[:, -3:], axis=0)) == ROWS
     label = np.random.default_rng(seed).permutation(ROWS) < ROWS // 4
-    return UnpairedBatch(*pairs[:4], label)
+    return UnpairedBatch(prompt, mask, *pairs[2:4], label)
 
 
 def make_update(config=WEIGHTED, where=tiny.ONE_DEVICE, micro_batch=None):
@@ -85,7 +88,56 @@ def expected(config, seed):
     } | ({"kl": point} if config.loss == "kto" else {})
 
 
-AHEAD, BEHIND = 4, 2
+def two_to_a_prompt(batch):
+    """The batch as pairs are taken apart: rows 2i and 2i + 1 share a prompt."""
+    prompts = np.arange(ROWS) // 2 * 2
+    return batch._replace(prompt=batch.prompt[prompts], prompt_mask=batch.prompt_mask[prompts])
+
+
+def test_the_evaluations_reference_point_is_of_responses_to_other_prompts():
+    data, models = two_to_a_prompt(labelled(AHEAD)), (tiny.policy_params(), tiny.policy_params(2))
+    got = kto.evaluate(WEIGHTED, tiny.POLICY, models, data, BETA, batch_size=8)
+
+    def drift(shift):
+        rows = (np.arange(ROWS) - shift) % ROWS
+        others = data._replace(response=data.response[rows], response_mask=data.response_mask[rows])
+        own, reference = (np.asarray(logprobs(tiny.POLICY, model, others)) for model in models)
+        return float(np.mean(own - reference))
+
+    assert abs(drift(1) - drift(2)) > 0.1  # every second response would stand under its own prompt
+    np.testing.assert_allclose(got["eval/kl"], max(0, drift(2)), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "clashes"),
+    [
+        ("abcdefgh", 0),
+        ("aabbccdd", 0),
+        ("aaaabbbb", 0),
+        ("abababab", 0),
+        ("aabacbda", 0),
+        ("aaaaabcd", 2),  # of eight rows, five have one prompt: two of them must get each other's
+        ("aaaaaaaa", 8),
+    ],
+)
+def test_no_response_goes_to_its_own_prompt_where_that_can_be(prompts, clashes):
+    first = np.array([prompts.index(prompt) for prompt in prompts])
+    rows = np.asarray(kto.responses_of_others(jnp.asarray(first)))
+    assert sorted(rows) == list(range(len(prompts)))  # each response is read once
+    assert sum(first == first[rows]) == clashes
+    if prompts == "abcdefgh":
+        np.testing.assert_array_equal(rows, np.roll(np.arange(8), 1))  # as in TRL
+
+
+def test_a_batch_of_few_prompts_is_put_to_other_prompts():
+    batch = jax.tree.map(jnp.asarray, two_to_a_prompt(labelled(AHEAD)))
+    others = jax.jit(kto.to_other_prompts, static_argnums=1)(batch, ())
+    np.testing.assert_array_equal(others.response, np.roll(batch.response, 2, axis=0))
+    np.testing.assert_array_equal(others.response_mask, np.roll(batch.response_mask, 2, axis=0))
+    np.testing.assert_array_equal(others.prompt, batch.prompt)
+
+
+AHEAD, BEHIND = 9, 2
 """Batches whose responses, put to other prompts, are likelier and less likely than under the reference.
 
 Their labels are spread unevenly over micro-batches.

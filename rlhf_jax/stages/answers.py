@@ -1,6 +1,5 @@
 """Answers of one method to the prompts of a split, and all that is measured of them alone."""
 
-import zlib
 from typing import Any, NamedTuple
 
 import jax
@@ -80,7 +79,7 @@ def answer(method: Method, split: Split, reference: str, temperature: float, con
         policy.network,
         policy.params,
         split.prompts,
-        jax.random.fold_in(context.key(method.seed - context.seed), zlib.crc32(f"{method.name} {split.name}".encode())),
+        context.key(f"samples: {method.name} {split.name}", method.seed - context.seed),
         context.sampling(policy.tokenizer, temperature),
         samples=method.best_of,
         batch_size=batch_size,

@@ -29,10 +29,11 @@ from rlhf_jax.sampling.batches import response_logprobs_all, sample_all
 from rlhf_jax.stages.context import Context
 from rlhf_jax.stages.gold import load_judge
 from rlhf_jax.stages.models import Policy
+from rlhf_jax.stages.prompts import draw_prompts
 from rlhf_jax.stages.reward_source import RewardSource
 from rlhf_jax.stages.samples import sample_rows
 from rlhf_jax.stages.scoring import make_scorer
-from rlhf_jax.types import RlhfError, Rollout
+from rlhf_jax.types import Rollout
 
 ROUNDS = 1000  # of the bootstrap
 SOFT_DRAWS = 16  # how often the pool is cut into groups of n anew
@@ -81,15 +82,13 @@ def run(config: BestOfNConfig, context: Context) -> dict[str, Any]:
     policy, reward_model = context.policy(config.policy), context.reward_model(config.reward_model)
     table = pipeline.load_rows(context.data, "test")
     prompts = pipeline.prompts(table, policy.tokenizer, context.data)
-    prompt_key, sample_key = jax.random.split(context.key())
-    if config.prompts > len(prompts.tokens):
-        raise RlhfError(f"config.{context.name}.prompts = {config.prompts}: the data has only {len(prompts.tokens)}")
-    drawn = np.asarray(jax.random.choice(prompt_key, len(prompts.tokens), (config.prompts,), replace=False))
+    prompt_key = context.key("prompts")
+    drawn = draw_prompts(prompts, config.prompts, prompt_key, f"config.{context.name}.prompts")
     rollout = sample_all(
         policy.network,
         policy.params,
         pipeline.take(prompts, drawn),
-        sample_key,
+        context.key("samples"),
         context.sampling(policy.tokenizer, config.temperature),
         samples=config.pool,
         batch_size=context.runtime.inference_batch,

@@ -1,12 +1,12 @@
 """What a stage is given beside its own config, and how it finds what earlier stages left."""
 
 import dataclasses
-import zlib
 from pathlib import Path
 
 import jax
 from jaxtyping import PRNGKeyArray
 
+from rlhf_jax.core.keys import derive
 from rlhf_jax.data.pipeline import DataConfig
 from rlhf_jax.models.sharding import Where
 from rlhf_jax.runtime.programs import Placement, RuntimeConfig, make_placement
@@ -48,9 +48,9 @@ class Context:
         """Where this stage writes."""
         return self.workdir.directory(self.name)
 
-    def key(self, seed_index: int = 0) -> PRNGKeyArray:
-        """The stage's random key: its name folded into the seed."""
-        return jax.random.fold_in(jax.random.key(self.seed + seed_index), zlib.crc32(self.name.encode()))
+    def key(self, tag: str, seed_index: int = 0) -> PRNGKeyArray:
+        """The key for one purpose in run `seed_index`: the stage's name and a tag, derived from the run's seed."""
+        return derive(derive(jax.random.key(self.seed + seed_index), self.name), tag)
 
     def placement(self, seeds: int = 1) -> Placement:
         """The devices, for a stage with this many runs at once."""

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import Float
 
@@ -25,6 +26,7 @@ from rlhf_jax.stages.answers import Answers, Method, Split, answer, held_out_tex
 from rlhf_jax.stages.context import Context
 from rlhf_jax.stages.judging import TextScorer, make_http_judge, make_judge, preferred_by_asking, preferred_by_score
 from rlhf_jax.stages.models import Policy, RewardModel
+from rlhf_jax.stages.prompts import draw_prompts
 from rlhf_jax.stages.reward_source import Reward, RewardSource, name_of
 from rlhf_jax.stages.scoring import make_scorer
 
@@ -43,8 +45,8 @@ class EvaluateConfig:
     best_of: tuple[int, ...]  # each above 1
     reward_model: RewardSource
     judge: RewardSource | HTTPJudgeConfig | None  # a gold stage, or any reward; None: reward_model decides the pairs
-    prompts: int  # at most, of the test split
-    selection_prompts: int  # at most, of the evaluation split
+    prompts: int  # at most, of the test split, drawn at random by the seed: the same for every method
+    selection_prompts: int  # at most, of the evaluation split, drawn likewise
     temperature: float  # of the answers; 0 is greedy, and then `kl` is the mean log-ratio at temperature 1
     against: tuple[ModelSource, ...] = ()  # further opponents, beside the reference; each gets a row of its own too
     bootstrap_rounds: int = 1000
@@ -210,10 +212,12 @@ def _split(config: EvaluateConfig, context: Context, judges: Judges, name: str) 
     rows, reference = pipeline.load_rows(context.data, name), judges.reference
     count = config.prompts if name == "test" else config.selection_prompts
     prompts = pipeline.prompts(rows, reference.tokenizer, context.data)
+    key, most = context.key(f"prompts: {name}"), min(count, len(prompts.tokens))
+    texts = jax.random.permutation(context.key(f"texts: {name}"), len(rows))[:count]
     return Split(
         name,
-        pipeline.take(prompts, np.arange(min(count, len(prompts.tokens)))),
-        held_out_texts(rows[:count], reference, context),
+        pipeline.take(prompts, np.sort(draw_prompts(prompts, most, key, f"config.{context.name}.prompts"))),
+        held_out_texts([rows[number] for number in texts.tolist()], reference, context),
         reference,
         make_scorer(judges.reward_model, reference, rows, context.data, context.runtime.inference_batch),
         None if judges.judge is None else judges.judge(reference, rows),

@@ -6,10 +6,8 @@ it took. Methods are compared where their ways cross the same divergence: the ax
 """
 
 import dataclasses
-import zlib
 from typing import Any, Literal
 
-import jax
 import numpy as np
 
 from rlhf_jax.config import ModelSource, StageName
@@ -23,9 +21,9 @@ from rlhf_jax.sampling.batches import sample_all, sequence_kl
 from rlhf_jax.stages.context import Context
 from rlhf_jax.stages.judging import TextScorer, make_judge
 from rlhf_jax.stages.models import Policy, load_policy
+from rlhf_jax.stages.prompts import draw_prompts
 from rlhf_jax.stages.reward_source import RewardSource, name_of
 from rlhf_jax.stages.samples import texts
-from rlhf_jax.types import RlhfError
 
 POINTS, MATCHED = "points.jsonl", "matched.jsonl"
 
@@ -38,7 +36,7 @@ class FrontierConfig:
     reference: ModelSource
     policies: tuple[StageName, ...]
     judge: RewardSource | HTTPJudgeConfig  # a gold stage, or any reward; one over HTTP gives no scores
-    prompts: int  # of the test split
+    prompts: int  # of the test split, drawn at random by the seed: the same for every policy
     temperature: float  # of the answers; 0 is greedy, and then divergence is the mean log-ratio at temperature 1
     kl_targets: tuple[float, ...]  # nats
 
@@ -65,9 +63,8 @@ def run(config: FrontierConfig, context: Context) -> dict[str, Any]:
     reference = context.policy(config.reference)
     rows = pipeline.load_rows(context.data, "test")
     prompts = pipeline.prompts(rows, reference.tokenizer, context.data)
-    if config.prompts > len(prompts.tokens):
-        raise RlhfError(f"config.{context.name}.prompts = {config.prompts}: the data has only {len(prompts.tokens)}")
-    prompts = pipeline.take(prompts, np.arange(config.prompts))
+    drawn = draw_prompts(prompts, config.prompts, context.key("prompts"), f"config.{context.name}.prompts")
+    prompts = pipeline.take(prompts, np.sort(drawn))
     judge = make_judge(config.judge, context)(reference, rows)
 
     path = context.directory / POINTS
@@ -115,7 +112,7 @@ def measure(
         policy.network,
         policy.params,
         prompts,
-        jax.random.fold_in(context.key(seed - context.seed), zlib.crc32(f"{method} {step}".encode())),
+        context.key(f"samples: {method} {step}", seed - context.seed),
         context.sampling(policy.tokenizer, config.temperature),
         samples=1,
         batch_size=context.runtime.inference_batch,

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -49,17 +49,9 @@ class OnlineConfig:
         return self.iterations * self.epochs * self.minibatches
 
 
-class Keys(NamedTuple):
-    """What the runs draw with, a key for each seed."""
-
-    prompts: tuple[PRNGKeyArray, ...]
-    runs: tuple[PRNGKeyArray, ...]
-
-
-def seed_keys(context: Context) -> Keys:
-    """The keys of `context.seeds` runs."""
-    prompts, runs = zip(*(jax.random.split(context.key(k)) for k in range(context.seeds)), strict=True)
-    return Keys(prompts, runs)
+def prompt_keys(context: Context) -> tuple[PRNGKeyArray, ...]:
+    """Keys that the prompts of `context.seeds` runs are drawn with."""
+    return tuple(context.key("prompts", k) for k in range(context.seeds))
 
 
 def train_online(
@@ -76,10 +68,10 @@ def train_online(
 ) -> dict[str, Any]:
     """Trains `context.seeds` policies at once, each with its own prompts, samples and initial key.
 
-    Args: start makes a run's first state with its key; step's samples have a rollout, scores and divergences.
+    Args: start makes a run's first state with the key that new parameters are drawn with; step's samples have a
+    rollout, scores and divergences.
     Returns what the summary says of how prompts were drawn.
     """
-    keys = seed_keys(context)
 
     def describe(step: int, samples: Any) -> list[dict[str, Any]]:
         if step % config.samples_every and step != 1:
@@ -89,14 +81,14 @@ def train_online(
 
     task = Task(
         step=step,
-        state=stack([start(context.key(k)) for k in range(context.seeds)]),
+        state=stack([start(context.key("init", k)) for k in range(context.seeds)]),
         frozen=frozen,
         batch_at=prompts,
-        run_key=stack(list(keys.runs)),
+        run_key=stack([context.key("run", k) for k in range(context.seeds)]),
         total_steps=config.iterations,
         key_figures=key_figures,
         evaluation=None,
         describe=describe,
     )
     train(task, config.loop, placement, context.seed, context.directory, context.bar)
-    return {"prompt_key": [np.asarray(jax.random.key_data(key)).tolist() for key in keys.prompts]}
+    return {"prompt_key": [np.asarray(jax.random.key_data(key)).tolist() for key in prompt_keys(context)]}

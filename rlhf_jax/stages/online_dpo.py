@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from rlhf_jax.config import StageName
 from rlhf_jax.core import masking
+from rlhf_jax.core.keys import derive
 from rlhf_jax.core.kl import k1
 from rlhf_jax.core.logprobs import sequence_logprobs
 from rlhf_jax.data import pipeline
@@ -34,7 +35,7 @@ from rlhf_jax.stages.context import Context
 from rlhf_jax.stages.gold import load_judge
 from rlhf_jax.stages.judging import make_http_judge, pair_scorer
 from rlhf_jax.stages.models import RewardModel
-from rlhf_jax.stages.online import OnlineConfig, seed_keys, train_online
+from rlhf_jax.stages.online import OnlineConfig, prompt_keys, train_online
 from rlhf_jax.stages.preference_loss import (
     PairStats,
     PreferenceLossConfig,
@@ -134,7 +135,7 @@ def run(config: OnlineDPOConfig, context: Context) -> dict[str, Any]:
         step=step,
         start=start,
         frozen=frozen,
-        prompts=PromptSource(pool, seed_keys(context).prompts, config.batch_size),
+        prompts=PromptSource(pool, prompt_keys(context), config.batch_size),
         key_figures=("objective/scores", "objective/kl", "rewards/accuracies"),
     )
     return {
@@ -204,8 +205,8 @@ def make_halves(
 
 def _keys(run_key: PRNGKeyArray, state: TrainState) -> tuple[PRNGKeyArray, PRNGKeyArray, PRNGKeyArray]:
     """An iteration's keys: for sampling, for the order of minibatches, and for an adapter's dropout."""
-    sample_key, order_key, dropout_key = jax.random.split(jax.random.fold_in(run_key, state.step), 3)
-    return sample_key, order_key, dropout_key
+    key = jax.random.fold_in(run_key, state.step)
+    return derive(key, "sample"), derive(key, "order"), derive(key, "dropout")
 
 
 def choose(rollout: Rollout, scores: Float[Array, "N"]) -> tuple[PreferenceBatch, Float[Array, "B"]]:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray, PyTree
 
 from rlhf_jax.core import masking
+from rlhf_jax.core.keys import derive
 from rlhf_jax.core.kl import adaptive_kl_coef
 from rlhf_jax.data import pipeline
 from rlhf_jax.models.scalars import ScalarNetwork
@@ -28,7 +29,7 @@ from rlhf_jax.stages.context import Context
 from rlhf_jax.stages.dynamic_sampling import collect, empty, fill, filled, is_full
 from rlhf_jax.stages.experience import gather_experience
 from rlhf_jax.stages.models import Policy, RewardModel
-from rlhf_jax.stages.online import seed_keys, train_online
+from rlhf_jax.stages.online import prompt_keys, train_online
 from rlhf_jax.stages.policy_method import Method, Networks, PolicyGradientConfig, Sampled, Samples
 from rlhf_jax.stages.policy_update import optimise
 from rlhf_jax.stages.prompts import MixedSource, PromptSource, at_round
@@ -159,8 +160,8 @@ def _parts(batch: Any) -> tuple[PromptBatch, TokenBatch | None]:
 
 def _keys(run_key: PRNGKeyArray, state: TrainState) -> tuple[PRNGKeyArray, PRNGKeyArray]:
     """An iteration's keys: for sampling, and for the order of minibatches."""
-    sample_key, order_key = jax.random.split(jax.random.fold_in(run_key, state.step))
-    return sample_key, order_key
+    key = jax.random.fold_in(run_key, state.step)
+    return derive(key, "sample"), derive(key, "order")
 
 
 def init_state(params: dict[str, PyTree], config: PolicyGradientConfig, method: Method) -> TrainState:
@@ -209,7 +210,7 @@ def run(config: PolicyGradientConfig, method: Method, start_value: StartValue, c
 
     placement = context.placement(context.seeds)
     reward_model = scores.on_device and scores.on_device.members()[0]
-    value = start_value(reference, reward_model, context.key())
+    value = start_value(reference, reward_model, derive(context.key("init"), "value"))
     separate = adapted_scalar(value.network, lora) if isinstance(value.network, ScalarNetwork) else None
     networks = Networks(
         policy=reference.network,
@@ -230,24 +231,25 @@ def run(config: PolicyGradientConfig, method: Method, start_value: StartValue, c
         rounds = host_rounds(config, method)
         step = HostSteps(sample, lambda sampled: on_host(sampled.rollout), learn, rounds)
     if separate is not None:
-        frozen["value_base"] = begin(separate, value.params, context.key()).base
+        frozen["value_base"] = value.params if lora else None
 
     def start(key: PRNGKeyArray) -> TrainState:
-        params, own = {"policy": begin(networks.policy, reference.params, key).trained}, value.params
+        adapter_key, value_key, value_adapter_key = (derive(key, tag) for tag in ("adapter", "value", "value adapter"))
+        params, own = {"policy": begin(networks.policy, reference.params, adapter_key).trained}, value.params
         if context.seeds > 1:
-            own = start_value(reference, reward_model, key).params
+            own = start_value(reference, reward_model, value_key).params
         if separate is not None:
-            params["value"] = begin(separate, own, key).trained
+            params["value"] = begin(separate, own, value_adapter_key).trained
         elif value.network == "shared":
             params["value"] = own
         return init_state(params, config, method)
 
-    prompt_keys = seed_keys(context).prompts
     groups = config.batch_size // method.num_generations
-    prompts = PromptSource(pool, prompt_keys, groups, rounds=method.dynamic_sampling_rounds)
+    prompts = PromptSource(pool, prompt_keys(context), groups, rounds=method.dynamic_sampling_rounds)
     if config.ptx is not None:
         demonstrations = pipeline.demonstrations(rows, reference.tokenizer, context.data)
-        prompts = MixedSource(prompts, demonstrations, prompt_keys, config.ptx.batch_size)
+        keys = tuple(context.key("demonstrations", k) for k in range(context.seeds))
+        prompts = MixedSource(prompts, demonstrations, keys, config.ptx.batch_size)
     drawn = train_online(
         config,
         context,

@@ -18,6 +18,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from rlhf_jax.config import CountOrZero
 from rlhf_jax.core import masking
 from rlhf_jax.core.advantages import gae, whiten_rewards
+from rlhf_jax.core.keys import derive
 from rlhf_jax.models import value_head
 from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.runtime.optimizers import OptimizerConfig
@@ -153,7 +154,7 @@ def start_value(config: PPOConfig, policy: Policy, reward_model: RewardModel | N
         return ValueStart(model.network, model.params)
     if config.value_head == "zero":
         return ValueStart(model.network, model.network.init_value(model.params))
-    head = jax.jit(lambda key: model.network.init(key)["head"])(key)
+    head = jax.jit(lambda key: model.network.init(key)["head"])(derive(key, "head"))
     return ValueStart(model.network, {"body": model.params["body"], "head": head})
 
 

@@ -21,6 +21,7 @@ from rlhf_jax.stages.context import Context
 from rlhf_jax.stages.gold import load_judge
 from rlhf_jax.stages.judging import make_http_judge
 from rlhf_jax.stages.models import Policy
+from rlhf_jax.stages.prompts import draw_prompts
 from rlhf_jax.stages.reward_source import RewardSource
 from rlhf_jax.stages.samples import texts
 from rlhf_jax.stages.scoring import make_scorer
@@ -86,15 +87,13 @@ def run(config: PreferencesConfig, context: Context) -> dict[str, Any]:
     policy = context.policy(config.policy)
     table = pipeline.load_rows(context.data, "train")
     pool = pipeline.prompts(table, policy.tokenizer, context.data)
-    if config.prompts > len(pool.tokens):
-        raise RlhfError(f"config.{context.name}.prompts = {config.prompts}: the data has only {len(pool.tokens)}")
-    prompt_key, sample_key, label_key = jax.random.split(context.key(), 3)
-    drawn = np.asarray(jax.random.choice(prompt_key, len(pool.tokens), (config.prompts,), replace=False))
+    prompt_key = context.key("prompts")
+    drawn = draw_prompts(pool, config.prompts, prompt_key, f"config.{context.name}.prompts")
     rollout = sample_all(
         policy.network,
         policy.params,
         pipeline.take(pool, drawn),
-        sample_key,
+        context.key("samples"),
         context.sampling(policy.tokenizer, 1.0),
         samples=config.samples_per_prompt,
         batch_size=context.runtime.inference_batch,
@@ -113,7 +112,7 @@ def run(config: PreferencesConfig, context: Context) -> dict[str, Any]:
         scores = _scores(config, context, policy, table, rollout)
         if scores.std() == 0:
             raise RlhfError(f"config.{context.name}: all {len(scores)} samples have the same score, which prefers none")
-        rng = np.random.default_rng(np.asarray(jax.random.key_data(label_key)))
+        rng = np.random.default_rng(np.asarray(jax.random.key_data(context.key("labels"))))
         each = preferred(config, rng, asked, answers, scores)
         figures = {"judge_mean": float(scores.mean()), "judge_std": float(scores.std())}
     held_out = [row for rows in each[: config.eval_prompts] for row in rows]

@@ -1,4 +1,4 @@
-"""The prompts of an online stage: drawn at random from the prompt distribution."""
+"""Prompts, drawn at random: those that a stage samples once, and those of every iteration of an online stage."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,17 @@ import numpy as np
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from rlhf_jax.data import pipeline
-from rlhf_jax.types import PromptBatch, TokenBatch
+from rlhf_jax.types import PromptBatch, RlhfError, TokenBatch
+
+
+def draw_prompts(pool: pipeline.Prompts, count: int, key: PRNGKeyArray, field: str) -> np.ndarray:
+    """Draw the numbers of `count` different prompts of a split, at random: a file may be sorted.
+
+    Raises RlhfError, naming the config's field, where there are fewer.
+    """
+    if count > len(pool.tokens):
+        raise RlhfError(f"{field} = {count}: the data has only {len(pool.tokens)}")
+    return np.asarray(jax.random.choice(key, len(pool.tokens), (count,), replace=False))
 
 
 class PromptSource:
@@ -49,12 +59,11 @@ class MixedSource:
     def __init__(
         self, prompts: PromptSource, data: TokenBatch, keys: tuple[PRNGKeyArray, ...], batch_size: int
     ) -> None:
-        """One key a seed, as the prompts' own."""
+        """One key a seed, other ones than the prompts'."""
         self._prompts, self._data, self._keys = prompts, data, keys
-        # Folded once more than the prompts' are, so that no key is used twice.
         self._draw = jax.jit(
             lambda key, step: jax.random.randint(
-                jax.random.fold_in(jax.random.fold_in(key, step), 1), (batch_size,), 0, len(data.tokens), jnp.int32
+                jax.random.fold_in(key, step), (batch_size,), 0, len(data.tokens), jnp.int32
             )
         )
 

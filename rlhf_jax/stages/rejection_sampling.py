@@ -24,6 +24,7 @@ from rlhf_jax.sampling.batches import sample_all
 from rlhf_jax.stages.context import Context
 from rlhf_jax.stages.preferences import TRAIN_FILE as PREFERENCES_FILE
 from rlhf_jax.stages.preferences import load_preferences
+from rlhf_jax.stages.prompts import draw_prompts
 from rlhf_jax.stages.reward_source import RewardSource
 from rlhf_jax.stages.samples import texts
 from rlhf_jax.stages.scoring import make_scorer
@@ -112,15 +113,13 @@ def run(config: RejectionSamplingConfig, context: Context) -> dict[str, Any]:
     policy, reward_model = context.policy(config.policy), context.reward_model(config.reward_model)
     table = pipeline.load_rows(context.data, "train")
     pool = pipeline.prompts(table, policy.tokenizer, context.data)
-    if config.prompts > len(pool.tokens):
-        raise RlhfError(f"config.{context.name}.prompts = {config.prompts}: the data has only {len(pool.tokens)}")
-    prompt_key, sample_key, choice_key = jax.random.split(context.key(), 3)
-    drawn = np.asarray(jax.random.choice(prompt_key, len(pool.tokens), (config.prompts,), replace=False))
+    prompt_key = context.key("prompts")
+    drawn = draw_prompts(pool, config.prompts, prompt_key, f"config.{context.name}.prompts")
     rollout = sample_all(
         policy.network,
         policy.params,
         pipeline.take(pool, drawn),
-        sample_key,
+        context.key("samples"),
         context.sampling(policy.tokenizer, config.temperature),
         samples=config.samples_per_prompt,
         batch_size=context.runtime.inference_batch,
@@ -129,7 +128,7 @@ def run(config: RejectionSamplingConfig, context: Context) -> dict[str, Any]:
     score = make_scorer(reward_model, policy, table, context.data, context.runtime.inference_batch)
     scores = score(rollout).reshape(shape)
     shown, completions = (np.array(column, object).reshape(shape) for column in texts(policy.tokenizer, rollout))
-    rng = np.random.default_rng(np.asarray(jax.random.key_data(choice_key)))
+    rng = np.random.default_rng(np.asarray(jax.random.key_data(context.key("choice"))))
     kept = KEEP[type(config.keep)](config.keep, scores, rng)
     rows = [
         [

@@ -27,10 +27,11 @@ from rlhf_jax.sampling.batches import sample_all
 from rlhf_jax.stages import reward_loss
 from rlhf_jax.stages.context import Context, steps_for
 from rlhf_jax.stages.models import Pretrained, RewardModel, as_reward_model, load_reward_model, save_reward_spec
+from rlhf_jax.stages.prompts import draw_prompts
 from rlhf_jax.stages.reward_loss import BRADLEY_TERRY, RewardLossConfig
 from rlhf_jax.stages.reward_report import HeldOut, evaluate, report
 from rlhf_jax.stages.scoring import make_scorer
-from rlhf_jax.stages.training import adapted_scalar, begin, dropout_keys, whole
+from rlhf_jax.stages.training import adapted_scalar, begin, dropout_keys, stack, whole
 from rlhf_jax.types import RlhfError
 
 
@@ -77,7 +78,7 @@ def run(config: RewardModelConfig, context: Context) -> dict[str, Any]:
     starts = [make_reward_model(config, context, member) for member in range(members)]
     tuning = config.model if isinstance(config.model, Pretrained) else None
     network = adapted_scalar(starts[0].network, tuning.lora if tuning else None)
-    begun = [begin(network, start.params, context.key(member)) for member, start in enumerate(starts)]
+    begun = [begin(network, start.params, context.key("adapter", member)) for member, start in enumerate(starts)]
     model = starts[0]._replace(network=dataclasses.replace(network, ensemble=config.ensemble))
     source = context.base(tuning)
     save_reward_spec(context.directory, model, base=source)
@@ -102,7 +103,7 @@ def run(config: RewardModelConfig, context: Context) -> dict[str, Any]:
         state=states[0] if members == 1 else jax.tree.map(lambda *leaves: jnp.stack(leaves), *states),
         frozen=frozen,
         batch_at=lambda step: _stacked([order[step] for order in orders]),
-        run_key=context.key() if members == 1 else jnp.stack([context.key(member) for member in range(members)]),
+        run_key=stack([context.key("run", member) for member in range(members)]),
         total_steps=steps,
         key_figures=("loss", "accuracy", "eval/accuracy"),
         evaluation=Evaluation(config.eval_every, evaluation),
@@ -124,9 +125,9 @@ def make_reward_model(config: RewardModelConfig, context: Context, member: int =
         assert config.policy is not None
         policy = context.policy(config.policy)
         network = ScalarNetwork(config.model, policy.network.vocab_size, config.pooling)
-        return RewardModel(network, network.init(context.key(member)), policy.tokenizer)
+        return RewardModel(network, network.init(context.key("init", member)), policy.tokenizer)
     found = context.model(config.model.init, config.model)
-    start = found if isinstance(found, RewardModel) else as_reward_model(found, context.key(member))
+    start = found if isinstance(found, RewardModel) else as_reward_model(found, context.key("init", member))
     if start.network.ensemble is not None:
         raise RlhfError(
             f"config.{context.name}.model.init = {config.model.init!r} is an ensemble, which no training starts from: "
@@ -184,17 +185,13 @@ def score_moments(config: NormaliseConfig, model: RewardModel, context: Context)
     policy = context.policy(config.policy)
     rows = pipeline.load_rows(context.data, "train")
     pool = pipeline.prompts(rows, policy.tokenizer, context.data)
-    if config.prompts > len(pool.tokens):
-        raise RlhfError(
-            f"config.{context.name}.normalise.prompts = {config.prompts}: the data has only {len(pool.tokens)}"
-        )
-    prompt_key, sample_key = jax.random.split(jax.random.fold_in(context.key(), 1))
-    drawn = np.asarray(jax.random.choice(prompt_key, len(pool.tokens), (config.prompts,), replace=False))
+    field = f"config.{context.name}.normalise.prompts"
+    drawn = draw_prompts(pool, config.prompts, context.key("normalise: prompts"), field)
     rollout = sample_all(
         policy.network,
         policy.params,
         pipeline.take(pool, drawn),
-        sample_key,
+        context.key("normalise: samples"),
         context.sampling(policy.tokenizer, 1.0),
         samples=1,
         batch_size=context.runtime.inference_batch,

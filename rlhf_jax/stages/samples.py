@@ -94,7 +94,7 @@ def policy_samples(policy: Policy, prompts: Prompts, count: int, context: Contex
         policy.network,
         policy.params,
         first,
-        context.key(),
+        context.key("shown samples"),
         context.sampling(policy.tokenizer, 1.0),
         samples=1,
         batch_size=context.runtime.inference_batch,

@@ -55,7 +55,7 @@ def run(config: SFTConfig, context: Context) -> dict[str, Any]:
     tuning = config.model if isinstance(config.model, Pretrained) else None
     network, tokenizer = adapted_network(start.network, tuning.lora if tuning else None), start.tokenizer
     start = start._replace(network=network)
-    trained, base = begin(network, start.params, context.key())
+    trained, base = begin(network, start.params, context.key("adapter"))
     seeds = range(context.seed, context.seed + 1)
     save_policy_spec(context.directory, start, seeds, base=context.base(tuning))
 
@@ -79,7 +79,7 @@ def run(config: SFTConfig, context: Context) -> dict[str, Any]:
         state=TrainState(jnp.int32(0), params, optimizer.init(params)),
         frozen=frozen,
         batch_at=batches.__getitem__,
-        run_key=context.key(),
+        run_key=context.key("run"),
         total_steps=steps,
         key_figures=("loss", "eval/loss"),
         evaluation=Evaluation(config.eval_every, evaluation),
@@ -96,7 +96,7 @@ def make_policy(config: SFTConfig, rows: list[dict[str, Any]], context: Context)
     assert config.tokenizer is not None
     tokenizer = train_tokenizer(config.tokenizer, pipeline.training_texts(rows))
     network = PolicyNetwork(config.model, tokenizer.vocab_size, tokenizer.suppressed)
-    return Policy(network, network.init(context.key()), tokenizer)
+    return Policy(network, network.init(context.key("init")), tokenizer)
 
 
 def make_step(network: PolicyNetwork, config: OptimizerConfig, steps: int, axes: tuple[str, ...]) -> Step:

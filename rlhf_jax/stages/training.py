@@ -94,13 +94,14 @@ class Runs(NamedTuple):
 def over_seeds(context: Context, start: Callable[[PRNGKeyArray], TrainState], batches: Callable[[int], Any]) -> Runs:
     """The runs of a stage that trains on a table: each has a key, and an order of the rows, of its own.
 
-    Args: start makes a run's first state with its key; batches are those of a seed, by the step they follow.
+    Args: start makes a run's first state with the key that new parameters are drawn with; batches are those of a seed,
+    by the step they follow.
     """
-    keys = [context.key(k) for k in range(context.seeds)]
     sources = [batches(context.seed + k) for k in range(context.seeds)]
 
     def batch_at(step: int) -> Any:
         rows = [source[step] for source in sources]
         return rows[0] if len(rows) == 1 else jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
 
-    return Runs(stack([start(key) for key in keys]), batch_at, stack(keys))
+    states = [start(context.key("init", k)) for k in range(context.seeds)]
+    return Runs(stack(states), batch_at, stack([context.key("run", k) for k in range(context.seeds)]))

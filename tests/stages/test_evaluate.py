@@ -21,6 +21,7 @@ from rlhf_jax.sampling.choice import Sampling
 from rlhf_jax.stages import answers
 from rlhf_jax.stages.evaluate import EvaluateConfig, deciding_column, opponent
 from rlhf_jax.stages.models import Policy, RewardModel, load_checkpoint
+from rlhf_jax.stages.prompts import draw_prompts
 from rlhf_jax.types import RlhfError, Rollout, TokenBatch
 from tests import tiny
 from tests.rewards.server import likes_longer, serving
@@ -109,6 +110,24 @@ def table(directory: Path, name: str) -> pd.DataFrame:
 def sampled(directory: Path, method: str) -> pd.DataFrame:
     rows = table(directory, "samples.jsonl")
     return rows[rows["method"] == method].reset_index(drop=True)
+
+
+def test_prompts_are_drawn_from_the_whole_file_and_the_same_for_all_methods(evaluated):
+    prompts = {name: sampled(evaluated[0] / "plain", name)["prompt"].tolist() for name in ("reference", "best_of_2")}
+    assert len(prompts["reference"]) == PROMPTS and prompts["reference"] == prompts["best_of_2"]
+    asked = [row["prompt"][0]["content"] for row in experiments.rows(evaluated[0].parent / "chats.jsonl")]
+    late = set(asked[PROMPTS:]) - set(asked[:PROMPTS])  # a file may be sorted: the first rows are none like the others
+    assert any(prompt.removesuffix(":") in late for prompt in prompts["reference"])
+
+
+def test_prompts_are_a_function_of_the_seed():
+    pool = pipeline.Prompts(np.zeros((40, 2), np.int32), np.ones((40, 2), bool))
+    one, same, other = (draw_prompts(pool, 8, jax.random.key(seed), "config.evaluate.prompts") for seed in (0, 0, 1))
+    assert len(set(one.tolist())) == 8 and set(one.tolist()) < set(range(40))
+    np.testing.assert_array_equal(one, same)
+    assert set(one.tolist()) != set(other.tolist())
+    with pytest.raises(RlhfError, match=r"config\.evaluate\.prompts = 41: the data has only 40"):
+        draw_prompts(pool, 41, jax.random.key(0), "config.evaluate.prompts")
 
 
 @pytest.mark.parametrize(("stage", "column"), [("plain", "score"), ("judged", "gold")])

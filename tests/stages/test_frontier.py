@@ -79,7 +79,13 @@ def test_points_are_every_checkpoint_and_an_interrupted_stage_goes_on(tmp_path):
     experiments.run(tmp_path / "again", data, stages, seeds=2)
     assert (half_done / "points.jsonl").read_text() == "".join([lines[0], kept, *lines[2:]])
 
-    (tmp_path / "mine.py").write_text("def tokens(completion_ids):\n    return [len(ids) for ids in completion_ids]\n")
+    (tmp_path / "mine.py").write_text(
+        "import json\n"
+        "def tokens(prompts, completion_ids):\n"
+        f"    with open({str(tmp_path / 'asked.jsonl')!r}, 'a') as file:\n"
+        "        file.write(json.dumps(prompts) + '\\n')\n"
+        "    return [len(ids) for ids in completion_ids]\n"
+    )
     mine = f"{tmp_path / 'mine.py'}:tokens"
     judges = {
         "model": reward_model,
@@ -100,6 +106,10 @@ def test_points_are_every_checkpoint_and_an_interrupted_stage_goes_on(tmp_path):
     np.testing.assert_allclose(gold["functions"], 2 * lengths, rtol=1e-6)
     np.testing.assert_allclose(gold["both"] - gold["model"], lengths, rtol=1e-4)
     assert np.ptp(gold["model"]) > 1e-3
+    asked = experiments.rows(tmp_path / "asked.jsonl")
+    assert len(asked) == 2 * len(points) and all(prompts == asked[0] for prompts in asked), "the same for all points"
+    texts = [row["text"] for row in experiments.rows(data)]
+    assert any(not any(text.startswith(prompt) for text in texts[:24]) for prompt in asked[0]), "not the first rows"
     assert read_json(tmp_path / "by_both" / "frontier" / "summary.json")["judge"] == f"{reward_model} + {mine}"
 
     # Greedy answers are compared at temperature 1.

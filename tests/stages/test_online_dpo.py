@@ -188,7 +188,7 @@ def test_an_experiment_with_two_seeds_by_a_reward_model_and_one_by_a_judge(tmp_p
         judged = experiments.run(tmp_path / "judged", data, {"online": section | asking}).find("online")
     rows = experiments.rows(judged / "samples.jsonl")
     for one, other in zip(rows[::2], rows[1::2], strict=True):
-        lengths = len(one["completion"].strip()), len(other["completion"].strip())
+        lengths = len(one["completion"]), len(other["completion"])
         assert (one["score"], other["score"]) == {1: (1, 0), 0: (0.5, 0.5), -1: (0, 1)}[
             np.sign(lengths[0] - lengths[1])
         ]

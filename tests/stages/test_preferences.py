@@ -47,7 +47,7 @@ def dpo(policy, source):
         "policy": policy,
         "preferences": source,
         "beta": 0.03,
-        "optimizer": experiments.OPTIMIZER,
+        "optimizer": experiments.OPTIMIZER | {"learning_rate": 1e-3},
         "batch_size": 16,
         "epochs": 16.0,
         "sample_prompts": 0,

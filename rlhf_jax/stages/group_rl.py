@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from jaxtyping import Array, PyTree
 
+from rlhf_jax.config import Count, CountOrZero, NonNegative, Positive, Share
 from rlhf_jax.core.advantages import CRITIC_FREE, DISCOUNTED, WITHOUT_GROUPS
 from rlhf_jax.core.policy_losses import POLICY_LOSSES
 from rlhf_jax.runtime.checkpoints import TrainState
@@ -23,10 +24,10 @@ from rlhf_jax.stages.policy_method import (
     Estimator,
     Method,
     Networks,
+    OverlongBuffer,
     Place,
     PolicyGradientConfig,
     check_dual_clip,
-    check_overlong,
     check_penalty,
 )
 
@@ -141,20 +142,20 @@ class GroupRLConfig(PolicyGradientConfig):
 
     kind: Literal["group_rl"]
     method: Name
-    num_generations: int  # responses to a prompt, a group
+    num_generations: Count  # responses to a prompt, a group
     advantage: Advantage | None = None
-    gamma: float | None = None  # discount a token of rewards to come, for advantage = "reinforce_plus_plus"; 1 for None
+    gamma: Share | None = None  # discount a token of rewards to come, for advantage = "reinforce_plus_plus"; 1 for None
     policy_loss: Literal["ppo", "sequence", "gspo", "cispo", "reinforce"] | None = None
     aggregation: Literal["token", "sequence", "sequence_sum", "constant"] | None = None
-    clip_ratio: float | None = None
-    clip_ratio_high: float | None = None
-    dual_clip: float | None = None  # greatest ratio of a token with a negative advantage (3 in verl); None: no bound
-    kl_coef: float | None = None
+    clip_ratio: Positive | None = None
+    clip_ratio_high: Positive | None = None
+    dual_clip: Positive | None = None  # greatest ratio of a token with a negative advantage (3 in verl); None: no bound
+    kl_coef: NonNegative | None = None
     kl_estimator: Estimator | None = None
     kl_in: Place | None = None
     # Rounds of sampling at most, until all groups have different scores of the reward itself; 0: one, kept as it is.
-    dynamic_sampling_rounds: int | None = None
-    overlong_buffer: float | None = None  # the share of the longest response over which its score falls by 1
+    dynamic_sampling_rounds: CountOrZero | None = None
+    overlong_buffer: OverlongBuffer | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -188,15 +189,12 @@ class GroupRLConfig(PolicyGradientConfig):
         if self.kl_in is not None and not fields["kl_coef"]:
             raise ValueError(f"kl_in = {self.kl_in!r} says where the penalty is, and kl_coef is 0: set kl_coef too")
         rounds = fields["dynamic_sampling_rounds"]
-        if rounds < 0:
-            raise ValueError(f"dynamic_sampling_rounds = {rounds} must be at least 1, or 0 for no dynamic sampling")
         if rounds and self.num_generations < 2:
             raise ValueError(
                 f"dynamic_sampling_rounds = {rounds} keeps groups whose scores differ: set num_generations to 2 or more"
             )
         if "dual_clip" in reads:
             check_dual_clip(fields["dual_clip"], fields["clip_ratio_high"])
-        check_overlong(fields["overlong_buffer"])
         check_penalty(self, fields["kl_coef"], fields["kl_estimator"], fields["kl_in"])
 
 

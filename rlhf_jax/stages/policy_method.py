@@ -7,11 +7,12 @@
 import dataclasses
 import warnings
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import jax
 from jaxtyping import Array, Float, PyTree
 
+from rlhf_jax.config import Count, Finite, NonNegative, Positive, Range
 from rlhf_jax.models import value_head
 from rlhf_jax.models.head import TokenStats, token_stats
 from rlhf_jax.models.policy import PolicyNetwork
@@ -50,6 +51,8 @@ Place = Literal["reward", "loss"]
 """Where the divergence is penalised: in the token rewards, or as a term of the loss."""
 ImportanceMode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 """Whether tokens or whole responses are weighted, and whether weights beyond the bounds become the bound or 0."""
+OverlongBuffer = Annotated[float, Range(at_least=0, below=1)]
+"""The last share of the longest response, over which the score falls by 1 (`overlong_penalty`); 0 for none."""
 SharedTrunk = Literal["shared"]
 
 
@@ -57,25 +60,16 @@ SharedTrunk = Literal["shared"]
 class AdaptiveKL:
     """The controller of Ziegler et al. 2019: the coefficient is changed until the divergence is the target."""
 
-    target: float  # nats a response
-    horizon: float  # episodes
-
-    def __post_init__(self) -> None:
-        for name in ("target", "horizon"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"kl_controller.{name} = {getattr(self, name)} must be above 0")
+    target: Positive  # nats a response
+    horizon: Positive  # episodes
 
 
 @dataclasses.dataclass(frozen=True)
 class PretrainingMix:
     """PPO-ptx, eq. 2 of Ouyang et al. 2022 (arXiv:2203.02155): maximum likelihood on demonstrations in every update."""
 
-    coef: float  # gamma there
-    batch_size: int  # demonstrations an iteration, from the experiment's own data
-
-    def __post_init__(self) -> None:
-        if self.coef <= 0:
-            raise ValueError(f"ptx.coef = {self.coef} must be above 0: leave ptx out for none")
+    coef: Positive  # gamma there
+    batch_size: Count  # demonstrations an iteration, from the experiment's own data
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,16 +77,16 @@ class PolicyGradientConfig(OnlineConfig):
     """What every policy gradient reads besides: the reward model, and what is made of its scores."""
 
     reward_model: RewardSource
-    missing_eos_score: float | None = None  # the score of a response that was cut off, whatever it is (-1 in N+)
-    score_scale: float = 1.0  # scores are multiplied by it, and then clipped
-    score_clip: float | None = None
+    missing_eos_score: Finite | None = None  # the score of a response that was cut off, whatever it is (-1 in N+)
+    score_scale: Positive = 1.0  # scores are multiplied by it, and then clipped
+    score_clip: Positive | None = None  # scores are held within plus and minus this; None: no bound
     reject_truncated: bool = False  # responses that were cut off are left out of the losses
     kl_controller: AdaptiveKL | None = None  # None: the coefficient stays what it is
-    entropy_coef: float = 0.0  # a bonus on the entropy, nats a token
+    entropy_coef: NonNegative = 0.0  # a bonus on the entropy, nats a token
     old_logprobs: Literal["learner", "sampler"] = "learner"  # by whose forward passes: the sampler's are already done
     # Weights for the difference of the sampler from the learner, of `core/importance.py`; None: no weights.
-    importance_cap: float | None = None  # greatest ratio of the learner's probability to the sampler's (3 in TRL)
-    importance_floor: float | None = None  # least ratio; None: 0
+    importance_cap: Positive | None = None  # greatest ratio of the learner's probability to the sampler's (3 in TRL)
+    importance_floor: NonNegative | None = None  # least ratio; None: 0
     importance_mode: ImportanceMode | None = None  # what has a ratio, and what bounds do; None: token_truncate
     ptx: PretrainingMix | None = None
 
@@ -105,10 +99,6 @@ class PolicyGradientConfig(OnlineConfig):
                 f"missing_eos_score = {self.missing_eos_score} takes the place of a score, from which "
                 f"missing_eos_penalty = {self.missing_eos_penalty} would be taken: set one of the two"
             )
-        for name in ("score_clip", "importance_cap"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{name} = {value} must be above 0, or None for no bound")
         if self.old_logprobs == "sampler" and self.importance_cap is not None:
             raise ValueError(
                 f"importance_cap = {self.importance_cap} bounds the learner's over the sampler's probabilities, which "
@@ -117,12 +107,11 @@ class PolicyGradientConfig(OnlineConfig):
         for name in ("importance_floor", "importance_mode"):
             if getattr(self, name) is not None and self.importance_cap is None:
                 raise ValueError(f"{name} = {getattr(self, name)!r} is read with importance_cap alone: set that too")
-        if self.importance_cap is not None and not 0 <= (self.importance_floor or 0) < self.importance_cap:
+        if self.importance_cap is not None and (self.importance_floor or 0) >= self.importance_cap:
             raise ValueError(
-                f"importance_floor = {self.importance_floor} must be from 0 to below importance_cap = "
-                f"{self.importance_cap}"
+                f"importance_floor = {self.importance_floor} must be below importance_cap = {self.importance_cap}"
             )
-        if self.ptx is not None and (self.ptx.batch_size < 1 or self.ptx.batch_size % self.minibatches):
+        if self.ptx is not None and self.ptx.batch_size % self.minibatches:
             raise ValueError(
                 f"ptx.batch_size = {self.ptx.batch_size} does not divide into {self.minibatches} minibatches"
             )
@@ -156,14 +145,6 @@ def check_dual_clip(dual_clip: float, clip_ratio_high: float) -> None:
         raise ValueError(
             f"dual_clip = {dual_clip} bounds ratios that the clip at 1 + clip_ratio_high = {1 + clip_ratio_high} "
             "leaves alone: set it above that, or to None for no bound"
-        )
-
-
-def check_overlong(buffer: float) -> None:
-    """Raises ValueError unless 0 <= buffer < 1."""
-    if not 0 <= buffer < 1:
-        raise ValueError(
-            f"overlong_buffer = {buffer} is a share of the longest response: set it from 0 (none) to below 1"
         )
 
 

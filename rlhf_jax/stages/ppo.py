@@ -15,7 +15,7 @@ from typing import Any, Literal
 import jax
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from rlhf_jax.config import CountOrZero
+from rlhf_jax.config import CountOrZero, NonNegative, Positive, Share
 from rlhf_jax.core import masking
 from rlhf_jax.core.advantages import gae, whiten_rewards
 from rlhf_jax.core.keys import derive
@@ -32,10 +32,10 @@ from rlhf_jax.stages.policy_method import (
     Estimator,
     Method,
     Networks,
+    OverlongBuffer,
     Place,
     PolicyGradientConfig,
     check_dual_clip,
-    check_overlong,
     check_penalty,
 )
 from rlhf_jax.stages.policy_optimizer import check_value_optimizer
@@ -49,19 +49,19 @@ class PPOConfig(PolicyGradientConfig):
     """The policy that is start and reference, the reward model, and the algorithm's numbers."""
 
     kind: Literal["ppo"]
-    kl_coef: float
-    gamma: float
-    gae_lambda: float
-    clip_ratio: float
-    value_clip: float | None  # None: values are not clipped
-    vf_coef: float
-    clip_ratio_high: float | None = None  # None: as clip_ratio
-    dual_clip: float | None = None  # greatest ratio of a token with a negative advantage (3 in verl); None: no bound
+    kl_coef: NonNegative
+    gamma: Share
+    gae_lambda: Share
+    clip_ratio: Positive
+    value_clip: Positive | None  # None: values are not clipped
+    vf_coef: NonNegative
+    clip_ratio_high: Positive | None = None  # None: as clip_ratio
+    dual_clip: Positive | None = None  # greatest ratio of a token with a negative advantage (3 in verl); None: no bound
     kl_estimator: Estimator = "k1"
     kl_in: Place = "reward"
     whiten_rewards: bool = False
     whiten_advantages: bool = True
-    overlong_buffer: float = 0.0  # the share of the longest response over which its score falls by 1
+    overlong_buffer: OverlongBuffer = 0.0
     value_trunk: Literal["reward_model", "policy", "shared"] = "reward_model"
     value_head: Literal["zero", "normal", "reward_model"] = "zero"
     # The first iterations train the values alone: the policy, its moments and its schedule stay as they are until then.
@@ -74,7 +74,6 @@ class PPOConfig(PolicyGradientConfig):
         super().__post_init__()
         if self.dual_clip is not None:
             check_dual_clip(self.dual_clip, self.upper_clip_ratio)
-        check_overlong(self.overlong_buffer)
         check_penalty(self, self.kl_coef, self.kl_estimator, self.kl_in)
         check_value_optimizer(self.value_optimizer)
         if self.value_warmup and self.value_warmup >= self.iterations:

@@ -219,6 +219,15 @@ def _gemma2(config: Any) -> dict[str, Any]:
     }
 
 
+def _gemma3(config: Any) -> dict[str, Any]:
+    if config.attn_logit_softcapping is not None:
+        raise RlhfError(
+            f"attn_logit_softcapping = {config.attn_logit_softcapping} is not supported for model_type = "
+            f"{config.model_type!r}: transformers does not apply it there. Set it to null, as in Gemma 3's releases"
+        )
+    return _gemma2(config) | {"qk_norm": "head"}
+
+
 def _gemma_kin(config: Any) -> dict[str, Any]:
     if config.use_bidirectional_attention:
         raise RlhfError("use_bidirectional_attention = True is not supported: it makes an encoder of a Gemma")
@@ -358,7 +367,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3": Family(_qwen3, _LLAMA_TENSORS, "model."),
     "gemma": Family(_gemma, _LLAMA_TENSORS, "model."),
     "gemma2": Family(_gemma2, _GEMMA2_TENSORS, "model."),
-    "gemma3_text": Family(lambda config: _gemma2(config) | {"qk_norm": "head"}, _GEMMA2_TENSORS, "model."),
+    "gemma3_text": Family(_gemma3, _GEMMA2_TENSORS, "model."),
     "olmo2": Family(_olmo2, _OLMO2_TENSORS, "model."),
     "phi3": Family(_phi3, _PHI3_TENSORS, "model."),
 }

@@ -117,9 +117,13 @@ def test_an_odd_number_of_rotary_channels_is_rounded_up_to_pairs_under_the_odd_e
         ),
         (LLAMA | {"head_dim": 3}, "all 3 channels of a head .* are an odd number"),
         ({"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True"),
+        (
+            {"model_type": "gemma3_text", "attn_logit_softcapping": 50.0},
+            "attn_logit_softcapping = 50.0 is not supported",
+        ),
         ({"model_type": "gemma", "use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
     ],
-    ids=["partial llama", "odd yarn", "odd longrope", "odd head", "gpt2", "gemma"],
+    ids=["partial llama", "odd yarn", "odd longrope", "odd head", "gpt2", "gemma 3", "gemma"],
 )
 def test_what_cannot_be_computed_as_transformers_does_is_refused_with_its_numbers(said, message):
     with pytest.raises(RlhfError, match=message):

@@ -24,7 +24,7 @@ from rlhf_jax.stages.prompts import at_round
 from rlhf_jax.types import PromptBatch, Rollout
 
 DIFFERS, ALIKE, EMPTY = 0, 1, 2
-"""What stands in a row, best first: a response of a group whose scores differ, one of another group, nothing."""
+"""Row status, best first: a response of a group whose scores differ, one of another group, no response yet."""
 
 
 class Filling(NamedTuple):
@@ -59,7 +59,7 @@ def empty(sampled: Sampled, rounds: int) -> Filling:
 
 
 def is_full(filling: Filling, axes: tuple[str, ...]) -> Bool[Array, ""]:
-    """Whether every row is of a group whose scores differ."""
+    """True if every row is of a group whose scores differ."""
     return masking.count(filling.rank == DIFFERS, axes) == masking.rows(filling.rank, axes)
 
 
@@ -71,7 +71,7 @@ def collect(
     scores: Float[Array, "B"],
     axes: tuple[str, ...],
 ) -> Filling:
-    """What is kept after one more round: the first groups whose scores differ, and where they are too few, others.
+    """Add a round: keep the first groups whose scores differ, and others where these are too few.
 
     A batch that is full stays what it is.
     """
@@ -133,7 +133,7 @@ def fill(
 def filled(
     method: Method, filling: Filling, demonstrations: Any, axes: tuple[str, ...]
 ) -> tuple[Sampled, Float[Array, "B"], Bool[Array, "B"], dict[str, Array]]:
-    """A batch after its last round, its scores, which of its responses are trained on, and what its rounds were like.
+    """The batch after its last round, its scores, the mask of the responses to train on, and metrics of the rounds.
 
     `reward` and `num_tokens` are of all responses that were sampled; `dynamic_sampling/groups_that_differ` is a share
     of their groups, `dynamic_sampling/groups_missing` how many of the batch's groups are masked.

@@ -1,4 +1,4 @@
-"""From scored responses to advantages: what an iteration knows before its first update.
+"""From scored responses to advantages, before the first update of an iteration.
 
 Details of Huang et al. 2024 (arXiv:2403.17031, "N+") and of their study of Ziegler et al.'s code (2023, "N") that stand
 here: a fixed score for responses without EOS (the EOS trick, N+: -1), the score on the last response token (N+), the
@@ -24,14 +24,14 @@ from rlhf_jax.types import Rollout
 
 
 def has_ended(networks: Networks, rollout: Rollout) -> Bool[Array, "B"]:
-    """Which responses have a stop token: the others were cut off."""
+    """True for responses with a stop token: the others were cut off."""
     return jnp.any(is_stop(rollout.response, networks.stop_ids) & rollout.response_mask, axis=1)
 
 
 def shaped_scores(
     networks: Networks, config: PolicyGradientConfig, method: Method, rollout: Rollout, scores: Float[Array, "B"]
 ) -> Float[Array, "B"]:
-    """Scores as the method is given them: scaled, clipped, and less where a response is too long or was cut off."""
+    """Scale and clip scores, and lower those of responses that are too long or were cut off."""
     ended = has_ended(networks, rollout)
     if config.score_scale != 1:
         scores = scores * config.score_scale
@@ -46,7 +46,7 @@ def shaped_scores(
 
 
 class OldPolicy(NamedTuple):
-    """What the policy that sampled says of its responses, before the first update."""
+    """Log-probabilities, entropies, values and weights of the responses, before the first update."""
 
     logprobs: Array  # [B, T]
     entropy: Array  # [B, T], nats a token
@@ -84,7 +84,7 @@ def by_sampler(
     sampled: Sampled,
     axes: tuple[str, ...],
 ) -> OldPolicy:
-    r"""By what the sampler noted ("bypass" in verl): no forward pass of the policy, and the ratio corrects for both.
+    r"""Reuse the sampler's log-probabilities ("bypass" in verl): no forward pass, and the ratio corrects for both.
 
     It is $\pi_{learner} / \pi_{sampler}$ from the first update on, and bounded by the loss. Entropy is estimated from
     the sampled tokens, $-\log \pi(a_t)$; how far the sampler is off is logged by the first minibatch.
@@ -110,7 +110,7 @@ def gather_experience(
     kl_coef: Any,
     useful: Bool[Array, "B"] | None = None,
 ) -> tuple[Experience, Samples, dict[str, jax.Array]]:
-    """From scored responses to advantages, with the metrics of the objective.
+    """Compute advantages of scored responses, and the metrics of the objective.
 
     The divergence that is logged is the one that is penalised: the sum over a response of the method's estimator.
 

@@ -1,8 +1,8 @@
-"""group_rl: policy gradients without a value function; responses are compared with each other instead.
+"""group_rl: policy gradients without a value function, whose baselines come from other responses.
 
 RLOO, REINFORCE++, GRPO, Dr. GRPO, DAPO, GSPO and CISPO are one iteration (`policy_gradient.py`) with other fields:
-`METHODS` has what each paper sets, or else what is usual, and any field of it can be set otherwise. What PPO has of
-details of the rollout, the scores, the penalty and the optimiser holds here as well.
+`METHODS` has each paper's settings, or else the usual ones, and any of them can be overridden. PPO's fields for rollouts,
+scores, the penalty and the optimiser exist here as well.
 """
 
 import dataclasses
@@ -118,10 +118,10 @@ METHODS: dict[str, dict[str, Any]] = {
         "clip_ratio_high": 4.0,
     },
 }
-"""What each method sets. `rloo` and both `reinforce_plus_plus` leave `kl_coef` open."""
+"""Settings of each method. `rloo` and both `reinforce_plus_plus` leave `kl_coef` open."""
 
 OTHERWISE: dict[str, Any] = {"dual_clip": math.inf, "gamma": 1.0, "dynamic_sampling_rounds": 0, "overlong_buffer": 0.0}
-"""What a method that says nothing of a field has."""
+"""Defaults of fields that a method does not set."""
 
 OWN = (
     "advantage",
@@ -138,7 +138,7 @@ OWN = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GroupRLConfig(PolicyGradientConfig):
-    """A method by its name, and what is to be otherwise: None leaves a field as the method sets it."""
+    """A preset and overrides: None keeps the preset's value."""
 
     kind: Literal["group_rl"]
     method: Name
@@ -199,13 +199,13 @@ class GroupRLConfig(PolicyGradientConfig):
 
 
 def settled(config: GroupRLConfig) -> dict[str, Any]:
-    """Every field that a method may set: as the config has it, else as the method has it."""
+    """Values of all fields that presets set: the config's where given, else the preset's, else the default."""
     given = {name: getattr(config, name) for name in OWN if getattr(config, name) is not None}
     return OTHERWISE | METHODS[config.method] | given
 
 
 def method_of(config: GroupRLConfig) -> Method:
-    """A config's method, with everything that it leaves open filled in."""
+    """The method of a config, with every field filled in."""
     fields = settled(config)
     discount = {"gamma": fields["gamma"]} if fields["advantage"] in DISCOUNTED else {}
     advantages = functools.partial(CRITIC_FREE[fields["advantage"]], num_generations=config.num_generations, **discount)

@@ -1,6 +1,6 @@
-"""What a policy-gradient method is: the config that all share, what is each one's own, and what travels between halves.
+"""Shared parts of the policy-gradient methods: their config, `Method`, and the batches between an iteration's halves.
 
-`Method` is what is one's own: `stages/ppo.py` and `stages/group_rl.py` make it from their configs, and
+`Method` holds what differs between methods. `stages/ppo.py` and `stages/group_rl.py` make it from their configs, and
 `stages/policy_gradient.py` runs it.
 """
 
@@ -74,7 +74,7 @@ class PretrainingMix:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PolicyGradientConfig(OnlineConfig):
-    """What every policy gradient reads besides: the reward model, and what is made of its scores."""
+    """Fields of every policy gradient: the reward model, the shaping of its scores, and terms of the loss."""
 
     reward_model: RewardSource
     missing_eos_score: Finite | None = None  # the score of a response that was cut off, whatever it is (-1 in N+)
@@ -149,7 +149,7 @@ def check_dual_clip(dual_clip: float, clip_ratio_high: float) -> None:
 
 
 class Advantages(NamedTuple):
-    """What a method makes of rewards."""
+    """Advantages, and the targets of the value function."""
 
     advantages: jax.Array  # [B, T]
     returns: jax.Array | None  # [B, T], what values are fitted to, where there are some
@@ -226,7 +226,7 @@ class Networks:
 
 
 class Sampled(NamedTuple):
-    """What the first half of an iteration leaves to the second."""
+    """Responses from the first half of an iteration, for the second."""
 
     rollout: Rollout
     logprobs: jax.Array  # [B, T], by the sampler's own forward passes
@@ -234,7 +234,7 @@ class Sampled(NamedTuple):
 
 
 class Experience(NamedTuple):
-    """A scored rollout: what every epoch trains on."""
+    """A scored rollout with advantages, on which every epoch trains."""
 
     rollout: Rollout
     logprobs: jax.Array  # [B, T], of the policy that sampled, by the learner's own forward pass or the sampler's
@@ -247,7 +247,7 @@ class Experience(NamedTuple):
 
 
 class Samples(NamedTuple):
-    """What an iteration shows of its responses."""
+    """Responses of an iteration for `samples.jsonl`."""
 
     rollout: Rollout
     scores: jax.Array  # [B]

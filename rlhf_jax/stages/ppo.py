@@ -1,10 +1,10 @@
-"""ppo: tunes a policy to please a reward model, kept near its start by a penalty on the divergence.
+"""ppo: maximises the scores of a reward model with a clipped surrogate, a value function and a penalty on the KL.
 
 The algorithm of Ziegler et al. 2019 (arXiv:1909.08593) and Stiennon et al. 2020 (arXiv:2009.01325), with the details of
 Huang et al. 2024 (arXiv:2403.17031): no dropout, the score on the last response token, less a penalty without EOS,
 whitened advantages, a value function that starts from the reward model, clipped values, Adam's epsilon 1e-5.
 
-What is PPO's own is here: a value function, where it starts, and advantages by GAE. The rest is `policy_gradient.py`.
+PPO-specific parts: the value function, its initialisation, and GAE. The iteration is in `policy_gradient.py`.
 """
 
 import dataclasses
@@ -93,7 +93,7 @@ class PPOConfig(PolicyGradientConfig):
 
 
 def method_of(config: PPOConfig) -> Method:
-    """What is PPO's own among policy-gradient methods."""
+    """The method of a config: GAE, the clipped surrogate and the clipped value loss."""
 
     def estimate(
         rewards: Array, values: Array | None, mask: Array, trained: Array, axes: tuple[str, ...]
@@ -127,7 +127,7 @@ def method_of(config: PPOConfig) -> Method:
 
 
 def run(config: PPOConfig, context: Context) -> dict[str, Any]:
-    """Trains `context.seeds` policies at once, each with its own prompts, samples and initial key."""
+    """Train `context.seeds` policies at once, each with its own prompts, samples and initial key."""
     start = functools.partial(start_value, config)
     return policy_gradient.run(config, method_of(config), start, context)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from rlhf_jax.core import importance, policy_losses
+from rlhf_jax.core import policy_losses
 from rlhf_jax.core.policy_losses import AGGREGATIONS, POLICY_LOSSES
 from tests.core.cases import ROWS, WIDTH, assert_padding_is_inert, normal, prefix_mask, row_lengths, seeds
 
@@ -174,37 +174,6 @@ def test_some_ratios_reach_the_second_clip():
         assert tokens.clipped.all()
 
 
-WEIGHED = {
-    "token_truncate": lambda ratio, cap, floor: min(max(ratio, floor), cap),
-    "token_mask": lambda ratio, cap, floor: ratio if floor <= ratio <= cap else 0.0,
-}
-WEIGHED |= {name.replace("token", "sequence"): function for name, function in WEIGHED.items()}
-
-
-@pytest.mark.parametrize("name", importance.WEIGHTS)
-@given(seed=seeds, lengths=row_lengths)
-def test_importance_weights_are_truncated_or_masked_a_token_or_a_response_at_a_time(name, seed, lengths):
-    (logprobs, sampler, _), mask, cap, floor = case(seed), prefix_mask(lengths), 1.2, 0.7
-    filled = [jnp.where(mask, x, jnp.nan) for x in (logprobs, sampler)]
-    got = importance.WEIGHTS[name](*filled, mask, cap=cap, floor=floor)
-    assert np.isfinite(got).all()
-    for row, length in enumerate(lengths):
-        apart = np.asarray(logprobs, np.float64)[row, :length] - np.asarray(sampler, np.float64)[row, :length]
-        ratios = np.exp(apart if name.startswith("token") else np.full(length, apart.sum()))
-        expected = [WEIGHED[name](ratio, cap, floor) for ratio in ratios]
-        np.testing.assert_allclose(got[row, :length], expected, rtol=1e-5)
-    if np.asarray(mask).any():
-        metrics, inside = importance.weight_metrics(got, mask, ()), np.asarray(got)[np.asarray(mask)]
-        np.testing.assert_allclose(list(metrics.values()), [inside.min(), inside.mean(), inside.max()], rtol=1e-5)
-
-
-@pytest.mark.parametrize("name", importance.WEIGHTS)
-def test_importance_weights_of_far_programs_are_finite(name):
-    x, mask = jnp.array([[92.0, 1e4], [-92.0, -1e4]]), jnp.ones((2, 2), bool)
-    weights = importance.WEIGHTS[name](x, 0 * x, mask, cap=3.0, floor=0.0)
-    np.testing.assert_allclose(weights, [[3.0 * name.endswith("truncate")] * 2, [0, 0]], atol=1e-30)
-
-
 def test_ratio_metrics_count_no_padding():
     logprobs, old, _ = case(0)
     mask = prefix_mask([WIDTH, 2, 1, 0, 3])
@@ -215,13 +184,3 @@ def test_ratio_metrics_count_no_padding():
     filled = policy_losses.ratio_metrics(jnp.where(mask, logprobs, np.nan), old, clipped & ~mask, mask, ())
     for name, value in metrics.items():
         np.testing.assert_array_equal(filled[name], value, err_msg=name)
-
-
-def test_the_samplers_difference_is_of_either_sign_and_of_no_padding():
-    logprobs, old, _ = case(0)
-    mask = prefix_mask([WIDTH, 2, 1, 0, 3])
-    expected = np.abs(np.asarray(logprobs) - np.asarray(old))[np.asarray(mask)]
-    for sign in (1, -1):
-        first, second = (jnp.where(mask, x, jnp.nan) for x in (logprobs, old)[::sign])
-        found = importance.sampler_difference(first, second, mask, ())
-        np.testing.assert_allclose(list(found.values()), [expected.mean(), expected.max()], rtol=1e-6)

@@ -15,7 +15,7 @@ from rlhf_jax.models import value_head
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.runtime.checkpoints import Checkpoints
 from rlhf_jax.runtime.optimizers import gradients
-from rlhf_jax.stages import ppo
+from rlhf_jax.stages import group_rl, ppo
 from rlhf_jax.stages.experience import gather_experience, shaped_scores
 from rlhf_jax.stages.models import Policy, RewardModel
 from rlhf_jax.stages.policy_method import AdaptiveKL, Experience, PretrainingMix, Sampled
@@ -202,6 +202,30 @@ def test_the_loss_is_its_terms_and_pads_count_in_none():
     np.testing.assert_allclose(metrics["policy/clipfrac_avg"], clipped.mean(), rtol=1e-5)
     terms = metrics["loss/policy_avg"] + 0.5 * metrics["loss/kl_avg"] - 0.3 * metrics["policy/entropy_avg"]
     np.testing.assert_allclose(loss, terms, rtol=1e-5)
+
+
+def test_the_estimator_chooses_the_penaltys_value_and_gradient_and_reads_no_padding():
+    rng, mask = np.random.default_rng(0), jnp.asarray(tiny.prefix_mask(np.random.default_rng(1), 4, 5))
+    logprobs, old, ref = (jnp.where(mask, -2 + 0.4 * rng.normal(size=(4, 5)), jnp.nan) for _ in range(3))
+    batch = {"logprobs": old, "advantages": jnp.zeros(mask.shape), "loss_mask": mask, "ref_logprobs": ref}
+
+    def found(estimator):
+        config = tiny.group_config("grpo", kl_estimator=estimator, aggregation="token", kl_coef=0.5)
+        loss = functools.partial(tiny.given_loss, config, group_rl.method_of(config), batch=batch)
+        (_, metrics), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(jnp.where(mask, logprobs, 0))
+        assert np.isfinite(gradient).all() and not np.asarray(gradient)[~np.asarray(mask)].any()
+        return metrics["loss/kl_avg"], gradient
+
+    (k2, of_k2), (k3, of_k3), (straight, of_straight), (weighted, of_weighted) = map(
+        found, ("k2", "k3", "k3+", "k3_weighted")
+    )
+    assert straight == k3 and abs(k2 - k3) > 1e-3 and abs(weighted - k3) > 1e-3
+    np.testing.assert_array_equal(of_straight, of_k2)
+    ratio, tokens = jnp.exp(logprobs - old), jnp.sum(mask)
+    np.testing.assert_allclose(
+        of_weighted, jnp.where(mask, 0.5 * ratio * (logprobs - ref), 0) / tokens, rtol=1e-4, atol=1e-6
+    )
+    assert np.abs(of_k3 - of_k2).max() > 1e-3
 
 
 def test_the_bonus_is_the_gradient_of_the_entropy():

@@ -1,4 +1,4 @@
-"""Numbers of policy gradients' configs that make no sense are refused, each with one message that names key and bound."""
+"""Numbers of policy gradients' configs that make no sense are refused with one message of the key and its bound."""
 
 import dataclasses
 
@@ -20,7 +20,7 @@ SECTIONS = {
 
 def parse(cls, **changes):
     section = {**SECTIONS[cls], **changes}
-    plain = {name: dataclasses.asdict(x) if dataclasses.is_dataclass(x) else x for name, x in section.items()}
+    plain = {name: dataclasses.asdict(x) if name in ("optimizer", "loop") else x for name, x in section.items()}
     return config.build(cls, ConfigDict(plain, convert_dict=True), "config.rl")
 
 

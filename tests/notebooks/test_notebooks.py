@@ -39,6 +39,7 @@ def test_a_notebook_keeps_its_figures(path):
     assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code")
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs(path, tmp_path, movie_reviews):
     for name in ("notebooks", "experiments"):

@@ -9,6 +9,8 @@ import pytest
 from tests.stages import experiments
 from tests.stages.interrupted import FILES, Process
 
+pytestmark = pytest.mark.nightly
+
 SAMPLED = {"prompts": 24, "eval_prompts": 4, "samples_per_prompt": 2}
 
 

@@ -161,6 +161,7 @@ def test_a_judge_with_scores_reads_prompts_and_responses():
     assert scores[0] < scores[1]
 
 
+@pytest.mark.nightly
 def test_an_experiment_with_two_seeds_by_a_reward_model_and_one_by_a_judge(tmp_path, monkeypatch):
     monkeypatch.setenv("RLHF_JAX_DATA", str(tmp_path / "cache"))
     model, judge = experiments.models(tmp_path)

@@ -239,6 +239,7 @@ def test_a_stage_may_combine_an_ensemble_otherwise(loaded):
     np.testing.assert_allclose(score_all(model.network, model.params, given, 4), each.mean(axis=0), atol=1e-5)
 
 
+@pytest.mark.nightly
 def test_an_ensemble_of_adapters_scores_within_the_compiled_iteration(places):
     """Trained beside one frozen checkpoint, normalised on its samples, combined otherwise by the stage it serves."""
     directory, model, _ = places

@@ -1,8 +1,8 @@
 """group_rl: policy gradients without a value function, whose baselines come from other responses.
 
 RLOO, REINFORCE++, GRPO, Dr. GRPO, DAPO, GSPO and CISPO are one iteration (`policy_gradient.py`) with other fields:
-`METHODS` has each paper's settings, or else the usual ones, and any of them can be overridden. PPO's fields for rollouts,
-scores, the penalty and the optimiser exist here as well.
+`METHODS` has each paper's settings, or else the usual ones, and any of them can be overridden. PPO's fields for
+rollouts, scores, the penalty and the optimiser exist here as well.
 """
 
 import dataclasses

@@ -1,6 +1,7 @@
 """Numbers of policy gradients' configs that make no sense are refused with one message of the key and its bound."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 from ml_collections import ConfigDict
@@ -12,7 +13,7 @@ from rlhf_jax.types import RlhfError
 from tests import tiny
 
 NAN, INFINITE = float("nan"), float("inf")
-SECTIONS = {
+SECTIONS: dict[type, dict[str, Any]] = {
     PPOConfig: {field.name: getattr(tiny.PPO, field.name) for field in dataclasses.fields(PPOConfig)},
     GroupRLConfig: {**tiny.GROUP_RL, "method": "rloo", "kl_coef": 0.1},
 }

@@ -36,9 +36,12 @@ class LoraConfig:
     """
 
     rank: int
-    alpha: float  # what an adapter adds is scaled by alpha / rank
+    alpha: float  # what an adapter adds is scaled by alpha / rank, or by alpha / sqrt(rank) with use_rslora
     targets: tuple[str, ...]
     dropout: float = 0.0  # of the adapters' inputs, where a loss asks for it
+    # Rank-stabilised LoRA (Kalajdzievski 2023, arXiv:2312.03732, theorem 3.2), as PEFT's option of this name: with
+    # alpha / rank, what an adapter learns shrinks as the rank grows.
+    use_rslora: bool = False
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -57,8 +60,8 @@ class LoraConfig:
 
     @property
     def scale(self) -> float:
-        """What the product of A and B is multiplied by."""
-        return self.alpha / self.rank
+        r"""Factor of the product of A and B: $\alpha / r$, or $\alpha / \sqrt{r}$ with use_rslora."""
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
 
 class Adapted(NamedTuple):
@@ -114,9 +117,10 @@ def init_adapter(config: LoraConfig, params: PyTree, key: PRNGKeyArray) -> PyTre
 
 
 def merge(params: PyTree, adapter: PyTree, config: LoraConfig) -> PyTree:
-    r"""Plain parameters that compute what the adapted ones do: $W + \frac{\alpha}{r} A B$, in the dtype of W.
+    r"""Plain parameters that compute what the adapted ones do: $W + s A B$, in the dtype of W.
 
-    The sum is taken in float32, and rounded where W has less. Raises RlhfError where the adapter is of another network.
+    s is the config's scale. The sum is taken in float32, and rounded where W has less. Raises RlhfError where the
+    adapter is of another network.
     """
     layers = layers_of(adapter)
     known = {name for name, _ in _leaves(params)}
@@ -144,8 +148,8 @@ def apply(
 ) -> Any:
     r"""A module's method with plain or with `Adapted` parameters.
 
-    Each adapted layer gives $y + \frac{\alpha}{r} B A x$ (eq. 3), computed in the layer's compute dtype from left to
-    right, so that the product of A and B never exists.
+    Each adapted layer gives $y + s B A x$ (eq. 3), s being the config's scale, computed in the layer's compute dtype
+    from left to right, so that the product of A and B never exists.
 
     Args: dropout_keys, one a row, switch the adapters' dropout on: a row's mask does not depend on the other rows.
     """

@@ -34,7 +34,16 @@ CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _HEAD = f"{_PREFIX}score.weight"
 # What we read, and what changes nothing once an adapter is trained. Whatever else a config sets, we do not have.
-_READ = {"r", "lora_alpha", "lora_dropout", "target_modules", "init_lora_weights", "modules_to_save", "bias"}
+_READ = {
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "use_rslora",
+    "target_modules",
+    "init_lora_weights",
+    "modules_to_save",
+    "bias",
+}
 _IDLE = {
     *("peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision"),
     *("inference_mode", "fan_in_fan_out", "megatron_core", "qalora_group_size", "ensure_weight_tying"),
@@ -146,7 +155,11 @@ def load_adapter(source: str, pretrained: Pretrained) -> Loaded:
         )
     try:
         config = LoraConfig(
-            rank, float(peft_config["lora_alpha"]), _targets(found, shapes), peft_config["lora_dropout"]
+            rank,
+            float(peft_config["lora_alpha"]),
+            _targets(found, shapes),
+            peft_config["lora_dropout"],
+            use_rslora=bool(peft_config.get("use_rslora")),
         )
     except ValueError as error:
         raise RlhfError(f"{directory / CONFIG_FILE}: {error}") from error
@@ -197,6 +210,7 @@ def save_adapter(
         "r": config.rank,
         "target_modules": _target_modules(list(adapted), list(modules)),
         "task_type": "SEQ_CLS" if kind == "reward" else "CAUSAL_LM",
+        "use_rslora": config.use_rslora,
     }
     names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))  # as the safetensors package does
     with new_directory(directory) as partial:

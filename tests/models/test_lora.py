@@ -204,6 +204,29 @@ def test_merging_adds_alpha_by_rank_times_the_product(network):
         np.testing.assert_allclose(merged[path], np.asarray(base[path], np.float64) + change, atol=1e-6)
 
 
+def test_rank_stabilised_scaling_is_by_the_root_of_the_rank():
+    plain = adapted(POLICY)
+    stable = dataclasses.replace(POLICY, lora=dataclasses.replace(EACH, use_rslora=True))
+    same = dataclasses.replace(POLICY, lora=dataclasses.replace(EACH, alpha=EACH.alpha * EACH.rank**0.5))
+    assert stable.lora.scale == pytest.approx(5 / 3**0.5)
+    assert_close(outputs(stable, plain), outputs(same, plain))
+    assert_close(outputs(stable, stable.merge(plain)), outputs(stable, plain))
+    assert not all_close(outputs(stable, plain), outputs(POLICY, plain))
+
+
+@pytest.mark.parametrize(("use_rslora", "expected"), [(True, 1.0), (False, 1 / 16)])
+def test_what_a_first_step_changes_does_not_shrink_with_the_rank_where_scaling_is_rank_stabilised(use_rslora, expected):
+    """B starts at 0, and its first gradient is s x A g: the output then moves by s^2 |x A|^2 g, which goes as r s^2."""
+    moved = []
+    for rank in (4, 64):
+        rule = LoraConfig(rank, 2.0, ("up",), use_rslora=use_rslora)
+        adapter = lora.init_adapter(rule, {"block_0": {"up": {"kernel": jnp.zeros((512, 8))}}}, jax.random.key(0))
+        x = np.random.default_rng(0).normal(size=(64, 512))
+        down = x @ np.asarray(adapter["block_0"]["up"]["A"], np.float64)
+        moved.append(rule.scale**2 * np.sum(down**2, axis=1).mean())
+    assert moved[1] / moved[0] == pytest.approx(expected, rel=0.15)
+
+
 def test_merging_keeps_dtypes_and_refuses_the_adapter_of_another_network():
     half = PolicyNetwork(dataclasses.replace(GROUPED, param_dtype="bfloat16"), VOCAB, (), EACH)
     params = Adapted(random_params(half), adapted(POLICY).adapter)

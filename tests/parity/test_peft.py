@@ -3,6 +3,7 @@
 """Adapters of every family against PEFT's own: what they compute, their gradients, merging, and the way in and out."""
 
 import copy
+import dataclasses
 import functools
 import json
 import re
@@ -151,6 +152,27 @@ def test_the_way_in_and_out_keeps_every_byte(name, targets, tmp_path):
     assert jax.tree.map(jnp.shape, again) == jax.tree.map(jnp.shape, loaded.adapter)
 
 
+def test_rank_stabilised_adapters_are_scaled_by_the_root_of_the_rank_as_in_peft(tmp_path):
+    made = checkpoint("llama, grouped")
+    model = made_by_peft(made, tmp_path / "in", ["q_proj", "up_proj"], use_rslora=True)
+    pretrained, network = network_and_base(made)
+    loaded = load_adapter(str(tmp_path / "in"), pretrained)
+    assert loaded.config.use_rslora and loaded.config.scale == pytest.approx(4 / 3**0.5)
+    params, ids = Adapted(pretrained.params, loaded.adapter), tokens()
+    got = logits_of(with_lora(network, loaded.config), params, ids)
+    np.testing.assert_allclose(got, theirs_of(model, ids).detach().numpy(), atol=2e-4)
+    plain = with_lora(network, dataclasses.replace(loaded.config, use_rslora=False))
+    assert np.abs(got - logits_of(plain, params, ids)).max() > 0.01
+
+    save_adapter(tmp_path / "out", "policy", params, loaded.config, pretrained.hf_config, base=str(made.directory))
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(made.model), tmp_path / "out").eval()
+    assert again.peft_config["default"].use_rslora
+    torch.testing.assert_close(theirs_of(again, ids), theirs_of(model, ids))
+    merged = with_lora(network, loaded.config).merge(params)
+    theirs = model.merge_and_unload()
+    np.testing.assert_allclose(logits_of(network, merged, ids), theirs_of(theirs, ids).detach().numpy(), atol=2e-4)
+
+
 OURS = [
     ("gpt2", ("attention/qkv", "up")),
     ("gpt2, inner width", ("attention/o",)),  # c_proj, as is the MLP's
@@ -246,8 +268,7 @@ def test_half_precision_is_widened(tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"use_rslora": True}, "use_rslora = true is not supported: merge the adapter with PEFT"),
-        ({"use_dora": True}, "use_dora = true"),
+        ({"use_dora": True}, "use_dora = true is not supported: merge the adapter with PEFT"),
         ({"modules_to_save": ["lm_head"]}, r'modules_to_save = \["lm_head"\]'),
         ({"rank_pattern": {"q_proj": 5}}, r'rank_pattern = {"q_proj": 5}'),
         ({"alpha_pattern": {"q_proj": 5}}, "alpha_pattern"),

@@ -1,15 +1,20 @@
-"""What a person watches while an experiment runs: a bar a stage with its key figures and the time left."""
+"""What a person watches while an experiment runs: a bar for the stage under way, a line for each that has ended."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import TimeRemainingColumn as TimeRemaining
+from rich.table import Column
+from rich.text import Text
+
+MOST_BAR = 24
+"""Columns of a bar where there is room; it is the part that shrinks."""
 
 
 class Bar:
-    """One stage's bar. Off a terminal, one line when the stage ends."""
+    """One stage's bar, and the line that stays when the stage has ended."""
 
     def __init__(self, progress: Progress, task: TaskID, name: str) -> None:
         """Wraps a task of the progress display."""
@@ -22,12 +27,10 @@ class Bar:
         self._progress.update(self._task, completed=done, total=total, figures=self._figures)
 
     def finish(self) -> None:
-        """Leaves the bar full."""
-        total = self._progress.tasks[self._task].total or 1
-        self._progress.update(self._task, completed=total, total=total)
-        if not self._progress.console.is_terminal:
-            elapsed = self._progress.tasks[self._task].elapsed or 0.0
-            self._progress.console.print(f"{self._name}: {elapsed:.1f} s  {self._figures}", highlight=False)
+        """Replaces the bar by a line with the stage's time and key figures."""
+        elapsed = self._progress.tasks[self._progress.task_ids.index(self._task)].elapsed or 0.0
+        self._progress.remove_task(self._task)
+        self._progress.console.print(f"{self._name}: {elapsed:.1f} s  {self._figures}".rstrip(), highlight=False)
 
 
 class Display:
@@ -36,19 +39,11 @@ class Display:
     def __init__(self, console: Console) -> None:
         """Draws on a console."""
         self.console = console
-        self._progress = Progress(
-            TextColumn("{task.description:<14}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemaining(),
-            TextColumn("{task.fields[figures]}"),
-            console=console,
-        )
+        self._progress = _Progress(console)
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Shows the bars for as long as the context lasts; off a terminal there is nothing to redraw."""
+        """Shows the bar for as long as the context lasts; off a terminal there is nothing to redraw."""
         if self.console.is_terminal:
             with self._progress:
                 yield
@@ -57,8 +52,29 @@ class Display:
 
     @contextmanager
     def bar(self, name: str) -> Iterator[Bar]:
-        """A bar for a stage, full when the context ends well."""
+        """A bar for a stage, which a line replaces when the context ends well."""
         task = self._progress.add_task(name, total=None, figures="")
         bar = Bar(self._progress, task, name)
         yield bar
         bar.finish()
+
+
+class _Progress(Progress):
+    """Bars with their figures below them, so that neither is cut off on a narrow terminal."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None, table_column=Column(max_width=MOST_BAR, min_width=4)),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            TimeElapsedColumn(table_column=Column(no_wrap=True)),
+            TimeRemaining(table_column=Column(no_wrap=True)),
+            console=console,
+        )
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """The bar of each stage, then its figures, which wrap where they must."""
+        for task in self.tasks:
+            yield self.make_tasks_table([task])
+            if task.fields["figures"]:
+                yield Text(f"  {task.fields['figures']}", style="dim")

@@ -52,7 +52,7 @@ lint: $(DEV) ## formatting, lint, types and the direction of imports
 	.venv/bin/pyrefly check --python-interpreter-path .venv/bin/python
 	.venv/bin/lint-imports
 
-format: $(DEV) ## format the code, and mend what ruff can mend
+format: $(DEV) ## format the code, and fix what ruff can fix
 	.venv/bin/ruff check --fix-only .
 	.venv/bin/ruff format .
 

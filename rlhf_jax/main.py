@@ -168,5 +168,5 @@ def _message(error: Exception) -> str:
         return f"Error: {error}"
     if isinstance(error, OSError):
         place = f" ({error.filename})" if error.filename else ""
-        return f"Error: {error.strerror or error}{place}. What was complete is kept; mend it and run again."
+        return f"Error: {error.strerror or error}{place}. What is complete is kept: remove the cause and run again."
     return f"Error: {type(error).__name__}: {error}\nThis may be a bug in rlhf_jax: --debug shows the traceback."

@@ -318,7 +318,7 @@ def _assistant_turns(
         with chat.naming_row(number):
             ids, written = tokenizer.encode_turns(messages)
             if not any(written):
-                raise RlhfError("the chat template marks nothing as written by the assistant: mend it")
+                raise RlhfError("the chat template marks nothing as written by the assistant: correct it")
         end = len(ids) - written[::-1].index(True)
         start = next((place + 1 for place in reversed(range(end)) if not written[place]), 0)
         response = tokenizer.end(ids[start:])[: config.max_response_tokens]

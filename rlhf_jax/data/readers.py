@@ -49,7 +49,7 @@ def _parse_object(line: bytes, where: str) -> Row:
         value = json.loads(line.decode("utf-8-sig"))
     except ValueError as error:
         raise RlhfError(
-            f"{where} is not JSON ({error}): mend it, or copy the file again if it was cut short"
+            f"{where} is not JSON ({error}): correct it, or copy the file again if it was cut short"
         ) from error
     return _object(value, where)
 
@@ -67,7 +67,7 @@ def _read_json(file: Path) -> list[Row]:
     try:
         values = json.loads(content.decode("utf-8-sig"))
     except ValueError as error:
-        raise RlhfError(f"{file} is not JSON ({error}): mend it, or copy it again if it was cut short") from error
+        raise RlhfError(f"{file} is not JSON ({error}): correct it, or copy it again if it was cut short") from error
     return [_object(value, f"{file}, row {number}") for number, value in enumerate(values, start=1)]
 
 
@@ -119,8 +119,8 @@ def _parse_csv(lines: Iterable[bytes], file: Path) -> list[Row]:
             rows.append(dict(zip(header, values, strict=True)))
     except (csv.Error, UnicodeDecodeError) as error:
         raise RlhfError(
-            f"{file}, row {len(rows) + 1} (line {reader.line_num}) is not CSV in UTF-8 ({error}): mend it, or copy the "
-            "file again if it was cut short"
+            f"{file}, row {len(rows) + 1} (line {reader.line_num}) is not CSV in UTF-8 ({error}): correct it, or copy "
+            "the file again if it was cut short"
         ) from error
     return rows
 

@@ -43,7 +43,7 @@ class RewardFunction:
             frame = traceback.extract_tb(error.__traceback__)[-1]
             raise RlhfError(
                 f"reward function {self.source} raised {type(error).__name__}: {error} ({frame.filename}, line "
-                f"{frame.lineno}): mend it"
+                f"{frame.lineno}): correct it"
             ) from error
         return self._checked(found, len(given["completions"]))
 

@@ -2,26 +2,33 @@
 
     python experiments/movie_reviews/write_readme.py runs/seed0 runs/seed1 runs/seed2
 
-Every number comes from files that the runs wrote. Says which of the quickstart's claims hold, for every seed.
+Every number comes from files that the runs wrote. Each run is the whole pipeline with its own seed; intervals are
+Student's t over the runs, and methods are compared by their differences within a run.
 """
 
 import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
+from rlhf_jax.core.statistics import t_interval
 from rlhf_jax.reports import Run
+from rlhf_jax.reports.origins import machine_named, source_named
 from rlhf_jax.runtime.files import write_json, write_text
 
 HERE = Path(__file__).parent
 README = HERE.parents[1] / "README.md"
 BEGIN, END = "<!-- results: begin -->\n", "<!-- results: end -->\n"
-CLAIM_STANDARD_ERRORS, CLAIM_WIN_RATE, CLAIM_KL = 4.0, 0.6, 15.0
+CLAIM_WIN_RATE, CLAIM_KL = 0.6, 15.0
+LEVEL = 0.95
 
 
 def main(workdirs: list[str]) -> None:
     """Reads the runs, keeps their results, and replaces what is between the README's marks."""
+    if len(workdirs) < 2:
+        raise SystemExit("name two runs or more, of different seeds: one run has no interval over seeds")
     runs = [Run(workdir) for workdir in workdirs]
     tables = [run.results() for run in runs]
     for run, table in zip(runs, tables, strict=True):
@@ -42,7 +49,7 @@ def keep(run: Run, seed: int) -> None:
 
 
 def markdown(results: pd.DataFrame, chosen: set[str]) -> list[str]:
-    """One row a method: the mean over seeds, and the lowest and highest of them."""
+    """One row a method: the mean over seeds, with its 95 % interval over seeds."""
     head = ["method", "gold score", "wins against SFT, %", "reward score", "KL, nats", "tokens", "VADER", "distinct-2"]
     lines = [f"| {' | '.join([*head, 'seconds'])} |", "|---" + "|---:" * len(head) + "|"]
     for method, group in results.groupby("method", sort=False):
@@ -64,39 +71,56 @@ def markdown(results: pd.DataFrame, chosen: set[str]) -> list[str]:
 def record(runs: list[Run], tables: list[pd.DataFrame]) -> list[str]:
     """Machine, versions, date, seeds, prompts and time, from the stages' own notes."""
     summaries = [[run.summary(name) for name in run.stages] for run in runs]
-    found = summaries[0][-1]["provenance"]
-    where, source = found["machine"], found["source"]
+    places = [summary["provenance"] for stages in summaries for summary in stages]
+    ran = dict.fromkeys(f"{machine_named(one['machine'])}, {source_named(one['source'])}" for one in places)
+    found = places[-1]
     minutes = [sum(summary["time/seconds"] for summary in stages) / 60 for stages in summaries]
     seeds = ", ".join(str(table["seed"].iloc[0]) for table in tables)
     return [
-        f"Mean over the whole pipeline run with seeds {seeds} (lowest to highest in brackets), "
+        f"Mean over the whole pipeline run with seeds {seeds} [95 % t interval over seeds], "
         f"{tables[0]['n_prompts'].iloc[0]} test prompts, one answer each; * chosen on the validation split. "
-        f"{where['threads']} cores of {where['processor']} ({where['cpu_target']['name']}), Python {where['python']}, "
-        f"JAX {found['packages']['jax']}, commit {source['commit'][:7]}{'' if source['clean'] else ' with changes'}, "
-        f"{found['date']}; "
+        f"{' and '.join(ran)}; Python {found['machine']['python']}, JAX {found['packages']['jax']}, {found['date']}; "
         f"{' / '.join(f'{m:.1f}' for m in minutes)} minutes a run. "
         "Files: [experiments/movie_reviews/results](experiments/movie_reviews/results)."
     ]
 
 
 def claims(runs: list[Run], tables: list[pd.DataFrame]) -> list[str]:
-    """Whether each claim holds: gain over SFT in standard errors, share of pairs won, and PPO's divergence."""
-    lines = []
-    for run, table in zip(runs, tables, strict=True):
-        rows = table.set_index("method").loc[["best_of_16", *run.selected(), "ppo"]]
-        errors = rows["gold_gain"] / rows["gold_gain_se"]
-        held = (
-            (errors > CLAIM_STANDARD_ERRORS).all()
-            and (rows["win_rate"] > CLAIM_WIN_RATE).all()
-            and (rows["kl"].tail(1) < CLAIM_KL).all()
-        )
-        gains = ", ".join(f"`{name}` {error:.0f}" for name, error in errors.items())
-        lines.append(
-            f"- seed {table['seed'].iloc[0]}: gains over SFT in standard errors: {gains}. Each method gains more than "
-            f"{CLAIM_STANDARD_ERRORS:.0f} and wins more than {CLAIM_WIN_RATE:.0%} of pairs, PPO under {CLAIM_KL:.0f} "
-            f"nats: **{'holds' if held else 'does not hold'}**"
-        )
-    return lines
+    """Gains over SFT and differences between methods, paired over seeds, and whether the claims hold."""
+    rows = [{row["method"]: row for row in table.to_dict("records")} for table in tables]
+    found: dict[str, list[dict]] = {"sft": [], "best_of_16": [], "dpo": [], "ppo": []}
+    for run, table in zip(runs, rows, strict=True):
+        (chosen,) = run.selected()
+        for name in found:
+            found[name].append(table[chosen if name == "dpo" else name])
+
+    def difference(own: str, other: str) -> tuple[float, float, float]:
+        pairs = zip(found[own], found[other], strict=True)
+        apart = np.array([its["gold_score"] - others["gold_score"] for its, others in pairs])
+        return float(apart.mean()), *t_interval(apart, level=LEVEL)
+
+    gains = {f"`{name}`": difference(name, "sft") for name in ("best_of_16", "dpo", "ppo")}
+    others = {
+        f"`{own}` less `{other}`": difference(own, other)
+        for own, other in (("ppo", "best_of_16"), ("best_of_16", "dpo"), ("ppo", "dpo"))
+    }
+    won = {name: float(np.mean([row["win_rate"] for row in found[name]])) for name in ("best_of_16", "dpo", "ppo")}
+    held = (
+        all(low > 0 for _, low, _ in gains.values())
+        and all(rate > CLAIM_WIN_RATE for rate in won.values())
+        and all(row["kl"] < CLAIM_KL for row in found["ppo"])
+    )
+    return [
+        f"- Gain in gold score over SFT, paired over seeds: {_intervals(gains)}. All are above 0, each method wins "
+        f"more than {CLAIM_WIN_RATE:.0%} of pairs in the mean, and PPO stays under {CLAIM_KL:.0f} nats: "
+        f"**{'holds' if held else 'does not hold'}**",
+        f"- Differences between methods, paired over seeds: {_intervals(others)}",
+        "- `dpo` is the value of beta that each run chose on its validation split",
+    ]
+
+
+def _intervals(found: dict[str, tuple[float, float, float]]) -> str:
+    return ", ".join(f"{name} {mean:.2f} [{low:.2f}, {high:.2f}]" for name, (mean, low, high) in found.items())
 
 
 def selected(runs: list[Run]) -> set[str]:
@@ -105,7 +129,7 @@ def selected(runs: list[Run]) -> set[str]:
 
 
 def _spread(values: pd.Series, digits: int) -> str:
-    low, high = values.min(), values.max()
+    low, high = t_interval(values.to_numpy(float), level=LEVEL)
     return f"{values.mean():.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 

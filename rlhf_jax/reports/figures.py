@@ -8,6 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from rlhf_jax.core.statistics import t_interval
 from rlhf_jax.reports.style import (
     COLORS,
     INK,
@@ -43,13 +44,13 @@ class Panel(NamedTuple):
 
 SAMPLING = (
     Panel("Score", "reward", (Series("objective/scores", ""),)),
-    Panel("KL from the start", "nats a response", (Series("objective/kl", ""),), chance=0.0),
-    Panel("Length", "tokens a response", (Series("completions/mean_length", ""),)),
+    Panel("KL from the start", "nats per response", (Series("objective/kl", ""),), chance=0.0),
+    Panel("Length", "tokens per response", (Series("completions/mean_length", ""),)),
 )
 
 CURVES: dict[str, tuple[Panel, ...]] = {
     "sft": (
-        Panel("Cross-entropy", "nats a token", (Series("loss", "train"), Series("eval/loss", "held out"))),
+        Panel("Cross-entropy", "nats per token", (Series("loss", "train"), Series("eval/loss", "held out"))),
         Panel(
             "Next token predicted",
             "share of tokens",
@@ -59,7 +60,7 @@ CURVES: dict[str, tuple[Panel, ...]] = {
     "reward_model": (
         Panel(
             "Bradley-Terry loss",
-            "nats a pair",
+            "nats per pair",
             (Series("loss", "train"), Series("eval/loss", "held out")),
             chance=float(np.log(2)),
         ),
@@ -75,7 +76,7 @@ CURVES: dict[str, tuple[Panel, ...]] = {
         ),
     ),
     "dpo": (
-        Panel("Loss", "nats a pair", (Series("loss", ""), Series("eval/loss", "")), chance=float(np.log(2))),
+        Panel("Loss", "nats per pair", (Series("loss", ""), Series("eval/loss", "")), chance=float(np.log(2))),
         Panel(
             "Pairs ranked correctly",
             "share of pairs",
@@ -152,7 +153,7 @@ def frontier(
         labels = _method_points(ax, points) + labels
         for _, row in points.iterrows():
             seen += _along([row["kl"]] * 2, [row["score"] - row["score_se"], row["score"] + row["score_se"]])
-        ax.set_xlabel(f"KL from {start} (nats a response; square-root scale)")
+        ax.set_xlabel(f"KL from {start} (nats per response; square-root scale)")
         ax.set_ylabel(score)
         _nats_ticks(ax, max(x for x, _ in [*seen, *zip(points["kl"], points["score"], strict=True)]))
         ax.margins(x=0.04, y=0.08)
@@ -192,19 +193,27 @@ def best_of_n(curve: pd.DataFrame, deviations: tuple[float, float] | None) -> Fi
 
 
 def win_rates(results: pd.DataFrame, *, judge: str, start: str) -> Figure:
-    """Pairs won against one method's answers to the same prompts, with Wilson's 95 % interval, a line a seed.
+    """Pairs won against one method's answers to the same prompts, a line a method with its 95 % interval.
+
+    The interval is Wilson's, over prompts, for a method with one seed. With several it is Student's t over seeds around
+    their mean, and each seed is a small dot.
 
     Args: results has `kind, label, seed, win_rate, win_low, win_high`, in the order of its lines from top to bottom;
     start names the one method.
     """
+    methods = [rows for _, rows in results.groupby("label", sort=False)]
     with context():
-        figure, (ax,) = panels(1, 0.9 + 0.26 * max(3, len(results)))
-        labels = []
-        for line, (_, row) in enumerate(results.iterrows()):
-            color = COLORS.get(row["kind"], OTHER)
-            low, middle, high = (100 * row[name] for name in ("win_low", "win_rate", "win_high"))
+        figure, (ax,) = panels(1, 0.9 + 0.26 * max(3, len(methods)))
+        labels, ends = [], [50.0]
+        for line, rows in enumerate(methods):
+            color, several = COLORS.get(rows["kind"].iloc[0], OTHER), len(rows) > 1
+            rates = 100 * rows["win_rate"].to_numpy(float)
+            low, high = t_interval(rates, level=0.95) if several else 100 * rows[["win_low", "win_high"]].iloc[0]
+            low, high, middle = max(0.0, low), min(100.0, high), rates.mean()
             ax.plot([low, high], [line, line], color=color, linewidth=2.2, solid_capstyle="butt")
-            ax.plot([middle], [line], color=color, marker="o", markersize=6, linestyle="none")
+            ax.plot([middle], [line], color=color, marker="D" if several else "o", markersize=6, linestyle="none")
+            if several:
+                ax.plot(rates, [line] * len(rates), color=INK, marker="o", markersize=2.5, linestyle="none", zorder=4)
             ax.annotate(
                 f"{middle:.0f} %  [{low:.0f}, {high:.0f}]",
                 (1.02, line),
@@ -213,15 +222,14 @@ def win_rates(results: pd.DataFrame, *, judge: str, start: str) -> Figure:
                 fontsize=8,
                 color=INK,
             )
-            several = (results["label"] == row["label"]).sum() > 1
-            labels.append(f"{row['label']}, seed {row['seed']}" if several else row["label"])
+            labels.append(f"{rows['label'].iloc[0]}, {len(rows)} seeds" if several else rows["label"].iloc[0])
+            ends += [low, high, *rates]
         ax.axvline(50, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
         ax.set_yticks(range(len(labels)), labels)
         ax.tick_params(axis="y", length=0, labelsize=8.5)
         ax.grid(axis="y", visible=False)
         ax.spines["left"].set_visible(False)
-        low, high = results["win_low"].min(), results["win_high"].max()
-        ax.set_xlim(min(45, 100 * low - 3), max(55, 100 * high + 3))
+        ax.set_xlim(min(45, min(ends) - 3), max(55, max(ends) + 3))
         ax.set_ylim(len(labels) - 0.4, -0.6)
         ax.set_xlabel(f"pairs won against {start}, by the {judge} (%; ties count half; 95 % intervals)")
         settle(figure)

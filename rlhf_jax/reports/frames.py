@@ -52,7 +52,7 @@ def judged_by_gold(results: pd.DataFrame) -> bool:
 def judge_of(run: Run) -> str:
     """Who decided the pairs, as a sentence would name it."""
     judge = run.config(run.evaluation())["section"].get("judge")
-    return "reward model" if judge is None else _judge(run, judge)
+    return "reward model" if judge is None else judge_name(run, judge)
 
 
 def compared_score(run: Run) -> str:
@@ -64,7 +64,7 @@ def compared_score(run: Run) -> str:
 def reward_of(run: Run) -> str:
     """The reward that chose Best-of-N's answers and is shown beside the judge's score, as a sentence would name it."""
     reward = run.config(run.evaluation())["section"].get("reward_model")
-    return _judge(run, reward) if isinstance(reward, dict) else "the reward model"
+    return judge_name(run, reward) if isinstance(reward, dict) else "the reward model"
 
 
 def asked_in_both_orders(run: Run) -> bool:
@@ -75,7 +75,7 @@ def asked_in_both_orders(run: Run) -> bool:
 
 def frontier_score(run: Run, stage: str) -> str:
     """What a frontier stage measured, as an axis would name it: gold score, or the score of another judge."""
-    judge = _judge(run, run.config(stage)["section"]["judge"])
+    judge = judge_name(run, run.config(stage)["section"]["judge"])
     return "gold score" if judge == GOLD else f"score by {judge}"
 
 
@@ -147,7 +147,7 @@ def answers(run: Run, count: int) -> list[tuple[str, pd.DataFrame]]:
     return [(rows["prompt"].iloc[0], rows.reset_index(drop=True)) for rows in prompts]
 
 
-def _judge(run: Run, judge: str | dict[str, Any]) -> str:
+def judge_name(run: Run, judge: str | dict[str, Any]) -> str:
     """A judge of a config as a sentence would name it."""
     if isinstance(judge, str):
         return GOLD if judge in run.stages and run.kind(judge) == "gold" else f"reward model {Path(judge).name}"

@@ -1,18 +1,20 @@
 """`report.html`: one file that opens offline, by day and by night, on a desk and on a telephone."""
 
-import html
 import io
-import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import pandas as pd
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from rlhf_jax.reports import frames, style, table
+from rlhf_jax.reports.cautions import cautions, meaningless
+from rlhf_jax.reports.differences import differences
+from rlhf_jax.reports.markup import text
+from rlhf_jax.reports.origins import headline, origins
 from rlhf_jax.reports.run import Run
+from rlhf_jax.reports.stage_sections import stage_samples, stages
 
 SHOWN, FOLDED = 5, 25
 """Prompts whose answers stand open, and those behind a fold."""
@@ -34,12 +36,13 @@ CAPTIONS = {
     ),
     "equal_kl": (
         "Methods at equal divergence",
-        "Interpolated between checkpoints where each run first reaches the divergence; bars: ±1 standard error over "
-        "seeds.",
+        "Interpolated between checkpoints where each run first reaches the divergence; bars: 95 % t intervals over "
+        "seeds, which may leave the panel where there are two or three.",
     ),
     "win_rates": (
         "Pairs won",
-        "Each method's answer against the reference's answer to the same prompt.",
+        "Each method's answer against the reference's answer to the same prompt. With one seed the interval is "
+        "Wilson's, over prompts; with several it is Student's t over seeds, and small dots are the seeds.",
     ),
     "best_of_n": (
         "Best-of-N, by the reward model and by the judge",
@@ -77,6 +80,7 @@ h2 { font-size: 1.25rem; margin: 3rem 0 .75rem; }
 h3 { font-size: 1rem; margin: 1.75rem 0 .5rem; }
 p, figcaption, dd, dt, li { max-width: 44rem; }
 .lede { font-size: 1.1rem; }
+.caution { border-left: 4px solid; padding: .5rem 1rem .5rem 2rem; margin: 1rem 0; font-weight: 600; }
 .note, figcaption { color: var(--muted); font-size: .875rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; width: 100%%; }
@@ -121,17 +125,17 @@ def page(run: Run, figures: Mapping[str, Figure]) -> str:
     learning = [_figure(name, figure) for name, figure in figures.items() if name.startswith("learning_")]
     if learning:
         main += [
-            f'<section id="learning"><h2>Learning curves</h2><p class="note">{_text(CURVES_CAPTION)}</p>',
+            f'<section id="learning"><h2>Learning curves</h2><p class="note">{text(CURVES_CAPTION)}</p>',
             *learning,
         ]
         main += ["</section>"]
-    main += [_stages(run), _stage_samples(run)]
+    main += [stages(run), origins(run), stage_samples(run)]
     return "\n".join(
         [
             "<!DOCTYPE html>",
             '<html lang="en"><head><meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{_text(title)} · rlhf_jax</title>",
+            f"<title>{text(title)} · rlhf_jax</title>",
             f"<style>{CSS % _colors()}</style></head>",
             "<body><main>",
             *main,
@@ -145,25 +149,39 @@ def page(run: Run, figures: Mapping[str, Figure]) -> str:
 
 
 def _head(run: Run, title: str, evaluated: bool) -> str:
+    warned = "".join(f"<li>{text(sentence)}</li>" for sentence in cautions(run))
     if not evaluated:
         complete = ", ".join(name for name in run.stages if run.is_complete(name)) or "none"
         lede = f"There is no evaluation yet. Complete stages: {complete}."
     else:
-        lede = _lede(frames.comparison(run))
-    return f'<header><h1>{_text(title)}</h1><p class="lede">{_text(lede)}</p></header>'
-
-
-def _lede(results: pd.DataFrame) -> str:
-    means = results.groupby("label", sort=False)[["score", "kl", "win_rate"]].mean()
-    best, judge = means["score"].idxmax(), "gold" if frames.judged_by_gold(results) else "reward"
-    start = results.loc[results["reference"], "label"].iloc[0]
-    row, sentence = means.loc[best], f"{best} has the highest {judge} score"
-    if best == start:
-        return sentence + "."
-    most = "at most " if (results.loc[results["label"] == best, "kind"] == "best_of_n").all() else ""
+        lede = "" if meaningless(run) else _lede(frames.comparison(run), differences(run))
     return (
-        f"{sentence}: {row['score']:.2f}, where {start} has {means.loc[start, 'score']:.2f}. It wins "
-        f"{100 * row['win_rate']:.0f} % of pairs against {start}, {most}{row['kl']:.1f} nats away from it."
+        f"<header><h1>{text(title)}</h1>"
+        + (f'<ul class="caution">{warned}</ul>' if warned else "")
+        + (f'<p class="lede">{text(lede)}</p>' if lede else "")
+        + (f'<p class="note">{text(origin)}</p>' if (origin := headline(run)) else "")
+        + "</header>"
+    )
+
+
+def _lede(results: pd.DataFrame, found: pd.DataFrame) -> str:
+    means = results.groupby("method", sort=False)[["score", "kl", "win_rate"]].mean()
+    labels, kinds = (dict(zip(results["method"], results[name], strict=True)) for name in ("label", "kind"))
+    best, start = str(means["score"].idxmax()), results.loc[results["reference"], "method"].iloc[0]
+    judge = "gold" if frames.judged_by_gold(results) else "reward"
+    row, sentence = means.loc[best], f"{labels[best]} has the highest {judge} score"
+    pairs = {one["against"]: one for one in found.to_dict("records") if one["method"] == best}
+    close = [labels[other] for other, one in pairs.items() if one["low"] <= 0]
+    told = f" It cannot be told apart from {', '.join(close)}." if close else ""
+    if best == start:
+        return f"{sentence}.{told}".replace("-", "−")
+    gain = pairs[start]
+    over = f"{gain['seeds']} seeds" if gain["over"] == "seeds" else "prompts only, with one seed"
+    most = "at most " if kinds[best] == "best_of_n" else ""
+    return (
+        f"{sentence}: {row['score']:.2f}, which is {gain['difference']:.2f} above {labels[start]} "
+        f"(95 % interval over {over}: {gain['low']:.2f} to {gain['high']:.2f}). It wins {100 * row['win_rate']:.0f} % "
+        f"of pairs against {labels[start]}, {most}{row['kl']:.1f} nats away from it.{told}"
     ).replace("-", "−")
 
 
@@ -172,7 +190,7 @@ def _results(run: Run) -> str:
     shown = table.columns(run)
     parts = [
         _results_table(labels, [column.heading for column in shown], table.cells(run)),
-        f'<p class="note">{_text(" ".join(table.notes(run)))}</p>{_meanings(shown)}',
+        f'<p class="note">{text(" ".join(table.notes(run)))}</p>{_meanings(shown)}',
     ]
     if shown := table.columns(run, table.FURTHER):
         headings = [column.heading for column in shown]
@@ -181,21 +199,46 @@ def _results(run: Run) -> str:
             _results_table(labels, headings, table.cells(run, table.FURTHER)),
         ]
         parts += [_meanings(shown)]
+    parts.append(_differences(run, labels))
     if faced := table.opponents(run):
         parts += ["<h3>Pairs won against one another</h3>", _results_table(labels, faced, table.pairs_won(run))]
-        parts += [f'<p class="note">{_text(table.PAIRS_WON)}</p>']
+        parts += [f'<p class="note">{text(table.PAIRS_WON)}</p>']
     return f'<section id="results"><h2>Results</h2>{"".join(parts)}</section>'
+
+
+def _differences(run: Run, labels: Mapping[str, str]) -> str:
+    """Every method less every other, a column each."""
+    found = differences(run)
+    by_pair = {(one["method"], one["against"]): one for one in found.to_dict("records")}
+    names, rows = [*labels], []
+    if len(names) < 2:
+        return ""
+    for own in names:
+        cells = []
+        for other in names:
+            one = by_pair.get((own, other))
+            cells.append("–" if one is None else f"{one['difference']:.2f} [{one['low']:.2f}, {one['high']:.2f}]")
+        rows.append([own, *(cell.replace("-", "−") for cell in cells)])
+    judge = "gold" if frames.judged_by_gold(run.results()) else "reward"
+    seeds = int(found["seeds"].max())
+    over = (
+        f"over up to {seeds} seeds, paired (a method with one seed is held fixed; where both have one, over prompts)"
+        if seeds > 1
+        else "over prompts only: with one seed they do not contain the spread between seeds"
+    )
+    note = f"The row's {judge} score less the column's [95 % t intervals {over}]."
+    return f'<h3>Differences</h3>{_results_table(labels, names, rows)}<p class="note">{text(note)}</p>'
 
 
 def _results_table(labels: Mapping[str, str], headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     body = []
     for name, *values in rows:
         plain = name.removesuffix(table.CHOSEN).strip()
-        label = "" if labels[plain] == plain else f" <small>{_text(labels[plain])}</small>"
-        cells = "".join(f"<td>{_text(value)}</td>" for value in values)
+        label = "" if labels[plain] == plain else f" <small>{text(labels[plain])}</small>"
+        cells = "".join(f"<td>{text(value)}</td>" for value in values)
         style_class = ' class="chosen"' if name.endswith(table.CHOSEN) else ""
-        body.append(f"<tr{style_class}><th>{_text(name)}{label}</th>{cells}</tr>")
-    head = "".join(f"<th>{_text(heading)}</th>" for heading in headings)
+        body.append(f"<tr{style_class}><th>{text(name)}{label}</th>{cells}</tr>")
+    head = "".join(f"<th>{text(heading)}</th>" for heading in headings)
     return (
         f'<div class="scroll"><table><thead><tr><th>method</th>{head}</tr></thead>'
         f"<tbody>{''.join(body)}</tbody></table></div>"
@@ -203,7 +246,7 @@ def _results_table(labels: Mapping[str, str], headings: Sequence[str], rows: Seq
 
 
 def _meanings(columns: Sequence[table.Column]) -> str:
-    return f"<dl>{''.join(f'<dt>{_text(c.heading)}</dt><dd>{_text(c.meaning)}</dd>' for c in columns)}</dl>"
+    return f"<dl>{''.join(f'<dt>{text(c.heading)}</dt><dd>{text(c.meaning)}</dd>' for c in columns)}</dl>"
 
 
 def _answers(run: Run) -> str:
@@ -214,7 +257,7 @@ def _answers(run: Run) -> str:
         more = "".join(prompts[SHOWN:])
         folded = f"<details><summary>{len(prompts) - SHOWN} more prompts</summary>{more}</details>"
     score = "gold" if gold else "reward"
-    note = f"The first prompts of the test split, chosen by nobody; on the right, the {score} score."
+    note = f"The first prompts of the test split, in the order of the data; on the right, the {score} score."
     return (
         f'<section id="answers"><h2>Answers side by side</h2><p class="note">{note}</p>'
         f"{''.join(prompts[:SHOWN])}{folded}</section>"
@@ -227,59 +270,11 @@ def _answers_to(prompt: str, rows: pd.DataFrame, gold: bool) -> str:
         score = f"{row['gold' if gold else 'score']:.2f}".replace("-", "−")
         color = style.COLORS.get(row["kind"], style.OTHER)
         cards.append(
-            f'<article class="answer" style="--color: {_variable(color)}"><header><b>{_text(row["label"])}</b>'
-            f'<span>{score}</span></header><p><span class="prompt">{_text(opening)}</span>'
-            f"{_text(row['completion'])}</p></article>"
+            f'<article class="answer" style="--color: {_variable(color)}"><header><b>{text(row["label"])}</b>'
+            f'<span>{score}</span></header><p><span class="prompt">{text(opening)}</span>'
+            f"{text(row['completion'])}</p></article>"
         )
-    return f'<h3 class="prose">{_text(prompt)} …</h3><div class="answers">{"".join(cards)}</div>'
-
-
-def _stages(run: Run) -> str:
-    rows, configs, total = [], [], 0.0
-    for name in run.stages:
-        config, complete = run.config(name), run.is_complete(name)
-        summary = run.summary(name) if complete else {}
-        seconds = summary.get("time/seconds")
-        total += seconds or 0.0
-        common = config["common"]
-        last = common["seed"] + common.get("seeds", 1) - 1
-        seeds = f"{common['seed']}" if last == common["seed"] else f"{common['seed']}–{last}"
-        wall = "not complete" if seconds is None else f"{seconds:.0f} s"
-        facts = ", ".join(
-            f"{key.replace('_', ' ')} {_plain(value)}" for key, value in summary.items() if _is_fact(key, value)
-        )
-        cells = f"<td>{_text(config['section']['kind'])}</td><td>{seeds}</td><td>{wall}</td>"
-        rows.append(f'<tr><th>{_text(name)}</th>{cells}<td class="text">{_text(facts)}</td></tr>')
-        configs.append(_fold(name, config["section"]["kind"], _json(config)))
-    return (
-        '<section id="stages"><h2>Stages, times and configs</h2><div class="scroll"><table><thead><tr><th>stage</th>'
-        "<th>kind</th><th>seed</th><th>wall time</th><th></th></tr></thead>"
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
-        f'<p class="note">{total:.0f} s in all.</p><h3>Configs</h3>{"".join(configs)}</section>'
-    )
-
-
-def _stage_samples(run: Run) -> str:
-    folds = []
-    for name in run.stages:
-        if run.kind(name) == "evaluate" or not (run.directory(name) / "samples.jsonl").exists():
-            continue
-        samples = run.samples(name)
-        if len(samples):
-            last = samples[samples["step"] == samples["step"].max()].head(12)
-            what = "chosen of n =" if run.kind(name) == "best_of_n" else "at step"
-            folds.append(_fold(name, f"{what} {last['step'].iloc[0]}", _samples(last)))
-    return f'<section id="samples"><h2>Samples of each stage</h2>{"".join(folds)}</section>' if folds else ""
-
-
-def _samples(rows: pd.DataFrame) -> str:
-    body = []
-    for _, row in rows.iterrows():
-        numbers = "".join(f"<td>{_plain(row[name])}</td>" for name in ("score", "kl", "length"))
-        prompt = f'<span class="prompt">{_text(row["prompt"])}</span>'
-        body.append(f'<tr><td class="text">{prompt}{_text(row["completion"])}</td>{numbers}</tr>')
-    head = "<th>prompt and completion</th><th>score</th><th>KL, nats</th><th>tokens</th>"
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
+    return f'<h3 class="prose">{text(prompt)} …</h3><div class="answers">{"".join(cards)}</div>'
 
 
 # ---- figures -------------------------------------------------------------------------------------------------------
@@ -288,9 +283,9 @@ def _samples(rows: pd.DataFrame) -> str:
 def _figure(name: str, figure: Figure) -> str:
     title, caption = CAPTIONS[name]
     level = "h3" if name.startswith("learning_") else "h2"
-    below = f"<figcaption>{_text(caption)}</figcaption>" if caption else ""
+    below = f"<figcaption>{text(caption)}</figcaption>" if caption else ""
     drawing = f'<div class="scroll">{svg(figure, name)}</div>'
-    return f'<{level}>{_text(title)}</{level}><figure id="{name}">{drawing}{below}</figure>'
+    return f'<{level}>{text(title)}</{level}><figure id="{name}">{drawing}{below}</figure>'
 
 
 def svg(figure: Figure, name: str) -> str:
@@ -298,14 +293,14 @@ def svg(figure: Figure, name: str) -> str:
     buffer = io.StringIO()
     with style.context():
         FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|<style.*?</style>", "", text, flags=re.DOTALL)
-    text = text.replace("xlink:href=", "href=").replace("'DejaVu Sans'", "system-ui, sans-serif")
+    drawing = buffer.getvalue()
+    drawing = drawing[drawing.index("<svg") :]
+    drawing = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|<style.*?</style>", "", drawing, flags=re.DOTALL)
+    drawing = drawing.replace("xlink:href=", "href=").replace("'DejaVu Sans'", "system-ui, sans-serif")
     head = rf'<svg \1 role="img" aria-label="{CAPTIONS[name][0]}">'
-    text = re.sub(r"<svg[^>]*?(viewBox=\"[^\"]*\")[^>]*>", head, text)
-    text = re.sub(r"( id=\"|url\(#|href=\"#)", rf"\g<1>{name}-", text)
-    return re.sub("|".join(style.DARK), lambda m: _variable(m[0]), text).strip()
+    drawing = re.sub(r"<svg[^>]*?(viewBox=\"[^\"]*\")[^>]*>", head, drawing)
+    drawing = re.sub(r"( id=\"|url\(#|href=\"#)", rf"\g<1>{name}-", drawing)
+    return re.sub("|".join(style.DARK), lambda m: _variable(m[0]), drawing).strip()
 
 
 def _variable(color: str) -> str:
@@ -318,32 +313,3 @@ def _colors() -> dict[str, str]:
     light = " ".join(f"--{color[1:]}: {color};" for color in style.DARK)
     dark = " ".join(f"--{color[1:]}: {night};" for color, night in style.DARK.items())
     return {"light": f"{light} {roles}", "dark": dark}
-
-
-# ---- small things --------------------------------------------------------------------------------------------------
-
-
-# Not allowed in HTML: controls, lone surrogates, and what is no character at all.
-_FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
-
-
-def _text(value: Any) -> str:
-    return html.escape(_FORBIDDEN.sub("\ufffd", str(value)))
-
-
-def _fold(title: str, detail: str, body: str) -> str:
-    return f"<details><summary>{_text(title)} <small>{_text(detail)}</small></summary>{body}</details>"
-
-
-def _json(value: Any) -> str:
-    return f"<pre>{_text(json.dumps(value, indent=2, ensure_ascii=False))}</pre>"
-
-
-def _is_fact(key: str, value: Any) -> bool:
-    return not key.startswith("time/") and isinstance(value, (int, float, str))
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, float):
-        return "–" if pd.isna(value) else f"{value:.3g}".replace("-", "−")
-    return "–" if value is None else _text(value)

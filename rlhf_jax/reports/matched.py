@@ -9,8 +9,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from rich.table import Table
+from scipy import special
 
 from rlhf_jax.reports.style import COLORS, INK, MUTED, OTHER, RULE, WIDTH, context, settle
+from rlhf_jax.reports.table import packed
 
 COLUMNS = 4
 ROW_HEIGHT = 1.45  # inches
@@ -46,14 +48,14 @@ def runs(points: pd.DataFrame, kinds: dict[str, str], start: str, score: str) ->
         for ax in axes[len(kinds) - columns : len(kinds)]:  # the last of each column
             ax.tick_params(labelbottom=True)
         _root_scale(figure.axes[0], points["kl"].max())
-        figure.supxlabel(f"KL from {start} (nats a response; square-root scale)", fontsize=9, color=INK)
+        figure.supxlabel(f"KL from {start} (nats per response; square-root scale)", fontsize=9, color=INK)
         figure.supylabel(score, fontsize=9, color=INK)
         settle(figure)
     return figure
 
 
 def ranking(matched: pd.DataFrame, kinds: dict[str, str], score: str) -> Figure:
-    """Each method's score at each divergence, mean and standard error over seeds; the best on top."""
+    """Each method's score at each divergence, mean and 95 % interval over seeds; the best on top."""
     targets = sorted(matched["kl"].unique())
     order = _order(matched)
     with context():
@@ -70,11 +72,15 @@ def ranking(matched: pd.DataFrame, kinds: dict[str, str], score: str) -> Figure:
                     ax.text(0.02, place, "not reached", transform=ax.get_yaxis_transform(), fontsize=7, color=MUTED,
                             va="center")  # fmt: skip
                     continue
-                error = 0.0 if pd.isna(row["gold_se"]) else row["gold_se"]
+                low, _ = _ends(row)  # as far below the mean as the other end is above it
+                error = 0.0 if pd.isna(low) else row["gold"] - low
                 ax.errorbar(row["gold"], place, xerr=error, color=color, marker="o", markersize=3.5, linewidth=1.2)
             ax.set_yticks(range(len(order)), reversed(order))
             ax.set_ylim(-0.6, len(order) - 0.4)
-            if not rows["reached"].any():
+            if rows["reached"].any():  # not by the intervals, which of two seeds are very wide
+                errors = 4 * rows["gold_se"].astype(float).fillna(0.0)
+                ax.set_xlim((rows["gold"] - errors).min() - 0.02, (rows["gold"] + errors).max() + 0.02)
+            else:
                 ax.set_xticks([])
             ax.set_title(f"KL {target:g}")
             ax.set_xlabel(score)
@@ -82,26 +88,37 @@ def ranking(matched: pd.DataFrame, kinds: dict[str, str], score: str) -> Figure:
     return figure
 
 
-def matched_table(matched: pd.DataFrame, score: str) -> Table:
-    """The same as text: a row a method, a column a divergence; `2/4` where not every seed went so far."""
+def matched_tables(matched: pd.DataFrame, score: str, width: int) -> list[Table]:
+    """The same as text in lines of `width` characters: a row a method, a column a divergence.
+
+    `2/4` stands where not every seed went so far. Intervals are Student's t over the seeds that did.
+    """
     targets = sorted(matched["kl"].unique())
-    title = f"{score[0].upper()}{score[1:]} at equal divergence (mean over seeds, and its standard error)"
-    table = Table(title=title, title_justify="left")
-    table.add_column("method")
-    for target in targets:
-        table.add_column(f"KL {target:g}", justify="right")
+    rows = []
     for method in _order(matched):
-        rows = matched[matched["method"] == method].set_index("kl")
-        table.add_row(method, *(_cell(rows.loc[target]) for target in targets))
-    return table
+        found = matched[matched["method"] == method].set_index("kl")
+        rows.append([method, *(_cell(found.loc[target]) for target in targets)])
+    caption = f"{score[0].upper()}{score[1:]} at equal divergence: mean over seeds [95 % interval over seeds]"
+    return packed([f"KL {target:g}" for target in targets], rows, width, caption=caption)
 
 
 def _cell(row: pd.Series) -> str:
     if not row["reached"]:
         return "–"
-    error = "" if pd.isna(row["gold_se"]) else f" ± {row['gold_se']:.3f}"
+    low, high = _ends(row)
+    interval = "" if pd.isna(low) else f" [{low:.2f}, {high:.2f}]"
     seeds = "" if row["reached"] == row["seeds"] else f" ({row['reached']}/{row['seeds']})"
-    return f"{row['gold']:.3f}{error}{seeds}"
+    return f"{row['gold']:.2f}{interval}{seeds}".replace("-", "−")
+
+
+def _ends(row: pd.Series) -> tuple[float, float]:
+    """The 95 % interval over seeds: as it was written, or from the standard error that older stages wrote alone."""
+    if "gold_low" in row:
+        return row["gold_low"], row["gold_high"]
+    if pd.isna(row["gold_se"]):
+        return math.nan, math.nan
+    half = row["gold_se"] * special.stdtrit(row["reached"] - 1, 0.975)
+    return row["gold"] - half, row["gold"] + half
 
 
 def _order(matched: pd.DataFrame) -> list[str]:

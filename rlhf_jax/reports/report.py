@@ -3,15 +3,20 @@
 import os
 from pathlib import Path
 
+import pandas as pd
 from matplotlib.figure import Figure
 from rich.console import Console
+from rich.text import Text
 
 from rlhf_jax.reports import figures, frames, html, matched, reward_figures, table
+from rlhf_jax.reports.cautions import cautions
+from rlhf_jax.reports.differences import at_equal_kl, differences
 from rlhf_jax.reports.run import Run
 from rlhf_jax.reports.style import context
 from rlhf_jax.runtime.files import read_json, write_text
 
 REPORT, RESULTS, WIN_RATES, MATCHED = "report.html", "results.csv", "win_rates.csv", "matched.csv"
+DIFFERENCES, MATCHED_DIFFERENCES = "differences.csv", "matched_differences.csv"
 FIGURES = "figures"
 MOST_CURVES = 8
 """Stages of one kind whose curves one figure can name."""
@@ -28,10 +33,12 @@ def write_report(workdir: str | Path, inputs: str | Path | None = None) -> Path:
     run = Run(workdir, inputs)
     if run.of_kind("evaluate", complete=True):
         table.write_csv(run.results(), run.workdir / RESULTS)
+        _write_csv(differences(run), run.workdir / DIFFERENCES)
         if table.opponents(run):
-            write_text(run.workdir / WIN_RATES, run.win_rates().to_csv(index=False, lineterminator="\n"))
+            _write_csv(run.win_rates(), run.workdir / WIN_RATES)
     for stage in run.of_kind("frontier", complete=True)[-1:]:
-        write_text(run.workdir / MATCHED, run.matched(stage).to_csv(index=False, lineterminator="\n"))
+        _write_csv(run.matched(stage), run.workdir / MATCHED)
+        _write_csv(at_equal_kl(run.at_kl(stage)), run.workdir / MATCHED_DIFFERENCES)
     drawn = draw(run)
     if drawn:
         (run.workdir / FIGURES).mkdir(exist_ok=True)
@@ -53,10 +60,12 @@ def is_current(workdir: str | Path, inputs: str | Path | None = None) -> bool:
 
 
 def print_summary(run: Run, console: Console) -> None:
-    """What the experiment found: answers side by side, then the table. Says so where there is no evaluation yet."""
+    """Print reasons for caution, then answers side by side, then the table, or that there is no evaluation yet."""
+    for sentence in cautions(run):
+        console.print(Text(f"Caution: {sentence}", style="bold yellow"))
     for stage in run.of_kind("frontier", complete=True)[-1:]:
-        found = matched.matched_table(run.matched(stage), frames.frontier_score(run, stage))
-        console.print(found, highlight=False)
+        for part in matched.matched_tables(run.matched(stage), frames.frontier_score(run, stage), console.width):
+            console.print(part, highlight=False)
     if not run.of_kind("evaluate", complete=True):
         if run.of_kind("frontier", complete=True):
             return
@@ -64,7 +73,7 @@ def print_summary(run: Run, console: Console) -> None:
         console.print(f"There is no evaluation to show yet; complete stages: {complete}", highlight=False)
         return
     console.print(table.answers_table(run), highlight=False)
-    for shown in table.tables(run):
+    for shown in table.tables(run, console.width):
         console.print(shown, highlight=False)
 
 
@@ -113,6 +122,10 @@ def _comparisons(run: Run) -> dict[str, Figure]:
     if len(others):
         drawn["win_rates"] = figures.win_rates(others, judge=frames.judge_of(run), start=start)
     return drawn
+
+
+def _write_csv(table: pd.DataFrame, path: Path) -> None:
+    write_text(path, table.to_csv(index=False, lineterminator="\n"))
 
 
 def _write_png(figure: Figure, path: Path) -> None:

@@ -158,6 +158,10 @@ class Run:
         """Each method's gold score at each divergence, as a frontier stage interpolated it."""
         return _table(self._file(stage, "matched.jsonl"), ["method", "kl", "seeds", "reached", "gold", "gold_se"])
 
+    def at_kl(self, stage: str) -> pd.DataFrame:
+        """Each run's gold score at each divergence; empty for a frontier stage of an older release."""
+        return _table(self.directory(stage) / "at_kl.jsonl", ["method", "seed", "kl", "gold"])
+
     def evaluation(self) -> str:
         """The name of the last complete stage of kind evaluate. Raises RlhfError where there is none."""
         found = self.of_kind("evaluate", complete=True)

@@ -7,10 +7,13 @@ from typing import NamedTuple
 
 import pandas as pd
 from rich import box
+from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 from rlhf_jax.reports import frames
+from rlhf_jax.reports.differences import differences
 from rlhf_jax.reports.run import FURTHER_COLUMNS, RESULT_COLUMNS, Run
 from rlhf_jax.runtime.files import write_text
 
@@ -30,10 +33,20 @@ class Column(NamedTuple):
     percent: bool = False
     pairs: bool = False  # of pairs with the reference, which has none with itself
     interval: tuple[str, str] | None = None  # the columns with its ends
+    joint: bool = False  # one value a method, over all of its seeds
 
 
 COLUMNS = (
     Column("gold_score", "gold", "the judge's rating of the answers, mean ± standard error over prompts", 2, "gold_se"),
+    Column(
+        "gain",
+        "gain",
+        "{score} less the first row's [95 % interval: over seeds, paired, where there are several; else over prompts]",
+        2,
+        pairs=True,
+        interval=("gain_low", "gain_high"),
+        joint=True,
+    ),
     Column(
         "win_rate",
         "wins, %",
@@ -51,7 +64,7 @@ COLUMNS = (
         2,
         "kl_se",
     ),
-    Column("length", "length", "tokens a response, its end included", 1),
+    Column("length", "length", "tokens per response, its end included", 1),
     Column("vader", "VADER", "sentiment by a lexicon that nothing was trained on, −1 to 1", 2, spread=False),
     Column(
         "distinct_2", "dist-2", "distinct pairs of words over all pairs of words; 1 is no repetition", 2, spread=False
@@ -81,9 +94,9 @@ FURTHER = (
     ),
     Column("kl_k3", "KL k3", "divergence in nats by the estimator k3, ± standard error over prompts", 2, "kl_k3_se"),
     Column(
-        "ref_nll", "ref nll", "nats a token of the answers under the first row: their log-perplexity", 2, spread=False
+        "ref_nll", "ref nll", "nats per token of the answers under the first row: their log-perplexity", 2, spread=False
     ),
-    Column("text_nll", "text nll", "nats a token of held-out texts under the method's policy", 2, spread=False),
+    Column("text_nll", "text nll", "nats per token of held-out texts under the method's policy", 2, spread=False),
     Column("distinct_1", "dist-1", "distinct words over all words", 2, spread=False),
     Column("distinct_3", "dist-3", "distinct triples of words over all triples", 2, spread=False),
     Column(
@@ -104,8 +117,9 @@ def write_csv(results: pd.DataFrame, path: Path) -> None:
 
 def columns(run: Run, of: Sequence[Column] = COLUMNS) -> list[Column]:
     """Those of some columns that something was measured for."""
-    results, reward = run.results(), frames.reward_of(run)
-    named = (column._replace(meaning=column.meaning.format(reward=reward)) for column in of)
+    results, reward = _with_gains(run), frames.reward_of(run)
+    score = "gold score" if frames.judged_by_gold(results) else "reward score"
+    named = (column._replace(meaning=column.meaning.format(reward=reward, score=score)) for column in of)
     return [column for column in named if column.name in results and results[column.name].notna().any()]
 
 
@@ -114,12 +128,20 @@ def cells(run: Run, of: Sequence[Column] = COLUMNS) -> list[list[str]]:
 
     With several seeds a figure is the mean over them ± their standard deviation. A dash is what was not measured.
     """
-    results, selected, shown = frames.comparison(run), run.selected(), columns(run, of)
+    results, selected, shown = _with_gains(run), run.selected(), columns(run, of)
     rows = []
     for method, group in results.groupby("method", sort=False):
         name = f"{method} {CHOSEN}" if method in selected else str(method)
         rows.append([name, *(_cell(group, column, bool(group["reference"].iloc[0])) for column in shown)])
     return rows
+
+
+def _with_gains(run: Run) -> pd.DataFrame:
+    """The comparison, with each method's gain over the reference in every row of the method."""
+    found, start = differences(run), frames.reference(run)
+    gains = found[found["against"] == start].set_index("method")[["difference", "low", "high"]]
+    gains.columns = ["gain", "gain_low", "gain_high"]
+    return frames.comparison(run).join(gains, on="method")
 
 
 def opponents(run: Run) -> list[str]:
@@ -130,7 +152,8 @@ def opponents(run: Run) -> list[str]:
 
 def pairs_won(run: Run) -> list[list[str]]:
     """Wins in % of the method of a row against each of the `opponents`, as `cells` shows them."""
-    rates, faced, wins = run.win_rates(), opponents(run), COLUMNS[1]
+    rates, faced = run.win_rates(), opponents(run)
+    wins = next(column for column in COLUMNS if column.name == "win_rate")
     rows = []
     for method in frames.comparison(run)["method"].unique():
         own = rates[rates["method"] == method]
@@ -148,21 +171,47 @@ def notes(run: Run) -> list[str]:
         found.append(f"Pairs are won by what {frames.judge_of(run)} prefers in both orders.")
     elif not frames.judged_by_gold(results):
         found.append(f"No gold judge was asked: pairs are won by the score of {frames.reward_of(run)}.")
-    seeds = results.groupby("method")["seed"].nunique().max()
-    if seeds > 1:
-        found.append(f"Where a method was trained with {seeds} seeds: mean ± standard deviation over seeds.")
+    seeds = results.groupby("method", sort=False)["seed"].nunique()
+    if seeds.max() > 1:
+        fixed = ", ".join(seeds.index[seeds == 1])
+        found.append(
+            f"With {seeds.max()} seeds: mean ± standard deviation over seeds, and gains with 95 % intervals over seeds "
+            f"(paired t){f'; one seed, held fixed: {fixed}' if fixed else ''}."
+        )
+    else:
+        found.append("One seed: errors and intervals are over prompts only, without the spread between seeds.")
     return found
 
 
-def tables(run: Run) -> list[Table]:
-    """The results for a terminal 100 columns wide: what the methods reach, what their answers are like, all pairs."""
+def tables(run: Run, width: int) -> list[Table]:
+    """The results for a terminal: what the methods reach, what their answers are like, all pairs; in parts that fit."""
     headings = [column.heading for column in columns(run)]
-    shown = [_table(headings, cells(run), caption="\n".join(notes(run)))]
+    shown = packed(headings, cells(run), width, caption="\n".join(notes(run)))
     if further := columns(run, FURTHER):
-        shown.append(_table([column.heading for column in further], cells(run, FURTHER)))
+        shown += packed([column.heading for column in further], cells(run, FURTHER), width)
     if faced := opponents(run):
-        shown.append(_table(faced, pairs_won(run), caption=PAIRS_WON))
+        shown += packed(faced, pairs_won(run), width, caption=PAIRS_WON)
     return shown
+
+
+def packed(
+    headings: Sequence[str], rows: Sequence[Sequence[str]], width: int, caption: str | None = None
+) -> list[Table]:
+    """As few tables as show every cell whole in lines of `width` characters, each with the rows' names.
+
+    Args: rows begin with their names; the caption stands below the last table.
+    """
+    console, parts, start = Console(width=width), [], 0
+    while start < len(headings):
+        stop = start + 1
+        while stop < len(headings) and _fits(console, headings[start : stop + 1], rows, start):
+            stop += 1
+        parts.append((start, stop))
+        start = stop
+    return [
+        _table(headings[start:stop], _slice(rows, start, stop), caption if stop == len(headings) else None)
+        for start, stop in parts
+    ]
 
 
 def answers_table(run: Run, count: int = 5) -> Table:
@@ -186,7 +235,16 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else "·" for char in text.replace("\n", "↵"))
 
 
-def _table(headings: list[str], rows: list[list[str]], caption: str | None = None) -> Table:
+def _slice(rows: Sequence[Sequence[str]], start: int, stop: int) -> list[list[str]]:
+    return [[name, *values[start:stop]] for name, *values in rows]
+
+
+def _fits(console: Console, headings: Sequence[str], rows: Sequence[Sequence[str]], start: int) -> bool:
+    table = _table(headings, _slice(rows, start, start + len(headings)))
+    return Measurement.get(console, console.options.update(max_width=10_000), table).maximum <= console.width
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]], caption: str | None = None) -> Table:
     below = None if caption is None else Text(caption, style="dim")
     table = Table(box=box.SIMPLE_HEAD, caption=below, caption_justify="left", pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("method", no_wrap=True)
@@ -202,6 +260,8 @@ def _cell(group: pd.DataFrame, column: Column, reference: bool) -> str:
     if (reference and column.pairs) or group.empty or group[column.name].isna().all():
         return "–"
     values = scale * group[column.name].astype(float)
+    if column.joint:
+        return f"{_number(values.iloc[0], column.digits)} {_interval(group, column)}"
     if column.interval and column.name in column.interval:
         return "–" if len(values) > 1 else _interval(group, column)
     mean = _number(values.mean(), column.digits)
@@ -215,7 +275,8 @@ def _cell(group: pd.DataFrame, column: Column, reference: bool) -> str:
 
 def _interval(group: pd.DataFrame, column: Column) -> str:
     assert column.interval is not None
-    low, high = (_number(100 * group[name].iloc[0], column.digits) for name in column.interval)
+    scale = 100 if column.percent else 1
+    low, high = (_number(scale * group[name].iloc[0], column.digits) for name in column.interval)
     return f"[{low}, {high}]"
 
 

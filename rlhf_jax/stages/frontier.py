@@ -12,7 +12,7 @@ import numpy as np
 
 from rlhf_jax.config import ModelSource, StageName
 from rlhf_jax.core.frontier import score_at_kl
-from rlhf_jax.core.statistics import standard_error
+from rlhf_jax.core.statistics import standard_error, t_interval
 from rlhf_jax.data import pipeline
 from rlhf_jax.rewards.http_judge import HTTPJudgeConfig
 from rlhf_jax.runtime.checkpoints import steps_of
@@ -25,7 +25,7 @@ from rlhf_jax.stages.prompts import draw_prompts
 from rlhf_jax.stages.reward_source import RewardSource, name_of
 from rlhf_jax.stages.samples import texts
 
-POINTS, MATCHED = "points.jsonl", "matched.jsonl"
+POINTS, AT_KL, MATCHED = "points.jsonl", "at_kl.jsonl", "matched.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +54,9 @@ class FrontierConfig:
 
 
 def run(config: FrontierConfig, context: Context) -> dict[str, Any]:
-    """Writes `points.jsonl` (a row for every checkpoint of every seed) and `matched.jsonl` (every method and target).
+    """Write `points.jsonl`, `at_kl.jsonl` and `matched.jsonl`.
 
+    They have a row for every checkpoint of every seed, for every seed and target, and for every method and target.
     The score stands under `gold`, whoever judges; the summary names the judge.
     Points that an interrupted run left are kept: each is written as soon as it is measured.
     """
@@ -81,6 +82,7 @@ def run(config: FrontierConfig, context: Context) -> dict[str, Any]:
             points.append(measure(place, policy, reference, judge, prompts, config, context))
             write_rows(path, points)
         context.bar.update(done + 1, len(places), {})
+    write_rows(context.directory / AT_KL, at_kl(points, config.policies, config.kl_targets))
     matched = match(points, config.policies, config.kl_targets)
     write_rows(context.directory / MATCHED, matched)
     return {"points": len(points), "prompts": config.prompts, "judge": name_of(config.judge)}
@@ -139,32 +141,48 @@ def measure(
     }
 
 
-def match(points: list[dict[str, Any]], methods: tuple[str, ...], targets: tuple[float, ...]) -> list[dict[str, Any]]:
-    """Each method's score at each divergence: the mean over the seeds that reached it, and its standard error.
+def at_kl(points: list[dict[str, Any]], methods: tuple[str, ...], targets: tuple[float, ...]) -> list[dict[str, Any]]:
+    """Each run's score at each divergence: `method, seed, kl, gold`, None where the run did not reach it.
 
     Args: points as `points.jsonl` has them, the reference's first; targets in nats.
     """
-    start = points[0]["gold"]
-    rows = []
+    start, rows = points[0]["gold"], []
     for method in methods:
         runs: dict[int, list[dict[str, Any]]] = {}
         for point in points:
             if point["method"] == method:
                 runs.setdefault(point["seed"], []).append(point)
-        along = [
-            score_at_kl([0, *(p["kl"] for p in run)], [start, *(p["gold"] for p in run)], targets)
-            for run in runs.values()
-        ]
-        for target, found in zip(targets, zip(*along, strict=True), strict=True):
-            reached = [score for score in found if score is not None]
+        for seed, run in runs.items():
+            found = score_at_kl([0, *(p["kl"] for p in run)], [start, *(p["gold"] for p in run)], targets)
+            rows += [
+                {"method": method, "seed": seed, "kl": target, "gold": score}
+                for target, score in zip(targets, found, strict=True)
+            ]
+    return rows
+
+
+def match(points: list[dict[str, Any]], methods: tuple[str, ...], targets: tuple[float, ...]) -> list[dict[str, Any]]:
+    """Each method's score at each divergence: the mean over the seeds that reached it, with error and 95 % interval.
+
+    The standard error and Student's t interval are over seeds; both are None for fewer than two. Args: as of `at_kl`.
+    """
+    rows, scores = [], at_kl(points, methods, targets)
+    for method in methods:
+        for target in targets:
+            found = [row["gold"] for row in scores if (row["method"], row["kl"]) == (method, target)]
+            reached = np.array([score for score in found if score is not None])
+            several = len(reached) > 1
+            low, high = t_interval(reached, level=0.95) if several else (None, None)
             rows.append(
                 {
                     "method": method,
                     "kl": target,
                     "seeds": len(found),
                     "reached": len(reached),
-                    "gold": float(np.mean(reached)) if reached else None,
-                    "gold_se": standard_error(reached) if len(reached) > 1 else None,
+                    "gold": float(reached.mean()) if len(reached) else None,
+                    "gold_se": standard_error(reached) if several else None,
+                    "gold_low": low,
+                    "gold_high": high,
                 }
             )
     return rows

@@ -4,6 +4,7 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.stats
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Annotation
 
@@ -172,15 +173,19 @@ def test_several_seeds_show_as_their_mean_and_a_band_of_one_deviation(run, drawn
     assert math.isclose(height.max(), top.max(), rel_tol=1e-6)
 
 
-def test_win_rates_lie_on_their_intervals_one_line_a_seed(run, drawn):
+def test_win_rates_lie_on_their_intervals_which_are_over_seeds_where_there_are_several(run, drawn):
     axes, results = drawn["win_rates"].axes[0], run.results()
     names = [label.get_text() for label in axes.get_yticklabels()]
-    assert names == ["Best of 16", "DPO β = 1", "DPO β = 0.1", "PPO, seed 0", "PPO, seed 1"]
-    for line, (_, row) in enumerate(results[results["method"] != "sft"].iterrows()):
+    assert names == ["Best of 16", "DPO β = 1", "DPO β = 0.1", "PPO, 2 seeds"]
+    for line, (_, row) in enumerate(results[~results["method"].isin(["sft", "ppo"])].iterrows()):
         assert has_point(axes, 100 * row["win_rate"], line)
         assert has_line(axes, [100 * row["win_low"], 100 * row["win_high"]], [line, line])
+    rates = 100 * results[results["method"] == "ppo"]["win_rate"]
+    assert has_point(axes, rates.mean(), 3) and has_line(axes, rates, [3, 3])
+    low, high = scipy.stats.t.interval(0.95, df=1, loc=rates.mean(), scale=scipy.stats.sem(rates))
+    assert has_line(axes, [max(0, low), min(100, high)], [3, 3])
     assert axes.get_xlim()[0] < 50 < axes.get_xlim()[1]
-    assert sum(isinstance(text, Annotation) and "[" in text.get_text() for text in axes.texts) == 5
+    assert sum(isinstance(text, Annotation) and "[" in text.get_text() for text in axes.texts) == 4
 
 
 def test_a_name_with_dollars_is_no_formula(run):

@@ -103,14 +103,14 @@ def test_further_tables_are_shown_where_their_columns_were_measured(plain, evil)
 
 
 def test_controls_that_html_forbids_are_replaced():
-    assert page._text("a\x00b\x1b\ud800\tc\n<") == "a\ufffdb\ufffd\ufffd\tc\n&lt;"
+    assert page.text("a\x00b\x1b\ud800\tc\n<") == "a\ufffdb\ufffd\ufffd\tc\n&lt;"
 
 
 def test_the_page_shows_results_answers_configs_and_times(plain):
     parsed = Page(plain.read_text())
     for text in ("1.70 ± 0.05", "61 [51, 71]", "dpo_01 *", "DPO β = 0.1", '"beta": 0.1', "gold: the judge", "12 s"):
         assert text.replace("gold: ", "") in parsed.text, text
-    assert "PPO has the highest gold score: 1.70, where SFT has 0.10." in parsed.text
+    assert "PPO has the highest gold score: 1.70, which is 1.60 above SFT (95 % interval over prompts" in parsed.text
     assert parsed.text.count("a fine film (ppo") == workdirs.PROMPTS
     folded = plain.read_text().split("<summary>3 more prompts</summary>")[1]
     assert "(ppo 5)" in folded and "(ppo 4)" not in folded.split("</details>")[0]
@@ -149,7 +149,7 @@ def test_a_browser_opens_the_page_without_an_error_and_it_fits_a_telephone(name,
         "document.title = [page.documentElement.scrollWidth, page.querySelectorAll('svg text').length,"
         "page.querySelectorAll('script').length].join(' '); })</script>"
     )
-    frame = f'<iframe id="page" width="390" height="800" srcdoc="{page._text(text)}"></iframe>'
+    frame = f'<iframe id="page" width="390" height="800" srcdoc="{page.text(text)}"></iframe>'
     (tmp_path / "frame.html").write_text(f'<!DOCTYPE html><meta charset="utf-8"><title></title>{frame}{measure}')
     found = browse(tmp_path / "frame.html", tmp_path / "profile")
     assert "CONSOLE" not in found.stderr, found.stderr

@@ -3,11 +3,12 @@
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.stats
 from rich.console import Console
 
 from rlhf_jax.reports import frames, report
 from rlhf_jax.reports.run import Run
-from rlhf_jax.stages.frontier import match
+from rlhf_jax.stages.frontier import at_kl, match
 from tests.reports import workdirs
 
 SEEDS, TARGETS = (0, 1), (1.0, 4.0)
@@ -32,7 +33,11 @@ def run(tmp_path_factory):
     root = tmp_path_factory.mktemp("run")
     workdirs.write_training(root, seeds=2)
     points = written_points()
-    files = {"points.jsonl": points, "matched.jsonl": match(points, tuple(SLOPES), TARGETS)}
+    files = {
+        "points.jsonl": points,
+        "matched.jsonl": match(points, tuple(SLOPES), TARGETS),
+        "at_kl.jsonl": at_kl(points, tuple(SLOPES), TARGETS),
+    }
     workdirs.write_gold(root)
     section = {"kind": "frontier", "judge": {"functions": ["mine.py:f"], "model": "rm"}}
     workdirs.write_stage(root, "frontier", section, inputs=("gold", "sft", *SLOPES), files=files)
@@ -92,7 +97,13 @@ def test_table_and_file(run, monkeypatch):
         report.print_summary(run, console)
     shown = capture.get()
     assert "Score by rm + mine.py:f at equal divergence" in " ".join(shown.split())
-    assert "3.050 ± 0.050" in shown
+    half = float(scipy.stats.t.ppf(0.975, df=1)) * 0.05  # two seeds, 0.1 apart
+    assert f"3.05 [{3.05 - half:.2f}, {3.05 + half:.2f}]" in shown
+    rows = pd.read_csv(run.workdir / "matched_differences.csv").to_dict("records")
+    pairs = {(row["kl"], row["method"], row["against"]): row for row in rows}
+    ahead = pairs[1.0, "ppo", "dpo_1"]
+    assert ahead["difference"] == pytest.approx(1.5) and ahead["low"] == pytest.approx(ahead["high"])
+    assert ahead["seeds"] == 2 and (4.0, "ppo", "dpo_01") not in pairs, "which one seed reached"
     assert "(1/2)" in shown and "–" in shown and "no evaluation" not in shown
 
 

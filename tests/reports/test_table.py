@@ -82,7 +82,7 @@ def test_what_was_measured_beside_follows_in_the_csv_and_in_a_second_table(more,
     assert rows["dpo_01 *"] == dpo
     assert rows["best_of_16"][3] == rows["best_of_16"][5] == "–"
     assert rows["sft"][:3] == ["–"] * 3, "it is what the others are compared with"
-    assert not table.columns(run, table.FURTHER) and len(table.tables(run)) == 1
+    assert not table.columns(run, table.FURTHER) and len(table.tables(run, 120)) == 1
     assert "length-controlled" not in shown(run) and "rep-4" not in shown(run)
 
 
@@ -97,23 +97,36 @@ def test_wins_against_others_than_the_first_stand_in_a_table_of_their_own(more, 
 
 
 def test_with_seeds_the_table_shows_their_mean_and_spread(seeds):
-    rows = {name: cells for name, *cells in table.cells(seeds)}
+    names = [column.name for column in table.columns(seeds)]
+    rows = {name: dict(zip(names, cells, strict=True)) for name, *cells in table.cells(seeds)}
     results = seeds.results()
     reward = results[results["method"] == "ppo"]["reward_score"]
-    assert rows["ppo"][1] == f"{reward.mean():.2f} ± {reward.std():.2f}"
-    assert "gold_score" not in [column.name for column in table.columns(seeds)], "nobody was asked"
-    assert "2 seeds" in " ".join(table.notes(seeds)) and "No gold judge" in " ".join(table.notes(seeds))
+    assert rows["ppo"]["reward_score"] == f"{reward.mean():.2f} ± {reward.std():.2f}"
+    assert "gold_score" not in names, "nobody was asked"
+    notes = " ".join(table.notes(seeds))
+    assert "2 seeds" in notes and "No gold judge" in notes
+    assert "one seed, held fixed: sft, best_of_16, dpo_1, dpo_01" in notes
 
 
+def test_with_one_seed_the_table_says_that_its_intervals_are_over_prompts_only(run):
+    assert "over prompts only, without the spread between seeds" in " ".join(table.notes(run))
+
+
+@pytest.mark.parametrize("width", [100, 80, 50])
 @pytest.mark.parametrize("name", ["run", "seeds", "more", "more_seeds"])
-def test_a_terminal_of_100_columns_shows_everything(name, request):
+def test_a_terminal_of_any_width_shows_every_cell_whole(name, width, request):
     run = request.getfixturevalue(name)
-    text = shown(run)
-    assert max(map(len, text.splitlines())) <= 100
+    text = shown(run, width)
+    assert max(map(len, text.splitlines())) <= width
     lines = [line for line in text.splitlines() if line]
-    for row in (*table.cells(run), *(row for row in table.cells(run, table.FURTHER) if row[1:])):
-        found = [line for line in lines if line.split("  ")[0].strip() == row[0]]
-        assert any(all(cell in line for cell in row) for line in found), "no cell is cut or wrapped"
+    columns = (*table.columns(run), *table.columns(run, table.FURTHER))
+    for name, *cells in [
+        [*first, *second[1:]] for first, second in zip(table.cells(run), table.cells(run, table.FURTHER), strict=True)
+    ]:
+        mine = " ".join(line for line in lines if line.split("  ")[0].strip() == name)
+        for column, cell in zip(columns, cells, strict=True):
+            assert f" {cell} " in f" {mine} ", (name, column.name)
+    assert all(f" {column.heading} " in " ".join(f" {line} " for line in lines) for column in columns)
 
 
 def test_five_prompts_stand_with_every_methods_answer_and_its_score(run):

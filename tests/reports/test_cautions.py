@@ -1,0 +1,89 @@
+"""A comparison that means nothing says so before anything else."""
+
+import pytest
+
+from rlhf_jax.reports import report
+from rlhf_jax.reports.cautions import cautions, meaningless
+from rlhf_jax.reports.run import Run
+from rlhf_jax.runtime.files import read_json, read_rows, write_json, write_rows
+from tests.reports import workdirs
+from tests.reports.test_table import shown
+
+
+def reward_model_ranks(root, accuracy, low, high):
+    path = root / "reward_model" / "summary.json"
+    figures = {"accuracy": accuracy, "accuracy_low": low, "accuracy_high": high, "eval_pairs": 480}
+    write_json(path, read_json(path) | figures)
+
+
+def prompts(root, number):
+    path = root / "evaluate" / "results.jsonl"
+    write_rows(path, [row | {"n_prompts": number} for row in read_rows(path)])
+
+
+@pytest.fixture
+def good(tmp_path):
+    """Judged by gold on 200 prompts, with a reward model that ranks most pairs correctly."""
+    workdirs.write_all(tmp_path)
+    reward_model_ranks(tmp_path, 0.7, 0.66, 0.74)
+    prompts(tmp_path, 200)
+    return tmp_path
+
+
+def test_a_sound_run_has_no_caution(good):
+    assert cautions(Run(good)) == [] and "Caution" not in shown(Run(good))
+    report.write_report(good)
+    assert '<ul class="caution">' not in (good / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        ((0.49, 0.45, 0.53), "no better than chance: it ranks 49 % [45, 53] of 480"),
+        ((0.4, 0.36, 0.44), "worse than chance"),
+    ],
+)
+def test_a_reward_model_at_chance_is_named_with_its_interval(good, found, words):
+    reward_model_ranks(good, *found)
+    (sentence,) = cautions(Run(good))
+    assert words in sentence
+    assert not meaningless(Run(good)), "the gold judge's scores are none of the reward model's"
+
+
+def test_few_prompts_are_counted(good):
+    prompts(good, 99)
+    (sentence,) = cautions(Run(good))
+    assert "Only 99 prompts" in sentence
+
+
+def test_a_judge_of_its_own_choices_names_the_methods(tmp_path):
+    workdirs.write_all(tmp_path, gold=False)
+    prompts(tmp_path, 200)
+    (sentence,) = cautions(Run(tmp_path))
+    assert sentence.startswith("The judge chose its own samples: best_of_16 and ppo were chosen by, or trained on")
+    assert "reward model reward_model" in sentence and "dpo" not in sentence
+    config = tmp_path / "evaluate" / "config.json"
+    whole = read_json(config)
+    for judge, number in (
+        ("other", 0),
+        ({"model": "reward_model", "functions": ["f.py:f"]}, 1),
+        ({"url": "x", "model": "y"}, 0),
+    ):
+        write_json(config, {**whole, "section": {**whole["section"], "judge": judge}})
+        assert len(cautions(Run(tmp_path))) == number, judge
+
+
+def test_cautions_stand_before_every_finding_and_a_meaningless_score_has_no_headline(tmp_path):
+    workdirs.write_all(tmp_path, gold=False)
+    reward_model_ranks(tmp_path, 0.49, 0.45, 0.53)
+    assert meaningless(Run(tmp_path))
+    for width in (100, 80):
+        text = shown(Run(tmp_path), width)
+        plain = " ".join(text.split())
+        assert plain.startswith("Caution: The reward model reward_model is no better than chance")
+        assert plain.index("Only 8 prompts") < plain.index("method")
+        assert max(map(len, text.splitlines())) <= width
+    report.write_report(tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert page.index("<h1>") < page.index("no better than chance") < page.index("<table>")
+    assert "has the highest reward score" not in page

@@ -49,7 +49,8 @@ def test_group_methods_saw_the_settings_that_the_checks_assume():
 
 def test_goldens_are_what_trl_computes_today(tmp_path):
     write_goldens.write(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in write_goldens.GOLDENS.iterdir()}
+    golden = {path.name for path in write_goldens.GOLDENS.iterdir()} - {"curves.json"}  # test_curves.py has that
+    assert {path.name for path in tmp_path.iterdir()} == golden
     for path in tmp_path.iterdir():
         versions, arrays = read(path)
         golden_versions, golden_arrays = read(write_goldens.GOLDENS / path.name)

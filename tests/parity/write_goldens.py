@@ -5,18 +5,21 @@
 
 import json
 import sys
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
-from tests.parity import trl_1_12, trl_1_16, trl_1_16_online, trl_1_16_preferences
+from tests.parity import trl_1_12, trl_1_16, trl_1_16_online, trl_1_16_preferences, trl_curves
+from tests.stages import curves
 
 SEED = 0
 GOLDENS = Path(__file__).parents[1] / "goldens"
 
 
 def write(folder: Path) -> None:
+    """What the trainers compute of one batch."""
     for name, module, record in (
         ("dpo", trl_1_16, trl_1_16.record_dpo),
         ("sft", trl_1_16, trl_1_16.record_sft),
@@ -26,10 +29,25 @@ def write(folder: Path) -> None:
         ("online", trl_1_16_online, trl_1_16_online.record),
         ("preferences", trl_1_16_preferences, trl_1_16_preferences.record),
     ):
-        versions = {"trl": module.VERSION} | {name: version(name).split("+")[0] for name in ("torch", "transformers")}
-        arrays = [f"{json.dumps(key)}: {json.dumps(_plain(array))}" for key, array in record(SEED).items()]
-        lines = ['{"script": "tests/parity/write_goldens.py",', f'"versions": {json.dumps(versions)},', '"arrays": {']
-        (folder / f"{name}.json").write_text("\n".join([*lines, ",\n".join(arrays), "}}", ""]))
+        _write(folder / f"{name}.json", module.VERSION, record(SEED))
+
+
+def write_curves(path: Path) -> None:
+    """Loss and gradient norm of the first steps of whole runs."""
+    with tempfile.TemporaryDirectory() as folder:
+        world, arrays = trl_curves.make_world(Path(folder)), {}
+        for name in curves.SECTIONS:
+            run = trl_curves.run(name, world, curves.order())
+            for part in ("loss", "grad_norm"):
+                arrays[f"{name}/{part}"] = getattr(run, part)[: curves.FIRST].astype(np.float32)
+    _write(path, trl_curves.VERSION, arrays)
+
+
+def _write(path: Path, trl_version: str, arrays: dict[str, np.ndarray]) -> None:
+    versions = {"trl": trl_version} | {name: version(name).split("+")[0] for name in ("torch", "transformers")}
+    rows = [f"{json.dumps(key)}: {json.dumps(_plain(array))}" for key, array in arrays.items()]
+    lines = ['{"script": "tests/parity/write_goldens.py",', f'"versions": {json.dumps(versions)},', '"arrays": {']
+    path.write_text("\n".join([*lines, ",\n".join(rows), "}}", ""]))
 
 
 def _plain(array: np.ndarray) -> object:
@@ -42,4 +60,5 @@ def _plain(array: np.ndarray) -> object:
 if __name__ == "__main__":
     GOLDENS.mkdir(exist_ok=True)
     write(GOLDENS)
+    write_curves(curves.GOLDEN)
     sys.stdout.write(f"wrote {GOLDENS}\n")

@@ -1,0 +1,21 @@
+"""The first steps of whole runs equal those of TRL's trainers; `tests/parity/test_curves.py` compares all steps."""
+
+import numpy as np
+import pytest
+
+from tests.core.against_trl import read
+from tests.stages import curves
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return curves.make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.mark.parametrize("name", curves.SECTIONS)
+def test_a_run_begins_as_trls(name, world, tmp_path):
+    _, golden = read(curves.GOLDEN)
+    ours = curves.run(name, world, tmp_path)
+    for part in ("loss", "grad_norm"):
+        first = getattr(ours, part)[: curves.FIRST]
+        np.testing.assert_allclose(first, golden[f"{name}/{part}"], rtol=1e-4, atol=1e-6, err_msg=part)

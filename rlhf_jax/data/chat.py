@@ -33,11 +33,17 @@ def render_prompts(prompts: Sequence[Messages], tokenizer: Tokenizer, *, first: 
 
 
 def render_completions(
-    prompts: Sequence[Messages], completions: Sequence[Messages], tokenizer: Tokenizer, *, first: int = 1
+    prompts: Sequence[Messages],
+    completions: Sequence[Messages],
+    tokenizer: Tokenizer,
+    *,
+    first: int = 1,
+    ended: Sequence[bool] | None = None,
 ) -> tuple[list[str], list[str]]:
     """Texts of the prompts, as `render_prompts` gives them, and of what the whole conversations add to them.
 
-    Args: first is the number of the first row.
+    Args: first is the number of the first row; ended says which completions are whole, by default all. After the last
+    message of one that was cut off, the template's end of a turn is left out.
     Raises: RlhfError, naming the row, where the template writes a prompt otherwise once it is answered.
     """
     before, after = render_prompts(prompts, tokenizer, first=first), []
@@ -52,7 +58,18 @@ def render_completions(
                     "the assistant, or use a template that begins answers as it writes them"
                 )
             after.append(whole[len(start) :])
+    if ended is not None:
+        after = [
+            text if whole else text[: _end_of(completion[-1]["content"].strip(), text)]
+            for text, completion, whole in zip(after, completions, ended, strict=True)
+        ]
     return before, after
+
+
+def _end_of(content: str, text: str) -> int:
+    """Where a message's content ends in the text of its turn; the text's end where a template rewrote the content."""
+    place = text.rfind(content) if content else 0
+    return place + len(content) if place >= 0 else len(text)
 
 
 @contextlib.contextmanager

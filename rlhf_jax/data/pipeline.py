@@ -198,6 +198,7 @@ def encode_pairs(
     config: DataConfig,
     *,
     first: int = 1,
+    ended: Sequence[bool] | None = None,
 ) -> tuple[list[Example], list[int]]:
     """Tokens of prompts and of their completions, long prompts cut at their start, long completions at their end.
 
@@ -208,19 +209,22 @@ def encode_pairs(
     tokens (a merge across the border), the completion is encoded apart instead, as a policy that is given the prompt
     would write it.
 
-    Args: first is the number of the first row.
+    Args: first is the number of the first row; ended says which completions are whole, by default all. One that was cut
+    off gets neither EOS nor the template's end of a turn.
     Returns: the examples, and the numbers of the rows that were encoded apart.
     Raises: RlhfError, naming the row, for chats that the template cannot write so.
     """
     fit = _chat_prompt if _is_chat(completions) else _text_prompt
     if _is_chat(completions):
-        before, after = chat.render_completions(prompts, completions, tokenizer, first=first)
+        before, after = chat.render_completions(prompts, completions, tokenizer, first=first, ended=ended)
     else:
         before, after = [prompt or "" for prompt in prompts], completions
     examples, apart = [], []
     alone = tokenizer.encode_all(before)
     joined = tokenizer.encode_all([p + c for p, c in zip(before, after, strict=True)])
-    for number, (asked, prompt, whole, text) in enumerate(zip(prompts, alone, joined, after, strict=True), start=first):
+    whole_ones = [True] * len(after) if ended is None else ended
+    rows = zip(prompts, alone, joined, after, whole_ones, strict=True)
+    for number, (asked, prompt, whole, text, has_end) in enumerate(rows, start=first):
         response = whole[len(prompt) :]
         if whole[: len(prompt)] != prompt:
             apart.append(number)
@@ -228,7 +232,8 @@ def encode_pairs(
         room = config.max_response_tokens
         if asked is None:
             room += config.max_prompt_tokens - len(tokenizer.begin([]))
-        examples.append(Example(fit(prompt, tokenizer, config), tokenizer.end(response)[:room]))
+        response = tokenizer.end(response) if has_end or not response else response
+        examples.append(Example(fit(prompt, tokenizer, config), response[:room]))
     return examples, apart
 
 

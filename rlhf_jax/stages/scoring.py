@@ -50,6 +50,8 @@ def make_scorer(
 ) -> Scorer:
     """The scores of the policy's responses, float32[N]: of its tokens, or of their text in the reward model's tokens.
 
+    A response that was cut off is read without EOS either way, as the reward model would see its tokens.
+
     Args: rows are those that the prompts were made from. Their chats are written anew, by the reward model's template,
     and their columns are given to Python functions.
     """
@@ -65,7 +67,9 @@ def make_scorer(
 
     def score(rollout: Rollout) -> np.ndarray:
         prompts, completions, _ = _written(rollout, policy, original)
-        examples, _ = pipeline.encode_pairs(prompts, completions, reward_model.tokenizer, wider)
+        response, mask = map(np.asarray, rollout[2:])
+        ended = (np.isin(response, policy.tokenizer.stop_ids) & mask).any(axis=1).tolist()
+        examples, _ = pipeline.encode_pairs(prompts, completions, reward_model.tokenizer, wider, ended=ended)
         read = Rollout(
             *pipeline.pad_left([example.prompt for example in examples], wider.max_prompt_tokens),
             *pipeline.pad_right([example.response for example in examples], wider.max_response_tokens),

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import shutil
 from typing import Any
 
 import jax
@@ -132,6 +133,36 @@ ROWS = [
 ]
 
 
+@pytest.mark.parametrize("chats", [False, True])
+def test_a_response_that_was_cut_off_is_scored_without_an_end_by_any_tokenizer(places, loaded, chats):
+    """A judge whose tokenizer differs in its template alone reads the same tokens, and so gives the same scores."""
+    policy, judge = loaded
+    texts = ["the film", "is bad", "good"]
+    rows = [{"prompt": [{"role": "user", "content": text}] if chats else text} for text in texts]
+    prompts = pipeline.prompts(rows, policy.tokenizer, DATA)
+    ids = [policy.tokenizer.encode(f" {text}") for text in ("good film", "good film", "dull")]
+    answers = [ids[0], [*ids[1], policy.tokenizer.eos_id], ids[2]]
+    given = Rollout(*prompts, *pipeline.pad_right(answers, 8))
+    scores = make_scorer(judge, policy, rows, DATA, 4)(given)
+
+    elsewhere = places[0] / f"other judge {chats}"
+    shutil.copytree(places[2], elsewhere)
+    (template,) = elsewhere.glob("*.jinja")
+    template.write_text(template.read_text() + "{# another #}")
+    other = load_checkpoint(str(elsewhere))
+    assert isinstance(other, RewardModel) and not joins_program(other, policy)
+    np.testing.assert_allclose(make_scorer(other, policy, rows, DATA, 4)(given), scores, rtol=1e-5)
+    assert abs(scores[2] - score_all(judge.network, judge.params, _with_end(given, policy), 4)[2]) > 0.01
+
+
+def _with_end(given: Rollout, policy: Policy) -> Rollout:
+    """The rollout with EOS after its last response."""
+    response, mask = given.response.copy(), given.response_mask.copy()
+    length = mask[-1].sum()
+    response[-1, length], mask[-1, length] = policy.tokenizer.eos_id, True
+    return given._replace(response=response, response_mask=mask)
+
+
 def rollout(policy) -> Rollout:
     prompts = pipeline.take(pipeline.prompts(ROWS, policy.tokenizer, DATA), np.array([1, 0, 0]))
     answers = [[*policy.tokenizer.encode(text), policy.tokenizer.eos_id] for text in ("good", "is good", "dull bad")]
@@ -174,7 +205,7 @@ def test_means_that_are_logged_are_of_the_rows_to_which_a_reward_applies(places)
         own = [float(answer in row["completion"])] if answer else []
         right, tokens = right + own, [*tokens, row["length"]]
         assert row["score"] == pytest.approx(10 * sum(own) + 0.5 * row["length"])
-    assert len(samples) == 16 and len(right) == 8 and len(set(right)) == 2
+    assert len(samples) == 16 and 0 < len(right) < 16 and len(set(right)) == 2
     for name, values in (("right", right), ("tokens", tokens)):
         assert metrics[f"rewards/{name}/mean"] == pytest.approx(sum(values) / len(values))
         assert metrics[f"rewards/{name}/std"] == pytest.approx(np.std(values, ddof=1))

@@ -15,9 +15,10 @@ from rich.console import Console
 
 from rlhf_jax import experiment
 from rlhf_jax.data.fetch import DATASETS, fetch
+from rlhf_jax.models.hf import read_config
 from rlhf_jax.reports.report import MATCHED, RESULTS, is_current, print_summary, write_report
 from rlhf_jax.reports.run import Run
-from rlhf_jax.runtime.pretrained import MODELS, fetch_model
+from rlhf_jax.runtime.pretrained import MODELS, fetch_model, quantisation_note
 from rlhf_jax.runtime.workdir import Workdir
 from rlhf_jax.types import RlhfError
 from rlhf_jax.verbs.best_of_n import best_of_n_verb
@@ -111,7 +112,13 @@ def fetch_verb(arguments: list[str]) -> None:
     parser = Parser("rlhf-jax fetch", "Brings a data set or a model here.")
     parser.add_argument("name", choices=[*DATASETS, *MODELS])
     name = parser.parse_args(arguments).name
-    print(fetch_model(name) if name in MODELS else fetch(name))
+    if name not in MODELS:
+        print(fetch(name))
+        return
+    place = fetch_model(name)
+    print(place)
+    if note := quantisation_note(name, read_config(place)):
+        print(note, file=sys.stderr)
 
 
 VERBS: dict[str, Callable[[list[str]], None]] = {

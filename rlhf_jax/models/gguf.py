@@ -3,7 +3,9 @@
 The tokenizer inside is `rlhf_jax.text.gguf`'s, and `rlhf_jax.runtime.pretrained.convert_gguf` calls both.
 """
 
+import collections
 import json
+import math
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -18,6 +20,10 @@ from rlhf_jax.types import RlhfError
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
+ORIGIN = "dequantised_from"
+"""A config.json's key for the quantisations that its weights were stored in, that of most weights first."""
+
+_FLOATS = {gguf.GGMLQuantizationType[name] for name in ("F64", "F32", "F16", "BF16")}
 _CHUNK = 1 << 22  # weights that are dequantised at a time: 16 MB of float32
 
 
@@ -79,11 +85,13 @@ def write_checkpoint(file: GgufFile, directory: Path, *, dtype: Dtype) -> None:
     """Writes `config.json`, `generation_config.json` and `model.safetensors` as transformers would name all in them.
 
     Weights are dequantised in float32 and rounded to `dtype`, one tensor at a time. float32 keeps what is in the
-    file exactly; bfloat16 is half as large and rounds to 8 bits.
+    file exactly; bfloat16 is half as large and rounds to 8 bits. Neither brings back what quantising lost: config.json
+    names the quantisations under `ORIGIN`, and keeps them through an export.
 
     Raises: RlhfError naming a tensor with a weight that is no number, or too large for float16.
     """
-    _write_json(directory / "config.json", file.config | {"dtype": dtype})
+    origin = {ORIGIN: quantisation} if (quantisation := _quantisation(file)) else {}
+    _write_json(directory / "config.json", file.config | {"dtype": dtype} | origin)
     _write_json(directory / "generation_config.json", file.generation_config)
     plan = {tensor.target: tensor for tensor in file.plan}
     entries = [
@@ -91,6 +99,16 @@ def write_checkpoint(file: GgufFile, directory: Path, *, dtype: Dtype) -> None:
         for name, tensor in plan.items()
     ]
     write_tensors(directory / "model.safetensors", entries, lambda name: _convert(file, plan[name], DTYPES[dtype]))
+
+
+def _quantisation(file: GgufFile) -> str:
+    """The quantisations of a file's weights, those of most weights first; empty where all are floating-point."""
+    counts: collections.Counter[str] = collections.Counter()
+    for tensor in file.plan:
+        stored = file.stored[tensor.source]
+        if stored.tensor_type not in _FLOATS:
+            counts[stored.tensor_type.name] += math.prod(tensor.shape)
+    return ", ".join(name for name, _ in counts.most_common())
 
 
 def _plan(header: Header) -> tuple[dict[str, Any], list[TensorPlan]]:

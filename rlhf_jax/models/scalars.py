@@ -83,9 +83,11 @@ class ScalarNetwork:
     def init_adapter(self, params: PyTree, key: PRNGKeyArray) -> PyTree:
         """A new adapter to plain parameters or their shapes: one of the body, and the head, which is trained whole.
 
-        The head starts at random or at 0, and has next to no weights (PEFT: `modules_to_save`).
+        The head starts at random or at 0, and has next to no weights (PEFT: `modules_to_save`); like an adapter it is
+        float32, whatever the base's dtype.
         """
-        return {"body": lora.init_adapter(lora.required(self.lora), params["body"], key), "head": params["head"]}
+        head = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params["head"])
+        return {"body": lora.init_adapter(lora.required(self.lora), params["body"], key), "head": head}
 
     def merge(self, params: Adapted) -> PyTree:
         """Plain parameters that compute what the adapted ones do; see `lora.merge`."""

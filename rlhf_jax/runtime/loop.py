@@ -85,7 +85,7 @@ def train(task: Task, config: LoopConfig, placement: Placement, first_seed: int,
             program = compile_host_steps(placement, task.step, state)
         else:
             program = placement.compile(task.step, state)
-        clock = _Clock(directory / "metrics.jsonl")
+        clock, rounding_loss = _Clock(directory / "metrics.jsonl"), _RoundingLoss()
         while done < task.total_steps:
             steps = range(done, done + config.steps_per_call)
             batches = jax.tree.map(lambda *leaves: np.stack(leaves), *map(task.batch_at, steps))
@@ -102,6 +102,8 @@ def train(task: Task, config: LoopConfig, placement: Placement, first_seed: int,
                     evaluation, described = task.evaluation.run(_of_seed(params, seed, placement.seeds))
                     row.update({name: _number(np.asarray(value)) for name, value in evaluation.items()})
                     sample_rows.write({"step": done, **found} | {"seed": first_seed + seed} for found in described)
+            if lost := rounding_loss.after(rows, done / task.total_steps):
+                bar.warn(lost)
             rows[-1].update(clock.read(config.steps_per_call, rows[-placement.seeds :]))
             metric_rows.write(rows)
             bar.update(
@@ -132,6 +134,33 @@ class _Clock:
             "time/seconds_per_step": elapsed / steps,
             "time/tokens_per_second": tokens * steps / elapsed,
         }
+
+
+class _RoundingLoss:
+    """How much of the updates the weights kept so far, each update counting as much as its rate."""
+
+    def __init__(self) -> None:
+        self._kept, self._asked, self._updates, self._said = 0.0, 0.0, 0, False
+
+    def after(self, rows: Rows, progress: float) -> str | None:
+        """A warning, once, where less than half was kept: of a tenth of the run and 20 steps, or of all there are.
+
+        The first rates of a schedule are small, and one step of stochastic rounding is noisy where weights are few.
+        """
+        for row in rows:
+            share, rate = row.get("update_survived"), row.get("learning_rate")
+            if share is not None and rate:
+                self._kept, self._asked = self._kept + rate * share, self._asked + rate
+                self._updates += 1
+        early = progress < 1 and (progress < 0.1 or self._updates < 20)
+        if self._said or early or not self._asked or self._kept >= 0.5 * self._asked:
+            return None
+        self._said = True
+        return (
+            f"{self._kept / self._asked:.0%} of the updates survived rounding (update_survived): this learning rate is "
+            "too small for the weights' dtype. Leave param_dtype out to train in float32, or set "
+            "optimizer.low_precision to 'masters' or 'stochastic'; where weights are float32, raise the learning rate"
+        )
 
 
 def _metric_rows(metrics: dict[str, np.ndarray], steps: range, first_seed: int, seeds: int) -> Rows:

@@ -26,6 +26,12 @@ class Bar:
         self._figures = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
         self._progress.update(self._task, completed=done, total=total, figures=self._figures)
 
+    def warn(self, message: str) -> None:
+        """Prints a warning above the bar."""
+        self._progress.console.print(
+            f"Warning: {self._name}: {message}", style="yellow", highlight=False, soft_wrap=True
+        )
+
     def finish(self) -> None:
         """Replaces the bar by a line with the stage's time and key figures."""
         elapsed = self._progress.tasks[self._progress.task_ids.index(self._task)].elapsed or 0.0

@@ -11,7 +11,6 @@ leaves a weight where it was. Bytes a parameter while training with Adam, whose 
 `update_survived`, which every update logs, says how much of it the weights kept.
 """
 
-import zlib
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -19,9 +18,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-LowPrecision = Literal["masters", "stochastic", "nearest"]
+from rlhf_jax.core.keys import derive
 
-_ROUNDING = zlib.crc32(b"rounding") & 0x7FFFFFFF  # keeps these keys apart from others made of a run's key
+LowPrecision = Literal["masters", "stochastic", "nearest"]
 
 
 class State(NamedTuple):
@@ -57,7 +56,7 @@ def exact(params: PyTree, masters: PyTree) -> PyTree:
 
 def update_key(run_key: PRNGKeyArray, number: Any) -> PRNGKeyArray:
     """The key that an update's stochastic rounding draws with: a function of a run's key and the update's number."""
-    return jax.random.fold_in(jax.random.fold_in(run_key, _ROUNDING), number)
+    return jax.random.fold_in(derive(run_key, "rounding"), number)
 
 
 def apply(

@@ -18,7 +18,7 @@ from rlhf_jax.runtime.optimizers import OptimizerConfig, gradients, learning_rat
 from rlhf_jax.runtime.programs import Step
 from rlhf_jax.runtime.rounding import update_key
 from rlhf_jax.stages.context import Context, steps_for
-from rlhf_jax.stages.models import AS_IT_IS, Tuning
+from rlhf_jax.stages.models import AS_IT_IS, Tuning, refuse_float16
 from rlhf_jax.stages.preference_loss import (
     PairStats,
     PreferenceLossConfig,
@@ -58,6 +58,7 @@ class DPOConfig:
     cached_reference: bool = False  # its log-probabilities are computed once and kept on disk
 
     def __post_init__(self) -> None:
+        refuse_float16(self.tuning, adapter=self.tuning.lora is not None)
         if self.beta <= 0:
             raise ValueError(f"beta = {self.beta} must be above 0")
         check_micro_batch(self.loss, self.optimizer.micro_batch)

@@ -26,7 +26,7 @@ from rlhf_jax.runtime.programs import Step
 from rlhf_jax.runtime.rounding import update_key
 from rlhf_jax.sampling.batches import response_logprobs_all
 from rlhf_jax.stages.context import Context, steps_for
-from rlhf_jax.stages.models import AS_IT_IS, Tuning
+from rlhf_jax.stages.models import AS_IT_IS, Tuning, refuse_float16
 from rlhf_jax.stages.preferences import load_preferences
 from rlhf_jax.stages.samples import policy_samples
 from rlhf_jax.stages.training import begin, begin_policy, dropout_keys, over_seeds, whole
@@ -72,6 +72,7 @@ class KTOConfig:
     tuning: Tuning = AS_IT_IS
 
     def __post_init__(self) -> None:
+        refuse_float16(self.tuning, adapter=self.tuning.lora is not None)
         if self.batch_size < 2:
             raise ValueError(f"batch_size = {self.batch_size} must be at least 2: responses are put to other prompts")
 

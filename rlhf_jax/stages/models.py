@@ -27,9 +27,14 @@ from rlhf_jax.types import RlhfError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tuning:
-    """How a model that exists already is held while it is trained on. None leaves things as they are in its source."""
+    """How a model that exists already is held while it is trained on. None leaves things as they are in its source.
 
-    param_dtype: DType | None = None
+    Trained parameters are float32 by default all the same, whatever dtype the source has, the values' too; what stays
+    frozen (the reference, an adapter's base) keeps its dtype. In 'bfloat16' they take less memory, or give faster
+    sampling: `optimizer.low_precision` says how small updates are kept, `runtime/rounding.py` the bytes a parameter.
+    """
+
+    param_dtype: DType | None = None  # of the base, where an adapter is trained beside it
     compute_dtype: DType | None = None  # a checkpoint's is float32
     remat: bool | None = None
     attention: AttentionBy = "xla"
@@ -247,6 +252,20 @@ def tuned(model: Policy | RewardModel, tuning: Tuning) -> Policy | RewardModel:
     if isinstance(model, Policy):
         return model._replace(network=dataclasses.replace(model.network, config=config), params=params)
     return model._replace(network=dataclasses.replace(model.network, config=config), params=params)
+
+
+def refuse_float16(config: Tuning | ModelConfig, *, adapter: bool) -> None:
+    """Raises ValueError where parameters are trained, or gradients computed, in float16.
+
+    Gradients below 6e-8 are 0 there, and loss scaling, which would lift them, is not built in. With an adapter the
+    frozen base may be float16.
+    """
+    for name in ("compute_dtype",) if adapter else ("param_dtype", "compute_dtype"):
+        if getattr(config, name) == "float16":
+            raise ValueError(
+                f"{name} = 'float16' is for inference alone, because small gradients vanish in it without loss scaling "
+                "(which is not built in): set it to 'bfloat16' or 'float32' to train"
+            )
 
 
 def cast(params: PyTree, dtype: DType | None) -> PyTree:

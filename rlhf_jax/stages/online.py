@@ -14,7 +14,7 @@ from rlhf_jax.runtime.loop import LoopConfig, Task, train
 from rlhf_jax.runtime.optimizers import OptimizerConfig
 from rlhf_jax.runtime.programs import HostSteps, Placement, Step
 from rlhf_jax.stages.context import Context
-from rlhf_jax.stages.models import AS_IT_IS, Policy, Tuning
+from rlhf_jax.stages.models import AS_IT_IS, Policy, Tuning, refuse_float16
 from rlhf_jax.stages.prompts import MixedSource, PromptSource
 from rlhf_jax.stages.samples import sample_rows
 from rlhf_jax.stages.training import stack
@@ -38,6 +38,7 @@ class OnlineConfig:
     tuning: Tuning = AS_IT_IS
 
     def __post_init__(self) -> None:
+        refuse_float16(self.tuning, adapter=self.tuning.lora is not None)
         if self.batch_size % self.minibatches:
             raise ValueError(f"batch_size = {self.batch_size} does not divide into {self.minibatches} minibatches")
         if self.temperature <= 0:

@@ -28,7 +28,6 @@ from rlhf_jax.rewards.tfidf import TfidfJudge
 from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.runtime.optimizers import gradients, learning_rate, make_optimizer, update
 from rlhf_jax.runtime.programs import SEED_AXIS, HostSteps, Step
-from rlhf_jax.runtime.rounding import update_key
 from rlhf_jax.sampling.choice import Sampling
 from rlhf_jax.sampling.generate import generate, is_stop
 from rlhf_jax.stages.context import Context
@@ -203,10 +202,10 @@ def make_halves(
     return sample, learn
 
 
-def _keys(run_key: PRNGKeyArray, state: TrainState) -> tuple[PRNGKeyArray, PRNGKeyArray, PRNGKeyArray]:
-    """An iteration's keys: for sampling, for the order of minibatches, and for an adapter's dropout."""
+def _keys(run_key: PRNGKeyArray, state: TrainState) -> tuple[PRNGKeyArray, ...]:
+    """An iteration's keys: for sampling, the order of minibatches, an adapter's dropout, and stochastic rounding."""
     key = jax.random.fold_in(run_key, state.step)
-    return derive(key, "sample"), derive(key, "order"), derive(key, "dropout")
+    return tuple(derive(key, tag) for tag in ("sample", "order", "dropout", "rounding"))
 
 
 def choose(rollout: Rollout, scores: Float[Array, "N"]) -> tuple[PreferenceBatch, Float[Array, "B"]]:
@@ -279,11 +278,11 @@ def optimise(
     state: TrainState,
     frozen: dict[str, PyTree],
     pairs: tuple[PreferenceBatch, PairStats | None],
-    keys: tuple[PRNGKeyArray, PRNGKeyArray],
+    keys: tuple[PRNGKeyArray, ...],
     axes: tuple[str, ...],
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Every epoch's minibatches, each epoch in another order; metrics are their means."""
-    network, (order_key, dropout_key) = networks.policy, keys
+    network, (order_key, dropout_key, rounding_key) = networks.policy, keys
     optimizer = make_optimizer(config.optimizer, config.updates)
     schedule = learning_rate(config.optimizer, config.updates)
     whole_batch = masking.gather_rows(pairs, axes)
@@ -311,7 +310,9 @@ def optimise(
             lambda given: masking.rows(given[0][0].chosen, axes),
             axes,
         )
-        params, opt_state, norms = update(optimizer, grads, params, opt_state, axes, key=update_key(order_key, number))
+        params, opt_state, norms = update(
+            optimizer, grads, params, opt_state, axes, key=jax.random.fold_in(rounding_key, number)
+        )
         return (params, opt_state), metrics | {"loss": loss, **norms}
 
     start = (state.params, state.opt_state)

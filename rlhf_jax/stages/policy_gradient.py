@@ -34,7 +34,7 @@ from rlhf_jax.stages.policy_method import Method, Networks, PolicyGradientConfig
 from rlhf_jax.stages.policy_update import optimise
 from rlhf_jax.stages.prompts import MixedSource, PromptSource, at_round
 from rlhf_jax.stages.scoring import HostScorer, joins_program, make_host_scorer
-from rlhf_jax.stages.training import adapted_scalar, begin, begin_policy
+from rlhf_jax.stages.training import begin, begin_policy, trainable
 from rlhf_jax.types import PromptBatch, TokenBatch
 
 
@@ -113,12 +113,12 @@ def make_halves(
                 "reward_std": jnp.sqrt(masking.masked_variance(scores, jnp.ones(scores.shape, bool), axes)),
             }
         kl_coef = state.controller["kl_coef"] if config.kl_controller else method.kl_coef
-        params, order_key = networks.whole(state.params, frozen), _keys(run_key, state)[1]
+        params, keys = networks.whole(state.params, frozen), _keys(run_key, state)[1:]
         batch, samples, found = gather_experience(
             networks, config, method, params, frozen, sampled, scores, axes, kl_coef=kl_coef, useful=useful
         )
         state, updated = optimise(
-            networks, config, method, state, frozen, batch, sampled.demonstrations, order_key, axes, kl_coef=kl_coef
+            networks, config, method, state, frozen, batch, sampled.demonstrations, keys, axes, kl_coef=kl_coef
         )
         if config.kl_controller is not None:
             adapted = adaptive_kl_coef(
@@ -158,10 +158,10 @@ def _parts(batch: Any) -> tuple[PromptBatch, TokenBatch | None]:
     return (batch, None) if isinstance(batch, PromptBatch) else batch
 
 
-def _keys(run_key: PRNGKeyArray, state: TrainState) -> tuple[PRNGKeyArray, PRNGKeyArray]:
-    """An iteration's keys: for sampling, and for the order of minibatches."""
+def _keys(run_key: PRNGKeyArray, state: TrainState) -> tuple[PRNGKeyArray, PRNGKeyArray, PRNGKeyArray]:
+    """An iteration's keys: for sampling, for the order of minibatches, and for stochastic rounding."""
     key = jax.random.fold_in(run_key, state.step)
-    return derive(key, "sample"), derive(key, "order")
+    return derive(key, "sample"), derive(key, "order"), derive(key, "rounding")
 
 
 def init_state(params: dict[str, PyTree], config: PolicyGradientConfig, method: Method) -> TrainState:
@@ -203,7 +203,7 @@ def no_value(policy: Policy, reward_model: RewardModel | None, key: PRNGKeyArray
 
 def run(config: PolicyGradientConfig, method: Method, start_value: StartValue, context: Context) -> dict[str, Any]:
     """Trains `context.seeds` policies at once, each with its own prompts, samples and initial key."""
-    reference, lora = begin_policy(config.policy, config.tuning, context), config.tuning.lora
+    reference = begin_policy(config.policy, config.tuning, context)
     rows = pipeline.load_rows(context.data, "train")
     pool = pipeline.prompts(rows, reference.tokenizer, context.data)
     scores = scoring(config, context, reference, rows)
@@ -211,7 +211,7 @@ def run(config: PolicyGradientConfig, method: Method, start_value: StartValue, c
     placement = context.placement(context.seeds)
     reward_model = scores.on_device and scores.on_device.members()[0]
     value = start_value(reference, reward_model, derive(context.key("init"), "value"))
-    separate = adapted_scalar(value.network, lora) if isinstance(value.network, ScalarNetwork) else None
+    separate = trainable(value.network, config.tuning) if isinstance(value.network, ScalarNetwork) else None
     networks = Networks(
         policy=reference.network,
         value=separate or value.network,
@@ -231,7 +231,7 @@ def run(config: PolicyGradientConfig, method: Method, start_value: StartValue, c
         rounds = host_rounds(config, method)
         step = HostSteps(sample, lambda sampled: on_host(sampled.rollout), learn, rounds)
     if separate is not None:
-        frozen["value_base"] = value.params if lora else None
+        frozen["value_base"] = value.params if config.tuning.lora else None
 
     def start(key: PRNGKeyArray) -> TrainState:
         adapter_key, value_key, value_adapter_key = (derive(key, tag) for tag in ("adapter", "value", "value adapter"))

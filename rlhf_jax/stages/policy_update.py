@@ -22,7 +22,6 @@ from rlhf_jax.core.policy_losses import AGGREGATIONS, POLICY_LOSSES, ratio_metri
 from rlhf_jax.models.head import token_stats, token_stats_with_entropy
 from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.runtime.optimizers import gradients, update
-from rlhf_jax.runtime.rounding import update_key
 from rlhf_jax.stages import policy_optimizer
 from rlhf_jax.stages.policy_method import Experience, Method, Networks, PolicyGradientConfig
 from rlhf_jax.types import TokenBatch
@@ -36,7 +35,7 @@ def optimise(
     frozen: dict[str, PyTree],
     batch: Experience,
     demonstrations: TokenBatch | None,
-    order_key: PRNGKeyArray,
+    keys: tuple[PRNGKeyArray, PRNGKeyArray],
     axes: tuple[str, ...],
     *,
     kl_coef: Any,
@@ -45,10 +44,12 @@ def optimise(
 
     Only that of the sampler is the first minibatch's: after its update the policy is no longer the one that sampled.
 
-    Args: kl_coef is a number, or the state of a controller.
+    Args: keys are those of the order of minibatches and of stochastic rounding; kl_coef is a number, or the state of a
+    controller.
     """
     optimizer = policy_optimizer.make_optimizer(config, method)
     whole_batch, mix = masking.gather_rows((batch, demonstrations), axes)
+    order_key, rounding_key = keys
     updates = config.epochs * config.minibatches
     warming = state.step < method.value_warmup
 
@@ -83,7 +84,9 @@ def optimise(
             grads = jax.tree.map(lambda grad, ptx: grad + coef * ptx, grads, ptx_grads)
         if method.value_warmup:  # the bound on both norms counts the values' alone
             grads = {**grads, "policy": _where(warming, jax.tree.map(jnp.zeros_like, grads["policy"]), grads["policy"])}
-        params, opt_state, norms = update(optimizer, grads, params, opt_state, axes, key=update_key(order_key, number))
+        params, opt_state, norms = update(
+            optimizer, grads, params, opt_state, axes, key=jax.random.fold_in(rounding_key, number)
+        )
         return (params, opt_state), metrics | {"loss": loss, **norms}
 
     (params, opt_state), metrics = jax.lax.scan(

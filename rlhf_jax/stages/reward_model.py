@@ -26,12 +26,19 @@ from rlhf_jax.runtime.rounding import update_key
 from rlhf_jax.sampling.batches import sample_all
 from rlhf_jax.stages import reward_loss
 from rlhf_jax.stages.context import Context, steps_for
-from rlhf_jax.stages.models import Pretrained, RewardModel, as_reward_model, load_reward_model, save_reward_spec
+from rlhf_jax.stages.models import (
+    Pretrained,
+    RewardModel,
+    as_reward_model,
+    load_reward_model,
+    refuse_float16,
+    save_reward_spec,
+)
 from rlhf_jax.stages.prompts import draw_prompts
 from rlhf_jax.stages.reward_loss import BRADLEY_TERRY, RewardLossConfig
 from rlhf_jax.stages.reward_report import HeldOut, evaluate, report
 from rlhf_jax.stages.scoring import make_scorer
-from rlhf_jax.stages.training import adapted_scalar, begin, dropout_keys, stack, whole
+from rlhf_jax.stages.training import begin, dropout_keys, stack, trainable, whole
 from rlhf_jax.types import RlhfError
 
 
@@ -66,6 +73,7 @@ class RewardModelConfig:
     normalise: NormaliseConfig | None = None
 
     def __post_init__(self) -> None:
+        refuse_float16(self.model, adapter=isinstance(self.model, Pretrained) and self.model.lora is not None)
         if (self.policy is None) != isinstance(self.model, Pretrained):
             raise ValueError("policy names whose tokenizer a model from scratch reads; it is None with model.init")
         if self.ensemble is not None and self.model.attention == "cudnn":
@@ -77,7 +85,7 @@ def run(config: RewardModelConfig, context: Context) -> dict[str, Any]:
     members = 1 if config.ensemble is None else config.ensemble.members
     starts = [make_reward_model(config, context, member) for member in range(members)]
     tuning = config.model if isinstance(config.model, Pretrained) else None
-    network = adapted_scalar(starts[0].network, tuning.lora if tuning else None)
+    network = trainable(starts[0].network, tuning)
     begun = [begin(network, start.params, context.key("adapter", member)) for member, start in enumerate(starts)]
     model = starts[0]._replace(network=dataclasses.replace(network, ensemble=config.ensemble))
     source = context.base(tuning)

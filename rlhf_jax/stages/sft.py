@@ -20,10 +20,10 @@ from rlhf_jax.runtime.programs import Step
 from rlhf_jax.runtime.rounding import update_key
 from rlhf_jax.sampling.batches import sequence_stats_all
 from rlhf_jax.stages.context import Context, steps_for
-from rlhf_jax.stages.models import Policy, Pretrained, save_policy_spec
+from rlhf_jax.stages.models import Policy, Pretrained, refuse_float16, save_policy_spec
 from rlhf_jax.stages.rejection_sampling import load_demonstrations
 from rlhf_jax.stages.samples import policy_samples
-from rlhf_jax.stages.training import adapted_network, begin, dropout_keys, whole
+from rlhf_jax.stages.training import begin, dropout_keys, trainable, whole
 from rlhf_jax.text.tokenizer import TokenizerConfig, train_tokenizer
 from rlhf_jax.types import TokenBatch
 
@@ -44,6 +44,7 @@ class SFTConfig:
     demonstrations: StageName | None = None  # a stage's, or what its preferences chose; None: the experiment's data
 
     def __post_init__(self) -> None:
+        refuse_float16(self.model, adapter=isinstance(self.model, Pretrained) and self.model.lora is not None)
         if (self.tokenizer is None) != isinstance(self.model, Pretrained):
             raise ValueError("tokenizer is to be trained for a model from scratch, and None for one with model.init")
 
@@ -53,7 +54,7 @@ def run(config: SFTConfig, context: Context) -> dict[str, Any]:
     rows, held_out = load_demonstrations(context, config.demonstrations)
     start = make_policy(config, rows, context)
     tuning = config.model if isinstance(config.model, Pretrained) else None
-    network, tokenizer = adapted_network(start.network, tuning.lora if tuning else None), start.tokenizer
+    network, tokenizer = trainable(start.network, tuning), start.tokenizer
     start = start._replace(network=network)
     trained, base = begin(network, start.params, context.key("adapter"))
     seeds = range(context.seed, context.seed + 1)

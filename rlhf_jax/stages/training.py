@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -10,15 +10,17 @@ import numpy as np
 from jaxtyping import Array, Key, PRNGKeyArray, PyTree
 
 from rlhf_jax.config import ModelSource
-from rlhf_jax.models.lora import Adapted, LoraConfig
+from rlhf_jax.core.keys import derive
+from rlhf_jax.models.lora import Adapted
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
 from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.stages.context import Context
-from rlhf_jax.stages.models import Policy, Tuning, save_policy_spec
+from rlhf_jax.stages.models import Policy, Tuning, refuse_float16, save_policy_spec
 from rlhf_jax.types import RlhfError
 
 Network = PolicyNetwork | ScalarNetwork
+N = TypeVar("N", PolicyNetwork, ScalarNetwork)
 
 
 class Start(NamedTuple):
@@ -28,20 +30,33 @@ class Start(NamedTuple):
     base: PyTree  # None where everything is trained
 
 
-def adapted_network(network: PolicyNetwork, lora: LoraConfig | None) -> PolicyNetwork:
-    """A policy's functions, for parameters with an adapter where there is one."""
-    return network if lora is None else dataclasses.replace(network, lora=lora)
+def trainable(network: N, tuning: Tuning | None) -> N:
+    """A network as it is trained: with its adapter, or with parameters in float32 unless `tuning` says otherwise.
 
-
-def adapted_scalar(network: ScalarNetwork, lora: LoraConfig | None) -> ScalarNetwork:
-    """A reward model's or a value's functions, for parameters with an adapter where there is one."""
-    return network if lora is None else dataclasses.replace(network, lora=lora)
+    Args: tuning is None for a model from scratch, whose own config says how it is held.
+    Raises RlhfError where it would be trained in float16.
+    """
+    if tuning is not None and tuning.lora is not None:
+        network = dataclasses.replace(network, lora=tuning.lora)
+    elif tuning is not None:
+        config = dataclasses.replace(network.config, param_dtype=tuning.param_dtype or "float32")
+        network = dataclasses.replace(network, config=config)
+    try:
+        refuse_float16(network.config, adapter=network.lora is not None)
+    except ValueError as error:
+        raise RlhfError(str(error)) from error
+    return network
 
 
 def begin(network: Network, params: PyTree, key: PRNGKeyArray) -> Start:
-    """All parameters where the network has no LoraConfig; else a new adapter, with which it starts as it is."""
+    """All parameters where the network has no LoraConfig; else a new adapter, with which it starts as it is.
+
+    All parameters are cast to the dtypes that the network is trained in (`trainable`). What they are a copy of, such as
+    the frozen reference, keeps the dtype of its file: float32 holds the same numbers.
+    """
     if network.lora is None:
-        return Start(params, None)
+        dtypes = jax.eval_shape(network.init, jax.random.key(0))  # a scalar head's is float32 in any case
+        return Start(jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), params, dtypes), None)
     return Start(network.init_adapter(params, key), params)
 
 
@@ -57,7 +72,7 @@ def dropout_keys(
     if network.lora is None or network.lora.dropout == 0:
         return None
     first = jax.lax.axis_index(axes) * rows if axes else 0
-    key = jax.random.fold_in(run_key, step)
+    key = jax.random.fold_in(derive(run_key, "dropout"), step)
     return jax.vmap(lambda row: jax.random.fold_in(key, row))(first + jnp.arange(rows))
 
 
@@ -72,7 +87,7 @@ def begin_policy(source: ModelSource, tuning: Tuning, context: Context) -> Polic
             "run): set config.seeds to 1, or attention to 'xla'"
         )
     policy = context.policy(source, tuning)
-    policy = policy._replace(network=adapted_network(policy.network, tuning.lora))
+    policy = policy._replace(network=trainable(policy.network, tuning))
     seeds = range(context.seed, context.seed + context.seeds)
     save_policy_spec(context.directory, policy, seeds, base=context.base(tuning, source))
     return policy

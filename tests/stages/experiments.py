@@ -107,8 +107,13 @@ def data_config(data: Path) -> DataConfig:
     )
 
 
-def run(workdir: Path, data: Path, stages: dict[str, dict[str, Any]], **common: Any) -> Workdir:
-    """Runs stages, sections by name, on `data` for training and evaluation; returns the work directory."""
+def run(
+    workdir: Path, data: Path, stages: dict[str, dict[str, Any]], *, console: io.StringIO | None = None, **common: Any
+) -> Workdir:
+    """Runs stages, sections by name, on `data` for training and evaluation; returns the work directory.
+
+    Args: console takes what a person would see.
+    """
     config = {
         "seed": 0,
         "seeds": 1,
@@ -119,7 +124,7 @@ def run(workdir: Path, data: Path, stages: dict[str, dict[str, Any]], **common: 
         **common,
     }
     place = Workdir(workdir)
-    experiment.run(experiment.parse(ConfigDict(config)), place, None, Console(file=io.StringIO()))
+    experiment.run(experiment.parse(ConfigDict(config)), place, None, Console(file=console or io.StringIO()))
     return place
 
 

@@ -146,7 +146,7 @@ def test_a_loss_without_a_reference_needs_none_of_the_pairs():
     optimise = functools.partial(online_dpo.optimise, NETWORKS, config, axes=())
     state = jax.eval_shape(lambda params: online_dpo.init_state(params, config), {"policy": params})
     rows = jax.tree.map(jnp.asarray, tiny.preferences(16))
-    _, metrics = jax.eval_shape(optimise, state, frozen, (rows, None), (KEYS[0], KEYS[1]))
+    _, metrics = jax.eval_shape(optimise, state, frozen, (rows, None), tuple(jax.random.split(KEYS[0], 3)))
     assert {"loss", "grad_norm", "rewards/margins"} <= metrics.keys()
 
 

@@ -160,8 +160,11 @@ def _run_stage(
     experiment: Experiment, workdir: Workdir, name: str, display: Display, here: Callable[[], dict[str, Any]]
 ) -> bool:
     identity = experiment.identity(name, workdir.fingerprint)
-    if workdir.status(name, identity) in ("complete", "elsewhere"):
+    status = workdir.status(name, identity)
+    if status in ("complete", "elsewhere"):
         return False
+    if status == "again":
+        display.console.print(f"{name}: begun before with another config, without a result: it starts anew.")
     directory = workdir.begin(name, identity)
     provenance.begin(directory, here())
     stage = experiment.stages[name]

@@ -156,6 +156,47 @@ def test_a_changed_data_file_is_another_config(tmp_path, capsys):
     assert "data_sha256.train" in fails(capsys, *arguments)
 
 
+def test_a_start_that_failed_on_a_row_leaves_no_lock(tmp_path, capsys):
+    flags = files(tmp_path)
+    train = tmp_path / "train.jsonl"
+    rows = train.read_text()
+    train.write_text(rows.replace('"chosen"', '"choosen"', 1))
+    arguments = [PREFERENCES, f"--workdir={tmp_path / 'run'}", *flags, "--stage=sft"]
+    assert "show no completion to learn from" in fails(capsys, *arguments)
+    assert (tmp_path / "run" / "sft" / "config.json").exists()
+    train.write_text(rows)
+    assert main(arguments) == 0
+    assert "sft: begun before with another config, without a result: it starts anew." in capsys.readouterr().out
+    assert (tmp_path / "run" / "sft" / "complete.json").exists()
+
+
+def test_a_start_that_failed_on_the_batch_size_leaves_no_lock(tmp_path, capsys):
+    arguments = [PREFERENCES, f"--workdir={tmp_path / 'run'}", *files(tmp_path), "--stage=sft"]
+    assert "lower batch_size" in fails(capsys, *arguments, "--config.sft.batch_size=65")
+    assert (tmp_path / "run" / "sft" / "config.json").exists()
+    assert main([*arguments, "--config.sft.batch_size=32"]) == 0
+    # With a checkpoint on disk the stage is what another config made, complete or not.
+    (tmp_path / "run" / "sft" / "complete.json").unlink()
+    assert "batch_size: 32 there, 16 now" in fails(capsys, *arguments, "--config.sft.batch_size=16")
+
+
+def test_data_are_known_by_what_they_hold_and_not_by_their_place(tmp_path, capsys):
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    arguments = [PREFERENCES, f"--workdir={tmp_path / 'run'}", "--stage=sft"]
+    assert main([*arguments, *files(here)]) == 0
+    before = (tmp_path / "run" / "sft" / "complete.json").stat().st_mtime_ns
+    here.rename(there)
+    flags = [f"--config.data.{split}={there}/{split}.jsonl" for split in ("train", "eval")]
+    assert main([*arguments, *flags]) == 0
+    assert (tmp_path / "run" / "sft" / "complete.json").stat().st_mtime_ns == before, "not run again"
+    capsys.readouterr()
+    assert (
+        main([PREFERENCES, f"--workdir={tmp_path / 'new'}", f"--inputs={tmp_path / 'run'}", *flags, "--stage=sft"]) == 0
+    )
+    assert not (tmp_path / "new").exists(), "found under --inputs"
+
+
 def test_a_truncated_data_file(tmp_path, capsys):
     flags = files(tmp_path)
     train = tmp_path / "train.jsonl"

@@ -3,13 +3,18 @@
 import dataclasses
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any, Literal
 
 from rlhf_jax.runtime.files import read_json, write_json
 from rlhf_jax.types import RlhfError
 
-Status = Literal["new", "half-done", "complete", "elsewhere"]
+Status = Literal["new", "again", "half-done", "complete", "elsewhere"]
+"""Of a stage: "again" where another config has begun it here, and left no result."""
+
+BEFORE_RESULTS = {"config.json", "environments.json", "model.json", "tokenizer", "data.json"}
+"""What a stage writes before its first result: names in its directory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +28,7 @@ class Identity:
     @property
     def fingerprint(self) -> str:
         """A hash that other stages refer to."""
-        return hashlib.sha256(json.dumps(self.as_json(), sort_keys=True).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(_without_places(self.as_json()), sort_keys=True).encode()).hexdigest()[:16]
 
     def as_json(self) -> dict[str, Any]:
         """As `config.json` holds it."""
@@ -58,12 +63,19 @@ class Workdir:
         return read_json(self.find(stage) / "complete.json")["fingerprint"]
 
     def status(self, stage: str, identity: Identity) -> Status:
-        """What is left to do for a stage. Raises RlhfError, naming the keys, where another config made what is here."""
+        """What is left to do for a stage.
+
+        Raises RlhfError, naming the keys, where another config made what is here: a checkpoint, metrics, samples or any
+        other result.
+        """
         directory = self.directory(stage)
         if directory.exists() and not directory.is_dir():
             raise RlhfError(f"{directory} is a file where stage {stage!r} needs a directory: move it away")
         if (directory / "config.json").exists():
-            self._require_same(stage, read_json(directory / "config.json"), identity.as_json())
+            differing = _differences(read_json(directory / "config.json"), identity.as_json())
+            if differing and not _has_results(directory):
+                return "again"
+            self._refuse(stage, differing)
             return "complete" if (directory / "complete.json").exists() else "half-done"
         marker = self.inputs / stage / "complete.json" if self.inputs else None
         if marker and marker.exists() and read_json(marker)["fingerprint"] == identity.fingerprint:
@@ -71,8 +83,10 @@ class Workdir:
         return "new"
 
     def begin(self, stage: str, identity: Identity) -> Path:
-        """Makes a stage's directory and notes what it is made from."""
+        """Makes a stage's directory and notes what it is made from; what a start without results left is removed."""
         directory = self.directory(stage)
+        if self.status(stage, identity) == "again":
+            shutil.rmtree(directory)
         directory.mkdir(parents=True, exist_ok=True)
         write_json(directory / "config.json", identity.as_json())
         return directory
@@ -84,8 +98,7 @@ class Workdir:
     def _roots(self) -> list[Path]:
         return [self.root] + ([self.inputs] if self.inputs else [])
 
-    def _require_same(self, stage: str, old: dict[str, Any], new: dict[str, Any]) -> None:
-        differing = _differences(old, new)
+    def _refuse(self, stage: str, differing: list[str]) -> None:
         if differing:
             raise RlhfError(
                 f"stage {stage!r} in {self.root} was made from another config:\n"
@@ -94,8 +107,28 @@ class Workdir:
             )
 
 
+def _has_results(directory: Path) -> bool:
+    """Whether a stage has left more than what it writes before its first result; an empty file is no result."""
+    for path in directory.iterdir():
+        if path.name == "checkpoints":
+            if any(step.name.isdigit() for step in path.iterdir()):
+                return True
+        elif path.name not in BEFORE_RESULTS and (path.is_dir() or path.stat().st_size):
+            return True
+    return False
+
+
+def _without_places(tree: dict[str, Any]) -> dict[str, Any]:
+    """A config without the places of the data's files, which are known by their hashes."""
+    common = dict(tree["common"])
+    if "data" in common:
+        places = ("train", "eval", "test")
+        common["data"] = {name: value for name, value in common["data"].items() if name not in places}
+    return {**tree, "common": common}
+
+
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    flat_old, flat_new = _flatten(old), _flatten(new)
+    flat_old, flat_new = _flatten(_without_places(old)), _flatten(_without_places(new))
     return [
         f"{key.split('.', 1)[1]}: {flat_old.get(key)!r} there, {flat_new.get(key)!r} now"
         for key in sorted(flat_old.keys() | flat_new.keys())

@@ -330,3 +330,5 @@ def test_whitening_and_clipping_are_choices():
         "dual_clip": np.inf,
     }
     assert ppo.method_of(tiny.with_config(dual_clip=3.0)).bounds["dual_clip"] == 3.0
+    with pytest.raises(ValueError, match=r"dual_clip = 1.25 bounds ratios that the clip at 1 \+ clip_ratio_high = 1.3"):
+        tiny.with_config(dual_clip=1.25, clip_ratio_high=0.3)

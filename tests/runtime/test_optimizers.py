@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -148,7 +149,7 @@ def test_a_schedule_ends_at_the_minimum_rate(schedule):
 
 
 NAMES = ("adamw", "adam", "rmsprop", "adafactor", "lion", "sgd")
-OPTIONS = {"epsilon": 1e-2, "b1": 0.5, "b2": 0.5, "momentum": 0.5}
+OPTIONS: dict[str, Any] = {"epsilon": 1e-2, "b1": 0.5, "b2": 0.5, "momentum": 0.5}
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,5 +1,6 @@
 """The command line: whatever is wrong, one message, a non-zero exit, and nothing lost."""
 
+import io
 import json
 import os
 import subprocess
@@ -9,8 +10,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from rich.console import Console
 
-from rlhf_jax.main import main
+from rlhf_jax import experiment
+from rlhf_jax.main import main, parse_run_flags
+from rlhf_jax.runtime.workdir import Workdir
 from tests import quickly
 
 ROOT = Path(__file__).parents[1]
@@ -154,6 +158,27 @@ def test_a_changed_data_file_is_another_config(tmp_path, capsys):
     assert main(arguments) == 0
     WRITERS["jsonl"](pairs(64, seed=1), tmp_path / "train.jsonl")
     assert "data_sha256.train" in fails(capsys, *arguments)
+
+
+def test_what_is_cut_of_the_data_is_said_once_and_whole_on_80_columns(tmp_path):
+    config, _ = parse_run_flags(
+        [PREFERENCES, f"--workdir={tmp_path}", *files(tmp_path), "--config.data.max_response_tokens=4"]
+    )
+    printed = io.StringIO()
+    place = Workdir(tmp_path / "run")
+    for stage in ("sft", "reward_model", "dpo"):
+        experiment.run(experiment.parse(config), place, stage, Console(file=printed, width=80))
+    lines = printed.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80 and not any("…" in line for line in lines)
+    said = " ".join(line.strip() for line in lines)
+    assert said.count("lengths in tokens") == 2, "of pairs once, whatever reads them, and of demonstrations"
+    data = json.loads((tmp_path / "run" / "dpo" / "data.json").read_text())
+    assert set(data["splits"]) == {"train", "eval"}
+    assert [figure["column"] for figure in data["splits"]["train"]] == ["prompt", "chosen", "rejected"]
+    assert [figure["rows"] for figure in data["splits"]["train"]] == [64] * 3
+    assert all(figure["cut"] > 0.05 for figure in data["splits"]["train"][1:])
+    assert len(data["warnings"]) == 1 and f"Warning: {data['warnings'][0]}" in said
+    assert "data.max_response_tokens cuts" in data["warnings"][0]
 
 
 def test_a_start_that_failed_on_a_row_leaves_no_lock(tmp_path, capsys):

@@ -93,7 +93,7 @@ def training_texts(rows: list[Row]) -> list[str]:
 
     Raises: RlhfError for chats, which only a checkpoint's tokenizer has a template for.
     """
-    prompts, completions = _demonstrations(rows)
+    prompts, completions = demonstration_pairs(rows)
     if _is_chat(completions):
         raise RlhfError(NO_TEMPLATE)
     return [(prompt or "") + completion for prompt, completion in zip(prompts, completions, strict=True)]
@@ -108,7 +108,7 @@ def demonstrations(rows: list[Row], tokenizer: Tokenizer, config: DataConfig) ->
     Raises: RlhfError, naming the row, where a chat has nothing to learn or its template cannot say what the assistant
         wrote; where plain texts should have an assistant.
     """
-    prompts, completions = _demonstrations(rows)
+    prompts, completions = demonstration_pairs(rows)
     if config.loss_on == "assistant":
         if not _is_chat(completions):
             raise RlhfError("data.loss_on = 'assistant' needs chats, and the rows are texts: set it to 'completion'")
@@ -276,7 +276,7 @@ def _table(source: str, content: str) -> list[Row]:
     return formats.read_table(source)
 
 
-def _demonstrations(rows: list[Row]) -> tuple[list[Content], list[Content]]:
+def demonstration_pairs(rows: list[Row]) -> tuple[list[Content], list[Content]]:
     """Prompts, and what should follow them; the prompts of plain texts are None."""
     pairs = []
     for number, row in enumerate(rows, start=1):

@@ -32,6 +32,11 @@ class Bar:
             f"Warning: {self._name}: {message}", style="yellow", highlight=False, soft_wrap=True
         )
 
+    def say(self, *lines: RenderableType) -> None:
+        """Prints lines above the bar, which stay."""
+        for line in lines:
+            self._progress.console.print(line, highlight=False)
+
     def finish(self) -> None:
         """Replaces the bar by a line with the stage's time and key figures."""
         elapsed = self._progress.tasks[self._progress.task_ids.index(self._task)].elapsed or 0.0

@@ -27,6 +27,7 @@ from rlhf_jax.data import pipeline
 from rlhf_jax.runtime.files import measured, write_rows
 from rlhf_jax.sampling.batches import response_logprobs_all, sample_all
 from rlhf_jax.stages.context import Context
+from rlhf_jax.stages.data_report import report_prompts
 from rlhf_jax.stages.gold import load_judge
 from rlhf_jax.stages.models import Policy
 from rlhf_jax.stages.prompts import draw_prompts
@@ -82,6 +83,7 @@ def run(config: BestOfNConfig, context: Context) -> dict[str, Any]:
     policy, reward_model = context.policy(config.policy), context.reward_model(config.reward_model)
     table = pipeline.load_rows(context.data, "test")
     prompts = pipeline.prompts(table, policy.tokenizer, context.data)
+    report_prompts(context, policy.tokenizer, {"test": table})
     prompt_key = context.key("prompts")
     drawn = draw_prompts(prompts, config.prompts, prompt_key, f"config.{context.name}.prompts")
     rollout = sample_all(

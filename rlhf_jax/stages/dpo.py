@@ -11,6 +11,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 from rlhf_jax.config import ModelSource, StageName
 from rlhf_jax.core import masking
 from rlhf_jax.data import pipeline
+from rlhf_jax.data.lengths import answer_pairs
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.runtime.loop import Evaluation, LoopConfig, Task, train
@@ -18,6 +19,7 @@ from rlhf_jax.runtime.optimizers import OptimizerConfig, gradients, learning_rat
 from rlhf_jax.runtime.programs import Step
 from rlhf_jax.runtime.rounding import update_key
 from rlhf_jax.stages.context import Context, steps_for
+from rlhf_jax.stages.data_report import report_answers
 from rlhf_jax.stages.models import AS_IT_IS, Tuning, refuse_float16
 from rlhf_jax.stages.preference_loss import (
     PairStats,
@@ -76,6 +78,7 @@ def run(config: DPOConfig, context: Context) -> dict[str, Any]:
     rows, held_out = load_preferences(context, config.preferences)
     data, eval_data = (pipeline.preferences(table, tokenizer, context.data) for table in (rows, held_out))
     eval_prompts = pipeline.prompts(pipeline.load_rows(context.data, "eval"), tokenizer, context.data)
+    report_answers(context, tokenizer, {"train": answer_pairs(rows), "eval": answer_pairs(held_out)})
     eval_theirs = None
     if config.cached_reference:
         of_reference = functools.partial(kept_stats, config.loss, network, reference.params)

@@ -24,6 +24,7 @@ from rlhf_jax.rewards.http_judge import HTTPJudge, HTTPJudgeConfig
 from rlhf_jax.runtime.files import measured, read_json, write_rows
 from rlhf_jax.stages.answers import Answers, Method, Split, answer, held_out_texts, measures
 from rlhf_jax.stages.context import Context
+from rlhf_jax.stages.data_report import report_prompts
 from rlhf_jax.stages.judging import TextScorer, make_http_judge, make_judge, preferred_by_asking, preferred_by_score
 from rlhf_jax.stages.models import Policy, RewardModel
 from rlhf_jax.stages.prompts import draw_prompts
@@ -86,6 +87,8 @@ def run(config: EvaluateConfig, context: Context) -> dict[str, Any]:
         judge = make_judge(config.judge, context)
     judges = Judges(context.policy(config.reference), context.reward_model(config.reward_model), judge, http)
     methods = _methods(config, context)
+    tables = {split: pipeline.load_rows(context.data, split) for split in ("eval", "test")}
+    report_prompts(context, judges.reference.tokenizer, tables)
     selection, *_ = _compare(config, context, methods, judges, "eval")
     results, win_rates, samples = _compare(config, context, methods, judges, "test")
     write_rows(context.directory / "selection.jsonl", selection)

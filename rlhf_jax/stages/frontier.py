@@ -19,6 +19,7 @@ from rlhf_jax.runtime.checkpoints import steps_of
 from rlhf_jax.runtime.files import read_json, read_rows, write_rows
 from rlhf_jax.sampling.batches import sample_all, sequence_kl
 from rlhf_jax.stages.context import Context
+from rlhf_jax.stages.data_report import report_prompts
 from rlhf_jax.stages.judging import TextScorer, make_judge
 from rlhf_jax.stages.models import Policy, load_policy
 from rlhf_jax.stages.prompts import draw_prompts
@@ -64,6 +65,7 @@ def run(config: FrontierConfig, context: Context) -> dict[str, Any]:
     reference = context.policy(config.reference)
     rows = pipeline.load_rows(context.data, "test")
     prompts = pipeline.prompts(rows, reference.tokenizer, context.data)
+    report_prompts(context, reference.tokenizer, {"test": rows})
     drawn = draw_prompts(prompts, config.prompts, context.key("prompts"), f"config.{context.name}.prompts")
     prompts = pipeline.take(prompts, np.sort(drawn))
     judge = make_judge(config.judge, context)(reference, rows)

@@ -18,6 +18,7 @@ from rlhf_jax.core import masking
 from rlhf_jax.core.logprobs import sequence_logprobs
 from rlhf_jax.core.unpaired_losses import apo_zero_unpaired_loss, kto_baseline, kto_loss
 from rlhf_jax.data import pipeline
+from rlhf_jax.data.lengths import answer_pairs
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.runtime.loop import Evaluation, LoopConfig, Task, train
@@ -26,6 +27,7 @@ from rlhf_jax.runtime.programs import Step
 from rlhf_jax.runtime.rounding import update_key
 from rlhf_jax.sampling.batches import response_logprobs_all
 from rlhf_jax.stages.context import Context, steps_for
+from rlhf_jax.stages.data_report import report_answers
 from rlhf_jax.stages.models import AS_IT_IS, Tuning, refuse_float16
 from rlhf_jax.stages.preferences import load_preferences
 from rlhf_jax.stages.samples import policy_samples
@@ -84,6 +86,7 @@ def run(config: KTOConfig, context: Context) -> dict[str, Any]:
     rows, held_out = load_unpaired(context, config.preferences)
     data, eval_data = (pipeline.unpaired(table, tokenizer, context.data) for table in (rows, held_out))
     eval_prompts = pipeline.prompts(pipeline.load_rows(context.data, "eval"), tokenizer, context.data)
+    report_answers(context, tokenizer, {"train": answer_pairs(rows), "eval": answer_pairs(held_out)})
     steps = steps_for(config.epochs, len(rows), config.batch_size, config.loop.steps_per_call)
 
     def start(key: PRNGKeyArray) -> TrainState:

@@ -31,6 +31,7 @@ from rlhf_jax.runtime.programs import SEED_AXIS, HostSteps, Step
 from rlhf_jax.sampling.choice import Sampling
 from rlhf_jax.sampling.generate import generate, is_stop
 from rlhf_jax.stages.context import Context
+from rlhf_jax.stages.data_report import report_prompts
 from rlhf_jax.stages.gold import load_judge
 from rlhf_jax.stages.judging import make_http_judge, pair_scorer
 from rlhf_jax.stages.models import RewardModel
@@ -101,6 +102,7 @@ def run(config: OnlineDPOConfig, context: Context) -> dict[str, Any]:
     reference = begin_policy(config.policy, config.tuning, context)
     rows = pipeline.load_rows(context.data, "train")
     pool = pipeline.prompts(rows, reference.tokenizer, context.data)
+    report_prompts(context, reference.tokenizer, {"train": rows})
     placement = context.placement(context.seeds)
     annotator = find_annotator(config, context)
     model = annotator if isinstance(annotator, RewardModel) and joins_program(annotator, reference) else None

@@ -26,6 +26,7 @@ from rlhf_jax.sampling.choice import Sampling
 from rlhf_jax.sampling.generate import generate
 from rlhf_jax.stages import policy_optimizer
 from rlhf_jax.stages.context import Context
+from rlhf_jax.stages.data_report import report_prompts
 from rlhf_jax.stages.dynamic_sampling import collect, empty, fill, filled, is_full
 from rlhf_jax.stages.experience import gather_experience
 from rlhf_jax.stages.models import Policy, RewardModel
@@ -206,6 +207,7 @@ def run(config: PolicyGradientConfig, method: Method, start_value: StartValue, c
     reference = begin_policy(config.policy, config.tuning, context)
     rows = pipeline.load_rows(context.data, "train")
     pool = pipeline.prompts(rows, reference.tokenizer, context.data)
+    report_prompts(context, reference.tokenizer, {"train": rows})
     scores = scoring(config, context, reference, rows)
 
     placement = context.placement(context.seeds)

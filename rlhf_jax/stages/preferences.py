@@ -18,6 +18,7 @@ from rlhf_jax.rewards.http_judge import HTTPJudge, HTTPJudgeConfig, Pair
 from rlhf_jax.runtime.files import write_rows
 from rlhf_jax.sampling.batches import sample_all
 from rlhf_jax.stages.context import Context
+from rlhf_jax.stages.data_report import report_prompts
 from rlhf_jax.stages.gold import load_judge
 from rlhf_jax.stages.judging import make_http_judge
 from rlhf_jax.stages.models import Policy
@@ -87,6 +88,7 @@ def run(config: PreferencesConfig, context: Context) -> dict[str, Any]:
     policy = context.policy(config.policy)
     table = pipeline.load_rows(context.data, "train")
     pool = pipeline.prompts(table, policy.tokenizer, context.data)
+    report_prompts(context, policy.tokenizer, {"train": table})
     prompt_key = context.key("prompts")
     drawn = draw_prompts(pool, config.prompts, prompt_key, f"config.{context.name}.prompts")
     rollout = sample_all(

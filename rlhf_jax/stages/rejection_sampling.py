@@ -22,6 +22,7 @@ from rlhf_jax.data import chat, pipeline
 from rlhf_jax.runtime.files import write_rows
 from rlhf_jax.sampling.batches import sample_all
 from rlhf_jax.stages.context import Context
+from rlhf_jax.stages.data_report import report_prompts
 from rlhf_jax.stages.preferences import TRAIN_FILE as PREFERENCES_FILE
 from rlhf_jax.stages.preferences import load_preferences
 from rlhf_jax.stages.prompts import draw_prompts
@@ -113,6 +114,7 @@ def run(config: RejectionSamplingConfig, context: Context) -> dict[str, Any]:
     policy, reward_model = context.policy(config.policy), context.reward_model(config.reward_model)
     table = pipeline.load_rows(context.data, "train")
     pool = pipeline.prompts(table, policy.tokenizer, context.data)
+    report_prompts(context, policy.tokenizer, {"train": table})
     prompt_key = context.key("prompts")
     drawn = draw_prompts(pool, config.prompts, prompt_key, f"config.{context.name}.prompts")
     rollout = sample_all(

@@ -15,6 +15,7 @@ from jaxtyping import PyTree
 
 from rlhf_jax.config import ModelSource, StageName
 from rlhf_jax.data import pipeline
+from rlhf_jax.data.lengths import answer_pairs
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.ensembles import EnsembleConfig
 from rlhf_jax.models.scalars import Pooling, ScalarNetwork
@@ -26,6 +27,7 @@ from rlhf_jax.runtime.rounding import update_key
 from rlhf_jax.sampling.batches import sample_all
 from rlhf_jax.stages import reward_loss
 from rlhf_jax.stages.context import Context, steps_for
+from rlhf_jax.stages.data_report import report_answers
 from rlhf_jax.stages.models import (
     Pretrained,
     RewardModel,
@@ -93,6 +95,7 @@ def run(config: RewardModelConfig, context: Context) -> dict[str, Any]:
     rows, held_out = reward_loss.load_rows(config.loss, context, config.preferences)
     data = reward_loss.make_batch(config.loss, rows, model.tokenizer, context.data)
     eval_data = HeldOut(pipeline.preferences(held_out, model.tokenizer, context.data), held_out)
+    report_answers(context, model.tokenizer, {"train": answer_pairs(rows), "eval": answer_pairs(held_out)})
     orders = [pipeline.shuffled_batches(data, config.batch_size, context.seed + member) for member in range(members)]
     steps = steps_for(config.epochs, len(data.prompt), config.batch_size, config.loop.steps_per_call)
 

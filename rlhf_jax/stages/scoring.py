@@ -68,7 +68,9 @@ def make_scorer(
     def score(rollout: Rollout) -> np.ndarray:
         prompts, completions, _ = _written(rollout, policy, original)
         response, mask = map(np.asarray, rollout[2:])
-        ended = (np.isin(response, policy.tokenizer.stop_ids) & mask).any(axis=1).tolist()
+        ended = [
+            bool(np.isin(ids[own], policy.tokenizer.stop_ids).any()) for ids, own in zip(response, mask, strict=True)
+        ]
         examples, _ = pipeline.encode_pairs(prompts, completions, reward_model.tokenizer, wider, ended=ended)
         read = Rollout(
             *pipeline.pad_left([example.prompt for example in examples], wider.max_prompt_tokens),

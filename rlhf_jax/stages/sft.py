@@ -20,6 +20,7 @@ from rlhf_jax.runtime.programs import Step
 from rlhf_jax.runtime.rounding import update_key
 from rlhf_jax.sampling.batches import sequence_stats_all
 from rlhf_jax.stages.context import Context, steps_for
+from rlhf_jax.stages.data_report import report_answers
 from rlhf_jax.stages.models import Policy, Pretrained, refuse_float16, save_policy_spec
 from rlhf_jax.stages.rejection_sampling import load_demonstrations
 from rlhf_jax.stages.samples import policy_samples
@@ -63,6 +64,8 @@ def run(config: SFTConfig, context: Context) -> dict[str, Any]:
     data = pipeline.demonstrations(rows, tokenizer, context.data)
     eval_data = pipeline.demonstrations(held_out, tokenizer, context.data)
     eval_prompts = pipeline.prompts(held_out, tokenizer, context.data)
+    pairs = {"train": pipeline.demonstration_pairs(rows), "eval": pipeline.demonstration_pairs(held_out)}
+    report_answers(context, tokenizer, {split: {"completion": found} for split, found in pairs.items()})
     batches = pipeline.shuffled_batches(data, config.batch_size, context.seed)
     steps = steps_for(config.epochs, len(rows), config.batch_size, config.loop.steps_per_call)
 

@@ -147,8 +147,9 @@ class Run:
         return [name for kind, name in self.summary(stage)["selected"].items() if kinds.count(kind) > 1]
 
     def best_of_n_curve(self, stage: str) -> pd.DataFrame:
-        """`n, kl, proxy, proxy_se, gold, gold_se`, a row for every n that a best_of_n stage reports."""
-        return _table(self._file(stage, "curve.jsonl"), ["n", "kl", "proxy", "proxy_se", "gold", "gold_se"])
+        """`n, kl, proxy, proxy_se, gold, gold_se`, a row for every n that a best_of_n stage reports; NaN for null."""
+        table = _table(self._file(stage, "curve.jsonl"), ["n", "kl", "proxy", "proxy_se", "gold", "gold_se"])
+        return table.astype({column: float for column in table.columns.drop("n")})
 
     def points(self, stage: str) -> pd.DataFrame:
         """Every checkpoint that a frontier stage measured, the one that divergence is measured from first."""

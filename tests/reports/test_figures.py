@@ -11,6 +11,7 @@ from matplotlib.text import Annotation
 from rlhf_jax.reports import figures, report
 from rlhf_jax.reports.run import Run
 from rlhf_jax.reports.style import PointLabel, context, label_points, panels, spread
+from rlhf_jax.runtime.files import read_rows, write_rows
 from tests.reports import workdirs
 
 
@@ -149,6 +150,17 @@ def test_best_of_n_without_deviations_gives_each_score_its_own_scale(run):
     proxy, gold = figures.best_of_n(curve, None).axes[:2]
     assert has_line(proxy, np.sqrt(curve["kl"]), curve["proxy"] - curve["proxy"][0])
     assert has_line(gold, np.sqrt(curve["kl"]), curve["gold"] - curve["gold"][0])
+
+
+def test_best_of_n_of_one_prompt_has_a_line_and_no_band(tmp_path):
+    """Its standard errors are null: one row has none."""
+    run = Run(workdirs.write_all(tmp_path, gold=False))
+    path = run.directory("best_of_n") / "curve.jsonl"
+    write_rows(path, [row | {"proxy_se": None} for row in read_rows(path)])
+    curve = run.best_of_n_curve("best_of_n")
+    assert curve["proxy_se"].isna().all() and curve["proxy_se"].dtype == float
+    axes = figures.best_of_n(curve, None).axes[0]
+    assert has_line(axes, np.sqrt(curve["kl"]), curve["proxy"] - curve["proxy"][0])
 
 
 def test_learning_curves_end_where_training_does_and_show_every_held_out_value(run, drawn):

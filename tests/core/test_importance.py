@@ -34,7 +34,8 @@ def test_importance_weights_are_truncated_or_masked_a_token_or_a_response_at_a_t
         expected = [WEIGHED[name](ratio, cap, floor) for ratio in ratios]
         np.testing.assert_allclose(got[row, :length], expected, rtol=1e-5)
     if np.asarray(mask).any():
-        metrics, inside = importance.weight_metrics(got, mask, ()), np.asarray(got)[np.asarray(mask)]
+        metrics = importance.weight_metrics(jnp.where(mask, got, jnp.nan), mask, ())
+        inside = np.asarray(got)[np.asarray(mask)]
         np.testing.assert_allclose(list(metrics.values()), [inside.min(), inside.mean(), inside.max()], rtol=1e-5)
 
 

@@ -62,7 +62,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "kl_in": "reward",
     },
     # Hu et al. 2025 (arXiv:2501.03262): for one response a prompt, and for several of which the mean is a baseline. The
-    # second has the penalty in the loss, by the estimator with the divergence's gradient.
+    # second has k2 in the loss, as in the authors' scripts (OpenRLHF): its gradient is the divergence's.
     "reinforce_plus_plus": {
         **PPO_BOUNDS,
         "advantage": "reinforce_plus_plus",

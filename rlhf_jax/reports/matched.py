@@ -9,6 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from rich.table import Table
+from rich.text import Text
 from scipy import special
 
 from rlhf_jax.reports.style import COLORS, INK, MUTED, OTHER, RULE, WIDTH, context, settle
@@ -88,7 +89,7 @@ def ranking(matched: pd.DataFrame, kinds: dict[str, str], score: str) -> Figure:
     return figure
 
 
-def matched_tables(matched: pd.DataFrame, score: str, width: int) -> list[Table]:
+def matched_tables(matched: pd.DataFrame, score: str, width: int) -> list[Table | Text]:
     """The same as text in lines of `width` characters: a row a method, a column a divergence.
 
     `2/4` stands where not every seed went so far. Intervals are Student's t over the seeds that did.

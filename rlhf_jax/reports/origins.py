@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from rlhf_jax.reports.markup import as_json, fold, plain, text
+from rlhf_jax.reports.markup import as_json, fold, text
 from rlhf_jax.reports.run import Run
 
 HASH = 12
@@ -95,6 +95,6 @@ def _row(name: str, one: dict[str, Any]) -> str:
         rows += f" (in {batch['micro_batches']} parts on {batch['devices']} devices)"
     hashes = ", ".join(f"{split} {digest[:HASH]}" for split, digest in one["sha256"].items() if digest)
     seeds = ", ".join(map(str, one["seeds"]))
-    tokens = "–" if batch is None else plain(float(round(batch["tokens"])))
+    tokens = "–" if batch is None else f"{batch['tokens']:,.0f}"
     cells = [seeds, text(rows), tokens, text(hashes), one["config"]]
     return f"<tr><th>{text(name)}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"

@@ -183,7 +183,7 @@ def notes(run: Run) -> list[str]:
     return found
 
 
-def tables(run: Run, width: int) -> list[Table]:
+def tables(run: Run, width: int) -> list[Table | Text]:
     """The results for a terminal: what the methods reach, what their answers are like, all pairs; in parts that fit."""
     headings = [column.heading for column in columns(run)]
     shown = packed(headings, cells(run), width, caption="\n".join(notes(run)))
@@ -196,10 +196,10 @@ def tables(run: Run, width: int) -> list[Table]:
 
 def packed(
     headings: Sequence[str], rows: Sequence[Sequence[str]], width: int, caption: str | None = None
-) -> list[Table]:
+) -> list[Table | Text]:
     """As few tables as show every cell whole in lines of `width` characters, each with the rows' names.
 
-    Args: rows begin with their names; the caption stands below the last table.
+    Args: rows begin with their names; the caption follows the last table.
     """
     console, parts, start = Console(width=width), [], 0
     while start < len(headings):
@@ -208,10 +208,8 @@ def packed(
             stop += 1
         parts.append((start, stop))
         start = stop
-    return [
-        _table(headings[start:stop], _slice(rows, start, stop), caption if stop == len(headings) else None)
-        for start, stop in parts
-    ]
+    shown: list[Table | Text] = [_table(headings[start:stop], _slice(rows, start, stop)) for start, stop in parts]
+    return shown if caption is None else [*shown, Text(f"{caption}\n", style="dim")]
 
 
 def answers_table(run: Run, count: int = 5) -> Table:
@@ -244,9 +242,8 @@ def _fits(console: Console, headings: Sequence[str], rows: Sequence[Sequence[str
     return Measurement.get(console, console.options.update(max_width=10_000), table).maximum <= console.width
 
 
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str]], caption: str | None = None) -> Table:
-    below = None if caption is None else Text(caption, style="dim")
-    table = Table(box=box.SIMPLE_HEAD, caption=below, caption_justify="left", pad_edge=False, padding=(0, 1, 0, 0))
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("method", no_wrap=True)
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)

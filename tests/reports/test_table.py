@@ -82,7 +82,7 @@ def test_what_was_measured_beside_follows_in_the_csv_and_in_a_second_table(more,
     assert rows["dpo_01 *"] == dpo
     assert rows["best_of_16"][3] == rows["best_of_16"][5] == "–"
     assert rows["sft"][:3] == ["–"] * 3, "it is what the others are compared with"
-    assert not table.columns(run, table.FURTHER) and len(table.tables(run, 120)) == 1
+    assert not table.columns(run, table.FURTHER) and len(table.tables(run, 120)) == 2, "one table and its notes"
     assert "length-controlled" not in shown(run) and "rep-4" not in shown(run)
 
 

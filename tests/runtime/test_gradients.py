@@ -94,6 +94,23 @@ def test_an_unweighted_mean_would_be_another_gradient():
         assert_close(gradient(with_micro_batch(4), lambda rows: jnp.int32(1)), expected)
 
 
+@pytest.mark.parametrize("rows", [None, 4])
+def test_gradients_of_bfloat16_weights_are_taken_and_summed_in_float32(rows):
+    batch = jax.tree.map(jnp.asarray, demonstrations())
+    half = {"policy": jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tiny.policy_params())}
+
+    def loss_fn(params, rows):
+        return sft.sft_loss(tiny.POLICY, params["policy"], rows, None, ())
+
+    def tokens(rows):
+        return masking.count(rows.loss_mask[:, 1:], ())
+
+    gradient = jax.jit(lambda params: gradients(with_micro_batch(rows), loss_fn, params, batch, tokens, ())[2])
+    found, expected = gradient(half), gradient(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), half))
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(found)} == {"float32"}
+    assert_close(jax.device_get(found), jax.device_get(expected), 1e-6)
+
+
 def test_rows_that_do_not_divide_are_refused():
     with pytest.raises(RlhfError, match=re.escape("16 rows does not divide into micro-batches of 5")):
         run("sft", with_micro_batch(5))

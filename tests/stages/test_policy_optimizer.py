@@ -1,7 +1,10 @@
 """One optimiser for policy and values or one each, and a warm-up of the values that costs the policy nothing."""
 
 import dataclasses
+import json
 import re
+import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +12,12 @@ import numpy as np
 import optax
 import pytest
 
+from rlhf_jax.models import hf
 from rlhf_jax.runtime.optimizers import NORMS_AND_BIASES, learning_rate, update
 from rlhf_jax.stages import ppo
 from rlhf_jax.stages.policy_optimizer import make_optimizer, rates
 from tests import tiny
+from tests.stages import experiments
 
 ADAM = dataclasses.replace(tiny.OPTIMIZER, learning_rate=1e-2, epsilon=1e-8, weight_decay=0.1)
 KEY = jax.random.key(0)
@@ -169,3 +174,48 @@ def test_frozen_parameters_of_both_networks_are_named_in_one_place():
         after = steps(config, [{"policy": normal(5), "value": normal(6)}] * 2)[-1]
         same = {(n, k) for n in PARAMS for k in PARAMS[n] if np.array_equal(PARAMS[n][k], after[n][k])}
         assert same == {("policy", "bias"), ("value", "kernel")}
+
+
+@pytest.mark.nightly
+def test_two_seeds_from_bfloat16_checkpoints_with_a_critic_of_their_own_resume_exactly(tmp_path):
+    """PPO as a stage: policy and critic are float32, the warm-up holds the policy, and a killed run goes on."""
+    places = []
+    for kind, place in zip(("policy", "reward"), map(Path, experiments.models(tmp_path)), strict=True):
+        params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), hf.load_pretrained(str(place)).params)
+        places.append(tmp_path / f"half {kind}")
+        hf.save_pretrained(places[-1], kind, params, hf.read_config(place))
+        for file in place.iterdir():
+            if not (places[-1] / file.name).exists():
+                shutil.copy(file, places[-1])
+    section = {
+        "kind": "ppo",
+        "policy": str(places[0]),
+        "reward_model": str(places[1]),
+        "iterations": 4,
+        "batch_size": 8,
+        "minibatches": 2,
+        "epochs": 1,
+        "temperature": 1.0,
+        "kl_coef": 0.1,
+        "gamma": 1.0,
+        "gae_lambda": 0.95,
+        "clip_ratio": 0.2,
+        "value_clip": 0.2,
+        "vf_coef": 0.1,
+        "value_warmup": 2,
+        "value_optimizer": experiments.OPTIMIZER | {"learning_rate": 1e-2},
+        "optimizer": experiments.OPTIMIZER,
+        "samples_every": 1,
+        "samples_written": 2,
+        "loop": {"steps_per_call": 1, "checkpoint_every": 3},
+    }
+    data = experiments.questions(tmp_path / "questions.jsonl", 24)
+    stage = experiments.run(tmp_path / "run", data, {"ppo": section}, seeds=2).find("ppo")
+    items = experiments.final_state(stage)[1]
+    leaves = jax.tree.leaves((items["policy"], items["value"], items["rest"]["opt_state"]))
+    assert {leaf.dtype.name for leaf in leaves} == {"float32", "int32"}
+    assert json.loads((stage / "model.json").read_text())["config"]["param_dtype"] == "float32"
+    rows = experiments.rows(stage / "metrics.jsonl")
+    assert [row["learning_rate"] > 0 for row in rows if row["seed"] == 1] == [False, False, True, True]
+    assert all(row["update_survived"] > 0.99 and row["grad_norm/value"] > 0 for row in rows)
+    experiments.assert_resumes(tmp_path / "run", data, {"ppo": section}, seeds=2)

@@ -17,6 +17,7 @@ from rlhf_jax.runtime.optimizers import NORMS_AND_BIASES, learning_rate, update
 from rlhf_jax.stages import ppo
 from rlhf_jax.stages.policy_optimizer import make_optimizer, rates
 from tests import tiny
+from tests.runtime.test_programs import PLACEMENTS, assert_close, run_ppo
 from tests.stages import experiments
 
 ADAM = dataclasses.replace(tiny.OPTIMIZER, learning_rate=1e-2, epsilon=1e-8, weight_decay=0.1)
@@ -177,10 +178,19 @@ def test_frozen_parameters_of_both_networks_are_named_in_one_place():
 
 
 @pytest.mark.nightly
+@pytest.mark.parametrize("where", ["fsdp=4 x tensor=2", "pmap=8"])
+def test_a_critic_of_its_own_and_a_warm_up_on_several_devices(where):
+    config = config_of(iterations=3, value_warmup=1, value_optimizer=dataclasses.replace(ADAM, learning_rate=3e-3))
+    one, several = (run_ppo(each, config, 2) for each in (tiny.ONE_DEVICE, PLACEMENTS[where]))
+    assert_close(several[:2], one[:2], 1e-4)
+
+
+@pytest.mark.nightly
 def test_two_seeds_from_bfloat16_checkpoints_with_a_critic_of_their_own_resume_exactly(tmp_path):
     """PPO as a stage: policy and critic are float32, the warm-up holds the policy, and a killed run goes on."""
     places = []
-    for kind, place in zip(("policy", "reward"), map(Path, experiments.models(tmp_path)), strict=True):
+    kinds: tuple[hf.Kind, ...] = ("policy", "reward")
+    for kind, place in zip(kinds, map(Path, experiments.models(tmp_path)), strict=True):
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), hf.load_pretrained(str(place)).params)
         places.append(tmp_path / f"half {kind}")
         hf.save_pretrained(places[-1], kind, params, hf.read_config(place))

@@ -10,8 +10,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from rlhf_jax.models import family_configs
 from rlhf_jax.models.config import ModelConfig
-from rlhf_jax.models.rotary import rope_of
 from rlhf_jax.types import RlhfError
 
 Layout = Literal["flat", "out_in", "in_out", "heads_qkv"]
@@ -100,181 +100,6 @@ def _inputs(part: str, array: np.ndarray) -> int:
     return math.prod(array.shape[: 2 if part.endswith("attention/o/kernel") else 1])
 
 
-# ---- configs -------------------------------------------------------------------------------------------------------
-
-_ACTIVATIONS = {
-    "silu": "silu",
-    "swish": "silu",
-    "relu": "relu",
-    "relu2": "relu2",
-    "gelu": "gelu_exact",
-    "gelu_new": "gelu",
-    "gelu_fast": "gelu",
-    "gelu_pytorch_tanh": "gelu",
-}
-
-
-def _activation(name: str) -> str:
-    if name not in _ACTIVATIONS:
-        raise RlhfError(f"the activation {name!r} is not supported: it should be one of {', '.join(_ACTIVATIONS)}")
-    return _ACTIVATIONS[name]
-
-
-def _by_layer_type(config: Any) -> tuple[int | None, ...]:
-    """Windows of a family that names each layer's kind of attention."""
-    kinds = config.layer_types
-    return tuple(config.sliding_window if kind == "sliding_attention" else None for kind in kinds)
-
-
-def _everywhere(config: Any) -> tuple[int | None, ...]:
-    """Windows of a family that has the same in every layer."""
-    return (config.sliding_window,) * config.num_hidden_layers
-
-
-def _decoder(
-    config: Any,
-    *,
-    activation: str,
-    attention_bias: bool = False,
-    windows: tuple[int | None, ...] = (),
-    partial: bool = False,  # a part of each head may turn
-) -> dict[str, Any]:
-    """What all but GPT-2 and GPT-NeoX have in common."""
-    heads = config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    parameters, context = config.rope_parameters, config.max_position_embeddings
-    nested = "full_attention" in parameters
-    # Where they are nested, transformers looks for YaRN's `truncate` beside the layers' parameters, not in them.
-    truncate = {"truncate": parameters.get("truncate", True)} if nested else {}
-    each = [parameters["full_attention"], parameters["sliding_attention"]] if nested else [parameters]
-    ropes = [rope_of(one | truncate, width, context) for one in each]
-    for rope in ropes:
-        if not partial and rope.channels(width) != width:
-            raise RlhfError(
-                f"partial_rotary_factor = {rope.fraction} is not supported for model_type = {config.model_type!r}: "
-                f"transformers turns all {width} channels of its heads, and has no way to turn {rope.channels(width)}"
-            )
-    return {
-        "d_model": config.hidden_size,
-        "n_layers": config.num_hidden_layers,
-        "n_heads": heads,
-        "n_kv_heads": config.num_key_value_heads,
-        "head_dim": width,
-        "d_ff": config.intermediate_size,
-        "activation": _activation(activation),
-        "gated": True,
-        "norm_epsilon": config.rms_norm_eps,
-        "qkv_bias": attention_bias,
-        "out_bias": attention_bias,
-        "context": context,
-        "rope": ropes[0],
-        "local_rope": ropes[1] if nested else None,
-        "windows": windows if any(windows) else None,
-        "tied": bool(config.tie_word_embeddings),
-    }
-
-
-def _llama(config: Any) -> dict[str, Any]:
-    common = _decoder(config, activation=config.hidden_act, attention_bias=config.attention_bias)
-    return common | {"mlp_bias": config.mlp_bias}
-
-
-def _mistral(config: Any) -> dict[str, Any]:
-    return _decoder(config, activation=config.hidden_act, windows=_everywhere(config))
-
-
-def _phi3(config: Any) -> dict[str, Any]:
-    return _decoder(config, activation=config.hidden_act, windows=_everywhere(config), partial=True)
-
-
-def _qwen2(config: Any) -> dict[str, Any]:
-    return _decoder(config, activation=config.hidden_act, windows=_by_layer_type(config)) | {"qkv_bias": True}
-
-
-def _qwen3(config: Any) -> dict[str, Any]:
-    windows = _by_layer_type(config)
-    common = _decoder(config, activation=config.hidden_act, attention_bias=config.attention_bias, windows=windows)
-    return common | {"qk_norm": "head"}
-
-
-def _olmo2(config: Any) -> dict[str, Any]:
-    common = _decoder(config, activation=config.hidden_act, attention_bias=config.attention_bias)
-    return common | {"qk_norm": "all", "norm_placement": "after"}
-
-
-def _gemma(config: Any) -> dict[str, Any]:
-    common = _decoder(config, activation=config.hidden_act, attention_bias=config.attention_bias)
-    return common | _gemma_kin(config)
-
-
-def _gemma2(config: Any) -> dict[str, Any]:
-    bias, windows = config.attention_bias, _by_layer_type(config)
-    common = _decoder(config, activation=config.hidden_activation, attention_bias=bias, windows=windows)
-    return common | {
-        **_gemma_kin(config),
-        "norm_placement": "around",
-        "query_scale": config.query_pre_attn_scalar**-0.5,
-        "attention_softcap": config.attn_logit_softcapping,
-        "logit_softcap": config.final_logit_softcapping,
-    }
-
-
-def _gemma3(config: Any) -> dict[str, Any]:
-    if config.attn_logit_softcapping is not None:
-        raise RlhfError(
-            f"attn_logit_softcapping = {config.attn_logit_softcapping} is not supported for model_type = "
-            f"{config.model_type!r}: transformers does not apply it there. Set it to null, as in Gemma 3's releases"
-        )
-    return _gemma2(config) | {"qk_norm": "head"}
-
-
-def _gemma_kin(config: Any) -> dict[str, Any]:
-    if config.use_bidirectional_attention:
-        raise RlhfError("use_bidirectional_attention = True is not supported: it makes an encoder of a Gemma")
-    return {"norm_offset": 1.0, "embedding_scale": math.sqrt(config.hidden_size)}
-
-
-def _gpt2(config: Any) -> dict[str, Any]:
-    if config.scale_attn_by_inverse_layer_idx:
-        raise RlhfError("scale_attn_by_inverse_layer_idx = True is not supported: it should be False")
-    return {
-        "d_model": config.n_embd,
-        "n_layers": config.n_layer,
-        "n_heads": config.n_head,
-        "d_ff": config.n_inner or 4 * config.n_embd,
-        "activation": _activation(config.activation_function),
-        "norm": "layer",
-        "norm_epsilon": config.layer_norm_epsilon,
-        "qkv_bias": True,
-        "out_bias": True,
-        "mlp_bias": True,
-        "query_scale": None if config.scale_attn_weights else 1.0,
-        "positions": "learned",
-        "context": config.n_positions,
-        "tied": bool(config.tie_word_embeddings),
-    }
-
-
-def _gpt_neox(config: Any) -> dict[str, Any]:
-    width = config.hidden_size // config.num_attention_heads
-    return {
-        "d_model": config.hidden_size,
-        "n_layers": config.num_hidden_layers,
-        "n_heads": config.num_attention_heads,
-        "d_ff": config.intermediate_size,
-        "activation": _activation(config.hidden_act),
-        "parallel": bool(config.use_parallel_residual),
-        "norm": "layer",
-        "norm_epsilon": config.layer_norm_eps,
-        "qkv_bias": bool(config.attention_bias),
-        "out_bias": bool(config.attention_bias),
-        "mlp_bias": True,
-        "context": config.max_position_embeddings,
-        "rope": rope_of(config.rope_parameters, width, config.max_position_embeddings),
-        "tied": bool(config.tie_word_embeddings),
-    }
-
-
 # ---- tensors -------------------------------------------------------------------------------------------------------
 
 
@@ -358,18 +183,18 @@ _GPT_NEOX_TENSORS = (
 )
 
 FAMILIES: dict[str, Family] = {
-    "arcee": Family(lambda config: _llama(config) | {"gated": False}, _LLAMA_TENSORS, "model."),
-    "gpt2": Family(_gpt2, _GPT2_TENSORS, "transformer."),
-    "gpt_neox": Family(_gpt_neox, _GPT_NEOX_TENSORS, "gpt_neox."),
-    "llama": Family(_llama, _LLAMA_TENSORS, "model."),
-    "mistral": Family(_mistral, _LLAMA_TENSORS, "model."),
-    "qwen2": Family(_qwen2, _LLAMA_TENSORS, "model."),
-    "qwen3": Family(_qwen3, _LLAMA_TENSORS, "model."),
-    "gemma": Family(_gemma, _LLAMA_TENSORS, "model."),
-    "gemma2": Family(_gemma2, _GEMMA2_TENSORS, "model."),
-    "gemma3_text": Family(_gemma3, _GEMMA2_TENSORS, "model."),
-    "olmo2": Family(_olmo2, _OLMO2_TENSORS, "model."),
-    "phi3": Family(_phi3, _PHI3_TENSORS, "model."),
+    "arcee": Family(family_configs.arcee, _LLAMA_TENSORS, "model."),
+    "gpt2": Family(family_configs.gpt2, _GPT2_TENSORS, "transformer."),
+    "gpt_neox": Family(family_configs.gpt_neox, _GPT_NEOX_TENSORS, "gpt_neox."),
+    "llama": Family(family_configs.llama, _LLAMA_TENSORS, "model."),
+    "mistral": Family(family_configs.mistral, _LLAMA_TENSORS, "model."),
+    "qwen2": Family(family_configs.qwen2, _LLAMA_TENSORS, "model."),
+    "qwen3": Family(family_configs.qwen3, _LLAMA_TENSORS, "model."),
+    "gemma": Family(family_configs.gemma, _LLAMA_TENSORS, "model."),
+    "gemma2": Family(family_configs.gemma2, _GEMMA2_TENSORS, "model."),
+    "gemma3_text": Family(family_configs.gemma3, _GEMMA2_TENSORS, "model."),
+    "olmo2": Family(family_configs.olmo2, _OLMO2_TENSORS, "model."),
+    "phi3": Family(family_configs.phi3, _PHI3_TENSORS, "model."),
 }
 
 

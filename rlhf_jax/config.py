@@ -58,6 +58,9 @@ class Range:
 Count = Annotated[int, Range(at_least=1, at_most=INT32_MAX)]
 """One or more: rows, steps, layers."""
 
+AtLeastTwo = Annotated[int, Range(at_least=2, at_most=INT32_MAX)]
+"""Two or more, of what is compared with others."""
+
 CountOrZero = Annotated[int, Range(at_least=0, at_most=INT32_MAX)]
 """Zero or more. Seeds too: grain, NumPy and JAX agree on these."""
 
@@ -95,6 +98,17 @@ def build(cls: type[T], section: Mapping[str, Any] | ConfigDict, path: str) -> T
         return cls(**values)
     except ValueError as error:
         raise RlhfError(f"{path}: {error}") from error
+
+
+def check_ranges(config: Any) -> None:
+    """Raise ValueError for the first number of a section that is out of its range, sections within it left out.
+
+    `build` has checked what comes from a config. This is for `__post_init__`, where sections are made in Python too.
+    """
+    for name, hint in typing.get_type_hints(type(config), include_extras=True).items():
+        value = getattr(config, name)
+        if not dataclasses.is_dataclass(value) and _matches(hint, value) and (fault := _fault(hint, value)):
+            raise ValueError(f"{name} = {value!r} must be {fault}")
 
 
 def input_stages(config: Any, known: Container[str]) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from rlhf_jax import config as configs
+from rlhf_jax.config import Count, CountOrZero
 from rlhf_jax.data import formats
 from rlhf_jax.data.pipeline import DataConfig
 from rlhf_jax.rewards.functions import function_hash
@@ -118,8 +119,6 @@ def parse(config: ConfigDict) -> Experiment:
         if key not in config:
             raise RlhfError(f"config.{key} is missing")
     common = configs.build(_Common, {key: config[key] for key in COMMON}, "config")
-    if common.seeds < 1:
-        raise RlhfError(f"config.seeds = {common.seeds} must be at least 1")
     sections = {name: _parse_stage(name, config) for name in config if name not in COMMON}
     stages: dict[str, Any] = {}
     for name in common.stages:
@@ -220,8 +219,8 @@ def _batch(stage: Any, runtime: RuntimeConfig, directory: Path) -> dict[str, Any
 
 @dataclasses.dataclass(frozen=True)
 class _Common:
-    seed: int
-    seeds: int
+    seed: CountOrZero
+    seeds: Count
     stages: tuple[str, ...]
     data: DataConfig
     runtime: RuntimeConfig

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 import grain
 import numpy as np
 
+from rlhf_jax.config import Count, check_ranges
 from rlhf_jax.data import chat, formats
 from rlhf_jax.text.tokenizer import NO_TEMPLATE, Messages, Tokenizer
 from rlhf_jax.types import PreferenceBatch, RlhfError, TokenBatch, UnpairedBatch
@@ -34,13 +35,14 @@ class DataConfig:
     train: str
     eval: str
     test: str | None
-    limit: int | None  # only the first rows of each split
-    text_prompt_tokens: tuple[int, int]
-    max_prompt_tokens: int  # BOS included
-    max_response_tokens: int  # EOS included
+    limit: Count | None  # only the first rows of each split
+    text_prompt_tokens: tuple[Count, Count]
+    max_prompt_tokens: Count  # BOS included
+    max_response_tokens: Count  # EOS included
     loss_on: Literal["completion", "assistant"] = "completion"
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         least, most = self.text_prompt_tokens
         if not 1 <= least <= most:
             raise ValueError(f"text_prompt_tokens = {self.text_prompt_tokens} must be (least, most) with 1 <= least")
@@ -49,10 +51,6 @@ class DataConfig:
                 f"max_prompt_tokens = {self.max_prompt_tokens} has no room for BOS and "
                 f"the {most} tokens of text_prompt_tokens"
             )
-        if self.max_response_tokens < 1:
-            raise ValueError(f"max_response_tokens = {self.max_response_tokens} must be at least 1")
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"limit = {self.limit} must be at least 1, or None for every row")
 
     def source(self, split: str) -> str:
         """Where a split ("train", "eval" or "test") is read from."""

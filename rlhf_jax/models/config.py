@@ -1,7 +1,9 @@
 """The shape of a transformer: one dataclass that covers the families, each difference between them a field."""
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
+
+from rlhf_jax.config import Count, Finite, NonNegative, Positive, Range, check_ranges
 
 DType = Literal["float32", "bfloat16", "float16"]
 AttentionBy = Literal["xla", "cudnn"]
@@ -19,13 +21,13 @@ class Rope:
     2024, arXiv:2402.13753).
     """
 
-    theta: float = 10_000.0
-    fraction: float = 1.0  # share of a head's channels that turn, the first ones
-    factors: tuple[float, ...] | None = None
-    long_factors: tuple[float, ...] | None = None
-    short_context: int | None = None
-    amplitude: float = 1.0  # multiplies queries and keys alike
-    limit: int | None = None  # most tokens that a sequence may grow to; None: any
+    theta: Positive = 10_000.0
+    fraction: Annotated[float, Range(above=0, at_most=1)] = 1.0  # share of a head's channels that turn, the first ones
+    factors: tuple[Positive, ...] | None = None
+    long_factors: tuple[Positive, ...] | None = None
+    short_context: Count | None = None
+    amplitude: Positive = 1.0  # multiplies queries and keys alike
+    limit: Count | None = None  # most tokens that a sequence may grow to; None: any
 
     def channels(self, head_width: int) -> int:
         """Channels of a head that turn, before they are rounded up to pairs."""
@@ -40,42 +42,40 @@ class Rope:
 class ModelConfig:
     """Shape of a decoder-only transformer; by default pre-norm with RMSNorm, rotary positions and a plain MLP."""
 
-    d_model: int
-    n_layers: int
-    n_heads: int
-    d_ff: int
+    d_model: Count
+    n_layers: Count
+    n_heads: Count
+    d_ff: Count
     activation: Literal["relu", "relu2", "gelu", "gelu_exact", "silu"]  # gelu is the tanh approximation
     param_dtype: DType
     compute_dtype: DType
     remat: bool = False  # keep only the layers' inputs for the backward pass, and compute the rest again
     attention: AttentionBy = "xla"
-    n_kv_heads: int | None = None  # heads of keys and values, shared by groups of query heads; None: n_heads
-    head_dim: int | None = None  # None: d_model / n_heads
+    n_kv_heads: Count | None = None  # heads of keys and values, shared by groups of query heads; None: n_heads
+    head_dim: Count | None = None  # None: d_model / n_heads
     gated: bool = False  # the MLP multiplies its activation by a second projection (GLU)
     parallel: bool = False  # attention and MLP read the same stream (GPT-NeoX)
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
     norm: Literal["rms", "layer"] = "rms"
-    norm_epsilon: float = 1e-6
-    norm_offset: float = 0.0  # added to the scales of RMSNorm (Gemma stores scale - 1)
+    norm_epsilon: NonNegative = 1e-6
+    norm_offset: Finite = 0.0  # added to the scales of RMSNorm (Gemma stores scale - 1)
     norm_placement: Literal["before", "after", "around"] = "before"  # of each attention and MLP
     qk_norm: Literal["none", "head", "all"] = "none"  # RMSNorm of queries and keys, over a head or over all heads
     positions: Literal["rotary", "learned"] = "rotary"
-    context: int | None = None  # most tokens a sequence may have: the size of the table of learned positions
+    context: Count | None = None  # most tokens a sequence may have: the size of the table of learned positions
     rope: Rope = Rope()
     local_rope: Rope | None = None  # of layers with a window; None: rope
-    windows: tuple[int | None, ...] | None = None  # per layer, how many tokens back it sees, itself included; None: all
-    query_scale: float | None = None  # None: head_dim ** -0.5
-    attention_softcap: float | None = None  # c: logits become c tanh(logits / c) (Gemma 2)
-    logit_softcap: float | None = None
-    embedding_scale: float = 1.0
+    windows: tuple[Count | None, ...] | None = None  # of a layer: tokens back it sees, with itself; None: all
+    query_scale: Positive | None = None  # None: head_dim ** -0.5
+    attention_softcap: Positive | None = None  # c: logits become c tanh(logits / c) (Gemma 2)
+    logit_softcap: Positive | None = None
+    embedding_scale: Positive = 1.0
     tied: bool = True  # the head is the embedding, transposed
 
     def __post_init__(self) -> None:
-        for name in ("d_model", "n_layers", "n_heads", "d_ff"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
+        check_ranges(self)
         if self.head_dim is None and self.d_model % self.n_heads:
             raise ValueError(f"d_model = {self.d_model} must be a multiple of n_heads = {self.n_heads}")
         for rope in (self.rope, self.local_rope):

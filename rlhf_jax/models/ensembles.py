@@ -6,6 +6,7 @@ from typing import Literal
 
 from jaxtyping import Array, Float
 
+from rlhf_jax.config import AtLeastTwo, NonNegative, check_ranges
 from rlhf_jax.core import ensembles
 
 Combine = Literal["mean", "wco", "uwo"]
@@ -16,13 +17,12 @@ Combine = Literal["mean", "wco", "uwo"]
 class EnsembleConfig:
     """How many members, and how their scores are combined."""
 
-    members: int
+    members: AtLeastTwo
     combine: Combine
-    variance_coefficient: float | None = None  # of uwo: what a unit of variance among the members costs
+    variance_coefficient: NonNegative | None = None  # of uwo: what a unit of variance among the members costs
 
     def __post_init__(self) -> None:
-        if self.members < 2:
-            raise ValueError(f"members = {self.members} must be at least 2; a single model has no ensemble section")
+        check_ranges(self)
         check_combination(self.combine, self.variance_coefficient)
 
 

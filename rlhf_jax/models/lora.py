@@ -14,13 +14,14 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key, PRNGKeyArray, PyTree
 
+from rlhf_jax.config import Count, Positive, Range, check_ranges
 from rlhf_jax.types import RlhfError
 
 SHARED: dict[str, tuple[str, ...]] = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
@@ -35,21 +36,16 @@ class LoraConfig:
     "attention/[qv]", "up|gate|down", "block_0/attention/o", or "attention/qkv" for one A that q, k and v share.
     """
 
-    rank: int
-    alpha: float  # what an adapter adds is scaled by alpha / rank, or by alpha / sqrt(rank) with use_rslora
+    rank: Count
+    alpha: Positive  # what an adapter adds is scaled by alpha / rank, or by alpha / sqrt(rank) with use_rslora
     targets: tuple[str, ...]
-    dropout: float = 0.0  # of the adapters' inputs, where a loss asks for it
+    dropout: Annotated[float, Range(at_least=0, below=1)] = 0.0  # of the adapters' inputs, where a loss asks for it
     # Rank-stabilised LoRA (Kalajdzievski 2023, arXiv:2312.03732, theorem 3.2), as PEFT's option of this name: with
     # alpha / rank, what an adapter learns shrinks as the rank grows.
     use_rslora: bool = False
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"rank = {self.rank} must be at least 1")
-        if self.alpha <= 0:
-            raise ValueError(f"alpha = {self.alpha} must be above 0")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout = {self.dropout} must be at least 0 and below 1")
+        check_ranges(self)
         if not self.targets:
             raise ValueError("targets is empty: name the layers to adapt, as in 'attention/[qv]'")
         for target in self.targets:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from rlhf_jax.config import Count, CountOrZero, NonNegative, Positive, check_ranges
 from rlhf_jax.rewards.endpoint import Endpoint, Reply, Stopped, key_of
 from rlhf_jax.types import RlhfError
 
@@ -48,14 +49,14 @@ class HTTPJudgeConfig:
     model: str
     template: str = TEMPLATE  # with {prompt}, {a} and {b}, each once
     api_key_env: str | None = None  # the name of the environment variable that holds the key
-    max_tokens: int = 16  # of a reply
-    concurrency: int = 8  # questions under way at once
-    timeout: float = 60.0  # seconds an attempt may take
-    retries: int = 6  # attempts after the first, where a failure may pass
-    backoff: float = 1.0  # seconds before the first of them, doubled every time
-    max_unparseable: int = 10  # replies without a verdict, each a tie, before it stops
-    prompt_price: float = 0.0  # of a million tokens, in whatever currency
-    completion_price: float = 0.0
+    max_tokens: Count = 16  # of a reply
+    concurrency: Count = 8  # questions under way at once
+    timeout: Positive = 60.0  # seconds an attempt may take
+    retries: CountOrZero = 6  # attempts after the first, where a failure may pass
+    backoff: NonNegative = 1.0  # seconds before the first of them, doubled every time
+    max_unparseable: CountOrZero = 10  # replies without a verdict, each a tie, before it stops
+    prompt_price: NonNegative = 0.0  # of a million tokens, in whatever currency
+    completion_price: NonNegative = 0.0
 
     def __post_init__(self) -> None:
         if not re.match(r"https?://\w", self.url):
@@ -63,14 +64,7 @@ class HTTPJudgeConfig:
         for place in PLACES:
             if self.template.count(f"{{{place}}}") != 1:
                 raise ValueError(f"template = {self.template!r} must have {{{place}}} once: the judge has to see it")
-        for name in ("max_tokens", "concurrency"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
-        if self.timeout <= 0:
-            raise ValueError(f"timeout = {self.timeout} must be above 0: seconds that an attempt may take")
-        for name in ("retries", "backoff", "max_unparseable", "prompt_price", "completion_price"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} = {getattr(self, name)} must be at least 0")
+        check_ranges(self)
 
 
 class Pair(NamedTuple):

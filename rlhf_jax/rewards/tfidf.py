@@ -16,6 +16,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.pipeline import Pipeline, make_pipeline
 
+from rlhf_jax.config import Count, NonNegative, Positive
 from rlhf_jax.types import RlhfError
 
 
@@ -23,16 +24,16 @@ from rlhf_jax.types import RlhfError
 class TfidfRidgeConfig:
     """Ridge regression on ratings: the penalty, and the least number of texts that a word or a pair must occur in."""
 
-    alpha: float
-    min_df: int
+    alpha: NonNegative
+    min_df: Count
 
 
 @dataclasses.dataclass(frozen=True)
 class TfidfLogisticConfig:
     """Logistic regression on two labels: the inverse penalty, and the least number of texts, as for ratings."""
 
-    inverse_penalty: float
-    min_df: int
+    inverse_penalty: Positive
+    min_df: Count
 
 
 class TfidfJudge:

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
+from rlhf_jax.config import Count, check_ranges
 from rlhf_jax.runtime.checkpoints import Checkpoints, TrainState
 from rlhf_jax.runtime.files import RowWriter, read_rows
 from rlhf_jax.runtime.programs import HostSteps, Placement, Step, compile_host_steps
@@ -24,14 +25,12 @@ Rows = list[dict[str, Any]]
 class LoopConfig:
     """How often, in steps. `steps_per_call` of them are scanned in one call, after which the rest may happen."""
 
-    steps_per_call: int
-    checkpoint_every: int
-    keep: int = 2  # checkpoints, the newest
+    steps_per_call: Count
+    checkpoint_every: Count
+    keep: Count = 2  # checkpoints, the newest
 
     def __post_init__(self) -> None:
-        for name in ("steps_per_call", "checkpoint_every", "keep"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
+        check_ranges(self)
 
 
 @dataclasses.dataclass(frozen=True)

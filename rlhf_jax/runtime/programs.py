@@ -21,6 +21,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
+from rlhf_jax.config import Count, check_ranges
 from rlhf_jax.models.sharding import ROWS, sharding_of, shardings
 from rlhf_jax.types import RlhfError
 
@@ -64,10 +65,10 @@ class RuntimeConfig:
     """
 
     strategy: Literal["jit", "pmap"]
-    data: int
-    fsdp: int
-    tensor: int
-    inference_batch: int  # rows a call when sampling and scoring outside of training
+    data: Count
+    fsdp: Count
+    tensor: Count
+    inference_batch: Count  # rows a call when sampling and scoring outside of training
     deterministic: bool  # XLA's deterministic operations on GPUs, so that a resumed run is the same bit for bit
     compile_quickly: bool  # programs that are ready sooner and run slower, for runs of seconds
 
@@ -82,10 +83,7 @@ class RuntimeConfig:
         return " ".join(flags)
 
     def __post_init__(self) -> None:
-        if min(self.data, self.fsdp, self.tensor) < 1:
-            raise ValueError(f"data x fsdp x tensor = {self.data} x {self.fsdp} x {self.tensor} must all be at least 1")
-        if self.inference_batch < 1:
-            raise ValueError(f"inference_batch = {self.inference_batch} must be at least 1")
+        check_ranges(self)
         if self.strategy == "pmap" and self.fsdp * self.tensor > 1:
             raise ValueError("strategy = 'pmap' replicates the weights: set fsdp = tensor = 1, or use strategy = 'jit'")
 

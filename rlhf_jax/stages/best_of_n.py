@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from rlhf_jax.config import ModelSource, StageName
+from rlhf_jax.config import Count, ModelSource, Positive, StageName, check_ranges
 from rlhf_jax.core.best_of_n import (
     best_of_n,
     best_of_n_kl,
@@ -48,20 +48,13 @@ class BestOfNConfig:
     policy: ModelSource
     reward_model: RewardSource
     judge: StageName | None
-    prompts: int
-    pool: int  # samples a prompt; every power of two up to it is reported
-    temperature: float
-    soft: tuple[float, ...] | None = None  # temperatures of soft Best-of-N, in units of the score
+    prompts: Count
+    pool: Count  # samples a prompt; every power of two up to it is reported
+    temperature: Positive
+    soft: tuple[Positive, ...] | None = None  # temperatures of soft Best-of-N, in units of the score
 
     def __post_init__(self) -> None:
-        if self.pool < 1 or self.prompts < 1:
-            raise ValueError(f"prompts = {self.prompts} and pool = {self.pool} must be at least 1")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature = {self.temperature} must be above 0: at 0 all samples are the same")
-        if self.soft is not None and min(self.soft, default=0.0) <= 0:
-            raise ValueError(
-                f"soft = {self.soft} must be temperatures above 0; Best-of-N itself, which 0 means, is always reported"
-            )
+        check_ranges(self)
 
 
 class Pool(NamedTuple):

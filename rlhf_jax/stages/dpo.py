@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray, PyTree
 
-from rlhf_jax.config import ModelSource, StageName
+from rlhf_jax.config import Count, CountOrZero, ModelSource, Positive, StageName, check_ranges
 from rlhf_jax.core import masking
 from rlhf_jax.data import pipeline
 from rlhf_jax.data.lengths import answer_pairs
@@ -47,12 +47,12 @@ class DPOConfig:
     kind: Literal["dpo"]
     policy: ModelSource
     preferences: StageName | None  # None: the experiment's own data
-    beta: float
+    beta: Positive
     optimizer: OptimizerConfig
-    batch_size: int
-    epochs: float
-    sample_prompts: int  # evaluation prompts continued at every evaluation
-    eval_every: int  # steps
+    batch_size: Count
+    epochs: Positive
+    sample_prompts: CountOrZero  # evaluation prompts continued at every evaluation
+    eval_every: Count  # steps
     loop: LoopConfig
     tuning: Tuning = AS_IT_IS
     loss: PreferenceLossConfig = SIGMOID
@@ -61,8 +61,7 @@ class DPOConfig:
 
     def __post_init__(self) -> None:
         refuse_float16(self.tuning, adapter=self.tuning.lora is not None)
-        if self.beta <= 0:
-            raise ValueError(f"beta = {self.beta} must be above 0")
+        check_ranges(self)
         check_micro_batch(self.loss, self.optimizer.micro_batch)
         for name in ("reference_update", "cached_reference"):
             if getattr(self, name) and not self.loss.needs_reference:

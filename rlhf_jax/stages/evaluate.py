@@ -6,13 +6,13 @@ What was to be chosen (a DPO's beta) is chosen on the evaluation split; the tabl
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Float
 
-from rlhf_jax.config import ModelSource, StageName
+from rlhf_jax.config import AtLeastTwo, Count, ModelSource, NonNegative, Range, StageName, check_ranges
 from rlhf_jax.core.statistics import (
     bootstrap_interval,
     length_controlled_win_rate,
@@ -43,26 +43,17 @@ class EvaluateConfig:
     kind: Literal["evaluate"]
     reference: ModelSource
     policies: tuple[StageName, ...]
-    best_of: tuple[int, ...]  # each above 1
+    best_of: tuple[AtLeastTwo, ...]  # each above 1
     reward_model: RewardSource
     judge: RewardSource | HTTPJudgeConfig | None  # a gold stage, or any reward; None: reward_model decides the pairs
-    prompts: int  # at most, of the test split, drawn at random by the seed: the same for every method
-    selection_prompts: int  # at most, of the evaluation split, drawn likewise
-    temperature: float  # of the answers; 0 is greedy, and then `kl` is the mean log-ratio at temperature 1
+    prompts: Count  # at most, of the test split, drawn at random by the seed: the same for every method
+    selection_prompts: Count  # at most, of the evaluation split, drawn likewise
+    temperature: NonNegative  # of the answers; 0 is greedy, and then `kl` is the mean log-ratio at temperature 1
     against: tuple[ModelSource, ...] = ()  # further opponents, beside the reference; each gets a row of its own too
-    bootstrap_rounds: int = 1000
+    bootstrap_rounds: Annotated[int, Range(at_least=100, at_most=1_000_000)] = 1000
 
     def __post_init__(self) -> None:
-        if any(n < 2 for n in self.best_of):
-            raise ValueError(f"best_of = {self.best_of} must be above 1: one sample is the reference itself")
-        if self.prompts < 1 or self.selection_prompts < 1:
-            raise ValueError(
-                f"prompts = {self.prompts} and selection_prompts = {self.selection_prompts} must be at least 1"
-            )
-        if self.bootstrap_rounds < 100:
-            raise ValueError(
-                f"bootstrap_rounds = {self.bootstrap_rounds} must be at least 100, for the ends of a 95 % interval"
-            )
+        check_ranges(self)
 
 
 class Judges(NamedTuple):

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rlhf_jax.config import ModelSource, StageName
+from rlhf_jax.config import AtLeastTwo, ModelSource, NonNegative, Positive, StageName, check_ranges
 from rlhf_jax.core.frontier import score_at_kl
 from rlhf_jax.core.statistics import standard_error, t_interval
 from rlhf_jax.data import pipeline
@@ -37,9 +37,9 @@ class FrontierConfig:
     reference: ModelSource
     policies: tuple[StageName, ...]
     judge: RewardSource | HTTPJudgeConfig  # a gold stage, or any reward; one over HTTP gives no scores
-    prompts: int  # of the test split, drawn at random by the seed: the same for every policy
-    temperature: float  # of the answers; 0 is greedy, and then divergence is the mean log-ratio at temperature 1
-    kl_targets: tuple[float, ...]  # nats
+    prompts: AtLeastTwo  # of the test split, drawn at random by the seed: the same for every policy
+    temperature: NonNegative  # of the answers; 0 is greedy, and then divergence is the mean log-ratio at temperature 1
+    kl_targets: tuple[Positive, ...]  # nats
 
     def __post_init__(self) -> None:
         if isinstance(self.judge, HTTPJudgeConfig):
@@ -48,10 +48,9 @@ class FrontierConfig:
                 "compared at equal divergence: name a gold stage, a reward model, or a section with functions; a stage "
                 "of kind evaluate asks it for win rates"
             )
-        if self.prompts < 2:
-            raise ValueError(f"prompts = {self.prompts} must be at least 2: a mean's error is estimated from them")
-        if not self.kl_targets or min(self.kl_targets) <= 0:
-            raise ValueError(f"kl_targets = {self.kl_targets} must be above 0, and at least one")
+        check_ranges(self)
+        if not self.kl_targets:
+            raise ValueError("kl_targets = () must name a divergence at least")
 
 
 def run(config: FrontierConfig, context: Context) -> dict[str, Any]:

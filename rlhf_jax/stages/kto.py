@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, PyTree
 
-from rlhf_jax.config import ModelSource, StageName
+from rlhf_jax.config import AtLeastTwo, Count, CountOrZero, ModelSource, Positive, StageName, check_ranges
 from rlhf_jax.core import masking
 from rlhf_jax.core.logprobs import sequence_logprobs
 from rlhf_jax.core.unpaired_losses import apo_zero_unpaired_loss, kto_baseline, kto_loss
@@ -44,13 +44,11 @@ class UnpairedLossConfig:
     """
 
     loss: Literal["kto", "apo_zero_unpaired"] = "kto"
-    desirable_weight: float = 1.0
-    undesirable_weight: float = 1.0
+    desirable_weight: Positive = 1.0
+    undesirable_weight: Positive = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("desirable_weight", "undesirable_weight"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} = {getattr(self, name)} must be above 0: drop those rows instead")
+        check_ranges(self)
 
 
 KTO = UnpairedLossConfig()
@@ -63,20 +61,18 @@ class KTOConfig:
     kind: Literal["kto"]
     policy: ModelSource
     preferences: StageName | None  # whose pairs are taken apart; None: the experiment's own data, unpaired or pairs
-    beta: float
+    beta: Positive
     optimizer: OptimizerConfig
-    batch_size: int
-    epochs: float
-    sample_prompts: int  # evaluation prompts continued at every evaluation
-    eval_every: int  # steps
+    batch_size: AtLeastTwo  # responses are put to other prompts
+    epochs: Positive
+    sample_prompts: CountOrZero  # evaluation prompts continued at every evaluation
+    eval_every: Count  # steps
     loop: LoopConfig
     loss: UnpairedLossConfig = KTO
     tuning: Tuning = AS_IT_IS
 
     def __post_init__(self) -> None:
         refuse_float16(self.tuning, adapter=self.tuning.lora is not None)
-        if self.batch_size < 2:
-            raise ValueError(f"batch_size = {self.batch_size} must be at least 2: responses are put to other prompts")
 
 
 def run(config: KTOConfig, context: Context) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import PRNGKeyArray, PyTree
 
-from rlhf_jax.config import ModelSource
+from rlhf_jax.config import Count, CountOrZero, ModelSource, NonNegative, Positive, check_ranges
 from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.runtime.loop import LoopConfig, Task, train
 from rlhf_jax.runtime.optimizers import OptimizerConfig
@@ -25,24 +25,23 @@ class OnlineConfig:
     """What every method reads: the policy that is start and reference, and how long it is trained."""
 
     policy: ModelSource
-    iterations: int
-    batch_size: int  # responses an iteration; in online_dpo pairs of them
-    minibatches: int
-    epochs: int
-    temperature: float  # of the samples
+    iterations: Count
+    batch_size: Count  # responses an iteration; in online_dpo pairs of them
+    minibatches: Count
+    epochs: Count
+    temperature: Positive  # of the samples
     optimizer: OptimizerConfig
-    samples_every: int  # iterations between those whose samples are written
-    samples_written: int
+    samples_every: Count  # iterations between those whose samples are written
+    samples_written: CountOrZero
     loop: LoopConfig
-    missing_eos_penalty: float = 0.0  # taken off the score of a response that was cut off
+    missing_eos_penalty: NonNegative = 0.0  # taken off the score of a response that was cut off
     tuning: Tuning = AS_IT_IS
 
     def __post_init__(self) -> None:
         refuse_float16(self.tuning, adapter=self.tuning.lora is not None)
+        check_ranges(self)
         if self.batch_size % self.minibatches:
             raise ValueError(f"batch_size = {self.batch_size} does not divide into {self.minibatches} minibatches")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature = {self.temperature} must be above 0")
 
     @property
     def updates(self) -> int:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from rlhf_jax.config import StageName
+from rlhf_jax.config import Positive, StageName
 from rlhf_jax.core import masking
 from rlhf_jax.core.keys import derive
 from rlhf_jax.core.kl import k1
@@ -60,7 +60,7 @@ class OnlineDPOConfig(OnlineConfig):
 
     kind: Literal["online_dpo"]
     reward_model: RewardSource | None
-    beta: float
+    beta: Positive
     loss: PreferenceLossConfig = SIGMOID
     judge: StageName | HTTPJudgeConfig | None = None  # by its scores, or asked over HTTP
 
@@ -71,8 +71,6 @@ class OnlineDPOConfig(OnlineConfig):
                 f"judge = {self.judge!r} and reward_model = {self.reward_model!r}: exactly one of them chooses, "
                 "and the other is None"
             )
-        if self.beta <= 0:
-            raise ValueError(f"beta = {self.beta} must be above 0")
         check_micro_batch(self.loss, self.optimizer.micro_batch)
 
 

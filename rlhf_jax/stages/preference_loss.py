@@ -2,11 +2,12 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key, PyTree
 
+from rlhf_jax.config import Finite, NonNegative, Positive, Range, check_ranges
 from rlhf_jax.core import divergences, logprobs, masking, reference_free_losses
 from rlhf_jax.core import preference_losses as losses
 from rlhf_jax.core.preference_losses import Pairs
@@ -44,14 +45,16 @@ class PreferenceLossConfig:
     """One preference loss, or the sum of several with weights. What no chosen loss reads must keep its default."""
 
     losses: tuple[LossName, ...] = ("sigmoid",)
-    loss_weights: tuple[float, ...] | None = None  # one a loss; None: each counts once
-    label_smoothing: float = 0.0  # the share of labels that are flipped
+    loss_weights: tuple[Finite, ...] | None = None  # one a loss; None: each counts once
+    label_smoothing: Annotated[float, Range(at_least=0, below=0.5)] = 0.0  # the share of labels that are flipped
     divergence: Divergence = "reverse_kl"  # to the reference
-    divergence_alpha: float = 0.5  # of the alpha-divergence, between 0 (reverse KL) and 1 (forward KL)
-    discopop_tau: float = 0.05
-    simpo_gamma: float = 0.5  # the margin that is aimed at, in nats
-    cpo_alpha: float = 1.0  # what CPO's likelihood counts
-    length_desensitisation: float | None = None  # LD-DPO's alpha: what tokens beyond the shorter response count
+    # Of the alpha-divergence, between 0 (reverse KL) and 1 (forward KL).
+    divergence_alpha: Annotated[float, Range(above=0, below=1)] = 0.5
+    discopop_tau: Positive = 0.05
+    simpo_gamma: NonNegative = 0.5  # the margin that is aimed at, in nats
+    cpo_alpha: NonNegative = 1.0  # what CPO's likelihood counts
+    # LD-DPO's alpha: what tokens beyond the shorter response count.
+    length_desensitisation: Annotated[float, Range(at_least=0, below=1)] | None = None
     weighting: bool = False  # WPO: pairs count as much as the policy would write them
 
     def __post_init__(self) -> None:
@@ -72,17 +75,9 @@ class PreferenceLossConfig:
             )
 
     def _check_values(self) -> None:
-        smoothing, alpha = self.label_smoothing, self.length_desensitisation
-        if not 0 <= smoothing < 0.5:
-            raise ValueError(f"label_smoothing = {smoothing} must be at least 0 and below 0.5")
-        if "exo_pair" in self.losses and smoothing == 0:
+        check_ranges(self)
+        if "exo_pair" in self.losses and self.label_smoothing == 0:
             raise ValueError("exo_pair takes the logarithm of label_smoothing = 0: set it above 0 (0.001 in the paper)")
-        if not 0 < self.divergence_alpha < 1:
-            raise ValueError(f"divergence_alpha = {self.divergence_alpha} must lie between 0 and 1")
-        if self.discopop_tau <= 0:
-            raise ValueError(f"discopop_tau = {self.discopop_tau} must be above 0")
-        if alpha is not None and not 0 <= alpha < 1:
-            raise ValueError(f"length_desensitisation = {alpha} must be at least 0 and below 1, or None for none")
 
     def _check_read(self, option: str) -> None:
         readers, value = READERS[option], getattr(self, option)

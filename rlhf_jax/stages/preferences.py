@@ -12,7 +12,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from rlhf_jax.config import ModelSource, StageName
+from rlhf_jax.config import AtLeastTwo, Count, ModelSource, NonNegative, Positive, StageName, check_ranges
 from rlhf_jax.data import chat, pipeline
 from rlhf_jax.rewards.http_judge import HTTPJudge, HTTPJudgeConfig, Pair
 from rlhf_jax.runtime.files import write_rows
@@ -44,15 +44,16 @@ class PreferencesConfig:
     kind: Literal["preferences"]
     policy: ModelSource
     judge: StageName | HTTPJudgeConfig | None  # either a judge, by its scores or asked over HTTP, or a reward model
-    prompts: int
-    eval_prompts: int  # of the prompts, those held out
-    samples_per_prompt: int
-    rationality: float | None
+    prompts: Count
+    eval_prompts: Count  # of the prompts, those held out
+    samples_per_prompt: AtLeastTwo
+    rationality: NonNegative | None
     reward_model: RewardSource | None = None
     pairs: Literal["all", "best_worst"] = "all"
-    margin: float | None = None
+    margin: Positive | None = None
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         if (self.judge is None) == (self.reward_model is None):
             raise ValueError(
                 f"judge = {self.judge!r} and reward_model = {self.reward_model!r}: exactly one of them scores the "
@@ -66,8 +67,6 @@ class PreferencesConfig:
                         f"{name} = {getattr(self, name)!r} needs scores, and a judge over HTTP gives none: set it to "
                         f"{value!r}"
                     )
-        if self.samples_per_prompt < 2:
-            raise ValueError(f"samples_per_prompt = {self.samples_per_prompt} must be at least 2, to make a pair")
         if not 0 < self.eval_prompts < self.prompts:
             raise ValueError(
                 f"eval_prompts = {self.eval_prompts} are held out of prompts = {self.prompts}: leave some for either"

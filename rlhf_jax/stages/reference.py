@@ -6,13 +6,14 @@ import hashlib
 import os
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, PyTree
 
+from rlhf_jax.config import Count, Range, check_ranges
 from rlhf_jax.data.fetch import data_dir
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.sampling.batches import map_batches
@@ -24,14 +25,11 @@ from rlhf_jax.types import AnyArray, PreferenceBatch, RlhfError
 class ReferenceUpdate:
     """TR-DPO: every so many steps the reference moves to the policy, by the share alpha of the way (1: all of it)."""
 
-    alpha: float
-    every: int  # steps
+    alpha: Annotated[float, Range(above=0, at_most=1)]
+    every: Count  # steps
 
     def __post_init__(self) -> None:
-        if not 0 < self.alpha <= 1:
-            raise ValueError(f"alpha = {self.alpha} must be above 0 and at most 1")
-        if self.every < 1:
-            raise ValueError(f"every = {self.every} must be at least 1")
+        check_ranges(self)
 
 
 class ReferencedBatch(NamedTuple):

@@ -11,12 +11,12 @@ from one stage to the next. A round is two stages, and the next round samples wh
 import dataclasses
 import itertools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
 
-from rlhf_jax.config import ModelSource
+from rlhf_jax.config import Count, Finite, ModelSource, NonNegative, Positive, Range, check_ranges
 from rlhf_jax.core.best_of_n import soft_choice
 from rlhf_jax.data import chat, pipeline
 from rlhf_jax.runtime.files import write_rows
@@ -38,42 +38,37 @@ TRAIN_FILE, EVAL_FILE = "demonstrations.jsonl", "demonstrations_eval.jsonl"
 class KeepBest:
     """The answers with the highest scores to each prompt."""
 
-    best: int
+    best: Count
 
     def __post_init__(self) -> None:
-        if self.best < 1:
-            raise ValueError(f"best = {self.best} must be at least 1")
+        check_ranges(self)
 
 
 @dataclasses.dataclass(frozen=True)
 class KeepAbove:
     """Every answer with a higher score than this, however many to a prompt."""
 
-    threshold: float
+    threshold: Finite
 
 
 @dataclasses.dataclass(frozen=True)
 class KeepShare:
     """The answers with the highest scores of all, whatever their prompts: this share of them."""
 
-    share: float
+    share: Annotated[float, Range(above=0, at_most=1)]
 
     def __post_init__(self) -> None:
-        if not 0 < self.share <= 1:
-            raise ValueError(f"share = {self.share} must be above 0 and at most 1")
+        check_ranges(self)
 
 
 @dataclasses.dataclass(frozen=True)
 class KeepSoft:
     """One answer to each prompt, with probability proportional to exp(score / temperature): soft Best-of-N."""
 
-    soft_temperature: float
+    soft_temperature: Positive
 
     def __post_init__(self) -> None:
-        if self.soft_temperature <= 0:
-            raise ValueError(
-                f"soft_temperature = {self.soft_temperature} must be above 0; keep = {{'best': 1}} is what 0 means"
-            )
+        check_ranges(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,20 +78,19 @@ class RejectionSamplingConfig:
     kind: Literal["rejection_sampling"]
     policy: ModelSource
     reward_model: RewardSource
-    prompts: int  # drawn from the training split
-    eval_prompts: int  # of the prompts, those whose answers are held out
-    samples_per_prompt: int
-    temperature: float
+    prompts: Count  # drawn from the training split
+    eval_prompts: Count  # of the prompts, those whose answers are held out
+    samples_per_prompt: Count
+    temperature: NonNegative
     keep: KeepBest | KeepAbove | KeepShare | KeepSoft
 
     def __post_init__(self) -> None:
-        if not 0 < self.eval_prompts < self.prompts:
+        check_ranges(self)
+        if not self.eval_prompts < self.prompts:
             raise ValueError(
-                f"eval_prompts = {self.eval_prompts} must be at least 1 and below prompts = {self.prompts}: some are "
+                f"eval_prompts = {self.eval_prompts} must be below prompts = {self.prompts}: some are "
                 "for training, and some for its evaluation"
             )
-        if self.samples_per_prompt < 1:
-            raise ValueError(f"samples_per_prompt = {self.samples_per_prompt} must be at least 1")
         if isinstance(self.keep, KeepBest) and self.keep.best > self.samples_per_prompt:
             raise ValueError(
                 f"keep.best = {self.keep.best} is more than samples_per_prompt = {self.samples_per_prompt}"

@@ -3,13 +3,14 @@
 import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, PyTree
 
+from rlhf_jax.config import NonNegative, Range, check_ranges
 from rlhf_jax.core import masking, reward_losses
 from rlhf_jax.data import formats, pipeline
 from rlhf_jax.data.pipeline import DataConfig
@@ -38,20 +39,15 @@ class RewardLossConfig:
     """
 
     name: LossName = "bradley_terry"
-    label_smoothing: float = 0.0  # share of labels thought to be flipped
-    center_rewards_coefficient: float = 0.0
+    label_smoothing: Annotated[float, Range(at_least=0, below=0.5)] = 0.0  # share of labels thought to be flipped
+    center_rewards_coefficient: NonNegative = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(f"label_smoothing = {self.label_smoothing} must be at least 0 and below 0.5")
+        check_ranges(self)
         if self.label_smoothing and self.name not in SMOOTHED:
             raise ValueError(
                 f"label_smoothing = {self.label_smoothing} is not read by name = {self.name!r}: set it to 0, or take "
                 f"one of {', '.join(SMOOTHED)}"
-            )
-        if self.center_rewards_coefficient < 0:
-            raise ValueError(
-                f"center_rewards_coefficient = {self.center_rewards_coefficient} must not be below 0: it is a penalty"
             )
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from rlhf_jax.config import ModelSource, StageName
+from rlhf_jax.config import AtLeastTwo, Count, ModelSource, Positive, StageName, check_ranges
 from rlhf_jax.data import pipeline
 from rlhf_jax.data.lengths import answer_pairs
 from rlhf_jax.models.config import ModelConfig
@@ -49,11 +49,10 @@ class NormaliseConfig:
     """On whose samples scores have mean 0 and variance 1: as many as there are prompts, at temperature 1."""
 
     policy: ModelSource
-    prompts: int  # of the training split, drawn at random
+    prompts: AtLeastTwo  # of the training split, drawn at random
 
     def __post_init__(self) -> None:
-        if self.prompts < 2:
-            raise ValueError(f"prompts = {self.prompts} must be at least 2: one sample has no variance")
+        check_ranges(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,9 +65,9 @@ class RewardModelConfig:
     model: ModelConfig | Pretrained  # of a language model, the body is taken
     pooling: Pooling
     optimizer: OptimizerConfig
-    batch_size: int  # pairs, or prompts where the loss reads rankings
-    epochs: float
-    eval_every: int  # steps
+    batch_size: Count  # pairs, or prompts where the loss reads rankings
+    epochs: Positive
+    eval_every: Count  # steps
     loop: LoopConfig
     loss: RewardLossConfig = BRADLEY_TERRY
     ensemble: EnsembleConfig | None = None

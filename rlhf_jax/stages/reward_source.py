@@ -9,7 +9,7 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
-from rlhf_jax.config import FunctionSource, ModelSource
+from rlhf_jax.config import Finite, FunctionSource, ModelSource, NonNegative
 from rlhf_jax.models.ensembles import Combine, EnsembleConfig, check_combination
 from rlhf_jax.rewards.functions import RewardFunction, load_function
 from rlhf_jax.stages.models import RewardModel
@@ -30,9 +30,9 @@ class RewardConfig:
 
     functions: tuple[FunctionSource, ...] = ()
     model: ModelSource | None = None
-    weights: tuple[float, ...] | None = None  # of the model, where there is one, and the functions; None: 1 each
+    weights: tuple[Finite, ...] | None = None  # of the model, where there is one, and the functions; None: 1 each
     combine: Combine | None = None
-    variance_coefficient: float | None = None
+    variance_coefficient: NonNegative | None = None
 
     def __post_init__(self) -> None:
         parts = len(self.functions) + (self.model is not None)

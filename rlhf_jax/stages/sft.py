@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key, PyTree
 
-from rlhf_jax.config import StageName
+from rlhf_jax.config import Count, CountOrZero, Positive, StageName
 from rlhf_jax.core import masking
 from rlhf_jax.core.logprobs import cross_entropy
 from rlhf_jax.data import pipeline
@@ -37,10 +37,10 @@ class SFTConfig:
     tokenizer: TokenizerConfig | None  # None: that of the checkpoint
     model: ModelConfig | Pretrained
     optimizer: OptimizerConfig
-    batch_size: int
-    epochs: float
-    sample_prompts: int  # evaluation prompts continued at every evaluation
-    eval_every: int  # steps
+    batch_size: Count
+    epochs: Positive
+    sample_prompts: CountOrZero  # evaluation prompts continued at every evaluation
+    eval_every: Count  # steps
     loop: LoopConfig
     demonstrations: StageName | None = None  # a stage's, or what its preferences chose; None: the experiment's data
 

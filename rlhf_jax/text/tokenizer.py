@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
+from rlhf_jax.config import Count
 from rlhf_jax.types import RlhfError
 
 PAD, BOS, EOS, UNKNOWN = "<pad>", "<bos>", "<eos>", "<unk>"
@@ -30,7 +31,7 @@ class TokenizerConfig:
     """A tokenizer to be trained: `word` (lower-cased words and punctuation) or `byte_bpe` (any text, no unknowns)."""
 
     kind: Kind
-    vocab_size: int
+    vocab_size: Count
 
     def __post_init__(self) -> None:
         least = len(SPECIAL_TOKENS) + {"word": 1, "byte_bpe": 256}[self.kind]

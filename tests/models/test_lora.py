@@ -134,7 +134,7 @@ def test_gate_up_is_no_layer_where_the_mlp_has_no_gate():
     [
         ({"rank": 0}, "rank = 0 must be at least 1"),
         ({"alpha": 0.0}, r"alpha = 0\.0 must be above 0"),
-        ({"dropout": 1.0}, r"dropout = 1\.0 must be at least 0 and below 1"),
+        ({"dropout": 1.0}, r"dropout = 1\.0 must be below 1"),
         ({"dropout": -0.1}, r"dropout = -0\.1 must be"),
         ({"targets": ()}, "targets is empty"),
         ({"targets": ("attention/[qv",)}, r"targets: 'attention/\[qv' is no regular expression"),

@@ -288,8 +288,8 @@ def test_stages_are_chosen_by_who_judges_them():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"best_of": (1,)}, "must be above 1"),
-        ({"prompts": 0}, "prompts = 0 .* must be at least 1"),
+        ({"best_of": (1,)}, "must be at least 2 in every element"),
+        ({"prompts": 0}, "prompts = 0 must be at least 1"),
         ({"selection_prompts": 0}, "selection_prompts = 0 must be at least 1"),
         ({"bootstrap_rounds": 10}, "bootstrap_rounds = 10 must be at least 100"),
     ],

@@ -93,10 +93,10 @@ def test_every_option_matters_to_each_loss_that_reads_it_and_no_other_takes_it()
         ({"label_smoothing": 0.5, "losses": ("robust",)}, "label_smoothing = 0.5 .*below 0.5"),
         ({"losses": ("exo_pair",)}, "exo_pair takes the logarithm of label_smoothing = 0"),
         ({"divergence_alpha": 0.2}, "divergence_alpha = 0.2 is not read with divergence = 'reverse_kl'"),
-        ({"divergence": "alpha_divergence", "divergence_alpha": 1.0}, "divergence_alpha = 1.0 must lie between"),
+        ({"divergence": "alpha_divergence", "divergence_alpha": 1.0}, "divergence_alpha = 1.0 must be below 1"),
         ({"divergence": "forward_kl", "losses": ("sigmoid", "bco_pair")}, "divergence = .* is not read by bco_pair"),
         ({"losses": ("discopop",), "discopop_tau": 0.0}, "discopop_tau = 0.0 must be above 0"),
-        ({"length_desensitisation": 1.0}, "length_desensitisation = 1.0 must be at least 0 and below 1"),
+        ({"length_desensitisation": 1.0}, "length_desensitisation = 1.0 must be below 1"),
         (
             {"length_desensitisation": 0.5, "losses": ("sft", "simpo")},
             "not read by sft, simpo, as a likelihood is of all",

@@ -180,7 +180,7 @@ def test_noisy_labels_are_bradley_terrys():
         ({"reward_model": None}, "exactly one of them"),
         ({"samples_per_prompt": 1}, "samples_per_prompt = 1 must be at least 2"),
         ({"eval_prompts": 4}, "eval_prompts = 4 are held out of prompts = 4"),
-        ({"eval_prompts": 0}, "eval_prompts = 0 are held out"),
+        ({"eval_prompts": 0}, "eval_prompts = 0 must be at least 1"),
         ({**HTTP, "rationality": 1.0}, "rationality = 1.0 needs scores, and a judge over HTTP gives none"),
         ({**HTTP, "pairs": "best_worst"}, "pairs = 'best_worst' needs scores"),
         ({**HTTP, "margin": 1.0}, "margin = 1.0 needs scores"),

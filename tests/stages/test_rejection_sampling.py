@@ -70,7 +70,7 @@ def build(**changes: Any) -> stage.RejectionSamplingConfig:
         ({"keep": {"share": 0.0}}, "share = 0.0 must be above 0"),
         ({"keep": {"soft_temperature": 0.0}}, "soft_temperature = 0.0 must be above 0"),
         ({"keep": {"best": 1, "threshold": 0.0}}, "is not a field of"),
-        ({"eval_prompts": 32}, "eval_prompts = 32 must be at least 1 and below prompts = 32"),
+        ({"eval_prompts": 32}, "eval_prompts = 32 must be below prompts = 32"),
         ({"temperature": 0.0}, "temperature = 0.0 must be above 0"),
         ({"samples_per_prompt": 0}, "samples_per_prompt = 0 must be at least 1"),
     ],

@@ -291,7 +291,7 @@ def test_margins_and_labels_are_read_from_their_columns(read):
     [
         ({"label_smoothing": 0.5}, "label_smoothing = 0.5 must be"),
         ({"name": "raters", "label_smoothing": 0.1}, "is not read by name = 'raters'"),
-        ({"center_rewards_coefficient": -1.0}, "must not be below 0"),
+        ({"center_rewards_coefficient": -1.0}, "must be at least 0"),
     ],
 )
 def test_losses_that_cannot_be_are_refused(fields, message):
@@ -304,7 +304,7 @@ def test_ensembles_that_cannot_be_are_refused():
         ((1, "mean", None), "must be at least 2"),
         ((2, "uwo", None), "uwo needs one"),
         ((2, "wco", 0.1), "nothing else reads it"),
-        ((2, "uwo", -0.1), "must not be below 0"),
+        ((2, "uwo", -0.1), "must be at least 0"),
     ):
         with pytest.raises(ValueError, match=message):
             EnsembleConfig(*fields)

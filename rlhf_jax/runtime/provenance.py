@@ -91,11 +91,11 @@ def machine() -> dict[str, Any]:
     client = jax.devices()[0].client
     return {
         "platform": client.platform,
-        "platform_version": client.platform_version.splitlines()[0],
+        "platform_version": " ".join(client.platform_version.split()),
         "devices": [device.device_kind for device in jax.devices()],
         "processor": _processor(),
         "cores": os.cpu_count(),
-        "threads": int(os.environ.get("PJRT_NPROC") or os.environ.get("NPROC") or len(os.sched_getaffinity(0))),
+        "threads": int(os.environ.get("PJRT_NPROC") or os.environ.get("NPROC") or _usable_cores()),
         "cpu_target": cpu_target() if client.platform == "cpu" else None,
         "xla_flags": os.environ.get("XLA_FLAGS", "").split(),
         "python": platform.python_version(),
@@ -185,6 +185,12 @@ def _git(directory: Path, *arguments: str) -> str | None:
     command = ["git", "--no-optional-locks", "-C", str(directory), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=own)
     return done.stdout if done.returncode == 0 else None
+
+
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _processor() -> str:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray, PyTree
 
-from rlhf_jax.config import Count, CountOrZero, ModelSource, Positive, StageName, check_ranges
+from rlhf_jax.config import Count, CountOrZero, ModelSource, NonNegative, Positive, StageName, check_ranges
 from rlhf_jax.core import masking
 from rlhf_jax.data import pipeline
 from rlhf_jax.data.lengths import answer_pairs
@@ -57,6 +57,7 @@ class DPOConfig:
     tuning: Tuning = AS_IT_IS
     loss: PreferenceLossConfig = SIGMOID
     reference_update: ReferenceUpdate | None = None  # None: the reference stays what it is
+    sample_temperature: NonNegative = 1.0  # of the continuations shown; 0 takes the most likely token
     cached_reference: bool = False  # its log-probabilities are computed once and kept on disk
 
     def __post_init__(self) -> None:
@@ -107,7 +108,7 @@ def run(config: DPOConfig, context: Context) -> dict[str, Any]:
         if config.reference_update:
             theirs = of_pairs(whole(network, trained["reference"], frozen, "reference"), eval_data, rows)
         metrics = evaluate(config.loss, of_pairs(policy.params, eval_data, rows), theirs, eval_data, config.beta)
-        return metrics, policy_samples(policy, eval_prompts, config.sample_prompts, context)
+        return metrics, policy_samples(policy, eval_prompts, config.sample_prompts, context, config.sample_temperature)
 
     task = Task(
         step=make_step(network, config.optimizer, steps, placement.axes, config.loss, config.reference_update),

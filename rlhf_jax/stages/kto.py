@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, PyTree
 
-from rlhf_jax.config import AtLeastTwo, Count, CountOrZero, ModelSource, Positive, StageName, check_ranges
+from rlhf_jax.config import AtLeastTwo, Count, CountOrZero, ModelSource, NonNegative, Positive, StageName, check_ranges
 from rlhf_jax.core import masking
 from rlhf_jax.core.logprobs import sequence_logprobs
 from rlhf_jax.core.unpaired_losses import apo_zero_unpaired_loss, kto_baseline, kto_loss
@@ -70,6 +70,7 @@ class KTOConfig:
     loop: LoopConfig
     loss: UnpairedLossConfig = KTO
     tuning: Tuning = AS_IT_IS
+    sample_temperature: NonNegative = 1.0  # of the continuations shown; 0 takes the most likely token
 
     def __post_init__(self) -> None:
         refuse_float16(self.tuning, adapter=self.tuning.lora is not None)
@@ -97,7 +98,7 @@ def run(config: KTOConfig, context: Context) -> dict[str, Any]:
         policy = reference._replace(params=whole(network, trained["policy"], frozen, "reference"))
         models = (policy.params, reference.params)
         metrics = evaluate(config.loss, network, models, eval_data, config.beta, context.runtime.inference_batch)
-        return metrics, policy_samples(policy, eval_prompts, config.sample_prompts, context)
+        return metrics, policy_samples(policy, eval_prompts, config.sample_prompts, context, config.sample_temperature)
 
     task = Task(
         step=make_step(network, config.optimizer, steps, placement.axes, config.loss),

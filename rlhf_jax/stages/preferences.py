@@ -51,6 +51,7 @@ class PreferencesConfig:
     reward_model: RewardSource | None = None
     pairs: Literal["all", "best_worst"] = "all"
     margin: Positive | None = None
+    temperature: Positive = 1.0  # of the samples
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -95,7 +96,7 @@ def run(config: PreferencesConfig, context: Context) -> dict[str, Any]:
         policy.params,
         pipeline.take(pool, drawn),
         context.key("samples"),
-        context.sampling(policy.tokenizer, 1.0),
+        context.sampling(policy.tokenizer, config.temperature),
         samples=config.samples_per_prompt,
         batch_size=context.runtime.inference_batch,
     )

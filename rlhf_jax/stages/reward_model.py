@@ -46,10 +46,11 @@ from rlhf_jax.types import RlhfError
 
 @dataclasses.dataclass(frozen=True)
 class NormaliseConfig:
-    """On whose samples scores have mean 0 and variance 1: as many as there are prompts, at temperature 1."""
+    """The policy on whose samples scores have mean 0 and variance 1, one sample to each prompt."""
 
     policy: ModelSource
     prompts: AtLeastTwo  # of the training split, drawn at random
+    temperature: Positive = 1.0  # of the samples: that at which the policy is to be tuned
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -202,7 +203,7 @@ def score_moments(config: NormaliseConfig, model: RewardModel, context: Context)
         policy.params,
         pipeline.take(pool, drawn),
         context.key("normalise: samples"),
-        context.sampling(policy.tokenizer, 1.0),
+        context.sampling(policy.tokenizer, config.temperature),
         samples=1,
         batch_size=context.runtime.inference_batch,
     )

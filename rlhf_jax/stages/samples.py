@@ -85,7 +85,9 @@ def sample_rows(
     ]
 
 
-def policy_samples(policy: Policy, prompts: Prompts, count: int, context: Context) -> list[dict[str, Any]]:
+def policy_samples(
+    policy: Policy, prompts: Prompts, count: int, context: Context, temperature: float
+) -> list[dict[str, Any]]:
     """One sample to each of the first `count` prompts, without scores; the same random numbers at every call."""
     if not count:
         return []
@@ -95,7 +97,7 @@ def policy_samples(policy: Policy, prompts: Prompts, count: int, context: Contex
         policy.params,
         first,
         context.key("shown samples"),
-        context.sampling(policy.tokenizer, 1.0),
+        context.sampling(policy.tokenizer, temperature),
         samples=1,
         batch_size=context.runtime.inference_batch,
     )

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key, PyTree
 
-from rlhf_jax.config import Count, CountOrZero, Positive, StageName
+from rlhf_jax.config import Count, CountOrZero, NonNegative, Positive, StageName
 from rlhf_jax.core import masking
 from rlhf_jax.core.logprobs import cross_entropy
 from rlhf_jax.data import pipeline
@@ -42,6 +42,7 @@ class SFTConfig:
     sample_prompts: CountOrZero  # evaluation prompts continued at every evaluation
     eval_every: Count  # steps
     loop: LoopConfig
+    sample_temperature: NonNegative = 1.0  # of those; 0 takes the most likely token
     demonstrations: StageName | None = None  # a stage's, or what its preferences chose; None: the experiment's data
 
     def __post_init__(self) -> None:
@@ -76,7 +77,7 @@ def run(config: SFTConfig, context: Context) -> dict[str, Any]:
     def evaluation(trained: PyTree) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         policy = start._replace(params=whole(network, trained["policy"], frozen, "base"))
         metrics = evaluate(network, policy.params, eval_data, context.runtime.inference_batch)
-        return metrics, policy_samples(policy, eval_prompts, config.sample_prompts, context)
+        return metrics, policy_samples(policy, eval_prompts, config.sample_prompts, context, config.sample_temperature)
 
     task = Task(
         step=make_step(network, config.optimizer, steps, placement.axes),

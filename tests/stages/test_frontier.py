@@ -57,6 +57,11 @@ def test_points_are_every_checkpoint_and_an_interrupted_stage_goes_on(tmp_path):
     place = experiments.run(tmp_path / "run", data, stages, seeds=2)
     directory = place.find("frontier")
     points = experiments.rows(directory / "points.jsonl")
+    trained = read_json(place.find("online") / "summary.json")["provenance"]
+    assert trained["seeds"] == [0, 1] and trained["batch"]["rows"] == 8
+    assert read_json(directory / "summary.json")["provenance"]["seeds"] == [0]
+    at_kl = experiments.rows(directory / "at_kl.jsonl")
+    assert [(row["seed"], row["kl"]) for row in at_kl] == [(seed, kl) for seed in (0, 1) for kl in TARGETS]
     assert steps_of(place.find("online") / "checkpoints") == [4, 6, 8]
     assert [(point["method"], point["seed"], point["step"]) for point in points] == [
         ("reference", 0, 0),

@@ -19,6 +19,8 @@ ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "re
 OTHER_ACTIVATIONS = ("quick_gelu", "tanh", "mish", "gelu_10")  # of transformers alone
 
 LAYERS = (1, 1, 2, 2, 3)
+LEAST = 4
+"""Of the model's width: norms of fewer channels magnify rounding (those of one channel have no gradient at all)."""
 
 Fields = dict[str, Any]
 
@@ -53,9 +55,9 @@ def sometimes(rng: random.Random, chance: float, **fields: Any) -> Fields:
 
 
 def gpt2(rng: random.Random) -> Fields:
-    heads = rng.randint(1, 4)
+    heads, width = rng.randint(1, 4), rng.randint(1, 12)
     return {
-        "n_embd": heads * rng.randint(1, 12),
+        "n_embd": heads * (width if heads * width >= LEAST else LEAST),
         "n_head": heads,
         "n_layer": rng.choice(LAYERS),
         "n_positions": context(rng),
@@ -72,6 +74,7 @@ def gpt2(rng: random.Random) -> Fields:
 
 def gpt_neox(rng: random.Random) -> Fields:
     heads, width = rng.randint(1, 4), rng.randint(2, 12)
+    width = width if heads * width >= LEAST else LEAST
     share = rng.choice([None, 0.25, 0.5, 0.7, 0.9, 1.0])
     channels = int(width * (0.25 if share is None else share))
     if channels == width and width % 2:
@@ -105,12 +108,14 @@ def decoder(rng: random.Random, family: str) -> Fields:
         "max_position_embeddings": context(rng),
     }
     if family in ("phi3", "olmo2") or (family not in ("qwen3", *GEMMAS) and rng.random() < 0.4):
-        width = min(width, 48 // heads // 2 * 2)
+        width = min(width, 48 // heads // 2 * 2) if heads * width >= LEAST else LEAST
         fields["hidden_size"] = heads * width
     else:
         fields["head_dim"] = width
         whole = family in ("llama", "arcee", "gemma2", "gemma3_text")  # they ask for a multiple
         fields["hidden_size"] = heads * rng.randint(2, 48 // heads) if whole else rng.randint(8, 48)
+        if fields["hidden_size"] < LEAST:
+            fields["hidden_size"] = heads * LEAST
     if family in ("llama", "arcee", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2"):
         fields |= sometimes(rng, 0.5, attention_bias=rng.random() < 0.6)
     if family in ("llama", "arcee"):

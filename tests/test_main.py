@@ -164,6 +164,10 @@ def test_what_is_cut_of_the_data_is_said_once_and_whole_on_80_columns(tmp_path):
     config, _ = parse_run_flags(
         [PREFERENCES, f"--workdir={tmp_path}", *files(tmp_path), "--config.data.max_response_tokens=4"]
     )
+    train = tmp_path / "train.jsonl"
+    first, *others = train.read_text().splitlines(keepends=True)
+    row = json.loads(first)
+    train.write_text("".join([json.dumps(row | {"rejected": row["chosen"]}) + "\n", *others]))
     printed = io.StringIO()
     place = Workdir(tmp_path / "run")
     for stage in ("sft", "reward_model", "dpo"):
@@ -177,8 +181,10 @@ def test_what_is_cut_of_the_data_is_said_once_and_whole_on_80_columns(tmp_path):
     assert [figure["column"] for figure in data["splits"]["train"]] == ["prompt", "chosen", "rejected"]
     assert [figure["rows"] for figure in data["splits"]["train"]] == [64] * 3
     assert all(figure["cut"] > 0.05 for figure in data["splits"]["train"][1:])
-    assert len(data["warnings"]) == 1 and f"Warning: {data['warnings'][0]}" in said
-    assert "data.max_response_tokens cuts" in data["warnings"][0]
+    cut, same = data["warnings"]
+    assert f"Warning: {cut}" in said and f"Warning: {same}" in said
+    assert "data.max_response_tokens cuts" in cut
+    assert same == "1 of 64 rows (train) have the same answer as chosen and rejected, and prefer nothing."
 
 
 def test_a_start_that_failed_on_a_row_leaves_no_lock(tmp_path, capsys):

@@ -39,7 +39,11 @@ def bootstrap_interval(x: Float[np.ndarray, "N"], *, level: float, rounds: int, 
     The rows (prompts) are drawn with replacement, `rounds` times; the interval lies between the quantiles (1 - level)/2
     and (1 + level)/2 of their means. Unlike Wilson's it takes rows of any value, ties as half wins among them, as they
     are. The same seed gives the same interval.
+
+    Returns: the lower and the upper end, NaN for a single row, which says nothing of the spread.
     """
+    if len(x) < 2:
+        return math.nan, math.nan
     rng = np.random.default_rng(seed)
     means = [x[rng.integers(len(x), size=len(x))].mean() for _ in range(rounds)]
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])

@@ -155,8 +155,8 @@ def _mean(name: str, estimates: np.ndarray | None) -> dict[str, float | None]:
     return {
         name: float(estimates.mean()),
         f"{name}_se": measured(standard_error(estimates)),
-        f"{name}_low": low,
-        f"{name}_high": high,
+        f"{name}_low": measured(low),
+        f"{name}_high": measured(high),
     }
 
 

@@ -19,18 +19,29 @@ SHOWN = ("column", "rows", "median", "95 %", "longest", "limit", "cut")
 
 def report_answers(context: Context, tokenizer: Tokenizer, splits: Mapping[str, Mapping[str, Pairs]]) -> None:
     """Report the lengths of prompts and answers, by split and column; see `data.lengths`."""
-    _report(context, {name: lengths.of_answers(pairs, tokenizer, context.data) for name, pairs in splits.items()})
+    figures = {name: lengths.of_answers(pairs, tokenizer, context.data) for name, pairs in splits.items()}
+    _report(context, figures, [warning for name, pairs in splits.items() if (warning := _of_equals(pairs, name))])
 
 
 def report_prompts(context: Context, tokenizer: Tokenizer, splits: Mapping[str, list[Row]]) -> None:
     """Report the lengths of prompts, by split."""
-    _report(context, {name: lengths.of_prompts(rows, tokenizer, context.data) for name, rows in splits.items()})
+    _report(context, {name: lengths.of_prompts(rows, tokenizer, context.data) for name, rows in splits.items()}, [])
 
 
-def _report(context: Context, splits: dict[str, list[dict[str, Any]]]) -> None:
+def _of_equals(pairs: Mapping[str, Pairs], split: str) -> str | None:
+    """A sentence where chosen and rejected answers are the same in some rows."""
+    if not {"chosen", "rejected"} <= pairs.keys():
+        return None
+    same = [one == other for one, other in zip(pairs["chosen"][1], pairs["rejected"][1], strict=True)]
+    if not any(same):
+        return None
+    return f"{sum(same)} of {len(same)} rows ({split}) have the same answer as chosen and rejected, and prefer nothing."
+
+
+def _report(context: Context, splits: dict[str, list[dict[str, Any]]], warnings: list[str]) -> None:
     """Write `data.json`, and print it with its warnings unless an earlier stage of the experiment printed the same."""
     splits = {name: figures for name, figures in splits.items() if figures}
-    said = {"splits": splits, "warnings": lengths.warnings(splits)}
+    said = {"splits": splits, "warnings": [*lengths.warnings(splits), *warnings]}
     write_json(context.directory / FILE, said)
     earlier = [context.workdir.directory(name) / FILE for name in context.stages[: context.stages.index(context.name)]]
     if not splits or any(path.exists() and read_json(path) == said for path in earlier):

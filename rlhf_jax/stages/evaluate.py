@@ -136,7 +136,7 @@ def _compare(
 
 def win_rate(
     wins: Float[np.ndarray, "N"], own: Answers, other: Answers, config: EvaluateConfig, seed: int
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Pairs won, ties counted half: the rate with Wilson's interval and the bootstrap's over prompts, ties, lengths.
 
     Every method's bootstrap draws the same prompts.
@@ -149,8 +149,8 @@ def win_rate(
         "win_low": low,
         "win_high": high,
         "tie_rate": float(np.mean(wins == 0.5)),
-        "boot_low": boot_low,
-        "boot_high": boot_high,
+        "boot_low": measured(boot_low),
+        "boot_high": measured(boot_high),
         "lc_win_rate": controlled.rate,
         "lc_win_se": controlled.se,
     }

@@ -1,6 +1,7 @@
 """gold: fits the judge that stands in for the person to people's ratings or labels of the training split."""
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 import numpy as np
@@ -10,6 +11,7 @@ from rlhf_jax.data.formats import require_columns
 from rlhf_jax.rewards import lexicon, tfidf
 from rlhf_jax.rewards.tfidf import TfidfJudge, TfidfLogisticConfig, TfidfRidgeConfig
 from rlhf_jax.stages.context import Context
+from rlhf_jax.types import RlhfError
 
 JUDGE_FILE = "judge.joblib"
 
@@ -28,9 +30,14 @@ def run(config: GoldConfig, context: Context) -> dict[str, Any]:
     train, held_out = (pipeline.load_rows(context.data, split) for split in ("train", "eval"))
     for split, rows in (("train", train), ("eval", held_out)):
         require_columns(rows, ["text", config.rating], context.data.source(split))
-    judge = tfidf.fit(config.model, [row["text"] for row in train], [row[config.rating] for row in train])
+    labels = isinstance(config.model, TfidfLogisticConfig)
+    given, ratings = (
+        _ratings(rows, config.rating, context.data.source(split), labels=labels)
+        for split, rows in (("train", train), ("eval", held_out))
+    )
+    judge = tfidf.fit(config.model, [row["text"] for row in train], given)
     judge.save(context.directory / JUDGE_FILE)
-    texts, ratings = [row["text"] for row in held_out], [row[config.rating] for row in held_out]
+    texts = [row["text"] for row in held_out]
     scores = judge.score(texts)
     figures = {
         "correlation": _correlation(scores, ratings),
@@ -40,6 +47,27 @@ def run(config: GoldConfig, context: Context) -> dict[str, Any]:
         figures["accuracy"] = float(np.mean((scores > 0) == (np.array(ratings) == max(ratings))))
     context.bar.update(1, 1, {name: figures[name] for name in ("correlation", "accuracy") if name in figures})
     return {"train_rows": len(train), "eval_rows": len(held_out), **figures}
+
+
+def _ratings(rows: list[dict[str, Any]], column: str, source: str, *, labels: bool) -> list[float]:
+    """The ratings of a table, which a CSV file has as texts; a 1 and a 0 for labels that are True and False.
+
+    Raises RlhfError, naming the row, for what is no finite number.
+    """
+    found = []
+    for number, row in enumerate(rows, start=1):
+        value = row[column]
+        try:
+            rating = float(value)
+        except (TypeError, ValueError):
+            rating = math.nan
+        if not math.isfinite(rating):
+            kind = "one of two numbers that are the labels" if labels else "a finite number"
+            raise RlhfError(
+                f"{source}, row {number}, column {column} is {value!r:.100}: give {kind}, or remove the row"
+            )
+        found.append(rating)
+    return found
 
 
 def has_judge(context: Context, stage: str) -> bool:

@@ -169,3 +169,7 @@ def test_over_five_seeds_the_t_interval_covers_what_it_says_and_the_percentile_b
 def test_one_seed_has_no_interval_over_seeds():
     with pytest.raises(ValueError, match="at least two"):
         t_interval(np.array([1.0]), level=0.95)
+
+
+def test_one_row_has_no_bootstrap_interval():
+    assert np.isnan(bootstrap_interval(np.array([1.0]), level=0.95, rounds=100, seed=0)).all()

@@ -141,10 +141,6 @@ def preference_rows(rows: Sequence[Row], source: str) -> list[Row]:
         for column in ("chosen", "rejected"):
             if is_blank(row[column]):
                 raise RlhfError(f"{source}, row {number}, column {column} is empty: remove the row or give an answer")
-    if all(row["chosen"] == row["rejected"] for row in checked):
-        raise RlhfError(
-            f"{source}: chosen and rejected are the same in every row, which prefers nothing: mend the columns"
-        )
     if kind == "preference":
         return checked
     return [

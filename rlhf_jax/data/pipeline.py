@@ -74,13 +74,19 @@ class Example(NamedTuple):
 def load_rows(config: DataConfig, split: str) -> list[Row]:
     """The rows of a split. Preference rows come out as `prompt, chosen, rejected`, other columns kept.
 
-    Raises RlhfError naming file and row where a value is missing or is neither text nor chat.
+    Raises RlhfError naming file and row where a value is missing or is neither text nor chat, and where all preference
+    rows have the same answer on both sides.
     """
     source = config.source(split)
     rows = _table(source, formats.file_hash(source))[: config.limit]
     kind = formats.kind_of(rows, source)
     if kind in ("preference", "implicit_prompt_preference"):
-        return formats.preference_rows(rows, source)
+        pairs = formats.preference_rows(rows, source)
+        if all(row["chosen"] == row["rejected"] for row in pairs):
+            raise RlhfError(
+                f"{source}: chosen and rejected are the same in every row, which prefers nothing: check them"
+            )
+        return pairs
     if kind in ("unpaired", "ranked"):
         return {"unpaired": formats.unpaired_rows, "ranked": formats.ranked_rows}[kind](rows, source)
     return formats.checked_rows(rows, formats.KINDS[kind], source)

@@ -535,10 +535,3 @@ def test_labels_may_be_written_in_many_ways():
 def test_bad_unpaired_rows_are_named(row, message):
     with pytest.raises(RlhfError, match=message):
         formats.unpaired_rows([{"prompt": "a", "completion": " b", "label": True}, row], "table")
-
-
-def test_pairs_that_all_prefer_nothing_are_refused():
-    same = {"prompt": "a", "chosen": "b", "rejected": "b"}
-    with pytest.raises(RlhfError, match=r"pairs\.jsonl: chosen and rejected are the same in every row"):
-        formats.preference_rows([same, same], "pairs.jsonl")
-    assert len(formats.preference_rows([same, same | {"rejected": "c"}], "pairs.jsonl")) == 2

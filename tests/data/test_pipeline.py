@@ -317,3 +317,13 @@ def test_unpaired_rows_keep_their_labels():
     assert_padded(batch.prompt, batch.prompt_mask, [[BOS, A], [BOS, C, D]], left=True)
     assert_padded(batch.response, batch.response_mask, [[B, C, EOS], [EOS]])
     np.testing.assert_array_equal(batch.label, [True, False])
+
+
+def test_pairs_that_all_prefer_nothing_are_refused(tmp_path):
+    same, data = {"prompt": "a", "chosen": "b", "rejected": "b"}, tmp_path / "pairs.jsonl"
+    config = dataclasses.replace(CONFIG, train=str(data))
+    data.write_text(2 * (json.dumps(same) + "\n"))
+    with pytest.raises(RlhfError, match=r"pairs\.jsonl: chosen and rejected are the same in every row"):
+        pipeline.load_rows(config, "train")
+    data.write_text(json.dumps(same) + "\n" + json.dumps(same | {"rejected": "c"}) + "\n")
+    assert len(pipeline.load_rows(config, "train")) == 2

@@ -103,8 +103,8 @@ def rounded(value: float) -> float | None:
 
 
 def reason(message: str) -> str:
-    """A refusal without the numbers of its case."""
-    return re.sub(r"\d+(\.\d+)?", "N", message)
+    """What is refused, without the number of its case."""
+    return re.sub(r"= [\d.]+$", "= N", message.partition(" is not supported")[0])
 
 
 if __name__ == "__main__":

@@ -108,7 +108,12 @@ def data_config(data: Path) -> DataConfig:
 
 
 def run(
-    workdir: Path, data: Path, stages: dict[str, dict[str, Any]], *, console: io.StringIO | None = None, **common: Any
+    workdir: Path,
+    data: Path | DataConfig,
+    stages: dict[str, dict[str, Any]],
+    *,
+    console: io.StringIO | None = None,
+    **common: Any,
 ) -> Workdir:
     """Runs stages, sections by name, on `data` for training and evaluation; returns the work directory.
 
@@ -118,7 +123,7 @@ def run(
         "seed": 0,
         "seeds": 1,
         "stages": tuple(stages),
-        "data": dataclasses.asdict(data_config(data)),
+        "data": dataclasses.asdict(data_config(data) if isinstance(data, Path) else data),
         "runtime": RUNTIME,
         **stages,
         **common,

@@ -28,12 +28,12 @@ from rlhf_jax.types import Rollout
 from tests.stages import experiments
 
 CLOSE = 0.002
-WORDS, PROMPT = ("?", "a", "b"), "?"
+WORDS, PROMPT = ("a", "b", "c"), ""  # none of the words: one layer hardly tells a word from its repetition
 MODEL = {
-    "d_model": 16,
+    "d_model": 32,
     "n_layers": 1,
     "n_heads": 2,
-    "d_ff": 32,
+    "d_ff": 64,
     "activation": "gelu",
     "tied": False,
     "param_dtype": "float32",
@@ -45,7 +45,7 @@ WORTH = {worth!r}
 
 
 def reward(completions):
-    return [math.log(WORTH[" ".join(text.replace("?", " ? ").split())]) for text in completions]
+    return [math.log(WORTH[text.strip()]) for text in completions]
 """
 
 
@@ -242,8 +242,8 @@ def rloo(space: Space, beta: float, **fields: Any) -> dict[str, Any]:
 
 
 def test_rloo_ends_at_the_reference_times_the_exponential_reward(space):
-    section = rloo(space, 1.0, iterations=120, batch_size=128)
-    assert_optimal_for_rl(space, space.train("rloo", section), 1.0)
+    section = rloo(space, 0.5, iterations=120, batch_size=128)
+    assert_optimal_for_rl(space, space.train("rloo", section), 0.5)
 
 
 @pytest.mark.nightly
@@ -261,7 +261,7 @@ def test_dpo_ends_there_also_where_a_third_token_is_to_be_chosen(larger_space):
 
 @pytest.mark.nightly
 def test_ppo_ends_at_the_reference_times_the_exponential_reward(space):
-    beta = 1.0
+    beta = 0.5
     section = rl(
         space,
         beta,

@@ -17,7 +17,7 @@ from rlhf_jax.stages.ppo import PPOConfig
 from tests.exact import world as exact
 from tests.exact.world import COMMON, EOS, MODEL, VOCAB, World, apart, cosine, every_batch, of_group, world
 
-EXACT = 1e-4
+EXACT, NIGHTLY = 1e-4, pytest.mark.nightly
 
 
 def of_ppo(size: int, **fields) -> PPOConfig:
@@ -174,6 +174,30 @@ def test_whitening_over_the_batch_is_biased_less_in_a_larger_batch():
         assert apart(batches.mean(), batches.chances @ each) < EXACT
         found[size] = 1 - cosine(batches.mean(), objective)
     assert 1e-3 < found[3] < 0.9 * found[2]
+
+
+def of_batches(name: str, rewards: np.ndarray) -> np.ndarray:
+    """Advantages of batches of two groups of two, float64[K, 4], from their definitions."""
+    groups = rewards.reshape(-1, 2, 2)
+    centred = (groups - groups.mean(axis=2, keepdims=True)).reshape(-1, 4)
+    if name == "grpo_batch_std":
+        return centred / (rewards.std(axis=1, ddof=1, keepdims=True) + 1e-4)
+    if name == "rloo_normalized":  # differences have mean 0
+        return 2 * centred / ((2 * centred).std(axis=1, ddof=1, keepdims=True) + 1e-4)
+    return centred / np.sqrt(np.square(centred).mean(axis=1, keepdims=True) + 1e-8)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["reinforce_plus_plus_baseline", *(pytest.param(x, marks=NIGHTLY) for x in ("grpo_batch_std", "rloo_normalized"))],
+)
+def test_a_deviation_of_the_whole_batch_is_biased_as_well(name):
+    at = world(1)
+    found = every_batch(at, of_group("dr_grpo", 2, batch_size=4, advantage=name, aggregation="sequence_sum"))
+    advantages = of_batches(name, np.asarray(at.scores, np.float64)[found.rows])
+    each = exact.score_functions(1)[:, 0][found.rows]
+    assert apart(found.mean(), np.einsum("k,ki,kid->d", found.chances, advantages, each) / 4) < EXACT
+    assert 0.9 < cosine(found.mean(), of_score(1)) < 0.9999
 
 
 @pytest.mark.nightly

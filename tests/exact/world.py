@@ -53,9 +53,9 @@ COMMON: dict[str, Any] = {
 
 
 def of_group(method: str, size: int, **fields: Any) -> GroupRLConfig:
-    """A method of `group_rl` in batches of one group, without a penalty unless told otherwise."""
-    given = {**COMMON, "kl_coef": 0.0, **fields}
-    return GroupRLConfig(kind="group_rl", method=method, num_generations=size, batch_size=size, **given)  # type: ignore[arg-type]
+    """A method of `group_rl` in batches of one group, without a penalty, unless told otherwise."""
+    given = {**COMMON, "kl_coef": 0.0, "batch_size": size, **fields}
+    return GroupRLConfig(kind="group_rl", method=method, num_generations=size, **given)  # type: ignore[arg-type]
 
 
 class World(NamedTuple):

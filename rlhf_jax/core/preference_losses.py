@@ -84,7 +84,9 @@ def ipo_loss(
     r"""Identity preference optimisation: $(\frac{\rho_w}{|y_w|} - \frac{\rho_l}{|y_l|} - \frac{1}{2 \beta})^2$.
 
     Eq. 17 of Azar et al. 2023 (arXiv:2310.12036), where beta is tau. The lengths, in tokens, are not in the paper: TRL
-    divides by them, and reports that the authors did so as well.
+    divides by them, and reports that the authors did so as well. At the optimum
+    $\frac{\rho(y)}{|y|} = \frac1\beta \mathbb{E}_{y'}[p(y \succ y')]$ plus a constant: their closed form where all
+    responses are of one length, with beta over that length as tau.
     """
     margins = per_token(chosen, chosen_tokens) - per_token(rejected, rejected_tokens)
     return jnp.square(margins - 1 / (2 * beta))

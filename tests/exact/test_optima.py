@@ -253,13 +253,6 @@ def test_rloo_ends_there_also_where_a_third_token_is_to_be_chosen(larger_space):
 
 
 @pytest.mark.nightly
-def test_dpo_ends_there_also_where_a_third_token_is_to_be_chosen(larger_space):
-    space, beta = larger_space, 0.5
-    found = normalised(space.train("dpo", dpo(space, beta, batch_size=494, epochs=60.0))[1:])
-    assert distance(found, normalised((space.reference * space.worth ** (1 / beta))[1:])) < CLOSE
-
-
-@pytest.mark.nightly
 def test_ppo_ends_at_the_reference_times_the_exponential_reward(space):
     beta = 0.5
     section = rl(

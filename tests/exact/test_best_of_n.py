@@ -94,10 +94,10 @@ def test_what_is_kept_above_a_threshold_is_the_policy_given_that_it_is_above(cha
 class Fixed(np.random.Generator):
     """Gives one number in the place of random ones."""
 
-    uniform = 0.0
+    number = 0.0
 
     def random(self, size):  # type: ignore[override]
-        return np.full(size, self.uniform)
+        return np.full(size, self.number)
 
 
 @pytest.mark.parametrize("temperature", [0.3, 2.0])
@@ -113,7 +113,7 @@ def test_soft_best_of_n_is_its_definitions_mean_over_pools(chances, temperature)
     # Rejection sampling keeps the same: over all uniform numbers, to a 500th of them.
     pools, weights = every_pool(chances, n)
     kept, rng = np.zeros(len(chances)), Fixed(np.random.PCG64(0))
-    for rng.uniform in (np.arange(500) + 0.5) / 500:
+    for rng.number in (np.arange(500) + 0.5) / 500:
         mask = KEEP[KeepSoft](KeepSoft(temperature), PROXY[pools], rng)
         np.add.at(kept, pools[mask], weights / 500)
     np.testing.assert_allclose(kept, chosen, atol=1e-3)

@@ -200,7 +200,10 @@ def test_ipo_ends_where_each_responses_log_ratio_a_token_is_how_often_it_is_pref
         def shifted(constant: float) -> np.ndarray:
             return (space.reference * np.exp(space.lengths * (wins.mean(axis=1) / beta + constant)))[1:]
 
-        return shifted(scipy.optimize.brentq(lambda c: shifted(c).sum() - (1 - found[0]), -20, 20))
+        def excess(constant: float) -> float:
+            return float(shifted(constant).sum() - (1 - found[0]))
+
+        return shifted(float(scipy.optimize.root_scalar(excess, bracket=(-20, 20)).root))
 
     assert distance(space.reference[1:], optimum(beta)) > 0.1
     assert distance(optimum(1.1 * beta), optimum(beta)) > 3 * CLOSE

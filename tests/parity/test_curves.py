@@ -4,15 +4,13 @@ The greatest and the mean difference between our run and TRL's must be at most t
 TRL's runs with the rows of each batch in another order, which differ by rounding alone.
 """
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from tests.core.against_trl import read
-from tests.parity import trl_curves
-from tests.stages import curves
-from tests.stages.curves import Curve
+from tests.parity import trl_curves, trl_curves_online, trl_curves_ppo
+from tests.stages import curves, curves_online
+from tests.stages.curves import Curve, World
 
 FACTOR, ORDERS = 3, 3
 
@@ -32,6 +30,21 @@ def test_a_run_is_trls(name, world, tmp_path):
     assert_golden(name, theirs)
     assert theirs.loss[-5:].mean() < 0.8 * theirs.loss[:5].mean()
     assert (theirs.grad_norm > curves.OPTIMIZER["max_grad_norm"]).any()  # clipping is part of the run
+
+
+@pytest.mark.parametrize("name", curves_online.SECTIONS)
+def test_a_run_on_given_rollouts_is_trls(name, world, tmp_path):
+    theirs, *again = given_rollouts(name, world, 1 + ORDERS)
+    assert_close(curves_online.run(name, world, tmp_path), theirs, again)
+    assert_golden(name, theirs)
+
+
+def given_rollouts(name: str, world: World, count: int) -> list[Curve]:
+    """TRL's runs, the first with the rows as they are and the others with those of each iteration in another order."""
+    if name != "ppo":
+        return [trl_curves_online.run(name, world, seed) for seed in range(count)]
+    order = np.tile(np.arange(curves.BATCH), (curves_online.ITERATIONS, 1))
+    return trl_curves_ppo.run(world, [order, *(reordered(name, order, seed) for seed in range(1, count))])
 
 
 def reordered(name: str, order: np.ndarray, seed: int) -> np.ndarray:
@@ -84,7 +97,7 @@ def flat(weights: dict[str, np.ndarray]) -> np.ndarray:
 
 def assert_golden(name: str, theirs: Curve) -> None:
     """The golden file, which tests without torch read, is up to date with the installed TRL."""
-    _, golden = read(Path(curves.GOLDEN))
+    _, golden = read(curves.GOLDEN)
     for part in ("loss", "grad_norm"):
         first = getattr(theirs, part)[: curves.FIRST]
         np.testing.assert_allclose(golden[f"{name}/{part}"], first, rtol=1e-4, atol=1e-6, err_msg=part)

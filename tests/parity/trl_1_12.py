@@ -31,14 +31,14 @@ def record(seed: int) -> dict[str, np.ndarray]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "record.npz")
         environment = {**os.environ, "PYTHONPATH": ROOT, "TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_OFFLINE": "1"}
-        command = [str(_python()), str(Path(__file__).resolve()), str(seed), str(out)]
+        command = [str(python()), str(Path(__file__).resolve()), str(seed), str(out)]
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         with np.load(out) as arrays:
             return dict(arrays)
 
 
-def _python() -> Path:
+def python() -> Path:
     """The interpreter of an environment whose TRL is 1.12; torch and all else it finds in the one it was made by."""
     place = Path(sys.prefix, f"venv-trl-{VERSION}")
     if not place.exists():

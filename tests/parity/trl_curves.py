@@ -58,9 +58,8 @@ def make_world(directory: Path) -> World:
 CLASSIFIER = transformers.AutoModelForSequenceClassification
 
 
-def arguments(folder: str, micro_batch: int) -> dict[str, Any]:
-    """What every trainer is told: the optimiser of `curves`, rows in their order, a log row a step."""
-    ours = curves.OPTIMIZER
+def arguments(folder: str, micro_batch: int, ours: dict[str, Any] = curves.OPTIMIZER) -> dict[str, Any]:
+    """What every trainer is told: the same optimiser as our stage, and a log row a step."""
     return {
         "output_dir": folder,
         "use_cpu": True,

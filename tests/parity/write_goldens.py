@@ -11,8 +11,16 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.parity import trl_1_12, trl_1_16, trl_1_16_online, trl_1_16_preferences, trl_curves
-from tests.stages import curves
+from tests.parity import (
+    trl_1_12,
+    trl_1_16,
+    trl_1_16_online,
+    trl_1_16_preferences,
+    trl_curves,
+    trl_curves_online,
+    trl_curves_ppo,
+)
+from tests.stages import curves, curves_online
 
 SEED = 0
 GOLDENS = Path(__file__).parents[1] / "goldens"
@@ -36,8 +44,10 @@ def write_curves(path: Path) -> None:
     """Loss and gradient norm of the first steps of whole runs."""
     with tempfile.TemporaryDirectory() as folder:
         world, arrays = trl_curves.make_world(Path(folder)), {}
-        for name in curves.SECTIONS:
-            run = trl_curves.run(name, world, curves.order())
+        runs = {name: trl_curves.run(name, world, curves.order()) for name in curves.SECTIONS}
+        runs |= {name: trl_curves_online.run(name, world, seed=0) for name in trl_curves_online.KINDS}
+        runs["ppo"] = trl_curves_ppo.run(world, [np.tile(np.arange(curves.BATCH), (curves_online.ITERATIONS, 1))])[0]
+        for name, run in runs.items():
             for part in ("loss", "grad_norm"):
                 arrays[f"{name}/{part}"] = getattr(run, part)[: curves.FIRST].astype(np.float32)
     _write(path, trl_curves.VERSION, arrays)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import tokenizers
+from jaxtyping import PyTree
 
 from rlhf_jax.data import pipeline
 from rlhf_jax.models import hf
@@ -99,10 +100,15 @@ def order(seed: int = 0) -> np.ndarray:
 def run(name: str, world: World, directory: Path) -> Curve:
     """Run the stage that `section` describes."""
     place = experiments.run(directory, data_of(name, world), {name: section(name, world)}).find(name)
+    return read_metrics(place, STEPS, weights_of(load_stage(place, seed=0)))
+
+
+def read_metrics(place: Path, steps: int, weights: dict[str, np.ndarray]) -> Curve:
+    """Read the curve of a run from its stage's directory."""
     rows = experiments.rows(place / "metrics.jsonl")
-    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert [row["step"] for row in rows] == list(range(1, steps + 1))
     loss, grad_norm = (np.array([row[key] for row in rows]) for key in ("loss", "grad_norm"))
-    return Curve(loss, grad_norm, weights_of(load_stage(place, seed=0)))
+    return Curve(loss, grad_norm, weights)
 
 
 def data_of(name: str, world: World) -> Path:
@@ -151,7 +157,12 @@ SECTIONS = ("sft", "sft_decayed", "reward", "dpo", "ipo", "cdpo", "kto", "orpo")
 
 def weights_of(model: Policy | RewardModel) -> dict[str, np.ndarray]:
     """A model's parameters by path."""
-    leaves = jax.tree_util.tree_leaves_with_path(model.params)
+    return paths(model.params)
+
+
+def paths(params: PyTree) -> dict[str, np.ndarray]:
+    """Leaves of a tree by path."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tests.core.against_trl import read
-from tests.stages import curves
+from tests.stages import curves, curves_online
 
 
 @pytest.fixture(scope="module")
@@ -12,10 +12,13 @@ def world(tmp_path_factory):
     return curves.make_world(tmp_path_factory.mktemp("world"))
 
 
-@pytest.mark.parametrize("name", curves.SECTIONS)
+RUNS = dict.fromkeys(curves.SECTIONS, curves.run) | dict.fromkeys(curves_online.SECTIONS, curves_online.run)
+
+
+@pytest.mark.parametrize("name", RUNS)
 def test_a_run_begins_as_trls(name, world, tmp_path):
     _, golden = read(curves.GOLDEN)
-    ours = curves.run(name, world, tmp_path)
+    ours = RUNS[name](name, world, tmp_path)
     for part in ("loss", "grad_norm"):
         first = getattr(ours, part)[: curves.FIRST]
         np.testing.assert_allclose(first, golden[f"{name}/{part}"], rtol=1e-4, atol=1e-6, err_msg=part)

@@ -116,9 +116,7 @@ def test_what_was_trained_goes_out_again(finished, tmp_path):
 
 def test_a_changed_checkpoint_is_noticed(finished, tmp_path, capsys):
     model, workdir = finished
-    assert main([*arguments(str(model), tmp_path), f"--workdir={workdir}"]) == 1  # the files are others, too
-    assert "data.train" in capsys.readouterr().err
-    same = [*arguments(str(model), workdir.parent), f"--workdir={workdir}"]
+    same = [*arguments(str(model), tmp_path), f"--workdir={workdir}"]  # the same bytes of data, in other files
     assert main(same) == 0
     assert "nothing to do" in capsys.readouterr().out
     weights = model / "model.safetensors"

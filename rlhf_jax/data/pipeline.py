@@ -12,6 +12,7 @@ import numpy as np
 
 from rlhf_jax.config import Count, check_ranges
 from rlhf_jax.data import chat, formats
+from rlhf_jax.data.padding import pad_left, pad_right
 from rlhf_jax.text.tokenizer import NO_TEMPLATE, Messages, Tokenizer
 from rlhf_jax.types import PreferenceBatch, RlhfError, TokenBatch, UnpairedBatch
 
@@ -239,22 +240,6 @@ def encode_pairs(
         response = tokenizer.end(response) if has_end or not response else response
         examples.append(Example(fit(prompt, tokenizer, config), response[:room]))
     return examples, apart
-
-
-def pad_right(sequences: Sequence[Sequence[int]], width: int) -> tuple[np.ndarray, np.ndarray]:
-    """int32[N, width] with padding 0 on the right, and its mask."""
-    tokens, mask = np.zeros((len(sequences), width), np.int32), np.zeros((len(sequences), width), bool)
-    for row, ids in enumerate(sequences):
-        tokens[row, : len(ids)], mask[row, : len(ids)] = ids, True
-    return tokens, mask
-
-
-def pad_left(sequences: Sequence[Sequence[int]], width: int) -> tuple[np.ndarray, np.ndarray]:
-    """int32[N, width] with padding 0 on the left, and its mask."""
-    tokens, mask = np.zeros((len(sequences), width), np.int32), np.zeros((len(sequences), width), bool)
-    for row, ids in enumerate(sequences):
-        tokens[row, width - len(ids) :], mask[row, width - len(ids) :] = ids, True
-    return tokens, mask
 
 
 def shuffled_batches(arrays: Batch, batch_size: int, seed: int) -> grain.MapDataset:

@@ -20,6 +20,7 @@ from rlhf_jax.reports.style import (
     label_ends,
     label_points,
     panels,
+    scale_by_root,
     settle,
     shades,
 )
@@ -140,7 +141,7 @@ def frontier(
     """
     with context():
         figure, (ax,) = panels(1, 4.4)
-        ax.set_xscale("function", functions=(_signed_root, _signed_square))
+        scale_by_root(ax)
         labels, seen = [], []
         for label, path in paths.items():
             color = COLORS.get(_kind_of(points, label), OTHER)
@@ -344,11 +345,3 @@ def _nats_ticks(ax: Axes, largest: float) -> None:
     step = 1 if largest < 30 else 2
     ticks = [tick for tick in candidates if tick <= max(largest, 0.5) * 1.05][::step]
     ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-
-
-def _signed_root(x: np.ndarray) -> np.ndarray:
-    return np.sign(x) * np.sqrt(np.abs(x))
-
-
-def _signed_square(x: np.ndarray) -> np.ndarray:
-    return np.sign(x) * np.square(x)

@@ -102,6 +102,11 @@ def shades(count: int, own: str) -> list[str]:
     return [SHADES[round(i * (len(SHADES) - 1) / (count - 1))] for i in range(count)]
 
 
+def scale_by_root(axes: Axes) -> None:
+    """Scale the x axis by the square root, over which gains of a policy are nearly straight in KL (Gao et al. 2022)."""
+    axes.set_xscale("function", functions=(lambda x: np.sign(x) * np.sqrt(np.abs(x)), lambda x: np.sign(x) * x**2))
+
+
 def context() -> Any:
     """The style, for the length of a `with`."""
     return matplotlib.rc_context(RC)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray, PyTree
 
-from rlhf_jax.data.pipeline import pad_right
+from rlhf_jax.data.padding import pad_right
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.transformer import EMPTY, KVCache, empty_cache
 from rlhf_jax.sampling.buckets import bucket

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Key, PyTree
 from rlhf_jax.config import NonNegative, Range, check_ranges
 from rlhf_jax.core import masking, reward_losses
 from rlhf_jax.data import formats, pipeline
+from rlhf_jax.data.padding import pad_left, pad_right
 from rlhf_jax.data.pipeline import DataConfig
 from rlhf_jax.models.policy import both_responses
 from rlhf_jax.models.scalars import ScalarNetwork
@@ -238,8 +239,8 @@ def _comparisons(config: RewardLossConfig, rows: list[Row], tokenizer: Tokenizer
                 "them, or take loss.name = 'k_wise'"
             )
         own = list(itertools.islice(examples, count))
-        batch.prompt[place], batch.prompt_mask[place] = pipeline.pad_left([own[0].prompt], data.max_prompt_tokens)
-        responses = pipeline.pad_right([example.response for example in own], data.max_response_tokens)
+        batch.prompt[place], batch.prompt_mask[place] = pad_left([own[0].prompt], data.max_prompt_tokens)
+        responses = pad_right([example.response for example in own], data.max_response_tokens)
         batch.responses[place, :count], batch.response_mask[place, :count] = responses
         batch.wins[place, :count, :count] = wins
     return batch

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from rlhf_jax.data.pipeline import Prompts, pad_left, take
+from rlhf_jax.data.padding import pad_left
+from rlhf_jax.data.pipeline import Prompts, take
 from rlhf_jax.sampling.batches import sample_all
 from rlhf_jax.sampling.buckets import bucket
 from rlhf_jax.sampling.choice import Sampling

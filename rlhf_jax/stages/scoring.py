@@ -7,6 +7,7 @@ from typing import Any, TypeGuard
 import numpy as np
 
 from rlhf_jax.data import pipeline
+from rlhf_jax.data.padding import pad_left, pad_right
 from rlhf_jax.data.pipeline import DataConfig
 from rlhf_jax.rewards.functions import weighted_sum
 from rlhf_jax.runtime.programs import Scored
@@ -73,8 +74,8 @@ def make_scorer(
         ]
         examples, _ = pipeline.encode_pairs(prompts, completions, reward_model.tokenizer, wider, ended=ended)
         read = Rollout(
-            *pipeline.pad_left([example.prompt for example in examples], wider.max_prompt_tokens),
-            *pipeline.pad_right([example.response for example in examples], wider.max_response_tokens),
+            *pad_left([example.prompt for example in examples], wider.max_prompt_tokens),
+            *pad_right([example.response for example in examples], wider.max_response_tokens),
         )
         return score_all(reward_model.network, reward_model.params, read, batch_size)
 

@@ -15,7 +15,8 @@ import numpy as np
 from rlhf_jax.core.best_of_n import soft_choice
 from rlhf_jax.data.chat import naming_row
 from rlhf_jax.data.formats import checked_row
-from rlhf_jax.data.pipeline import Example, encode_pairs, pad_left, pad_right
+from rlhf_jax.data.padding import pad_left, pad_right
+from rlhf_jax.data.pipeline import Example, encode_pairs
 from rlhf_jax.rewards.functions import function_hash
 from rlhf_jax.runtime.pretrained import checkpoint_hash
 from rlhf_jax.runtime.workdir import Workdir

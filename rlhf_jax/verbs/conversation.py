@@ -6,7 +6,8 @@ from collections.abc import Generator
 
 import jax
 
-from rlhf_jax.data.pipeline import encode_pairs, pad_left, pad_right
+from rlhf_jax.data.padding import pad_left, pad_right
+from rlhf_jax.data.pipeline import encode_pairs
 from rlhf_jax.sampling.batches import score_all
 from rlhf_jax.sampling.buckets import bucket
 from rlhf_jax.sampling.choice import Sampling

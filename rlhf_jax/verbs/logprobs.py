@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from rlhf_jax.data.formats import checked_row
-from rlhf_jax.data.pipeline import Example, encode_pairs, pad_left, pad_right
+from rlhf_jax.data.padding import pad_left, pad_right
+from rlhf_jax.data.pipeline import Example, encode_pairs
 from rlhf_jax.sampling.batches import response_logprobs_all
 from rlhf_jax.sampling.buckets import bucket
 from rlhf_jax.stages.models import Policy

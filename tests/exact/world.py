@@ -17,7 +17,7 @@ from jax.flatten_util import ravel_pytree
 
 from rlhf_jax.config import ModelSource
 from rlhf_jax.core.logprobs import sequence_logprobs
-from rlhf_jax.data.pipeline import pad_right
+from rlhf_jax.data.padding import pad_right
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork

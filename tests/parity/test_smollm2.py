@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from rlhf_jax.data.pipeline import pad_left
+from rlhf_jax.data.padding import pad_left
 from rlhf_jax.runtime.pretrained import fetch_model
 from rlhf_jax.sampling.batches import sample_all
 from rlhf_jax.sampling.choice import Sampling

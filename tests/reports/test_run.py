@@ -7,6 +7,7 @@ import pytest
 
 from rlhf_jax import config as configs
 from rlhf_jax.data import pipeline
+from rlhf_jax.data.padding import pad_left, pad_right
 from rlhf_jax.data.pipeline import DataConfig
 from rlhf_jax.reports.run import RESULT_COLUMNS, Run
 from rlhf_jax.sampling.choice import Sampling
@@ -95,8 +96,8 @@ def test_samples_carry_the_score_and_the_divergence_that_the_networks_give_their
     data = configs.build(DataConfig, workdirs.DATA, "data")
     examples = pipeline.tokenise(list(sampled["prompt"]), list(sampled["completion"]), policy.tokenizer, data)
     assert len({len(example.response) for example in examples}) > 2
-    prompts = pipeline.pad_left([example.prompt for example in examples], 7)
-    responses = pipeline.pad_right([example.response for example in examples], 9)
+    prompts = pad_left([example.prompt for example in examples], 7)
+    responses = pad_right([example.response for example in examples], 9)
     rollout = Rollout(*map(jnp.asarray, (*prompts, *responses)))
     own, other = (model.network.response_stats(model.params, rollout, temperature=1.0) for model in (policy, start))
     difference = jnp.where(rollout.response_mask, own.logprobs - other.logprobs, 0).sum(axis=1)

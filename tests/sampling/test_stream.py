@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.data.pipeline import pad_left
+from rlhf_jax.data.padding import pad_left
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.sampling import stream as streams
 from rlhf_jax.sampling.batches import response_logprobs_all

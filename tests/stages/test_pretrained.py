@@ -12,6 +12,7 @@ import pytest
 from transformers import GPT2Config
 
 from rlhf_jax.data import pipeline
+from rlhf_jax.data.padding import pad_right
 from rlhf_jax.main import main
 from rlhf_jax.models import hf
 from rlhf_jax.models.families import model_config
@@ -152,7 +153,7 @@ def test_a_reward_model_with_another_tokenizer_reads_the_texts(tokenizer, tmp_pa
         rows = [{"prompt": "is it good?"}, {"prompt": "the film"}]
     prompts = pipeline.prompts(rows, policy.tokenizer, data)
     answers = [" it is.", " was bad, the worst"]
-    responses = pipeline.pad_right([[*policy.tokenizer.encode(text), policy.tokenizer.eos_id] for text in answers], 32)
+    responses = pad_right([[*policy.tokenizer.encode(text), policy.tokenizer.eos_id] for text in answers], 32)
     scores = make_scorer(judge, policy, rows, data, 4)(Rollout(*prompts, *responses))
     for row, answer, score in zip(rows, answers, scores, strict=True):
         if tokenizer == "llama2":

@@ -14,6 +14,7 @@ from rich.console import Console
 from rlhf_jax import config as configs
 from rlhf_jax import experiment
 from rlhf_jax.data import pipeline
+from rlhf_jax.data.padding import pad_left, pad_right
 from rlhf_jax.reports import Run
 from rlhf_jax.runtime.files import read_json, read_rows, write_json, write_rows
 from rlhf_jax.runtime.progress import Display
@@ -165,8 +166,8 @@ def test_the_score_rises_from_round_to_round(finished):
 def score_texts(judge: RewardModel, data: pipeline.DataConfig, prompts: list, completions: list) -> np.ndarray:
     examples = pipeline.tokenise(prompts, completions, judge.tokenizer, data)
     rollout = Rollout(
-        *pipeline.pad_left([example.prompt for example in examples], data.max_prompt_tokens),
-        *pipeline.pad_right([example.response for example in examples], data.max_response_tokens),
+        *pad_left([example.prompt for example in examples], data.max_prompt_tokens),
+        *pad_right([example.response for example in examples], data.max_response_tokens),
     )
     return score_all(judge.network, judge.params, rollout, 16)
 

@@ -14,6 +14,7 @@ import pytest
 
 from rlhf_jax.config import FunctionSource, ModelSource
 from rlhf_jax.data import pipeline
+from rlhf_jax.data.padding import pad_right
 from rlhf_jax.models.ensembles import EnsembleConfig
 from rlhf_jax.rewards.functions import load_function
 from rlhf_jax.sampling.batches import score_all
@@ -62,8 +63,8 @@ def by_judge(prompts, completions, completion_ids, **columns):
     assert all(chat[0]["role"] == "assistant" for chat in completions)
     examples, _ = pipeline.encode_pairs(prompts, completions, JUDGE.tokenizer, DATA)
     read = Rollout(
-        *pipeline.pad_left([example.prompt for example in examples], 24),
-        *pipeline.pad_right(completion_ids, 8),
+        *pad_left([example.prompt for example in examples], 24),
+        *pad_right(completion_ids, 8),
     )
     return score_all(JUDGE.network, JUDGE.params, read, 32).tolist()
 
@@ -142,7 +143,7 @@ def test_a_response_that_was_cut_off_is_scored_without_an_end_by_any_tokenizer(p
     prompts = pipeline.prompts(rows, policy.tokenizer, DATA)
     ids = [policy.tokenizer.encode(f" {text}") for text in ("good film", "good film", "dull")]
     answers = [ids[0], [*ids[1], policy.tokenizer.eos_id], ids[2]]
-    given = Rollout(*prompts, *pipeline.pad_right(answers, 8))
+    given = Rollout(*prompts, *pad_right(answers, 8))
     scores = make_scorer(judge, policy, rows, DATA, 4)(given)
 
     elsewhere = places[0] / f"other judge {chats}"
@@ -166,7 +167,7 @@ def _with_end(given: Rollout, policy: Policy) -> Rollout:
 def rollout(policy) -> Rollout:
     prompts = pipeline.take(pipeline.prompts(ROWS, policy.tokenizer, DATA), np.array([1, 0, 0]))
     answers = [[*policy.tokenizer.encode(text), policy.tokenizer.eos_id] for text in ("good", "is good", "dull bad")]
-    return Rollout(*prompts, *pipeline.pad_right(answers, 8))
+    return Rollout(*prompts, *pad_right(answers, 8))
 
 
 def reward(places, model, names, weights) -> Reward:

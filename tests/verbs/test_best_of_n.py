@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from rlhf_jax.data.pipeline import pad_left, pad_right
+from rlhf_jax.data.padding import pad_left, pad_right
 from rlhf_jax.main import main
 from rlhf_jax.sampling.batches import _scores
 from rlhf_jax.sampling.choice import Sampling

@@ -11,6 +11,9 @@ by the gold judge, and each method's score is read off where its runs cross 1, 2
 Learning rates, batches and lengths are the quickstart's for all methods of a kind (the online ones run 80 iterations,
 `half_hour` 100, and its offline ones two times as long); none was tuned for this comparison.
 
+All of these runs predate three changes of the defaults: weight decay leaves norms and biases out, Adam's epsilon is
+1e-8 outside of PPO (then 1e-5 everywhere), and evaluations draw their prompts from the whole split.
+
 Seen in the whole comparison (seeds 0 to 3; JAX 0.10.2, 2026-11-23; 2 cores of AMD EPYC, on most of which two methods
 ran side by side with a core each, the first ones beside other work; 2 hours 7 of stages; results/comparison). The gold
 score is 0.05 at the start; standard errors are over four seeds, up to 0.04 unless said otherwise.

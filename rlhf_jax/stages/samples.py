@@ -20,10 +20,11 @@ from rlhf_jax.types import Rollout
 
 
 class Responses(NamedTuple):
-    """What a model wrote: a row of the rollout each, whose last token may complete a stop string, and texts without."""
+    """Responses of a model, a row each; the last token may complete a stop string, which the texts leave out."""
 
     rollout: Rollout
     texts: list[str]
+    ended: list[bool]  # by a stop token or a stop string; the others were cut off
 
 
 def respond(
@@ -57,12 +58,14 @@ def respond(
         limits=None if context is None else np.minimum(sampling.max_new_tokens, context - lengths),
         stop_strings=stop_table(policy.tokenizer, stops, network.vocab_size) if stops else None,
     )
-    mask, written = rollout.response_mask.copy(), []
+    mask, written, ended = rollout.response_mask.copy(), [], []
     for row, (response, own) in enumerate(zip(rollout.response, rollout.response_mask, strict=True)):
-        count, text = cut(policy.tokenizer, prompts[row // samples], response[own].tolist(), stops)
+        prompt, tokens = prompts[row // samples], response[own].tolist()
+        count, text = cut(policy.tokenizer, prompt, tokens, stops)
         mask[row, count:] = False
         written.append(text)
-    return Responses(rollout._replace(response=np.where(mask, rollout.response, 0), response_mask=mask), written)
+        ended.append(tokens[-1] in sampling.stop_ids or text != cut(policy.tokenizer, prompt, tokens, ())[1])
+    return Responses(rollout._replace(response=np.where(mask, rollout.response, 0), response_mask=mask), written, ended)
 
 
 def texts(tokenizer: Tokenizer, rollout: Rollout) -> tuple[list[str], list[str]]:

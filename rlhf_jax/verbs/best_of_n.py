@@ -135,8 +135,8 @@ def answer(chooser: Chooser, rows: list[_Row], first: int, batch_size: int) -> l
     The j-th answer to the i-th row of all has the random numbers of row i * n + j, as in `rlhf-jax sample`.
     Raises RlhfError naming the row whose prompt cannot be read or is too long, or whose score is no number.
     """
-    said = _sample(chooser, rows, first, batch_size)
-    scores = _scores(chooser, rows, said, batch_size)
+    said, ended = _sample(chooser, rows, first, batch_size)
+    scores = _scores(chooser, rows, said, ended, batch_size)
     if chooser.soft is None:
         chosen = np.argmax(scores, axis=1)
     else:
@@ -150,8 +150,10 @@ def answer(chooser: Chooser, rows: list[_Row], first: int, batch_size: int) -> l
     return found
 
 
-def _sample(chooser: Chooser, rows: list[_Row], first: int, batch_size: int) -> list[list[Any]]:
-    """The answers to every row, as texts, or as lists of one message."""
+def _sample(
+    chooser: Chooser, rows: list[_Row], first: int, batch_size: int
+) -> tuple[list[list[Any]], list[list[bool]]]:
+    """The answers to every row, as texts or as lists of one message, and whether each ended or was cut off."""
     policy, sampling, n = chooser.policy, chooser.sampling, chooser.n
     prompts = []
     for row in rows:
@@ -162,7 +164,7 @@ def _sample(chooser: Chooser, rows: list[_Row], first: int, batch_size: int) -> 
                 raise RlhfError("the prompt is a chat, and the reward model has no chat template: give a text")
             prompts.append(flags.text_prompt(policy, row.prompt) if text else flags.chat_prompt(policy, row.prompt))
             flags.within_context(policy, prompts[-1], sampling)
-    texts = respond(
+    found = respond(
         policy,
         prompts,
         jax.random.key(chooser.seed),
@@ -171,22 +173,25 @@ def _sample(chooser: Chooser, rows: list[_Row], first: int, batch_size: int) -> 
         samples=n,
         batch_size=min(ROWS, batch_size * n),
         first=first,
-    ).texts
-    return [
+    )
+    said = [
         [text if isinstance(row.prompt, str) else [{"role": "assistant", "content": text}] for text in own]
-        for row, own in ((row, texts[i * n : (i + 1) * n]) for i, row in enumerate(rows))
+        for row, own in ((row, found.texts[i * n : (i + 1) * n]) for i, row in enumerate(rows))
     ]
+    return said, [found.ended[i * n : (i + 1) * n] for i in range(len(rows))]
 
 
-def _scores(chooser: Chooser, rows: list[_Row], said: list[list[Any]], batch_size: int) -> np.ndarray:
-    """The reward's scores, float32[rows, n]."""
+def _scores(
+    chooser: Chooser, rows: list[_Row], said: list[list[Any]], ended: list[list[bool]], batch_size: int
+) -> np.ndarray:
+    """The reward's scores, float32[rows, n]. A reward model reads an answer that was cut off without an end."""
     judge = chooser.judge
     if isinstance(judge, Reward):
         return _by_functions(judge, chooser.policy, rows, said)
     examples: list[Example] = []
-    for row, completions in zip(rows, said, strict=True):
-        prompts = [row.prompt] * chooser.n
-        found, _ = encode_pairs(prompts, completions, judge.tokenizer, flags.UNCUT, first=row.number)
+    for row, completions, whole in zip(rows, said, ended, strict=True):
+        prompts, own = [row.prompt] * chooser.n, judge.tokenizer
+        found, _ = encode_pairs(prompts, completions, own, flags.UNCUT, first=row.number, ended=whole)
         context, longest = judge.network.config.context, max(len(a.prompt) + len(a.response) for a in found)
         if context is not None and longest > context:
             raise RlhfError(

@@ -40,6 +40,7 @@ class Conversation:
         self.policy, self.sampling = policy, sampling
         self._key, self._stops = key, stops
         self._answers, self._stream = 0, Stream(policy.network, policy.params)
+        self._ended = True  # the last answer, by a stop token or a stop string
         self.system: str | None = None
         self.messages: Messages = []
 
@@ -88,14 +89,15 @@ class Conversation:
                 yield piece
         finally:
             self._answers += 1
+            self._ended = complete and not answer.cut
             if complete or said.text:
                 self.messages = [*asked, {"role": "assistant", "content": said.text}]
 
     def score(self, judge: RewardModel | Reward) -> float:
         """A reward's score of the last answer, in what was said before it. Raises RlhfError where there is none.
 
-        A reward model reads the texts by its own tokenizer and, if it has one, its own chat template. Python functions
-        are given no columns.
+        A reward model reads the texts by its own tokenizer and, if it has one, its own chat template; an answer that
+        was cut off or interrupted has no end for it. Python functions are given no columns.
         """
         if not self.messages:
             raise RlhfError("nothing has been said that could be scored")
@@ -107,7 +109,7 @@ class Conversation:
             return float(function_scores(judge, self.policy, pair[0], [pair[1]], {})[0])
         if judge.tokenizer.chat_template is None or not self.is_chat:
             pair = (_continued(before), after[0]["content"])
-        (example,), _ = encode_pairs([pair[0]], [pair[1]], judge.tokenizer, UNCUT)
+        (example,), _ = encode_pairs([pair[0]], [pair[1]], judge.tokenizer, UNCUT, ended=[self._ended])
         rollout = Rollout(
             *pad_left([example.prompt], bucket(len(example.prompt))),
             *pad_right([example.response], bucket(len(example.response))),

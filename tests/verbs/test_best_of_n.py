@@ -57,18 +57,19 @@ def loaded(models) -> tuple[Policy, RewardModel]:
     return policy, judge
 
 
-def scored(judge: RewardModel, prompt: Any, completion: Any) -> float:
-    """From the definition: the text with what ends it, by the reward model's own tokenizer and template."""
+def scored(judge: RewardModel, prompt: Any, completion: Any, *, ended: bool = False) -> float:
+    """The score of the text, with what ends it if it has ended, by the reward model's own tokenizer and template."""
     tokenizer = judge.tokenizer
     if isinstance(prompt, str):
         before, whole, line = map(tokenizer.encode, (prompt, prompt + completion, "\n"))
         if whole[: len(before)] != before:  # they would share a token
             whole = before + tokenizer.encode("\n" + completion)[len(line) :]
-        ids = [*tokenizer.begin(before), *whole[len(before) :], tokenizer.eos_id]
+        ids = [*tokenizer.begin(before), *whole[len(before) :], *[tokenizer.eos_id] * ended]
     else:
         messages = [{k: v for k, v in message.items() if v is not None} for message in prompt] + completion
         text = tokenizer.render(messages, add_generation_prompt=False)
-        ids = tokenizer.encode(text.removesuffix("\n"))
+        content = completion[0]["content"]
+        ids = tokenizer.encode(text.removesuffix("\n") if ended else text[: text.rindex(content) + len(content)])
     rollout = Rollout(*pad_left([ids[:1]], 1), *pad_right([ids[1:]], 128))
     return float(_scores(judge.network, judge.params, rollout)[0])
 
@@ -91,12 +92,15 @@ def test_rows_keep_their_columns_and_gain_the_best_of_what_sample_writes(models,
         else:
             ids = policy.tokenizer.encode(policy.tokenizer.render(prompt, add_generation_prompt=True))
             assert all(answer[0]["role"] == "assistant" and len(answer) == 1 for answer in row["completions"])
-        drawn = [stream.respond(ids, jax.random.key(3), sampling, row=3 * i + j) for j in range(3)]
+        drawn = [[*stream.respond(ids, jax.random.key(3), sampling, row=3 * i + j)] for j in range(3)]
         texts = [policy.tokenizer.decode_completion(ids, tokens).rstrip("\ufffd") for tokens in drawn]
         assert [said(answer) for answer in row["completions"]] == texts
         assert row["completion"] == row["completions"][int(np.argmax(row["scores"]))]
         assert row["score"] == max(row["scores"])
-        expected = [scored(judge, prompt, answer) for answer in row["completions"]]
+        expected = [
+            scored(judge, prompt, answer, ended=tokens[-1] in sampling.stop_ids)
+            for answer, tokens in zip(row["completions"], drawn, strict=True)
+        ]
         np.testing.assert_allclose(row["scores"], expected, atol=2e-5)
 
 

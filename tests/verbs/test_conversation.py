@@ -136,12 +136,20 @@ def test_scores_are_those_of_the_written_conversation(load, policy):
     conversation = begin(policy)
     with pytest.raises(RlhfError, match="nothing has been said"):
         conversation.score(load(checkpoints.reward_model))
-    said = say(conversation, "Is it good?")[0], say(conversation, "Why?")[0]
+    said = say(conversation, "Is it good?")[0], say(conversation, "Why?")[0]  # cut off: the last one has no end
     judge = load(checkpoints.reward_model)
     messages = [user("Is it good?"), assistant(said[0]), user("Why?"), assistant(said[1])]
-    text = judge.tokenizer.render(messages, add_generation_prompt=False).removesuffix("\n")
-    assert conversation.score(judge) == pytest.approx(score(judge, text), abs=1e-5)
-    # With a tokenizer of its own, and no template: the texts, and the end of a text.
+    text = judge.tokenizer.render(messages, add_generation_prompt=False)
+    assert conversation.score(judge) == pytest.approx(
+        score(judge, text[: text.rindex(said[1]) + len(said[1])]), abs=1e-5
+    )
+    # With a tokenizer of its own, and no template: the texts.
     other = load(checkpoints.reward_model, tokenizers.gpt2)
-    text = f"Is it good?{said[0]}\nWhy?{said[1]}<|endoftext|>"
+    text = f"Is it good?{said[0]}\nWhy?{said[1]}"
     assert conversation.score(other) == pytest.approx(score(other, text), abs=1e-5)
+    # An answer that ended has its end: the template's, or the end of a text.
+    ended = begin(policy, tokens=40, temperature=0.0, stops=[say(begin(policy, 40, 0.0), "Is it good?")[0][4:6]])
+    answer = say(ended, "Is it good?")[0]
+    text = judge.tokenizer.render([user("Is it good?"), assistant(answer)], add_generation_prompt=False)
+    assert ended.score(judge) == pytest.approx(score(judge, text.removesuffix("\n")), abs=1e-5)
+    assert ended.score(other) == pytest.approx(score(other, f"Is it good?{answer}<|endoftext|>"), abs=1e-5)

@@ -1,4 +1,4 @@
-"""How long the rows of a split are in a model's tokens, and how many of them are cut."""
+"""Lengths of a split's rows in a model's tokens, and the share of rows that are cut."""
 
 import dataclasses
 import math

@@ -92,7 +92,7 @@ def _require_positive(temperature: float) -> None:
 
 
 class _Softmax(NamedTuple):
-    """What the backward pass needs of a slice's logits."""
+    """Residuals of a slice's logits for the backward pass."""
 
     shifted: Array  # float32[B, T, V]: logits / temperature less their maximum
     most: Array  # float32[B, T, 1]: that maximum

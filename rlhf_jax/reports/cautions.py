@@ -40,7 +40,7 @@ def cautions(run: Run) -> list[str]:
 
 
 def meaningless(run: Run) -> bool:
-    """Whether the score that methods are compared by comes from a reward model that is no better than chance."""
+    """Return whether a reward model no better than chance gives the score that methods are compared by."""
     if not run.of_kind("evaluate", complete=True) or frames.judged_by_gold(run.results()):
         return False
     reward = run.config(run.evaluation())["section"]["reward_model"]
@@ -49,7 +49,7 @@ def meaningless(run: Run) -> bool:
 
 
 def _chance(run: Run, stage: str) -> str | None:
-    """What to say of a reward model at chance or below; None for any other, and for stages that kept no interval."""
+    """Caution about a reward model at chance or below; None for any other, and for stages that kept no interval."""
     summary = run.summary(stage)
     if "accuracy_low" not in summary or summary["accuracy_low"] > 0.5:
         return None

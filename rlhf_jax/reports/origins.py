@@ -1,4 +1,4 @@
-"""Where a run's numbers come from, for readers: source, machine, packages, and each stage's seeds, data and batch."""
+"""Provenance of a run as readers see it: source, machine, packages, and each stage's seeds, data and batch."""
 
 import json
 from typing import Any

@@ -136,7 +136,7 @@ class _Clock:
 
 
 class _RoundingLoss:
-    """How much of the updates the weights kept so far, each update counting as much as its rate."""
+    """Share of the updates so far that survived rounding, each update weighted by its learning rate."""
 
     def __init__(self) -> None:
         self._kept, self._asked, self._updates, self._said = 0.0, 0.0, 0, False

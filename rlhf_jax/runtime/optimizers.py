@@ -84,7 +84,7 @@ class OptimizerConfig:
 
 
 class Algorithm(NamedTuple):
-    """What one optimiser does with a bounded gradient before the rate is applied, and the fields it reads."""
+    """One optimiser: its transformation of a bounded gradient before the rate is applied, and the fields it reads."""
 
     scale: Callable[[OptimizerConfig], optax.GradientTransformation]
     decoupled: bool  # weight decay is added to the scaled update, not to the gradient
@@ -168,7 +168,7 @@ def bound(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def algorithm(config: OptimizerConfig, updates: int) -> optax.GradientTransformation:
-    """What the config names, with its weight decay and its rate, without the bound on the gradient."""
+    """Make the config's optimiser with its weight decay and learning rate, without the bound on the gradient."""
     chosen = ALGORITHMS[config.name]
     decay = optax.add_decayed_weights(config.weight_decay, functools.partial(_decayed, config.no_decay))
     parts = [decay] if config.weight_decay else []
@@ -302,7 +302,7 @@ def _frozen(patterns: tuple[str, ...], params: PyTree) -> PyTree:
 
 
 def _decayed(patterns: tuple[str, ...], params: PyTree) -> PyTree:
-    """Which parameters lose weight by decay: those whose path no pattern is found in."""
+    """Mark the parameters that decay: those whose path matches no pattern."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: (
             not any(re.search(pattern, jax.tree_util.keystr(path, simple=True, separator="/")) for pattern in patterns)

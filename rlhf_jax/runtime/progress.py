@@ -1,4 +1,4 @@
-"""What a person watches while an experiment runs: a bar for the stage under way, a line for each that has ended."""
+"""Progress on the terminal: a bar for the running stage, a line for each finished one."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager

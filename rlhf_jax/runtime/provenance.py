@@ -1,4 +1,4 @@
-"""Where a stage's numbers come from: source code, packages, machine, data, seeds and the size of a batch."""
+"""Provenance of a stage's numbers: source code, packages, machine, data, seeds and the size of a batch."""
 
 import functools
 import importlib.metadata
@@ -180,7 +180,7 @@ def effective_batch(
 
 
 def _git(directory: Path, *arguments: str) -> str | None:
-    """What git prints; None where it refuses, as outside of a checkout."""
+    """Return the output of a git command; None if it fails, as outside of a checkout."""
     own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # a hook's are of its own
     command = ["git", "--no-optional-locks", "-C", str(directory), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=own)

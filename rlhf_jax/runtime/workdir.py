@@ -11,10 +11,10 @@ from rlhf_jax.runtime.files import read_json, write_json
 from rlhf_jax.types import RlhfError
 
 Status = Literal["new", "again", "half-done", "complete", "elsewhere"]
-"""Of a stage: "again" where another config has begun it here, and left no result."""
+"""Status of a stage; "again" if another config has begun it here and left no result."""
 
 BEFORE_RESULTS = {"config.json", "environments.json", "model.json", "tokenizer", "data.json"}
-"""What a stage writes before its first result: names in its directory."""
+"""Names in a stage's directory that are written before its first result."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Workdir:
         return read_json(self.find(stage) / "complete.json")["fingerprint"]
 
     def status(self, stage: str, identity: Identity) -> Status:
-        """What is left to do for a stage.
+        """Return what is left to do for a stage.
 
         Raises RlhfError, naming the keys, where another config made what is here: a checkpoint, metrics, samples or any
         other result.
@@ -108,7 +108,7 @@ class Workdir:
 
 
 def _has_results(directory: Path) -> bool:
-    """Whether a stage has left more than what it writes before its first result; an empty file is no result."""
+    """Return whether a stage has left a result; an empty file is none."""
     for path in directory.iterdir():
         if path.name == "checkpoints":
             if any(step.name.isdigit() for step in path.iterdir()):

@@ -27,7 +27,7 @@ from rlhf_jax.types import RlhfError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tuning:
-    """How a model that exists already is held while it is trained on. None leaves things as they are in its source.
+    """Dtypes, memory and adapters of an existing model that is trained further. None keeps what its source has.
 
     Trained parameters are float32 by default all the same, whatever dtype the source has, the values' too; what stays
     frozen (the reference, an adapter's base) keeps its dtype. In 'bfloat16' they take less memory, or give faster

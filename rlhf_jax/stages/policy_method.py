@@ -48,9 +48,9 @@ that sampled, only `k3_weighted` stays exact. The metric `objective/kl` is the e
 three.
 """
 Place = Literal["reward", "loss"]
-"""Where the divergence is penalised: in the token rewards, or as a term of the loss."""
+"""Place of the KL penalty: in the token rewards, or as a term of the loss."""
 ImportanceMode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
-"""Whether tokens or whole responses are weighted, and whether weights beyond the bounds become the bound or 0."""
+"""Weights of tokens or of whole responses; a weight beyond a bound becomes the bound (truncate) or 0 (mask)."""
 OverlongBuffer = Annotated[float, Range(at_least=0, below=1)]
 """The last share of the longest response, over which the score falls by 1 (`overlong_penalty`); 0 for none."""
 SharedTrunk = Literal["shared"]

@@ -67,7 +67,7 @@ def render_completions(
 
 
 def _end_of(content: str, text: str) -> int:
-    """Find the end of a message's content in the text of its turn; the text's end if the template rewrote the content."""
+    """Find the end of a message's content in its turn's text; that text's end if the template rewrote the content."""
     place = text.rfind(content) if content else 0
     return place + len(content) if place >= 0 else len(text)
 

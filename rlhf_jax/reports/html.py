@@ -84,7 +84,7 @@ p, figcaption, dd, dt, li { max-width: 44rem; }
 .note, figcaption { color: var(--muted); font-size: .875rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; width: 100%%; }
-th, td { padding: .4rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--rule); }
+th, td { padding: .4rem .45rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--rule); }
 th, td { vertical-align: top; }
 th { color: var(--muted); font-weight: 600; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }

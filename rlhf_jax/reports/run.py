@@ -246,9 +246,8 @@ class Run:
             return pd.DataFrame(columns=["prompt", "completion", "score", "kl"])
         batch_size = min(SAMPLE_BATCH, len(ids) * n)
         sampling = how.sampling(policy.tokenizer.stop_ids, data.max_response_tokens)
-        rollout, completions = respond(
-            policy, ids, jax.random.key(seed), sampling, how.stop, samples=n, batch_size=batch_size
-        )
+        found = respond(policy, ids, jax.random.key(seed), sampling, how.stop, samples=n, batch_size=batch_size)
+        rollout = found.rollout
         scores, kl = np.full((2, len(rollout.response)), [[math.nan], [0.0]])
         judge, start = self.reward_model_of(stage), self.config(stage)["section"].get("policy")
         if judge is not None:
@@ -264,7 +263,7 @@ class Run:
                 batch_size=batch_size,
                 temperature=how.temperature,
             )
-        return pd.DataFrame({"prompt": np.repeat(prompts, n), "completion": completions, "score": scores, "kl": kl})
+        return pd.DataFrame({"prompt": np.repeat(prompts, n), "completion": found.texts, "score": scores, "kl": kl})
 
     def _checkpoint(self, source: str) -> models.Policy:
         found = models.load_checkpoint(source)

@@ -12,7 +12,7 @@ from tests.parity import trl_curves, trl_curves_online, trl_curves_ppo
 from tests.stages import curves, curves_online
 from tests.stages.curves import Curve, World
 
-FACTOR, ORDERS = 3, 3
+FACTOR, ORDERS = 3, 5
 
 
 @pytest.fixture(scope="module")

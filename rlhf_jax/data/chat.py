@@ -60,7 +60,7 @@ def render_completions(
             after.append(whole[len(start) :])
     if ended is not None:
         after = [
-            text if whole else text[: _end_of(completion[-1]["content"].strip(), text)]
+            text if whole else text[: _end_of(completion[-1]["content"], text)]
             for text, completion, whole in zip(after, completions, ended, strict=True)
         ]
     return before, after
@@ -68,8 +68,10 @@ def render_completions(
 
 def _end_of(content: str, text: str) -> int:
     """Find the end of a message's content in its turn's text; that text's end if the template rewrote the content."""
-    place = text.rfind(content) if content else 0
-    return place + len(content) if place >= 0 else len(text)
+    for said in (content, content.strip()):  # some templates strip it
+        if said and (place := text.rfind(said)) >= 0:
+            return place + len(said)
+    return len(text) if content.strip() else 0
 
 
 @contextlib.contextmanager

@@ -215,7 +215,7 @@ def encode_pairs(
     would write it.
 
     Args: first is the number of the first row; ended says which completions are whole, by default all. One that was cut
-    off gets neither EOS nor the template's end of a turn.
+    off gets neither EOS nor the template's end of a turn, unless it has no token otherwise.
     Returns: the examples, and the numbers of the rows that were encoded apart.
     Raises: RlhfError, naming the row, for chats that the template cannot write so.
     """

@@ -64,7 +64,8 @@ def respond(
         count, text = cut(policy.tokenizer, prompt, tokens, stops)
         mask[row, count:] = False
         written.append(text)
-        ended.append(tokens[-1] in sampling.stop_ids or text != cut(policy.tokenizer, prompt, tokens, ())[1])
+        stopped = bool(stops) and text != cut(policy.tokenizer, prompt, tokens, ())[1]
+        ended.append(stopped or tokens[-1] in sampling.stop_ids)
     return Responses(rollout._replace(response=np.where(mask, rollout.response, 0), response_mask=mask), written, ended)
 
 

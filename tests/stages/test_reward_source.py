@@ -51,6 +51,7 @@ RLOO = {
 }
 FUNCTIONS = """
 from rlhf_jax.data import pipeline
+from rlhf_jax.data.padding import pad_left, pad_right
 from rlhf_jax.sampling.batches import score_all
 from rlhf_jax.stages.models import load_checkpoint
 from rlhf_jax.types import Rollout

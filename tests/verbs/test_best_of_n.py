@@ -64,7 +64,7 @@ def scored(judge: RewardModel, prompt: Any, completion: Any, *, ended: bool = Fa
         before, whole, line = map(tokenizer.encode, (prompt, prompt + completion, "\n"))
         if whole[: len(before)] != before:  # they would share a token
             whole = before + tokenizer.encode("\n" + completion)[len(line) :]
-        ids = [*tokenizer.begin(before), *whole[len(before) :], *[tokenizer.eos_id] * ended]
+        ids = [*tokenizer.begin(before), *whole[len(before) :], *[tokenizer.eos_id] * (ended or not completion)]
     else:
         messages = [{k: v for k, v in message.items() if v is not None} for message in prompt] + completion
         text = tokenizer.render(messages, add_generation_prompt=False)

@@ -246,6 +246,7 @@ def test_a_file_where_a_directory_belongs(tmp_path, capsys):
     assert (tmp_path / "file").read_text() == (tmp_path / "run" / "sft").read_text() == "mine"
 
 
+@pytest.mark.nightly
 def test_a_full_disk_loses_nothing(tmp_path):
     """Files may grow to 60 KB: configs and tokenizer fit, a checkpoint does not. Then there is room again."""
     command = [sys.executable, "-m", "rlhf_jax", PREFERENCES, f"--workdir={tmp_path / 'run'}", *files(tmp_path)]

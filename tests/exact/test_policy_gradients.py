@@ -17,7 +17,7 @@ from rlhf_jax.stages.ppo import PPOConfig
 from tests.exact import world as exact
 from tests.exact.world import COMMON, EOS, MODEL, VOCAB, World, apart, cosine, every_batch, of_group, world
 
-EXACT, NIGHTLY = 1e-4, pytest.mark.nightly
+EXACT = 1e-4
 
 
 def of_ppo(size: int, **fields) -> PPOConfig:
@@ -157,6 +157,7 @@ def weight_of_a_prompt(chance: float, size: int) -> float:
     return advantage(1) - advantage(0)
 
 
+@pytest.mark.nightly
 def test_whitening_over_the_batch_is_biased_less_in_a_larger_batch():
     """REINFORCE++: a response's own rewards are in the mean and in the deviation that its advantage is made with."""
     at, found = world(2), {}
@@ -187,10 +188,8 @@ def of_batches(name: str, rewards: np.ndarray) -> np.ndarray:
     return centred / np.sqrt(np.square(centred).mean(axis=1, keepdims=True) + 1e-8)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["reinforce_plus_plus_baseline", *(pytest.param(x, marks=NIGHTLY) for x in ("grpo_batch_std", "rloo_normalized"))],
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", ["reinforce_plus_plus_baseline", "grpo_batch_std", "rloo_normalized"])
 def test_a_deviation_of_the_whole_batch_is_biased_as_well(name):
     at = world(1)
     found = every_batch(at, of_group("dr_grpo", 2, batch_size=4, advantage=name, aggregation="sequence_sum"))

@@ -114,6 +114,7 @@ def test_sampling_is_a_function_of_the_seed(models):
     assert models.sample([], stage="sft").columns.tolist() == first.columns.tolist()
 
 
+@pytest.mark.nightly
 def test_the_options_of_the_verb_sample_count(models):
     given = SamplingOptions(0.5, 3, 0.9, 0.1, 7, ("x",))
     assert given.sampling((2,), 99) == Sampling(7, 0.5, (2,), 3, 0.9, 0.1)

@@ -17,6 +17,7 @@ from tests.stages import experiments
 TARGETS = (0.001, 1e6)
 
 
+@pytest.mark.nightly
 def test_points_are_every_checkpoint_and_an_interrupted_stage_goes_on(tmp_path):
     model, reward_model = experiments.models(tmp_path)
     rng = np.random.default_rng(0)

@@ -192,6 +192,7 @@ def test_kto_learns_what_is_good():
     assert np.all(metrics["kl"] >= 0)
 
 
+@pytest.mark.nightly
 def test_an_experiment_on_labelled_chats(tmp_path):
     model, _ = experiments.models(tmp_path)
     rng = np.random.default_rng(0)

@@ -167,6 +167,7 @@ def test_a_reward_model_with_another_tokenizer_reads_the_texts(tokenizer, tmp_pa
         )
 
 
+@pytest.mark.nightly
 def test_ppo_against_a_reward_model_with_another_tokenizer(finished, tmp_path):
     model, workdir = finished
     judge = checkpoints.reward_model(tmp_path / "judge", tokenizers.llama2)

@@ -47,10 +47,14 @@ run
 # ## The data the methods learn from
 #
 # The judge's correlation with people, and the pairs it labelled: the chosen answer is the one that it scores higher,
-# most of the time (it is as noisy as a person).
+# most of the time (it is as noisy as a person). Each summary also has a `provenance`: commit, packages, machine, seeds
+# and hashes of what the stage read.
 
 # %%
-run.summary("gold"), run.summary("preferences")
+{
+    name: {key: value for key, value in run.summary(name).items() if key != "provenance"}
+    for name in ("gold", "preferences")
+}
 
 # %% [markdown]
 # ## How the stages learned

@@ -174,17 +174,25 @@ def dpo(space: Space, beta: float, **fields: Any) -> dict[str, Any]:
     }
 
 
-def test_dpo_ends_at_the_reference_times_the_exponential_reward(space):
+def assert_optimal_for_dpo(space: Space, found: np.ndarray, beta: float) -> None:
     """Rafailov et al. 2023, eq. 4, of responses that pairs are made of: the loss leaves the empty one free."""
-    beta = 0.5
 
     def optimum(beta: float) -> np.ndarray:
         return normalised((space.reference * space.worth ** (1 / beta))[1:])
 
-    found = normalised(space.train("dpo", dpo(space, beta))[1:])
     assert distance(normalised(space.reference[1:]), optimum(beta)) > 0.2
     assert distance(optimum(1.1 * beta), optimum(beta)) > 3 * CLOSE
-    assert distance(found, optimum(beta)) < CLOSE
+    assert distance(normalised(found[1:]), optimum(beta)) < CLOSE
+
+
+def test_dpo_ends_at_the_reference_times_the_exponential_reward(space):
+    assert_optimal_for_dpo(space, space.train("dpo", dpo(space, 0.5)), 0.5)
+
+
+@pytest.mark.nightly
+def test_dpo_ends_there_also_where_a_third_token_is_to_be_chosen(larger_space):
+    found = larger_space.train("dpo", dpo(larger_space, 0.5, epochs=900.0))
+    assert_optimal_for_dpo(larger_space, found, 0.5)
 
 
 @pytest.mark.nightly

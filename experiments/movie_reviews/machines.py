@@ -1,4 +1,4 @@
-"""How far may the quickstart's PPO differ on another machine of the same description, with the same config and seed?
+"""Spread of the quickstart's PPO over machines of one description, with the same config and seed.
 
     python experiments/movie_reviews/machines.py runs/quickstart runs/machines [VARIANT ...]
 

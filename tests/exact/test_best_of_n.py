@@ -121,7 +121,7 @@ def test_soft_best_of_n_is_its_definitions_mean_over_pools(chances, temperature)
 
 @pytest.mark.parametrize("n", [2, 4, 64])
 def test_the_divergence_reaches_its_bound_as_responses_stop_repeating_and_ties_keep_it_below(n):
-    """Of M responses as likely as each other, the gap to log n - (n - 1) / n falls about as 1 / M^2."""
+    """The gap to log n - (n - 1) / n falls about as 1 / M^2 for M equally likely responses."""
     gaps = []
     for length in (4, 5, 6):  # four tokens, none of which ends a response
         count = 4**length

@@ -228,7 +228,7 @@ CRITIC, STATES = Critic(MODEL, VOCAB, "last"), (VOCAB**3 - 1) // (VOCAB - 1)
 
 
 def places(at: World) -> np.ndarray:
-    """Where in the table each token's state stands, [N, T]."""
+    """Index of each token's state in the table, [N, T]."""
     found = Critic.values(CRITIC, {"table": jnp.arange(STATES)}, jax.tree.map(jnp.asarray, at.responses))
     return np.asarray(found)
 

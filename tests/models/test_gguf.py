@@ -313,7 +313,7 @@ def test_two_ends_of_a_turn(tmp_path: Path):
 
 @pytest.mark.parametrize(("channels", "heads"), [(4, 1), (15, 1), (3, 2), (13, 1)])
 def test_the_rotary_share_of_a_head_gives_back_its_channels(channels, heads):
-    """Of a head of 26 channels, 15 / 26 in floating point would be 14."""
+    """15 of 26 channels, a share that floating point would turn into 14."""
     header = Header(
         Path("x.gguf"),
         {

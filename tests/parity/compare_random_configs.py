@@ -103,7 +103,7 @@ def rounded(value: float) -> float | None:
 
 
 def reason(message: str) -> str:
-    """What is refused, without the number of its case."""
+    """Reason of a refusal, without the number of its case."""
     return re.sub(r"= [\d.]+$", "= N", message.partition(" is not supported")[0])
 
 

@@ -17,10 +17,12 @@ from rlhf_jax import config as configs
 from rlhf_jax.config import Count, CountOrZero
 from rlhf_jax.data import formats
 from rlhf_jax.data.pipeline import DataConfig
+from rlhf_jax.interop.hub import MODELS, checkpoint_hash
+from rlhf_jax.loading.context import Context
+from rlhf_jax.methods.online import OnlineConfig
 from rlhf_jax.rewards.functions import function_hash
 from rlhf_jax.runtime import provenance
 from rlhf_jax.runtime.files import read_rows, write_json
-from rlhf_jax.runtime.pretrained import MODELS, checkpoint_hash
 from rlhf_jax.runtime.programs import RuntimeConfig
 from rlhf_jax.runtime.progress import Display
 from rlhf_jax.runtime.workdir import Identity, Workdir
@@ -39,8 +41,6 @@ from rlhf_jax.stages import (
     reward_model,
     sft,
 )
-from rlhf_jax.stages.context import Context
-from rlhf_jax.stages.online import OnlineConfig
 from rlhf_jax.types import RlhfError
 
 StageRun = Callable[[Any, Context], dict[str, Any]]

@@ -14,19 +14,19 @@ from ml_collections import ConfigDict, config_flags
 from rich.console import Console
 
 from rlhf_jax import experiment
+from rlhf_jax.cli.best_of_n import best_of_n_verb
+from rlhf_jax.cli.chat import chat_verb
+from rlhf_jax.cli.export import export_verb
+from rlhf_jax.cli.flags import Parser
+from rlhf_jax.cli.logprobs import logprobs_verb
+from rlhf_jax.cli.sample import sample_verb
 from rlhf_jax.data.fetch import DATASETS, fetch
-from rlhf_jax.models.hf import read_config
+from rlhf_jax.interop.hf import read_config
+from rlhf_jax.interop.hub import MODELS, fetch_model, quantisation_note
 from rlhf_jax.reports.report import MATCHED, RESULTS, is_current, print_summary, write_report
 from rlhf_jax.reports.run import Run
-from rlhf_jax.runtime.pretrained import MODELS, fetch_model, quantisation_note
 from rlhf_jax.runtime.workdir import Workdir
 from rlhf_jax.types import RlhfError
-from rlhf_jax.verbs.best_of_n import best_of_n_verb
-from rlhf_jax.verbs.chat import chat_verb
-from rlhf_jax.verbs.export import export_verb
-from rlhf_jax.verbs.logprobs import logprobs_verb
-from rlhf_jax.verbs.options import Parser
-from rlhf_jax.verbs.sample import sample_verb
 
 USAGE = """\
 rlhf-jax: learning from human preferences in JAX

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.models import hf
-from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.interop import hf
+from rlhf_jax.models.model_config import ModelConfig
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
 from tests.text import checkpoints as tokenizers

@@ -20,8 +20,8 @@ from rlhf_jax import main as command_line
 from rlhf_jax.config import functions
 from rlhf_jax.main import main
 from tests import checkpoints
+from tests.cli.commands import reads, succeeds
 from tests.test_main import ROOT, files
-from tests.verbs.commands import reads, succeeds
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)

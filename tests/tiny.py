@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.config import ModelSource
-from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.methods.policy_method import Experience
+from rlhf_jax.methods.policy_update import minibatch_loss
 from rlhf_jax.models.head import TokenStats
+from rlhf_jax.models.model_config import ModelConfig
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
 from rlhf_jax.runtime.checkpoints import TrainState
@@ -17,8 +19,6 @@ from rlhf_jax.runtime.loop import LoopConfig
 from rlhf_jax.runtime.optimizers import OptimizerConfig, make_optimizer
 from rlhf_jax.runtime.programs import RuntimeConfig
 from rlhf_jax.stages import group_rl, ppo
-from rlhf_jax.stages.policy_method import Experience
-from rlhf_jax.stages.policy_update import minibatch_loss
 from rlhf_jax.types import PreferenceBatch, PromptBatch, Rollout
 
 VOCAB, EOS, SUPPRESSED = 16, 2, (0, 1, 3)

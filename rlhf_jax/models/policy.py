@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, PyTree
 
 from rlhf_jax.models import head, lora
-from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.head import TokenStats
 from rlhf_jax.models.lora import Adapted, LoraConfig
+from rlhf_jax.models.model_config import ModelConfig
 from rlhf_jax.models.transformer import KVCache, Transformer, empty_cache
 from rlhf_jax.types import PreferenceBatch, Rollout, TokenBatch
 

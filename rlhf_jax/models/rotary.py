@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from rlhf_jax.models.config import Rope
+from rlhf_jax.models.model_config import Rope
 from rlhf_jax.types import RlhfError
 
 

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PRNGKeyArray, PyTree
 
 from rlhf_jax.models import lora
-from rlhf_jax.models.config import ModelConfig
-from rlhf_jax.models.ensembles import EnsembleConfig, combined
 from rlhf_jax.models.lora import Adapted, LoraConfig
+from rlhf_jax.models.model_config import ModelConfig
+from rlhf_jax.models.reward_ensemble import EnsembleConfig, combined
 from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.types import Rollout
 

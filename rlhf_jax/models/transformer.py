@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from rlhf_jax.models.config import ModelConfig, Rope
 from rlhf_jax.models.layers import Block, Norm, Place
+from rlhf_jax.models.model_config import ModelConfig, Rope
 from rlhf_jax.models.rotary import rope_angles
 
 EMPTY = -1

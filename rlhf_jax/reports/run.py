@@ -10,14 +10,14 @@ import pandas as pd
 
 from rlhf_jax import config as configs
 from rlhf_jax.data.pipeline import DataConfig
+from rlhf_jax.loading import models
+from rlhf_jax.loading.samples import respond
 from rlhf_jax.rewards import tfidf
+from rlhf_jax.rewards.judging import JUDGE_FILE
+from rlhf_jax.rewards.scorers import make_scorer
 from rlhf_jax.runtime.files import read_json, read_rows
 from rlhf_jax.sampling.batches import sequence_kl
 from rlhf_jax.sampling.options import SamplingOptions
-from rlhf_jax.stages import models
-from rlhf_jax.stages.gold import JUDGE_FILE
-from rlhf_jax.stages.samples import respond
-from rlhf_jax.stages.scoring import make_scorer
 from rlhf_jax.text.tokenizer import TOKENIZER_FILE, Tokenizer
 from rlhf_jax.types import RlhfError
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, PRNGKeyArray, PyTree
 
-from rlhf_jax.models.config import DType
+from rlhf_jax.models.model_config import DType
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.transformer import KVCache
 from rlhf_jax.sampling.choice import Sampling, draw, row_uniforms

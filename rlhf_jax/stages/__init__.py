@@ -1,1 +1,1 @@
-"""The stages of an experiment: one file each, readable top to bottom as its paper's algorithm."""
+"""The kinds of stages that an experiment is made of: read inputs, call a method, leave outputs. One file each."""

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from rlhf_jax.config import Count, ModelSource, Positive, StageName, check_ranges
-from rlhf_jax.core.best_of_n import (
+from rlhf_jax.core.selection import (
     best_of_n,
     best_of_n_kl,
     best_of_n_kl_estimate,
@@ -24,16 +24,16 @@ from rlhf_jax.core.best_of_n import (
 )
 from rlhf_jax.core.statistics import bootstrap_interval, standard_error
 from rlhf_jax.data import pipeline
+from rlhf_jax.data.prompts import draw_prompts
+from rlhf_jax.loading.context import Context
+from rlhf_jax.loading.data_report import report_prompts
+from rlhf_jax.loading.models import Policy
+from rlhf_jax.loading.samples import sample_rows
+from rlhf_jax.rewards.judging import load_judge
+from rlhf_jax.rewards.scorers import make_scorer
+from rlhf_jax.rewards.sources import RewardSource, find_reward
 from rlhf_jax.runtime.files import measured, write_rows
 from rlhf_jax.sampling.batches import response_logprobs_all, sample_all
-from rlhf_jax.stages.context import Context
-from rlhf_jax.stages.data_report import report_prompts
-from rlhf_jax.stages.gold import load_judge
-from rlhf_jax.stages.models import Policy
-from rlhf_jax.stages.prompts import draw_prompts
-from rlhf_jax.stages.reward_source import RewardSource
-from rlhf_jax.stages.samples import sample_rows
-from rlhf_jax.stages.scoring import make_scorer
 from rlhf_jax.types import Rollout
 
 ROUNDS = 1000  # of the bootstrap
@@ -73,7 +73,7 @@ def run(config: BestOfNConfig, context: Context) -> dict[str, Any]:
     Those of `soft.jsonl` are `temperature, n`, `kl`, the lower of two bounds, `proxy` and `gold`. Means over prompts
     have columns that end in `_se`, `_low` and `_high` beside them.
     """
-    policy, reward_model = context.policy(config.policy), context.reward_model(config.reward_model)
+    policy, reward_model = context.policy(config.policy), find_reward(context, config.reward_model)
     table = pipeline.load_rows(context.data, "test")
     prompts = pipeline.prompts(table, policy.tokenizer, context.data)
     report_prompts(context, policy.tokenizer, {"test": table})

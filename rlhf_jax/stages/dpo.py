@@ -12,16 +12,13 @@ from rlhf_jax.config import Count, CountOrZero, ModelSource, NonNegative, Positi
 from rlhf_jax.core import masking
 from rlhf_jax.data import pipeline
 from rlhf_jax.data.lengths import answer_pairs
-from rlhf_jax.models.policy import PolicyNetwork
-from rlhf_jax.runtime.checkpoints import TrainState
-from rlhf_jax.runtime.loop import Evaluation, LoopConfig, Task, train
-from rlhf_jax.runtime.optimizers import OptimizerConfig, gradients, learning_rate, make_optimizer, update
-from rlhf_jax.runtime.programs import Step
-from rlhf_jax.runtime.rounding import update_key
-from rlhf_jax.stages.context import Context, steps_for
-from rlhf_jax.stages.data_report import report_answers
-from rlhf_jax.stages.models import AS_IT_IS, Tuning, refuse_float16
-from rlhf_jax.stages.preference_loss import (
+from rlhf_jax.loading.context import Context, steps_for
+from rlhf_jax.loading.data_report import report_answers
+from rlhf_jax.loading.models import AS_IT_IS, Tuning, refuse_float16
+from rlhf_jax.loading.samples import policy_samples
+from rlhf_jax.loading.tables import load_preferences
+from rlhf_jax.loading.trainable import begin, begin_policy, dropout_keys, over_seeds, whole
+from rlhf_jax.methods.preference import (
     PairStats,
     PreferenceLossConfig,
     check_micro_batch,
@@ -30,10 +27,13 @@ from rlhf_jax.stages.preference_loss import (
     preference_loss,
     tokens_per_pair,
 )
-from rlhf_jax.stages.preferences import load_preferences
-from rlhf_jax.stages.reference import ReferencedBatch, ReferenceUpdate, kept_stats, moved, stats_all
-from rlhf_jax.stages.samples import policy_samples
-from rlhf_jax.stages.training import begin, begin_policy, dropout_keys, over_seeds, whole
+from rlhf_jax.methods.reference import ReferencedBatch, ReferenceUpdate, kept_stats, moved, stats_all
+from rlhf_jax.models.policy import PolicyNetwork
+from rlhf_jax.runtime.checkpoints import TrainState
+from rlhf_jax.runtime.loop import Evaluation, LoopConfig, Task, train
+from rlhf_jax.runtime.optimizers import OptimizerConfig, gradients, learning_rate, make_optimizer, update
+from rlhf_jax.runtime.programs import Step
+from rlhf_jax.runtime.rounding import update_key
 from rlhf_jax.types import PreferenceBatch
 
 SIGMOID = PreferenceLossConfig()

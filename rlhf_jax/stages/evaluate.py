@@ -20,16 +20,16 @@ from rlhf_jax.core.statistics import (
     wilson_interval,
 )
 from rlhf_jax.data import pipeline
+from rlhf_jax.data.prompts import draw_prompts
+from rlhf_jax.loading.context import Context
+from rlhf_jax.loading.data_report import report_prompts
+from rlhf_jax.loading.models import Policy, RewardModel
+from rlhf_jax.methods.answers import Answers, Method, Split, answer, held_out_texts, measures
 from rlhf_jax.rewards.http_judge import HTTPJudge, HTTPJudgeConfig
+from rlhf_jax.rewards.judging import TextScorer, make_http_judge, make_judge, preferred_by_asking, preferred_by_score
+from rlhf_jax.rewards.scorers import make_scorer
+from rlhf_jax.rewards.sources import Reward, RewardSource, find_reward, name_of
 from rlhf_jax.runtime.files import measured, read_json, write_rows
-from rlhf_jax.stages.answers import Answers, Method, Split, answer, held_out_texts, measures
-from rlhf_jax.stages.context import Context
-from rlhf_jax.stages.data_report import report_prompts
-from rlhf_jax.stages.judging import TextScorer, make_http_judge, make_judge, preferred_by_asking, preferred_by_score
-from rlhf_jax.stages.models import Policy, RewardModel
-from rlhf_jax.stages.prompts import draw_prompts
-from rlhf_jax.stages.reward_source import Reward, RewardSource, name_of
-from rlhf_jax.stages.scoring import make_scorer
 
 Z_95 = 1.959964
 
@@ -76,7 +76,7 @@ def run(config: EvaluateConfig, context: Context) -> dict[str, Any]:
         http = make_http_judge(config.judge)
     elif config.judge is not None:
         judge = make_judge(config.judge, context)
-    judges = Judges(context.policy(config.reference), context.reward_model(config.reward_model), judge, http)
+    judges = Judges(context.policy(config.reference), find_reward(context, config.reward_model), judge, http)
     methods = _methods(config, context)
     tables = {split: pipeline.load_rows(context.data, split) for split in ("eval", "test")}
     report_prompts(context, judges.reference.tokenizer, tables)

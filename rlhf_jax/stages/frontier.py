@@ -11,20 +11,20 @@ from typing import Any, Literal
 import numpy as np
 
 from rlhf_jax.config import AtLeastTwo, ModelSource, NonNegative, Positive, StageName, check_ranges
-from rlhf_jax.core.frontier import score_at_kl
+from rlhf_jax.core.interpolation import score_at_kl
 from rlhf_jax.core.statistics import standard_error, t_interval
 from rlhf_jax.data import pipeline
+from rlhf_jax.data.prompts import draw_prompts
+from rlhf_jax.loading.context import Context
+from rlhf_jax.loading.data_report import report_prompts
+from rlhf_jax.loading.models import Policy, load_policy
+from rlhf_jax.loading.samples import texts
 from rlhf_jax.rewards.http_judge import HTTPJudgeConfig
+from rlhf_jax.rewards.judging import TextScorer, make_judge
+from rlhf_jax.rewards.sources import RewardSource, name_of
 from rlhf_jax.runtime.checkpoints import steps_of
 from rlhf_jax.runtime.files import read_json, read_rows, write_rows
 from rlhf_jax.sampling.batches import sample_all, sequence_kl
-from rlhf_jax.stages.context import Context
-from rlhf_jax.stages.data_report import report_prompts
-from rlhf_jax.stages.judging import TextScorer, make_judge
-from rlhf_jax.stages.models import Policy, load_policy
-from rlhf_jax.stages.prompts import draw_prompts
-from rlhf_jax.stages.reward_source import RewardSource, name_of
-from rlhf_jax.stages.samples import texts
 
 POINTS, AT_KL, MATCHED = "points.jsonl", "at_kl.jsonl", "matched.jsonl"
 

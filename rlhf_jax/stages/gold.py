@@ -8,12 +8,11 @@ import numpy as np
 
 from rlhf_jax.data import pipeline
 from rlhf_jax.data.formats import require_columns
+from rlhf_jax.loading.context import Context
 from rlhf_jax.rewards import lexicon, tfidf
-from rlhf_jax.rewards.tfidf import TfidfJudge, TfidfLogisticConfig, TfidfRidgeConfig
-from rlhf_jax.stages.context import Context
+from rlhf_jax.rewards.judging import JUDGE_FILE
+from rlhf_jax.rewards.tfidf import TfidfLogisticConfig, TfidfRidgeConfig
 from rlhf_jax.types import RlhfError
-
-JUDGE_FILE = "judge.joblib"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,16 +67,6 @@ def _ratings(rows: list[dict[str, Any]], column: str, source: str, *, labels: bo
             )
         found.append(rating)
     return found
-
-
-def has_judge(context: Context, stage: str) -> bool:
-    """Whether an earlier stage is a gold stage, and not, say, a reward model."""
-    return (context.workdir.find(stage) / JUDGE_FILE).exists()
-
-
-def load_judge(context: Context, stage: str) -> TfidfJudge:
-    """The judge that an earlier gold stage fitted."""
-    return tfidf.load(context.workdir.find(stage) / JUDGE_FILE)
 
 
 def _correlation(scores: np.ndarray, ratings: list[float]) -> float:

@@ -15,11 +15,9 @@ from jaxtyping import Array, PyTree
 from rlhf_jax.config import Count, CountOrZero, NonNegative, Positive, Share
 from rlhf_jax.core.advantages import CRITIC_FREE, DISCOUNTED, WITHOUT_GROUPS
 from rlhf_jax.core.policy_losses import POLICY_LOSSES
-from rlhf_jax.runtime.checkpoints import TrainState
-from rlhf_jax.runtime.programs import Step
-from rlhf_jax.stages import policy_gradient
-from rlhf_jax.stages.context import Context
-from rlhf_jax.stages.policy_method import (
+from rlhf_jax.loading.context import Context
+from rlhf_jax.methods import policy_gradient
+from rlhf_jax.methods.policy_method import (
     Advantages,
     Estimator,
     Method,
@@ -30,6 +28,8 @@ from rlhf_jax.stages.policy_method import (
     check_dual_clip,
     check_penalty,
 )
+from rlhf_jax.runtime.checkpoints import TrainState
+from rlhf_jax.runtime.programs import Step
 
 Name = Literal[
     "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "grpo", "dr_grpo", "dapo", "gspo", "cispo"

@@ -21,22 +21,13 @@ from rlhf_jax.core.keys import derive
 from rlhf_jax.core.kl import k1
 from rlhf_jax.core.logprobs import sequence_logprobs
 from rlhf_jax.data import pipeline
-from rlhf_jax.models.policy import PolicyNetwork
-from rlhf_jax.models.scalars import ScalarNetwork
-from rlhf_jax.rewards.http_judge import HTTPJudge, HTTPJudgeConfig
-from rlhf_jax.rewards.tfidf import TfidfJudge
-from rlhf_jax.runtime.checkpoints import TrainState
-from rlhf_jax.runtime.optimizers import gradients, learning_rate, make_optimizer, update
-from rlhf_jax.runtime.programs import SEED_AXIS, HostSteps, Step
-from rlhf_jax.sampling.choice import Sampling
-from rlhf_jax.sampling.generate import generate, is_stop
-from rlhf_jax.stages.context import Context
-from rlhf_jax.stages.data_report import report_prompts
-from rlhf_jax.stages.gold import load_judge
-from rlhf_jax.stages.judging import make_http_judge, pair_scorer
-from rlhf_jax.stages.models import RewardModel
-from rlhf_jax.stages.online import OnlineConfig, prompt_keys, train_online
-from rlhf_jax.stages.preference_loss import (
+from rlhf_jax.data.prompts import PromptSource
+from rlhf_jax.loading.context import Context
+from rlhf_jax.loading.data_report import report_prompts
+from rlhf_jax.loading.models import RewardModel
+from rlhf_jax.loading.trainable import begin, begin_policy, dropout_keys, whole
+from rlhf_jax.methods.online import OnlineConfig, prompt_keys, train_online
+from rlhf_jax.methods.preference import (
     PairStats,
     PreferenceLossConfig,
     check_micro_batch,
@@ -45,10 +36,18 @@ from rlhf_jax.stages.preference_loss import (
     preference_loss,
     tokens_per_pair,
 )
-from rlhf_jax.stages.prompts import PromptSource
-from rlhf_jax.stages.reward_source import Reward, RewardSource
-from rlhf_jax.stages.scoring import joins_program, make_host_scorer
-from rlhf_jax.stages.training import begin, begin_policy, dropout_keys, whole
+from rlhf_jax.models.policy import PolicyNetwork
+from rlhf_jax.models.scalars import ScalarNetwork
+from rlhf_jax.rewards.http_judge import HTTPJudge, HTTPJudgeConfig
+from rlhf_jax.rewards.judging import load_judge, make_http_judge, pair_scorer
+from rlhf_jax.rewards.scorers import joins_program, make_host_scorer
+from rlhf_jax.rewards.sources import Reward, RewardSource, find_reward
+from rlhf_jax.rewards.tfidf import TfidfJudge
+from rlhf_jax.runtime.checkpoints import TrainState
+from rlhf_jax.runtime.optimizers import gradients, learning_rate, make_optimizer, update
+from rlhf_jax.runtime.programs import SEED_AXIS, HostSteps, Step
+from rlhf_jax.sampling.choice import Sampling
+from rlhf_jax.sampling.generate import generate, is_stop
 from rlhf_jax.types import PreferenceBatch, PromptBatch, Rollout
 
 SIGMOID = PreferenceLossConfig()
@@ -148,7 +147,7 @@ def run(config: OnlineDPOConfig, context: Context) -> dict[str, Any]:
 def find_annotator(config: OnlineDPOConfig, context: Context) -> RewardModel | Reward | TfidfJudge | HTTPJudge:
     """What chooses between two responses."""
     if config.reward_model is not None:
-        return context.reward_model(config.reward_model)
+        return find_reward(context, config.reward_model)
     if isinstance(config.judge, HTTPJudgeConfig):
         return make_http_judge(config.judge)
     assert config.judge is not None

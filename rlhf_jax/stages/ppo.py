@@ -19,15 +19,11 @@ from rlhf_jax.config import CountOrZero, NonNegative, Positive, Share
 from rlhf_jax.core import masking
 from rlhf_jax.core.advantages import gae, whiten_rewards
 from rlhf_jax.core.keys import derive
-from rlhf_jax.models import value_head
-from rlhf_jax.runtime.checkpoints import TrainState
-from rlhf_jax.runtime.optimizers import OptimizerConfig
-from rlhf_jax.runtime.programs import Step
-from rlhf_jax.stages import policy_gradient
-from rlhf_jax.stages.context import Context
-from rlhf_jax.stages.models import Policy, RewardModel, as_reward_model
-from rlhf_jax.stages.policy_gradient import ValueStart
-from rlhf_jax.stages.policy_method import (
+from rlhf_jax.loading.context import Context
+from rlhf_jax.loading.models import Policy, RewardModel, as_reward_model
+from rlhf_jax.methods import policy_gradient
+from rlhf_jax.methods.policy_gradient import ValueStart
+from rlhf_jax.methods.policy_method import (
     Advantages,
     Estimator,
     Method,
@@ -38,7 +34,11 @@ from rlhf_jax.stages.policy_method import (
     check_dual_clip,
     check_penalty,
 )
-from rlhf_jax.stages.policy_optimizer import check_value_optimizer
+from rlhf_jax.methods.policy_optimizer import check_value_optimizer
+from rlhf_jax.models import value_head
+from rlhf_jax.runtime.checkpoints import TrainState
+from rlhf_jax.runtime.optimizers import OptimizerConfig
+from rlhf_jax.runtime.programs import Step
 from rlhf_jax.types import RlhfError
 
 __all__ = ["Networks", "PPOConfig", "init_state", "make_halves", "make_step", "run"]

@@ -14,21 +14,19 @@ import numpy as np
 
 from rlhf_jax.config import AtLeastTwo, Count, ModelSource, NonNegative, Positive, StageName, check_ranges
 from rlhf_jax.data import chat, pipeline
+from rlhf_jax.data.prompts import draw_prompts
+from rlhf_jax.loading.context import Context
+from rlhf_jax.loading.data_report import report_prompts
+from rlhf_jax.loading.models import Policy
+from rlhf_jax.loading.samples import texts
+from rlhf_jax.loading.tables import PREFERENCES
 from rlhf_jax.rewards.http_judge import HTTPJudge, HTTPJudgeConfig, Pair
+from rlhf_jax.rewards.judging import load_judge, make_http_judge
+from rlhf_jax.rewards.scorers import make_scorer
+from rlhf_jax.rewards.sources import RewardSource, find_reward
 from rlhf_jax.runtime.files import write_rows
 from rlhf_jax.sampling.batches import sample_all
-from rlhf_jax.stages.context import Context
-from rlhf_jax.stages.data_report import report_prompts
-from rlhf_jax.stages.gold import load_judge
-from rlhf_jax.stages.judging import make_http_judge
-from rlhf_jax.stages.models import Policy
-from rlhf_jax.stages.prompts import draw_prompts
-from rlhf_jax.stages.reward_source import RewardSource
-from rlhf_jax.stages.samples import texts
-from rlhf_jax.stages.scoring import make_scorer
 from rlhf_jax.types import RlhfError, Rollout
-
-TRAIN_FILE, EVAL_FILE = "preferences.jsonl", "preferences_eval.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +117,7 @@ def run(config: PreferencesConfig, context: Context) -> dict[str, Any]:
         figures = {"judge_mean": float(scores.mean()), "judge_std": float(scores.std())}
     held_out = [row for rows in each[: config.eval_prompts] for row in rows]
     kept = [row for rows in each[config.eval_prompts :] for row in rows]
-    for name, rows in ((EVAL_FILE, held_out), (TRAIN_FILE, kept)):
+    for name, rows in ((PREFERENCES.eval, held_out), (PREFERENCES.train, kept)):
         if not rows:
             raise RlhfError(
                 f"config.{context.name}: no pair is left for {name}, because all are ties: draw more prompts, or more "
@@ -213,18 +211,6 @@ def higher(prompt: Any, completions: tuple[Any, Any], scores: tuple[float, float
     return _preference(prompt, completions, scores, chosen=0 if scores[0] > scores[1] else 1)
 
 
-def load_preferences(context: Context, stage: str | None) -> tuple[list[dict], list[dict]]:
-    """Training and held-out pairs: those an earlier stage wrote, or the experiment's own data where stage is None."""
-    if stage is not None:
-        directory = context.workdir.find(stage)
-        rows = [pipeline.formats.read_table(str(directory / name)) for name in (TRAIN_FILE, EVAL_FILE)]
-    else:
-        rows = [pipeline.load_rows(context.data, split) for split in ("train", "eval")]
-        for split, table in zip(("train", "eval"), rows, strict=True):
-            pipeline.formats.require_columns(table, ["prompt", "chosen", "rejected"], context.data.source(split))
-    return rows[0], rows[1]
-
-
 def _preference(
     prompt: Any, completions: tuple[Any, Any], scores: tuple[float, float], *, chosen: int
 ) -> dict[str, Any]:
@@ -248,7 +234,7 @@ def _scores(
             [prompt + completion for prompt, completion in zip(*texts(policy.tokenizer, rollout), strict=True)]
         )
     assert config.reward_model is not None
-    reward_model, batch_size = context.reward_model(config.reward_model), context.runtime.inference_batch
+    reward_model, batch_size = find_reward(context, config.reward_model), context.runtime.inference_batch
     return np.asarray(make_scorer(reward_model, policy, table, context.data, batch_size)(rollout), np.float64)
 
 

@@ -17,21 +17,18 @@ import jax
 import numpy as np
 
 from rlhf_jax.config import Count, Finite, ModelSource, NonNegative, Positive, Range, check_ranges
-from rlhf_jax.core.best_of_n import soft_choice
+from rlhf_jax.core.selection import soft_choice
 from rlhf_jax.data import chat, pipeline
+from rlhf_jax.data.prompts import draw_prompts
+from rlhf_jax.loading.context import Context
+from rlhf_jax.loading.data_report import report_prompts
+from rlhf_jax.loading.samples import texts
+from rlhf_jax.loading.tables import DEMONSTRATIONS
+from rlhf_jax.rewards.scorers import make_scorer
+from rlhf_jax.rewards.sources import RewardSource, find_reward
 from rlhf_jax.runtime.files import write_rows
 from rlhf_jax.sampling.batches import sample_all
-from rlhf_jax.stages.context import Context
-from rlhf_jax.stages.data_report import report_prompts
-from rlhf_jax.stages.preferences import TRAIN_FILE as PREFERENCES_FILE
-from rlhf_jax.stages.preferences import load_preferences
-from rlhf_jax.stages.prompts import draw_prompts
-from rlhf_jax.stages.reward_source import RewardSource
-from rlhf_jax.stages.samples import texts
-from rlhf_jax.stages.scoring import make_scorer
 from rlhf_jax.types import RlhfError
-
-TRAIN_FILE, EVAL_FILE = "demonstrations.jsonl", "demonstrations_eval.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +102,7 @@ def run(config: RejectionSamplingConfig, context: Context) -> dict[str, Any]:
     Prompts are as the data has them, chats among them; of plain texts they are the beginnings. An answer that was
     sampled twice is kept twice.
     """
-    policy, reward_model = context.policy(config.policy), context.reward_model(config.reward_model)
+    policy, reward_model = context.policy(config.policy), find_reward(context, config.reward_model)
     table = pipeline.load_rows(context.data, "train")
     pool = pipeline.prompts(table, policy.tokenizer, context.data)
     report_prompts(context, policy.tokenizer, {"train": table})
@@ -140,8 +137,8 @@ def run(config: RejectionSamplingConfig, context: Context) -> dict[str, Any]:
             f"config.{context.name}.keep leaves {len(train)} answers for training and {len(held_out)} held out, of "
             f"scores from {scores.min():.3g} to {scores.max():.3g}: keep more, or sample more prompts"
         )
-    write_rows(context.directory / EVAL_FILE, held_out)
-    write_rows(context.directory / TRAIN_FILE, train)
+    write_rows(context.directory / DEMONSTRATIONS.eval, held_out)
+    write_rows(context.directory / DEMONSTRATIONS.train, train)
     figures = {"score": float(scores.mean()), "kept_score": float(scores[kept].mean())}
     context.bar.update(1, 1, {"demonstrations": len(train), **figures})
     return {
@@ -189,26 +186,6 @@ def demonstration(prompt: Any, completion: str) -> dict[str, Any]:
     """A row to learn from: in answer to a chat, the completion is a message."""
     said = [{"role": "assistant", "content": completion}] if isinstance(prompt, list) else completion
     return {"prompt": prompt, "completion": said}
-
-
-def load_demonstrations(context: Context, stage: str | None) -> tuple[list[dict], list[dict]]:
-    """Training and held-out rows for SFT: the experiment's data where stage is None, or what a stage wrote.
-
-    Of a stage that wrote preferences, SFT learns what was chosen ("Preferred-FT", the baseline of Rafailov et al. 2023,
-    arXiv:2305.18290). Raises RlhfError where the stage wrote neither.
-    """
-    if stage is None:
-        return pipeline.load_rows(context.data, "train"), pipeline.load_rows(context.data, "eval")
-    directory = context.workdir.find(stage)
-    if (directory / PREFERENCES_FILE).exists():
-        return load_preferences(context, stage)
-    if not (directory / TRAIN_FILE).exists():
-        raise RlhfError(
-            f"config.{context.name}.demonstrations = {stage!r}, which wrote neither demonstrations nor preferences: "
-            "name a stage of kind rejection_sampling or preferences, or None for the experiment's data"
-        )
-    train, held_out = (pipeline.formats.read_table(str(directory / name)) for name in (TRAIN_FILE, EVAL_FILE))
-    return train, held_out
 
 
 def _original(table: list[dict[str, Any]], row: int, shown: str) -> Any:

@@ -16,19 +16,10 @@ from jaxtyping import PyTree
 from rlhf_jax.config import AtLeastTwo, Count, ModelSource, Positive, StageName, check_ranges
 from rlhf_jax.data import pipeline
 from rlhf_jax.data.lengths import answer_pairs
-from rlhf_jax.models.config import ModelConfig
-from rlhf_jax.models.ensembles import EnsembleConfig
-from rlhf_jax.models.scalars import Pooling, ScalarNetwork
-from rlhf_jax.runtime.checkpoints import TrainState
-from rlhf_jax.runtime.loop import Evaluation, LoopConfig, Task, train
-from rlhf_jax.runtime.optimizers import OptimizerConfig, gradients, learning_rate, make_optimizer, update
-from rlhf_jax.runtime.programs import Step
-from rlhf_jax.runtime.rounding import update_key
-from rlhf_jax.sampling.batches import sample_all
-from rlhf_jax.stages import reward_loss
-from rlhf_jax.stages.context import Context, steps_for
-from rlhf_jax.stages.data_report import report_answers
-from rlhf_jax.stages.models import (
+from rlhf_jax.data.prompts import draw_prompts
+from rlhf_jax.loading.context import Context, steps_for
+from rlhf_jax.loading.data_report import report_answers
+from rlhf_jax.loading.models import (
     Pretrained,
     RewardModel,
     as_reward_model,
@@ -36,11 +27,20 @@ from rlhf_jax.stages.models import (
     refuse_float16,
     save_reward_spec,
 )
-from rlhf_jax.stages.prompts import draw_prompts
-from rlhf_jax.stages.reward_loss import BRADLEY_TERRY, RewardLossConfig
-from rlhf_jax.stages.reward_report import HeldOut, evaluate, report
-from rlhf_jax.stages.scoring import make_scorer
-from rlhf_jax.stages.training import begin, dropout_keys, stack, trainable, whole
+from rlhf_jax.loading.trainable import begin, dropout_keys, stack, trainable, whole
+from rlhf_jax.methods import reward as reward_loss
+from rlhf_jax.methods.reward import BRADLEY_TERRY, RewardLossConfig
+from rlhf_jax.methods.reward_report import HeldOut, evaluate, report
+from rlhf_jax.models.model_config import ModelConfig
+from rlhf_jax.models.reward_ensemble import EnsembleConfig
+from rlhf_jax.models.scalars import Pooling, ScalarNetwork
+from rlhf_jax.rewards.scorers import make_scorer
+from rlhf_jax.runtime.checkpoints import TrainState
+from rlhf_jax.runtime.loop import Evaluation, LoopConfig, Task, train
+from rlhf_jax.runtime.optimizers import OptimizerConfig, gradients, learning_rate, make_optimizer, update
+from rlhf_jax.runtime.programs import Step
+from rlhf_jax.runtime.rounding import update_key
+from rlhf_jax.sampling.batches import sample_all
 from rlhf_jax.types import RlhfError
 
 

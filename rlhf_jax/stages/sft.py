@@ -11,7 +11,13 @@ from rlhf_jax.config import Count, CountOrZero, NonNegative, Positive, StageName
 from rlhf_jax.core import masking
 from rlhf_jax.core.logprobs import cross_entropy
 from rlhf_jax.data import pipeline
-from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.loading.context import Context, steps_for
+from rlhf_jax.loading.data_report import report_answers
+from rlhf_jax.loading.models import Policy, Pretrained, refuse_float16, save_policy_spec
+from rlhf_jax.loading.samples import policy_samples
+from rlhf_jax.loading.tables import load_demonstrations
+from rlhf_jax.loading.trainable import begin, dropout_keys, trainable, whole
+from rlhf_jax.models.model_config import ModelConfig
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.runtime.loop import Evaluation, LoopConfig, Task, train
@@ -19,12 +25,6 @@ from rlhf_jax.runtime.optimizers import OptimizerConfig, gradients, learning_rat
 from rlhf_jax.runtime.programs import Step
 from rlhf_jax.runtime.rounding import update_key
 from rlhf_jax.sampling.batches import sequence_stats_all
-from rlhf_jax.stages.context import Context, steps_for
-from rlhf_jax.stages.data_report import report_answers
-from rlhf_jax.stages.models import Policy, Pretrained, refuse_float16, save_policy_spec
-from rlhf_jax.stages.rejection_sampling import load_demonstrations
-from rlhf_jax.stages.samples import policy_samples
-from rlhf_jax.stages.training import begin, dropout_keys, trainable, whole
 from rlhf_jax.text.tokenizer import TokenizerConfig, train_tokenizer
 from rlhf_jax.types import TokenBatch
 

@@ -156,7 +156,7 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     directory = Path(source)
     if (isinstance(source, str) and not directory.exists()) or (directory / CONFIG_FILE).exists():
         # Imported here: transformers takes two seconds, which an experiment of its own need not wait for.
-        from rlhf_jax.text.pretrained import load_pretrained_tokenizer
+        from rlhf_jax.text.hf_tokenizer import load_pretrained_tokenizer
 
         return load_pretrained_tokenizer(source)
     path = directory / TOKENIZER_FILE

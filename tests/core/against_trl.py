@@ -14,9 +14,10 @@ import numpy as np
 
 from rlhf_jax.core import advantages, kl, logprobs, masking, policy_losses, reward_losses, unpaired_losses
 from rlhf_jax.core.preference_losses import Pairs
+from rlhf_jax.methods import preference as preference_loss
+from rlhf_jax.methods.preference import PreferenceLossConfig
 from rlhf_jax.models.head import TokenStats
-from rlhf_jax.stages import ppo, preference_loss
-from rlhf_jax.stages.preference_loss import PreferenceLossConfig
+from rlhf_jax.stages import ppo
 from tests import tiny
 from tests.core.against_trl_online import ONLINE_CHECKS
 

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from rlhf_jax.core import advantages, importance, logprobs, masking, policy_losses, reward_losses, unpaired_losses
 from rlhf_jax.core.preference_losses import Pairs
-from rlhf_jax.stages.preference_loss import PreferenceLossConfig, preference_loss
+from rlhf_jax.methods.preference import PreferenceLossConfig, preference_loss
 from tests.core.cases import normal, ppo_loss, prefix_mask
 
 DEVICES, B, T = 8, 16, 5

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf_jax.core import kl
-from rlhf_jax.stages import policy_method
+from rlhf_jax.methods import policy_method
 from tests.core.cases import normal, seeds
 
 VOCABULARY = 6

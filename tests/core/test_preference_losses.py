@@ -16,7 +16,7 @@ from hypothesis import given
 
 from rlhf_jax.core import divergences, preference_losses, reference_free_losses
 from rlhf_jax.core.preference_losses import Pairs
-from rlhf_jax.stages.preference_loss import (
+from rlhf_jax.methods.preference import (
     DIFFERENCES,
     LOSSES,
     REFERENCE_FREE,

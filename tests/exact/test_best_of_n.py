@@ -8,7 +8,7 @@ import itertools
 import numpy as np
 import pytest
 
-from rlhf_jax.core.best_of_n import (
+from rlhf_jax.core.selection import (
     best_of_n,
     best_of_n_kl,
     best_of_n_kl_estimate,

@@ -23,7 +23,7 @@ import scipy.optimize
 
 from rlhf_jax.core.logprobs import sequence_logprobs
 from rlhf_jax.data.padding import pad_right
-from rlhf_jax.stages.models import load_policy
+from rlhf_jax.loading.models import load_policy
 from rlhf_jax.types import Rollout
 from tests.stages import experiments
 

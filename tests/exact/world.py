@@ -18,14 +18,15 @@ from jax.flatten_util import ravel_pytree
 from rlhf_jax.config import ModelSource
 from rlhf_jax.core.logprobs import sequence_logprobs
 from rlhf_jax.data.padding import pad_right
-from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.methods import policy_gradient
+from rlhf_jax.methods.policy_method import Networks, Sampled
+from rlhf_jax.models.model_config import ModelConfig
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
 from rlhf_jax.runtime.loop import LoopConfig
 from rlhf_jax.runtime.optimizers import OptimizerConfig
-from rlhf_jax.stages import group_rl, policy_gradient, ppo
+from rlhf_jax.stages import group_rl, ppo
 from rlhf_jax.stages.group_rl import GroupRLConfig
-from rlhf_jax.stages.policy_method import Networks, Sampled
 from rlhf_jax.stages.ppo import PPOConfig
 from rlhf_jax.types import Rollout
 

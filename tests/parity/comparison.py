@@ -16,7 +16,7 @@ import torch
 import transformers
 from safetensors.numpy import load_file
 
-from rlhf_jax.models import hf
+from rlhf_jax.interop import hf
 from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.types import RlhfError
 from tests.parity.random_configs import LENGTH

@@ -16,8 +16,8 @@ import torch
 import transformers
 from safetensors.numpy import load_file
 
-from rlhf_jax.models import hf
-from rlhf_jax.models.families import FAMILIES, tensor_shape, tensors_of
+from rlhf_jax.interop import hf
+from rlhf_jax.interop.families import FAMILIES, tensor_shape, tensors_of
 from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.types import Rollout
 from tests.parity import checkpoints

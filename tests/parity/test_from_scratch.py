@@ -12,13 +12,13 @@ import pytest
 import torch
 import transformers
 
-from rlhf_jax.models.config import Rope
+from rlhf_jax.cli.export import export
+from rlhf_jax.loading.models import Policy, RewardModel
+from rlhf_jax.models.model_config import Rope
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
-from rlhf_jax.stages.models import Policy, RewardModel
 from rlhf_jax.text.tokenizer import TokenizerConfig, train_tokenizer
 from rlhf_jax.types import Rollout
-from rlhf_jax.verbs.export import export
 from tests import tiny
 
 TEXTS = ["The film was good; it's the best (of 1999).", "naïve \u3042 <eos> text<pad>\n", "  two  spaces", "", "film"]

@@ -12,8 +12,8 @@ import pytest
 import torch
 import transformers
 
-from rlhf_jax.models.gguf_families import FAMILIES
-from rlhf_jax.runtime.pretrained import convert_gguf
+from rlhf_jax.interop.gguf_families import FAMILIES
+from rlhf_jax.interop.hub import convert_gguf
 from tests.gguf_files import CONTEXT, FAMILY_KEYS, HEADS, INNER, KV_HEADS, VOCABULARY, WIDTH, write_gguf
 
 COMMON: dict[str, Any] = {

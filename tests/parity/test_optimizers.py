@@ -15,8 +15,8 @@ import pytest
 import torch
 import transformers
 
-from rlhf_jax.models import hf
-from rlhf_jax.models.families import FAMILIES, tensors_of
+from rlhf_jax.interop import hf
+from rlhf_jax.interop.families import FAMILIES, tensors_of
 from rlhf_jax.runtime import optimizers
 from rlhf_jax.runtime.optimizers import OptimizerConfig, make_optimizer, update
 from tests.parity import checkpoints

@@ -19,9 +19,9 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from rlhf_jax.models import hf
+from rlhf_jax.interop import hf
+from rlhf_jax.interop.peft import load_adapter, save_adapter
 from rlhf_jax.models.lora import Adapted, LoraConfig, layers_of
-from rlhf_jax.models.peft import load_adapter, save_adapter
 from rlhf_jax.types import RlhfError, Rollout
 from tests.parity import checkpoints
 

@@ -11,10 +11,10 @@ import torch
 import transformers
 
 from rlhf_jax.data.padding import pad_left
-from rlhf_jax.runtime.pretrained import fetch_model
+from rlhf_jax.interop.hub import fetch_model
+from rlhf_jax.loading.models import Policy, Tuning, load_checkpoint
 from rlhf_jax.sampling.batches import sample_all
 from rlhf_jax.sampling.choice import Sampling
-from rlhf_jax.stages.models import Policy, Tuning, load_checkpoint
 
 NEW = 64
 TEXTS = [

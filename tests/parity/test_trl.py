@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.stages.reference import ReferenceUpdate, moved
+from rlhf_jax.methods.reference import ReferenceUpdate, moved
 from tests.core.against_trl import CHECKS, read
 from tests.parity import trl_1_12, trl_1_16, trl_1_16_online, trl_1_16_preferences, write_goldens
 

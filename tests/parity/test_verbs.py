@@ -13,13 +13,13 @@ import pytest
 import torch
 import transformers
 
-from rlhf_jax.stages.models import Base, Policy, RewardModel, as_reward_model, load_checkpoint
+from rlhf_jax.loading.models import Base, Policy, RewardModel, as_reward_model, load_checkpoint
 from rlhf_jax.types import Rollout
 from tests import checkpoints
+from tests.cli.commands import reads, succeeds
+from tests.cli.test_adapters import adapted
+from tests.cli.test_export import write_stage
 from tests.text import checkpoints as tokenizers
-from tests.verbs.commands import reads, succeeds
-from tests.verbs.test_adapters import adapted
-from tests.verbs.test_export import write_stage
 
 NEW = 30
 

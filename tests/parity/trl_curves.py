@@ -13,7 +13,7 @@ import transformers
 import trl
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
-from rlhf_jax.stages.models import load_checkpoint
+from rlhf_jax.loading.models import load_checkpoint
 from tests.stages import curves, experiments
 from tests.stages.curves import BETA, SMOOTHING, Curve, World
 

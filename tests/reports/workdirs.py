@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.loading.models import Policy, RewardModel, save_policy_spec, save_reward_spec
+from rlhf_jax.models.model_config import ModelConfig
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
 from rlhf_jax.rewards import tfidf
@@ -15,7 +16,6 @@ from rlhf_jax.rewards.tfidf import TfidfRidgeConfig
 from rlhf_jax.runtime.checkpoints import Checkpoints, TrainState
 from rlhf_jax.runtime.files import write_json, write_rows
 from rlhf_jax.runtime.workdir import Identity, Workdir
-from rlhf_jax.stages.models import Policy, RewardModel, save_policy_spec, save_reward_spec
 from rlhf_jax.text.tokenizer import TokenizerConfig, train_tokenizer
 
 DATA = {

@@ -11,8 +11,8 @@ import pytest
 
 from rlhf_jax import config as configs
 from rlhf_jax.models import value_head
-from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.lora import LoraConfig
+from rlhf_jax.models.model_config import ModelConfig
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
 from rlhf_jax.runtime.optimizers import OptimizerConfig, learning_rate, make_optimizer, update

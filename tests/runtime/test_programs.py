@@ -9,10 +9,10 @@ import numpy as np
 import optax
 import pytest
 
+from rlhf_jax.methods.preference import join, pair_stats, preference_loss
 from rlhf_jax.runtime import optimizers
 from rlhf_jax.runtime.programs import SEED_AXIS, HostSteps, RuntimeConfig, Scored, compile_host_steps, make_placement
 from rlhf_jax.stages import dpo, ppo
-from rlhf_jax.stages.preference_loss import join, pair_stats, preference_loss
 from rlhf_jax.types import RlhfError
 from tests import tiny
 

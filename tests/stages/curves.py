@@ -13,10 +13,10 @@ import tokenizers
 from jaxtyping import PyTree
 
 from rlhf_jax.data import pipeline
-from rlhf_jax.models import hf
+from rlhf_jax.interop import hf
+from rlhf_jax.loading.models import Policy, RewardModel, load_stage
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
-from rlhf_jax.stages.models import Policy, RewardModel, load_stage
 from tests import checkpoints
 from tests.stages import experiments
 from tests.text import checkpoints as texts

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.stages import policy_gradient
-from rlhf_jax.stages.policy_method import Sampled
+from rlhf_jax.methods import policy_gradient
+from rlhf_jax.methods.policy_method import Sampled
 from rlhf_jax.types import Rollout
 from tests.stages import curves, experiments
 from tests.stages.curves import BATCH, EOS, MOST_PROMPT, MOST_RESPONSE, VOCABULARY, Curve, World

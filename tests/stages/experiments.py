@@ -16,7 +16,7 @@ from rich.console import Console
 
 from rlhf_jax import experiment
 from rlhf_jax.data.pipeline import DataConfig
-from rlhf_jax.models import hf
+from rlhf_jax.interop import hf
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
 from rlhf_jax.runtime.checkpoints import steps_of

@@ -18,8 +18,9 @@ import jax
 from orbax.checkpoint._src.path import atomicity
 
 from rlhf_jax import main
+from rlhf_jax.methods import online
 from rlhf_jax.runtime import loop
-from rlhf_jax.stages import dpo, online, reward_model, sft
+from rlhf_jax.stages import dpo, reward_model, sft
 from tests import quickly
 
 STAGES = {"sft": sft, "reward_model": reward_model, "dpo": dpo, "ppo": online, "dapo": online}

@@ -9,19 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax.interop import hf
+from rlhf_jax.interop.peft import save_adapter
+from rlhf_jax.loading.models import load_checkpoint
+from rlhf_jax.loading.trainable import begin
 from rlhf_jax.main import main
-from rlhf_jax.models import hf
+from rlhf_jax.methods.preference import pair_stats
+from rlhf_jax.methods.reference import ReferenceUpdate
 from rlhf_jax.models.lora import Adapted, LoraConfig, merge
-from rlhf_jax.models.peft import save_adapter
 from rlhf_jax.reports import Run
 from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.runtime.optimizers import make_optimizer
 from rlhf_jax.runtime.programs import make_placement
 from rlhf_jax.stages import dpo, ppo, reward_model, sft
-from rlhf_jax.stages.models import load_checkpoint
-from rlhf_jax.stages.preference_loss import pair_stats
-from rlhf_jax.stages.reference import ReferenceUpdate
-from rlhf_jax.stages.training import begin
 from tests import checkpoints, tiny
 from tests.runtime.test_gradients import demonstrations
 from tests.runtime.test_programs import PLACEMENTS, assert_close

@@ -10,13 +10,13 @@ from rich.console import Console
 
 from rlhf_jax.config import ModelSource
 from rlhf_jax.data.pipeline import DataConfig
-from rlhf_jax.models.ensembles import EnsembleConfig
+from rlhf_jax.loading.context import Context
+from rlhf_jax.loading.models import Policy, Pretrained, Tuning, save_policy_spec, tuned
+from rlhf_jax.loading.trainable import begin_policy
+from rlhf_jax.models.reward_ensemble import EnsembleConfig
 from rlhf_jax.runtime.progress import Display
 from rlhf_jax.runtime.workdir import Workdir
-from rlhf_jax.stages.context import Context
-from rlhf_jax.stages.models import Policy, Pretrained, Tuning, save_policy_spec, tuned
 from rlhf_jax.stages.reward_model import RewardModelConfig
-from rlhf_jax.stages.training import begin_policy
 from rlhf_jax.text.tokenizer import TokenizerConfig, train_tokenizer
 from rlhf_jax.types import RlhfError
 from tests import tiny

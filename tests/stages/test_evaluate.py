@@ -12,16 +12,16 @@ import pytest
 
 from rlhf_jax.core.statistics import bootstrap_interval, length_controlled_win_rate, repetition, wilson_interval
 from rlhf_jax.data import pipeline
-from rlhf_jax.models import hf
+from rlhf_jax.data.prompts import draw_prompts
+from rlhf_jax.interop import hf
+from rlhf_jax.loading.models import Policy, RewardModel, load_checkpoint
+from rlhf_jax.methods import answers
 from rlhf_jax.reports import report
 from rlhf_jax.reports.run import FURTHER_COLUMNS, RESULT_COLUMNS, Run
 from rlhf_jax.rewards.http_judge import HTTPJudgeConfig
 from rlhf_jax.sampling.batches import response_logprobs_all, sample_all
 from rlhf_jax.sampling.choice import Sampling
-from rlhf_jax.stages import answers
 from rlhf_jax.stages.evaluate import EvaluateConfig, deciding_column, opponent
-from rlhf_jax.stages.models import Policy, RewardModel, load_checkpoint
-from rlhf_jax.stages.prompts import draw_prompts
 from rlhf_jax.types import RlhfError, Rollout, TokenBatch
 from tests import tiny
 from tests.rewards.server import likes_longer, serving

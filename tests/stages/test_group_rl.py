@@ -10,12 +10,13 @@ import pytest
 from ml_collections import ConfigDict
 
 from rlhf_jax import config as configs
+from rlhf_jax.methods import policy_gradient
+from rlhf_jax.methods.dynamic_sampling import collect, empty, filled, is_full
+from rlhf_jax.methods.experience import by_learner
+from rlhf_jax.methods.policy_method import AdaptiveKL, Networks, Sampled
 from rlhf_jax.models.scalars import ScalarNetwork
 from rlhf_jax.runtime.programs import SEED_AXIS, HostSteps, Scored, compile_host_steps, make_placement
-from rlhf_jax.stages import group_rl, policy_gradient
-from rlhf_jax.stages.dynamic_sampling import collect, empty, filled, is_full
-from rlhf_jax.stages.experience import by_learner
-from rlhf_jax.stages.policy_method import AdaptiveKL, Networks, Sampled
+from rlhf_jax.stages import group_rl
 from rlhf_jax.types import RlhfError, Rollout
 from tests import tiny
 from tests.runtime.test_programs import assert_close, runtime

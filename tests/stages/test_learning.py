@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.data.pipeline import Prompts
+from rlhf_jax.data.prompts import PromptSource, at_round
+from rlhf_jax.methods.experience import gather_experience
+from rlhf_jax.methods.policy_method import Sampled
 from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.runtime.optimizers import make_optimizer
 from rlhf_jax.runtime.programs import make_placement
 from rlhf_jax.stages import dpo, ppo, reward_model, sft
-from rlhf_jax.stages.experience import gather_experience
-from rlhf_jax.stages.policy_method import Sampled
-from rlhf_jax.stages.prompts import PromptSource, at_round
 from rlhf_jax.types import Rollout, TokenBatch
 from tests import tiny
 

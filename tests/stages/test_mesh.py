@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from rlhf_jax import config as configs
+from rlhf_jax.loading.context import Context
+from rlhf_jax.loading.models import Policy, RewardModel, load_policy
 from rlhf_jax.models.sharding import shardings
 from rlhf_jax.runtime.programs import MeshPlacement, RuntimeConfig, make_placement
-from rlhf_jax.stages.context import Context
-from rlhf_jax.stages.models import Policy, RewardModel, load_policy
+from tests.methods.test_reference import preference_rows, section
 from tests.stages import experiments
-from tests.stages.test_reference import preference_rows, section
 
 MESH = {**experiments.RUNTIME, "fsdp": 4, "tensor": 2}
 

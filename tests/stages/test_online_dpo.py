@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from rlhf_jax.config import ModelSource, StageName
+from rlhf_jax.methods.preference import PreferenceLossConfig
 from rlhf_jax.reports import Run
-from rlhf_jax.rewards import tfidf
+from rlhf_jax.rewards import judging, tfidf
 from rlhf_jax.rewards.tfidf import TfidfRidgeConfig
 from rlhf_jax.runtime.programs import SEED_AXIS, HostSteps, Scored, compile_host_steps, make_placement
-from rlhf_jax.stages import judging, online_dpo
-from rlhf_jax.stages.preference_loss import PreferenceLossConfig
+from rlhf_jax.stages import online_dpo
 from rlhf_jax.text.tokenizer import TokenizerConfig, train_tokenizer
 from rlhf_jax.types import Rollout
 from tests import tiny

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 
 from rlhf_jax import config as configs
-from rlhf_jax.models import hf
+from rlhf_jax.interop import hf
+from rlhf_jax.loading.models import Tuning, load_checkpoint
+from rlhf_jax.loading.trainable import begin, trainable
 from rlhf_jax.models.lora import LoraConfig
 from rlhf_jax.stages import dpo, kto, sft
-from rlhf_jax.stages.models import Tuning, load_checkpoint
 from rlhf_jax.stages.reward_model import RewardModelConfig
-from rlhf_jax.stages.training import begin, trainable
 from rlhf_jax.types import RlhfError, TokenBatch
 from tests import tiny
 from tests.stages import experiments

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.config import ModelSource
+from rlhf_jax.loading import tables
 from rlhf_jax.rewards.http_judge import HTTPJudgeConfig
 from rlhf_jax.stages import preferences
 from tests.rewards.server import likes_longer, serving, shown
@@ -103,7 +104,7 @@ def test_the_higher_score_is_chosen_and_chats_stay_chats(chain):
 
 
 def preferences_files():
-    return preferences.TRAIN_FILE, preferences.EVAL_FILE
+    return tuple(tables.PREFERENCES)
 
 
 def prefer(scores, **changes):

@@ -13,13 +13,13 @@ from transformers import GPT2Config
 
 from rlhf_jax.data import pipeline
 from rlhf_jax.data.padding import pad_right
+from rlhf_jax.interop import hf
+from rlhf_jax.interop.families import model_config
+from rlhf_jax.loading.models import Policy, RewardModel, body_of, load_checkpoint
 from rlhf_jax.main import main
-from rlhf_jax.models import hf
-from rlhf_jax.models.families import model_config
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.reports import Run
-from rlhf_jax.stages.models import Policy, RewardModel, body_of, load_checkpoint
-from rlhf_jax.stages.scoring import make_scorer
+from rlhf_jax.rewards.scorers import make_scorer
 from rlhf_jax.types import Rollout
 from tests import checkpoints
 from tests.text import checkpoints as tokenizers

@@ -15,17 +15,18 @@ from rlhf_jax import config as configs
 from rlhf_jax import experiment
 from rlhf_jax.data import pipeline
 from rlhf_jax.data.padding import pad_left, pad_right
+from rlhf_jax.loading import tables
+from rlhf_jax.loading.context import Context
+from rlhf_jax.loading.models import RewardModel
 from rlhf_jax.reports import Run
 from rlhf_jax.runtime.files import read_json, read_rows, write_json, write_rows
 from rlhf_jax.runtime.progress import Display
 from rlhf_jax.runtime.workdir import Workdir
 from rlhf_jax.sampling.batches import score_all
 from rlhf_jax.stages import rejection_sampling as stage
-from rlhf_jax.stages.context import Context
-from rlhf_jax.stages.models import RewardModel
 from rlhf_jax.stages.rejection_sampling import KEEP, KeepAbove, KeepBest, KeepShare, KeepSoft
 from rlhf_jax.types import RlhfError, Rollout
-from tests.verbs.commands import reads, succeeds
+from tests.cli.commands import reads, succeeds
 
 ROOT = Path(__file__).parents[2]
 SCORES = np.array([[1.0, 4.0, 4.0, -2.0], [0.5, 0.0, -3.0, -1.0], [5.0, 3.0, 6.0, 7.0]])
@@ -174,7 +175,7 @@ def score_texts(judge: RewardModel, data: pipeline.DataConfig, prompts: list, co
 
 def test_demonstrations_are_prompts_of_the_data_with_scores_of_the_reward_model(finished):
     workdir, planned = finished
-    train, held_out = (read_rows(workdir / "best_1" / name) for name in (stage.TRAIN_FILE, stage.EVAL_FILE))
+    train, held_out = (read_rows(workdir / "best_1" / name) for name in tables.DEMONSTRATIONS)
     rows = train + held_out
     asked = {row["prompt"] for row in read_rows(Path(planned.data.train))}
     assert {row["prompt"] for row in rows} <= asked
@@ -222,13 +223,13 @@ def test_preferences_are_demonstrations_of_what_was_chosen(finished, tmp_path):
     for name in ("preferences.jsonl", "preferences_eval.jsonl"):
         write_rows(tmp_path / "preferences" / name, pairs)
     write_json(tmp_path / "preferences" / "complete.json", {"fingerprint": "x"})
-    train, held_out = stage.load_demonstrations(context, "preferences")
+    train, held_out = tables.load_demonstrations(context, "preferences")
     assert train == held_out == pairs
     assert pipeline.training_texts(train) == ["the film is good."]
-    assert stage.load_demonstrations(context, None)[0] == pipeline.load_rows(planned.data, "train")
+    assert tables.load_demonstrations(context, None)[0] == pipeline.load_rows(planned.data, "train")
     here = dataclasses.replace(context, workdir=Workdir(workdir))
     with pytest.raises(RlhfError, match="'sft', which wrote neither demonstrations nor preferences"):
-        stage.load_demonstrations(here, "sft")
+        tables.load_demonstrations(here, "sft")
 
 
 def test_a_threshold_that_nothing_passes(finished, tmp_path):
@@ -238,7 +239,7 @@ def test_a_threshold_that_nothing_passes(finished, tmp_path):
     context = dataclasses.replace(context_of(tmp_path, planned), workdir=Workdir(tmp_path, workdir))
     with pytest.raises(RlhfError, match=r"keep leaves 0 answers for training and 0 held out, of scores from"):
         stage.run(strict, context)
-    assert not (tmp_path / "sft" / stage.TRAIN_FILE).exists()
+    assert not (tmp_path / "sft" / tables.DEMONSTRATIONS.train).exists()
 
 
 def test_demonstrations_of_chats_are_chats():

@@ -18,15 +18,16 @@ from experiments import preferences
 from rlhf_jax import experiment
 from rlhf_jax.config import ModelSource
 from rlhf_jax.data.pipeline import DataConfig
-from rlhf_jax.models.ensembles import EnsembleConfig
+from rlhf_jax.loading.context import Context
+from rlhf_jax.loading.models import RewardModel, load_reward_model
+from rlhf_jax.methods import reward as reward_loss
+from rlhf_jax.methods.reward import RewardLossConfig
+from rlhf_jax.models.reward_ensemble import EnsembleConfig
 from rlhf_jax.models.sharding import shardings
 from rlhf_jax.runtime.progress import Display
 from rlhf_jax.runtime.workdir import Workdir
 from rlhf_jax.sampling.batches import score_all
-from rlhf_jax.stages import reward_loss, reward_model
-from rlhf_jax.stages.context import Context
-from rlhf_jax.stages.models import RewardModel, load_reward_model
-from rlhf_jax.stages.reward_loss import RewardLossConfig
+from rlhf_jax.stages import reward_model
 from rlhf_jax.text.tokenizer import load_tokenizer
 from rlhf_jax.types import ComparisonBatch, RlhfError, Rollout
 from tests import tiny

@@ -1,0 +1,166 @@
+"""`rlhf-jax chat`: a conversation in the terminal."""
+
+import contextlib
+import dataclasses
+import importlib
+import signal
+import sys
+import threading
+import unicodedata
+from collections.abc import Iterator
+
+import jax
+from rich.console import Console
+from rich.markup import escape
+
+from rlhf_jax.cli import flags
+from rlhf_jax.cli.conversation import Answer, Conversation
+from rlhf_jax.loading.models import RewardModel
+from rlhf_jax.rewards.sources import Reward
+from rlhf_jax.types import RlhfError
+
+DESCRIPTION = """\
+Talks to a model in the terminal; answers appear as they are written. Ctrl-C stops an answer, Ctrl-D ends. A model
+without a chat template continues what one writes. Commands: /help lists them.
+"""
+COMMANDS = """\
+/system TEXT     what the assistant is told first; /system alone takes it back
+/temperature X   0 takes the most likely token
+/reset           forgets what was said
+/score           what the reward gives the last answer
+/exit            ends, as Ctrl-D does; Ctrl-C stops an answer"""
+MARK = "\001\033[1;36m\002> \001\033[0m\002"  # \001 and \002 tell readline what takes up no place
+
+
+def chat_verb(arguments: list[str]) -> None:
+    """A conversation, until its end."""
+    parser = flags.Parser("rlhf-jax chat", DESCRIPTION)
+    flags.add_model_flags(parser)
+    parser.add_argument("--system", metavar="TEXT", help="what the assistant is told first")
+    flags.add_judge_flags(parser)
+    flags.add_sampling_flags(parser)
+    options = parser.parse_args(arguments)
+    console = Console(highlight=False)
+    with console.status("[dim]loading[/dim]"):
+        policy = flags.load_policy(options)
+        judge = flags.load_judge(options)
+    sampling = flags.sampling(options, policy, 512)
+    conversation = Conversation(policy, sampling, jax.random.key(options.seed), options.stop)
+    if options.system is not None:
+        conversation.set_system(options.system)
+    Terminal(conversation, judge, console).run()
+
+
+class Terminal:
+    """Reads lines, and prints answers and notes."""
+
+    def __init__(self, conversation: Conversation, judge: RewardModel | Reward | None, console: Console) -> None:
+        """Prints nothing yet."""
+        self._conversation, self._judge, self._console = conversation, judge, console
+
+    def run(self) -> None:
+        """Talks until the input ends or /exit."""
+        if self._console.is_terminal:
+            if not self._conversation.is_chat:
+                self._note("This model has no chat template: it continues what you write.")
+            self._note("/help lists the commands; Ctrl-C stops an answer, Ctrl-D ends.")
+        with flags.until_closed():
+            for line in _lines():
+                if line == "/exit":
+                    return
+                try:
+                    self._command(line) if line.startswith("/") else self._answer(line)
+                except RlhfError as error:
+                    self._note(f"{error}")
+
+    def _answer(self, line: str) -> None:
+        answer = Answer()
+        pieces = self._conversation.reply(line, answer)
+        with _until_interrupted() as interrupted:
+            with self._console.status("[dim]reading[/dim]"):  # and, the first time, compiling
+                first = next(pieces, "")
+            self._print(first)
+            while not interrupted.is_set() and (piece := next(pieces, None)) is not None:
+                self._print(piece)
+            pieces.close()
+        self._console.print()
+        self._console.print(f"[dim]{_told(answer, interrupted.is_set())}[/dim]\n")
+
+    def _command(self, line: str) -> None:
+        name, _, rest = line.partition(" ")
+        rest, conversation = rest.strip(), self._conversation
+        if name == "/help":
+            self._note(COMMANDS)
+        elif name == "/reset":
+            conversation.reset()
+            self._note("Forgotten.")
+        elif name == "/system":
+            conversation.set_system(rest or None)
+            self._note("The assistant is told so." if rest else "The assistant is told nothing first.")
+        elif name == "/temperature":
+            self._set_temperature(rest)
+        elif name == "/score":
+            if self._judge is None:
+                raise RlhfError(
+                    "there is no reward: start with --reward-model=DIR, --reward-stage=NAME or --reward=FILE.py:FUNC"
+                )
+            self._note(f"score {conversation.score(self._judge):+.3f}")
+        else:
+            raise RlhfError(f"{name} is no command; /help lists them")
+
+    def _set_temperature(self, text: str) -> None:
+        sampling = self._conversation.sampling
+        if text:
+            try:
+                self._conversation.sampling = dataclasses.replace(sampling, temperature=float(text))
+            except ValueError as error:
+                raise RlhfError(f"/temperature {text}: give a number, at least 0") from error
+        self._note(f"temperature {self._conversation.sampling.temperature:g}")
+
+    def _note(self, text: str) -> None:
+        self._console.print(f"[dim]{escape(text)}[/dim]")
+
+    def _print(self, piece: str) -> None:
+        # A model may write what a terminal would obey.
+        safe = "".join(c for c in piece if c in "\n\t" or unicodedata.category(c) != "Cc")
+        self._console.out(safe, end="", highlight=False)
+
+
+@contextlib.contextmanager
+def _until_interrupted() -> Iterator[threading.Event]:
+    """An event that Ctrl-C sets, where else it would raise an exception.
+
+    An exception that is raised while JAX calls back into Python can be lost, and with it the wish to stop.
+    """
+    interrupted = threading.Event()
+    before = signal.signal(signal.SIGINT, lambda *_: interrupted.set())
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _lines() -> Iterator[str]:
+    """Lines that hold something, without a mark where they do not come from a terminal."""
+    terminal = sys.stdin.isatty()
+    if terminal:
+        with contextlib.suppress(ImportError):  # not everywhere; it edits lines and remembers them
+            importlib.import_module("readline")
+    while True:
+        try:
+            line = input(MARK if terminal else "").strip()
+        except KeyboardInterrupt:  # there is no answer to stop: it empties the line
+            print()
+            continue
+        except EOFError:
+            if terminal:
+                print()
+            return
+        if line:
+            yield line
+
+
+def _told(answer: Answer, stopped: bool) -> str:
+    speed = f", {(answer.tokens - 1) / answer.seconds:.1f} a second" if answer.seconds else ""
+    end = "; stopped" if stopped else "; cut: --max-new-tokens, or all the room there is" if answer.cut else ""
+    return f"{answer.tokens} tokens{speed}{end}"

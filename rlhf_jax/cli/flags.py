@@ -1,0 +1,222 @@
+"""What the verbs' command lines have in common: which model, how it is sampled, and how errors are told."""
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from rlhf_jax.config import FunctionSource
+from rlhf_jax.data.pipeline import DataConfig, encode_pairs
+from rlhf_jax.interop.hub import quantisation_note
+from rlhf_jax.loading import models
+from rlhf_jax.loading.models import Policy, RewardModel, Tuning
+from rlhf_jax.reports.run import Run, encode_prompt
+from rlhf_jax.rewards.functions import weighted_sum
+from rlhf_jax.rewards.scorers import TAKEN
+from rlhf_jax.rewards.sources import Reward, RewardConfig, load_reward
+from rlhf_jax.sampling.choice import Sampling
+from rlhf_jax.sampling.options import SamplingOptions
+from rlhf_jax.types import RlhfError
+
+UNCUT = DataConfig(
+    train="", eval="", test=None, limit=None, text_prompt_tokens=(1, 1), max_prompt_tokens=2**30,
+    max_response_tokens=2**30,
+)  # fmt: skip
+"""Texts are tokenised whole; those that a model has no room for are refused, not cut."""
+
+
+EXACT = Tuning(param_dtype="float32", compute_dtype="float32")
+"""What a checkpoint's numbers are computed in, unless told otherwise. Anything less depends on the device too."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises RlhfError where argparse would print a usage and exit."""
+
+    def __init__(self, prog: str, description: str) -> None:
+        """Knows every flag by its whole name only."""
+        form = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog=prog, description=description, formatter_class=form, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        """Raises RlhfError with the message and the usage."""
+        raise RlhfError(f"{message}\n{self.format_usage().strip()}")
+
+
+def add_model_flags(parser: Parser) -> None:
+    """The flags that `load_model` reads."""
+    which = parser.add_argument_group("which model", "--model, or --workdir and --stage")
+    which.add_argument(
+        "--model",
+        metavar="DIR",
+        help="a Hugging Face directory or a PEFT adapter's, a GGUF file, or OWNER/NAME on the hub",
+    )
+    which.add_argument("--workdir", type=Path, metavar="DIR", help="where an experiment was run")
+    which.add_argument("--stage", metavar="NAME", help="the stage of it whose model is meant")
+    which.add_argument("--inputs", type=Path, metavar="DIR", help="where stages are that the experiment only read")
+    which.add_argument("--policy-seed", type=int, metavar="N", help="of a stage that trained several (the first)")
+    which.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        help="of parameters and computing; otherwise float32, or as the stage trained it",
+    )
+
+
+def load_model(options: argparse.Namespace, tuning: Tuning) -> Policy | RewardModel:
+    """The model that the flags name; a checkpoint is held as `tuning` says, where --dtype says nothing.
+
+    An adapter is merged into its base. What was quantised once is said on standard error.
+    Raises RlhfError where the flags name no model, or two.
+    """
+    if options.dtype is not None:
+        tuning = Tuning(param_dtype=options.dtype, compute_dtype=options.dtype)
+    if options.model is not None:
+        clashing = [
+            name for name in ("workdir", "stage", "inputs", "policy_seed") if getattr(options, name) is not None
+        ]
+        if clashing:
+            raise RlhfError(f"--model and --{clashing[0].replace('_', '-')} name two models: leave one of them out")
+        model = models.load_checkpoint(options.model, tuning)
+        if note := quantisation_note(options.model, model.hf_config):
+            print(note, file=sys.stderr)
+        return model
+    model = models.merged(stage_run(options).load_model(options.stage, options.policy_seed))
+    return model if options.dtype is None else models.tuned(model, tuning)
+
+
+def stage_run(options: argparse.Namespace) -> Run:
+    """The run whose stage the flags name. Raises RlhfError where they name none."""
+    if options.workdir is None or options.stage is None:
+        raise RlhfError("no model is named: give --model=DIR, or --workdir=DIR --stage=NAME")
+    return Run(options.workdir, options.inputs)
+
+
+def load_policy(options: argparse.Namespace) -> Policy:
+    """The language model that the flags name. Raises RlhfError where it is a reward model."""
+    model = load_model(options, EXACT)
+    if not isinstance(model, Policy):
+        raise RlhfError(f"{options.model or options.stage} is a reward model, which writes nothing: name a policy")
+    return model
+
+
+def add_judge_flags(parser: Parser) -> None:
+    """The flags that `load_judge` reads."""
+    which = parser.add_argument_group("who scores answers", "--reward-model, or --reward-stage, or --reward")
+    which.add_argument("--reward-model", metavar="DIR", help="a reward model: named as --model is")
+    which.add_argument("--reward-stage", metavar="NAME", help="a reward model: a stage of --workdir")
+    which.add_argument(
+        "--reward",
+        action="append",
+        metavar="FILE.py:FUNC",
+        help="a function (prompts, completions, **columns) -> list[float | None], of a file or of package.module; may "
+        "be given again, for a sum",
+    )
+    which.add_argument("--reward-weights", type=_numbers, metavar="W,W", help="one for each --reward (1 each)")
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(map(float, text.split(",")))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} should be numbers, with commas between them") from error
+
+
+def load_judge(options: argparse.Namespace) -> RewardModel | Reward | None:
+    """The reward that the flags name, or None. Raises RlhfError where they name two, or a language model."""
+    flags = [
+        f"--{name.replace('_', '-')}" for name in ("reward_model", "reward_stage", "reward") if getattr(options, name)
+    ]
+    if len(flags) > 1:
+        raise RlhfError(f"{' and '.join(flags)} name {len(flags)} rewards: leave all but one of them out")
+    if options.reward is not None:
+        try:
+            config = RewardConfig(tuple(map(FunctionSource, options.reward)), weights=options.reward_weights)
+        except ValueError as error:
+            raise RlhfError(f"--reward-{error}") from error
+        return load_reward(config, None)
+    if options.reward_weights is not None:
+        raise RlhfError("--reward-weights weigh what --reward names, and there is none: leave them out")
+    if options.reward_stage is not None:
+        if options.workdir is None:
+            raise RlhfError("--reward-stage needs the --workdir that has it: or give --reward-model=DIR")
+        return Run(options.workdir, options.inputs).load_reward_model(options.reward_stage)
+    if options.reward_model is None:
+        return None
+    judge = models.load_checkpoint(options.reward_model, EXACT)
+    if not isinstance(judge, RewardModel):
+        raise RlhfError(f"--reward-model={options.reward_model} is a language model: give a classifier with one label")
+    return judge
+
+
+def function_scores(
+    reward: Reward, policy: Policy, prompt: Any, completions: Sequence[Any], columns: Mapping[str, Any]
+) -> np.ndarray:
+    """Scores of answers to one prompt by Python functions, float32[N].
+
+    Args: prompt and completions are texts or chats; columns are those of the prompt's row. `completion_ids` are the
+    answers' tokens by the policy's tokenizer, what ends them included.
+    """
+    prompts = [prompt] * len(completions)
+    given = {name: [value] * len(completions) for name, value in columns.items() if name not in TAKEN}
+    examples, _ = encode_pairs(prompts, list(completions), policy.tokenizer, UNCUT)
+    given["completion_ids"] = [example.response for example in examples]
+    parts = [function(prompts, completions, given) for function in reward.functions]
+    sources = [function.source for function in reward.functions]
+    return weighted_sum(np.stack(parts, axis=1), reward.weights, sources, prompts, completions)
+
+
+def add_sampling_flags(parser: Parser) -> None:
+    """A flag for each of the sampling options, and --seed."""
+    how = parser.add_argument_group("how it answers")
+    for field in dataclasses.fields(SamplingOptions):
+        given: dict[str, Any] = {"default": field.default, **field.metadata}
+        if field.default == ():
+            given |= {"action": "append", "default": []}
+        how.add_argument(f"--{field.name.replace('_', '-')}", **given)
+    how.add_argument("--seed", type=int, default=0, help="of the random numbers (default 0)")
+
+
+def sampling(options: argparse.Namespace, policy: Policy, max_new_tokens: int) -> Sampling:
+    """How the flags say that the policy is sampled. Raises RlhfError naming the flag that cannot be."""
+    values = {field.name: getattr(options, field.name) for field in dataclasses.fields(SamplingOptions)}
+    try:
+        found = SamplingOptions(**values | {"stop": tuple(options.stop)})
+    except ValueError as error:
+        name, _, rest = str(error).partition(" ")
+        raise RlhfError(f"--{name.replace('_', '-')} {rest}") from error
+    return found.sampling(policy.tokenizer.stop_ids, max_new_tokens)
+
+
+def text_prompt(policy: Policy, text: str) -> list[int]:
+    """Tokens of a prompt of plain text. Raises RlhfError where it has words without a token."""
+    return encode_prompt(text, policy.tokenizer, UNCUT.max_prompt_tokens)
+
+
+def chat_prompt(policy: Policy, messages: list[dict[str, str]]) -> list[int]:
+    """Tokens of a conversation, up to the beginning of an answer."""
+    return policy.tokenizer.encode(policy.tokenizer.render(messages, add_generation_prompt=True))
+
+
+def within_context(policy: Policy, prompt: list[int], sampling: Sampling) -> Sampling:
+    """The sampling, with no more new tokens than the model has room for. Raises RlhfError where it has none."""
+    context = policy.network.config.context
+    if context is None:
+        return sampling
+    if len(prompt) >= context:
+        raise RlhfError(f"the prompt has {len(prompt)} tokens, and the model sees {context}, its answer included")
+    return dataclasses.replace(sampling, max_new_tokens=min(sampling.max_new_tokens, context - len(prompt)))
+
+
+@contextlib.contextmanager
+def until_closed() -> Iterator[None]:
+    """Ends quietly when nobody reads what is printed any more, as `head` does not."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it exits

@@ -1,0 +1,111 @@
+"""A model trained from scratch, as a checkpoint of transformers: the config.json of a family that has its shape."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from rlhf_jax.interop.hf import read_shape
+from rlhf_jax.models.model_config import ModelConfig, Rope
+from rlhf_jax.types import RlhfError
+
+_ACTIVATIONS = {"relu": "relu", "relu2": "relu2", "gelu": "gelu_pytorch_tanh", "gelu_exact": "gelu", "silu": "silu"}
+
+
+def describe(config: ModelConfig, vocab_size: int, **tokens: int) -> dict[str, Any]:
+    """The config.json of a language model: that of the first family which, read back, has this very shape.
+
+    Args: tokens are the ids of special tokens, by the names that a config.json has for them.
+    Raises RlhfError where none has, naming the nearest family and the fields in which it differs.
+    """
+    differing = {}
+    for family, fields in _FAMILIES.items():
+        name, say = fields
+        said = {"model_type": family, "architectures": [name], "vocab_size": vocab_size, **tokens, **say(config)}
+        try:
+            found, _ = read_shape(said, param_dtype=config.param_dtype, compute_dtype=config.compute_dtype)
+        except RlhfError:  # a family that asks for more than another shape
+            continue
+        differing[family] = _differences(
+            config, dataclasses.replace(found, remat=config.remat, attention=config.attention)
+        )
+        if not differing[family]:
+            return said
+    nearest = min(differing, key=lambda family: len(differing[family]))
+    raise RlhfError(
+        "no family of transformers has the shape of this model, which was trained from scratch; the nearest is "
+        f"{nearest}, with {', '.join(differing[nearest])}. Train one with such a shape to export it"
+    )
+
+
+def _differences(config: ModelConfig, found: ModelConfig) -> list[str]:
+    ours, theirs = _filled(config), _filled(found)
+    if config.positions == "rotary" and config.context is None:  # which have no end, whatever a family's default is
+        theirs["context"] = None
+    return [f"{name} = {theirs[name]!r} in the place of {ours[name]!r}" for name in ours if ours[name] != theirs[name]]
+
+
+def _filled(config: ModelConfig) -> dict[str, Any]:
+    """The fields, with what None stands for."""
+    filled = dataclasses.replace(config, n_kv_heads=config.kv_heads, head_dim=config.head_width)
+    return vars(filled) | ({"rope": Rope()} if config.positions == "learned" else {})
+
+
+def _llama(config: ModelConfig) -> dict[str, Any]:
+    context = {} if config.context is None else {"max_position_embeddings": config.context}
+    return context | {
+        "hidden_size": config.d_model,
+        "intermediate_size": config.d_ff,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_width,
+        "hidden_act": _ACTIVATIONS[config.activation],
+        "rms_norm_eps": config.norm_epsilon,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope.theta},
+        "attention_bias": config.qkv_bias,
+        "tie_word_embeddings": config.tied,
+    }
+
+
+def _llama_with_biases(config: ModelConfig) -> dict[str, Any]:
+    return _llama(config) | {"mlp_bias": config.mlp_bias}
+
+
+def _gpt2(config: ModelConfig) -> dict[str, Any]:
+    context = {} if config.context is None else {"n_positions": config.context}
+    return context | {
+        "n_embd": config.d_model,
+        "n_layer": config.n_layers,
+        "n_head": config.n_heads,
+        "n_inner": config.d_ff,
+        "activation_function": _ACTIVATIONS[config.activation],
+        "layer_norm_epsilon": config.norm_epsilon,
+        "tie_word_embeddings": config.tied,
+    }
+
+
+def _gpt_neox(config: ModelConfig) -> dict[str, Any]:
+    context = {} if config.context is None else {"max_position_embeddings": config.context}
+    rope = {"rope_type": "default", "rope_theta": config.rope.theta, "partial_rotary_factor": config.rope.fraction}
+    return context | {
+        "hidden_size": config.d_model,
+        "intermediate_size": config.d_ff,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "hidden_act": _ACTIVATIONS[config.activation],
+        "layer_norm_eps": config.norm_epsilon,
+        "rope_parameters": rope,
+        "use_parallel_residual": config.parallel,
+        "attention_bias": config.qkv_bias,
+        "tie_word_embeddings": config.tied,
+    }
+
+
+_FAMILIES: dict[str, tuple[str, Callable[[ModelConfig], dict[str, Any]]]] = {
+    "arcee": ("ArceeForCausalLM", _llama_with_biases),
+    "llama": ("LlamaForCausalLM", _llama_with_biases),
+    "qwen3": ("Qwen3ForCausalLM", _llama),
+    "olmo2": ("Olmo2ForCausalLM", _llama),
+    "gpt2": ("GPT2LMHeadModel", _gpt2),
+    "gpt_neox": ("GPTNeoXForCausalLM", _gpt_neox),
+}

@@ -1,0 +1,203 @@
+"""The families of models: how each one's config.json and tensors are said in the terms of our transformer.
+
+A family is a function from its config (as transformers' AutoConfig completes it) to a ModelConfig, and a table of its
+tensors: which of our parameters each one holds, and in which layout.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from rlhf_jax.interop import family_configs
+from rlhf_jax.models.model_config import ModelConfig
+from rlhf_jax.types import RlhfError
+
+Layout = Literal["flat", "out_in", "in_out", "heads_qkv"]
+"""flat: embeddings, scales, biases; out_in: torch's Linear; in_out: GPT-2's Conv1D; heads_qkv: GPT-NeoX's fused qkv."""
+
+
+class Tensor(NamedTuple):
+    """One tensor of a checkpoint. `{i}` in its name and parts stands for the number of a layer."""
+
+    name: str
+    parts: tuple[str, ...]  # the parameters that it holds, one after the other along its output axis
+    layout: Layout = "flat"
+
+
+class Family(NamedTuple):
+    """How a family says what our transformer says."""
+
+    fields: Callable[[Any], dict[str, Any]]  # transformers' config -> fields of ModelConfig
+    tensors: tuple[Tensor, ...]  # those whose parameters a model lacks (biases, norms) are not in its checkpoint
+    prefix: str  # what the names of tensors begin with, save where a checkpoint was written without it
+
+
+def family_of(hf_config: dict[str, Any], where: str) -> Family:
+    """The family of a config.json. Raises RlhfError naming a model_type that is not covered."""
+    name = hf_config.get("model_type")
+    if name not in FAMILIES:
+        raise RlhfError(f"{where}: model_type = {name!r} is not supported: it should be one of {', '.join(FAMILIES)}")
+    return FAMILIES[name]
+
+
+def tensors_of(family: Family, layers: int, paths: Iterable[str]) -> list[Tensor]:
+    """Every tensor that a model with these parameters has. Parameters that no tensor holds are a fault of the table."""
+    paths, found = set(paths), []
+    for name, parts, layout in family.tensors:
+        for i in range(layers if "{i}" in name else 1):
+            filled = tuple(part.format(i=i) for part in parts)
+            if paths.issuperset(filled):
+                found.append(Tensor(name.format(i=i), filled, layout))
+    left = paths.difference(part for tensor in found for part in tensor.parts)
+    assert not left, left
+    return found
+
+
+def unpack(array: np.ndarray, tensor: Tensor, shapes: list[tuple[int, ...]]) -> list[np.ndarray]:
+    """The parameters that a tensor holds, as views of it where that is possible."""
+    if tensor.layout == "heads_qkv":
+        heads, width = shapes[0][-2:]
+        pieces = array.reshape(heads, 3, width, *array.shape[1:])
+        return [np.moveaxis(pieces[:, i], (0, 1), (-2, -1)).reshape(shapes[i]) for i in range(3)]
+    whole = array.T if tensor.layout == "out_in" else array
+    axis = 0 if tensor.layout == "flat" else 1
+    sizes = [math.prod(shape) // (1 if axis == 0 else whole.shape[0]) for shape in shapes]
+    if len(shapes) == 1:
+        return [whole.reshape(shapes[0])]
+    pieces = np.split(whole, np.cumsum(sizes)[:-1], axis=axis)
+    return [piece.reshape(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+
+
+def pack(parameters: list[np.ndarray], tensor: Tensor) -> np.ndarray:
+    """The tensor that holds these parameters: the inverse of `unpack`."""
+    if tensor.layout == "heads_qkv":
+        pieces = np.stack([np.moveaxis(array, (-2, -1), (0, 1)) for array in parameters], axis=1)
+        return pieces.reshape(-1, *pieces.shape[3:])
+    if tensor.layout == "flat":
+        if len(parameters) > 1 or tensor.name.endswith("bias"):
+            return np.concatenate([array.reshape(-1) for array in parameters])
+        return parameters[0]
+    matrices = [array.reshape(_inputs(part, array), -1) for part, array in zip(tensor.parts, parameters, strict=True)]
+    whole = np.concatenate(matrices, axis=1) if len(matrices) > 1 else matrices[0]
+    return whole.T if tensor.layout == "out_in" else whole
+
+
+def tensor_shape(tensor: Tensor, shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
+    """The shape that a tensor must have, given those of its parameters."""
+    size = sum(map(math.prod, shapes))
+    if tensor.layout == "flat":
+        return (size,) if len(shapes) > 1 or tensor.name.endswith("bias") else shapes[0]
+    if tensor.layout == "heads_qkv" and tensor.name.endswith("bias"):
+        return (size,)
+    inputs = _inputs(tensor.parts[0], np.empty(shapes[0], bool))
+    return (inputs, size // inputs) if tensor.layout == "in_out" else (size // inputs, inputs)
+
+
+def _inputs(part: str, array: np.ndarray) -> int:
+    """The size of a kernel's input: of two axes for the attention's output, else of one."""
+    return math.prod(array.shape[: 2 if part.endswith("attention/o/kernel") else 1])
+
+
+# ---- tensors -------------------------------------------------------------------------------------------------------
+
+
+def _linear(name: str, *parts: str, layout: Layout = "out_in") -> tuple[Tensor, Tensor]:
+    """The weight and the bias of a linear layer, which may be several of ours in one."""
+    bias: Layout = "heads_qkv" if layout == "heads_qkv" else "flat"
+    return (
+        Tensor(f"{name}.weight", tuple(f"block_{{i}}/{part}/kernel" for part in parts), layout),
+        Tensor(f"{name}.bias", tuple(f"block_{{i}}/{part}/bias" for part in parts), bias),
+    )
+
+
+def _norm(name: str, path: str) -> tuple[Tensor, Tensor]:
+    return Tensor(f"{name}.weight", (f"{path}/scale",)), Tensor(f"{name}.bias", (f"{path}/bias",))
+
+
+def _ends(embedding: str, norm: str, head: str = "lm_head.weight") -> tuple[Tensor, ...]:
+    """What stands before the layers and after them. `score` is the head of a reward model."""
+    return (
+        Tensor(embedding, ("embedding",)),
+        *_norm(norm, "final_norm"),
+        Tensor(head, ("head",)),
+        Tensor("score.weight", ("head/kernel",), "out_in"),
+    )
+
+
+_QKV = ("attention/q", "attention/k", "attention/v")
+_LLAMA = "model.layers.{i}."
+
+
+def _llama_tensors(**norms: str) -> tuple[Tensor, ...]:
+    """Llama's names, and those of its norms: what we call them, by what the family calls them."""
+    return (
+        *_ends("model.embed_tokens.weight", "model.norm"),
+        *(tensor for part in "qkvo" for tensor in _linear(f"{_LLAMA}self_attn.{part}_proj", f"attention/{part}")),
+        *_norm(f"{_LLAMA}self_attn.q_norm", "block_{i}/attention/q_norm"),
+        *_norm(f"{_LLAMA}self_attn.k_norm", "block_{i}/attention/k_norm"),
+        *(tensor for part in ("gate", "up", "down") for tensor in _linear(f"{_LLAMA}mlp.{part}_proj", part)),
+        *(tensor for name, path in norms.items() for tensor in _norm(_LLAMA + name, f"block_{{i}}/{path}")),
+    )
+
+
+_LLAMA_TENSORS = _llama_tensors(input_layernorm="attention_norm", post_attention_layernorm="mlp_norm")
+_GEMMA2_TENSORS = _llama_tensors(
+    input_layernorm="attention_norm",
+    post_attention_layernorm="attention_out_norm",
+    pre_feedforward_layernorm="mlp_norm",
+    post_feedforward_layernorm="mlp_out_norm",
+)
+_OLMO2_TENSORS = _llama_tensors(
+    post_attention_layernorm="attention_out_norm", post_feedforward_layernorm="mlp_out_norm"
+)
+_PHI3_TENSORS = (
+    *_ends("model.embed_tokens.weight", "model.norm"),
+    *_linear(f"{_LLAMA}self_attn.qkv_proj", *_QKV),
+    *_linear(f"{_LLAMA}self_attn.o_proj", "attention/o"),
+    *_linear(f"{_LLAMA}mlp.gate_up_proj", "gate", "up"),
+    *_linear(f"{_LLAMA}mlp.down_proj", "down"),
+    *_norm(f"{_LLAMA}input_layernorm", "block_{i}/attention_norm"),
+    *_norm(f"{_LLAMA}post_attention_layernorm", "block_{i}/mlp_norm"),
+)
+_GPT2_TENSORS = (
+    *_ends("transformer.wte.weight", "transformer.ln_f"),
+    Tensor("transformer.wpe.weight", ("positions",)),
+    *_linear("transformer.h.{i}.attn.c_attn", *_QKV, layout="in_out"),
+    *_linear("transformer.h.{i}.attn.c_proj", "attention/o", layout="in_out"),
+    *_linear("transformer.h.{i}.mlp.c_fc", "up", layout="in_out"),
+    *_linear("transformer.h.{i}.mlp.c_proj", "down", layout="in_out"),
+    *_norm("transformer.h.{i}.ln_1", "block_{i}/attention_norm"),
+    *_norm("transformer.h.{i}.ln_2", "block_{i}/mlp_norm"),
+)
+_NEOX = "gpt_neox.layers.{i}."
+_GPT_NEOX_TENSORS = (
+    *_ends("gpt_neox.embed_in.weight", "gpt_neox.final_layer_norm", head="embed_out.weight"),
+    *_linear(f"{_NEOX}attention.query_key_value", *_QKV, layout="heads_qkv"),
+    *_linear(f"{_NEOX}attention.dense", "attention/o"),
+    *_linear(f"{_NEOX}mlp.dense_h_to_4h", "up"),
+    *_linear(f"{_NEOX}mlp.dense_4h_to_h", "down"),
+    *_norm(f"{_NEOX}input_layernorm", "block_{i}/attention_norm"),
+    *_norm(f"{_NEOX}post_attention_layernorm", "block_{i}/mlp_norm"),
+)
+
+FAMILIES: dict[str, Family] = {
+    "arcee": Family(family_configs.arcee, _LLAMA_TENSORS, "model."),
+    "gpt2": Family(family_configs.gpt2, _GPT2_TENSORS, "transformer."),
+    "gpt_neox": Family(family_configs.gpt_neox, _GPT_NEOX_TENSORS, "gpt_neox."),
+    "llama": Family(family_configs.llama, _LLAMA_TENSORS, "model."),
+    "mistral": Family(family_configs.mistral, _LLAMA_TENSORS, "model."),
+    "qwen2": Family(family_configs.qwen2, _LLAMA_TENSORS, "model."),
+    "qwen3": Family(family_configs.qwen3, _LLAMA_TENSORS, "model."),
+    "gemma": Family(family_configs.gemma, _LLAMA_TENSORS, "model."),
+    "gemma2": Family(family_configs.gemma2, _GEMMA2_TENSORS, "model."),
+    "gemma3_text": Family(family_configs.gemma3, _GEMMA2_TENSORS, "model."),
+    "olmo2": Family(family_configs.olmo2, _OLMO2_TENSORS, "model."),
+    "phi3": Family(family_configs.phi3, _PHI3_TENSORS, "model."),
+}
+
+
+def model_config(hf_config: Any, **dtypes: Any) -> ModelConfig:
+    """The shape that a config of transformers describes. Raises RlhfError where we do not have what it asks for."""
+    return ModelConfig(**FAMILIES[hf_config.model_type].fields(hf_config), **dtypes)

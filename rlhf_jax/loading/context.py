@@ -1,0 +1,108 @@
+"""What a stage is given beside its own config, and how it finds what earlier stages left."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+from jaxtyping import PRNGKeyArray
+
+from rlhf_jax.core.keys import derive
+from rlhf_jax.data.pipeline import DataConfig
+from rlhf_jax.loading.models import (
+    AS_IT_IS,
+    Base,
+    Policy,
+    Pretrained,
+    RewardModel,
+    Tuning,
+    load_checkpoint,
+    load_stage,
+    merged,
+    tuned,
+)
+from rlhf_jax.models.sharding import Where
+from rlhf_jax.runtime.programs import Placement, RuntimeConfig, make_placement
+from rlhf_jax.runtime.progress import Bar
+from rlhf_jax.runtime.workdir import Workdir
+from rlhf_jax.sampling.choice import Sampling
+from rlhf_jax.text.tokenizer import Tokenizer
+from rlhf_jax.types import RlhfError
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """One stage's surroundings. Run k of an online stage uses seed + k; other stages have one run."""
+
+    workdir: Workdir
+    stages: tuple[str, ...]  # the experiment's, by which their names are told from checkpoints
+    name: str
+    seed: int
+    seeds: int
+    data: DataConfig
+    runtime: RuntimeConfig
+    bar: Bar
+
+    @property
+    def directory(self) -> Path:
+        """Where this stage writes."""
+        return self.workdir.directory(self.name)
+
+    def key(self, tag: str, seed_index: int = 0) -> PRNGKeyArray:
+        """The key for one purpose in run `seed_index`: the stage's name and a tag, derived from the run's seed."""
+        return derive(derive(jax.random.key(self.seed + seed_index), self.name), tag)
+
+    def placement(self, seeds: int = 1) -> Placement:
+        """The devices, for a stage with this many runs at once."""
+        return make_placement(self.runtime, seeds)
+
+    @property
+    def where(self) -> Where:
+        """On which devices each parameter of a model goes as it is loaded."""
+        return self.placement().where
+
+    def sampling(self, tokenizer: Tokenizer, temperature: float) -> Sampling:
+        """Responses of the length that the data has room for."""
+        return Sampling(self.data.max_response_tokens, temperature, tokenizer.stop_ids)
+
+    def policy(self, source: str, tuning: Tuning = AS_IT_IS) -> Policy:
+        """The policy that an earlier stage trained (the first seed's where there are several), or a checkpoint's."""
+        found = self.model(source, tuning)
+        if not isinstance(found, Policy):
+            raise RlhfError(f"config.{self.name}: {source} is a reward model where a language model is needed")
+        return found
+
+    def base(self, tuning: Tuning | None, source: str | None = None) -> Base | None:
+        """What an adapter is trained beside, where one is: the source, or what a `Pretrained` section starts from."""
+        if tuning is None or tuning.lora is None:
+            return None
+        name = tuning.init if isinstance(tuning, Pretrained) else source
+        assert name is not None
+        return Base(name, name in self.stages)
+
+    def reward_model(self, source: str) -> RewardModel:
+        """The reward model that an earlier stage trained, or a checkpoint's."""
+        found = self.model(source)
+        if not isinstance(found, RewardModel):
+            raise RlhfError(f"config.{self.name}: {source} is a language model where a reward model is needed")
+        return found
+
+    def model(self, source: str, tuning: Tuning = AS_IT_IS) -> Policy | RewardModel:
+        """The model of an earlier stage or of a checkpoint, held as `tuning` says."""
+        if source not in self.stages:
+            found = load_checkpoint(source, tuning, where=self.where)
+        else:
+            directory, find = self.workdir.find(source), self.workdir.find
+            found = tuned(merged(load_stage(directory, seed=self.seed, find=find, where=self.where)), tuning)
+        config, most = found.network.config, self.data.max_prompt_tokens + self.data.max_response_tokens
+        positions = config.context if config.positions == "learned" else config.rope.limit
+        if positions is not None and most > positions:
+            raise RlhfError(
+                f"config.{self.name}: {source} has learnt {positions} positions, and data.max_prompt_tokens + "
+                f"data.max_response_tokens = {most}: lower them"
+            )
+        return found
+
+
+def steps_for(epochs: float, rows: int, batch_size: int, steps_per_call: int) -> int:
+    """Steps that see every row `epochs` times, rounded to whole calls, of which there is at least one."""
+    return max(1, round(epochs * rows / batch_size / steps_per_call)) * steps_per_call

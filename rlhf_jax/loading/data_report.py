@@ -1,0 +1,56 @@
+"""Data as a stage finds them: how long its rows are, and how many of them are cut."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from rlhf_jax.data import lengths
+from rlhf_jax.data.lengths import Pairs
+from rlhf_jax.data.pipeline import Row
+from rlhf_jax.loading.context import Context
+from rlhf_jax.runtime.files import read_json, write_json
+from rlhf_jax.text.tokenizer import Tokenizer
+
+FILE = "data.json"
+SHOWN = ("column", "rows", "median", "95 %", "longest", "limit", "cut")
+
+
+def report_answers(context: Context, tokenizer: Tokenizer, splits: Mapping[str, Mapping[str, Pairs]]) -> None:
+    """Report the lengths of prompts and answers, by split and column; see `data.lengths`."""
+    figures = {name: lengths.of_answers(pairs, tokenizer, context.data) for name, pairs in splits.items()}
+    _report(context, figures, [warning for name, pairs in splits.items() if (warning := _of_equals(pairs, name))])
+
+
+def report_prompts(context: Context, tokenizer: Tokenizer, splits: Mapping[str, list[Row]]) -> None:
+    """Report the lengths of prompts, by split."""
+    _report(context, {name: lengths.of_prompts(rows, tokenizer, context.data) for name, rows in splits.items()}, [])
+
+
+def _of_equals(pairs: Mapping[str, Pairs], split: str) -> str | None:
+    """A sentence where chosen and rejected answers are the same in some rows."""
+    if not {"chosen", "rejected"} <= pairs.keys():
+        return None
+    same = [one == other for one, other in zip(pairs["chosen"][1], pairs["rejected"][1], strict=True)]
+    if not any(same):
+        return None
+    return f"{sum(same)} of {len(same)} rows ({split}) have the same answer as chosen and rejected, and prefer nothing."
+
+
+def _report(context: Context, splits: dict[str, list[dict[str, Any]]], warnings: list[str]) -> None:
+    """Write `data.json`, and print it with its warnings unless an earlier stage of the experiment printed the same."""
+    splits = {name: figures for name, figures in splits.items() if figures}
+    said = {"splits": splits, "warnings": [*lengths.warnings(splits), *warnings]}
+    write_json(context.directory / FILE, said)
+    earlier = [context.workdir.directory(name) / FILE for name in context.stages[: context.stages.index(context.name)]]
+    if not splits or any(path.exists() and read_json(path) == said for path in earlier):
+        return
+    table = Table(box=None, pad_edge=False, title=f"{context.name}: lengths in tokens", title_justify="left")
+    table.add_column("split")
+    for name in SHOWN:
+        table.add_column(name, justify="left" if name == "column" else "right", no_wrap=True)
+    for split, figures in splits.items():
+        for one in figures:
+            table.add_row(split, *(f"{one[name]:.0%}" if name == "cut" else str(one[name]) for name in SHOWN))
+    context.bar.say(table, *(Text(f"Warning: {warning}", style="yellow") for warning in said["warnings"]))

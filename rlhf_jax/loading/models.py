@@ -1,0 +1,349 @@
+"""Models as stages exchange them: from scratch, from an earlier stage, or from a checkpoint that others trained."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
+
+from rlhf_jax import config as configs
+from rlhf_jax.config import ModelSource
+from rlhf_jax.interop import hf, peft
+from rlhf_jax.interop.hub import MODELS, checkpoint_directory, checkpoint_tokenizer, whole_directory
+from rlhf_jax.models.lora import Adapted, LoraConfig
+from rlhf_jax.models.model_config import AttentionBy, DType, ModelConfig
+from rlhf_jax.models.policy import PolicyNetwork
+from rlhf_jax.models.reward_ensemble import EnsembleConfig
+from rlhf_jax.models.scalars import ScalarNetwork
+from rlhf_jax.models.sharding import Where
+from rlhf_jax.runtime.checkpoints import load_params
+from rlhf_jax.runtime.files import read_json, write_json
+from rlhf_jax.text.tokenizer import Tokenizer, load_tokenizer
+from rlhf_jax.types import RlhfError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """Dtypes, memory and adapters of an existing model that is trained further. None keeps what its source has.
+
+    Trained parameters are float32 by default all the same, whatever dtype the source has, the values' too; what stays
+    frozen (the reference, an adapter's base) keeps its dtype. In 'bfloat16' they take less memory, or give faster
+    sampling: `optimizer.low_precision` says how small updates are kept, `runtime/rounding.py` the bytes a parameter.
+    """
+
+    param_dtype: DType | None = None  # of the base, where an adapter is trained beside it
+    compute_dtype: DType | None = None  # a checkpoint's is float32
+    remat: bool | None = None
+    attention: AttentionBy = "xla"
+    lora: LoraConfig | None = None  # trains an adapter beside the model, which stays as it is
+
+
+AS_IT_IS = Tuning()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pretrained(Tuning):
+    """A model's section where it does not start from scratch: the stage or the checkpoint that it starts from."""
+
+    init: ModelSource
+
+
+class Policy(NamedTuple):
+    """A language model one can use: its network, its parameters and its tokenizer."""
+
+    network: PolicyNetwork
+    params: PyTree
+    tokenizer: Tokenizer
+    hf_config: dict[str, Any] | None = None  # of the checkpoint that it goes back to
+
+
+class Base(NamedTuple):
+    """What an adapter was trained beside: an earlier stage's model, or a checkpoint."""
+
+    name: str
+    is_stage: bool
+
+
+class RewardModel(NamedTuple):
+    """A reward model one can use; it reads the tokens of the tokenizer."""
+
+    network: ScalarNetwork
+    params: PyTree
+    tokenizer: Tokenizer
+    hf_config: dict[str, Any] | None = None
+
+    def members(self) -> list["RewardModel"]:
+        """The members of an ensemble, or the model itself."""
+        ensemble = self.network.ensemble
+        if ensemble is None:
+            return [self]
+        each = [jax.tree.map(lambda leaf, k=k: leaf[k], self.params) for k in range(ensemble.members)]
+        return [self._replace(network=self.network.alone, params=params) for params in each]
+
+
+Find = Callable[[str], Path]
+"""Where an experiment's stages are: a stage's name -> its directory."""
+
+
+def save_policy_spec(directory: Path, policy: Policy, seeds: range, *, base: Base | None = None) -> None:
+    """Writes what is needed beside the checkpoints to load a policy: `model.json`, `tokenizer/`.
+
+    Args: base is what the policy starts from, where only an adapter is trained.
+    """
+    _save_spec(directory, policy, {"network": "policy", "seeds": [seeds.start, seeds.stop]}, base)
+
+
+def save_reward_spec(
+    directory: Path, model: RewardModel, *, base: Base | None = None, moments: list[tuple[float, float]] | None = None
+) -> None:
+    """Writes what is needed beside the checkpoints to load a reward model.
+
+    Args: moments are the mean and the deviation of the scores that become 0 and 1, of every member of an ensemble.
+    """
+    network = model.network
+    more = {"network": "reward", "pooling": network.pooling, "bias": network.bias}
+    ensemble = None if network.ensemble is None else dataclasses.asdict(network.ensemble)
+    _save_spec(directory, model, {**more, "ensemble": ensemble, "moments": moments}, base)
+
+
+def load_stage(
+    directory: Path, *, seed: int, find: Find | None = None, where: Where | None = None
+) -> Policy | RewardModel:
+    """What a stage trained. Raises RlhfError where it trains no model."""
+    if _read_spec(directory)["network"] == "policy":
+        return load_policy(directory, seed=seed, step=None, find=find, where=where)
+    return load_reward_model(directory, find=find, where=where)
+
+
+def load_policy(
+    directory: Path, *, seed: int, step: int | None, find: Find | None = None, where: Where | None = None
+) -> Policy:
+    """A stage's policy: its parameters, or `Adapted` ones where the stage trained an adapter.
+
+    Args: find says where the stage is that an adapter's base comes from, by default beside this one; where, on which
+    devices each parameter goes, by default the first.
+    Raises RlhfError where the stage trains no policy, or has no such seed or checkpoint.
+    """
+    spec = _spec_of(directory, "policy")
+    tokenizer = load_tokenizer(directory / "tokenizer")
+    config, lora = _model_config(spec, directory), _lora(spec, directory)
+    network = PolicyNetwork(config, spec["vocab_size"], tokenizer.suppressed, lora)
+    first, stop = spec["seeds"]
+    if not first <= seed < stop:
+        raise RlhfError(f"{directory} holds seeds {first} to {stop - 1}, not {seed}")
+    like = jax.eval_shape(network.init, jax.random.key(0))
+    if lora is not None:
+        like = jax.eval_shape(network.init_adapter, like, jax.random.key(0))
+    if stop - first > 1:
+        like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((stop - first, *leaf.shape), leaf.dtype), like)
+    params = load_params(directory / "checkpoints", "policy", like, step=step, where=where)
+    if stop - first > 1:
+        params = jax.tree.map(lambda leaf: leaf[seed - first], params)
+    if lora is not None:
+        base = _load_base(directory, find, where)
+        assert isinstance(base, Policy)
+        params = Adapted(cast(base.params, config.param_dtype), params)
+    return Policy(network, params, tokenizer, spec["hf_config"])
+
+
+def load_reward_model(directory: Path, *, find: Find | None = None, where: Where | None = None) -> RewardModel:
+    """A stage's reward model, as `load_policy` gives a policy. Raises RlhfError where the stage trains none.
+
+    Scores that the stage normalised are so by the head that is given here. An ensemble's adapters are merged.
+    """
+    spec = _spec_of(directory, "reward")
+    config, lora = _model_config(spec, directory), _lora(spec, directory)
+    network = ScalarNetwork(config, spec["vocab_size"], spec["pooling"], spec["bias"], lora)
+    ensemble = None
+    if spec["ensemble"] is not None:
+        ensemble = configs.build(EnsembleConfig, spec["ensemble"], f"{directory / 'model.json'}: ensemble")
+    like = jax.eval_shape(network.init, jax.random.key(0))
+    if lora is not None:
+        like = jax.eval_shape(network.init_adapter, like, jax.random.key(0))
+    if ensemble is not None:
+        like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((ensemble.members, *leaf.shape), leaf.dtype), like)
+    params = load_params(directory / "checkpoints", "reward", like, step=None, where=where)
+    if spec["moments"] is not None:
+        params = params | {"head": normalised_head(params["head"], spec["moments"], stacked=ensemble is not None)}
+        network = dataclasses.replace(network, bias=True)
+    if lora is not None:
+        base = _load_base(directory, find, where)
+        body = cast(body_of(base), config.param_dtype)
+        if ensemble is None:
+            params = Adapted({"body": body, "head": params["head"]}, params)
+        else:
+            params = jax.vmap(lambda member: network.merge(Adapted({"body": body}, member)))(params)
+            network = dataclasses.replace(network, lora=None)
+    network = dataclasses.replace(network, ensemble=ensemble)
+    return RewardModel(network, params, load_tokenizer(directory / "tokenizer"), spec["hf_config"])
+
+
+def normalised_head(head: PyTree, moments: Sequence[Sequence[float]], *, stacked: bool) -> PyTree:
+    """A head in float32 whose scores are (score - mean) / deviation; it has a bias, also where the given one has none.
+
+    Args: stacked says that leaves have a first axis over an ensemble's members, each with moments of its own.
+    """
+    kernel = head["kernel"].astype(jnp.float32)
+    mean, deviation = (jnp.asarray(each, jnp.float32) for each in zip(*moments, strict=True))
+    mean, deviation = (each.reshape(-1, 1) if stacked else each for each in (mean, deviation))
+    bias = head["bias"].astype(jnp.float32) if "bias" in head else jnp.zeros_like(mean)
+    return {"kernel": kernel / deviation[..., None], "bias": (bias - mean) / deviation}
+
+
+def merged(model: Policy | RewardModel) -> Policy | RewardModel:
+    """A model with plain parameters: those of an adapter added to its base."""
+    if not isinstance(model.params, Adapted):
+        return model
+    params = model.network.merge(model.params)
+    if isinstance(model, Policy):
+        return model._replace(network=dataclasses.replace(model.network, lora=None), params=params)
+    return model._replace(network=dataclasses.replace(model.network, lora=None), params=params)
+
+
+def load_checkpoint(source: str, tuning: Tuning = AS_IT_IS, *, where: Where | None = None) -> Policy | RewardModel:
+    """A model that others trained: a Hugging Face directory, a GGUF file, or an id on the hub.
+
+    Where there is an adapter of PEFT's instead of a whole model, it is merged into the base that it names. Each
+    parameter goes from its file straight to the devices that `where` says, by default the first.
+    Raises RlhfError where there is none, where it is of a family that is not covered, or has no tokenizer.
+    """
+    directory = checkpoint_directory(source)
+    whole = whole_directory(directory)
+    found = hf.load_pretrained(
+        str(whole),
+        param_dtype=tuning.param_dtype,
+        compute_dtype=tuning.compute_dtype or "float32",
+        remat=bool(tuning.remat),
+        attention=tuning.attention,
+        place=None if where is None else lambda path, array: jax.device_put(array, where(path, array.shape)),
+    )
+    tokenizer = checkpoint_tokenizer(directory, whole)
+    if whole != directory:
+        found = peft.with_adapter(directory, found, pad_id=tokenizer.pad_id)
+    if tokenizer.vocab_size > found.vocab_size:
+        raise RlhfError(
+            f"{source}: the tokenizer has {tokenizer.vocab_size} tokens, and the model {found.vocab_size}: they are "
+            "not of the same checkpoint"
+        )
+    network = hf.network_of(found)
+    if isinstance(network, PolicyNetwork):
+        network = dataclasses.replace(network, suppressed=tokenizer.suppressed)
+        return Policy(network, found.params, tokenizer, found.hf_config)
+    return RewardModel(network, found.params, tokenizer, found.hf_config)
+
+
+def tuned(model: Policy | RewardModel, tuning: Tuning) -> Policy | RewardModel:
+    """A model with its parameters and its computations as asked for. Raises RlhfError where they cannot be so."""
+    old = model.network.config
+    try:
+        config = dataclasses.replace(
+            old,
+            param_dtype=tuning.param_dtype or old.param_dtype,
+            compute_dtype=tuning.compute_dtype or old.compute_dtype,
+            remat=old.remat if tuning.remat is None else tuning.remat,
+            attention=tuning.attention,
+        )
+    except ValueError as error:
+        raise RlhfError(str(error)) from error
+    params = cast(model.params, tuning.param_dtype)
+    if isinstance(model, Policy):
+        return model._replace(network=dataclasses.replace(model.network, config=config), params=params)
+    return model._replace(network=dataclasses.replace(model.network, config=config), params=params)
+
+
+def refuse_float16(config: Tuning | ModelConfig, *, adapter: bool) -> None:
+    """Raises ValueError where parameters are trained, or gradients computed, in float16.
+
+    Gradients below 6e-8 are 0 there, and loss scaling, which would lift them, is not built in. With an adapter the
+    frozen base may be float16.
+    """
+    for name in ("compute_dtype",) if adapter else ("param_dtype", "compute_dtype"):
+        if getattr(config, name) == "float16":
+            raise ValueError(
+                f"{name} = 'float16' is for inference alone, because small gradients vanish in it without loss scaling "
+                "(which is not built in): set it to 'bfloat16' or 'float32' to train"
+            )
+
+
+def cast(params: PyTree, dtype: DType | None) -> PyTree:
+    """Parameters in another dtype, or as they are."""
+    return params if dtype is None else jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), params)
+
+
+def body_of(model: Policy | RewardModel) -> PyTree:
+    """A model's plain parameters without those of its head."""
+    if isinstance(model, RewardModel):
+        return model.params["body"]
+    return {name: leaf for name, leaf in model.params.items() if name != "head"}
+
+
+def as_reward_model(policy: Policy, key: jax.Array) -> RewardModel:
+    """A reward model that starts as a policy's body, with a new head (Stiennon et al. 2020), read at the last token.
+
+    The head has no bias, so that transformers can load it as a classifier with one label.
+    """
+    network = ScalarNetwork(policy.network.config, policy.network.vocab_size, "last", bias=False)
+    head = jax.jit(lambda key: network.init(key)["head"])(key)  # nothing of the body is drawn
+    hf_config = policy.hf_config
+    if hf_config is not None:
+        hf_config = hf.classifier_config(hf_config, pad_id=policy.tokenizer.pad_id)
+    return RewardModel(network, {"body": body_of(policy), "head": head}, policy.tokenizer, hf_config)
+
+
+def base_of(directory: Path) -> Base | None:
+    """What a stage trained an adapter beside; None where it trained all of its model."""
+    spec = _read_spec(directory)
+    name, is_stage = spec["base"], spec.get("base_is_stage")
+    if name is None or spec["lora"] is None:
+        return None
+    if is_stage is None:  # workdirs of earlier versions do not say
+        is_stage = not (name in MODELS or "/" in name or name.endswith(".gguf"))
+    return Base(name, is_stage)
+
+
+def _save_spec(directory: Path, model: Policy | RewardModel, more: dict[str, Any], base: Base | None) -> None:
+    model.tokenizer.save(directory / "tokenizer")
+    network = model.network
+    lora = None if network.lora is None else dataclasses.asdict(network.lora)
+    config = dataclasses.replace(network.config, attention="xla")  # others read the model on other machines
+    spec = {"config": dataclasses.asdict(config), "vocab_size": network.vocab_size, "lora": lora}
+    of_base = {"base": None} if base is None else {"base": base.name, "base_is_stage": base.is_stage}
+    write_json(directory / "model.json", {**spec, "hf_config": model.hf_config, **more, **of_base})
+
+
+def _read_spec(directory: Path) -> dict[str, Any]:
+    if not (directory / "model.json").exists():
+        raise RlhfError(f"stage {directory.name!r} in {directory.parent} trains no model: name one that does")
+    earlier = {"lora": None, "hf_config": None, "base": None, "ensemble": None, "moments": None}  # versions have none
+    return earlier | read_json(directory / "model.json")
+
+
+def _spec_of(directory: Path, network: str) -> dict[str, Any]:
+    spec = _read_spec(directory)
+    if spec["network"] != network:
+        raise RlhfError(f"stage {directory.name!r} in {directory.parent} trains a {spec['network']}, not a {network}")
+    return spec
+
+
+def _lora(spec: dict[str, Any], directory: Path) -> LoraConfig | None:
+    if spec["lora"] is None:
+        return None
+    return configs.build(LoraConfig, spec["lora"], f"{directory / 'model.json'}: lora")
+
+
+def _load_base(directory: Path, find: Find | None, where: Where | None) -> Policy | RewardModel:
+    """The model that an adapter was trained beside: of a stage with several seeds, the first one's."""
+    base = base_of(directory)
+    assert base is not None, directory
+    if not base.is_stage:
+        return load_checkpoint(base.name, where=where)
+    beside = directory.parent / base.name  # found first: elsewhere, a stage of that name may have been run anew
+    place = beside if find is None or (beside / "complete.json").exists() else find(base.name)
+    return merged(load_stage(place, seed=_read_spec(place).get("seeds", [0])[0], find=find, where=where))
+
+
+def _model_config(spec: dict[str, Any], directory: Path) -> ModelConfig:
+    return configs.build(ModelConfig, spec["config"], f"{directory / 'model.json'}: config")

@@ -1,0 +1,114 @@
+"""Responses as people read them: rows of `samples.jsonl`."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from rlhf_jax.data.padding import pad_left
+from rlhf_jax.data.pipeline import Prompts, take
+from rlhf_jax.loading.context import Context
+from rlhf_jax.loading.models import Policy
+from rlhf_jax.sampling.batches import sample_all
+from rlhf_jax.sampling.buckets import bucket
+from rlhf_jax.sampling.choice import Sampling
+from rlhf_jax.text.stop_strings import cut, stop_table
+from rlhf_jax.text.tokenizer import Tokenizer
+from rlhf_jax.types import Rollout
+
+
+class Responses(NamedTuple):
+    """Responses of a model, a row each; the last token may complete a stop string, which the texts leave out."""
+
+    rollout: Rollout
+    texts: list[str]
+    ended: list[bool]  # by a stop token or a stop string; the others were cut off
+
+
+def respond(
+    policy: Policy,
+    prompts: Sequence[Sequence[int]],
+    key: jax.Array,
+    sampling: Sampling,
+    stops: Sequence[str],
+    *,
+    samples: int,
+    batch_size: int,
+    first: int = 0,
+) -> Responses:
+    """`samples` responses to each prompt, at most `batch_size` at once, up to a stop token or stop string.
+
+    Each is cut where the model's context ends. `first` prompts stand before these, for the random numbers.
+    """
+    network, context = policy.network, policy.network.config.context
+    lengths = np.array([len(prompt) for prompt in prompts])
+    if context is not None:  # no more room than this is ever filled, whatever the prompts; few programs for many
+        sampling = dataclasses.replace(sampling, max_new_tokens=min(sampling.max_new_tokens, context))
+    rollout = sample_all(
+        network,
+        policy.params,
+        pad_left(prompts, bucket(int(lengths.max()))),
+        key,
+        sampling,
+        samples=samples,
+        batch_size=batch_size,
+        first=first,
+        limits=None if context is None else np.minimum(sampling.max_new_tokens, context - lengths),
+        stop_strings=stop_table(policy.tokenizer, stops, network.vocab_size) if stops else None,
+    )
+    mask, written, ended = rollout.response_mask.copy(), [], []
+    for row, (response, own) in enumerate(zip(rollout.response, rollout.response_mask, strict=True)):
+        prompt, tokens = prompts[row // samples], response[own].tolist()
+        count, text = cut(policy.tokenizer, prompt, tokens, stops)
+        mask[row, count:] = False
+        written.append(text)
+        stopped = bool(stops) and text != cut(policy.tokenizer, prompt, tokens, ())[1]
+        ended.append(stopped or tokens[-1] in sampling.stop_ids)
+    return Responses(rollout._replace(response=np.where(mask, rollout.response, 0), response_mask=mask), written, ended)
+
+
+def texts(tokenizer: Tokenizer, rollout: Rollout) -> tuple[list[str], list[str]]:
+    """Prompts and completions of a rollout; a prompt and its completion joined are what a judge reads."""
+    prompts, completions = [], []
+    for prompt, prompt_mask, response, response_mask in zip(*map(np.asarray, rollout), strict=True):
+        ids = prompt[prompt_mask].tolist()
+        prompts.append(tokenizer.decode(ids))
+        completions.append(tokenizer.decode_completion(ids, response[response_mask].tolist()))
+    return prompts, completions
+
+
+def sample_rows(
+    tokenizer: Tokenizer, rollout: Rollout, score: Sequence[float | None], kl: Sequence[float | None]
+) -> list[dict[str, Any]]:
+    """`prompt, completion, score, kl, length` for each row of a rollout."""
+    lengths = np.asarray(rollout.response_mask).sum(axis=1)
+    return [
+        {"prompt": prompt, "completion": completion, "score": _number(s), "kl": _number(k), "length": int(length)}
+        for prompt, completion, s, k, length in zip(*texts(tokenizer, rollout), score, kl, lengths, strict=True)
+    ]
+
+
+def policy_samples(
+    policy: Policy, prompts: Prompts, count: int, context: Context, temperature: float
+) -> list[dict[str, Any]]:
+    """One sample to each of the first `count` prompts, without scores; the same random numbers at every call."""
+    if not count:
+        return []
+    first = take(prompts, np.arange(min(count, len(prompts.tokens))))
+    rollout = sample_all(
+        policy.network,
+        policy.params,
+        first,
+        context.key("shown samples"),
+        context.sampling(policy.tokenizer, temperature),
+        samples=1,
+        batch_size=context.runtime.inference_batch,
+    )
+    nothing = [None] * len(first.tokens)
+    return [{"seed": context.seed, **row} for row in sample_rows(policy.tokenizer, rollout, nothing, nothing)]
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)

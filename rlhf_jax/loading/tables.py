@@ -1,0 +1,50 @@
+"""Tables that one stage writes and a later one trains on: preferences and demonstrations."""
+
+from typing import NamedTuple
+
+from rlhf_jax.data import formats, pipeline
+from rlhf_jax.loading.context import Context
+from rlhf_jax.types import RlhfError
+
+
+class Files(NamedTuple):
+    """The two files of a table, in the directory of the stage that wrote it."""
+
+    train: str
+    eval: str
+
+
+PREFERENCES = Files("preferences.jsonl", "preferences_eval.jsonl")
+DEMONSTRATIONS = Files("demonstrations.jsonl", "demonstrations_eval.jsonl")
+
+
+def load_preferences(context: Context, stage: str | None) -> tuple[list[dict], list[dict]]:
+    """Training and held-out pairs: those an earlier stage wrote, or the experiment's own data where stage is None."""
+    if stage is not None:
+        directory = context.workdir.find(stage)
+        rows = [formats.read_table(str(directory / name)) for name in PREFERENCES]
+    else:
+        rows = [pipeline.load_rows(context.data, split) for split in ("train", "eval")]
+        for split, table in zip(("train", "eval"), rows, strict=True):
+            formats.require_columns(table, ["prompt", "chosen", "rejected"], context.data.source(split))
+    return rows[0], rows[1]
+
+
+def load_demonstrations(context: Context, stage: str | None) -> tuple[list[dict], list[dict]]:
+    """Training and held-out rows for SFT: the experiment's data where stage is None, or what a stage wrote.
+
+    Of a stage that wrote preferences, SFT learns what was chosen ("Preferred-FT", the baseline of Rafailov et al. 2023,
+    arXiv:2305.18290). Raises RlhfError where the stage wrote neither.
+    """
+    if stage is None:
+        return pipeline.load_rows(context.data, "train"), pipeline.load_rows(context.data, "eval")
+    directory = context.workdir.find(stage)
+    if (directory / PREFERENCES.train).exists():
+        return load_preferences(context, stage)
+    if not (directory / DEMONSTRATIONS.train).exists():
+        raise RlhfError(
+            f"config.{context.name}.demonstrations = {stage!r}, which wrote neither demonstrations nor preferences: "
+            "name a stage of kind rejection_sampling or preferences, or None for the experiment's data"
+        )
+    train, held_out = (formats.read_table(str(directory / name)) for name in DEMONSTRATIONS)
+    return train, held_out

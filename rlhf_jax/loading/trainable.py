@@ -1,0 +1,122 @@
+"""What a stage trains of a model: all its parameters, or an adapter beside a base that stays as it is."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Key, PRNGKeyArray, PyTree
+
+from rlhf_jax.config import ModelSource
+from rlhf_jax.core.keys import derive
+from rlhf_jax.loading.context import Context
+from rlhf_jax.loading.models import Policy, Tuning, refuse_float16, save_policy_spec
+from rlhf_jax.models.lora import Adapted
+from rlhf_jax.models.policy import PolicyNetwork
+from rlhf_jax.models.scalars import ScalarNetwork
+from rlhf_jax.runtime.checkpoints import TrainState
+from rlhf_jax.types import RlhfError
+
+Network = PolicyNetwork | ScalarNetwork
+N = TypeVar("N", PolicyNetwork, ScalarNetwork)
+
+
+class Start(NamedTuple):
+    """A model before the first step: what is trained, and checkpointed, and what is not."""
+
+    trained: PyTree
+    base: PyTree  # None where everything is trained
+
+
+def trainable(network: N, tuning: Tuning | None) -> N:
+    """A network as it is trained: with its adapter, or with parameters in float32 unless `tuning` says otherwise.
+
+    Args: tuning is None for a model from scratch, whose own config says how it is held.
+    Raises RlhfError where it would be trained in float16.
+    """
+    if tuning is not None and tuning.lora is not None:
+        network = dataclasses.replace(network, lora=tuning.lora)
+    elif tuning is not None:
+        config = dataclasses.replace(network.config, param_dtype=tuning.param_dtype or "float32")
+        network = dataclasses.replace(network, config=config)
+    try:
+        refuse_float16(network.config, adapter=network.lora is not None)
+    except ValueError as error:
+        raise RlhfError(str(error)) from error
+    return network
+
+
+def begin(network: Network, params: PyTree, key: PRNGKeyArray) -> Start:
+    """All parameters where the network has no LoraConfig; else a new adapter, with which it starts as it is.
+
+    All parameters are cast to the dtypes that the network is trained in (`trainable`). What they are a copy of, such as
+    the frozen reference, keeps the dtype of its file: float32 holds the same numbers.
+    """
+    if network.lora is None:
+        dtypes = jax.eval_shape(network.init, jax.random.key(0))  # a scalar head's is float32 in any case
+        return Start(jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), params, dtypes), None)
+    return Start(network.init_adapter(params, key), params)
+
+
+def whole(network: Network, trained: PyTree, frozen: PyTree, base: str) -> PyTree:
+    """The parameters that a network's functions take, of what is trained and of the base among what is frozen."""
+    return trained if network.lora is None else Adapted(frozen[base], trained)
+
+
+def dropout_keys(
+    network: Network, run_key: PRNGKeyArray, step: Array, rows: int, axes: tuple[str, ...]
+) -> Key[Array, "B"] | None:
+    """A key for each of a device's rows, by its number in the whole batch; None where the adapter has no dropout."""
+    if network.lora is None or network.lora.dropout == 0:
+        return None
+    first = jax.lax.axis_index(axes) * rows if axes else 0
+    key = jax.random.fold_in(derive(run_key, "dropout"), step)
+    return jax.vmap(lambda row: jax.random.fold_in(key, row))(first + jnp.arange(rows))
+
+
+def begin_policy(source: ModelSource, tuning: Tuning, context: Context) -> Policy:
+    """The policy that a stage starts from, and compares with, under the functions that it is trained by.
+
+    What a reader of the stage's checkpoints must know of it is written down.
+    """
+    if tuning.attention == "cudnn" and context.seeds > 1:
+        raise RlhfError(
+            f"config.{context.name}: attention = 'cudnn' does not serve several seeds at once (its masks are of one "
+            "run): set config.seeds to 1, or attention to 'xla'"
+        )
+    policy = context.policy(source, tuning)
+    policy = policy._replace(network=trainable(policy.network, tuning))
+    seeds = range(context.seed, context.seed + context.seeds)
+    save_policy_spec(context.directory, policy, seeds, base=context.base(tuning, source))
+    return policy
+
+
+def stack(trees: Sequence[PyTree]) -> PyTree:
+    """One run's tree as it is, those of several seeds with a first axis over them."""
+    return trees[0] if len(trees) == 1 else jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+class Runs(NamedTuple):
+    """What a Task has once a run: one run's, or those of several seeds stacked."""
+
+    state: TrainState
+    batch_at: Callable[[int], Any]
+    run_key: PRNGKeyArray
+
+
+def over_seeds(context: Context, start: Callable[[PRNGKeyArray], TrainState], batches: Callable[[int], Any]) -> Runs:
+    """The runs of a stage that trains on a table: each has a key, and an order of the rows, of its own.
+
+    Args: start makes a run's first state with the key that new parameters are drawn with; batches are those of a seed,
+    by the step they follow.
+    """
+    sources = [batches(context.seed + k) for k in range(context.seeds)]
+
+    def batch_at(step: int) -> Any:
+        rows = [source[step] for source in sources]
+        return rows[0] if len(rows) == 1 else jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
+
+    states = [start(context.key("init", k)) for k in range(context.seeds)]
+    return Runs(stack(states), batch_at, stack([context.key("run", k) for k in range(context.seeds)]))

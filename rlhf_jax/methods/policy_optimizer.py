@@ -1,0 +1,67 @@
+"""The optimiser of a policy-gradient method: one for policy and values, or one each, and the values' warm-up.
+
+By default policy and values share one optimiser, rate and bound on the gradient's norm, as in TRL's PPOTrainer. A large
+gradient of the values then scales the policy's down with it. With `value_optimizer` each has its own, as in verl
+(`actor.optim` and `critic.optim`).
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from rlhf_jax.methods.policy_method import Method, PolicyGradientConfig
+from rlhf_jax.runtime.optimizers import Optimizer, OptimizerConfig, algorithm, bound, finished, learning_rate
+
+__all__ = ["check_value_optimizer", "make_optimizer", "rates"]
+
+
+def check_value_optimizer(value: OptimizerConfig | None) -> None:
+    """Raises ValueError for a field that only the policy's optimiser reads, on behalf of both."""
+    for name in ("micro_batch", "freeze", "low_precision"):
+        if value is not None and getattr(value, name) != OptimizerConfig.__dataclass_fields__[name].default:
+            raise ValueError(
+                f"value_optimizer.{name} = {getattr(value, name)!r} is not read: optimizer.{name} serves policy and "
+                "values"
+            )
+
+
+def make_optimizer(config: PolicyGradientConfig, method: Method) -> Optimizer:
+    """The optimiser of `{"policy": ..., "value": ...}`, in which the policy's stands still during the values' warm-up.
+
+    During the first `method.value_warmup` iterations the policy's moments, counts and schedule do not move, so that its
+    first update is that of a run without warm-up; its schedule runs over the iterations that are left. A shared bound
+    is on the norm of both gradients, of which the policy's is 0 in the warm-up.
+    """
+    warmup, value = _warmup_updates(config, method), method.value_optimizer
+    own, updates = config.optimizer, config.updates
+    if not warmup and value is None:
+        return finished(own, optax.chain(bound(own), algorithm(own, updates)))
+
+    def is_over(step: Any, **_: Any) -> jax.Array:
+        return jnp.asarray(step) >= warmup
+
+    policy = algorithm(own, updates - warmup)
+    if value is not None:
+        policy = optax.chain(bound(own), policy)
+    if warmup:
+        policy = optax.conditionally_mask(policy, is_over)
+    of_value = algorithm(own, updates) if value is None else optax.chain(bound(value), algorithm(value, updates))
+    each = optax.partition({"policy": policy, "value": of_value}, lambda params: {name: name for name in params})
+    return finished(own, each if value is not None else optax.chain(bound(own), each))
+
+
+def rates(config: PolicyGradientConfig, method: Method, step: jax.Array) -> dict[str, jax.Array]:
+    """The rates at the first update of an iteration: `learning_rate`, and the values' where theirs is another."""
+    warmup = _warmup_updates(config, method)
+    done = step * (config.updates // config.iterations)
+    own = jnp.asarray(learning_rate(config.optimizer, config.updates - warmup)(jnp.maximum(done - warmup, 0)))
+    if not warmup and method.value_optimizer is None:
+        return {"learning_rate": own}
+    of_value = jnp.asarray(learning_rate(method.value_optimizer or config.optimizer, config.updates)(done))
+    return {"learning_rate": jnp.where(done < warmup, 0.0, own), "learning_rate/value": of_value}
+
+
+def _warmup_updates(config: PolicyGradientConfig, method: Method) -> int:
+    return method.value_warmup * (config.updates // config.iterations)

@@ -1,0 +1,276 @@
+"""What a reward model learns from: the loss that its config names, and the table which that loss reads."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key, PyTree
+
+from rlhf_jax.config import NonNegative, Range, check_ranges
+from rlhf_jax.core import masking, reward_losses
+from rlhf_jax.data import formats, pipeline
+from rlhf_jax.data.padding import pad_left, pad_right
+from rlhf_jax.data.pipeline import DataConfig
+from rlhf_jax.loading.context import Context
+from rlhf_jax.loading.tables import PREFERENCES, load_preferences
+from rlhf_jax.models.policy import both_responses
+from rlhf_jax.models.scalars import ScalarNetwork
+from rlhf_jax.text.tokenizer import Tokenizer
+from rlhf_jax.types import ComparisonBatch, LabelledPairs, PreferenceBatch, RlhfError, Rollout
+
+LossName = Literal["bradley_terry", "margin", "raters", "k_wise", "plackett_luce"]
+Batch = PreferenceBatch | LabelledPairs | ComparisonBatch
+Result = tuple[Float[Array, ""], dict[str, Array]]
+Row = dict[str, Any]
+
+SMOOTHED = ("bradley_terry", "k_wise")
+PAIRWISE = ("bradley_terry", "margin", "raters")
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardLossConfig:
+    """The loss of a reward model, and what is added to it.
+
+    `margin` reads a column `margin`, `raters` a column `labels` (one a rater: 1 prefers chosen, 0 rejected, 0.5
+    neither); `k_wise` reads ranked rows, or pairs, those with one prompt as one element; `plackett_luce` ranked rows.
+    """
+
+    name: LossName = "bradley_terry"
+    label_smoothing: Annotated[float, Range(at_least=0, below=0.5)] = 0.0  # share of labels thought to be flipped
+    center_rewards_coefficient: NonNegative = 0.0
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        if self.label_smoothing and self.name not in SMOOTHED:
+            raise ValueError(
+                f"label_smoothing = {self.label_smoothing} is not read by name = {self.name!r}: set it to 0, or take "
+                f"one of {', '.join(SMOOTHED)}"
+            )
+
+
+BRADLEY_TERRY = RewardLossConfig()
+
+
+def load_rows(config: RewardLossConfig, context: Context, stage: str | None) -> tuple[list[Row], list[Row]]:
+    """Training rows, as the loss reads them, and held-out pairs; a stage's, or the experiment's own data."""
+    if config.name in PAIRWISE:
+        return load_preferences(context, stage)
+    if stage is not None:
+        directory = context.workdir.find(stage)
+        sources = [str(directory / name) for name in PREFERENCES]
+        rows = [formats.read_table(source) for source in sources]
+    else:
+        sources = [context.data.source(split) for split in ("train", "eval")]
+        rows = [pipeline.load_rows(context.data, split) for split in ("train", "eval")]
+    if "completions" in rows[0][0]:
+        train, held_out = (formats.ranked_rows(table, source) for table, source in zip(rows, sources, strict=True))
+        return train, [pair for row in held_out for pair in pairs_of(row)]
+    if config.name == "plackett_luce":
+        raise RlhfError(
+            f"config.{context.name}.loss.name = 'plackett_luce' learns from rankings, and {sources[0]} has none: give "
+            "rows with prompt and completions (the best first), or take loss.name = 'k_wise'"
+        )
+    return load_preferences(context, stage)
+
+
+def pairs_of(row: Row) -> list[Row]:
+    """A ranked row's pairs, with their scores; ties are none."""
+    ranked = list(zip(row["completions"], row["scores"], strict=True))
+    return [
+        {
+            "prompt": row["prompt"],
+            "chosen": chosen,
+            "rejected": rejected,
+            "chosen_score": high,
+            "rejected_score": low,
+        }
+        for (chosen, high), (rejected, low) in itertools.combinations(ranked, 2)
+        if high > low
+    ]
+
+
+def make_batch(config: RewardLossConfig, rows: list[Row], tokenizer: Tokenizer, data: DataConfig) -> Batch:
+    """All training rows, padded. Raises RlhfError naming the row that lacks what the loss reads."""
+    if config.name not in PAIRWISE:
+        return _comparisons(config, rows, tokenizer, data)
+    pairs = pipeline.preferences(rows, tokenizer, data)
+    if config.name == "bradley_terry":
+        return pairs
+    margin, votes = np.zeros(len(rows), np.float32), np.tile(np.array([1, 0], np.float32), (len(rows), 1))
+    formats.require_columns(rows, ["margin" if config.name == "margin" else "labels"], "the preferences")
+    for place, row in enumerate(rows):
+        if config.name == "margin":
+            margin[place] = _numbers([row["margin"]], place, "margin", -np.inf, np.inf)[0]
+        else:
+            labels = _numbers(row["labels"], place, "labels", 0, 1)
+            votes[place] = sum(labels), len(labels) - sum(labels)
+    return LabelledPairs(*pairs, margin, votes)
+
+
+def loss(
+    config: RewardLossConfig,
+    network: ScalarNetwork,
+    params: PyTree,
+    batch: Batch,
+    *,
+    dropout_keys: Key[Array, "B"] | None,
+    axes: tuple[str, ...],
+) -> Result:
+    """The loss of a batch and its metrics, from one forward pass over all responses of all its rows."""
+    value, metrics, uncentred = LOSSES[config.name](config, network, params, batch, dropout_keys, axes)
+    if not config.center_rewards_coefficient:
+        return value, metrics
+    return value + config.center_rewards_coefficient * uncentred, metrics | {"centering": uncentred}
+
+
+def weight(config: RewardLossConfig, batch: Batch, axes: tuple[str, ...]) -> Array:
+    """What the loss is a mean over: pairs, raters' labels, or prompts that have a pair."""
+    if isinstance(batch, ComparisonBatch):
+        return masking.count(jnp.any(batch.wins, axis=(1, 2)), axes)
+    if isinstance(batch, LabelledPairs) and config.name == "raters":
+        return masking.total(batch.votes, axes)
+    return masking.rows(batch.prompt, axes)
+
+
+def tokens(batch: Batch, axes: tuple[str, ...]) -> Array:
+    """How many response tokens a batch has."""
+    if isinstance(batch, ComparisonBatch):
+        return masking.count(batch.response_mask, axes)
+    return masking.count(batch.chosen_mask, axes) + masking.count(batch.rejected_mask, axes)
+
+
+# ---- the losses: scores of a batch -> value, metrics, and the centring penalty before its coefficient ----------------
+
+
+def _pair_scores(
+    network: ScalarNetwork, params: PyTree, batch: Any, dropout_keys: Key[Array, "B"] | None
+) -> tuple[Array, Array]:
+    if dropout_keys is not None:  # another mask for each of the two
+        dropout_keys = jax.vmap(jax.random.split, out_axes=1)(dropout_keys).reshape(-1)
+    pairs = PreferenceBatch(*batch[: len(PreferenceBatch._fields)])
+    chosen, rejected = jnp.split(network.scores(params, both_responses(pairs), dropout_keys=dropout_keys), 2)
+    return chosen, rejected
+
+
+def _bradley_terry(config, network, params, batch, keys, axes):
+    pair = _pair_scores(network, params, batch, keys)
+    if config.label_smoothing:
+        result = reward_losses.smoothed_bradley_terry_loss(*pair, label_smoothing=config.label_smoothing, axes=axes)
+    else:
+        result = reward_losses.bradley_terry_loss(*pair, axes=axes)
+    return *result, reward_losses.centering(*pair, axes=axes)
+
+
+def _margin(config, network, params, batch, keys, axes):
+    pair = _pair_scores(network, params, batch, keys)
+    result = reward_losses.margin_loss(*pair, batch.margin, axes=axes)
+    return *result, reward_losses.centering(*pair, axes=axes)
+
+
+def _raters(config, network, params, batch, keys, axes):
+    pair = _pair_scores(network, params, batch, keys)
+    result = reward_losses.raters_loss(*pair, batch.votes, axes=axes)
+    return *result, reward_losses.centering(*pair, axes=axes)
+
+
+def _all_scores(
+    network: ScalarNetwork, params: PyTree, batch: ComparisonBatch, dropout_keys: Key[Array, "B"] | None
+) -> Float[Array, "B K"]:
+    """The scores of K responses to every prompt, from one forward pass of B * K rows."""
+    rows, count = batch.responses.shape[:2]
+    if dropout_keys is not None:
+        dropout_keys = jax.vmap(lambda key: jax.random.split(key, count))(dropout_keys).reshape(-1)
+    rollout = Rollout(
+        jnp.repeat(batch.prompt, count, axis=0),
+        jnp.repeat(batch.prompt_mask, count, axis=0),
+        batch.responses.reshape(rows * count, -1),
+        batch.response_mask.reshape(rows * count, -1),
+    )
+    return network.scores(params, rollout, dropout_keys=dropout_keys).reshape(rows, count)
+
+
+def _k_wise(config, network, params, batch, keys, axes):
+    scores = _all_scores(network, params, batch, keys)
+    result = reward_losses.k_wise_loss(scores, batch.wins, label_smoothing=config.label_smoothing, axes=axes)
+    return *result, reward_losses.k_wise_centering(scores, batch.wins, axes=axes)
+
+
+def _plackett_luce(config, network, params, batch, keys, axes):
+    scores = _all_scores(network, params, batch, keys)
+    result = reward_losses.plackett_luce_loss(scores, jnp.any(batch.response_mask, axis=2), axes=axes)
+    return *result, reward_losses.k_wise_centering(scores, batch.wins, axes=axes)
+
+
+LOSSES: dict[LossName, Callable[..., tuple[Array, dict[str, Array], Array]]] = {
+    "bradley_terry": _bradley_terry,
+    "margin": _margin,
+    "raters": _raters,
+    "k_wise": _k_wise,
+    "plackett_luce": _plackett_luce,
+}
+
+
+# ---- tables --------------------------------------------------------------------------------------------------------
+
+
+def _comparisons(config: RewardLossConfig, rows: list[Row], tokenizer: Tokenizer, data: DataConfig) -> ComparisonBatch:
+    groups = _ranked(rows) if "completions" in rows[0] else _grouped(rows)
+    asked = [prompt for prompt, completions, _ in groups for _ in completions]
+    written = [completion for _, completions, _ in groups for completion in completions]
+    examples = iter(pipeline.tokenise(asked, written, tokenizer, data))
+    most = max(len(completions) for _, completions, _ in groups)
+    shape = (len(groups), most, data.max_response_tokens)
+    batch = ComparisonBatch(
+        np.zeros((len(groups), data.max_prompt_tokens), np.int32),
+        np.zeros((len(groups), data.max_prompt_tokens), bool),
+        np.zeros(shape, np.int32),
+        np.zeros(shape, bool),
+        np.zeros((len(groups), most, most), bool),
+    )
+    for place, (_, completions, wins) in enumerate(groups):
+        count = len(completions)
+        if config.name == "plackett_luce" and not np.array_equal(wins, np.triu(np.ones((count, count), bool), 1)):
+            raise RlhfError(
+                f"row {place + 1} of the rankings has ties, which loss.name = 'plackett_luce' does not know: break "
+                "them, or take loss.name = 'k_wise'"
+            )
+        own = list(itertools.islice(examples, count))
+        batch.prompt[place], batch.prompt_mask[place] = pad_left([own[0].prompt], data.max_prompt_tokens)
+        responses = pad_right([example.response for example in own], data.max_response_tokens)
+        batch.responses[place, :count], batch.response_mask[place, :count] = responses
+        batch.wins[place, :count, :count] = wins
+    return batch
+
+
+def _ranked(rows: Sequence[Row]) -> list[tuple[Any, list[Any], np.ndarray]]:
+    return [(row["prompt"], row["completions"], np.greater.outer(row["scores"], row["scores"])) for row in rows]
+
+
+def _grouped(rows: Sequence[Row]) -> list[tuple[Any, list[Any], np.ndarray]]:
+    """Pairs with one prompt as one group of responses, in the order in which prompts come first."""
+    found: dict[str, tuple[Any, list[Any], list[tuple[int, int]]]] = {}
+    for row in rows:
+        prompt, completions, pairs = found.setdefault(repr(row["prompt"]), (row["prompt"], [], []))
+        for completion in (row["chosen"], row["rejected"]):
+            if completion not in completions:
+                completions.append(completion)
+        pairs.append((completions.index(row["chosen"]), completions.index(row["rejected"])))
+    groups = []
+    for prompt, completions, pairs in found.values():
+        wins = np.zeros((len(completions), len(completions)), bool)
+        for better, worse in pairs:
+            wins[better, worse] = better != worse
+        groups.append((prompt, completions, wins))
+    return groups
+
+
+def _numbers(values: Any, place: int, column: str, low: float, high: float) -> list[float]:
+    values = list(values) if isinstance(values, (list, tuple, np.ndarray)) else []
+    if not values or not all(isinstance(x, (int, float)) and np.isfinite(x) and low <= x <= high for x in values):
+        wanted = "a number" if column == "margin" else "a list of the raters' labels, each between 0 and 1"
+        raise RlhfError(f"row {place + 1} of the preferences, column {column}, is not {wanted}: mend the row")
+    return [float(x) for x in values]

@@ -1,0 +1,114 @@
+"""What is reported of a reward model: figures on held-out pairs in training, and how far to believe it at the end."""
+
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
+from rlhf_jax.core import calibration
+from rlhf_jax.loading.context import Context
+from rlhf_jax.loading.models import RewardModel
+from rlhf_jax.models.policy import both_responses
+from rlhf_jax.models.scalars import ScalarNetwork
+from rlhf_jax.runtime.files import write_json
+from rlhf_jax.sampling.batches import score_all
+from rlhf_jax.types import PreferenceBatch
+
+GROUPS, BINS, BARS = 5, 10, 30
+"""Groups of pairs whose accuracy is compared, intervals of the reliability figure, and those of the histograms."""
+
+
+class HeldOut(NamedTuple):
+    """Pairs that were not trained on, as tokens and as they stand in their table."""
+
+    batch: PreferenceBatch
+    rows: list[dict[str, Any]]
+
+
+def evaluate(
+    network: ScalarNetwork, params: PyTree, data: HeldOut, context: Context
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """`eval/accuracy` against the labels, `eval/judge_agreement` where there are a judge's scores, and some samples."""
+    scores = _scores(network, params, data.batch, context)
+    chosen, rejected = np.split(scores, 2)
+    metrics = {"eval/accuracy": _agreement(chosen - rejected, np.ones(len(chosen)))}
+    if "chosen_score" in data.rows[0]:
+        judged = np.array([row["chosen_score"] - row["rejected_score"] for row in data.rows])
+        metrics["eval/judge_agreement"] = _agreement(chosen - rejected, judged)
+    batch, rows = data
+    samples = [
+        {
+            "seed": context.seed,
+            "prompt": _shown(rows[i]["prompt"]),
+            "completion": _shown(rows[i][side]),
+            "score": float(scores[i]),
+            "kl": None,
+            "length": int(mask[i].sum()),
+        }
+        for i in range(min(4, len(rows)))
+        for side, scores, mask in (("chosen", chosen, batch.chosen_mask), ("rejected", rejected, batch.rejected_mask))
+    ]
+    return metrics, samples
+
+
+def report(model: RewardModel, data: HeldOut, context: Context) -> dict[str, Any]:
+    """Writes `calibration.json`, of the held-out pairs, and returns the figures that stand for it in `summary.json`.
+
+    Accuracy with Wilson's interval: of all pairs, and of groups of them by the difference of the scores (`by_margin`),
+    by that of their labels (`by_label_margin`: the column margin, or a judge's scores, where there are any) and by that
+    of lengths in tokens, chosen less rejected (`by_length`). Whether the probabilities that Bradley and Terry's model
+    gives come true: `reliability`, `ece`. Histograms of both scores.
+    """
+    chosen, rejected = np.split(_scores(model.network, model.params, data.batch, context).astype(np.float64), 2)
+    margins = chosen - rejected
+    correct = calibration.agreement(margins, np.ones(len(margins)))
+    lengths = [np.sum(mask, axis=1) for mask in (data.batch.chosen_mask, data.batch.rejected_mask)]
+    reliability = calibration.reliability(1 / (1 + np.exp(-margins)), np.ones(len(margins)), bins=BINS)
+    found: dict[str, Any] = {
+        "all": calibration.accuracy(correct),
+        "by_margin": calibration.accuracy_by(np.abs(margins), correct, bins=GROUPS),
+        "by_length": calibration.accuracy_by(lengths[0] - lengths[1], correct, bins=GROUPS),
+        "reliability": reliability,
+        "ece": calibration.expected_calibration_error(reliability),
+        "scores": calibration.histograms({"chosen": chosen, "rejected": rejected}, bins=BARS),
+    }
+    labels = _label_margins(data.rows)
+    if labels is not None:
+        found["by_label_margin"] = calibration.accuracy_by(np.abs(labels), correct, bins=GROUPS)
+    write_json(context.directory / "calibration.json", found)
+    whole = found["all"]
+    return {
+        "accuracy": whole["accuracy"],
+        "accuracy_low": whole["low"],
+        "accuracy_high": whole["high"],
+        "ece": found["ece"],
+        "score_mean": float(np.mean([chosen, rejected])),
+        "score_std": float(np.std([chosen, rejected])),
+    }
+
+
+def _scores(network: ScalarNetwork, params: PyTree, batch: PreferenceBatch, context: Context) -> np.ndarray:
+    """Of every chosen response, and then of every rejected one."""
+    both = jax.tree.map(np.asarray, both_responses(batch))
+    return score_all(network, params, both, context.runtime.inference_batch)
+
+
+def _label_margins(rows: list[dict[str, Any]]) -> np.ndarray | None:
+    if all(isinstance(row.get("margin"), (int, float)) for row in rows):
+        return np.array([row["margin"] for row in rows], np.float64)
+    if all("chosen_score" in row for row in rows):
+        return np.array([row["chosen_score"] - row["rejected_score"] for row in rows], np.float64)
+    return None
+
+
+def _shown(content: Any) -> str:
+    """A text as it is, a chat with the roles before what they say."""
+    if isinstance(content, str):
+        return content
+    return "\n".join(f"{message['role']}: {message['content']}" for message in content)
+
+
+def _agreement(margins: np.ndarray, other: np.ndarray) -> float:
+    """Share of pairs that two margins order alike; a tie in either counts half."""
+    return float(np.mean(calibration.agreement(margins, other)))

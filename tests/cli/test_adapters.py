@@ -1,0 +1,181 @@
+"""Adapters in PEFT's format: out of a stage by `rlhf-jax export --adapter`, and in beside the base that they name."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from rlhf_jax.interop.hub import checkpoint_hash
+from rlhf_jax.loading.models import Base, Policy, RewardModel, as_reward_model, load_checkpoint, merged
+from rlhf_jax.models.lora import Adapted, LoraConfig
+from tests import checkpoints
+from tests.cli.commands import fails, succeeds
+from tests.cli.test_export import assert_equal, write_stage
+from tests.text import checkpoints as tokenizers
+
+LORA = LoraConfig(rank=2, alpha=4.0, targets=("attention/[qv]", "up"))
+
+
+def adapted(model):
+    """A model with an adapter that does something."""
+    network = dataclasses.replace(model.network, lora=LORA)
+    rng = np.random.default_rng(0)
+    adapter = jax.tree.map(
+        lambda leaf: jnp.asarray(0.2 * rng.normal(size=leaf.shape), jnp.float32),
+        network.init_adapter(model.params, jax.random.key(0)),
+    )
+    return model._replace(network=network, params=Adapted(model.params, adapter))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A run: dpo beside a checkpoint, tuned beside dpo, judge beside the checkpoint; and dpo's and judge's adapters."""
+    directory = tmp_path_factory.mktemp("adapters")
+    source = str(checkpoints.policy(directory / "source"))
+    start = load_checkpoint(source)
+    assert isinstance(start, Policy)
+    dpo, beside = adapted(start), Base(source, is_stage=False)
+    write_stage(directory / "run" / "dpo", dpo, beside)
+    write_stage(directory / "run" / "tuned", adapted(merged(dpo)), Base("dpo", is_stage=True))
+    write_stage(directory / "run" / "judge", adapted(as_reward_model(start, jax.random.key(1))), beside)
+    return directory
+
+
+def export(capsys, made: Path, stage: str, out: Path, *flags: str) -> Path:
+    succeeds(capsys, "export", f"--workdir={made / 'run'}", f"--stage={stage}", f"--out={out}", *flags)
+    return out
+
+
+def changed(adapter: Path, out: Path, **fields) -> Path:
+    """A copy of an adapter with other fields in its config."""
+    shutil.copytree(adapter, out)
+    config = json.loads((out / "adapter_config.json").read_text()) | fields
+    (out / "adapter_config.json").write_text(json.dumps(config))
+    return out
+
+
+@pytest.mark.parametrize("stage", ["dpo", "judge"])
+def test_what_an_adapter_and_its_base_make_is_the_stages_model(stage, made, tmp_path, capsys):
+    alone = export(capsys, made, stage, tmp_path / "adapter", "--adapter")
+    config = json.loads((alone / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str((made / "source").resolve())
+    assert not (alone / "config.json").exists() and not (alone / "model.safetensors").exists()
+    whole = export(capsys, made, stage, tmp_path / "merged")
+    assert_equal(load_checkpoint(str(alone)), load_checkpoint(str(whole)))
+    again = tmp_path / "again"
+    succeeds(capsys, "export", f"--model={alone}", f"--out={again}")
+    for file in whole.iterdir():
+        assert (again / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_verbs_read_an_adapter(made, tmp_path, capsys):
+    alone, whole = export(capsys, made, "dpo", tmp_path / "a", "--adapter"), export(capsys, made, "dpo", tmp_path / "b")
+    flags = ["--prompt=The film", "--temperature=0", "--max-new-tokens=12"]
+    said = [succeeds(capsys, "sample", f"--model={model}", *flags) for model in (alone, whole, made / "source")]
+    assert said[0] == said[1] != said[2]
+
+
+def test_an_adapter_beside_a_stage_needs_that_stages_export(made, tmp_path, capsys):
+    ask = ["export", f"--workdir={made / 'run'}", "--stage=tuned", f"--out={tmp_path / 'out'}", "--adapter"]
+    assert "beside stage 'dpo', which PEFT cannot load: export that one first" in fails(capsys, *ask)
+    assert "its weights are others" in fails(capsys, *ask, f"--base={made / 'source'}")
+    assert list(tmp_path.iterdir()) == []
+    base = export(capsys, made, "dpo", tmp_path / "base")
+    succeeds(capsys, *ask, f"--base={base}")
+    whole = export(capsys, made, "tuned", tmp_path / "whole")
+    assert_equal(load_checkpoint(str(tmp_path / "out")), load_checkpoint(str(whole)))
+    nested = changed(tmp_path / "out", tmp_path / "nested", base_model_name_or_path=str(tmp_path / "out"))
+    asked = ["export", f"--model={nested}", f"--out={tmp_path / 'other'}"]
+    assert "is an adapter itself: merge it" in fails(capsys, *asked)
+
+
+@pytest.mark.parametrize("said", [True, False], ids=["new", "of an earlier version"])
+def test_what_is_wrong_with_the_stage_beside_is_told(said, made, tmp_path, capsys):
+    run = shutil.copytree(made / "run", tmp_path / "run")
+    if not said:
+        spec = json.loads((run / "tuned" / "model.json").read_text())
+        del spec["base_is_stage"]
+        (run / "tuned" / "model.json").write_text(json.dumps(spec))
+    asked = ["export", f"--workdir={run}", "--stage=tuned", f"--out={tmp_path / 'out'}"]
+    shutil.rmtree(run / "dpo" / "checkpoints")
+    (run / "dpo" / "checkpoints").mkdir()
+    assert f"{run / 'dpo' / 'checkpoints'} has no checkpoint" in fails(capsys, *asked)
+    shutil.rmtree(run / "dpo")
+    assert "has no stage 'dpo'; its stages: " in fails(capsys, *asked)
+    (run / "dpo").mkdir()  # what a directory of that name holds is not asked
+    assert "has no stage 'dpo'; its stages: " in fails(capsys, *asked)
+
+
+def test_adapters_of_several_seeds_have_the_first_seeds_base(made, tmp_path, capsys):
+    start = load_checkpoint(str(made / "source"))
+    write_stage(tmp_path / "run" / "sft", start, seeds=range(3, 4))
+    write_stage(tmp_path / "run" / "dpo", adapted(start), Base("sft", is_stage=True), seeds=range(3, 5))
+    out = export(capsys, tmp_path, "dpo", tmp_path / "out", "--policy-seed=4")
+    assert_equal(load_checkpoint(str(out)), merged(adapted(start)))
+
+
+def test_what_has_no_adapter(made, tmp_path, capsys):
+    write_stage(tmp_path / "run" / "sft", load_checkpoint(str(made / "source")))
+    out = f"--out={tmp_path / 'out'}"
+    stage = ["export", f"--workdir={tmp_path / 'run'}", "--stage=sft", out]
+    assert "stage 'sft' trained no adapter" in fails(capsys, *stage, "--adapter")
+    assert "give --adapter too" in fails(capsys, *stage, "--base=x")
+    assert "leave --dtype out" in fails(capsys, *stage, "--adapter", "--dtype=bfloat16")
+    assert "--model is a whole model" in fails(capsys, "export", "--model=x", out, "--adapter")
+    assert "no model is named" in fails(capsys, "export", out, "--adapter")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"base_model_name_or_path": None}, "says nothing of base_model_name_or_path"),
+        ({"base_model_name_or_path": "/nowhere"}, "base_model_name_or_path: /nowhere is not a directory"),
+        ({"peft_type": "IA3"}, "peft_type = 'IA3' is not supported"),
+        ({"task_type": "SEQ_CLS"}, "has no tensor base_model.model.score.weight, the head"),
+        ({"task_type": "SEQ_2_SEQ_LM"}, "task_type = 'SEQ_2_SEQ_LM', and its base is a policy model"),
+        ({"target_modules": ["query"]}, 'no adapter of a linear layer: target_modules = ["query"] matches none'),
+    ],
+    ids=str,
+)
+def test_adapters_that_cannot_be(fields, message, made, tmp_path, capsys):
+    broken = changed(export(capsys, made, "dpo", tmp_path / "adapter", "--adapter"), tmp_path / "broken", **fields)
+    if "target_modules" in fields:
+        save_file({}, broken / "adapter_model.safetensors")
+    assert message in fails(capsys, "sample", f"--model={broken}", "--prompt=x")
+
+
+def test_an_adapters_tokenizer_and_its_bases_ends(made, tmp_path, capsys):
+    alone = export(capsys, made, "dpo", tmp_path / "adapter", "--adapter")
+    base = shutil.copytree(made / "source", tmp_path / "base")
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": [5]}))
+    moved = changed(alone, tmp_path / "moved", base_model_name_or_path=str(base))
+    assert set(load_checkpoint(str(moved)).tokenizer.stop_ids) == {5, 2}
+    tokenizers.chatml(moved, tokenizers.MARKED)
+    assert load_checkpoint(str(moved)).tokenizer.chat_template == tokenizers.MARKED
+    for file in moved.glob("*token*"):
+        file.unlink()
+    (moved / "chat_template.jinja").unlink()
+    assert load_checkpoint(str(moved)).tokenizer.chat_template == tokenizers.CHATML
+
+
+def test_a_changed_base_is_noticed(made, tmp_path, capsys):
+    alone = export(capsys, made, "dpo", tmp_path / "adapter", "--adapter")
+    base = shutil.copytree(made / "source", tmp_path / "base")
+    moved = changed(alone, tmp_path / "moved", base_model_name_or_path=str(base))
+    before = checkpoint_hash(str(moved))
+    assert before != checkpoint_hash(str(base))
+    tensors = load_file(base / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, base / "model.safetensors")
+    assert checkpoint_hash(str(moved)) != before
+
+
+def test_a_reward_models_adapter_keeps_its_head(made, tmp_path, capsys):
+    judge = load_checkpoint(str(export(capsys, made, "judge", tmp_path / "adapter", "--adapter")))
+    assert isinstance(judge, RewardModel) and judge.network.pooling == "last"
+    assert np.abs(np.asarray(judge.params["head"]["kernel"])).min() > 0

@@ -1,0 +1,171 @@
+"""`rlhf-jax export`: what goes out comes in again, whole or not at all. tests/parity loads it with transformers."""
+
+import contextlib
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.cli.export import export
+from rlhf_jax.interop import hf
+from rlhf_jax.loading import models
+from rlhf_jax.loading.models import Base, Policy, RewardModel, load_checkpoint
+from rlhf_jax.models.lora import Adapted, LoraConfig
+from rlhf_jax.models.policy import PolicyNetwork
+from rlhf_jax.models.scalars import ScalarNetwork
+from rlhf_jax.runtime.checkpoints import Checkpoints, TrainState
+from rlhf_jax.text.hf_tokenizer import PretrainedTokenizer
+from rlhf_jax.text.tokenizer import TokenizerConfig, train_tokenizer
+from rlhf_jax.types import RlhfError, Rollout
+from tests import checkpoints, tiny
+from tests.cli.commands import fails, succeeds
+from tests.text import checkpoints as tokenizers
+
+
+def assert_equal(one, other) -> None:
+    assert one.network == other.network
+    assert jax.tree.structure(one.params) == jax.tree.structure(other.params)
+    jax.tree.map(np.testing.assert_array_equal, one.params, other.params)
+    assert one.tokenizer.backend.to_str() == other.tokenizer.backend.to_str()
+    assert one.tokenizer.chat_template == other.tokenizer.chat_template
+    assert one.tokenizer.stop_ids == other.tokenizer.stop_ids
+
+
+@pytest.mark.parametrize("make", [checkpoints.policy, checkpoints.reward_model])
+@pytest.mark.parametrize("tokenizer", [tokenizers.chatml, tokenizers.gemma, tokenizers.gpt2])
+def test_a_checkpoint_goes_through_unchanged(make, tokenizer, tmp_path, capsys):
+    source, out = make(tmp_path / "source", tokenizer), tmp_path / "new" / "out"
+    assert succeeds(capsys, "export", f"--model={source}", f"--out={out}").strip() == str(out)
+    assert_equal(load_checkpoint(str(source)), load_checkpoint(str(out)))
+    assert (out / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
+    assert json.loads((out / "config.json").read_text()) == json.loads((source / "config.json").read_text())
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_what_ends_a_text_is_said(tmp_path, capsys):
+    source = checkpoints.policy(tmp_path / "source", tokenizers.gemma)
+    succeeds(capsys, "export", f"--model={source}", f"--out={tmp_path / 'out'}")
+    written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert written == {"eos_token_id": [1, 5, 4], "pad_token_id": 0}
+
+
+def test_another_dtype(tmp_path, capsys):
+    source, out = checkpoints.policy(tmp_path / "source"), tmp_path / "out"
+    succeeds(capsys, "export", f"--model={source}", f"--out={out}", "--dtype=bfloat16")
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+    leaves = jax.tree.leaves(hf.load_pretrained(str(out)).params)
+    assert {leaf.dtype.name for leaf in leaves} == {"bfloat16"}
+
+
+def write_stage(directory, model: Policy | RewardModel, base: Base | None = None, seeds: range = range(1)) -> None:
+    """What a stage leaves of its model, for each seed: its parameters, or those of its adapter beside `base`."""
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text(json.dumps({"section": {"kind": "x"}, "common": {}, "inputs": {}}))
+    kind = "policy" if isinstance(model, Policy) else "reward"
+    if isinstance(model, Policy):
+        models.save_policy_spec(directory, model, seeds, base=base)
+    else:
+        models.save_reward_spec(directory, model, base=base)
+    params = model.params.adapter if isinstance(model.params, Adapted) else model.params
+    if len(seeds) > 1:
+        params = jax.tree.map(lambda leaf: jnp.stack([leaf] * len(seeds)), params)
+    with contextlib.closing(Checkpoints(directory / "checkpoints", keep=1)) as kept:
+        kept.save(TrainState(jnp.int32(0), {kind: params}, ()))
+
+
+@pytest.mark.parametrize("make", [checkpoints.policy, checkpoints.reward_model])
+def test_a_stage_that_began_with_a_checkpoint(make, tmp_path, capsys):
+    model = load_checkpoint(str(make(tmp_path / "source")))
+    tuned = model._replace(params=jax.tree.map(lambda leaf: leaf + 1, model.params))
+    write_stage(tmp_path / "run" / "dpo", tuned)
+    succeeds(capsys, "export", f"--workdir={tmp_path / 'run'}", "--stage=dpo", f"--out={tmp_path / 'out'}")
+    assert_equal(load_checkpoint(str(tmp_path / "out")), tuned)
+
+
+def test_an_adapter_is_merged(tmp_path, capsys):
+    source = str(checkpoints.policy(tmp_path / "source"))
+    model = load_checkpoint(source)
+    assert isinstance(model, Policy)
+    network = dataclasses.replace(model.network, lora=LoraConfig(rank=2, alpha=4.0, targets=("attention/[qv]",)))
+    adapter = jax.tree.map(lambda leaf: leaf + 0.1, network.init_adapter(model.params, jax.random.key(0)))
+    adapted = Adapted(model.params, adapter)
+    write_stage(tmp_path / "run" / "dpo", model._replace(network=network, params=adapted), Base(source, is_stage=False))
+    succeeds(capsys, "export", f"--workdir={tmp_path / 'run'}", "--stage=dpo", f"--out={tmp_path / 'out'}")
+    assert_equal(load_checkpoint(str(tmp_path / "out")), model._replace(params=network.merge(adapted)))
+
+
+@pytest.mark.parametrize(("kind", "size"), [("word", 16), ("byte_bpe", 270)])
+def test_a_policy_from_scratch_becomes_a_checkpoint(kind, size, tmp_path, capsys):
+    tokenizer = train_tokenizer(TokenizerConfig(kind, size), ["the film was good"])
+    network = PolicyNetwork(tiny.MODEL, tokenizer.vocab_size, tokenizer.suppressed)
+    params = network.init(jax.random.key(0))
+    write_stage(tmp_path / "run" / "sft", Policy(network, params, tokenizer))
+    run, out = f"--workdir={tmp_path / 'run'}", tmp_path / "out"
+    succeeds(capsys, "export", run, "--stage=sft", f"--out={out}")
+    back = load_checkpoint(str(out))
+    assert isinstance(back, Policy) and isinstance(back.tokenizer, PretrainedTokenizer)
+    jax.tree.map(np.testing.assert_array_equal, back.params, params)
+    assert back.network == dataclasses.replace(network, config=back.network.config)
+    assert back.network.suppressed == (0, 1, 3)
+    text = "The film <eos> was<pad> new."
+    assert back.tokenizer.encode(text) == tokenizer.encode(text)
+    assert back.tokenizer.begin(tokenizer.encode(text)) == back.tokenizer.wrapped(text)["input_ids"]
+    assert back.tokenizer.stop_ids == tokenizer.stop_ids and back.tokenizer.pad_id == tokenizer.pad_id
+    assert "'sfd'" in fails(capsys, "export", run, "--stage=sfd", f"--out={tmp_path / 'other'}")
+
+    write_stage(tmp_path / "run" / "tuned", back._replace(params=jax.tree.map(lambda leaf: leaf + 1, params)))
+    succeeds(capsys, "export", f"--workdir={tmp_path / 'run'}", "--stage=tuned", f"--out={tmp_path / 'again'}")
+    for file in ("config.json", "generation_config.json", "tokenizer.json"):
+        assert (tmp_path / "again" / file).read_text() == (out / file).read_text()
+
+
+def test_a_reward_model_from_scratch_becomes_a_classifier(tmp_path, capsys):
+    tokenizer = train_tokenizer(TokenizerConfig("word", 16), ["the film was good"])
+    network = ScalarNetwork(tiny.MODEL, tokenizer.vocab_size, "last")
+    model = RewardModel(network, network.init(jax.random.key(0)), tokenizer)
+    write_stage(tmp_path / "run" / "judge", model)
+    succeeds(capsys, "export", f"--workdir={tmp_path / 'run'}", "--stage=judge", f"--out={tmp_path / 'out'}")
+    back = load_checkpoint(str(tmp_path / "out"))
+    assert isinstance(back, RewardModel)
+    prompts, mask = np.array([[1, 4, 5]] * 2), np.ones((2, 3), bool)
+    rollout = Rollout(prompts, mask, np.array([[6, 2, 0], [7, 4, 2]]), np.array([[1, 1, 0], [1, 1, 1]], bool))
+    scores = [jax.jit(each.network.scores)(each.params, rollout) for each in (model, back)]
+    np.testing.assert_allclose(*scores, atol=1e-6)
+
+
+def test_a_shape_that_no_family_has_is_refused(tmp_path, capsys):
+    tokenizer = train_tokenizer(TokenizerConfig("word", 16), ["the film was good"])
+    shape = dataclasses.replace(tiny.MODEL, norm_placement="around")
+    network = PolicyNetwork(shape, tokenizer.vocab_size, tokenizer.suppressed)
+    with pytest.raises(
+        RlhfError, match=r"the nearest is arcee, with norm_placement = 'before' in the place of 'around'\."
+    ):
+        export(Policy(network, network.init(jax.random.key(0)), tokenizer), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_whole_or_not_at_all(tmp_path, capsys, monkeypatch):
+    source = checkpoints.policy(tmp_path / "source")
+    (tmp_path / "there").mkdir()
+    assert "is there already" in fails(capsys, "export", f"--model={source}", f"--out={tmp_path / 'there'}")
+    model = load_checkpoint(str(source))
+
+    def full(directory):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(model.tokenizer), "save", lambda self, directory: full(directory))
+    before = sorted(tmp_path.iterdir())
+    assert "No space left" in fails(capsys, "export", f"--model={source}", f"--out={tmp_path / 'out'}")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_reward_model_that_transformers_would_read_otherwise_is_refused(tmp_path):
+    model = models.load_checkpoint(str(checkpoints.reward_model(tmp_path / "judge")))
+    assert isinstance(model, RewardModel)
+    mean = model._replace(network=dataclasses.replace(model.network, pooling="mean"))
+    with pytest.raises(RlhfError, match="pooling = 'mean'"):
+        export(mean, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

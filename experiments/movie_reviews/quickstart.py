@@ -56,7 +56,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "prompts": 2500,
             "eval_prompts": 250,
             "samples_per_prompt": 4,
-            "rationality": 2.0,
+            "label_beta": 2.0,
         }
     )
     config.reward_model = ConfigDict(

@@ -15,7 +15,7 @@ from rlhf_jax.interop import hf, peft
 from rlhf_jax.interop.description import describe
 from rlhf_jax.interop.hub import MODELS, checkpoint_directory
 from rlhf_jax.loading import models
-from rlhf_jax.loading.models import AS_IT_IS, Policy, RewardModel
+from rlhf_jax.loading.models import NO_CHANGES, Policy, RewardModel
 from rlhf_jax.models.lora import Adapted
 from rlhf_jax.text.hf_tokenizer import GENERATION_FILE, as_pretrained, suppression
 from rlhf_jax.types import RlhfError
@@ -44,7 +44,7 @@ def export_verb(arguments: list[str]) -> None:
     elif options.base is not None:
         raise RlhfError("--base says where an adapter finds its base: give --adapter too, or leave it out")
     else:
-        export(flags.load_model(options, AS_IT_IS), options.out)
+        export(flags.load_model(options, NO_CHANGES), options.out)
     print(options.out)
 
 

@@ -9,7 +9,7 @@ from jaxtyping import PRNGKeyArray
 from rlhf_jax.core.keys import derive
 from rlhf_jax.data.pipeline import DataConfig
 from rlhf_jax.loading.models import (
-    AS_IT_IS,
+    NO_CHANGES,
     Base,
     Policy,
     Pretrained,
@@ -64,7 +64,7 @@ class Context:
         """Responses of the length that the data has room for."""
         return Sampling(self.data.max_response_tokens, temperature, tokenizer.stop_ids)
 
-    def policy(self, source: str, tuning: Tuning = AS_IT_IS) -> Policy:
+    def policy(self, source: str, tuning: Tuning = NO_CHANGES) -> Policy:
         """The policy that an earlier stage trained (the first seed's where there are several), or a checkpoint's."""
         found = self.model(source, tuning)
         if not isinstance(found, Policy):
@@ -86,7 +86,7 @@ class Context:
             raise RlhfError(f"config.{self.name}: {source} is a language model where a reward model is needed")
         return found
 
-    def model(self, source: str, tuning: Tuning = AS_IT_IS) -> Policy | RewardModel:
+    def model(self, source: str, tuning: Tuning = NO_CHANGES) -> Policy | RewardModel:
         """The model of an earlier stage or of a checkpoint, held as `tuning` says."""
         if source not in self.stages:
             found = load_checkpoint(source, tuning, where=self.where)

@@ -41,7 +41,7 @@ class Tuning:
     lora: LoraConfig | None = None  # trains an adapter beside the model, which stays as it is
 
 
-AS_IT_IS = Tuning()
+NO_CHANGES = Tuning()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -203,7 +203,7 @@ def merged(model: Policy | RewardModel) -> Policy | RewardModel:
     return model._replace(network=dataclasses.replace(model.network, lora=None), params=params)
 
 
-def load_checkpoint(source: str, tuning: Tuning = AS_IT_IS, *, where: Where | None = None) -> Policy | RewardModel:
+def load_checkpoint(source: str, tuning: Tuning = NO_CHANGES, *, where: Where | None = None) -> Policy | RewardModel:
     """A model that others trained: a Hugging Face directory, a GGUF file, or an id on the hub.
 
     Where there is an adapter of PEFT's instead of a whole model, it is merged into the base that it names. Each

@@ -48,7 +48,7 @@ def trainable(network: N, tuning: Tuning | None) -> N:
     return network
 
 
-def begin(network: Network, params: PyTree, key: PRNGKeyArray) -> Start:
+def init_trainable(network: Network, params: PyTree, key: PRNGKeyArray) -> Start:
     """All parameters where the network has no LoraConfig; else a new adapter, with which it starts as it is.
 
     All parameters are cast to the dtypes that the network is trained in (`trainable`). What they are a copy of, such as
@@ -60,7 +60,7 @@ def begin(network: Network, params: PyTree, key: PRNGKeyArray) -> Start:
     return Start(network.init_adapter(params, key), params)
 
 
-def whole(network: Network, trained: PyTree, frozen: PyTree, base: str) -> PyTree:
+def full_params(network: Network, trained: PyTree, frozen: PyTree, base: str) -> PyTree:
     """The parameters that a network's functions take, of what is trained and of the base among what is frozen."""
     return trained if network.lora is None else Adapted(frozen[base], trained)
 

@@ -27,7 +27,7 @@ DIFFERS, ALIKE, EMPTY = 0, 1, 2
 """Row status, best first: a response of a group whose scores differ, one of another group, no response yet."""
 
 
-class Filling(NamedTuple):
+class PartialBatch(NamedTuple):
     """A batch between two rounds. Every leaf has rows first, so that devices share it as they share the rows."""
 
     rollout: Rollout
@@ -41,12 +41,12 @@ class Filling(NamedTuple):
     all_differ: Array  # bool[B, rounds], of a row's group
 
 
-def empty(sampled: Sampled, rounds: int) -> Filling:
+def empty(sampled: Sampled, rounds: int) -> PartialBatch:
     """Room for the rows of a round. Args: sampled has arrays, or their shapes; rounds is how many there can be."""
     rollout, logprobs = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), sampled[:2])
     blank = jnp.zeros(len(logprobs), jnp.int32)
     of_rounds = jnp.zeros((len(logprobs), rounds), jnp.float32)
-    return Filling(
+    return PartialBatch(
         rollout=rollout,
         logprobs=logprobs,
         scores=of_rounds[:, 0],
@@ -58,7 +58,7 @@ def empty(sampled: Sampled, rounds: int) -> Filling:
     )
 
 
-def is_full(filling: Filling, axes: tuple[str, ...]) -> Bool[Array, ""]:
+def is_full(filling: PartialBatch, axes: tuple[str, ...]) -> Bool[Array, ""]:
     """True if every row is of a group whose scores differ."""
     return masking.count(filling.rank == DIFFERS, axes) == masking.rows(filling.rank, axes)
 
@@ -66,11 +66,11 @@ def is_full(filling: Filling, axes: tuple[str, ...]) -> Bool[Array, ""]:
 def collect(
     config: PolicyGradientConfig,
     method: Method,
-    filling: Filling,
+    filling: PartialBatch,
     sampled: Sampled,
     scores: Float[Array, "B"],
     axes: tuple[str, ...],
-) -> Filling:
+) -> PartialBatch:
     """Add a round: keep the first groups whose scores differ, and others where these are too few.
 
     A batch that is full stays what it is.
@@ -87,7 +87,7 @@ def collect(
     rollout, logprobs, scores_kept, rank = jax.tree.map(lambda leaf: leaf[own], rows)
 
     here = (jnp.arange(filling.all_scores.shape[1])[None, :] == filling.rounds[:, None]) & ~full
-    return Filling(
+    return PartialBatch(
         rollout=rollout,
         logprobs=logprobs,
         scores=scores_kept,
@@ -106,7 +106,7 @@ def fill(
     prompts: PromptBatch,
     axes: tuple[str, ...],
     loop_axes: tuple[str, ...],
-) -> Filling:
+) -> PartialBatch:
     """Rounds within one program, until every seed's batch is full or the prompts are used up.
 
     Args: draw samples and scores a round's prompts; prompts are those of all rounds, [B, rounds, P]. axes are the
@@ -114,13 +114,13 @@ def fill(
     """
     rounds = method.dynamic_sampling_rounds
 
-    def unfinished(carry: tuple[Array, Array, Filling]) -> Array:
+    def unfinished(carry: tuple[Array, Array, PartialBatch]) -> Array:
         number, lacking, _ = carry
         if loop_axes:
             lacking = jax.lax.pmax(lacking.astype(jnp.int32), loop_axes) > 0
         return (number < rounds) & lacking
 
-    def another(carry: tuple[Array, Array, Filling]) -> tuple[Array, Array, Filling]:
+    def another(carry: tuple[Array, Array, PartialBatch]) -> tuple[Array, Array, PartialBatch]:
         number, _, filling = carry
         filling = collect(config, method, filling, *draw(at_round(prompts, number)), axes)
         return number + 1, ~is_full(filling, axes), filling
@@ -131,7 +131,7 @@ def fill(
 
 
 def filled(
-    method: Method, filling: Filling, demonstrations: Any, axes: tuple[str, ...]
+    method: Method, filling: PartialBatch, demonstrations: Any, axes: tuple[str, ...]
 ) -> tuple[Sampled, Float[Array, "B"], Bool[Array, "B"], dict[str, Array]]:
     """The batch after its last round, its scores, the mask of the responses to train on, and metrics of the rounds.
 

@@ -11,7 +11,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 from rlhf_jax.config import Count, CountOrZero, ModelSource, NonNegative, Positive, check_ranges
 from rlhf_jax.data.prompts import MixedSource, PromptSource
 from rlhf_jax.loading.context import Context
-from rlhf_jax.loading.models import AS_IT_IS, Policy, Tuning, refuse_float16
+from rlhf_jax.loading.models import NO_CHANGES, Policy, Tuning, refuse_float16
 from rlhf_jax.loading.samples import sample_rows
 from rlhf_jax.loading.trainable import stack
 from rlhf_jax.runtime.checkpoints import TrainState
@@ -35,7 +35,7 @@ class OnlineConfig:
     samples_written: CountOrZero
     loop: LoopConfig
     missing_eos_penalty: NonNegative = 0.0  # taken off the score of a response that was cut off
-    tuning: Tuning = AS_IT_IS
+    tuning: Tuning = NO_CHANGES
 
     def __post_init__(self) -> None:
         refuse_float16(self.tuning, adapter=self.tuning.lora is not None)

@@ -23,7 +23,7 @@ from rlhf_jax.data.prompts import MixedSource, PromptSource, at_round
 from rlhf_jax.loading.context import Context
 from rlhf_jax.loading.data_report import report_prompts
 from rlhf_jax.loading.models import Policy, RewardModel
-from rlhf_jax.loading.trainable import begin, begin_policy, trainable
+from rlhf_jax.loading.trainable import begin_policy, init_trainable, trainable
 from rlhf_jax.methods import policy_optimizer
 from rlhf_jax.methods.dynamic_sampling import collect, empty, fill, filled, is_full
 from rlhf_jax.methods.experience import gather_experience
@@ -83,7 +83,7 @@ def make_halves(
 ) -> tuple[Step, Step]:
     """An iteration in two steps, between which responses are scored: PromptBatch -> Sampled, and (Sampled, scores).
 
-    With dynamic sampling the first is a round of it, and the second takes (Filling, demonstrations).
+    With dynamic sampling the first is a round of it, and the second takes (PartialBatch, demonstrations).
     """
 
     def sample(
@@ -91,7 +91,7 @@ def make_halves(
     ) -> tuple[TrainState, dict[str, jax.Array], Sampled]:
         prompts, demonstrations = _parts(batch)
         sampling = Sampling(networks.max_new_tokens, config.temperature, networks.stop_ids)
-        params = networks.whole(state.params, frozen)["policy"]
+        params = networks.full_params(state.params, frozen)["policy"]
         generation = generate(
             networks.policy,
             params,
@@ -115,7 +115,7 @@ def make_halves(
                 "reward_std": jnp.sqrt(masking.masked_variance(scores, jnp.ones(scores.shape, bool), axes)),
             }
         kl_coef = state.controller["kl_coef"] if config.kl_controller else method.kl_coef
-        params, keys = networks.whole(state.params, frozen), _keys(run_key, state)[1:]
+        params, keys = networks.full_params(state.params, frozen), _keys(run_key, state)[1:]
         batch, samples, found = gather_experience(
             networks, config, method, params, frozen, sampled, scores, axes, kl_coef=kl_coef, useful=useful
         )
@@ -238,11 +238,11 @@ def run(config: PolicyGradientConfig, method: Method, start_value: StartValue, c
 
     def start(key: PRNGKeyArray) -> TrainState:
         adapter_key, value_key, value_adapter_key = (derive(key, tag) for tag in ("adapter", "value", "value adapter"))
-        params, own = {"policy": begin(networks.policy, reference.params, adapter_key).trained}, value.params
+        params, own = {"policy": init_trainable(networks.policy, reference.params, adapter_key).trained}, value.params
         if context.seeds > 1:
             own = start_value(reference, reward_model, value_key).params
         if separate is not None:
-            params["value"] = begin(separate, own, value_adapter_key).trained
+            params["value"] = init_trainable(separate, own, value_adapter_key).trained
         elif value.network == "shared":
             params["value"] = own
         return init_state(params, config, method)

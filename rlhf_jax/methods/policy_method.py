@@ -13,7 +13,7 @@ import jax
 from jaxtyping import Array, Float, PyTree
 
 from rlhf_jax.config import Count, Finite, NonNegative, Positive, Range
-from rlhf_jax.loading.trainable import whole
+from rlhf_jax.loading.trainable import full_params
 from rlhf_jax.methods.online import OnlineConfig
 from rlhf_jax.models import value_head
 from rlhf_jax.models.head import TokenStats, token_stats
@@ -190,14 +190,14 @@ class Networks:
     stop_ids: tuple[int, ...]
     max_new_tokens: int
 
-    def whole(self, params: dict[str, PyTree], frozen: dict[str, PyTree]) -> dict[str, PyTree]:
+    def full_params(self, params: dict[str, PyTree], frozen: dict[str, PyTree]) -> dict[str, PyTree]:
         """The parameters of policy and value, of what is trained and what is not."""
-        policy = {"policy": whole(self.policy, params["policy"], frozen, "reference")}
+        policy = {"policy": full_params(self.policy, params["policy"], frozen, "reference")}
         if self.value is None:
             return policy
         if self.value == "shared":
             return {**policy, "value": params["value"]}
-        return {**policy, "value": whole(self.value, params["value"], frozen, "value_base")}
+        return {**policy, "value": full_params(self.value, params["value"], frozen, "value_base")}
 
     def forward(
         self,

@@ -63,7 +63,9 @@ def optimise(
     )
 
     def loss_fn(params: PyTree, rows: Experience) -> tuple[jax.Array, dict[str, jax.Array]]:
-        return minibatch_loss(networks.whole(params, frozen), networks, config, method, rows, axes, kl_coef=kl_coef)
+        return minibatch_loss(
+            networks.full_params(params, frozen), networks, config, method, rows, axes, kl_coef=kl_coef
+        )
 
     def weight(rows: Experience) -> jax.Array:
         return AGGREGATIONS[method.aggregation][1](rows.loss_mask, axes)
@@ -157,7 +159,7 @@ def _pretraining(
     """The loss of demonstrations, and its gradient, a micro-batch at a time where there are several."""
 
     def loss_fn(params: PyTree, rows: TokenBatch) -> tuple[jax.Array, dict[str, jax.Array]]:
-        stats = networks.policy.sequence_stats(networks.whole(params, frozen)["policy"], rows)
+        stats = networks.policy.sequence_stats(networks.full_params(params, frozen)["policy"], rows)
         return cross_entropy(stats.logprobs, rows.loss_mask[:, 1:], axes), {}
 
     def trained_tokens(rows: TokenBatch) -> jax.Array:

@@ -54,8 +54,8 @@ class PreferenceLossConfig:
     simpo_gamma: NonNegative = 0.5  # the margin that is aimed at, in nats
     cpo_alpha: NonNegative = 1.0  # what CPO's likelihood counts
     # LD-DPO's alpha: what tokens beyond the shorter response count.
-    length_desensitisation: Annotated[float, Range(at_least=0, below=1)] | None = None
-    weighting: bool = False  # WPO: pairs count as much as the policy would write them
+    ld_alpha: Annotated[float, Range(at_least=0, below=1)] | None = None
+    use_weighting: bool = False  # WPO: pairs count as much as the policy would write them
 
     def __post_init__(self) -> None:
         if not self.losses:
@@ -145,10 +145,10 @@ def of_tokens(
     rejected_mask: Bool[Array, "B T"],
 ) -> PairStats:
     """The statistics of the pairs, given those of their tokens."""
-    alpha, sides = config.length_desensitisation, ((chosen, chosen_mask), (rejected, rejected_mask))
+    alpha, sides = config.ld_alpha, ((chosen, chosen_mask), (rejected, rejected_mask))
     sums = [logprobs.sequence_logprobs(stats.logprobs, mask) for stats, mask in sides]
     weights = None
-    if config.weighting:
+    if config.use_weighting:
         each = [losses.wpo_weights(stats.logprobs, stats.log_sum_sq_probs, mask) for stats, mask in sides]
         weights = each[0] * each[1]
     if alpha is None:
@@ -309,16 +309,16 @@ READERS: dict[str, frozenset[str]] = {
     "discopop_tau": frozenset({"discopop"}),
     "simpo_gamma": frozenset({"simpo"}),
     "cpo_alpha": frozenset({"cpo"}),
-    "length_desensitisation": frozenset(LOSSES) - {"sft", "simpo", "orpo"},
-    "weighting": frozenset(LOSSES) - SORTING,
+    "ld_alpha": frozenset(LOSSES) - {"sft", "simpo", "orpo"},
+    "use_weighting": frozenset(LOSSES) - SORTING,
 }
 """Which losses read an option; all that are chosen must read those `OF_ALL`, and one of them the others."""
 
-OF_ALL = ("divergence", "weighting")
+OF_ALL = ("divergence", "use_weighting")
 
 WHY: dict[str, str] = {
     "divergence": ", as its constant cancels only in the difference of two scores",
-    "length_desensitisation": ", as a likelihood is of all tokens and so is a mean log-probability",
-    "weighting": ", as a sort takes pairs apart",
+    "ld_alpha": ", as a likelihood is of all tokens and so is a mean log-probability",
+    "use_weighting": ", as a sort takes pairs apart",
 }
 """Why the others do not read an option that is not one loss's own."""

@@ -45,7 +45,7 @@ class ReferencedBatch(NamedTuple):
     ref_rejected: AnyArray  # float32[B]
 
 
-def moved(update: ReferenceUpdate, reference: PyTree, policy: PyTree, step: Int[Array, ""]) -> PyTree:
+def sync_reference(update: ReferenceUpdate, reference: PyTree, policy: PyTree, step: Int[Array, ""]) -> PyTree:
     r"""The reference after `step` steps: $\alpha \pi + (1 - \alpha) \pi_{ref}$ of the parameters where one is due.
 
     Gorbatovski et al. 2024 (TR-DPO, arXiv:2404.09656): the soft update, and the hard one with alpha = 1. The parameters
@@ -69,7 +69,7 @@ def stats_all(
     return map_batches(lambda batch: _stats(config, network, params, batch), data, batch_size)
 
 
-def kept_stats(
+def precomputed_ref_logps(
     config: PreferenceLossConfig, network: PolicyNetwork, params: PyTree, data: PreferenceBatch, batch_size: int
 ) -> PairStats:
     """What a reference says of all pairs: computed once, and read from the disk whenever it is asked for again.
@@ -96,7 +96,7 @@ def kept_at(config: PreferenceLossConfig, network: PolicyNetwork, params: PyTree
     These are the network, its parameters, the tokens of every pair, which the rows, the tokenizer, its template and the
     lengths that they are cut to have made, and LD-DPO's alpha.
     """
-    digest = hashlib.sha256(repr((dataclasses.replace(network, lora=None), config.length_desensitisation)).encode())
+    digest = hashlib.sha256(repr((dataclasses.replace(network, lora=None), config.ld_alpha)).encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path({"params": params, "data": data}):
         array = np.asarray(leaf)
         digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())

@@ -14,10 +14,10 @@ from rlhf_jax.data import pipeline
 from rlhf_jax.data.lengths import answer_pairs
 from rlhf_jax.loading.context import Context, steps_for
 from rlhf_jax.loading.data_report import report_answers
-from rlhf_jax.loading.models import AS_IT_IS, Tuning, refuse_float16
+from rlhf_jax.loading.models import NO_CHANGES, Tuning, refuse_float16
 from rlhf_jax.loading.samples import policy_samples
 from rlhf_jax.loading.tables import load_preferences
-from rlhf_jax.loading.trainable import begin, begin_policy, dropout_keys, over_seeds, whole
+from rlhf_jax.loading.trainable import begin_policy, dropout_keys, full_params, init_trainable, over_seeds
 from rlhf_jax.methods.preference import (
     PairStats,
     PreferenceLossConfig,
@@ -27,7 +27,13 @@ from rlhf_jax.methods.preference import (
     preference_loss,
     tokens_per_pair,
 )
-from rlhf_jax.methods.reference import ReferencedBatch, ReferenceUpdate, kept_stats, moved, stats_all
+from rlhf_jax.methods.reference import (
+    ReferencedBatch,
+    ReferenceUpdate,
+    precomputed_ref_logps,
+    stats_all,
+    sync_reference,
+)
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.runtime.loop import Evaluation, LoopConfig, Task, train
@@ -54,7 +60,7 @@ class DPOConfig:
     sample_prompts: CountOrZero  # evaluation prompts continued at every evaluation
     eval_every: Count  # steps
     loop: LoopConfig
-    tuning: Tuning = AS_IT_IS
+    tuning: Tuning = NO_CHANGES
     loss: PreferenceLossConfig = SIGMOID
     reference_update: ReferenceUpdate | None = None  # None: the reference stays what it is
     sample_temperature: NonNegative = 1.0  # of the continuations shown; 0 takes the most likely token
@@ -81,7 +87,7 @@ def run(config: DPOConfig, context: Context) -> dict[str, Any]:
     report_answers(context, tokenizer, {"train": answer_pairs(rows), "eval": answer_pairs(held_out)})
     eval_theirs = None
     if config.cached_reference:
-        of_reference = functools.partial(kept_stats, config.loss, network, reference.params)
+        of_reference = functools.partial(precomputed_ref_logps, config.loss, network, reference.params)
         theirs, eval_theirs = (of_reference(pairs, context.runtime.inference_batch) for pairs in (data, eval_data))
         data = ReferencedBatch(*data, theirs.chosen, theirs.rejected)
     elif config.loss.needs_reference and config.reference_update is None:
@@ -89,7 +95,7 @@ def run(config: DPOConfig, context: Context) -> dict[str, Any]:
     steps = steps_for(config.epochs, len(rows), config.batch_size, config.loop.steps_per_call)
 
     def start(key: PRNGKeyArray) -> TrainState:
-        params = {"policy": begin(network, reference.params, key).trained}
+        params = {"policy": init_trainable(network, reference.params, key).trained}
         opt_state = make_optimizer(config.optimizer, steps).init(params)
         following = {"reference": params["policy"]} if config.reference_update else {}
         return TrainState(jnp.int32(0), params | following, opt_state)
@@ -101,12 +107,12 @@ def run(config: DPOConfig, context: Context) -> dict[str, Any]:
         frozen["reference"] = reference.params
 
     def evaluation(trained: PyTree) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        policy = reference._replace(params=whole(network, trained["policy"], frozen, "reference"))
+        policy = reference._replace(params=full_params(network, trained["policy"], frozen, "reference"))
         of_pairs = functools.partial(stats_all, config.loss, network)
         rows = context.runtime.inference_batch
         theirs = eval_theirs
         if config.reference_update:
-            theirs = of_pairs(whole(network, trained["reference"], frozen, "reference"), eval_data, rows)
+            theirs = of_pairs(full_params(network, trained["reference"], frozen, "reference"), eval_data, rows)
         metrics = evaluate(config.loss, of_pairs(policy.params, eval_data, rows), theirs, eval_data, config.beta)
         return metrics, policy_samples(policy, eval_prompts, config.sample_prompts, context, config.sample_temperature)
 
@@ -149,7 +155,7 @@ def make_step(
             if isinstance(rows, ReferencedBatch):
                 return PairStats(rows.ref_chosen, rows.ref_rejected)
             if reference_update:
-                params = whole(network, state.params["reference"], frozen, "reference")
+                params = full_params(network, state.params["reference"], frozen, "reference")
             else:
                 params = frozen["reference"]
             return pair_stats(loss_config, network, params, pairs)
@@ -157,7 +163,7 @@ def make_step(
         def loss_fn(params: PyTree, given: tuple) -> tuple[jax.Array, dict[str, jax.Array]]:
             rows, keys = given
             pairs = PreferenceBatch(*rows[:6])
-            policy = whole(network, params["policy"], frozen, "reference")
+            policy = full_params(network, params["policy"], frozen, "reference")
             both = join(pair_stats(loss_config, network, policy, pairs, keys), of_reference(rows, pairs), pairs)
             return preference_loss(loss_config, both, beta=frozen["beta"], axes=axes, tokens_per_pair=per_pair)
 
@@ -170,7 +176,7 @@ def make_step(
         key = update_key(run_key, state.step)
         params, opt_state, norms = update(optimizer, grads, trained, state.opt_state, axes, key=key)
         if reference_update:
-            reference = moved(reference_update, state.params["reference"], params["policy"], state.step + 1)
+            reference = sync_reference(reference_update, state.params["reference"], params["policy"], state.step + 1)
             params = {**params, "reference": reference}
         metrics |= {
             "loss": loss,

@@ -159,7 +159,7 @@ class GroupRLConfig(PolicyGradientConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        fields = settled(self)
+        fields = resolve(self)
         if fields.get("kl_coef") is None:
             raise ValueError(f"method = {self.method!r} leaves kl_coef to you: set it, 0 for no penalty")
         if self.gamma is not None and fields["advantage"] not in DISCOUNTED:
@@ -198,7 +198,7 @@ class GroupRLConfig(PolicyGradientConfig):
         check_penalty(self, fields["kl_coef"], fields["kl_estimator"], fields["kl_in"])
 
 
-def settled(config: GroupRLConfig) -> dict[str, Any]:
+def resolve(config: GroupRLConfig) -> dict[str, Any]:
     """Values of all fields that presets set: the config's where given, else the preset's, else the default."""
     given = {name: getattr(config, name) for name in OWN if getattr(config, name) is not None}
     return OTHERWISE | METHODS[config.method] | given
@@ -206,7 +206,7 @@ def settled(config: GroupRLConfig) -> dict[str, Any]:
 
 def method_of(config: GroupRLConfig) -> Method:
     """The method of a config, with every field filled in."""
-    fields = settled(config)
+    fields = resolve(config)
     discount = {"gamma": fields["gamma"]} if fields["advantage"] in DISCOUNTED else {}
     advantages = functools.partial(CRITIC_FREE[fields["advantage"]], num_generations=config.num_generations, **discount)
 

@@ -21,10 +21,10 @@ from rlhf_jax.data import pipeline
 from rlhf_jax.data.lengths import answer_pairs
 from rlhf_jax.loading.context import Context, steps_for
 from rlhf_jax.loading.data_report import report_answers
-from rlhf_jax.loading.models import AS_IT_IS, Tuning, refuse_float16
+from rlhf_jax.loading.models import NO_CHANGES, Tuning, refuse_float16
 from rlhf_jax.loading.samples import policy_samples
 from rlhf_jax.loading.tables import load_preferences
-from rlhf_jax.loading.trainable import begin, begin_policy, dropout_keys, over_seeds, whole
+from rlhf_jax.loading.trainable import begin_policy, dropout_keys, full_params, init_trainable, over_seeds
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.runtime.loop import Evaluation, LoopConfig, Task, train
@@ -69,7 +69,7 @@ class KTOConfig:
     eval_every: Count  # steps
     loop: LoopConfig
     loss: UnpairedLossConfig = KTO
-    tuning: Tuning = AS_IT_IS
+    tuning: Tuning = NO_CHANGES
     sample_temperature: NonNegative = 1.0  # of the continuations shown; 0 takes the most likely token
 
     def __post_init__(self) -> None:
@@ -87,7 +87,7 @@ def run(config: KTOConfig, context: Context) -> dict[str, Any]:
     steps = steps_for(config.epochs, len(rows), config.batch_size, config.loop.steps_per_call)
 
     def start(key: PRNGKeyArray) -> TrainState:
-        params = {"policy": begin(network, reference.params, key).trained}
+        params = {"policy": init_trainable(network, reference.params, key).trained}
         return TrainState(jnp.int32(0), params, make_optimizer(config.optimizer, steps).init(params))
 
     placement = context.placement(context.seeds)
@@ -95,7 +95,7 @@ def run(config: KTOConfig, context: Context) -> dict[str, Any]:
     frozen = {"reference": reference.params, "beta": jnp.float32(config.beta)}
 
     def evaluation(trained: PyTree) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        policy = reference._replace(params=whole(network, trained["policy"], frozen, "reference"))
+        policy = reference._replace(params=full_params(network, trained["policy"], frozen, "reference"))
         models = (policy.params, reference.params)
         metrics = evaluate(config.loss, network, models, eval_data, config.beta, context.runtime.inference_batch)
         return metrics, policy_samples(policy, eval_prompts, config.sample_prompts, context, config.sample_temperature)
@@ -138,14 +138,14 @@ def make_step(
         baseline = None
         if loss_config.loss == "kto":
             others = to_other_prompts(batch, axes)
-            policy = whole(network, state.params["policy"], frozen, "reference")
+            policy = full_params(network, state.params["policy"], frozen, "reference")
             own, reference = (response_logprobs(network, params, others) for params in (policy, frozen["reference"]))
             baseline = kto_baseline(own, reference, axes)
 
         def loss_fn(params: PyTree, given: tuple) -> tuple[jax.Array, dict[str, jax.Array]]:
             rows, keys = given
             reference = response_logprobs(network, frozen["reference"], rows)
-            own = response_logprobs(network, whole(network, params["policy"], frozen, "reference"), rows, keys)
+            own = response_logprobs(network, full_params(network, params["policy"], frozen, "reference"), rows, keys)
             loss, metrics = unpaired_loss(
                 loss_config, own, reference, rows.label, baseline, beta=frozen["beta"], axes=axes
             )

@@ -25,7 +25,7 @@ from rlhf_jax.data.prompts import PromptSource
 from rlhf_jax.loading.context import Context
 from rlhf_jax.loading.data_report import report_prompts
 from rlhf_jax.loading.models import RewardModel
-from rlhf_jax.loading.trainable import begin, begin_policy, dropout_keys, whole
+from rlhf_jax.loading.trainable import begin_policy, dropout_keys, full_params, init_trainable
 from rlhf_jax.methods.online import OnlineConfig, prompt_keys, train_online
 from rlhf_jax.methods.preference import (
     PairStats,
@@ -123,7 +123,7 @@ def run(config: OnlineDPOConfig, context: Context) -> dict[str, Any]:
         step = HostSteps(sample, scorer, learn)
 
     def start(key: PRNGKeyArray) -> TrainState:
-        return init_state({"policy": begin(networks.policy, reference.params, key).trained}, config)
+        return init_state({"policy": init_trainable(networks.policy, reference.params, key).trained}, config)
 
     drawn = train_online(
         config,
@@ -186,7 +186,7 @@ def make_halves(
         state: TrainState, frozen: dict[str, PyTree], prompts: PromptBatch, run_key: PRNGKeyArray
     ) -> tuple[TrainState, dict[str, jax.Array], Rollout]:
         sampling = Sampling(networks.max_new_tokens, config.temperature, networks.stop_ids)
-        params = whole(networks.policy, state.params["policy"], frozen, "reference")
+        params = full_params(networks.policy, state.params["policy"], frozen, "reference")
         key = _keys(run_key, state)[0]
         generation = generate(networks.policy, params, prompts, key, sampling, samples=2, loop_axes=loop_axes)
         return state, {}, generation.rollout
@@ -238,7 +238,7 @@ def choose_pairs(
 ) -> tuple[tuple[PreferenceBatch, PairStats | None], Samples, dict[str, jax.Array]]:
     """From scored responses to pairs, and what the reference says of them, with the metrics of the objective."""
     mask = rollout.response_mask
-    policy = whole(networks.policy, params["policy"], frozen, "reference")
+    policy = full_params(networks.policy, params["policy"], frozen, "reference")
     stats = networks.policy.response_stats(policy, rollout, temperature=config.temperature)
     reference = networks.policy.response_stats(frozen["reference"], rollout, temperature=config.temperature)
     sequence_kl = sequence_logprobs(k1(stats.logprobs, reference.logprobs), mask)
@@ -292,7 +292,7 @@ def optimise(
 
     def loss_fn(per_pair: jax.Array, params: PyTree, given: tuple) -> tuple[jax.Array, dict[str, jax.Array]]:
         (batch, reference), dropout = given
-        policy = whole(network, params["policy"], frozen, "reference")
+        policy = full_params(network, params["policy"], frozen, "reference")
         joined = join(pair_stats(config.loss, network, policy, batch, dropout), reference, batch)
         return preference_loss(config.loss, joined, beta=config.beta, axes=axes, tokens_per_pair=per_pair)
 

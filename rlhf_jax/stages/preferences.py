@@ -1,6 +1,6 @@
 """preferences: samples responses from a policy and has a judge, or a reward model, prefer one of two.
 
-With a `rationality` the label is a noisy person's (Bradley-Terry); without one, the higher score's. From another
+With a `label_beta` the label is a noisy person's (Bradley-Terry); without one, the higher score's. From another
 policy's samples at every turn, and with that policy as the start of `dpo`, these two stages in a row are iterative DPO
 (Xu et al. 2023, arXiv:2312.16682; Yuan et al. 2024, arXiv:2401.10020).
 """
@@ -33,7 +33,7 @@ from rlhf_jax.types import RlhfError, Rollout
 class PreferencesConfig:
     """How many prompts are drawn, how many samples each gets, who prefers which of them, and how noisy labels are.
 
-    `rationality` multiplies the difference of the scores, in standard deviations of the samples' scores, to give the
+    `label_beta` multiplies the difference of the scores, in standard deviations of the samples' scores, to give the
     log-odds of the label. None: the higher score is chosen, and a pair with equal scores, which says nothing, is left
     out. `pairs` are all of a prompt's, or its best sample with its worst. `margin`, where labels are not noisy, writes
     the column `margin` that a reward model's loss may read: so many times the difference in standard deviations.
@@ -45,7 +45,7 @@ class PreferencesConfig:
     prompts: Count
     eval_prompts: Count  # of the prompts, those held out
     samples_per_prompt: AtLeastTwo
-    rationality: NonNegative | None
+    label_beta: NonNegative | None
     reward_model: RewardSource | None = None
     pairs: Literal["all", "best_worst"] = "all"
     margin: Positive | None = None
@@ -59,7 +59,7 @@ class PreferencesConfig:
                 "samples, and the other is None"
             )
         if isinstance(self.judge, HTTPJudgeConfig):
-            needing = {"rationality": None, "pairs": "all", "margin": None}
+            needing = {"label_beta": None, "pairs": "all", "margin": None}
             for name, value in needing.items():
                 if getattr(self, name) != value:
                     raise ValueError(
@@ -70,9 +70,9 @@ class PreferencesConfig:
             raise ValueError(
                 f"eval_prompts = {self.eval_prompts} are held out of prompts = {self.prompts}: leave some for either"
             )
-        if self.margin is not None and self.rationality is not None:
+        if self.margin is not None and self.label_beta is not None:
             raise ValueError(
-                f"margin = {self.margin} needs rationality = None: a noisy label's margin would tell how often it is "
+                f"margin = {self.margin} needs label_beta = None: a noisy label's margin would tell how often it is "
                 "wrong"
             )
 
@@ -162,8 +162,8 @@ def preferred(
         rows = []
         for a, b in PAIRS[config.pairs](own):
             two = (completions[first + a], completions[first + b]), (own[a], own[b])
-            if config.rationality is not None:
-                rows.append(label(rng, prompts[first], *two, config.rationality, std))
+            if config.label_beta is not None:
+                rows.append(label(rng, prompts[first], *two, config.label_beta, std))
             elif own[a] != own[b]:
                 row = higher(prompts[first], *two)
                 if config.margin is not None:
@@ -197,11 +197,11 @@ def label(
     prompt: Any,
     completions: tuple[Any, Any],
     scores: tuple[float, float],
-    rationality: float,
+    label_beta: float,
     std: float,
 ) -> dict[str, Any]:
     r"""One preference: the first is chosen with probability $\sigma(c (s_1 - s_2) / \mathrm{std})$ (Bradley-Terry)."""
-    logit = rationality * (scores[0] - scores[1]) / std
+    logit = label_beta * (scores[0] - scores[1]) / std
     first_wins = rng.random() < 1 / (1 + np.exp(-logit))
     return _preference(prompt, completions, scores, chosen=0 if first_wins else 1)
 

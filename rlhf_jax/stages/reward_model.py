@@ -27,7 +27,7 @@ from rlhf_jax.loading.models import (
     refuse_float16,
     save_reward_spec,
 )
-from rlhf_jax.loading.trainable import begin, dropout_keys, stack, trainable, whole
+from rlhf_jax.loading.trainable import dropout_keys, full_params, init_trainable, stack, trainable
 from rlhf_jax.methods import reward as reward_loss
 from rlhf_jax.methods.reward import BRADLEY_TERRY, RewardLossConfig
 from rlhf_jax.methods.reward_report import HeldOut, evaluate, report
@@ -88,7 +88,9 @@ def run(config: RewardModelConfig, context: Context) -> dict[str, Any]:
     starts = [make_reward_model(config, context, member) for member in range(members)]
     tuning = config.model if isinstance(config.model, Pretrained) else None
     network = trainable(starts[0].network, tuning)
-    begun = [begin(network, start.params, context.key("adapter", member)) for member, start in enumerate(starts)]
+    begun = [
+        init_trainable(network, start.params, context.key("adapter", member)) for member, start in enumerate(starts)
+    ]
     model = starts[0]._replace(network=dataclasses.replace(network, ensemble=config.ensemble))
     source = context.base(tuning)
     save_reward_spec(context.directory, model, base=source)
@@ -107,7 +109,7 @@ def run(config: RewardModelConfig, context: Context) -> dict[str, Any]:
     frozen = {"base": begun[0].base}
 
     def evaluation(trained: PyTree) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        return evaluate(network, whole(network, trained["reward"], frozen, "base"), eval_data, context)
+        return evaluate(network, full_params(network, trained["reward"], frozen, "base"), eval_data, context)
 
     task = Task(
         step=make_step(network, config.optimizer, steps, placement.axes, config.loss),
@@ -162,7 +164,7 @@ def make_step(
 
         def loss_fn(params: PyTree, given: tuple) -> tuple[jax.Array, dict[str, jax.Array]]:
             rows, keys = given
-            reward = whole(network, params["reward"], frozen, "base")
+            reward = full_params(network, params["reward"], frozen, "base")
             return reward_loss.loss(loss_config, network, reward, rows, dropout_keys=keys, axes=axes)
 
         loss, metrics, grads = gradients(

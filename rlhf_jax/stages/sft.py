@@ -16,7 +16,7 @@ from rlhf_jax.loading.data_report import report_answers
 from rlhf_jax.loading.models import Policy, Pretrained, refuse_float16, save_policy_spec
 from rlhf_jax.loading.samples import policy_samples
 from rlhf_jax.loading.tables import load_demonstrations
-from rlhf_jax.loading.trainable import begin, dropout_keys, trainable, whole
+from rlhf_jax.loading.trainable import dropout_keys, full_params, init_trainable, trainable
 from rlhf_jax.models.model_config import ModelConfig
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.runtime.checkpoints import TrainState
@@ -58,7 +58,7 @@ def run(config: SFTConfig, context: Context) -> dict[str, Any]:
     tuning = config.model if isinstance(config.model, Pretrained) else None
     network, tokenizer = trainable(start.network, tuning), start.tokenizer
     start = start._replace(network=network)
-    trained, base = begin(network, start.params, context.key("adapter"))
+    trained, base = init_trainable(network, start.params, context.key("adapter"))
     seeds = range(context.seed, context.seed + 1)
     save_policy_spec(context.directory, start, seeds, base=context.base(tuning))
 
@@ -75,7 +75,7 @@ def run(config: SFTConfig, context: Context) -> dict[str, Any]:
     params, frozen = {"policy": trained}, {"base": base}
 
     def evaluation(trained: PyTree) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        policy = start._replace(params=whole(network, trained["policy"], frozen, "base"))
+        policy = start._replace(params=full_params(network, trained["policy"], frozen, "base"))
         metrics = evaluate(network, policy.params, eval_data, context.runtime.inference_batch)
         return metrics, policy_samples(policy, eval_prompts, config.sample_prompts, context, config.sample_temperature)
 
@@ -113,7 +113,7 @@ def make_step(network: PolicyNetwork, config: OptimizerConfig, steps: int, axes:
 
         def loss_fn(params: PyTree, given: tuple) -> tuple[jax.Array, dict[str, jax.Array]]:
             rows, keys = given
-            return sft_loss(network, whole(network, params["policy"], frozen, "base"), rows, keys, axes)
+            return sft_loss(network, full_params(network, params["policy"], frozen, "base"), rows, keys, axes)
 
         def trained_tokens(given: tuple) -> jax.Array:
             return masking.count(given[0].loss_mask[:, 1:], axes)

@@ -191,9 +191,9 @@ PREFERENCES: dict[str, PreferenceLossConfig] = {
     "forward_kl": Loss(divergence="forward_kl"),
     "js_divergence, ipo": Loss(divergence="js_divergence", losses=("ipo",)),
     "alpha_divergence": Loss(divergence="alpha_divergence", divergence_alpha=0.7),  # 1 - 0.3
-    "desensitised": Loss(length_desensitisation=0.4),
-    "desensitised, sft": Loss(length_desensitisation=0.4, losses=("ipo", "sft"), loss_weights=(0.2, 0.5)),
-    "weighting": Loss(weighting=True, losses=("ipo",)),
+    "desensitised": Loss(ld_alpha=0.4),
+    "desensitised, sft": Loss(ld_alpha=0.4, losses=("ipo", "sft"), loss_weights=(0.2, 0.5)),
+    "use_weighting": Loss(use_weighting=True, losses=("ipo",)),
     "mixture": Loss(losses=("sigmoid", "sft", "bco_pair"), loss_weights=(0.8, 1.0, 0.2)),
     "cpo": Loss(losses=("cpo",), cpo_alpha=0.6),
     "cpo, smoothed": Loss(losses=("cpo",), label_smoothing=0.1),

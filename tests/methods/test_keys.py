@@ -66,7 +66,7 @@ def stages(model: str) -> dict[str, dict[str, Any]]:
             "prompts": 6,
             "eval_prompts": 2,
             "samples_per_prompt": 3,
-            "rationality": 2.0,
+            "label_beta": 2.0,
         },
         "best_of_n": {
             "kind": "best_of_n",

@@ -33,8 +33,8 @@ CHANGES: dict[str, Any] = {
     "discopop_tau": 0.5,
     "simpo_gamma": 1.5,
     "cpo_alpha": 0.3,
-    "length_desensitisation": 0.3,
-    "weighting": True,
+    "ld_alpha": 0.3,
+    "use_weighting": True,
 }
 
 
@@ -96,12 +96,12 @@ def test_every_option_matters_to_each_loss_that_reads_it_and_no_other_takes_it()
         ({"divergence": "alpha_divergence", "divergence_alpha": 1.0}, "divergence_alpha = 1.0 must be below 1"),
         ({"divergence": "forward_kl", "losses": ("sigmoid", "bco_pair")}, "divergence = .* is not read by bco_pair"),
         ({"losses": ("discopop",), "discopop_tau": 0.0}, "discopop_tau = 0.0 must be above 0"),
-        ({"length_desensitisation": 1.0}, "length_desensitisation = 1.0 must be below 1"),
+        ({"ld_alpha": 1.0}, "ld_alpha = 1.0 must be below 1"),
         (
-            {"length_desensitisation": 0.5, "losses": ("sft", "simpo")},
+            {"ld_alpha": 0.5, "losses": ("sft", "simpo")},
             "not read by sft, simpo, as a likelihood is of all",
         ),
-        ({"weighting": True, "losses": ("aot",)}, "weighting = True is not read by aot"),
+        ({"use_weighting": True, "losses": ("aot",)}, "use_weighting = True is not read by aot"),
         ({"smoothing": 0.1}, "smoothing is not a field"),
     ],
     ids=lambda x: ",".join(x) if isinstance(x, dict) else "",
@@ -113,7 +113,7 @@ def test_what_cannot_work_is_refused(section, message):
 
 def test_length_desensitisation_cuts_the_sums_of_preferences_and_no_likelihood_nor_mean():
     batch = jax.tree.map(jnp.asarray, tiny.preferences(8))
-    mixture = PreferenceLossConfig(losses=("sigmoid", "cpo", "simpo", "orpo", "sft"), length_desensitisation=0.3)
+    mixture = PreferenceLossConfig(losses=("sigmoid", "cpo", "simpo", "orpo", "sft"), ld_alpha=0.3)
     alone = [PreferenceLossConfig(losses=(name,)) for name in ("simpo", "orpo", "sft")]
 
     @jax.jit

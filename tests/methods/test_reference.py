@@ -11,7 +11,7 @@ import pytest
 
 from rlhf_jax import config as configs
 from rlhf_jax.data import pipeline
-from rlhf_jax.loading.models import AS_IT_IS, load_checkpoint
+from rlhf_jax.loading.models import NO_CHANGES, load_checkpoint
 from rlhf_jax.methods import reference
 from rlhf_jax.methods.preference import PairStats, PreferenceLossConfig, pair_stats
 from rlhf_jax.methods.reference import ReferenceUpdate
@@ -37,9 +37,9 @@ def test_a_soft_update_goes_a_share_of_the_way_where_one_is_due():
     soft = ReferenceUpdate(alpha=0.25, every=3)
     theirs, own = {"w": jnp.asarray([0.0, 4.0])}, {"w": jnp.asarray([8.0, 4.0])}
     for step, expected in ((2, [0.0, 4.0]), (3, [2.0, 4.0]), (4, [0.0, 4.0]), (6, [2.0, 4.0])):
-        np.testing.assert_allclose(reference.moved(soft, theirs, own, jnp.int32(step))["w"], expected)
+        np.testing.assert_allclose(reference.sync_reference(soft, theirs, own, jnp.int32(step))["w"], expected)
     half, other = (jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree) for tree in (theirs, own))
-    assert reference.moved(soft, half, other, jnp.int32(3))["w"].dtype == jnp.bfloat16
+    assert reference.sync_reference(soft, half, other, jnp.int32(3))["w"].dtype == jnp.bfloat16
 
 
 def counted(monkeypatch) -> list[int]:
@@ -55,9 +55,9 @@ def counted(monkeypatch) -> list[int]:
 
 
 def test_what_is_kept_is_what_the_network_says_and_is_computed_once(cache, monkeypatch):
-    config, pairs, params = PreferenceLossConfig(length_desensitisation=0.3), tiny.preferences(7), tiny.policy_params()
+    config, pairs, params = PreferenceLossConfig(ld_alpha=0.3), tiny.preferences(7), tiny.policy_params()
     counts = counted(monkeypatch)
-    first, again = (reference.kept_stats(config, tiny.POLICY, params, pairs, 3) for _ in range(2))
+    first, again = (reference.precomputed_ref_logps(config, tiny.POLICY, params, pairs, 3) for _ in range(2))
     assert counts == [7]
     assert_close(first, again, tolerance=0)
     expected = jax.jit(lambda params, pairs: pair_stats(config, tiny.POLICY, params, pairs))(params, pairs)
@@ -77,7 +77,7 @@ def test_another_model_other_data_or_another_template_is_computed_anew(cache, tm
         reference.kept_at(SIGMOID, tiny.POLICY, other_params, pairs),
         reference.kept_at(SIGMOID, other_network, params, pairs),
         reference.kept_at(SIGMOID, tiny.POLICY, params, moved),
-        reference.kept_at(PreferenceLossConfig(length_desensitisation=0.5), tiny.POLICY, params, pairs),
+        reference.kept_at(PreferenceLossConfig(ld_alpha=0.5), tiny.POLICY, params, pairs),
     }
     chat = [{"role": "user", "content": "is it good?"}]
     answers = [[{"role": "assistant", "content": content}] for content in ("it is", "is it?")]
@@ -97,17 +97,17 @@ def test_a_disk_that_is_full_is_one_message_and_leaves_nothing(cache, monkeypatc
     computed = PairStats(np.zeros(99, np.float32), np.zeros(99, np.float32))
     monkeypatch.setattr(reference, "stats_all", lambda *_: computed)  # or the compiler would write files of its own
     with disk.largest_file(100), pytest.raises(RlhfError, match=r"reference_logprobs.* cannot be written"):
-        reference.kept_stats(SIGMOID, tiny.POLICY, tiny.policy_params(), tiny.preferences(7), 3)
+        reference.precomputed_ref_logps(SIGMOID, tiny.POLICY, tiny.policy_params(), tiny.preferences(7), 3)
     assert disk.left_in(cache) == []
 
 
 def test_a_file_that_is_broken_is_one_message(cache, monkeypatch):
     monkeypatch.setattr(reference, "stats_all", lambda *_: PairStats(np.zeros(7), np.zeros(7)))
     arguments = SIGMOID, tiny.POLICY, tiny.policy_params(), tiny.preferences(7)
-    reference.kept_stats(*arguments, 3)
+    reference.precomputed_ref_logps(*arguments, 3)
     next(cache.iterdir()).write_bytes(b"half")
     with pytest.raises(RlhfError, match=r"cannot be written or read .* remove it"):
-        reference.kept_stats(*arguments, 3)
+        reference.precomputed_ref_logps(*arguments, 3)
 
 
 def preference_rows(path):
@@ -164,7 +164,7 @@ def test_a_run_with_a_kept_reference_is_the_run_with_a_live_one(cache, tmp_path,
     np.testing.assert_allclose(metrics["follows"][-1]["eval/loss"], np.log(2), rtol=1e-5)  # it has just been updated
     assert abs(metrics["live"][-1]["eval/loss"] - np.log(2)) > 1e-2
 
-    checkpoint, like = done.find("follows") / "checkpoints", load_checkpoint(model, AS_IT_IS).params
+    checkpoint, like = done.find("follows") / "checkpoints", load_checkpoint(model, NO_CHANGES).params
     policy, theirs = (load_params(checkpoint, name, like, step=None) for name in ("policy", "reference"))
     assert_close(policy, theirs, tolerance=0)
 

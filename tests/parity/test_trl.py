@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.methods.reference import ReferenceUpdate, moved
+from rlhf_jax.methods.reference import ReferenceUpdate, sync_reference
 from tests.core.against_trl import CHECKS, read
 from tests.parity import trl_1_12, trl_1_16, trl_1_16_online, trl_1_16_preferences, write_goldens
 
@@ -29,7 +29,7 @@ def test_our_numbers_are_those_of_trl(name, seed):
 def test_the_reference_follows_as_trls_does():
     policy, reference = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)
     update = ReferenceUpdate(alpha=0.6, every=1)
-    ours = moved(update, jnp.asarray(reference), jnp.asarray(policy), jnp.int32(1))
+    ours = sync_reference(update, jnp.asarray(reference), jnp.asarray(policy), jnp.int32(1))
     np.testing.assert_allclose(ours, trl_1_16_preferences.synchronised(policy, reference, 0.6), rtol=1e-6)
 
 

@@ -36,7 +36,7 @@ DPO: dict[str, dict[str, Any]] = {
     "alpha_divergence": {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.3},
     "desensitised": {"ld_alpha": 0.4},
     "desensitised, sft": {"ld_alpha": 0.4, "loss_type": ["ipo", "sft"], "loss_weights": [0.2, 0.5]},
-    "weighting": {"use_weighting": True, "loss_type": ["ipo"]},
+    "use_weighting": {"use_weighting": True, "loss_type": ["ipo"]},
     "mixture": {"loss_type": ["sigmoid", "sft", "bco_pair"], "loss_weights": [0.8, 1.0, 0.2]},
 }
 CPO: dict[str, dict[str, Any]] = {
@@ -111,7 +111,7 @@ def _of_dpo(name: str, settings: dict[str, Any], policy: Any, reference: Any, ba
     found = {f"{name}/loss": loss, f"{name}/grad": own[-1].log_probs.grad}
     if name == "sigmoid":
         found |= {"logprobs": own[-1].log_probs, "ref_logprobs": ref[-1].log_probs}
-    if name == "weighting":
+    if name == "use_weighting":
         found["log_sum_sq_probs"] = own[-1].log_sum_sq_probs
     return found
 

@@ -12,7 +12,7 @@ import pytest
 from rlhf_jax.interop import hf
 from rlhf_jax.interop.peft import save_adapter
 from rlhf_jax.loading.models import load_checkpoint
-from rlhf_jax.loading.trainable import begin
+from rlhf_jax.loading.trainable import init_trainable
 from rlhf_jax.main import main
 from rlhf_jax.methods.preference import pair_stats
 from rlhf_jax.methods.reference import ReferenceUpdate
@@ -40,7 +40,10 @@ def run(name, lora=LORA, where=tiny.ONE_DEVICE):
     key, base, judge = jax.random.key(5), tiny.policy_params(), tiny.reward_params()
     if name == "ppo":
         networks = dataclasses.replace(tiny.NETWORKS, policy=policy, value=reward)
-        trained = {"policy": begin(policy, base, key).trained, "value": begin(reward, judge, key).trained}
+        trained = {
+            "policy": init_trainable(policy, base, key).trained,
+            "value": init_trainable(reward, judge, key).trained,
+        }
         frozen = {"reference": base, "reward": judge, "value_base": judge}
         step = ppo.make_step(networks, tiny.PPO, placement.axes, ())
         state, batches = ppo.init_state(trained, tiny.PPO), [tiny.prompts(16, seed) for seed in range(2)]
@@ -63,7 +66,7 @@ def run(name, lora=LORA, where=tiny.ONE_DEVICE):
             ),
         }
         make, network, trained, frozen, batches = cases[name]
-        trained = {name: begin(network, params, key).trained for name, params in trained.items()}
+        trained = {name: init_trainable(network, params, key).trained for name, params in trained.items()}
         step = make(network, tiny.OPTIMIZER, 2, placement.axes)
         state = TrainState(jnp.int32(0), trained, make_optimizer(tiny.OPTIMIZER, 2).init(trained))
     state = placement.put_state(state)
@@ -92,7 +95,7 @@ def test_a_reference_that_follows_an_adapter_is_another_adapter_of_the_same_base
     base, rows = tiny.policy_params(), [tiny.preferences(16, seed) for seed in range(4)]
     frozen = {"reference": base, "beta": jnp.float32(0.1)}
     soft = ReferenceUpdate(alpha=0.25, every=2)
-    adapter = begin(POLICY, base, jax.random.key(5)).trained
+    adapter = init_trainable(POLICY, base, jax.random.key(5)).trained
     state = TrainState(
         jnp.int32(0),
         {"policy": adapter, "reference": adapter},

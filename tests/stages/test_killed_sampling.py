@@ -19,7 +19,7 @@ def write_config(directory: Path) -> Path:
     model, judge = experiments.models(directory)
     stages = {
         "rejection_sampling": {"policy": model, "reward_model": judge, "temperature": 1.0, "keep": {"best": 1}},
-        "preferences": {"policy": model, "judge": None, "reward_model": judge, "rationality": None},
+        "preferences": {"policy": model, "judge": None, "reward_model": judge, "label_beta": None},
         "sft": {
             "tokenizer": None,
             "model": {"init": model},

@@ -16,7 +16,7 @@ import pytest
 from rlhf_jax import config as configs
 from rlhf_jax.interop import hf
 from rlhf_jax.loading.models import Tuning, load_checkpoint
-from rlhf_jax.loading.trainable import begin, trainable
+from rlhf_jax.loading.trainable import init_trainable, trainable
 from rlhf_jax.models.lora import LoraConfig
 from rlhf_jax.stages import dpo, kto, sft
 from rlhf_jax.stages.reward_model import RewardModelConfig
@@ -179,12 +179,12 @@ def test_what_is_trained_is_float32_unless_a_field_says_otherwise(network):
     for tuning, expected in ((Tuning(), "float32"), (Tuning(param_dtype="bfloat16"), "bfloat16")):
         trained = trainable(held, tuning)
         assert trained.config.param_dtype == expected
-        start = begin(trained, source, jax.random.key(0))
+        start = init_trainable(trained, source, jax.random.key(0))
         assert start.base is None and dtypes(start.trained) - dtypes(head) <= {expected}
         assert start.trained.get("body", start.trained)["embedding"].dtype == expected
         jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype(a.dtype)), start.trained, source)
     adapted = trainable(held, Tuning(lora=LoraConfig(2, 4.0, ("attention/[qv]",))))
-    start = begin(adapted, source, jax.random.key(0))
+    start = init_trainable(adapted, source, jax.random.key(0))
     assert start.base is source and dtypes(start.trained) == {"float32"}
 
 

@@ -20,7 +20,7 @@ CONFIG = preferences.PreferencesConfig(
     prompts=4,
     eval_prompts=1,
     samples_per_prompt=3,
-    rationality=None,
+    label_beta=None,
     reward_model=ModelSource("reward_model"),
 )
 
@@ -36,7 +36,7 @@ def section(policy, reward_model, **changes):
         "prompts": 48,
         "eval_prompts": 8,
         "samples_per_prompt": 4,
-        "rationality": None,
+        "label_beta": None,
         "pairs": "best_worst",
         **changes,
     }
@@ -152,7 +152,7 @@ def test_without_noise_ties_are_left_out():
 
 
 def test_with_noise_a_tie_is_a_coin_and_a_best_sample_is_not_its_own_worst():
-    config = dataclasses.replace(CONFIG, rationality=2.0, pairs="best_worst")
+    config = dataclasses.replace(CONFIG, label_beta=2.0, pairs="best_worst")
     scores = np.array([1.0] * 3 + [0.0] * 3)
     texts = list("abcdef")
     wins = 0
@@ -165,7 +165,7 @@ def test_with_noise_a_tie_is_a_coin_and_a_best_sample_is_not_its_own_worst():
 
 
 def test_noisy_labels_are_bradley_terrys():
-    config = dataclasses.replace(CONFIG, samples_per_prompt=2, rationality=1.5)
+    config = dataclasses.replace(CONFIG, samples_per_prompt=2, label_beta=1.5)
     scores = np.tile([1.0, 1.8], 4000)
     texts = ["low", "high"] * 4000
     rows = preferences.preferred(config, np.random.default_rng(0), [""] * 8000, texts, scores)
@@ -182,10 +182,10 @@ def test_noisy_labels_are_bradley_terrys():
         ({"samples_per_prompt": 1}, "samples_per_prompt = 1 must be at least 2"),
         ({"eval_prompts": 4}, "eval_prompts = 4 are held out of prompts = 4"),
         ({"eval_prompts": 0}, "eval_prompts = 0 must be at least 1"),
-        ({**HTTP, "rationality": 1.0}, "rationality = 1.0 needs scores, and a judge over HTTP gives none"),
+        ({**HTTP, "label_beta": 1.0}, "label_beta = 1.0 needs scores, and a judge over HTTP gives none"),
         ({**HTTP, "pairs": "best_worst"}, "pairs = 'best_worst' needs scores"),
         ({**HTTP, "margin": 1.0}, "margin = 1.0 needs scores"),
-        ({"margin": 1.0, "rationality": 2.0}, "margin = 1.0 needs rationality = None"),
+        ({"margin": 1.0, "label_beta": 2.0}, "margin = 1.0 needs label_beta = None"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )

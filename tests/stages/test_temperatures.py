@@ -33,7 +33,7 @@ def sections(model, reward_model, temperature):
             "prompts": 8,
             "eval_prompts": 2,
             "samples_per_prompt": 2,
-            "rationality": 1.0,
+            "label_beta": 1.0,
             "temperature": low,
         },
         "rm": {

@@ -135,8 +135,18 @@ def _named(config: Any, kind: Any) -> Iterator[str]:
         value = getattr(config, field)
         if dataclasses.is_dataclass(value):
             yield from _named(value, kind)
-        elif _mentions(hint, kind) and value is not None:
-            yield from [value] if isinstance(value, str) else value
+        else:
+            yield from _of_kind(hint, value, kind)
+
+
+def _of_kind(hint: Any, value: Any, kind: Any) -> Iterator[str]:
+    """Values of one kind of name within a field's value; of a union, the first type that matches counts."""
+    hint = next((_bare(arm) for arm in _arms(hint) if _matches(arm, value)), None)
+    if hint is kind:
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for inner, element in zip(_elements(hint, value), value, strict=True):
+            yield from _of_kind(inner, element, kind)
 
 
 def describe(hint: Any) -> str:
@@ -162,10 +172,6 @@ def describe(hint: Any) -> str:
         inner = [describe(arg) for arg in args if arg is not Ellipsis]
         return f"a list of {inner[0]}" if Ellipsis in args else f"a list ({', '.join(inner)})"
     return {bool: "True or False", int: "an integer", float: "a number", str: "a text"}.get(hint, str(hint))
-
-
-def _mentions(hint: Any, kind: Any) -> bool:
-    return hint is kind or any(_mentions(arg, kind) for arg in typing.get_args(hint))
 
 
 def _suggestion(key: str, known: list[str]) -> str:
@@ -237,7 +243,9 @@ def _matches(hint: Any, value: Any) -> bool:
             return False
         elements = _elements(hint, value)
         return len(elements) == len(value) and all(map(_matches, elements, value))
-    if hint in (StageName, ModelSource, FunctionSource):
+    if hint is FunctionSource:
+        return isinstance(value, str) and ":" in value
+    if hint in (StageName, ModelSource):
         return isinstance(value, str)
     if hint is float:
         return type(value) in (int, float)

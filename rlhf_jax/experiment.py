@@ -14,13 +14,13 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from rlhf_jax import config as configs
+from rlhf_jax import user_code
 from rlhf_jax.config import Count, CountOrZero
 from rlhf_jax.data import formats
 from rlhf_jax.data.pipeline import DataConfig
 from rlhf_jax.interop.hub import MODELS, checkpoint_hash
 from rlhf_jax.loading.context import Context
 from rlhf_jax.methods.online import OnlineConfig
-from rlhf_jax.rewards.functions import function_hash
 from rlhf_jax.runtime import provenance
 from rlhf_jax.runtime.files import read_rows, write_json
 from rlhf_jax.runtime.programs import RuntimeConfig
@@ -106,7 +106,7 @@ class Experiment:
         for source in configs.checkpoints(stage, self.stages):
             inputs[source] = checkpoint_hash(source)
         for source in configs.functions(stage):
-            inputs[source] = function_hash(source)
+            inputs[source] = user_code.file_hash(source)
         return Identity(dataclasses.asdict(stage), common, inputs)
 
 

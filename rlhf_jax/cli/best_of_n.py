@@ -22,7 +22,6 @@ from rlhf_jax.data.pipeline import Example, encode_pairs
 from rlhf_jax.interop.hub import checkpoint_hash
 from rlhf_jax.loading.models import Policy, RewardModel
 from rlhf_jax.loading.samples import respond
-from rlhf_jax.rewards.functions import function_hash
 from rlhf_jax.rewards.sources import Reward
 from rlhf_jax.runtime.workdir import Workdir
 from rlhf_jax.sampling.batches import score_all
@@ -30,6 +29,7 @@ from rlhf_jax.sampling.buckets import bucket
 from rlhf_jax.sampling.choice import Sampling
 from rlhf_jax.sampling.options import SamplingOptions
 from rlhf_jax.types import RlhfError, Rollout
+from rlhf_jax.user_code import file_hash
 
 DESCRIPTION = """\
 Reads rows of JSON from its input, each with a prompt, samples --n answers to it, and writes each row with four more
@@ -241,7 +241,7 @@ def _settings(options: argparse.Namespace, sampling: Sampling, batch_size: int) 
     return settings | {
         "model": _fingerprint(options, options.model, options.stage),
         "reward_model": None if options.reward else _fingerprint(options, options.reward_model, options.reward_stage),
-        "reward": options.reward and [[source, function_hash(source)] for source in options.reward],
+        "reward": options.reward and [[source, file_hash(source)] for source in options.reward],
         "reward_weights": options.reward_weights,
     }
 

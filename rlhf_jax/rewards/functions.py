@@ -1,21 +1,15 @@
 """Rewards written in Python, as in TRL: `reward_fn(prompts, completions, **columns) -> list[float]`."""
 
 import dataclasses
-import hashlib
-import importlib
-import importlib.util
 import inspect
 import math
-import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from importlib.machinery import SourceFileLoader
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
+from rlhf_jax import user_code
 from rlhf_jax.types import RlhfError
 
 
@@ -83,33 +77,8 @@ class RewardFunction:
 
 
 def load_function(source: str) -> RewardFunction:
-    """The function that a source names. Raises RlhfError where there is none, or where its module does not load."""
-    place, name = _parts(source)
-    try:
-        module = _load_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
-    except Exception as error:  # whatever a user's module may raise
-        raise RlhfError(f"reward function {source} cannot be loaded: {type(error).__name__}: {error}") from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise RlhfError(f"reward function {source}: {place} has no function {name!r}")
-    if inspect.iscoroutinefunction(function):
-        raise RlhfError(f"reward function {source} is asynchronous: give a plain function")
-    return RewardFunction(source, function)
-
-
-def function_hash(source: str) -> str:
-    """SHA-256 in hex of the file that a function stands in, so that a changed function is noticed."""
-    place, _ = _parts(source)
-    file: str | None = place
-    if not place.endswith(".py"):
-        try:
-            spec = importlib.util.find_spec(place)
-        except (ImportError, ValueError):
-            spec = None
-        file = None if spec is None else spec.origin
-    if file is None or not Path(file).is_file():
-        raise RlhfError(f"reward function {source}: there is no {place}; a file is named from the working directory")
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    """Load the reward function that a source names. Raises RlhfError if there is none, or its module does not load."""
+    return RewardFunction(source, user_code.load(source, "reward function"))
 
 
 def weighted_sum(
@@ -149,29 +118,3 @@ def _number(reward: Any) -> float:
 def _shortened(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:100]} ... {text[-90:]}"
-
-
-def _parts(source: str) -> tuple[str, str]:
-    place, _, name = source.rpartition(":")
-    if not place or not name.isidentifier():
-        raise RlhfError(f"{source!r} names no reward function: write package.module:function or path/file.py:function")
-    return place, name
-
-
-def _load_file(path: Path) -> ModuleType:
-    text = path.read_bytes()
-    name = f"_rlhf_jax_reward_{path.stem}_{hashlib.sha256(text).hexdigest()[:12]}"
-    if name in sys.modules:
-        return sys.modules[name]
-    loader = SourceFileLoader(name, str(path))
-    spec = importlib.util.spec_from_loader(name, loader)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    try:
-        # Not exec_module, whose bytecode of an earlier text serves as long as size and second of writing are the same.
-        exec(loader.source_to_code(text, path), module.__dict__)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module

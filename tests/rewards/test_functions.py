@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from rlhf_jax.rewards.functions import function_hash, load_function, weighted_sum
+from rlhf_jax.rewards.functions import load_function, weighted_sum
 from rlhf_jax.types import RlhfError
+from rlhf_jax.user_code import file_hash
 
 FILE = """
 import dataclasses
@@ -83,7 +84,7 @@ def test_functions_are_given_what_they_take(file):
 def test_functions_of_modules():
     found = load_function("rlhf_jax.core.statistics:standard_error")
     assert callable(found.function)
-    assert len(function_hash("rlhf_jax.core.statistics:standard_error")) == 64
+    assert len(file_hash("rlhf_jax.core.statistics:standard_error")) == 64
 
 
 def test_a_changed_file_is_another_function(tmp_path):
@@ -91,7 +92,7 @@ def test_a_changed_file_is_another_function(tmp_path):
     found = []
     for value in (1, 2):
         path.write_text(f"def f(completions): return [{value}] * len(completions)")
-        found.append((function_hash(f"{path}:f"), load_function(f"{path}:f")([], ["x"], {})[0]))
+        found.append((file_hash(f"{path}:f"), load_function(f"{path}:f")([], ["x"], {})[0]))
     assert found[0][0] != found[1][0] and (found[0][1], found[1][1]) == (1, 2)
 
 
@@ -134,7 +135,7 @@ def test_functions_that_are_not_there(source, message):
     with pytest.raises(RlhfError, match=message):
         load_function(source)
     with pytest.raises(RlhfError):
-        function_hash(source)
+        file_hash(source)
 
 
 def test_a_file_that_does_not_load_is_named_and_read_again(tmp_path):

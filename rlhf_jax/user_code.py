@@ -1,0 +1,104 @@
+"""Functions and classes of a user's own, named `package.module:name` or `path/file.py:name` in a config.
+
+A relative path is read from the working directory. The file's hash is part of the identity of the stage that names it.
+"""
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec, SourceFileLoader
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from rlhf_jax.types import RlhfError
+
+
+def load(source: str, what: str) -> Callable[..., Any]:
+    """Load the function or class that a source names.
+
+    Args: what names its role in messages, such as "reward function".
+    Raises RlhfError if the source names nothing, or its module does not load.
+    """
+    place, name = _parts(source, what)
+    try:
+        module = _load_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+    except Exception as error:  # a user's module may raise anything
+        raise RlhfError(f"{what} {source} cannot be loaded: {type(error).__name__}: {error}") from error
+    found = getattr(module, name, None)
+    if not callable(found):
+        raise RlhfError(f"{what} {source}: {place} has no function {name!r}")
+    if inspect.iscoroutinefunction(found):
+        raise RlhfError(f"{what} {source} is asynchronous: give a plain function")
+    return found
+
+
+def options_of(
+    function: Callable[..., Any], source: str, what: str, *, arguments: Sequence[str], options: Sequence[str]
+) -> tuple[str, ...]:
+    """Check a function's signature, and return the options that it reads, in its own order.
+
+    Args: arguments are the names of its positional parameters, in order; options those of the parameters that it may
+    have besides, and is given by keyword. Any further parameter needs a default, and keeps it.
+    Raises RlhfError with the expected signature.
+    """
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError) as error:
+        raise RlhfError(f"{what} {source} has no signature that Python can read: write it with `def`") from error
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = [parameter for parameter in signature.parameters.values() if parameter.kind not in variadic]
+    first, rest = parameters[: len(arguments)], parameters[len(arguments) :]
+    in_order = all(parameter.kind is not parameter.KEYWORD_ONLY for parameter in first)
+    unknown = [x.name for x in rest if x.default is x.empty and x.name not in options]
+    if not in_order or [parameter.name for parameter in first] != list(arguments) or unknown:
+        name = source.rpartition(":")[2]
+        may_have = f", where ... may be {', '.join(options)}" if options else ""
+        raise RlhfError(
+            f"{what} {source} has the signature {signature}: write "
+            f"`def {name}({', '.join(arguments)}{', *, ...' if options else ''})`{may_have}"
+        )
+    return tuple(parameter.name for parameter in rest if parameter.name in options)
+
+
+def file_hash(source: str) -> str:
+    """SHA-256, in hex, of the file that holds a function or class, so that a changed file is noticed."""
+    place, _ = _parts(source, "function")
+    file: str | None = place
+    if not place.endswith(".py"):
+        try:
+            spec = importlib.util.find_spec(place)
+        except (ImportError, ValueError):
+            spec = None
+        file = None if spec is None else spec.origin
+    if file is None or not Path(file).is_file():
+        raise RlhfError(f"{source}: there is no {place}; a file is named from the working directory")
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+
+
+def _parts(source: str, what: str) -> tuple[str, str]:
+    place, _, name = source.rpartition(":")
+    if not place or not name.isidentifier():
+        raise RlhfError(f"{source!r} names no {what}: write package.module:function or path/file.py:function")
+    return place, name
+
+
+def _load_file(path: Path) -> ModuleType:
+    text = path.read_bytes()
+    name = f"_rlhf_jax_user_{path.stem}_{hashlib.sha256(text).hexdigest()[:12]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    loader = SourceFileLoader(name, str(path))
+    module = importlib.util.module_from_spec(ModuleSpec(name, loader, origin=str(path)))
+    module.__file__ = str(path)
+    sys.modules[name] = module  # dataclasses look their module up
+    try:
+        # Not exec_module, which may run stale bytecode: it compares size and modification second only.
+        exec(loader.source_to_code(text, path), module.__dict__)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module

@@ -7,12 +7,12 @@ import os
 from contextlib import nullcontext
 from pathlib import Path
 
-from tests import quickly
+from tests.support import xla_flags
 
 # Before JAX is imported, here and in the processes that tests start.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {quickly.XLA_FLAGS}"
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {xla_flags.XLA_FLAGS}"
 )
 
 import hypothesis

@@ -15,7 +15,7 @@ from rich.console import Console
 from rlhf_jax import experiment
 from rlhf_jax.main import main, parse_run_flags
 from rlhf_jax.runtime.workdir import Workdir
-from tests import quickly
+from tests.support import xla_flags
 
 ROOT = Path(__file__).parents[1]
 PREFERENCES = f"--config={ROOT}/experiments/preferences.py:smoke"
@@ -251,7 +251,7 @@ def test_a_full_disk_loses_nothing(tmp_path):
     """Files may grow to 60 KB: configs and tokenizer fit, a checkpoint does not. Then there is room again."""
     command = [sys.executable, "-m", "rlhf_jax", PREFERENCES, f"--workdir={tmp_path / 'run'}", *files(tmp_path)]
     command += ["--stage=sft", "--config.sft.model.d_model=64"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": quickly.XLA_FLAGS}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": xla_flags.XLA_FLAGS}
 
     limited = ["bash", "-c", 'ulimit -f 60; exec "$@"', "bash", *command]  # RLIMIT_FSIZE, in units of 1,024 bytes
     full = subprocess.run(limited, env=environment, capture_output=True, text=True)

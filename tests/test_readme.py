@@ -19,8 +19,8 @@ from rlhf_jax import experiment
 from rlhf_jax import main as command_line
 from rlhf_jax.config import functions
 from rlhf_jax.main import main
-from tests import checkpoints
-from tests.cli.commands import reads, succeeds
+from tests.support import checkpoints
+from tests.support.commands import reads, succeeds
 from tests.test_main import ROOT, files
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -14,10 +14,9 @@ from safetensors.numpy import load_file, save_file
 from rlhf_jax.interop.hub import checkpoint_hash
 from rlhf_jax.loading.models import Base, Policy, RewardModel, as_reward_model, load_checkpoint, merged
 from rlhf_jax.models.lora import Adapted, LoraConfig
-from tests import checkpoints
-from tests.cli.commands import fails, succeeds
 from tests.cli.test_export import assert_equal, write_stage
-from tests.text import checkpoints as tokenizers
+from tests.support import checkpoints, tokenizer_files
+from tests.support.commands import fails, succeeds
 
 LORA = LoraConfig(rank=2, alpha=4.0, targets=("attention/[qv]", "up"))
 
@@ -156,12 +155,12 @@ def test_an_adapters_tokenizer_and_its_bases_ends(made, tmp_path, capsys):
     (base / "generation_config.json").write_text(json.dumps({"eos_token_id": [5]}))
     moved = changed(alone, tmp_path / "moved", base_model_name_or_path=str(base))
     assert set(load_checkpoint(str(moved)).tokenizer.stop_ids) == {5, 2}
-    tokenizers.chatml(moved, tokenizers.MARKED)
-    assert load_checkpoint(str(moved)).tokenizer.chat_template == tokenizers.MARKED
+    tokenizer_files.chatml(moved, tokenizer_files.MARKED)
+    assert load_checkpoint(str(moved)).tokenizer.chat_template == tokenizer_files.MARKED
     for file in moved.glob("*token*"):
         file.unlink()
     (moved / "chat_template.jinja").unlink()
-    assert load_checkpoint(str(moved)).tokenizer.chat_template == tokenizers.CHATML
+    assert load_checkpoint(str(moved)).tokenizer.chat_template == tokenizer_files.CHATML
 
 
 def test_a_changed_base_is_noticed(made, tmp_path, capsys):

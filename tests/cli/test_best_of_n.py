@@ -20,9 +20,8 @@ from rlhf_jax.sampling.batches import _scores
 from rlhf_jax.sampling.choice import Sampling
 from rlhf_jax.sampling.stream import Stream
 from rlhf_jax.types import Rollout
-from tests import checkpoints
-from tests.cli.commands import fails, reads, succeeds
-from tests.text import checkpoints as tokenizers
+from tests.support import checkpoints, tokenizer_files
+from tests.support.commands import fails, reads, succeeds
 
 ROOT = Path(__file__).parents[2]
 ROWS: list[dict[str, Any]] = [
@@ -128,14 +127,14 @@ def test_a_soft_choice_is_cold_the_best_and_hot_any(models, capsys, monkeypatch)
 def test_a_reward_model_reads_texts_by_its_own_tokenizer_and_chats_by_its_own_template(
     models, tmp_path, capsys, monkeypatch
 ):
-    judge = checkpoints.reward_model(tmp_path / "judge", tokenizers.llama2)
+    judge = checkpoints.reward_model(tmp_path / "judge", tokenizer_files.llama2)
     found = best([models[0], f"--reward-model={judge}", *models[2:]], capsys, monkeypatch, rows=ROWS[:2])
     reward_model = load_checkpoint(str(judge))
     assert isinstance(reward_model, RewardModel)
     for asked, row in zip(ROWS[:2], found, strict=True):
         expected = [scored(reward_model, asked["prompt"], answer) for answer in row["completions"]]
         np.testing.assert_allclose(row["scores"], expected, atol=2e-5)
-    plain = checkpoints.reward_model(tmp_path / "plain", tokenizers.gpt2)
+    plain = checkpoints.reward_model(tmp_path / "plain", tokenizer_files.gpt2)
     reads(monkeypatch, jsonl(ROWS[:2]))
     message = fails(capsys, "best-of-n", models[0], f"--reward-model={plain}", *models[2:])
     assert "row 2" in message

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import checkpoints, quickly
-from tests.cli.commands import fails, reads, succeeds
-from tests.text import checkpoints as tokenizers
+from tests.support import checkpoints, tokenizer_files, xla_flags
+from tests.support.commands import fails, reads, succeeds
 
 ROOT = Path(__file__).parents[2]
 AT_A_TERMINAL = """
@@ -37,7 +36,7 @@ class Typist:
             "PYTHONPATH": str(ROOT),
             "TERM": "xterm",
             "COLUMNS": "120",
-            "XLA_FLAGS": quickly.XLA_FLAGS,
+            "XLA_FLAGS": xla_flags.XLA_FLAGS,
         }
         self.process = subprocess.Popen(
             [sys.executable, "-c", AT_A_TERMINAL, "chat", *arguments],
@@ -182,11 +181,11 @@ def test_what_is_wrong_is_a_note_and_not_the_end(model, line, words, capsys, mon
 
 
 def test_flags_that_cannot_be(model, tmp_path, capsys):
-    judge = checkpoints.reward_model(tmp_path / "judge", tokenizers.gpt2)
+    judge = checkpoints.reward_model(tmp_path / "judge", tokenizer_files.gpt2)
     policy = model.removeprefix("--model=")
     assert "is a language model" in fails(capsys, "chat", model, f"--reward-model={policy}")
     assert "--reward-stage needs the --workdir" in fails(capsys, "chat", model, "--reward-stage=rm")
     both = [f"--reward-model={judge}", "--reward-stage=rm"]
     assert "name 2 rewards" in fails(capsys, "chat", model, *both)
-    plain = checkpoints.policy(tmp_path / "plain", tokenizers.gpt2)
+    plain = checkpoints.policy(tmp_path / "plain", tokenizer_files.gpt2)
     assert "no chat template" in fails(capsys, "chat", f"--model={plain}", "--system=Be short.")

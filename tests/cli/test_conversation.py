@@ -9,15 +9,14 @@ from rlhf_jax.loading.models import Policy, RewardModel, load_checkpoint
 from rlhf_jax.loading.samples import respond
 from rlhf_jax.sampling.choice import Sampling
 from rlhf_jax.types import RlhfError, Rollout
-from tests import checkpoints
-from tests.text import checkpoints as tokenizers
+from tests.support import checkpoints, tokenizer_files
 
 KEY = jax.random.key(5)
 
 
 @pytest.fixture(scope="module")
 def load(tmp_path_factory):
-    def loaded(make, tokenizer=tokenizers.chatml, **changes):
+    def loaded(make, tokenizer=tokenizer_files.chatml, **changes):
         return load_checkpoint(str(make(tmp_path_factory.mktemp("checkpoint") / "model", tokenizer, **changes)))
 
     return loaded
@@ -93,7 +92,7 @@ def test_a_stop_string_ends_an_answer(policy):
 
 
 def test_without_a_template_the_text_goes_on(load):
-    policy = load(checkpoints.policy, tokenizers.gpt2)
+    policy = load(checkpoints.policy, tokenizer_files.gpt2)
     conversation = begin(policy)
     first, _ = say(conversation, "The film")
     assert first == expected(policy, "The film", 0)
@@ -111,7 +110,7 @@ def test_a_refused_message_is_forgotten(load, policy):
         say(conversation, "word " * 200)
     assert conversation.messages == before
     # A template that has no system messages.
-    llama2 = begin(load(checkpoints.policy, tokenizers.llama2))
+    llama2 = begin(load(checkpoints.policy, tokenizer_files.llama2))
     with pytest.raises(RlhfError, match="the chat template refuses these messages"):
         llama2.set_system("Be short.")
     assert llama2.system is None
@@ -144,7 +143,7 @@ def test_scores_are_those_of_the_written_conversation(load, policy):
         score(judge, text[: text.rindex(said[1]) + len(said[1])]), abs=1e-5
     )
     # With a tokenizer of its own, and no template: the texts.
-    other = load(checkpoints.reward_model, tokenizers.gpt2)
+    other = load(checkpoints.reward_model, tokenizer_files.gpt2)
     text = f"Is it good?{said[0]}\nWhy?{said[1]}"
     assert conversation.score(other) == pytest.approx(score(other, text), abs=1e-5)
     # An answer that ended has its end: the template's, or the end of a text.

@@ -20,9 +20,8 @@ from rlhf_jax.runtime.checkpoints import Checkpoints, TrainState
 from rlhf_jax.text.hf_tokenizer import PretrainedTokenizer
 from rlhf_jax.text.tokenizer import TokenizerConfig, train_tokenizer
 from rlhf_jax.types import RlhfError, Rollout
-from tests import checkpoints, tiny
-from tests.cli.commands import fails, succeeds
-from tests.text import checkpoints as tokenizers
+from tests.support import checkpoints, tiny, tokenizer_files
+from tests.support.commands import fails, succeeds
 
 
 def assert_equal(one, other) -> None:
@@ -35,7 +34,7 @@ def assert_equal(one, other) -> None:
 
 
 @pytest.mark.parametrize("make", [checkpoints.policy, checkpoints.reward_model])
-@pytest.mark.parametrize("tokenizer", [tokenizers.chatml, tokenizers.gemma, tokenizers.gpt2])
+@pytest.mark.parametrize("tokenizer", [tokenizer_files.chatml, tokenizer_files.gemma, tokenizer_files.gpt2])
 def test_a_checkpoint_goes_through_unchanged(make, tokenizer, tmp_path, capsys):
     source, out = make(tmp_path / "source", tokenizer), tmp_path / "new" / "out"
     assert succeeds(capsys, "export", f"--model={source}", f"--out={out}").strip() == str(out)
@@ -46,7 +45,7 @@ def test_a_checkpoint_goes_through_unchanged(make, tokenizer, tmp_path, capsys):
 
 
 def test_what_ends_a_text_is_said(tmp_path, capsys):
-    source = checkpoints.policy(tmp_path / "source", tokenizers.gemma)
+    source = checkpoints.policy(tmp_path / "source", tokenizer_files.gemma)
     succeeds(capsys, "export", f"--model={source}", f"--out={tmp_path / 'out'}")
     written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert written == {"eos_token_id": [1, 5, 4], "pad_token_id": 0}

@@ -17,9 +17,8 @@ from rlhf_jax.loading.models import Policy, load_checkpoint
 from rlhf_jax.main import main
 from rlhf_jax.sampling import batches
 from rlhf_jax.types import Rollout
-from tests import checkpoints
-from tests.cli.commands import fails, reads, succeeds
-from tests.text import checkpoints as tokenizers
+from tests.support import checkpoints, tokenizer_files
+from tests.support.commands import fails, reads, succeeds
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [
@@ -118,7 +117,7 @@ def test_a_bad_row_is_named_by_its_number(directory, line, words, capsys, monkey
 
 
 def test_chats_need_a_template_and_batches_a_size(directory, tmp_path, capsys, monkeypatch):
-    plain = checkpoints.policy(tmp_path / "gpt2", tokenizers.gpt2)
+    plain = checkpoints.policy(tmp_path / "gpt2", tokenizer_files.gpt2)
     reads(monkeypatch, jsonl([TEXTS[0], CHATS[0]]))
     message = fails(capsys, "logprobs", f"--model={plain}")
     assert "row 2" in message

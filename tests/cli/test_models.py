@@ -4,8 +4,8 @@ import shutil
 
 import pytest
 
-from tests import checkpoints
-from tests.cli.commands import fails, succeeds
+from tests.support import checkpoints
+from tests.support.commands import fails, succeeds
 
 VERBS = {
     "sample": ["--prompt=The film"],

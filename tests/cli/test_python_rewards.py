@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.cli.commands import fails, reads
 from tests.cli.test_best_of_n import best, jsonl, models, said
+from tests.support.commands import fails, reads
 
 __all__ = ["models"]  # a fixture
 

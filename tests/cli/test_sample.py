@@ -4,9 +4,8 @@ import pytest
 
 from rlhf_jax.loading import samples
 from rlhf_jax.loading.models import Policy, load_checkpoint
-from tests import checkpoints
-from tests.cli.commands import fails, succeeds
-from tests.text import checkpoints as tokenizers
+from tests.support import checkpoints, tokenizer_files
+from tests.support.commands import fails, succeeds
 
 
 @pytest.fixture(scope="module")
@@ -77,5 +76,5 @@ def test_flags_that_cannot_be(model, flag, words, capsys):
 
 
 def test_a_message_needs_a_template(tmp_path, capsys):
-    directory = checkpoints.policy(tmp_path / "gpt2", tokenizers.gpt2)
+    directory = checkpoints.policy(tmp_path / "gpt2", tokenizer_files.gpt2)
     assert "no chat template" in fails(capsys, "sample", f"--model={directory}", "--prompt=x", "--chat")

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf_jax.core import advantages
-from tests.core.cases import ROWS, WIDTH, assert_padding_is_inert, normal, prefix_mask, row_lengths, seeds
+from tests.support.padded_arrays import ROWS, WIDTH, assert_padding_is_inert, normal, prefix_mask, row_lengths, seeds
 
 discounts = st.sampled_from([0.0, 0.9, 1.0])
 gae = jax.jit(advantages.gae, static_argnames=("gamma", "gae_lambda"))

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from rlhf_jax.core import advantages, importance, logprobs, masking, policy_losses, reward_losses, unpaired_losses
 from rlhf_jax.core.preference_losses import Pairs
 from rlhf_jax.methods.preference import PreferenceLossConfig, preference_loss
-from tests.core.cases import normal, ppo_loss, prefix_mask
+from tests.support.padded_arrays import normal, ppo_loss, prefix_mask
 
 DEVICES, B, T = 8, 16, 5
 # Means of means would differ: devices hold between no token at all (the fourth) and ten.

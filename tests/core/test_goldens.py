@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.core.against_trl import CHECKS, read
+from tests.support.against_trl import CHECKS, read
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 CASES = [(name, check) for name, checks in CHECKS.items() for check in checks]

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf_jax.core import advantages, kl
-from tests.core.cases import WIDTH, assert_padding_is_inert, normal, prefix_mask, seeds
+from tests.support.padded_arrays import WIDTH, assert_padding_is_inert, normal, prefix_mask, seeds
 
 GROUP, ROWS = 3, 6
 lengths_of_rows = st.lists(st.integers(1, WIDTH), min_size=ROWS, max_size=ROWS)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 
 from rlhf_jax.core import importance
-from tests.core.cases import ROWS, WIDTH, normal, prefix_mask, row_lengths, seeds
+from tests.support.padded_arrays import ROWS, WIDTH, normal, prefix_mask, row_lengths, seeds
 
 
 def case(seed):

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf_jax.core.interpolation import score_at_kl
-from tests.core.cases import seeds
+from tests.support.padded_arrays import seeds
 
 
 def test_linear_in_the_root_of_the_divergence():

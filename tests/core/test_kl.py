@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from rlhf_jax.core import kl
 from rlhf_jax.methods import policy_method
-from tests.core.cases import normal, seeds
+from tests.support.padded_arrays import normal, seeds
 
 VOCABULARY = 6
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf_jax.core import logprobs
-from tests.core.cases import ROWS, WIDTH, assert_padding_is_inert, normal, prefix_mask, row_lengths, seeds
+from tests.support.padded_arrays import ROWS, WIDTH, assert_padding_is_inert, normal, prefix_mask, row_lengths, seeds
 
 VOCABULARY = 9
 

@@ -6,7 +6,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf_jax.core import masking
-from tests.core.cases import ROWS, WIDTH, assert_padding_is_inert, normal, prefix_mask, random_mask, row_lengths, seeds
+from tests.support.padded_arrays import (
+    ROWS,
+    WIDTH,
+    assert_padding_is_inert,
+    normal,
+    prefix_mask,
+    random_mask,
+    row_lengths,
+    seeds,
+)
 
 
 def test_total_sums_every_element():

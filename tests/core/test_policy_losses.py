@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 
 from rlhf_jax.core import policy_losses
-from tests.core.cases import (
+from tests.support.padded_arrays import (
     ROWS,
     WIDTH,
     assert_padding_is_inert,

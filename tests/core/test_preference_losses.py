@@ -1,6 +1,6 @@
 """Every preference loss against its formula, written out in float64 for one pair after another, and common properties.
 
-Those that TRL has are held against TRL as well, with their gradients: see tests/core/against_trl.py.
+Those that TRL has are held against TRL as well, with their gradients: see tests/support/against_trl.py.
 """
 
 import functools
@@ -24,7 +24,7 @@ from rlhf_jax.methods.preference import (
     PreferenceLossConfig,
     preference_loss,
 )
-from tests.core.cases import ROWS, WIDTH, assert_padding_is_inert, normal, prefix_mask, row_lengths, seeds
+from tests.support.padded_arrays import ROWS, WIDTH, assert_padding_is_inert, normal, prefix_mask, row_lengths, seeds
 
 PAIRS, BETA, EPSILON, GAMMA, ALPHA, TAU = 6, 0.3, 0.1, 0.4, 0.6, 0.2
 OPTIONS: dict[str, Any] = {"label_smoothing": EPSILON, "simpo_gamma": GAMMA, "cpo_alpha": ALPHA, "discopop_tau": TAU}

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf_jax.core import reward_losses
-from tests.core.cases import normal, seeds
+from tests.support.padded_arrays import normal, seeds
 
 PAIRS = 6
 bradley_terry_loss = jax.jit(functools.partial(reward_losses.bradley_terry_loss, axes=()))

@@ -21,7 +21,7 @@ from rlhf_jax.core.selection import (
     soft_choice,
 )
 from rlhf_jax.core.statistics import bootstrap_interval
-from tests.core.cases import seeds
+from tests.support.padded_arrays import seeds
 
 
 @pytest.mark.parametrize(("pool", "n"), [(pool, n) for pool in range(1, 8) for n in range(1, pool + 1)])

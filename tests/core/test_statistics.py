@@ -18,7 +18,7 @@ from rlhf_jax.core.statistics import (
     t_interval,
     wilson_interval,
 )
-from tests.core.cases import seeds
+from tests.support.padded_arrays import seeds
 
 
 @given(seeds, st.integers(2, 50))

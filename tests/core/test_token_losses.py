@@ -11,7 +11,7 @@ from hypothesis import given
 
 from rlhf_jax.core import policy_losses
 from rlhf_jax.core.policy_losses import AGGREGATIONS, POLICY_LOSSES
-from tests.core.cases import ROWS, WIDTH, assert_padding_is_inert, normal, prefix_mask, row_lengths, seeds
+from tests.support.padded_arrays import ROWS, WIDTH, assert_padding_is_inert, normal, prefix_mask, row_lengths, seeds
 
 LOW, HIGH, MOST = 0.1, 0.3, 9
 BOUNDS = {"clip_ratio": LOW, "clip_ratio_high": HIGH, "dual_clip": math.inf}

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 
 from rlhf_jax.core import unpaired_losses
-from tests.core.cases import normal, seeds
+from tests.support.padded_arrays import normal, seeds
 
 ROWS = 7
 SETTINGS = {"beta": 0.3, "desirable_weight": 1.3, "undesirable_weight": 0.7}

@@ -12,8 +12,8 @@ from rlhf_jax.data import chat, pipeline
 from rlhf_jax.data.pipeline import DataConfig
 from rlhf_jax.text.tokenizer import TokenizerConfig, load_tokenizer, train_tokenizer
 from rlhf_jax.types import RlhfError
-from tests.text import checkpoints
-from tests.text.checkpoints import CHATML, LAST_DIFFERS, MARKED, PHI3
+from tests.support import tokenizer_files
+from tests.support.tokenizer_files import CHATML, LAST_DIFFERS, MARKED, PHI3
 
 CONFIG = DataConfig(
     train="train.jsonl",
@@ -39,10 +39,11 @@ def config(**changes):
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory):
     made = {
-        name: load_tokenizer(write(tmp_path_factory.mktemp(name))) for name, write in checkpoints.CHECKPOINTS.items()
+        name: load_tokenizer(write(tmp_path_factory.mktemp(name)))
+        for name, write in tokenizer_files.CHECKPOINTS.items()
     }
     for name, template in (("marked", MARKED), ("phi3", PHI3), ("other start", OTHER_START), ("last", LAST_DIFFERS)):
-        made[name] = load_tokenizer(checkpoints.chatml(tmp_path_factory.mktemp(name), template))
+        made[name] = load_tokenizer(tokenizer_files.chatml(tmp_path_factory.mktemp(name), template))
     return made
 
 
@@ -87,8 +88,8 @@ def test_bos_stands_once_where_the_template_writes_it(tokenizers):
 
 
 def test_a_template_without_bos_gets_none(tmp_path):
-    backend = checkpoints.with_bos(checkpoints.byte_bpe(["<s>", "<|im_start|>", "<|im_end|>"]), "<s>")
-    tokenizer = load_tokenizer(checkpoints.save(tmp_path, backend, CHATML, bos_token="<s>", eos_token="<|im_end|>"))
+    backend = tokenizer_files.with_bos(tokenizer_files.byte_bpe(["<s>", "<|im_start|>", "<|im_end|>"]), "<s>")
+    tokenizer = load_tokenizer(tokenizer_files.save(tmp_path, backend, CHATML, bos_token="<s>", eos_token="<|im_end|>"))
     assert tokenizer.prefix == (0,)
     assert learnt(tokenizer, [{"messages": FOUR}])[0][0] == WHOLE
     assert learnt(tokenizer, [{"text": "film"}])[0] == ("<s>film<|im_end|>", "film<|im_end|>")
@@ -202,8 +203,8 @@ JOINED = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 @pytest.mark.parametrize("loss_on", ["completion", "assistant"])
 def test_a_template_that_ends_nothing_leaves_it_to_eos(tmp_path, loss_on):
-    backend = checkpoints.byte_bpe(["<|endoftext|>"])
-    tokenizer = load_tokenizer(checkpoints.save(tmp_path, backend, JOINED, eos_token="<|endoftext|>"))
+    backend = tokenizer_files.byte_bpe(["<|endoftext|>"])
+    tokenizer = load_tokenizer(tokenizer_files.save(tmp_path, backend, JOINED, eos_token="<|endoftext|>"))
     (one,) = learnt(tokenizer, [{"messages": say("is it?", " yes")}], loss_on=loss_on)
     assert one == ("is it? yes<|endoftext|>", " yes<|endoftext|>")
     (small,) = learnt(tokenizer, [{"messages": say("is it?", " yes")}], loss_on=loss_on, max_response_tokens=1)
@@ -211,16 +212,16 @@ def test_a_template_that_ends_nothing_leaves_it_to_eos(tmp_path, loss_on):
 
 
 def test_the_first_token_of_all_is_given_though_a_template_marks_it(tmp_path):
-    backend = checkpoints.byte_bpe(["<|endoftext|>"])
+    backend = tokenizer_files.byte_bpe(["<|endoftext|>"])
     template = JOINED.replace("{{ message['content'] }}", "{% generation %}{{ message['content'] }}{% endgeneration %}")
-    tokenizer = load_tokenizer(checkpoints.save(tmp_path, backend, template, eos_token="<|endoftext|>"))
+    tokenizer = load_tokenizer(tokenizer_files.save(tmp_path, backend, template, eos_token="<|endoftext|>"))
     batch = pipeline.demonstrations([{"messages": say("x", "y")}], tokenizer, config(loss_on="assistant"))
     assert batch.loss_mask[0][:4].tolist() == [False, True, True, False]
 
 
 def test_where_the_border_merges_the_prompt_stays_as_it_is_and_it_is_told(tmp_path, caplog):
-    backend = checkpoints.byte_bpe(["<|endoftext|>"])
-    tokenizer = load_tokenizer(checkpoints.save(tmp_path, backend, JOINED, eos_token="<|endoftext|>"))
+    backend = tokenizer_files.byte_bpe(["<|endoftext|>"])
+    tokenizer = load_tokenizer(tokenizer_files.save(tmp_path, backend, JOINED, eos_token="<|endoftext|>"))
     assert tokenizer.encode("the film") != [*tokenizer.encode("the fi"), *tokenizer.encode("lm")]
     rows = [{"messages": say("the fi", "lm")}]
     batch = pipeline.demonstrations(rows, tokenizer, CONFIG)
@@ -283,7 +284,7 @@ def test_a_template_that_asks_otherwise_than_it_answers_is_reported(tokenizers):
 
 def test_a_template_that_marks_nothing_is_reported(tmp_path):
     template = MARKED.replace("message['role'] == 'assistant'", "message['role'] == 'model'")
-    tokenizer = load_tokenizer(checkpoints.chatml(tmp_path, template))
+    tokenizer = load_tokenizer(tokenizer_files.chatml(tmp_path, template))
     with pytest.raises(RlhfError, match="row 1 of the data: the chat template marks nothing"):
         pipeline.demonstrations([{"messages": FOUR}], tokenizer, config(loss_on="assistant"))
 

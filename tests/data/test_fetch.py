@@ -20,7 +20,7 @@ import pytest
 
 from rlhf_jax.data import builders, fetch
 from rlhf_jax.types import RlhfError
-from tests.disk import largest_file, left_in
+from tests.support.disk import largest_file, left_in
 
 SETUP = "from setuptools import setup; open({marker!r}, 'w').close(); setup(name='vaderSentiment', version='3.3.2')"
 

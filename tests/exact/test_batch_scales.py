@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from tests.exact import world as exact
-from tests.exact.world import cosine, every_batch, of_group, world
+from tests.support import exact_world as exact
+from tests.support.exact_world import cosine, every_batch, of_group, world
 
 
 def bias(advantage: str, size: int) -> float:

@@ -18,8 +18,8 @@ from rlhf_jax.core.selection import (
     soft_best_of_n_kl_bound,
 )
 from rlhf_jax.stages.rejection_sampling import KEEP, KeepAbove, KeepBest, KeepSoft
-from tests.exact import world as exact
-from tests.exact.world import world
+from tests.support import exact_world as exact
+from tests.support.exact_world import world
 
 POOL = 3
 PROXY = exact.scores(40)

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.exact import world as exact
-from tests.exact.world import World, apart, cosine, every_batch, of_group, world
+from tests.support import exact_world as exact
+from tests.support.exact_world import World, apart, cosine, every_batch, of_group, world
 
 EXACT, LONGEST, KL_COEF = 1e-4, 3, 0.3
 

@@ -25,7 +25,7 @@ from rlhf_jax.core.logprobs import sequence_logprobs
 from rlhf_jax.data.padding import pad_right
 from rlhf_jax.loading.models import load_policy
 from rlhf_jax.types import Rollout
-from tests.stages import experiments
+from tests.support import experiments
 
 CLOSE = 0.002
 WORDS, PROMPT = ("a", "b", "c"), ""  # none of the words: one layer hardly tells a word from its repetition

@@ -14,8 +14,8 @@ import pytest
 
 from rlhf_jax.models.scalars import ScalarNetwork
 from rlhf_jax.stages.ppo import PPOConfig
-from tests.exact import world as exact
-from tests.exact.world import COMMON, EOS, MODEL, VOCAB, World, apart, cosine, every_batch, of_group, world
+from tests.support import exact_world as exact
+from tests.support.exact_world import COMMON, EOS, MODEL, VOCAB, World, apart, cosine, every_batch, of_group, world
 
 EXACT = 1e-4
 

@@ -15,7 +15,7 @@ from rlhf_jax.interop import hf
 from rlhf_jax.interop.gguf import read_gguf, write_checkpoint
 from rlhf_jax.interop.gguf_families import FAMILIES, Header
 from rlhf_jax.types import RlhfError
-from tests.gguf_files import (
+from tests.support.gguf_files import (
     F32,
     FAMILY_KEYS,
     HEADS,

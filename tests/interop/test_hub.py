@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import checkpoints
-from tests.interop import hub
+from tests.support import checkpoints, hub_server
 
 ROOT = Path(__file__).parents[2]
 # In a process of its own, because huggingface_hub reads its settings when it is imported.
@@ -41,7 +40,7 @@ def found(tmp_path_factory):
     model = checkpoints.policy(directory / "model")
     (model / "pytorch_model.bin").write_bytes(b"not wanted")
     refused = {"owner/gated": (403, "GatedRepo"), "owner/closed": (401, "GatedRepo"), "owner/broken": (500, "")}
-    with hub.serving({"owner/tiny": model}, refused) as server:
+    with hub_server.serving({"owner/tiny": model}, refused) as server:
         settings = {"HF_ENDPOINT": server.url, "HF_HOME": str(directory / "cache"), "HF_HUB_DISABLE_XET": "1"}
         names = ["owner/tiny", "owner/gated", "owner/closed", "owner/none", "owner/broken", "owner//tiny"]
         environment = {name: value for name, value in os.environ.items() if name not in ("HF_HUB_OFFLINE", "HF_TOKEN")}

@@ -19,8 +19,8 @@ from safetensors.numpy import load_file
 from rlhf_jax import main
 from rlhf_jax.interop import hub as pretrained
 from rlhf_jax.types import RlhfError
-from tests.disk import largest_file, left_in
-from tests.gguf_files import F32, FAMILY_KEYS, TOKENIZER, hub_tensors, write_gguf
+from tests.support.disk import largest_file, left_in
+from tests.support.gguf_files import F32, FAMILY_KEYS, TOKENIZER, hub_tensors, write_gguf
 
 FILES = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
 # llama.cpp's text that tells pre-tokenizers apart, and the hash of its ids by SmolLM's own tokenizer: from

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.extend.random import define_prng_impl
 
-from tests.stages import experiments
+from tests.support import experiments
 
 ROWS = 8
 LOOP = {"steps_per_call": 2, "checkpoint_every": 100}

@@ -10,7 +10,7 @@ from rlhf_jax import config
 from rlhf_jax.stages.group_rl import GroupRLConfig
 from rlhf_jax.stages.ppo import PPOConfig
 from rlhf_jax.types import RlhfError
-from tests import tiny
+from tests.support import tiny
 
 NAN, INFINITE = float("nan"), float("inf")
 SECTIONS: dict[type, dict[str, Any]] = {

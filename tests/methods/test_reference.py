@@ -19,10 +19,8 @@ from rlhf_jax.runtime.checkpoints import load_params
 from rlhf_jax.stages import dpo
 from rlhf_jax.text.tokenizer import load_tokenizer
 from rlhf_jax.types import RlhfError
-from tests import disk, tiny
 from tests.runtime.test_programs import assert_close
-from tests.stages import experiments
-from tests.text import checkpoints
+from tests.support import disk, experiments, tiny, tokenizer_files
 
 SIGMOID = dpo.SIGMOID
 
@@ -83,8 +81,8 @@ def test_another_model_other_data_or_another_template_is_computed_anew(cache, tm
     answers = [[{"role": "assistant", "content": content}] for content in ("it is", "is it?")]
     rows = [{"prompt": chat, "chosen": answers[0], "rejected": answers[1]}]
     data = experiments.data_config(tmp_path / "unread")
-    for template in (checkpoints.CHATML, checkpoints.CHATML.replace(r"\n", r"\n\n")):
-        tokenizer = load_tokenizer(checkpoints.chatml(tmp_path / str(len(places)), template))
+    for template in (tokenizer_files.CHATML, tokenizer_files.CHATML.replace(r"\n", r"\n\n")):
+        tokenizer = load_tokenizer(tokenizer_files.chatml(tmp_path / str(len(places)), template))
         places.add(reference.kept_at(SIGMOID, tiny.POLICY, params, pipeline.preferences(rows, tokenizer, data)))
     assert len(places) == 7
     assert {place.parent for place in places} == {cache}

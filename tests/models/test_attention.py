@@ -10,7 +10,7 @@ from jax._src.cudnn import fused_attention_stablehlo
 from rlhf_jax.models.layers import attend, cudnn_takes
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.types import RlhfError, TokenBatch
-from tests.models.cases import SUPPRESSED, VOCAB, config
+from tests.support.networks import SUPPRESSED, VOCAB, config
 
 SHAPE = functools.partial(config, attention="cudnn", compute_dtype="bfloat16")
 KERNEL = "__cudnn$fmha"

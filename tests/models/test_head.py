@@ -13,7 +13,7 @@ from jax.test_util import check_grads
 from rlhf_jax.core import logprobs as core
 from rlhf_jax.models import head
 from rlhf_jax.models.policy import PolicyNetwork
-from tests.models import cases
+from tests.support import networks
 
 BATCH, LENGTH, WIDTH, VOCAB = 3, 5, 6, 11
 ALLOWED = np.ones(VOCAB, bool)
@@ -194,7 +194,7 @@ def test_bfloat16_is_reduced_in_float32_and_gets_its_gradients_in_bfloat16():
 @pytest.mark.parametrize("count", [1, 16, 256])
 def test_the_heads_gradient_is_summed_in_float32_over_slices(monkeypatch, count):
     rows, length, vocab = 2, 256, 40
-    config = cases.config(compute_dtype="bfloat16", d_model=WIDTH, n_heads=1)
+    config = networks.config(compute_dtype="bfloat16", d_model=WIDTH, n_heads=1)
     network = PolicyNetwork(config, vocab, ())
     rng = np.random.default_rng(6)
     hidden = jnp.asarray(1 + rng.normal(size=(rows, length, WIDTH)), jnp.bfloat16)

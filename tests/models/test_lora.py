@@ -15,7 +15,7 @@ from rlhf_jax.models.lora import Adapted, LoraConfig, layers_of
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
 from rlhf_jax.types import PreferenceBatch, RlhfError, TokenBatch
-from tests.models.cases import SUPPRESSED, VOCAB, config, random_params, random_tokens, uneven_rollout
+from tests.support.networks import SUPPRESSED, VOCAB, config, random_params, random_tokens, uneven_rollout
 
 GROUPED = config(n_kv_heads=1, gated=True, activation="silu", qkv_bias=True, mlp_bias=True, out_bias=True)
 EACH = LoraConfig(rank=3, alpha=5.0, targets=("attention/[qkvo]", "up|gate|down"))

@@ -9,7 +9,7 @@ import pytest
 
 from rlhf_jax.models.scalars import ScalarNetwork
 from rlhf_jax.models.transformer import Transformer
-from tests.models.cases import CONFIG, VOCAB, config, random_params, random_tokens, rollout, uneven_rollout
+from tests.support.networks import CONFIG, VOCAB, config, random_params, random_tokens, rollout, uneven_rollout
 
 MEAN, LAST = ScalarNetwork(CONFIG, VOCAB, "mean"), ScalarNetwork(CONFIG, VOCAB, "last")
 PARAMS = random_params(MEAN)

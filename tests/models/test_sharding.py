@@ -15,7 +15,7 @@ from rlhf_jax.models.lora import LoraConfig, init_adapter
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
 from rlhf_jax.models.sharding import PARTITIONS, ROWS, shardings
-from tests.models.cases import config
+from tests.support.networks import config
 
 SHAPE = config(d_model=32, n_heads=4, d_ff=64)
 TREES = {

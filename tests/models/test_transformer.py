@@ -13,7 +13,7 @@ import scipy.special
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.transformer import EMPTY, Transformer
 from rlhf_jax.types import PreferenceBatch, TokenBatch
-from tests.models.cases import (
+from tests.support.networks import (
     CONFIG,
     POLICY,
     SUPPRESSED,

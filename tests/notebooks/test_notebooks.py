@@ -9,7 +9,7 @@ import jupytext
 import nbclient
 import pytest
 
-from tests import quickly
+from tests.support import xla_flags
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -47,7 +47,7 @@ def test_a_notebook_runs(path, tmp_path, movie_reviews):
     notebook = read(path.with_suffix(".py"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))
-        patch.setenv("XLA_FLAGS", quickly.XLA_FLAGS)
+        patch.setenv("XLA_FLAGS", xla_flags.XLA_FLAGS)
         patch.setenv("RLHF_JAX_DATA", str(movie_reviews))
         client = nbclient.NotebookClient(
             notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path / "notebooks")}}

@@ -20,7 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tests import quickly
+from tests.support import xla_flags
 
 ROWS, SUMMARY = (Path(__file__).with_name(f"random_configs.{ending}") for ending in ("jsonl", "json"))
 
@@ -29,7 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=300)
     count = parser.parse_args().count
-    os.environ |= {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "XLA_FLAGS": quickly.XLA_FLAGS}
+    os.environ |= {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "XLA_FLAGS": xla_flags.XLA_FLAGS}
     import jax  # after its flags
     import transformers
 

@@ -7,10 +7,10 @@ TRL's runs with the rows of each batch in another order, which differ by roundin
 import numpy as np
 import pytest
 
-from tests.core.against_trl import read
 from tests.parity import trl_curves, trl_curves_online, trl_curves_ppo
-from tests.stages import curves, curves_online
-from tests.stages.curves import Curve, World
+from tests.support import curves, curves_online
+from tests.support.against_trl import read
+from tests.support.curves import Curve, World
 
 FACTOR, ORDERS = 3, 5
 

@@ -19,7 +19,7 @@ from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
 from rlhf_jax.text.tokenizer import TokenizerConfig, train_tokenizer
 from rlhf_jax.types import Rollout
-from tests import tiny
+from tests.support import tiny
 
 TEXTS = ["The film was good; it's the best (of 1999).", "naïve \u3042 <eos> text<pad>\n", "  two  spaces", "", "film"]
 BIASES = {"qkv_bias": True, "out_bias": True, "mlp_bias": True}

@@ -14,7 +14,7 @@ import transformers
 
 from rlhf_jax.interop.gguf_families import FAMILIES
 from rlhf_jax.interop.hub import convert_gguf
-from tests.gguf_files import CONTEXT, FAMILY_KEYS, HEADS, INNER, KV_HEADS, VOCABULARY, WIDTH, write_gguf
+from tests.support.gguf_files import CONTEXT, FAMILY_KEYS, HEADS, INNER, KV_HEADS, VOCABULARY, WIDTH, write_gguf
 
 COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -43,7 +43,7 @@ GPT2: dict[str, Any] = {
     "n_positions": CONTEXT,
     "tie_word_embeddings": True,
 }
-# What the file of tests/gguf_files.py says, as one who knows the model would write it.
+# What the file of tests/support/gguf_files.py says, as one who knows the model would write it.
 CONFIGS: dict[str, Any] = {
     "llama": transformers.LlamaConfig(**COMMON),
     "qwen2": transformers.Qwen2Config(**COMMON),

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from rlhf_jax.core import advantages, logprobs, policy_losses, preference_losses
-from tests.core.cases import ppo_loss
+from tests.support.padded_arrays import ppo_loss
 
 B, T, V = 7, 9, 13
 SEEDS = range(5)

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from rlhf_jax.methods.reference import ReferenceUpdate, sync_reference
-from tests.core.against_trl import CHECKS, read
 from tests.parity import trl_1_12, trl_1_16, trl_1_16_online, trl_1_16_preferences, write_goldens
+from tests.support.against_trl import CHECKS, read
 
 RECORD = {
     "dpo": trl_1_16.record_dpo,

@@ -15,16 +15,15 @@ import transformers
 
 from rlhf_jax.loading.models import Base, Policy, RewardModel, as_reward_model, load_checkpoint
 from rlhf_jax.types import Rollout
-from tests import checkpoints
-from tests.cli.commands import reads, succeeds
 from tests.cli.test_adapters import adapted
 from tests.cli.test_export import write_stage
-from tests.text import checkpoints as tokenizers
+from tests.support import checkpoints, tokenizer_files
+from tests.support.commands import reads, succeeds
 
 NEW = 30
 
 
-@pytest.mark.parametrize("tokenizer", [tokenizers.chatml, tokenizers.gemma])
+@pytest.mark.parametrize("tokenizer", [tokenizer_files.chatml, tokenizer_files.gemma])
 def test_an_exported_policy_answers_alike(tokenizer, tmp_path, capsys, caplog):
     source, out = checkpoints.policy(tmp_path / "source", tokenizer), tmp_path / "out"
     succeeds(capsys, "export", f"--model={source}", f"--out={out}")

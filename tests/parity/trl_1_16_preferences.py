@@ -25,7 +25,7 @@ VERSION = "1.16.0"
 BETA = 0.3
 ROWS, WIDTH = 8, 11  # four pairs: the chosen responses, then the rejected ones
 
-# The names are those of tests.core.against_trl.
+# The names are those of tests.support.against_trl.
 DPO: dict[str, dict[str, Any]] = {
     **{name: {"loss_type": [name]} for name in ("sigmoid", "hinge", "ipo", "sigmoid_norm", "nca_pair", "bco_pair")},
     **{name: {"loss_type": [name]} for name in ("sppo_hard", "apo_zero", "apo_down", "discopop", "sft")},

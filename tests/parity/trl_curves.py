@@ -1,6 +1,6 @@
 # torch and its kin are in .venv-parity only, where types are not checked.
 # pyrefly: ignore-errors[missing-import]
-"""Whole runs of TRL 1.16's trainers on the checkpoint and the rows of tests.stages.curves, by their own `train()`."""
+"""Whole runs of TRL 1.16's trainers on the checkpoint and the rows of tests.support.curves, by their own `train()`."""
 
 import tempfile
 from pathlib import Path
@@ -14,8 +14,8 @@ import trl
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from rlhf_jax.loading.models import load_checkpoint
-from tests.stages import curves, experiments
-from tests.stages.curves import BETA, SMOOTHING, Curve, World
+from tests.support import curves, experiments
+from tests.support.curves import BETA, SMOOTHING, Curve, World
 
 VERSION = "1.16.0"
 CDPO = {

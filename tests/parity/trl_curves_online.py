@@ -12,9 +12,9 @@ import transformers
 import trl
 
 from tests.parity import trl_curves
-from tests.stages import curves
-from tests.stages import curves_online as online
-from tests.stages.curves import Curve, World
+from tests.support import curves
+from tests.support import curves_online as online
+from tests.support.curves import Curve, World
 
 KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "grpo": (

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from tests.parity import trl_1_12
-from tests.stages import curves
-from tests.stages import curves_online as online
-from tests.stages.curves import BATCH, Curve, World
+from tests.support import curves
+from tests.support import curves_online as online
+from tests.support.curves import BATCH, Curve, World
 
 
 def run(world: World, orders: list[np.ndarray]) -> list[Curve]:

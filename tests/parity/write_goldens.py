@@ -20,7 +20,7 @@ from tests.parity import (
     trl_curves_online,
     trl_curves_ppo,
 )
-from tests.stages import curves, curves_online
+from tests.support import curves, curves_online
 
 SEED = 0
 GOLDENS = Path(__file__).parents[1] / "goldens"

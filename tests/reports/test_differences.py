@@ -8,7 +8,7 @@ import scipy.stats
 from rlhf_jax.reports.differences import at_equal_kl, differences, over_seeds
 from rlhf_jax.reports.run import Run
 from rlhf_jax.runtime.files import read_rows, write_rows
-from tests.reports import workdirs
+from tests.support import workdirs
 
 PROMPTS, SEEDS = 30, (0, 1, 2, 3)
 

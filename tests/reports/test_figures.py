@@ -12,7 +12,7 @@ from rlhf_jax.reports import figures, report
 from rlhf_jax.reports.run import Run
 from rlhf_jax.reports.style import PointLabel, context, label_points, panels, spread
 from rlhf_jax.runtime.files import read_rows, write_rows
-from tests.reports import workdirs
+from tests.support import workdirs
 
 
 @pytest.fixture(scope="module")

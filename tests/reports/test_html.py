@@ -8,7 +8,7 @@ import pytest
 
 from rlhf_jax.reports import html as page
 from rlhf_jax.reports import report
-from tests.reports import workdirs
+from tests.support import workdirs
 
 VOID = {"meta", "br", "img", "link", "hr", "input"}
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)

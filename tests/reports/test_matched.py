@@ -9,7 +9,7 @@ from rich.console import Console
 from rlhf_jax.reports import frames, report
 from rlhf_jax.reports.run import Run
 from rlhf_jax.stages.frontier import at_kl, match
-from tests.reports import workdirs
+from tests.support import workdirs
 
 SEEDS, TARGETS = (0, 1), (1.0, 4.0)
 SLOPES = {"dpo_1": 0.5, "dpo_01": 1.0, "ppo": 2.0}  # of gold score on root KL

@@ -9,7 +9,7 @@ from rlhf_jax.reports.origins import headline, machine_named, origins, source_na
 from rlhf_jax.reports.run import Run
 from rlhf_jax.runtime import provenance
 from rlhf_jax.runtime.files import read_json, write_json
-from tests.reports import workdirs
+from tests.support import workdirs
 
 BATCH = {"rows": 64, "unit": "pairs", "micro_batches": 4, "devices": 2, "tokens": 1234.4}
 

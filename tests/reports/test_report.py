@@ -5,7 +5,7 @@ import pytest
 
 from rlhf_jax.reports import report
 from rlhf_jax.reports.run import Run
-from tests.reports import workdirs
+from tests.support import workdirs
 
 FIGURES = {
     "frontier",

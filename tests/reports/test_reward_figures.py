@@ -6,7 +6,7 @@ import pytest
 from rlhf_jax.core import calibration
 from rlhf_jax.reports import Run, report, reward_figures
 from rlhf_jax.runtime.files import write_json
-from tests.reports import workdirs
+from tests.support import workdirs
 
 
 @pytest.fixture(scope="module")

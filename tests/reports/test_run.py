@@ -13,7 +13,7 @@ from rlhf_jax.reports.run import RESULT_COLUMNS, Run
 from rlhf_jax.sampling.choice import Sampling
 from rlhf_jax.sampling.options import SamplingOptions
 from rlhf_jax.types import RlhfError, Rollout
-from tests.reports import workdirs
+from tests.support import workdirs
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from rich.console import Console
 from rlhf_jax.reports import table
 from rlhf_jax.reports.report import print_summary
 from rlhf_jax.reports.run import Run
-from tests.reports import workdirs
+from tests.support import workdirs
 
 # As the issue that asked for the table wrote them.
 ISSUE = """method, seed, n_prompts, gold_score, gold_se, win_rate, win_low, win_high, reward_score, kl, kl_se, length,

@@ -15,7 +15,7 @@ import pytest
 
 from rlhf_jax.rewards.http_judge import TEMPLATE, HTTPJudge, HTTPJudgeConfig, Pair, verdict
 from rlhf_jax.types import RlhfError
-from tests.rewards.server import Answer, likes_longer, serving, shown
+from tests.support.judge_server import Answer, likes_longer, serving, shown
 
 PAIRS = [Pair(f"question {i}", "long " * (i + 1), "short") for i in range(5)]
 KEY = "sk-0123456789abcdef"

@@ -22,8 +22,7 @@ from rlhf_jax.rewards.scorers import joins_program, make_scorer
 from rlhf_jax.rewards.sources import Reward, RewardConfig, name_of, names_of, recombined
 from rlhf_jax.sampling.batches import score_all
 from rlhf_jax.types import RlhfError, Rollout
-from tests import tiny
-from tests.stages import experiments
+from tests.support import experiments, tiny
 
 DATA = pipeline.DataConfig(
     train="",

@@ -17,8 +17,8 @@ from rlhf_jax.runtime.optimizers import OptimizerConfig, gradients, make_optimiz
 from rlhf_jax.runtime.programs import make_placement
 from rlhf_jax.stages import dpo, ppo, reward_model, sft
 from rlhf_jax.types import RlhfError, TokenBatch
-from tests import tiny
 from tests.runtime.test_programs import PLACEMENTS, assert_close
+from tests.support import tiny
 
 
 def with_micro_batch(rows, **changes) -> OptimizerConfig:

@@ -14,7 +14,7 @@ from rlhf_jax.runtime.loop import Evaluation, LoopConfig, Task, train
 from rlhf_jax.runtime.programs import make_placement
 from rlhf_jax.runtime.progress import Display
 from rlhf_jax.types import RlhfError
-from tests import tiny
+from tests.support import tiny
 
 
 def step(state, frozen, batch, run_key):

@@ -17,7 +17,7 @@ from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
 from rlhf_jax.runtime.optimizers import OptimizerConfig, learning_rate, make_optimizer, update
 from rlhf_jax.types import RlhfError
-from tests import tiny
+from tests.support import tiny
 
 ALL_BIASES = dataclasses.replace(
     tiny.MODEL,

@@ -14,7 +14,7 @@ from rlhf_jax.runtime import optimizers
 from rlhf_jax.runtime.programs import SEED_AXIS, HostSteps, RuntimeConfig, Scored, compile_host_steps, make_placement
 from rlhf_jax.stages import dpo, ppo
 from rlhf_jax.types import RlhfError
-from tests import tiny
+from tests.support import tiny
 
 
 def runtime(strategy: Literal["jit", "pmap"], **sizes: Any) -> RuntimeConfig:

@@ -17,7 +17,7 @@ from rlhf_jax.main import main
 from rlhf_jax.runtime import provenance
 from rlhf_jax.runtime.files import read_json, read_rows, write_json
 from rlhf_jax.runtime.workdir import Identity
-from tests import quickly
+from tests.support import xla_flags
 from tests.test_main import PREFERENCES, files
 
 ROOT = Path(rlhf_jax.__file__).parents[1]
@@ -65,7 +65,7 @@ def test_a_summary_names_the_commit_the_packages_and_the_machine(run):
         assert found["packages"][name] == importlib.metadata.version(name)
     assert found["machine"]["devices"] == [device.device_kind for device in jax.devices()]
     assert found["machine"]["threads"] == len(os.sched_getaffinity(0))
-    assert set(quickly.XLA_FLAGS.split()) <= set(found["machine"]["xla_flags"])
+    assert set(xla_flags.XLA_FLAGS.split()) <= set(found["machine"]["xla_flags"])
     assert found["earlier"] == []
 
 

@@ -11,7 +11,7 @@ from rlhf_jax.sampling import batches
 from rlhf_jax.sampling.choice import Sampling
 from rlhf_jax.sampling.generate import generate
 from rlhf_jax.types import PromptBatch, Rollout, TokenBatch
-from tests.models.cases import EOS, SUPPRESSED, config, padded, random_params
+from tests.support.networks import EOS, SUPPRESSED, config, padded, random_params
 
 VOCAB, SHAPE = 12, config(n_layers=1)
 POLICY = PolicyNetwork(SHAPE, VOCAB, SUPPRESSED)

@@ -13,7 +13,7 @@ from rlhf_jax.sampling.choice import Sampling
 from rlhf_jax.sampling.continuous import generate_queue
 from rlhf_jax.sampling.generate import generate
 from rlhf_jax.types import PromptBatch
-from tests.models.cases import CONFIG, EOS, POLICY, SUPPRESSED, VOCAB, padded, random_params
+from tests.support.networks import CONFIG, EOS, POLICY, SUPPRESSED, VOCAB, padded, random_params
 
 PROMPT, LIMIT, ROWS = 4, 9, 23
 KEY = jax.random.key(3)

@@ -19,7 +19,7 @@ from rlhf_jax.models.transformer import Transformer, empty_cache
 from rlhf_jax.sampling.choice import Sampling, row_uniforms
 from rlhf_jax.sampling.generate import generate
 from rlhf_jax.types import PromptBatch, Rollout
-from tests.models.cases import EOS, SUPPRESSED, config, padded, random_params
+from tests.support.networks import EOS, SUPPRESSED, config, padded, random_params
 
 VOCAB = 12
 POLICY = PolicyNetwork(config(n_layers=1), VOCAB, SUPPRESSED)

@@ -17,7 +17,7 @@ from rlhf_jax.sampling.choice import Sampling
 from rlhf_jax.sampling.generate import generate
 from rlhf_jax.sampling.stream import Stream
 from rlhf_jax.types import PromptBatch, Rollout
-from tests.models.cases import EOS, SUPPRESSED, config, random_params
+from tests.support.networks import EOS, SUPPRESSED, config, random_params
 
 VOCAB, NEW = 12, 9
 POLICY = PolicyNetwork(config(n_layers=1), VOCAB, SUPPRESSED)

@@ -22,11 +22,11 @@ from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.runtime.optimizers import make_optimizer
 from rlhf_jax.runtime.programs import make_placement
 from rlhf_jax.stages import dpo, ppo, reward_model, sft
-from tests import checkpoints, tiny
 from tests.runtime.test_gradients import demonstrations
 from tests.runtime.test_programs import PLACEMENTS, assert_close
 from tests.stages.test_learning import QUICK
 from tests.stages.test_pretrained import arguments
+from tests.support import checkpoints, tiny
 
 LORA = LoraConfig(rank=2, alpha=4.0, targets=("attention/[qv]", "up"))
 POLICY = dataclasses.replace(tiny.POLICY, lora=LORA)

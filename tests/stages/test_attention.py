@@ -19,7 +19,7 @@ from rlhf_jax.runtime.workdir import Workdir
 from rlhf_jax.stages.reward_model import RewardModelConfig
 from rlhf_jax.text.tokenizer import TokenizerConfig, train_tokenizer
 from rlhf_jax.types import RlhfError
-from tests import tiny
+from tests.support import tiny
 
 
 def policy() -> Policy:

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from tests.core.against_trl import read
-from tests.stages import curves, curves_online
+from tests.support import curves, curves_online
+from tests.support.against_trl import read
 
 
 @pytest.fixture(scope="module")

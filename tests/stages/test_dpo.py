@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from tests.stages import experiments
+from tests.support import experiments
 
 
 def test_seed_k_of_several_is_the_single_run_with_that_seed(tmp_path):

@@ -23,9 +23,8 @@ from rlhf_jax.sampling.batches import response_logprobs_all, sample_all
 from rlhf_jax.sampling.choice import Sampling
 from rlhf_jax.stages.evaluate import EvaluateConfig, deciding_column, opponent
 from rlhf_jax.types import RlhfError, Rollout, TokenBatch
-from tests import tiny
-from tests.rewards.server import likes_longer, serving
-from tests.stages import experiments
+from tests.support import experiments, tiny
+from tests.support.judge_server import likes_longer, serving
 
 PROMPTS, SELECTION = 24, 8
 

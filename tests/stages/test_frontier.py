@@ -12,7 +12,7 @@ from rlhf_jax.rewards.http_judge import HTTPJudgeConfig
 from rlhf_jax.runtime.checkpoints import steps_of
 from rlhf_jax.runtime.files import read_json
 from rlhf_jax.stages.frontier import FrontierConfig, match
-from tests.stages import experiments
+from tests.support import experiments
 
 TARGETS = (0.001, 1e6)
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from rlhf_jax.types import RlhfError
-from tests.stages import experiments
+from tests.support import experiments
 
 GOLD = {"gold": {"kind": "gold", "model": {"alpha": 1.0, "min_df": 1}, "rating": "rating"}}
 ROWS = [{"text": f"{word} film", "rating": place} for place, word in enumerate(["bad", "dull", "good", "bright"])]

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.stages import experiments
-from tests.stages.interrupted import FILES, Process
+from tests.support import experiments
+from tests.support.interrupted import FILES, Process
 
 pytestmark = pytest.mark.nightly
 

@@ -11,10 +11,9 @@ import pytest
 from rlhf_jax.runtime.programs import make_placement
 from rlhf_jax.stages import kto
 from rlhf_jax.types import RlhfError, UnpairedBatch
-from tests import tiny
 from tests.runtime.test_programs import PLACEMENTS, assert_close
-from tests.stages import experiments
 from tests.stages import test_learning as learning
+from tests.support import experiments, tiny
 
 ROWS, BETA = 16, 0.3
 WEIGHTED = kto.UnpairedLossConfig(desirable_weight=1.7, undesirable_weight=0.6)

@@ -15,7 +15,7 @@ from rlhf_jax.runtime.optimizers import make_optimizer
 from rlhf_jax.runtime.programs import make_placement
 from rlhf_jax.stages import dpo, ppo, reward_model, sft
 from rlhf_jax.types import Rollout, TokenBatch
-from tests import tiny
+from tests.support import tiny
 
 QUICK = dataclasses.replace(tiny.OPTIMIZER, learning_rate=1e-2)
 

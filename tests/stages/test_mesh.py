@@ -12,7 +12,7 @@ from rlhf_jax.loading.models import Policy, RewardModel, load_policy
 from rlhf_jax.models.sharding import shardings
 from rlhf_jax.runtime.programs import MeshPlacement, RuntimeConfig, make_placement
 from tests.methods.test_reference import preference_rows, section
-from tests.stages import experiments
+from tests.support import experiments
 
 MESH = {**experiments.RUNTIME, "fsdp": 4, "tensor": 2}
 

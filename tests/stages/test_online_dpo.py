@@ -18,11 +18,10 @@ from rlhf_jax.runtime.programs import SEED_AXIS, HostSteps, Scored, compile_host
 from rlhf_jax.stages import online_dpo
 from rlhf_jax.text.tokenizer import TokenizerConfig, train_tokenizer
 from rlhf_jax.types import Rollout
-from tests import tiny
-from tests.rewards.server import likes_longer, serving
 from tests.runtime.test_programs import PLACEMENTS, assert_close
-from tests.stages import experiments
 from tests.stages import test_learning as learning
+from tests.support import experiments, tiny
+from tests.support.judge_server import likes_longer, serving
 
 CONFIG = online_dpo.OnlineDPOConfig(
     kind="online_dpo",

@@ -21,8 +21,7 @@ from rlhf_jax.models.lora import LoraConfig
 from rlhf_jax.stages import dpo, kto, sft
 from rlhf_jax.stages.reward_model import RewardModelConfig
 from rlhf_jax.types import RlhfError, TokenBatch
-from tests import tiny
-from tests.stages import experiments
+from tests.support import experiments, tiny
 
 
 class Done(NamedTuple):

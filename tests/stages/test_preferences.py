@@ -10,8 +10,8 @@ from rlhf_jax.config import ModelSource
 from rlhf_jax.loading import tables
 from rlhf_jax.rewards.http_judge import HTTPJudgeConfig
 from rlhf_jax.stages import preferences
-from tests.rewards.server import likes_longer, serving, shown
-from tests.stages import experiments
+from tests.support import experiments
+from tests.support.judge_server import likes_longer, serving, shown
 
 CONFIG = preferences.PreferencesConfig(
     kind="preferences",

@@ -21,8 +21,7 @@ from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.reports import Run
 from rlhf_jax.rewards.scorers import make_scorer
 from rlhf_jax.types import Rollout
-from tests import checkpoints
-from tests.text import checkpoints as tokenizers
+from tests.support import checkpoints, tokenizer_files
 
 DATA = pipeline.DataConfig(
     train="",
@@ -143,7 +142,7 @@ def test_a_model_that_is_not_there(name, message, tmp_path, capsys):
 def test_a_reward_model_with_another_tokenizer_reads_the_texts(tokenizer, tmp_path):
     """gpt2 has no chat template: it reads what the policy's makes of a text; llama2 has one of its own."""
     policy = load_checkpoint(str(checkpoints.policy(tmp_path / "policy")))
-    judge = load_checkpoint(str(checkpoints.reward_model(tmp_path / "judge", tokenizers.CHECKPOINTS[tokenizer])))
+    judge = load_checkpoint(str(checkpoints.reward_model(tmp_path / "judge", tokenizer_files.CHECKPOINTS[tokenizer])))
     assert isinstance(policy, Policy) and isinstance(judge, RewardModel)
     data = DATA
     rows: list[dict[str, Any]]
@@ -170,7 +169,7 @@ def test_a_reward_model_with_another_tokenizer_reads_the_texts(tokenizer, tmp_pa
 @pytest.mark.nightly
 def test_ppo_against_a_reward_model_with_another_tokenizer(finished, tmp_path):
     model, workdir = finished
-    judge = checkpoints.reward_model(tmp_path / "judge", tokenizers.llama2)
+    judge = checkpoints.reward_model(tmp_path / "judge", tokenizer_files.llama2)
     flags = [*arguments(str(model), workdir.parent), f"--workdir={tmp_path / 'run'}", f"--inputs={workdir}"]
     assert main([*flags, f"--config.ppo.reward_model={judge}", "--stage=ppo"]) == 0
     rows = [json.loads(line) for line in (tmp_path / "run" / "ppo" / "metrics.jsonl").read_text().splitlines()]
@@ -191,7 +190,7 @@ def test_more_tokens_than_learnt_positions_are_refused(tmp_path, capsys):
     shape = model_config(GPT2Config(**fields), param_dtype="float32", compute_dtype="float32")
     params = PolicyNetwork(shape, 370, ()).init(jax.random.key(0))
     hf.save_pretrained(tmp_path / "model", "policy", params, config)
-    tokenizers.chatml(tmp_path / "model")
+    tokenizer_files.chatml(tmp_path / "model")
     flags = [*arguments(str(tmp_path / "model"), tmp_path), f"--workdir={tmp_path / 'run'}", "--stage=sft"]
     assert main(flags) == 1
     assert "has learnt 40 positions" in capsys.readouterr().err

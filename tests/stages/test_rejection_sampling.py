@@ -26,7 +26,7 @@ from rlhf_jax.sampling.batches import score_all
 from rlhf_jax.stages import rejection_sampling as stage
 from rlhf_jax.stages.rejection_sampling import KEEP, KeepAbove, KeepBest, KeepShare, KeepSoft
 from rlhf_jax.types import RlhfError, Rollout
-from tests.cli.commands import reads, succeeds
+from tests.support.commands import reads, succeeds
 
 ROOT = Path(__file__).parents[2]
 SCORES = np.array([[1.0, 4.0, 4.0, -2.0], [0.5, 0.0, -3.0, -1.0], [5.0, 3.0, 6.0, 7.0]])

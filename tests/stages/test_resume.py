@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.stages import experiments, resumed
-from tests.stages.interrupted import Process
+from tests.support import experiments, resumed
+from tests.support.interrupted import Process
 
 STAGES = ("sft", "reward_model", "dpo", "ppo", "dapo")
 KILLS = (

@@ -30,7 +30,7 @@ from rlhf_jax.sampling.batches import score_all
 from rlhf_jax.stages import reward_model
 from rlhf_jax.text.tokenizer import load_tokenizer
 from rlhf_jax.types import ComparisonBatch, RlhfError, Rollout
-from tests import tiny
+from tests.support import tiny
 
 WORDS = ["the", "film", "is", "good", "bad", "dull", "and", "long"]
 

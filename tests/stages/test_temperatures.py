@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.stages import experiments
+from tests.support import experiments
 
 pytestmark = pytest.mark.nightly
 TRAINED = {

@@ -11,7 +11,7 @@ from tokenizers import models, pre_tokenizers, trainers
 
 from rlhf_jax.text.gguf_tokenizer import write_tokenizer
 from rlhf_jax.types import RlhfError
-from tests.gguf_files import TEMPLATE
+from tests.support.gguf_files import TEMPLATE
 
 TEXTS = [
     "The film isn't good -- it's the BEST film (of 1999), I'D say: 3.14159!!\n\n\tNo?  \n",

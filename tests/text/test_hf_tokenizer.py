@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from rlhf_jax.text.hf_tokenizer import PretrainedTokenizer
 from rlhf_jax.text.tokenizer import load_tokenizer
 from rlhf_jax.types import RlhfError
-from tests.text import checkpoints
-from tests.text.checkpoints import CHATML, CHECKPOINTS, DATED, LAST_DIFFERS, MARKED, PHI3, TEXTS, load_theirs
+from tests.support import tokenizer_files
+from tests.support.tokenizer_files import CHATML, CHECKPOINTS, DATED, LAST_DIFFERS, MARKED, PHI3, TEXTS, load_theirs
 
 QUESTION = {"role": "user", "content": "is it good?"}
 CHAT = [
@@ -126,13 +126,13 @@ def test_one_id_or_several_end_a_response(directories, tmp_path, ends):
 @pytest.mark.parametrize("unknown", ["<unk>", "</s>"])
 def test_a_vocabulary_of_words_has_an_unknown_one_unless_that_is_eos(tmp_path, unknown):
     model = tokenizers.models.WordLevel({"</s>": 0, "<unk>": 1, "film": 2}, unk_token=unknown)
-    directory = checkpoints.save(tmp_path, tokenizers.Tokenizer(model), eos_token="</s>", unk_token=unknown)
+    directory = tokenizer_files.save(tmp_path, tokenizers.Tokenizer(model), eos_token="</s>", unk_token=unknown)
     assert load_tokenizer(directory).unknown_id == {"<unk>": 1, "</s>": None}[unknown]
 
 
 def test_pieces_of_a_unigram_model_have_an_unknown_one(tmp_path):
     model = tokenizers.models.Unigram([("</s>", 0.0), ("<unk>", 0.0), ("film", -1.0)], unk_id=1)
-    directory = checkpoints.save(tmp_path, tokenizers.Tokenizer(model), eos_token="</s>", unk_token="<unk>")
+    directory = tokenizer_files.save(tmp_path, tokenizers.Tokenizer(model), eos_token="</s>", unk_token="<unk>")
     assert load_tokenizer(directory).unknown_id == 1
 
 
@@ -175,7 +175,7 @@ ANSWERS = ["it is<|im_end|>", "it's the best<|im_end|>"]
 
 @pytest.mark.parametrize("template", [CHATML, MARKED, PHI3], ids=["ChatML", "generation", "Phi-3"])
 def test_the_assistant_writes_its_turns_and_what_ends_them(tmp_path, template):
-    tokenizer = load_tokenizer(checkpoints.chatml(tmp_path, template))
+    tokenizer = load_tokenizer(tokenizer_files.chatml(tmp_path, template))
     ids, written = tokenizer.encode_turns(CHAT)
     assert ids == tokenizer.encode(tokenizer.render(CHAT, add_generation_prompt=False))
     assert words(tokenizer, ids, written) == ANSWERS
@@ -188,7 +188,7 @@ def test_spaces_around_a_turn_belong_to_it_where_the_template_writes_them(loaded
 
 
 def test_where_the_template_marks_turns_it_has_the_last_word(tmp_path):
-    directory = checkpoints.chatml(tmp_path, MARKED)
+    directory = tokenizer_files.chatml(tmp_path, MARKED)
     theirs = load_theirs(directory)
     encoded = theirs.apply_chat_template(CHAT, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
     ids, written = load_tokenizer(directory).encode_turns(CHAT)
@@ -205,19 +205,19 @@ def test_turns_by_rendering_are_those_that_a_template_marks(tmp_path_factory, te
     answers = []
     for name, template in (("plain", CHATML), ("marked", MARKED)):
         directory = tmp_path_factory.getbasetemp() / name
-        tokenizer = load_tokenizer(directory if directory.exists() else checkpoints.chatml(directory, template))
+        tokenizer = load_tokenizer(directory if directory.exists() else tokenizer_files.chatml(directory, template))
         answers.append(tokenizer.encode_turns(messages))
     assert answers[0] == answers[1]
 
 
 def test_a_template_that_writes_earlier_turns_anew_is_reported(tmp_path):
-    tokenizer = load_tokenizer(checkpoints.chatml(tmp_path, LAST_DIFFERS))
+    tokenizer = load_tokenizer(tokenizer_files.chatml(tmp_path, LAST_DIFFERS))
     with pytest.raises(RlhfError, match=r"writes message 2 otherwise .*generation.*loss_on = 'completion'"):
         tokenizer.encode_turns(CHAT)
 
 
 def test_the_date_in_a_template_is_the_same_every_day(tmp_path):
-    tokenizer = load_tokenizer(checkpoints.chatml(tmp_path, DATED))
+    tokenizer = load_tokenizer(tokenizer_files.chatml(tmp_path, DATED))
     assert tokenizer.render(CHAT[:1], add_generation_prompt=True).startswith("Today is 26 Jul 2024.\n<|im_start|>")
     assert tokenizer.chat_template == DATED
 
@@ -300,7 +300,7 @@ def test_files_of_another_content_are_one_clear_error(directories, tmp_path):
 
 
 def test_a_tokenizer_that_ends_nothing_is_refused(tmp_path):
-    directory = checkpoints.save(tmp_path, checkpoints.byte_bpe(["<x>"]), bos_token="<x>")
+    directory = tokenizer_files.save(tmp_path, tokenizer_files.byte_bpe(["<x>"]), bos_token="<x>")
     with pytest.raises(RlhfError, match=f"{tmp_path}: the tokenizer has no token that ends a text: .*eos_token"):
         load_tokenizer(directory)
 

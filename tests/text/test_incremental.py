@@ -8,7 +8,7 @@ from tokenizers import decoders, models, normalizers
 
 from rlhf_jax.text.incremental import IncrementalText
 from rlhf_jax.text.tokenizer import load_tokenizer
-from tests.text.checkpoints import chatml, gemma, gpt2, save
+from tests.support.tokenizer_files import chatml, gemma, gpt2, save
 
 TEXT = "Zoë’s 👩‍🚀 said: “naïve — 日本語” (of 1999).\n\n  The end"
 

@@ -7,7 +7,7 @@ import pytest
 
 from rlhf_jax.text.stop_strings import FOUND, cut, stop_table
 from rlhf_jax.text.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer, train_tokenizer
-from tests.text import checkpoints
+from tests.support import tokenizer_files
 
 WORDS = "the film was good, it is (of 1999) and the end. a man! the dog?"
 
@@ -40,7 +40,7 @@ def found_by_table(table: np.ndarray, response: Sequence[int]) -> int | None:
 
 
 @pytest.mark.parametrize(
-    ("make", "certain"), [(loaded(checkpoints.gpt2), 1.0), (loaded(checkpoints.llama2), 0.6), (word, 0.2)]
+    ("make", "certain"), [(loaded(tokenizer_files.gpt2), 1.0), (loaded(tokenizer_files.llama2), 0.6), (word, 0.2)]
 )
 def test_the_table_finds_stop_strings_where_the_text_has_them(make, certain, tmp_path):
     tokenizer, rng = make(tmp_path), np.random.default_rng(0)
@@ -69,7 +69,7 @@ def test_the_table_finds_stop_strings_where_the_text_has_them(make, certain, tmp
 
 
 def test_a_stop_string_may_begin_and_end_within_tokens_and_special_tokens_are_no_text(tmp_path):
-    tokenizer = load_tokenizer(checkpoints.chatml(tmp_path))
+    tokenizer = load_tokenizer(tokenizer_files.chatml(tmp_path))
     prompt, response = tokenizer.encode("A:"), tokenizer.encode(" ab日abac the film was good")
     table = stop_table(tokenizer, ["abac", "日x"], tokenizer.vocab_size)
     count = found_by_table(table, response)
@@ -87,4 +87,4 @@ def test_a_stop_string_may_begin_and_end_within_tokens_and_special_tokens_are_no
 @pytest.mark.parametrize("strings", [[], ["a", ""]])
 def test_nothing_is_no_stop_string(strings, tmp_path):
     with pytest.raises(ValueError, match="must be texts"):
-        stop_table(load_tokenizer(checkpoints.gpt2(tmp_path)), strings, 320)
+        stop_table(load_tokenizer(tokenizer_files.gpt2(tmp_path)), strings, 320)

@@ -10,7 +10,7 @@ import numpy as np
 
 from rlhf_jax.core import advantages, importance, kl
 from rlhf_jax.stages import group_rl
-from tests import tiny
+from tests.support import tiny
 
 close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
 

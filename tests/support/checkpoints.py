@@ -11,7 +11,7 @@ from rlhf_jax.interop import hf
 from rlhf_jax.models.model_config import ModelConfig
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
-from tests.text import checkpoints as tokenizers
+from tests.support import tokenizer_files
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -40,7 +40,7 @@ REWARD: dict[str, Any] = {
 
 def policy(
     directory: Path,
-    tokenizer: Callable[[Path], Path] = tokenizers.chatml,
+    tokenizer: Callable[[Path], Path] = tokenizer_files.chatml,
     *,
     seed: int = 0,
     context: int = 256,
@@ -58,7 +58,7 @@ def policy(
     return directory
 
 
-def reward_model(directory: Path, tokenizer: Callable[[Path], Path] = tokenizers.chatml) -> Path:
+def reward_model(directory: Path, tokenizer: Callable[[Path], Path] = tokenizer_files.chatml) -> Path:
     """A classifier with one label."""
     config = CONFIG | REWARD
     network = ScalarNetwork(shape(config), config["vocab_size"], "last", bias=False)

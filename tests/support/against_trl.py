@@ -18,8 +18,8 @@ from rlhf_jax.methods import preference as preference_loss
 from rlhf_jax.methods.preference import PreferenceLossConfig
 from rlhf_jax.models.head import TokenStats
 from rlhf_jax.stages import ppo
-from tests import tiny
-from tests.core.against_trl_online import ONLINE_CHECKS
+from tests.support import tiny
+from tests.support.against_trl_online import ONLINE_CHECKS
 
 Record = Mapping[str, np.ndarray]
 close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)

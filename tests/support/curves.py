@@ -17,9 +17,7 @@ from rlhf_jax.interop import hf
 from rlhf_jax.loading.models import Policy, RewardModel, load_stage
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
-from tests import checkpoints
-from tests.stages import experiments
-from tests.text import checkpoints as texts
+from tests.support import checkpoints, experiments, tokenizer_files
 
 STEPS, BATCH, MICRO_BATCH, ROWS = 50, 8, 4, 60  # four rows of each epoch are left over
 OPTIMIZER = {
@@ -83,7 +81,7 @@ def make_world(directory: Path) -> World:
     of_judge = ScalarNetwork(shape, VOCABULARY, "last", bias=False).init
     hf.save_pretrained(judge, "reward", _drawn(of_judge, 1), CONFIG | checkpoints.REWARD | {"pad_token_id": PAD})
     for place in (policy, judge):
-        texts.save(place, _tokenizer(), pad_token="<pad>", eos_token="<eos>")
+        tokenizer_files.save(place, _tokenizer(), pad_token="<pad>", eos_token="<eos>")
     rng = np.random.default_rng(0)
     tables = {"pairs": _pairs(rng, MOST_PROMPT), "short": _pairs(rng, 1), "labelled": _labelled(rng)}
     for name, rows in tables.items():

@@ -17,8 +17,8 @@ import numpy as np
 from rlhf_jax.methods import policy_gradient
 from rlhf_jax.methods.policy_method import Sampled
 from rlhf_jax.types import Rollout
-from tests.stages import curves, experiments
-from tests.stages.curves import BATCH, EOS, MOST_PROMPT, MOST_RESPONSE, VOCABULARY, Curve, World
+from tests.support import curves, experiments
+from tests.support.curves import BATCH, EOS, MOST_PROMPT, MOST_RESPONSE, VOCABULARY, Curve, World
 
 ITERATIONS, EPOCHS, GROUP = 50, 2, 4
 UPDATES = ITERATIONS * EPOCHS

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from rlhf_jax.rewards.http_judge import TEMPLATE
-from tests.listening import Quiet, listening
+from tests.support.http_server import Quiet, listening
 
 
 class Answer(NamedTuple):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
-from tests.listening import Quiet, listening
+from tests.support.http_server import Quiet, listening
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 

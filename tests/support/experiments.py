@@ -22,8 +22,7 @@ from rlhf_jax.models.scalars import ScalarNetwork
 from rlhf_jax.runtime.checkpoints import steps_of
 from rlhf_jax.runtime.workdir import Workdir
 from rlhf_jax.text.tokenizer import BOS, EOS, PAD, UNKNOWN, train_word_tokenizer
-from tests import checkpoints
-from tests.text import checkpoints as tokenizers
+from tests.support import checkpoints, tokenizer_files
 
 OPTIMIZER = {
     "learning_rate": 3e-3,
@@ -80,7 +79,7 @@ def models(directory: Path) -> tuple[str, str]:
     hf.save_pretrained(places[0], "policy", policy, config)
     hf.save_pretrained(places[1], "reward", reward, config | checkpoints.REWARD)
     for place in places:
-        tokenizers.save(place, backend, TEMPLATE, **names)
+        tokenizer_files.save(place, backend, TEMPLATE, **names)
     return str(places[0]), str(places[1])
 
 

@@ -21,7 +21,7 @@ from rlhf_jax import main
 from rlhf_jax.methods import online
 from rlhf_jax.runtime import loop
 from rlhf_jax.stages import dpo, reward_model, sft
-from tests import quickly
+from tests.support import xla_flags
 
 STAGES = {"sft": sft, "reward_model": reward_model, "dpo": dpo, "ppo": online, "dapo": online}
 FILES = {
@@ -99,7 +99,7 @@ def run(stage: str, place: str, marker: Path, cache: Path, log: Path, arguments:
     with log.open("w") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
-    os.environ["XLA_FLAGS"] = quickly.XLA_FLAGS  # one device
+    os.environ["XLA_FLAGS"] = xla_flags.XLA_FLAGS  # one device
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     if place == "write":

@@ -1,0 +1,26 @@
+"""Code that tests share. Nothing here is a test, and no test module is imported by another module.
+
+Small models and data, in memory
+    tiny            networks, batches, states and stage configs for tests of one training step
+    networks        networks with random parameters, and padded batches of tokens, for models/ and sampling/
+    padded_arrays   random arrays with uneven masks for core/, and the property that padding changes nothing
+    exact_world     a policy whose every response can be listed, so that expectations are sums
+
+Files and servers
+    checkpoints     Hugging Face checkpoints of a random llama
+    tokenizer_files Hugging Face tokenizers and chat templates
+    gguf_files      GGUF files
+    experiments     stages that start from such checkpoints
+    workdirs        finished work directories, written without training
+    http_server     an HTTP server on this machine; hub_server and judge_server are a model hub and a judge
+    disk            a full disk
+
+Running the program
+    commands        the command line, inside the test's process
+    interrupted     the command line in a process that is killed; `resumed` is the experiment it runs
+    xla_flags       compilation flags
+
+Comparisons with TRL
+    against_trl     losses and gradients (`against_trl_online`: the group methods)
+    curves          whole training runs (`curves_online`: the online methods)
+"""

@@ -1,10 +1,12 @@
-"""From an ml_collections ConfigDict to frozen dataclasses: an unknown, missing or mistyped key is one clear error."""
+"""Conversion of an ml_collections ConfigDict to frozen dataclasses, with one clear error for each bad key."""
 
+import ast
 import dataclasses
 import difflib
 import math
 import types
 import typing
+import warnings
 from collections.abc import Container, Iterator, Mapping
 from typing import Annotated, Any, NewType, TypeVar
 
@@ -15,13 +17,13 @@ from rlhf_jax.types import RlhfError
 T = TypeVar("T")
 
 StageName = NewType("StageName", str)
-"""A field of this type names an earlier stage of the experiment, which thereby becomes an input of this one."""
+"""Type of a field that names an earlier stage of the experiment, which becomes an input of this one."""
 
 ModelSource = NewType("ModelSource", str)
-"""A field of this type names an earlier stage, or a checkpoint: a directory, a GGUF file, an id on the hub."""
+"""Type of a field that names an earlier stage or a checkpoint: a directory, a GGUF file, or an id on the hub."""
 
 FunctionSource = NewType("FunctionSource", str)
-"""A field of this type names a Python function: package.module:function, or path/file.py:function."""
+"""Type of a field that names a Python object: package.module:name, or path/file.py:name."""
 
 
 INT32_MAX = 2**31 - 1
@@ -29,9 +31,9 @@ INT32_MAX = 2**31 - 1
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """Bounds of a number in a config, which `build` checks: `beta: Annotated[float, Range(above=0)]`.
+    """Bounds of a number in a config, checked by `build`: `beta: Annotated[float, Range(above=0)]`.
 
-    Every number must be finite besides, unless `infinite`. The names below serve most fields.
+    A number must also be finite, unless `infinite`. The types below cover most fields.
     """
 
     at_least: float | None = None
@@ -41,7 +43,7 @@ class Range:
     infinite: bool = False
 
     def fault(self, value: float) -> str | None:
-        """The bound that a number violates, to follow "must be"; None if it is within all bounds."""
+        """Return the bound that a number violates, worded to follow "must be", or None."""
         if math.isnan(value) or (math.isinf(value) and not self.infinite):
             return "a finite number"
         if self.at_least is not None and value < self.at_least:
@@ -56,42 +58,76 @@ class Range:
 
 
 Count = Annotated[int, Range(at_least=1, at_most=INT32_MAX)]
-"""One or more: rows, steps, layers."""
+"""An integer of at least 1: rows, steps, layers."""
 
 AtLeastTwo = Annotated[int, Range(at_least=2, at_most=INT32_MAX)]
-"""Two or more, of what is compared with others."""
+"""An integer of at least 2, for things that are compared with one another."""
 
 CountOrZero = Annotated[int, Range(at_least=0, at_most=INT32_MAX)]
-"""Zero or more. Seeds too: grain, NumPy and JAX agree on these."""
+"""An integer of at least 0. Seeds too: grain, NumPy and JAX all accept these."""
 
 Finite = Annotated[float, Range()]
-"""Any number but NaN and the infinities, such as a score."""
+"""Any finite number, such as a score."""
 
 Positive = Annotated[float, Range(above=0)]
 """A number above 0."""
 
 NonNegative = Annotated[float, Range(at_least=0)]
-"""A number from 0 on."""
+"""A number of at least 0."""
 
 Share = Annotated[float, Range(at_least=0, at_most=1)]
-"""A part of a whole: from 0 to 1."""
+"""A fraction, from 0 to 1."""
 
 
-def build(cls: type[T], section: Mapping[str, Any] | ConfigDict, path: str) -> T:
-    """An instance of a dataclass from a config section.
+@dataclasses.dataclass(frozen=True)
+class Typed:
+    """A value as typed on the command line. `build` reads it once it knows the type of the field."""
 
-    Args: path is where the section stands, for messages, such as `config.ppo`.
+    text: str
+
+    def read(self, hint: Any) -> Any:
+        """Return the first reading that matches a type: as a Python literal, a boolean, NaN or infinity, or text."""
+        literal = _literal(self.text)
+        word = self.text.lower()
+        others = [{"true": True, "false": False}[word]] if word in ("true", "false") else []
+        if word.lstrip("+-") in ("nan", "inf", "infinity"):
+            others = [float(word)]
+        return next((value for value in [literal, *others, self.text] if _matches(hint, value)), literal)
+
+
+def override(config: ConfigDict, path: str, text: str) -> None:
+    """Set one field of a config from text; sections on the way to it are created, or replace a name or None.
+
+    Args: path is dotted, such as `ppo.tuning.lora.rank`. A text that is a Python dict sets a whole section.
+    """
+    *sections, name = path.split(".")
+    with config.unlocked(), config.ignore_type():
+        for section in sections:
+            if not isinstance(config.get(section), ConfigDict):
+                config[section] = ConfigDict()
+            config = config[section]
+        literal = _literal(text)
+        config[name] = ConfigDict(literal) if isinstance(literal, dict) else Typed(text)
+
+
+def build(cls: type[T], section: Mapping[str, Any] | ConfigDict, path: str, default: T | None = None) -> T:
+    """Build an instance of a dataclass from a config section.
+
+    Args: path names the section in messages, such as `config.ppo`; default fills the fields that the section leaves
+    out, in place of the dataclass's own defaults.
     Raises RlhfError naming the key, its value, what was expected, and the closest known key.
     """
     hints = typing.get_type_hints(cls, include_extras=True)
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in section:
         if key not in fields:
-            raise RlhfError(f"{path}.{key} is not a field of {cls.__name__}.{_suggestion(key, list(fields))}")
+            raise RlhfError(f"{path}.{key} is not a field of {cls.__name__}.{suggestion(key, list(fields))}")
     values = {}
     for name, field in fields.items():
         if name in section:
-            values[name] = _convert(hints[name], section[name], f"{path}.{name}")
+            values[name] = convert(hints[name], section[name], f"{path}.{name}", field.default)
+        elif default is not None:
+            values[name] = getattr(default, name)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise RlhfError(f"{path}.{name} is missing: set it to {describe(hints[name])}.")
     try:
@@ -101,9 +137,9 @@ def build(cls: type[T], section: Mapping[str, Any] | ConfigDict, path: str) -> T
 
 
 def check_ranges(config: Any) -> None:
-    """Raise ValueError for the first number of a section that is out of its range, sections within it left out.
+    """Raise ValueError for the first number of a section that is out of its range. Nested sections check themselves.
 
-    `build` has checked what comes from a config. This is for `__post_init__`, where sections are made in Python too.
+    `build` checks values from a config; `__post_init__` calls this for sections that are made in Python.
     """
     for name, hint in typing.get_type_hints(type(config), include_extras=True).items():
         value = getattr(config, name)
@@ -114,23 +150,24 @@ def check_ranges(config: Any) -> None:
 def input_stages(config: Any, known: Container[str]) -> tuple[str, ...]:
     """Names of the stages that a stage's config refers to, in the order of its fields.
 
-    Args: known are the experiment's stages, by which a stage is told from a checkpoint where a field may name either.
+    Args: known are the experiment's stages; where a field may name a stage or a checkpoint, any other name is a
+    checkpoint.
     """
     return tuple(dict.fromkeys([*_named(config, StageName), *(x for x in _named(config, ModelSource) if x in known)]))
 
 
 def checkpoints(config: Any, known: Container[str]) -> tuple[str, ...]:
-    """The checkpoints that a stage's config refers to: what may be either and is no stage's name."""
+    """Checkpoints that a stage's config refers to: a `ModelSource` that is not the name of a stage."""
     return tuple(dict.fromkeys(name for name in _named(config, ModelSource) if name not in known))
 
 
 def functions(config: Any) -> tuple[str, ...]:
-    """The Python functions that a stage's config names."""
+    """Python objects that a stage's config names."""
     return tuple(dict.fromkeys(_named(config, FunctionSource)))
 
 
 def _named(config: Any, kind: Any) -> Iterator[str]:
-    """Values of a config's fields of one kind of name, sections within it included."""
+    """Values of all fields of one type, nested sections included."""
     for field, hint in typing.get_type_hints(type(config)).items():
         value = getattr(config, field)
         if dataclasses.is_dataclass(value):
@@ -150,14 +187,14 @@ def _of_kind(hint: Any, value: Any, kind: Any) -> Iterator[str]:
 
 
 def describe(hint: Any) -> str:
-    """A type as a reader of an error message would say it."""
+    """Describe a type in the words of an error message."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is StageName:
         return "the name of a stage"
     if hint is ModelSource:
         return "the name of a stage, or a checkpoint's directory, GGUF file or hub id"
     if hint is FunctionSource:
-        return "a function, as package.module:function or path/file.py:function"
+        return "a Python object, as package.module:name or path/file.py:name"
     if hint is types.NoneType:
         return "None"
     if origin is Annotated:
@@ -174,15 +211,26 @@ def describe(hint: Any) -> str:
     return {bool: "True or False", int: "an integer", float: "a number", str: "a text"}.get(hint, str(hint))
 
 
-def _suggestion(key: str, known: list[str]) -> str:
+def suggestion(key: str, known: list[str]) -> str:
+    """Return the sentence of a message that suggests the closest known key, or lists all of them."""
     close = difflib.get_close_matches(key, known, n=1)
     return f" Did you mean {close[0]!r}?" if close else f" Known fields: {', '.join(known)}."
 
 
-def _convert(hint: Any, value: Any, path: str) -> Any:
-    sections = [arm for arm in _arms(hint) if dataclasses.is_dataclass(arm)]
-    if sections and isinstance(value, (Mapping, ConfigDict)):  # a ConfigDict is not a Mapping
-        return build(max(sections, key=lambda section: _likeness(section, value)), value, path)
+def convert(hint: Any, value: Any, path: str, default: Any = None) -> Any:
+    """Check a value against a type with its ranges, and convert it: sections to dataclasses, lists to tuples.
+
+    Args: path names the value in messages; default is that of its field.
+    Raises RlhfError, as `build` does.
+    """
+    if isinstance(value, Typed):
+        value = value.read(hint)
+    if isinstance(value, (Mapping, ConfigDict)):  # a ConfigDict is not a Mapping
+        sections = [arm for arm in _arms(hint) if dataclasses.is_dataclass(arm)]
+        if not sections:
+            raise RlhfError(f"{path} should be {describe(hint)}: it has no fields, such as {next(iter(value), None)!r}")
+        section = max(sections, key=lambda section: _likeness(section, value))
+        return build(section, value, path, default if type(default) is section else None)
     if not _matches(hint, value):
         raise RlhfError(f"{path} = {value!r} should be {describe(hint)}: set it with --{path}=....")
     if fault := _fault(hint, value):
@@ -203,18 +251,28 @@ def _fault(hint: Any, value: Any) -> str | None:
 
 
 def _likeness(section: Any, value: Any) -> tuple[int, int]:
-    """Of several sections that may stand in one place, the one meant has the most of the keys, and lacks the fewest."""
+    """Rank the members of a union: the one meant has the most of the keys, and lacks the fewest required ones."""
     fields = dataclasses.fields(section)
     needed = {field.name for field in fields if field.default is field.default_factory is dataclasses.MISSING}
     return sum(key in {field.name for field in fields} for key in value), -len(needed.difference(value))
 
 
 def _cast(hint: Any, value: Any) -> Any:
-    # What matches a type, as that type: lists become tuples (which hash), and integers floats, elements too.
+    # Lists become tuples, which hash, and integers become floats where the type is float.
     hint = _bare(next(arm for arm in _arms(hint) if _matches(arm, value)))
     if isinstance(value, (list, tuple)):
         return tuple(map(_cast, _elements(hint, value), value))
     return float(value) if hint is float else value
+
+
+def _literal(text: str) -> Any:
+    """The value of a Python literal; the text itself where it is none."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a regular expression may have escapes that Python does not know
+            return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, TypeError):
+        return text
 
 
 def _bare(hint: Any) -> Any:

@@ -228,7 +228,12 @@ class _Common:
 
 def _parse_stage(name: str, config: ConfigDict) -> Any:
     section = config[name]
-    kind = section.get("kind") if isinstance(section, ConfigDict) else None
+    if not isinstance(section, ConfigDict) or "kind" not in section:
+        known = [*COMMON, *(other for other in config if isinstance(config[other], ConfigDict) and other != name)]
+        raise RlhfError(
+            f"config.{name} is not the section of a stage, which has a kind.{configs.suggestion(name, known)}"
+        )
+    kind = configs.convert(str, section.kind, f"config.{name}.kind")
     if kind not in KINDS:
         raise RlhfError(f"config.{name}.kind = {kind!r} should be one of {', '.join(KINDS)}")
     return configs.build(KINDS[kind][0], config[name], f"config.{name}")

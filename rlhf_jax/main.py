@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import runpy
 import sys
 import traceback
@@ -9,8 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import absl.logging
-from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 from rich.console import Console
 
 from rlhf_jax import experiment
@@ -20,6 +20,7 @@ from rlhf_jax.cli.export import export_verb
 from rlhf_jax.cli.flags import Parser
 from rlhf_jax.cli.logprobs import logprobs_verb
 from rlhf_jax.cli.sample import sample_verb
+from rlhf_jax.config import override
 from rlhf_jax.data.fetch import DATASETS, fetch
 from rlhf_jax.interop.hf import read_config
 from rlhf_jax.interop.hub import MODELS, fetch_model, quantisation_note
@@ -31,8 +32,8 @@ from rlhf_jax.types import RlhfError
 USAGE = """\
 rlhf-jax: learning from human preferences in JAX
 
-  rlhf-jax [run] --config=FILE[:ARG] --workdir=DIR [--config.KEY=VALUE ...] [--stage=NAME] [--inputs=DIR]
-      runs an experiment's stages, or what is left of them, and reports; --stage runs one of them
+  rlhf-jax [run] --config=FILE[:ARG] --workdir=DIR [--config.SECTION.FIELD=VALUE ...] [--stage=NAME] [--inputs=DIR]
+      runs an experiment's stages, or the remaining ones, and reports; --stage runs one of them
   rlhf-jax fetch NAME
       brings a data set or a model here
   rlhf-jax sample MODEL --prompt=TEXT [--chat] [--n=4] [--temperature=1.0] [--seed=0]
@@ -50,6 +51,14 @@ MODEL is --model=DIR|FILE.gguf|OWNER/NAME, or --workdir=DIR --stage=NAME; REWARD
 --reward-stage=NAME of --workdir, or --reward=FILE.py:FUNC. `rlhf-jax VERB --help` lists a verb's flags;
 --debug before or after any of them shows the traceback of an error.
 """
+
+
+RUN = """\
+Run an experiment's stages, or the remaining ones, and report.
+
+--config.SECTION.FIELD=VALUE sets a field of any section, whether the file has it or not:
+  --config.seeds=4  --config.dpo.beta=0.3  --config.dpo.loss.losses="('ipo',)"  --config.ppo.optimizer.b1=0.8
+VALUE is a Python literal or plain text. Fields of a section that the file leaves out create it."""
 
 
 def entry_point() -> None:
@@ -134,25 +143,24 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
 
 def parse_run_flags(arguments: list[str]) -> tuple[ConfigDict, argparse.Namespace]:
     """The config with its overrides, and the other flags. Raises RlhfError for whatever cannot be read."""
-    parser = Parser("rlhf-jax run", "Runs an experiment's stages, or what is left of them.")
-    parser.add_argument("--config", required=True)
-    parser.add_argument("--workdir", type=Path, required=True)
-    parser.add_argument("--inputs", type=Path)
-    parser.add_argument("--stage")
+    parser = Parser("rlhf-jax run", RUN)
+    parser.add_argument(
+        "--config", required=True, metavar="FILE[:ARG]", help="a Python file; its get_config(ARG) is run"
+    )
+    parser.add_argument("--workdir", type=Path, required=True, metavar="DIR", help="the directory for all results")
+    parser.add_argument("--inputs", type=Path, metavar="DIR", help="a work directory that missing stages are read from")
+    parser.add_argument("--stage", metavar="NAME", help="run this stage only")
     options, overrides = parser.parse_known_args(arguments)
     config = load_config(options.config)
-    values = flags.FlagValues()
-    argv = ["rlhf-jax", *overrides]
-    try:
-        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
-        rest = values(argv)[1:]
-    except (AttributeError, KeyError) as error:  # ml_collections gives the key, and perhaps a suggestion, in quotes
-        reason = " ".join(str(error.args[0]).replace("\\n", " ").replace("\\'", "").split()).strip("'\"")
-        raise RlhfError(f"{' '.join(overrides)}: the config has no key {reason}") from error
-    except (flags.Error, TypeError, ValueError) as error:
-        raise RlhfError(f"{' '.join(overrides)}: {' '.join(str(error).split())}") from error
-    if rest:
-        raise RlhfError(f"{rest[0]!r} is not a flag: write --NAME=VALUE")
+    rest = iter(overrides)
+    for argument in rest:
+        flag, equals, text = argument.partition("=")
+        if not re.fullmatch(r"--config(\.\w+)+", flag):
+            raise RlhfError(f"{argument!r} is not a flag of run: write --config.SECTION.FIELD=VALUE, or see run --help")
+        value = text if equals else next(rest, None)
+        if value is None or (not equals and value.startswith("--")):
+            raise RlhfError(f"{flag} has no value: write {flag}=VALUE")
+        override(config, flag.removeprefix("--config."), value)
     return config, options
 
 

@@ -252,3 +252,92 @@ def test_input_stages_are_every_stage_named_in_the_order_of_fields_and_once():
     assert config.input_stages(stage, ()) == ("sft", "rm", "gold", "critic")
     assert config.input_stages(build(), ()) == ("sft",)
     assert config.input_stages(Judge(), ()) == ()
+
+
+def overridden(*flags: tuple[str, str]) -> Stage:
+    section = ConfigDict({"policy": "sft", "optimizer": {"learning_rate": 1e-3}, "kl_coef": 0.1, "judge": None})
+    whole = ConfigDict({"ppo": section}).lock()
+    for path, text in flags:
+        config.override(whole, path, text)
+    return config.build(Stage, whole.ppo, "config.ppo")
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "expected"),
+    [
+        ("kl_coef", "1", 1.0),
+        ("kl_coef", "1e-2", 0.01),
+        ("steps", "7", 7),
+        ("whiten", "False", False),
+        ("whiten", "false", False),
+        ("name", "7", "7"),
+        ("name", "'7'", "7"),
+        ("name", "None", "None"),
+        ("policy", "runs/a b", "runs/a b"),
+        ("clip", "None", None),
+        ("clip", "2", 2.0),
+        ("beta", "auto", "auto"),
+        ("beta", "0.5", 0.5),
+        ("betas", "[1, 2]", (1.0, 2.0)),
+        ("betas", "1,2", (1.0, 2.0)),
+        ("grid", "((1,), (2, 3))", ((1,), (2, 3))),
+        ("others", "('rm', 'a\\d')", ("rm", "a\\d")),
+        ("optimizer.betas", "(0.5, 0.6)", (0.5, 0.6)),
+        ("judge.stage", "rm", "rm"),
+        ("judge", "{'temperature': 2}", Judge(temperature=2.0)),
+    ],
+)
+def test_any_field_is_set_by_text(path, text, expected):
+    found = overridden((f"ppo.{path}", text))
+    for name in path.split("."):
+        found = getattr(found, name)
+    assert repr(found) == repr(expected)
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "message"),
+    [
+        ("kl_coeff", "1", "config.ppo.kl_coeff is not a field of Stage. Did you mean 'kl_coef'?"),
+        ("optimizer.shedul", "1", "config.ppo.optimizer.shedul is not a field of Optimizer. Did you mean 'schedule'?"),
+        ("judges.stage", "rm", "config.ppo.judges is not a field of Stage. Did you mean 'judge'?"),
+        ("judge.stag", "rm", "config.ppo.judge.stag is not a field of Judge. Did you mean 'stage'?"),
+        ("kl_coef.x", "1", "config.ppo.kl_coef should be a number: it has no fields, such as 'x'"),
+        ("kl_coef", "high", "config.ppo.kl_coef = 'high' should be a number"),
+        ("steps", "1.5", "config.ppo.steps = 1.5 should be an integer"),
+        ("whiten", "1", "config.ppo.whiten = 1 should be True or False"),
+        ("betas", "(1, 'a')", "config.ppo.betas = (1, 'a') should be a list of a number"),
+        ("judge", "rm", "config.ppo.judge = 'rm' should be a section with the fields of Judge or None"),
+    ],
+)  # fmt: skip
+def test_a_text_that_a_field_does_not_take_is_named_with_its_path(path, text, message):
+    with pytest.raises(RlhfError) as caught:
+        overridden((f"ppo.{path}", text))
+    assert str(caught.value).removesuffix(f": set it with --config.ppo.{path}=....") == message
+
+
+def test_the_last_override_of_a_field_counts_and_references_within_a_config_follow():
+    assert overridden(("ppo.judge.temperature", "2"), ("ppo.judge", "None")).judge is None
+    assert overridden(("ppo.judge", "None"), ("ppo.judge.temperature", "2")).judge == Judge(temperature=2.0)
+    whole = ConfigDict({"data": {"length": 3}})
+    whole.ppo = {"policy": "sft", "optimizer": {"learning_rate": 1.0}, "steps": whole.data.get_ref("length")}
+    config.override(whole.lock(), "data.length", "5")
+    assert config.build(Stage, whole.ppo, "config.ppo").steps == 5
+
+
+def test_a_section_given_in_part_keeps_the_rest_of_its_fields_default():
+    @dataclasses.dataclass(frozen=True)
+    class Section:
+        optimizer: Optimizer = Optimizer(0.1, schedule="cosine")
+
+    assert config.build(Section, {"optimizer": {"betas": (0, 0)}}, "config").optimizer == Optimizer(
+        0.1, (0.0, 0.0), "cosine"
+    )
+
+
+def test_nan_and_infinity_are_numbers_as_text():
+    whole = ConfigDict({})
+    config.override(whole, "bound", "inf")
+    assert config.build(Ranged, whole, "config").bound == float("inf")
+    config.override(whole, "rate", "nan")
+    with pytest.raises(RlhfError, match=r"config\.rate = nan must be a finite number"):
+        config.build(Ranged, whole, "config")

@@ -94,7 +94,17 @@ def test_every_kind_of_file_gives_the_same_run(tmp_path):
     ("flag", "words"),
     [
         ("--config.sft.epoch=3", "epochs"),
-        ("--config.nothing=3", "nothing"),
+        (
+            "--config.ppo.tuning.lora.rnk=3",
+            "config.ppo.tuning.lora.rnk is not a field of LoraConfig. Did you mean 'rank'?",
+        ),
+        ("--config.ppo.tuning.lora.rank=8", "config.ppo.tuning.lora.alpha is missing: set it to a number."),
+        ("--config.nothing=3", "config.nothing is not the section of a stage, which has a kind. Known fields: seed,"),
+        ("--config.pppo.kl_coef=3", "config.pppo is not the section of a stage, which has a kind. Did you mean 'ppo'?"),
+        ("--config.sed=3", "Did you mean 'seed'?"),
+        ("--config.ppo=3", "config.ppo is not the section of a stage"),
+        ("--config.sft.epochs", "--config.sft.epochs has no value: write --config.sft.epochs=VALUE"),
+        ("--config.ppo.optimizer.b1=1.5", "config.ppo.optimizer.b1 = 1.5 must be below 1"),
         ("--config.seed=abc", "abc"),
         ("--config.ppo.kl_coef=high", "high"),
         ("--config.ppo.minibatches=3", "does not divide into 3 minibatches"),
@@ -281,3 +291,55 @@ def test_sample_prints_continuations_with_scores(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines() == lines
     assert sum("the film" in line for line in lines) == 3
     assert "no verb" not in fails(capsys, "sample", f"--workdir={tmp_path / 'run'}", "--stage=ppo", "--prompt=x")
+
+
+@pytest.mark.parametrize(
+    ("flags", "place", "value"),
+    [
+        (["dpo.loss.losses=('ipo',)"], "dpo.loss.losses", ("ipo",)),
+        (["ppo.whiten_rewards=True"], "ppo.whiten_rewards", True),
+        (["sft.model.remat=True"], "sft.model.remat", True),
+        (["ppo.tuning.lora={'rank': 8, 'alpha': 16, 'targets': ('up',)}"], "ppo.tuning.lora.rank", 8),
+        (
+            ["ppo.tuning.lora.rank=8", "ppo.tuning.lora.alpha=16", "ppo.tuning.lora.targets=('up',)"],
+            "ppo.tuning.lora.alpha",
+            16.0,
+        ),
+        (["ppo.optimizer.b1=0.8"], "ppo.optimizer.b1", 0.8),
+        (["ppo.reward_model.functions=('a.py:f',)"], "ppo.reward_model.functions", ("a.py:f",)),
+        (["ppo.reward_model={'functions': ('a.py:f',), 'model': 'reward_model'}"], "ppo.reward_model.weights", None),
+        (["evaluate.judge.url='http://x/v1'", "evaluate.judge.model=m"], "evaluate.judge.model", "m"),
+        (["evaluate.judge.functions=('a.py:f',)"], "evaluate.judge.functions", ("a.py:f",)),
+        (["evaluate.judge=reward_model"], "evaluate.judge", "reward_model"),
+    ],
+)
+def test_any_field_of_a_stage_is_a_flag(flags, place, value, tmp_path):
+    given = [f"--config.{flag}" for flag in flags]
+    config, _ = parse_run_flags([PREFERENCES, *given, "--workdir=x", *files(tmp_path)])
+    name, *path = place.split(".")
+    found = experiment.parse(config).stages[name]
+    for field in path:
+        found = getattr(found, field)
+    assert repr(found) == repr(value)
+
+
+def test_common_fields_are_flags(tmp_path):
+    flags = ["--config.seeds=4", "--config.data.max_prompt_tokens", "64", "--config.runtime.data=2"]
+    config, options = parse_run_flags([PREFERENCES, *flags, "--workdir", "x", *files(tmp_path)])
+    parsed = experiment.parse(config)
+    assert (parsed.seeds, parsed.data.max_prompt_tokens, parsed.runtime.data) == (4, 64, 2)
+    assert str(options.workdir) == "x"
+
+
+def test_a_whole_stage_is_added_by_flags(tmp_path):
+    section = {"kind": "kto", "policy": "sft", "preferences": "None", "beta": "0.3", "batch_size": "4", "epochs": "1"}
+    section |= {"sample_prompts": "2", "eval_every": "5", "loop": "{'steps_per_call': 2, 'checkpoint_every': 4}"}
+    optimizer = {"learning_rate": "1e-3", "schedule": "constant", "warmup_steps": "0", "weight_decay": "0"}
+    section |= {f"optimizer.{key}": value for key, value in (optimizer | {"max_grad_norm": "1"}).items()}
+    flags = [f"--config.added.{key}={value}" for key, value in section.items()]
+    config, _ = parse_run_flags(
+        [PREFERENCES, "--workdir=x", *files(tmp_path), *flags, "--config.stages=('sft', 'added')"]
+    )
+    parsed = experiment.parse(config)
+    assert list(parsed.stages) == ["sft", "added"]
+    assert parsed.stages["added"].beta == 0.3 and parsed.stages["added"].optimizer.learning_rate == 1e-3

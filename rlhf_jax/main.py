@@ -33,7 +33,8 @@ USAGE = """\
 rlhf-jax: learning from human preferences in JAX
 
   rlhf-jax [run] --config=FILE[:ARG] --workdir=DIR [--config.SECTION.FIELD=VALUE ...] [--stage=NAME] [--inputs=DIR]
-      runs an experiment's stages, or the remaining ones, and reports; --stage runs one of them
+      runs an experiment's stages, or the remaining ones, and reports; --stage runs one of them; in the place of FILE,
+      a name means an experiment that is installed with the package: --config=quickstart:smoke
   rlhf-jax fetch NAME
       brings a data set or a model here
   rlhf-jax sample MODEL --prompt=TEXT [--chat] [--n=4] [--temperature=1.0] [--seed=0]
@@ -165,10 +166,10 @@ def parse_run_flags(arguments: list[str]) -> tuple[ConfigDict, argparse.Namespac
 
 
 def load_config(argument: str) -> ConfigDict:
-    """What `get_config` of FILE, or FILE:ARG, returns. Raises RlhfError naming the file."""
+    """Return what `get_config` of FILE, FILE:ARG, NAME or NAME:ARG returns. Raises RlhfError naming the file."""
     file, *variant = argument.split(":", 1)
     if not os.path.isfile(file):
-        raise RlhfError(f"--config={argument}: there is no file {file}")
+        file = included_experiment(file)
     try:
         config = runpy.run_path(file)["get_config"](*variant)
     except Exception as error:  # the file is the user's code
@@ -176,6 +177,28 @@ def load_config(argument: str) -> ConfigDict:
     if not isinstance(config, ConfigDict):
         raise RlhfError(f"--config={argument}: get_config() returned a {type(config).__name__}, not a ConfigDict")
     return config
+
+
+def included_experiment(name: str) -> str:
+    """Find the file of an experiment that is installed with the package.
+
+    Args: `name` is its dotted name, or the last parts of it: `rlhf_jax.experiments.movie_reviews.quickstart`,
+        `movie_reviews.quickstart` and `quickstart` are the same.
+    Raises: RlhfError, with the names there are, unless there is exactly one.
+    """
+    package = Path(__file__).parent
+    places = (package / "experiments", package.parent / "experiments")  # installed; in a checkout
+    directory = next(place for place in places if place.is_dir())
+    files = {
+        ".".join(("rlhf_jax.experiments", *file.relative_to(directory).with_suffix("").parts)): file
+        for file in sorted(directory.rglob("*.py"))
+        if "def get_config(" in file.read_text(encoding="utf-8")
+    }
+    found = [file for dotted, file in files.items() if f".{dotted}".endswith(f".{name}")]
+    if len(found) != 1:
+        known = ", ".join(sorted(dotted.rpartition(".")[2] for dotted in files))
+        raise RlhfError(f"there is no file {name}, and the experiments that come with rlhf_jax are {known}")
+    return str(found[0])
 
 
 def _message(error: Exception) -> str:

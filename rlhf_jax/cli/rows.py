@@ -7,8 +7,6 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from rlhf_jax.runtime.files import read_json, write_json
 from rlhf_jax.types import RlhfError
 
@@ -30,11 +28,6 @@ def read_objects(lines: Iterable[bytes], example: str) -> Iterator[tuple[int, Ro
         if not isinstance(row, dict):
             raise RlhfError(f"row {number} is no JSON object: write {example}")
         yield number, row
-
-
-def shortest(values: Iterable[np.floating]) -> list[float]:
-    """float32 as the shortest decimals that stand for them."""
-    return [float(str(value)) for value in values]
 
 
 class StandardOutput:

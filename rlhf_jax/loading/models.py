@@ -114,11 +114,11 @@ def load_stage(
 ) -> Policy | RewardModel:
     """What a stage trained. Raises RlhfError where it trains no model."""
     if _read_spec(directory)["network"] == "policy":
-        return load_policy(directory, seed=seed, step=None, find=find, where=where)
-    return load_reward_model(directory, find=find, where=where)
+        return load_stage_policy(directory, seed=seed, step=None, find=find, where=where)
+    return load_stage_reward_model(directory, find=find, where=where)
 
 
-def load_policy(
+def load_stage_policy(
     directory: Path, *, seed: int, step: int | None, find: Find | None = None, where: Where | None = None
 ) -> Policy:
     """A stage's policy: its parameters, or `Adapted` ones where the stage trained an adapter.
@@ -149,8 +149,8 @@ def load_policy(
     return Policy(network, params, tokenizer, spec["hf_config"])
 
 
-def load_reward_model(directory: Path, *, find: Find | None = None, where: Where | None = None) -> RewardModel:
-    """A stage's reward model, as `load_policy` gives a policy. Raises RlhfError where the stage trains none.
+def load_stage_reward_model(directory: Path, *, find: Find | None = None, where: Where | None = None) -> RewardModel:
+    """A stage's reward model, as `load_stage_policy` gives a policy. Raises RlhfError where the stage trains none.
 
     Scores that the stage normalised are so by the head that is given here. An ensemble's adapters are merged.
     """

@@ -1,24 +1,21 @@
 """`Run`: a work directory as a notebook reads it, also while the experiment is still under way."""
 
-import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
 import pandas as pd
 
 from rlhf_jax import config as configs
-from rlhf_jax.data.pipeline import DataConfig
-from rlhf_jax.loading import models
-from rlhf_jax.loading.samples import respond
+from rlhf_jax.data.pipeline import Content, DataConfig
+from rlhf_jax.inference.sample import draw
+from rlhf_jax.loading import models, pretrained
+from rlhf_jax.loading.models import Policy, RewardModel
 from rlhf_jax.rewards import tfidf
 from rlhf_jax.rewards.judging import JUDGE_FILE
-from rlhf_jax.rewards.scorers import make_scorer
 from rlhf_jax.runtime.files import read_json, read_rows
-from rlhf_jax.sampling.batches import sequence_kl
 from rlhf_jax.sampling.options import SamplingOptions
-from rlhf_jax.text.tokenizer import TOKENIZER_FILE, Tokenizer
+from rlhf_jax.text.tokenizer import TOKENIZER_FILE
 from rlhf_jax.types import RlhfError
 
 RESULT_COLUMNS = (
@@ -55,8 +52,6 @@ FURTHER_COLUMNS = (
     "repetition_4",
 )
 """Those that follow them, where an evaluation has measured them."""
-
-SAMPLE_BATCH = 128
 
 
 class Run:
@@ -102,6 +97,10 @@ class Run:
     def config(self, stage: str) -> dict[str, Any]:
         """All that made a stage: `section` (its part of the config), `common` (seed, data) and `inputs`."""
         return self._read_config(self.directory(stage))
+
+    def data(self, stage: str) -> DataConfig:
+        """The data section that a stage was run with."""
+        return configs.build(DataConfig, self.config(stage)["common"]["data"], f"{stage}/config.json: common.data")
 
     def kind(self, stage: str) -> str:
         """A stage's kind, such as `dpo`."""
@@ -173,21 +172,21 @@ class Run:
 
     # ---- models ----------------------------------------------------------------------------------------------------
 
-    def load_policy(self, stage: str, seed: int | None = None, step: int | None = None) -> models.Policy:
+    def load_policy(self, stage: str, seed: int | None = None, step: int | None = None) -> Policy:
         """A stage's policy: of the first of its seeds, and of its newest checkpoint, unless told otherwise."""
-        return models.load_policy(
+        return models.load_stage_policy(
             self.directory(stage), seed=self._seed(stage) if seed is None else seed, step=step, find=self.directory
         )
 
-    def load_model(self, stage: str, seed: int | None = None) -> models.Policy | models.RewardModel:
+    def load_model(self, stage: str, seed: int | None = None) -> Policy | RewardModel:
         """A stage's policy or reward model, whichever it trained."""
         return models.load_stage(
             self.directory(stage), seed=self._seed(stage) if seed is None else seed, find=self.directory
         )
 
-    def load_reward_model(self, stage: str) -> models.RewardModel:
+    def load_reward_model(self, stage: str) -> RewardModel:
         """A stage's reward model."""
-        return models.load_reward_model(self.directory(stage), find=self.directory)
+        return models.load_stage_reward_model(self.directory(stage), find=self.directory)
 
     def load_judge(self) -> tfidf.TfidfJudge | None:
         """The gold judge that the experiment's results were judged by, if it has one.
@@ -213,9 +212,14 @@ class Run:
                 return name
         return None
 
+    def find_reward_model(self, stage: str) -> RewardModel | None:
+        """Load the reward model that `reward_model_of` names, or return None."""
+        name = self.reward_model_of(stage)
+        return None if name is None else self.load_reward_model(name)
+
     def sample(
         self,
-        prompts: list[str],
+        prompts: Sequence[Content],
         *,
         stage: str,
         n: int = 1,
@@ -223,52 +227,35 @@ class Run:
         policy_seed: int | None = None,
         **options: Any,
     ) -> pd.DataFrame:
-        """Draws n responses to each prompt from a stage's policy, as `rlhf-jax sample` does for the same options.
+        """Draw n responses to each prompt from a stage's policy; see `inference.sample`.
 
-        Args: seed makes the random numbers; policy_seed says whose policy, where a stage trained several; options are
-        the fields of SamplingOptions: temperature, top_k, top_p, min_p, max_new_tokens (what the data has room for,
-        unless told otherwise) and stop, a list of texts.
+            run.sample(["The film"], stage="ppo", n=4, temperature=0.7)
 
-        Returns: `prompt, completion, score, kl`. The score is that of the experiment's reward model (NaN without one);
-        kl is log pi(y|x) - log pi_0(y|x) in nats, EOS included, where pi_0 is the policy that the stage started from (0
-        for one trained from scratch). Both policies are taken at the temperature that is sampled at, where that is 0 at
-        1, and whole: top_k, top_p and min_p leave out none of their tokens.
+        Args: seed is of the random numbers; policy_seed chooses a policy where the stage trained several; options are
+        those of `inference.sample`, but that max_new_tokens is the experiment's data.max_response_tokens.
 
-        Raises RlhfError where a prompt is too long or has words that the tokenizer does not know, and where an option
-        is unknown or cannot be.
+        Returns: `prompt, completion, score, kl`. The score is that of the experiment's reward model, NaN without one;
+        `kl` is in nats, from the policy that the stage started from, and 0 for a policy trained from scratch.
+
+        Raises RlhfError as `inference.sample`, and where a prompt has more tokens than data.max_prompt_tokens.
         """
-        if n < 1:
-            raise RlhfError(f"n = {n} must be at least 1")
-        how = configs.build(SamplingOptions, options, "sample")
-        policy, data = self.load_policy(stage, policy_seed), self._data(stage)
-        ids = [encode_prompt(prompt, policy.tokenizer, data.max_prompt_tokens) for prompt in prompts]
-        if not ids:
-            return pd.DataFrame(columns=["prompt", "completion", "score", "kl"])
-        batch_size = min(SAMPLE_BATCH, len(ids) * n)
-        sampling = how.sampling(policy.tokenizer.stop_ids, data.max_response_tokens)
-        found = respond(policy, ids, jax.random.key(seed), sampling, how.stop, samples=n, batch_size=batch_size)
-        rollout = found.rollout
-        scores, kl = np.full((2, len(rollout.response)), [[math.nan], [0.0]])
-        judge, start = self.reward_model_of(stage), self.config(stage)["section"].get("policy")
-        if judge is not None:
-            reward_model = self.load_reward_model(judge)
-            scores = make_scorer(reward_model, policy, [{}], data, batch_size)(rollout)
-        if start is not None:
-            reference = self.load_policy(start) if start in self.stages else self._checkpoint(start)
-            kl = sequence_kl(
-                policy.network,
-                policy.params,
-                (reference.network, reference.params),
-                rollout,
-                batch_size=batch_size,
-                temperature=how.temperature,
-            )
-        return pd.DataFrame({"prompt": np.repeat(prompts, n), "completion": found.texts, "score": scores, "kl": kl})
+        how, data = configs.build(SamplingOptions, options, "sample"), self.data(stage)
+        start = self.config(stage)["section"].get("policy")
+        found = draw(
+            self.load_policy(stage, policy_seed),
+            prompts,
+            how,
+            n=n,
+            seed=seed,
+            reward=self.find_reward_model(stage),
+            reference=None if start is None else self._policy(start),
+            max_prompt_tokens=data.max_prompt_tokens,
+            max_new_tokens=data.max_response_tokens,
+        )
+        return found.assign(kl=0.0) if start is None else found
 
-    def _checkpoint(self, source: str) -> models.Policy:
-        found = models.load_checkpoint(source)
-        assert isinstance(found, models.Policy), source  # the stage would not have run
-        return found
+    def _policy(self, source: str) -> Policy:
+        return self.load_policy(source) if source in self.stages else pretrained.load_policy(source)
 
     # ---- where things are ------------------------------------------------------------------------------------------
 
@@ -306,30 +293,11 @@ class Run:
         spec = self.directory(stage) / "model.json"
         return read_json(spec).get("seeds", [0])[0] if spec.exists() else 0
 
-    def _data(self, stage: str) -> DataConfig:
-        return configs.build(DataConfig, self.config(stage)["common"]["data"], f"{stage}/config.json: common.data")
-
     def _results(self, name: str) -> pd.DataFrame:
         table = _table(self._file(self.evaluation(), name), list(RESULT_COLUMNS))
         table = table[[*RESULT_COLUMNS, *(column for column in table.columns if column not in RESULT_COLUMNS)]]
         numbers = table.columns.drop("method")
         return table.astype({column: float for column in numbers.drop(["seed", "n_prompts"])})
-
-
-def encode_prompt(prompt: str, tokenizer: Tokenizer, max_prompt_tokens: int) -> list[int]:
-    """The tokens of a prompt, BOS included. Raises RlhfError where it is too long, or has words without a token."""
-    encoding = tokenizer.backend.encode(prompt, add_special_tokens=False)
-    spans = [span for id, span in zip(encoding.ids, encoding.offsets, strict=True) if id == tokenizer.unknown_id]
-    unknown = [prompt[start:end].strip() or prompt[start:end] for start, end in spans]
-    if unknown:
-        raise RlhfError(f"prompt {prompt!r}: the tokenizer has no token for {', '.join(map(repr, unknown))}")
-    room = max_prompt_tokens - len(tokenizer.prefix)
-    if len(encoding.ids) > room:
-        raise RlhfError(
-            f"prompt {prompt!r} has {len(encoding.ids)} tokens, and this run's have at most {room} "
-            f"(data.max_prompt_tokens = {max_prompt_tokens}, BOS included): shorten it"
-        )
-    return tokenizer.begin(encoding.ids)
 
 
 def _table(path: Path, columns: list[str]) -> pd.DataFrame:

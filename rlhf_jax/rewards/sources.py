@@ -6,6 +6,7 @@ Wherever a stage is told what to score by, its field is a `RewardSource`. `find_
 
 import dataclasses
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,6 +64,23 @@ class Reward(NamedTuple):
     functions: tuple[RewardFunction, ...]
     weights: tuple[float, ...]
     names: tuple[str, ...]  # the model's first, as the weights
+
+
+RewardCallable = Callable[..., Sequence[float | None]]
+"""`reward_fn(prompts, completions, **columns)`, in memory. A config names functions by file instead, for their hash."""
+
+AnyReward = RewardModel | Reward | RewardCallable
+"""A reward as Python code gives it."""
+
+
+def as_reward(reward: AnyReward) -> RewardModel | Reward:
+    """Wrap a Python function as a reward of one part."""
+    if isinstance(reward, RewardModel | Reward):
+        return reward
+    if not callable(reward):
+        raise RlhfError(f"{reward!r} is no reward: give a reward model, or a function of prompts and completions")
+    name = getattr(reward, "__name__", type(reward).__name__)
+    return Reward(None, (RewardFunction(name, reward),), (1.0,), (name,))
 
 
 def find_reward(context: Context, source: RewardSource) -> RewardModel | Reward:

@@ -17,7 +17,7 @@ from rlhf_jax.data import pipeline
 from rlhf_jax.data.prompts import draw_prompts
 from rlhf_jax.loading.context import Context
 from rlhf_jax.loading.data_report import report_prompts
-from rlhf_jax.loading.models import Policy, load_policy
+from rlhf_jax.loading.models import Policy, load_stage_policy
 from rlhf_jax.loading.samples import texts
 from rlhf_jax.rewards.http_judge import HTTPJudgeConfig
 from rlhf_jax.rewards.judging import TextScorer, make_judge
@@ -79,7 +79,7 @@ def run(config: FrontierConfig, context: Context) -> dict[str, Any]:
             policy = reference
             if place != places[0]:
                 find = context.workdir.find
-                policy = load_policy(find(place[0]), seed=place[1], step=place[2], find=find, where=context.where)
+                policy = load_stage_policy(find(place[0]), seed=place[1], step=place[2], find=find, where=context.where)
             points.append(measure(place, policy, reference, judge, prompts, config, context))
             write_rows(path, points)
         context.bar.update(done + 1, len(places), {})

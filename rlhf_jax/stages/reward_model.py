@@ -23,7 +23,7 @@ from rlhf_jax.loading.models import (
     Pretrained,
     RewardModel,
     as_reward_model,
-    load_reward_model,
+    load_stage_reward_model,
     refuse_float16,
     save_reward_spec,
 )
@@ -123,7 +123,7 @@ def run(config: RewardModelConfig, context: Context) -> dict[str, Any]:
         describe=lambda step, samples: [],
     )
     train(task, config.loop, placement, context.seed, context.directory, context.bar)
-    load = functools.partial(load_reward_model, context.directory, find=context.workdir.find, where=context.where)
+    load = functools.partial(load_stage_reward_model, context.directory, find=context.workdir.find, where=context.where)
     if config.normalise is not None:
         found = score_moments(config.normalise, load(), context)
         save_reward_spec(context.directory, model, base=source, moments=found)
@@ -192,7 +192,7 @@ def score_moments(config: NormaliseConfig, model: RewardModel, context: Context)
     """Mean and standard deviation of the scores of a policy's samples, for every member of an ensemble.
 
     Ziegler et al. 2019 (arXiv:1909.08593) shift and scale the reward so that these become 0 and 1 on the samples of the
-    policy that is tuned, and Stiennon et al. 2020 (arXiv:2009.01325) shift it; here `load_reward_model` does.
+    policy that is tuned, and Stiennon et al. 2020 (arXiv:2009.01325) shift it; here `load_stage_reward_model` does.
     Raises RlhfError where all samples have one score.
     """
     policy = context.policy(config.policy)

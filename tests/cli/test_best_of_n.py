@@ -177,11 +177,11 @@ def test_a_bad_row_is_named_by_its_number(models, line, words, capsys, monkeypat
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--n=0"], "--n=0 must be at least 1"),
-        (["--batch-size=0"], "--batch-size=0 must be at least 1"),
-        (["--soft=0"], "--soft=0 must be above 0"),
-        (["--soft=nan"], "--soft=nan must be above 0"),
-        (["--temperature=0"], "--temperature=0 gives 3 times the same answer"),
+        (["--n=0"], "--n = 0 must be at least 1"),
+        (["--batch-size=0"], "--batch-size = 0 must be at least 1"),
+        (["--soft=0"], "--soft = 0 must be above 0"),
+        (["--soft=nan"], "--soft = nan must be above 0"),
+        (["--temperature=0"], "--temperature = 0 gives 3 times the same answer"),
         (["--top-p=2"], "--top-p = 2.0 must be above 0 and at most 1"),
         (["--reward-stage=x"], "--reward-model and --reward-stage name 2 rewards"),
     ],

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.cli.export import export
 from rlhf_jax.interop import hf
 from rlhf_jax.loading import models
+from rlhf_jax.loading.export import export
 from rlhf_jax.loading.models import Base, Policy, RewardModel, load_checkpoint
 from rlhf_jax.models.lora import Adapted, LoraConfig
 from rlhf_jax.models.policy import PolicyNetwork

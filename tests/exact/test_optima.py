@@ -23,7 +23,7 @@ import scipy.optimize
 
 from rlhf_jax.core.logprobs import sequence_logprobs
 from rlhf_jax.data.padding import pad_right
-from rlhf_jax.loading.models import load_policy
+from rlhf_jax.loading.models import load_stage_policy
 from rlhf_jax.types import Rollout
 from tests.support import experiments
 
@@ -101,7 +101,7 @@ def run(directory: Path, longest: int, stages: dict[str, dict[str, Any]]) -> Non
 
 def probabilities(stage: Path, responses: list[tuple[str, ...]], longest: int) -> np.ndarray:
     """A stage's policy's probability of every response, float64[N]."""
-    policy = load_policy(stage, seed=0, step=None)
+    policy = load_stage_policy(stage, seed=0, step=None)
     tokenizer = policy.tokenizer
     ids = [tokenizer.end(tokenizer.encode(" ".join(words)))[:longest] for words in responses]
     tokens, mask = pad_right(ids, longest)

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from rlhf_jax.cli.export import export
+from rlhf_jax.loading.export import export
 from rlhf_jax.loading.models import Policy, RewardModel
 from rlhf_jax.models.model_config import Rope
 from rlhf_jax.models.policy import PolicyNetwork

@@ -15,7 +15,7 @@ import pytest
 from rlhf_jax.config import FunctionSource, ModelSource
 from rlhf_jax.data import pipeline
 from rlhf_jax.data.padding import pad_right
-from rlhf_jax.loading.models import Policy, RewardModel, load_checkpoint, load_policy, load_reward_model
+from rlhf_jax.loading.models import Policy, RewardModel, load_checkpoint, load_stage_policy, load_stage_reward_model
 from rlhf_jax.models.reward_ensemble import EnsembleConfig
 from rlhf_jax.rewards.functions import load_function
 from rlhf_jax.rewards.scorers import joins_program, make_scorer
@@ -115,7 +115,9 @@ def test_both_paths_give_the_same_learning_step(places):
     spec = json.loads((runs[1].find("rl") / "model.json").read_text())
     earlier = {key: value for key, value in spec.items() if key not in ("lora", "hf_config", "base")}
     (runs[1].find("rl") / "model.json").write_text(json.dumps(earlier))
-    assert load_policy(runs[1].find("rl"), seed=0, step=None).network.lora is None  # what an earlier version wrote
+    assert (
+        load_stage_policy(runs[1].find("rl"), seed=0, step=None).network.lora is None
+    )  # what an earlier version wrote
     curve = experiments.rows(runs[1].find("best") / "curve.jsonl")
     assert curve[0]["proxy"] < curve[-1]["proxy"] < 0  # the shortest of two
 
@@ -306,7 +308,7 @@ def test_an_ensemble_of_adapters_scores_within_the_compiled_iteration(places):
         "iterations": 1,
     }
     workdir = experiments.run(directory / "adapters", data, {"reward": reward_stage, "rl": rl})
-    found = load_reward_model(workdir.find("reward"), find=workdir.find)
+    found = load_stage_reward_model(workdir.find("reward"), find=workdir.find)
     assert found.network.lora is None and found.network.bias and found.network.ensemble == EnsembleConfig(2, "mean")
     base, (one, other) = load_checkpoint(model), found.members()
     assert isinstance(base, Policy)

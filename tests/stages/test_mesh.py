@@ -8,7 +8,7 @@ import pytest
 
 from rlhf_jax import config as configs
 from rlhf_jax.loading.context import Context
-from rlhf_jax.loading.models import Policy, RewardModel, load_policy
+from rlhf_jax.loading.models import Policy, RewardModel, load_stage_policy
 from rlhf_jax.models.sharding import shardings
 from rlhf_jax.runtime.programs import MeshPlacement, RuntimeConfig, make_placement
 from tests.methods.test_reference import preference_rows, section
@@ -56,7 +56,7 @@ def test_what_is_loaded_lies_where_it_is_trained_and_nowhere_else(source, runs):
     placement = make_placement(configs.build(RuntimeConfig, MESH, "runtime"), 1)
     assert isinstance(placement, MeshPlacement)
     if source == "stage":
-        loaded = present(lambda: load_policy(directory, seed=0, step=None, where=placement.where))
+        loaded = present(lambda: load_stage_policy(directory, seed=0, step=None, where=placement.where))
     model, arrays = loaded
     layout = shardings(model.params, placement.mesh, leading_axes=0)
     assert all(jax.tree.leaves(jax.tree.map(lambda leaf, there: leaf.sharding == there, model.params, layout)))

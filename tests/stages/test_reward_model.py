@@ -19,7 +19,7 @@ from rlhf_jax import experiment
 from rlhf_jax.config import ModelSource
 from rlhf_jax.data.pipeline import DataConfig
 from rlhf_jax.loading.context import Context
-from rlhf_jax.loading.models import RewardModel, load_reward_model
+from rlhf_jax.loading.models import RewardModel, load_stage_reward_model
 from rlhf_jax.methods import reward as reward_loss
 from rlhf_jax.methods.reward import RewardLossConfig
 from rlhf_jax.models.reward_ensemble import EnsembleConfig
@@ -91,7 +91,7 @@ def ensemble(tmp_path_factory) -> Context:
 
 
 def load(context: Context, stage: str) -> RewardModel:
-    return load_reward_model(context.workdir.find(stage), find=context.workdir.find)
+    return load_stage_reward_model(context.workdir.find(stage), find=context.workdir.find)
 
 
 def spec(context: Context, stage: str) -> dict[str, Any]:

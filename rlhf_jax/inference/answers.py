@@ -9,7 +9,7 @@ from rlhf_jax.core.selection import best_of_n_kl
 from rlhf_jax.core.statistics import distinct_n, repetition, standard_error
 from rlhf_jax.data import formats, pipeline
 from rlhf_jax.loading.context import Context
-from rlhf_jax.loading.models import Policy, load_policy
+from rlhf_jax.loading.models import Policy, load_stage_policy
 from rlhf_jax.loading.samples import sample_rows
 from rlhf_jax.rewards.judging import TextScorer
 from rlhf_jax.rewards.lexicon import vader
@@ -146,7 +146,7 @@ def _policy(method: Method, context: Context) -> Policy:
     if method.source not in context.stages:
         return context.policy(method.source)
     find = context.workdir.find
-    return load_policy(find(method.source), seed=method.seed, step=None, find=find, where=context.where)
+    return load_stage_policy(find(method.source), seed=method.seed, step=None, find=find, where=context.where)
 
 
 def _answers_nll(reference: Policy, rollout: Rollout, batch_size: int) -> float:

@@ -1,0 +1,82 @@
+"""Encode prompts and completions, texts or chats, without cutting any of them."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from rlhf_jax.data.padding import pad_left, pad_right
+from rlhf_jax.data.pipeline import Content, DataConfig, Example
+from rlhf_jax.loading.models import Policy
+from rlhf_jax.sampling.buckets import bucket
+from rlhf_jax.sampling.choice import Sampling
+from rlhf_jax.text.tokenizer import Tokenizer
+from rlhf_jax.types import RlhfError, Rollout
+
+UNCUT = DataConfig(
+    train="", eval="", test=None, limit=None, text_prompt_tokens=(1, 1), max_prompt_tokens=2**30,
+    max_response_tokens=2**30,
+)  # fmt: skip
+"""Lengths that no text exceeds. A text that is too long for the model is refused, not cut."""
+
+
+def encode_prompt(prompt: Content, tokenizer: Tokenizer, max_prompt_tokens: int | None = None) -> list[int]:
+    """Encode a text with BOS, or a chat up to the beginning of the assistant's answer.
+
+    Raises RlhfError where a text has words without a token, and where the prompt has more than `max_prompt_tokens`
+    tokens, BOS included.
+    """
+    if isinstance(prompt, list):
+        ids = tokenizer.encode(tokenizer.render(prompt, add_generation_prompt=True))
+        prefix = 0
+    else:
+        encoding = tokenizer.backend.encode(prompt, add_special_tokens=False)
+        spans = [span for id, span in zip(encoding.ids, encoding.offsets, strict=True) if id == tokenizer.unknown_id]
+        unknown = [prompt[start:end].strip() or prompt[start:end] for start, end in spans]
+        if unknown:
+            raise RlhfError(f"prompt {prompt!r}: the tokenizer has no token for {', '.join(map(repr, unknown))}")
+        ids = tokenizer.begin(encoding.ids)
+        prefix = len(tokenizer.prefix)
+    if max_prompt_tokens is not None and len(ids) > max_prompt_tokens:
+        raise RlhfError(
+            f"prompt {prompt!r} has {len(ids) - prefix} tokens, and this run's have at most "
+            f"{max_prompt_tokens - prefix} (data.max_prompt_tokens = {max_prompt_tokens}, BOS included): shorten it"
+        )
+    return ids
+
+
+def encode_prompts(prompts: Sequence[Content], policy: Policy, max_prompt_tokens: int | None = None) -> list[list[int]]:
+    """Encode prompts that leave the policy room for an answer. Raises RlhfError as `encode_prompt`, and for no room."""
+    encoded = [encode_prompt(prompt, policy.tokenizer, max_prompt_tokens) for prompt in prompts]
+    for ids in encoded:
+        require_room(policy, ids)
+    return encoded
+
+
+def require_room(policy: Policy, prompt: Sequence[int]) -> None:
+    """Raise RlhfError where a prompt fills the model's context, so that there is no room for an answer."""
+    context = policy.network.config.context
+    if context is not None and len(prompt) >= context:
+        raise RlhfError(f"the prompt has {len(prompt)} tokens, and the model sees {context}, its answer included")
+
+
+def within_context(policy: Policy, prompt: Sequence[int], sampling: Sampling) -> Sampling:
+    """Lower `max_new_tokens` to what the model's context leaves. Raises RlhfError where it leaves nothing."""
+    require_room(policy, prompt)
+    context = policy.network.config.context
+    if context is None:
+        return sampling
+    return dataclasses.replace(sampling, max_new_tokens=min(sampling.max_new_tokens, context - len(prompt)))
+
+
+def pad_examples(examples: Sequence[Example]) -> Rollout:
+    """Pad prompts on the left and responses on the right, to lengths in few buckets: int32[N, P] and int32[N, T]."""
+    prompts, responses = zip(*examples, strict=True)
+    return Rollout(
+        *pad_left(prompts, bucket(max(map(len, prompts)))), *pad_right(responses, bucket(max(map(len, responses))))
+    )
+
+
+def uncut_to(rollout: Rollout) -> DataConfig:
+    """Lengths that cut no row of a rollout."""
+    return dataclasses.replace(
+        UNCUT, max_prompt_tokens=rollout.prompt.shape[1], max_response_tokens=rollout.response.shape[1]
+    )

@@ -1,0 +1,106 @@
+"""Draw responses from a policy, with their scores and their divergence from a reference."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import pandas as pd
+
+from rlhf_jax import config as configs
+from rlhf_jax.data.pipeline import Content
+from rlhf_jax.inference.encoding import encode_prompts, uncut_to
+from rlhf_jax.loading.models import Policy
+from rlhf_jax.loading.samples import respond
+from rlhf_jax.rewards.scorers import make_scorer
+from rlhf_jax.rewards.sources import AnyReward, as_reward
+from rlhf_jax.sampling.batches import sequence_kl
+from rlhf_jax.sampling.options import SamplingOptions
+from rlhf_jax.types import RlhfError
+
+BATCH = 128
+"""Responses that are sampled or scored at once."""
+
+MAX_NEW_TOKENS = 128
+
+
+def sample(
+    policy: Policy,
+    prompts: Sequence[Content],
+    *,
+    n: int = 1,
+    seed: int = 0,
+    reward: AnyReward | None = None,
+    reference: Policy | None = None,
+    **options: Any,
+) -> pd.DataFrame:
+    """Draw n responses to each prompt, as `rlhf-jax sample` does.
+
+        sample(policy, ["The film"], n=4, temperature=0.7, max_new_tokens=32, stop=["."])
+        sample(policy, [[{"role": "user", "content": "Is it good?"}]], reward=reward_model)
+
+    Args:
+        policy: from `load_policy`, or `Run.load_policy`.
+        prompts: all texts, which the policy continues, or all chats (lists of `role` and `content`), which it answers.
+        n: responses to each prompt.
+        seed: of the random numbers; the same call gives the same responses.
+        reward: scores the responses: a reward model, or a function as for `score`.
+        reference: gives `kl`, the log-ratio of each response.
+        options: fields of `SamplingOptions`: temperature (1; 0 is greedy), top_k, top_p, min_p, max_new_tokens (128)
+            and stop (texts that end a response).
+
+    Returns: `prompt, completion, score, kl`, n rows a prompt. The score is NaN without a reward. `kl` is log pi(y|x) -
+    log pi_ref(y|x) in nats, EOS included, both at the temperature of the samples (1 where that is 0) and without top_k,
+    top_p and min_p; NaN without a reference.
+
+    Raises RlhfError where a prompt has words without a token or fills the model's context, and for a bad option.
+    """
+    how = configs.build(SamplingOptions, options, "sample")
+    return draw(policy, prompts, how, n=n, seed=seed, reward=reward, reference=reference)
+
+
+def draw(
+    policy: Policy,
+    prompts: Sequence[Content],
+    how: SamplingOptions,
+    *,
+    n: int,
+    seed: int,
+    reward: AnyReward | None = None,
+    reference: Policy | None = None,
+    max_prompt_tokens: int | None = None,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    first: int = 0,
+) -> pd.DataFrame:
+    """Draw what `sample` does, for options that have been read and for prompts and responses of limited lengths.
+
+    Args: `first` prompts stand before these, for the random numbers; max_new_tokens is the default of the option.
+    """
+    if n < 1:
+        raise RlhfError(f"n = {n} must be at least 1")
+    if len({isinstance(prompt, list) for prompt in prompts}) > 1:
+        raise RlhfError("some prompts are texts and some are chats: sample them in two calls")
+    ids = encode_prompts(prompts, policy, max_prompt_tokens)
+    if not ids:
+        return pd.DataFrame(columns=["prompt", "completion", "score", "kl"])
+    batch_size = min(BATCH, len(ids) * n)
+    sampling = how.sampling(policy.tokenizer.stop_ids, max_new_tokens)
+    found = respond(
+        policy, ids, jax.random.key(seed), sampling, how.stop, samples=n, batch_size=batch_size, first=first
+    )
+    rollout = found.rollout
+    scores, kl = np.full((2, len(found.texts)), np.nan)
+    if reward is not None:
+        rows = [{"prompt": prompt} for prompt in prompts]
+        scores = make_scorer(as_reward(reward), policy, rows, uncut_to(rollout), batch_size)(rollout)
+    if reference is not None:
+        kl = sequence_kl(
+            policy.network,
+            policy.params,
+            (reference.network, reference.params),
+            rollout,
+            batch_size=batch_size,
+            temperature=how.temperature,
+        )
+    repeated = [prompt for prompt in prompts for _ in range(n)]
+    return pd.DataFrame({"prompt": repeated, "completion": found.texts, "score": scores, "kl": kl})

@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -16,36 +15,9 @@ from rlhf_jax import experiment
 from rlhf_jax.main import main, parse_run_flags
 from rlhf_jax.runtime.workdir import Workdir
 from tests.support import xla_flags
+from tests.support.own_data import PREFERENCES, ROOT, WRITERS, files, pairs
 
-ROOT = Path(__file__).parents[1]
-PREFERENCES = f"--config={ROOT}/experiments/preferences.py:smoke"
 QUICKSTART = f"--config={ROOT}/experiments/movie_reviews/quickstart.py:smoke"
-
-
-def pairs(rows: int, seed: int = 0) -> pd.DataFrame:
-    rng = np.random.default_rng(seed)
-    words = ["the", "film", "is", "good", "bad", "dull", "bright", "and", "never", "slow"]
-
-    def text() -> str:
-        return " ".join(rng.choice(words, rng.integers(2, 6)))
-
-    return pd.DataFrame([{"prompt": text(), "chosen": f" {text()}.", "rejected": f" {text()}!"} for _ in range(rows)])
-
-
-WRITERS = {
-    "jsonl": lambda table, path: table.to_json(path, orient="records", lines=True),
-    "parquet": lambda table, path: table.to_parquet(path),
-    "csv": lambda table, path: table.to_csv(path, index=False),
-}
-
-
-def files(directory: Path, ending: str = "jsonl") -> list[str]:
-    flags = []
-    for split, rows in (("train", 64), ("eval", 24)):
-        path = directory / f"{split}.{ending}"
-        WRITERS[ending](pairs(rows, seed=rows), path)
-        flags.append(f"--config.data.{split}={path}")
-    return flags
 
 
 def fails(capsys, *arguments: str) -> str:

@@ -21,7 +21,7 @@ from rlhf_jax.config import functions
 from rlhf_jax.main import main
 from tests.support import checkpoints
 from tests.support.commands import reads, succeeds
-from tests.test_main import ROOT, files
+from tests.support.own_data import ROOT, files
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)

@@ -1,35 +1,19 @@
 """Adapters in PEFT's format: out of a stage by `rlhf-jax export --adapter`, and in beside the base that they name."""
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from rlhf_jax.interop.hub import checkpoint_hash
 from rlhf_jax.loading.models import Base, Policy, RewardModel, as_reward_model, load_checkpoint, merged
-from rlhf_jax.models.lora import Adapted, LoraConfig
-from tests.cli.test_export import assert_equal, write_stage
 from tests.support import checkpoints, tokenizer_files
 from tests.support.commands import fails, succeeds
-
-LORA = LoraConfig(rank=2, alpha=4.0, targets=("attention/[qv]", "up"))
-
-
-def adapted(model):
-    """A model with an adapter that does something."""
-    network = dataclasses.replace(model.network, lora=LORA)
-    rng = np.random.default_rng(0)
-    adapter = jax.tree.map(
-        lambda leaf: jnp.asarray(0.2 * rng.normal(size=leaf.shape), jnp.float32),
-        network.init_adapter(model.params, jax.random.key(0)),
-    )
-    return model._replace(network=network, params=Adapted(model.params, adapter))
+from tests.support.trained_stages import adapted, assert_same_model, write_stage
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +50,7 @@ def test_what_an_adapter_and_its_base_make_is_the_stages_model(stage, made, tmp_
     assert config["base_model_name_or_path"] == str((made / "source").resolve())
     assert not (alone / "config.json").exists() and not (alone / "model.safetensors").exists()
     whole = export(capsys, made, stage, tmp_path / "merged")
-    assert_equal(load_checkpoint(str(alone)), load_checkpoint(str(whole)))
+    assert_same_model(load_checkpoint(str(alone)), load_checkpoint(str(whole)))
     again = tmp_path / "again"
     succeeds(capsys, "export", f"--model={alone}", f"--out={again}")
     for file in whole.iterdir():
@@ -88,7 +72,7 @@ def test_an_adapter_beside_a_stage_needs_that_stages_export(made, tmp_path, caps
     base = export(capsys, made, "dpo", tmp_path / "base")
     succeeds(capsys, *ask, f"--base={base}")
     whole = export(capsys, made, "tuned", tmp_path / "whole")
-    assert_equal(load_checkpoint(str(tmp_path / "out")), load_checkpoint(str(whole)))
+    assert_same_model(load_checkpoint(str(tmp_path / "out")), load_checkpoint(str(whole)))
     nested = changed(tmp_path / "out", tmp_path / "nested", base_model_name_or_path=str(tmp_path / "out"))
     asked = ["export", f"--model={nested}", f"--out={tmp_path / 'other'}"]
     assert "is an adapter itself: merge it" in fails(capsys, *asked)
@@ -116,7 +100,7 @@ def test_adapters_of_several_seeds_have_the_first_seeds_base(made, tmp_path, cap
     write_stage(tmp_path / "run" / "sft", start, seeds=range(3, 4))
     write_stage(tmp_path / "run" / "dpo", adapted(start), Base("sft", is_stage=True), seeds=range(3, 5))
     out = export(capsys, tmp_path, "dpo", tmp_path / "out", "--policy-seed=4")
-    assert_equal(load_checkpoint(str(out)), merged(adapted(start)))
+    assert_same_model(load_checkpoint(str(out)), merged(adapted(start)))
 
 
 def test_what_has_no_adapter(made, tmp_path, capsys):

@@ -21,7 +21,7 @@ from rlhf_jax.sampling.choice import Sampling
 from rlhf_jax.sampling.stream import Stream
 from rlhf_jax.types import Rollout
 from tests.support import checkpoints, tokenizer_files
-from tests.support.commands import fails, reads, succeeds
+from tests.support.commands import best_of_n, fails, jsonl, reads, said, succeeds
 
 ROOT = Path(__file__).parents[2]
 ROWS: list[dict[str, Any]] = [
@@ -34,20 +34,8 @@ ROWS: list[dict[str, Any]] = [
 GAINED = ["completion", "score", "scores", "completions"]
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory) -> list[str]:
-    directory = tmp_path_factory.mktemp("checkpoints")
-    policy, judge = checkpoints.policy(directory / "policy"), checkpoints.reward_model(directory / "judge")
-    return [f"--model={policy}", f"--reward-model={judge}", "--max-new-tokens=6", "--n=3", "--batch-size=2"]
-
-
-def jsonl(rows) -> str:
-    return "".join(json.dumps(row) + "\n" for row in rows)
-
-
 def best(models, capsys, monkeypatch, *flags: str, rows=ROWS) -> list[dict[str, Any]]:
-    reads(monkeypatch, jsonl(rows))
-    return [json.loads(line) for line in succeeds(capsys, "best-of-n", *models, *flags).splitlines()]
+    return best_of_n(capsys, monkeypatch, rows, *models, *flags)
 
 
 def loaded(models) -> tuple[Policy, RewardModel]:
@@ -71,10 +59,6 @@ def scored(judge: RewardModel, prompt: Any, completion: Any, *, ended: bool = Fa
         ids = tokenizer.encode(text.removesuffix("\n") if ended else text[: text.rindex(content) + len(content)])
     rollout = Rollout(*pad_left([ids[:1]], 1), *pad_right([ids[1:]], 128))
     return float(_scores(judge.network, judge.params, rollout)[0])
-
-
-def said(completion: Any) -> str:
-    return completion if isinstance(completion, str) else completion[0]["content"]
 
 
 def test_rows_keep_their_columns_and_gain_the_best_of_what_sample_writes(models, capsys, monkeypatch):

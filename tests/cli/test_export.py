@@ -1,11 +1,9 @@
 """`rlhf-jax export`: what goes out comes in again, whole or not at all. tests/parity loads it with transformers."""
 
-import contextlib
 import dataclasses
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -16,21 +14,12 @@ from rlhf_jax.loading.models import Base, Policy, RewardModel, load_checkpoint
 from rlhf_jax.models.lora import Adapted, LoraConfig
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
-from rlhf_jax.runtime.checkpoints import Checkpoints, TrainState
 from rlhf_jax.text.hf_tokenizer import PretrainedTokenizer
 from rlhf_jax.text.tokenizer import TokenizerConfig, train_tokenizer
 from rlhf_jax.types import RlhfError, Rollout
 from tests.support import checkpoints, tiny, tokenizer_files
 from tests.support.commands import fails, succeeds
-
-
-def assert_equal(one, other) -> None:
-    assert one.network == other.network
-    assert jax.tree.structure(one.params) == jax.tree.structure(other.params)
-    jax.tree.map(np.testing.assert_array_equal, one.params, other.params)
-    assert one.tokenizer.backend.to_str() == other.tokenizer.backend.to_str()
-    assert one.tokenizer.chat_template == other.tokenizer.chat_template
-    assert one.tokenizer.stop_ids == other.tokenizer.stop_ids
+from tests.support.trained_stages import assert_same_model, write_stage
 
 
 @pytest.mark.parametrize("make", [checkpoints.policy, checkpoints.reward_model])
@@ -38,7 +27,7 @@ def assert_equal(one, other) -> None:
 def test_a_checkpoint_goes_through_unchanged(make, tokenizer, tmp_path, capsys):
     source, out = make(tmp_path / "source", tokenizer), tmp_path / "new" / "out"
     assert succeeds(capsys, "export", f"--model={source}", f"--out={out}").strip() == str(out)
-    assert_equal(load_checkpoint(str(source)), load_checkpoint(str(out)))
+    assert_same_model(load_checkpoint(str(source)), load_checkpoint(str(out)))
     assert (out / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
     assert json.loads((out / "config.json").read_text()) == json.loads((source / "config.json").read_text())
     assert [path.name for path in out.parent.iterdir()] == ["out"]
@@ -59,29 +48,13 @@ def test_another_dtype(tmp_path, capsys):
     assert {leaf.dtype.name for leaf in leaves} == {"bfloat16"}
 
 
-def write_stage(directory, model: Policy | RewardModel, base: Base | None = None, seeds: range = range(1)) -> None:
-    """What a stage leaves of its model, for each seed: its parameters, or those of its adapter beside `base`."""
-    directory.mkdir(parents=True)
-    (directory / "config.json").write_text(json.dumps({"section": {"kind": "x"}, "common": {}, "inputs": {}}))
-    kind = "policy" if isinstance(model, Policy) else "reward"
-    if isinstance(model, Policy):
-        models.save_policy_spec(directory, model, seeds, base=base)
-    else:
-        models.save_reward_spec(directory, model, base=base)
-    params = model.params.adapter if isinstance(model.params, Adapted) else model.params
-    if len(seeds) > 1:
-        params = jax.tree.map(lambda leaf: jnp.stack([leaf] * len(seeds)), params)
-    with contextlib.closing(Checkpoints(directory / "checkpoints", keep=1)) as kept:
-        kept.save(TrainState(jnp.int32(0), {kind: params}, ()))
-
-
 @pytest.mark.parametrize("make", [checkpoints.policy, checkpoints.reward_model])
 def test_a_stage_that_began_with_a_checkpoint(make, tmp_path, capsys):
     model = load_checkpoint(str(make(tmp_path / "source")))
     tuned = model._replace(params=jax.tree.map(lambda leaf: leaf + 1, model.params))
     write_stage(tmp_path / "run" / "dpo", tuned)
     succeeds(capsys, "export", f"--workdir={tmp_path / 'run'}", "--stage=dpo", f"--out={tmp_path / 'out'}")
-    assert_equal(load_checkpoint(str(tmp_path / "out")), tuned)
+    assert_same_model(load_checkpoint(str(tmp_path / "out")), tuned)
 
 
 def test_an_adapter_is_merged(tmp_path, capsys):
@@ -93,7 +66,7 @@ def test_an_adapter_is_merged(tmp_path, capsys):
     adapted = Adapted(model.params, adapter)
     write_stage(tmp_path / "run" / "dpo", model._replace(network=network, params=adapted), Base(source, is_stage=False))
     succeeds(capsys, "export", f"--workdir={tmp_path / 'run'}", "--stage=dpo", f"--out={tmp_path / 'out'}")
-    assert_equal(load_checkpoint(str(tmp_path / "out")), model._replace(params=network.merge(adapted)))
+    assert_same_model(load_checkpoint(str(tmp_path / "out")), model._replace(params=network.merge(adapted)))
 
 
 @pytest.mark.parametrize(("kind", "size"), [("word", 16), ("byte_bpe", 270)])

@@ -6,11 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.cli.test_best_of_n import best, jsonl, models, said
-from tests.support.commands import fails, reads
-
-__all__ = ["models"]  # a fixture
-
+from tests.support.commands import best_of_n, fails, jsonl, reads, said
 
 FUNCTIONS = """
 def vowels(prompts, completions, completion_ids, wanted):
@@ -41,7 +37,7 @@ def test_rewards_may_be_python_of_answers_and_columns(models, mine, tmp_path, ca
     ]
     flags = [models[0], *models[2:], f"--reward={mine}:vowels", f"--reward={mine}:shortness"]
     plain, weighted = (
-        best(flags, capsys, monkeypatch, *more, rows=rows)
+        best_of_n(capsys, monkeypatch, rows, *flags, *more)
         for more in ([], ["--reward-weights=2,0.5", "--batch-size=1"])
     )
     for found, (vowels, short) in ((plain, (1, 1)), (weighted, (2, 0.5))):
@@ -54,7 +50,7 @@ def test_rewards_may_be_python_of_answers_and_columns(models, mine, tmp_path, ca
     assert [row["completions"] for row in plain] == [row["completions"] for row in weighted]
 
     out = f"--out={tmp_path / 'best.jsonl'}"
-    best(flags, capsys, monkeypatch, out, rows=rows)
+    best_of_n(capsys, monkeypatch, rows, *flags, out)
     reads(monkeypatch, jsonl(rows))
     assert "was made otherwise: reward_weights None there" in fails(
         capsys, "best-of-n", *flags, out, "--reward-weights=1,1"

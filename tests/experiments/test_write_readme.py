@@ -11,7 +11,7 @@ from rlhf_jax.reports.run import Run
 from rlhf_jax.runtime import provenance
 from rlhf_jax.runtime.files import read_json, read_rows, write_json, write_rows
 from tests.support import workdirs
-from tests.test_main import ROOT
+from tests.support.own_data import ROOT
 
 GOLD = {"sft": (0.0, 0.1, -0.1), "best_of_16": (1.1, 1.3, 1.0), "dpo_1": (0.2, 0.3, 0.2), "ppo": (2.1, 1.8, 1.9)}
 CHOSEN = (0.7, 0.7, 0.5)

@@ -22,9 +22,9 @@ from rlhf_jax.runtime.optimizers import gradients
 from rlhf_jax.stages import group_rl, ppo
 from rlhf_jax.stages.ppo import start_value
 from rlhf_jax.types import RlhfError, Rollout
-from tests.runtime.test_gradients import demonstrations, with_micro_batch
-from tests.runtime.test_programs import assert_close
 from tests.support import tiny
+from tests.support.programs import assert_close
+from tests.support.tiny import demonstrations, with_micro_batch
 
 SHARED = dataclasses.replace(tiny.NETWORKS, value="shared")
 ROLLOUT = Rollout(

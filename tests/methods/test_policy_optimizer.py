@@ -16,8 +16,8 @@ from rlhf_jax.interop import hf
 from rlhf_jax.methods.policy_optimizer import make_optimizer, rates
 from rlhf_jax.runtime.optimizers import NORMS_AND_BIASES, learning_rate, update
 from rlhf_jax.stages import ppo
-from tests.runtime.test_programs import PLACEMENTS, assert_close, run_ppo
 from tests.support import experiments, tiny
+from tests.support.programs import PLACEMENTS, assert_close, run_ppo
 
 ADAM = dataclasses.replace(tiny.OPTIMIZER, learning_rate=1e-2, epsilon=1e-8, weight_decay=0.1)
 KEY = jax.random.key(0)

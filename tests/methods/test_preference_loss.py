@@ -24,8 +24,8 @@ from rlhf_jax.runtime.optimizers import OptimizerConfig, make_optimizer
 from rlhf_jax.runtime.programs import make_placement
 from rlhf_jax.stages import dpo
 from rlhf_jax.types import PreferenceBatch, RlhfError
-from tests.runtime.test_programs import assert_close
 from tests.support import tiny
+from tests.support.programs import assert_close
 
 CHANGES: dict[str, Any] = {
     "label_smoothing": 0.1,

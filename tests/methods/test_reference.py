@@ -1,8 +1,6 @@
 """A reference that follows the policy, and one whose log-probabilities are kept on disk."""
 
 import dataclasses
-import json
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +17,8 @@ from rlhf_jax.runtime.checkpoints import load_params
 from rlhf_jax.stages import dpo
 from rlhf_jax.text.tokenizer import load_tokenizer
 from rlhf_jax.types import RlhfError
-from tests.runtime.test_programs import assert_close
 from tests.support import disk, experiments, tiny, tokenizer_files
+from tests.support.programs import assert_close
 
 SIGMOID = dpo.SIGMOID
 
@@ -108,43 +106,16 @@ def test_a_file_that_is_broken_is_one_message(cache, monkeypatch):
         reference.precomputed_ref_logps(*arguments, 3)
 
 
-def preference_rows(path):
-    rng = np.random.default_rng(0)
-
-    def say(role):
-        return [{"role": role, "content": " ".join(rng.choice(experiments.WORDS, rng.integers(1, 6)))}]
-
-    rows = [{"prompt": say("user"), "chosen": say("assistant"), "rejected": say("assistant")} for _ in range(24)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def section(policy: str, **changes: Any) -> dict[str, Any]:
-    return {
-        "kind": "dpo",
-        "policy": policy,
-        "preferences": None,
-        "beta": 0.3,
-        "optimizer": experiments.OPTIMIZER,
-        "batch_size": 8,
-        "epochs": 4.0,
-        "sample_prompts": 0,
-        "eval_every": 4,
-        "loop": experiments.LOOP,
-        **changes,
-    }
-
-
 def test_a_run_with_a_kept_reference_is_the_run_with_a_live_one(cache, tmp_path, monkeypatch):
     model, _ = experiments.models(tmp_path)
     counts = counted(monkeypatch)
     stages = {
-        "live": section(model),
-        "kept": section(model, cached_reference=True),
-        "again": section(model, cached_reference=True, beta=0.1),
-        "follows": section(model, reference_update={"alpha": 1.0, "every": 4}),
+        "live": experiments.dpo_section(model),
+        "kept": experiments.dpo_section(model, cached_reference=True),
+        "again": experiments.dpo_section(model, cached_reference=True, beta=0.1),
+        "follows": experiments.dpo_section(model, reference_update={"alpha": 1.0, "every": 4}),
     }
-    done = experiments.run(tmp_path / "run", preference_rows(tmp_path / "pairs.jsonl"), stages)
+    done = experiments.run(tmp_path / "run", experiments.preference_rows(tmp_path / "pairs.jsonl"), stages)
     metrics = {name: experiments.rows(done.find(name) / "metrics.jsonl") for name in stages}
     assert counts == [24]  # once, for two stages, training and evaluation: the rows are the same
     for live, kept in zip(metrics["live"], metrics["kept"], strict=True):
@@ -180,4 +151,4 @@ def test_a_run_with_a_kept_reference_is_the_run_with_a_live_one(cache, tmp_path,
 )
 def test_what_cannot_work_is_refused(changes, message):
     with pytest.raises(RlhfError, match=message):
-        configs.build(dpo.DPOConfig, section("sft", **changes), "config.dpo")
+        configs.build(dpo.DPOConfig, experiments.dpo_section("sft", **changes), "config.dpo")

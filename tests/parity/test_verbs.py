@@ -15,10 +15,9 @@ import transformers
 
 from rlhf_jax.loading.models import Base, Policy, RewardModel, as_reward_model, load_checkpoint
 from rlhf_jax.types import Rollout
-from tests.cli.test_adapters import adapted
-from tests.cli.test_export import write_stage
 from tests.support import checkpoints, tokenizer_files
 from tests.support.commands import reads, succeeds
+from tests.support.trained_stages import adapted, write_stage
 
 NEW = 30
 

@@ -6,8 +6,8 @@ from rlhf_jax.reports import report
 from rlhf_jax.reports.cautions import cautions, meaningless
 from rlhf_jax.reports.run import Run
 from rlhf_jax.runtime.files import read_json, read_rows, write_json, write_rows
-from tests.reports.test_table import shown
 from tests.support import workdirs
+from tests.support.workdirs import shown
 
 
 def reward_model_ranks(root, accuracy, low, high):

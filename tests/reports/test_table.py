@@ -1,26 +1,18 @@
 import csv
-import io
 
 import pandas as pd
 import pytest
-from rich.console import Console
 
 from rlhf_jax.reports import table
-from rlhf_jax.reports.report import print_summary
 from rlhf_jax.reports.run import Run
 from tests.support import workdirs
+from tests.support.workdirs import shown
 
 # As the issue that asked for the table wrote them.
 ISSUE = """method, seed, n_prompts, gold_score, gold_se, win_rate, win_low, win_high, reward_score, kl, kl_se, length,
 vader, distinct_2, seconds"""
 COLUMNS = [name.strip() for name in ISSUE.split(",")]
 FURTHER = [*workdirs.further(workdirs.result_row("sft", 0, None, 0.0, 0.0, None))]
-
-
-def shown(run: Run, width: int = 100) -> str:
-    console = Console(width=width, file=io.StringIO(), force_terminal=False)
-    print_summary(run, console)
-    return console.file.getvalue()  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="module")

@@ -24,15 +24,7 @@ from rlhf_jax.sampling.batches import score_all
 from rlhf_jax.types import RlhfError, Rollout
 from tests.support import experiments, tiny
 
-DATA = pipeline.DataConfig(
-    train="",
-    eval="",
-    test=None,
-    limit=None,
-    text_prompt_tokens=(1, 2),
-    max_prompt_tokens=24,
-    max_response_tokens=8,
-)
+DATA = experiments.data_config("unread")
 RLOO = {
     "kind": "group_rl",
     "method": "rloo",
@@ -54,9 +46,10 @@ from rlhf_jax.data.padding import pad_left, pad_right
 from rlhf_jax.sampling.batches import score_all
 from rlhf_jax.loading.models import load_checkpoint
 from rlhf_jax.types import Rollout
-from tests.rewards.test_sources import DATA
+from tests.support import experiments
 
 JUDGE = load_checkpoint({judge!r})
+DATA = experiments.data_config("unread")
 
 def by_judge(prompts, completions, completion_ids, **columns):
     assert all(chat[-1]["role"] == "user" for chat in prompts)

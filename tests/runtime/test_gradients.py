@@ -16,21 +16,10 @@ from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.runtime.optimizers import OptimizerConfig, gradients, make_optimizer
 from rlhf_jax.runtime.programs import make_placement
 from rlhf_jax.stages import dpo, ppo, reward_model, sft
-from rlhf_jax.types import RlhfError, TokenBatch
-from tests.runtime.test_programs import PLACEMENTS, assert_close
+from rlhf_jax.types import RlhfError
 from tests.support import tiny
-
-
-def with_micro_batch(rows, **changes) -> OptimizerConfig:
-    return dataclasses.replace(tiny.OPTIMIZER, micro_batch=rows, **changes)
-
-
-def demonstrations(rows: int = 16) -> TokenBatch:
-    """Lengths from 2 tokens to all: the micro-batches' means are far from equally weighted."""
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(4, tiny.VOCAB, (rows, 10)).astype(np.int32)
-    mask = tiny.prefix_mask(rng, rows, 10, least=2)
-    return TokenBatch(tokens, mask, mask & (np.arange(10)[None] > 0))
+from tests.support.programs import PLACEMENTS, assert_close
+from tests.support.tiny import demonstrations, with_micro_batch
 
 
 @functools.cache

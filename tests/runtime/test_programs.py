@@ -1,7 +1,6 @@
 """One step gives the same numbers on one device, on every mesh, and under pmap; several seeds are several runs."""
 
 import dataclasses
-from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,17 +14,7 @@ from rlhf_jax.runtime.programs import SEED_AXIS, HostSteps, RuntimeConfig, Score
 from rlhf_jax.stages import dpo, ppo
 from rlhf_jax.types import RlhfError
 from tests.support import tiny
-
-
-def runtime(strategy: Literal["jit", "pmap"], **sizes: Any) -> RuntimeConfig:
-    return dataclasses.replace(tiny.ONE_DEVICE, strategy=strategy, **sizes)
-
-
-PLACEMENTS = {
-    "data=8": runtime("jit", data=8, fsdp=1, tensor=1),
-    "fsdp=4 x tensor=2": runtime("jit", data=1, fsdp=4, tensor=2),
-    "pmap=8": runtime("pmap", data=8, fsdp=1, tensor=1),
-}
+from tests.support.programs import PLACEMENTS, assert_close, run_ppo, runtime
 
 
 def run_dpo(config: RuntimeConfig):
@@ -37,20 +26,6 @@ def run_dpo(config: RuntimeConfig):
     batches = tiny.several([tiny.preferences(16, seed) for seed in range(3)])
     state, metrics, _ = placement.compile(step, state)(state, frozen, batches, jax.random.key(0))
     return jax.device_get((placement.whole(state).params, metrics))
-
-
-def run_ppo(where: RuntimeConfig, config: ppo.PPOConfig = tiny.PPO, iterations: int = 1):
-    placement = make_placement(where, seeds=1)
-    step = ppo.make_step(tiny.NETWORKS, config, placement.axes, ())
-    state = placement.put_state(tiny.ppo_state(config))
-    frozen = placement.put_frozen(tiny.ppo_frozen())
-    batches = tiny.several([tiny.prompts(config.batch_size, seed) for seed in range(iterations)])
-    state, metrics, samples = placement.compile(step, state)(state, frozen, batches, jax.random.key(0))
-    return jax.device_get((placement.whole(state).params, metrics, samples))
-
-
-def assert_close(actual, expected, tolerance: float = 1e-5) -> None:
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=tolerance, rtol=tolerance), actual, expected)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from rlhf_jax.runtime import provenance
 from rlhf_jax.runtime.files import read_json, read_rows, write_json
 from rlhf_jax.runtime.workdir import Identity
 from tests.support import xla_flags
-from tests.test_main import PREFERENCES, files
+from tests.support.own_data import PREFERENCES, files
 
 ROOT = Path(rlhf_jax.__file__).parents[1]
 ASK = "import json; from rlhf_jax.runtime import provenance; print(json.dumps(provenance.machine()))"

@@ -13,8 +13,8 @@ from rlhf_jax.runtime import rounding
 from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.runtime.optimizers import make_optimizer, update
 from rlhf_jax.runtime.programs import make_placement
-from tests.runtime.test_programs import PLACEMENTS
 from tests.support import tiny
+from tests.support.programs import PLACEMENTS
 
 STEPS, WEIGHTS, RATE = 50, 128, 1e-6
 KEY = jax.random.key(0)

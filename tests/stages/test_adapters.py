@@ -22,11 +22,10 @@ from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.runtime.optimizers import make_optimizer
 from rlhf_jax.runtime.programs import make_placement
 from rlhf_jax.stages import dpo, ppo, reward_model, sft
-from tests.runtime.test_gradients import demonstrations
-from tests.runtime.test_programs import PLACEMENTS, assert_close
-from tests.stages.test_learning import QUICK
-from tests.stages.test_pretrained import arguments
 from tests.support import checkpoints, tiny
+from tests.support.own_data import chat_arguments
+from tests.support.programs import PLACEMENTS, QUICK, assert_close
+from tests.support.tiny import demonstrations
 
 LORA = LoraConfig(rank=2, alpha=4.0, targets=("attention/[qv]", "up"))
 POLICY = dataclasses.replace(tiny.POLICY, lora=LORA)
@@ -143,7 +142,7 @@ def adapter_of_others(directory):
 def finished(tmp_path_factory):
     directory = tmp_path_factory.mktemp("adapters")
     model = adapter_of_others(directory)
-    flags = [*arguments(f"{model},lora=2", directory), f"--workdir={directory / 'run'}"]
+    flags = [*chat_arguments(f"{model},lora=2", directory), f"--workdir={directory / 'run'}"]
     assert main([*flags, "--config.stages=('sft','dpo')"]) == 0
     return directory / "run"
 

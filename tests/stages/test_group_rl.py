@@ -18,8 +18,8 @@ from rlhf_jax.models.scalars import ScalarNetwork
 from rlhf_jax.runtime.programs import SEED_AXIS, HostSteps, Scored, compile_host_steps, make_placement
 from rlhf_jax.stages import group_rl
 from rlhf_jax.types import RlhfError, Rollout
-from tests.runtime.test_programs import assert_close, runtime
 from tests.support import tiny
+from tests.support.programs import assert_close, runtime
 
 FIELDS = tiny.GROUP_RL
 ROWS, GROUP, ITERATIONS = FIELDS["batch_size"], FIELDS["num_generations"], FIELDS["iterations"]

@@ -11,9 +11,8 @@ import pytest
 from rlhf_jax.runtime.programs import make_placement
 from rlhf_jax.stages import kto
 from rlhf_jax.types import RlhfError, UnpairedBatch
-from tests.runtime.test_programs import PLACEMENTS, assert_close
-from tests.stages import test_learning as learning
 from tests.support import experiments, tiny
+from tests.support.programs import PLACEMENTS, QUICK, assert_close, learn
 
 ROWS, BETA = 16, 0.3
 WEIGHTED = kto.UnpairedLossConfig(desirable_weight=1.7, undesirable_weight=0.6)
@@ -183,7 +182,7 @@ def good_endings(seed: int) -> UnpairedBatch:
 def test_kto_learns_what_is_good():
     params, frozen = {"policy": tiny.policy_params()}, {"reference": tiny.policy_params(), "beta": jnp.float32(0.1)}
     batches = [good_endings(seed % 4) for seed in range(60)]
-    metrics, _ = learning.run(kto.make_step(tiny.POLICY, learning.QUICK, 60, ()), params, frozen, batches)
+    metrics, _ = learn(kto.make_step(tiny.POLICY, QUICK, 60, ()), params, frozen, batches)
     np.testing.assert_allclose(metrics["loss"][0], 0.5, atol=1e-6)  # the policy is still its reference
     np.testing.assert_allclose(metrics["kl"][0], 0, atol=1e-5)
     assert metrics["loss"][-4:].mean() < 0.4

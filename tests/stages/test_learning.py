@@ -1,7 +1,5 @@
 """Each stage's step, repeated, learns what it is for."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,24 +8,10 @@ from rlhf_jax.data.pipeline import Prompts
 from rlhf_jax.data.prompts import PromptSource, at_round
 from rlhf_jax.methods.experience import gather_experience
 from rlhf_jax.methods.policy_method import Sampled
-from rlhf_jax.runtime.checkpoints import TrainState
-from rlhf_jax.runtime.optimizers import make_optimizer
-from rlhf_jax.runtime.programs import make_placement
 from rlhf_jax.stages import dpo, ppo, reward_model, sft
 from rlhf_jax.types import Rollout, TokenBatch
 from tests.support import tiny
-
-QUICK = dataclasses.replace(tiny.OPTIMIZER, learning_rate=1e-2)
-
-
-def run(step, params, frozen, batches):
-    """All metrics of a run of one step a batch, and the last samples."""
-    state = TrainState(jnp.int32(0), params, make_optimizer(QUICK, len(batches)).init(params))
-    placement = make_placement(tiny.ONE_DEVICE, seeds=1)
-    state = placement.put_state(state)
-    program = placement.compile(step, state)
-    _, metrics, samples = program(state, placement.put_frozen(frozen), tiny.several(batches), jax.random.key(0))
-    return jax.device_get((metrics, samples))
+from tests.support.programs import QUICK, learn
 
 
 def preferred_token_pairs(seed: int):
@@ -43,7 +27,7 @@ def test_sft_learns_a_sequence():
     tokens = np.tile(np.array([1, 4, 5, 6, 7, 8, 2, 0], np.int32), (16, 1))
     mask = tokens != 0
     batch = TokenBatch(tokens, mask, mask & (np.arange(8) > 0))
-    metrics, _ = run(sft.make_step(tiny.POLICY, QUICK, 60, ()), {"policy": tiny.policy_params()}, (), [batch] * 60)
+    metrics, _ = learn(sft.make_step(tiny.POLICY, QUICK, 60, ()), {"policy": tiny.policy_params()}, (), [batch] * 60)
     assert metrics["loss"][0] > 1.5
     assert metrics["loss"][-1] < 0.1
     assert metrics["mean_token_accuracy"][-1] == 1
@@ -52,7 +36,9 @@ def test_sft_learns_a_sequence():
 
 def test_the_reward_model_learns_what_is_preferred():
     batches = [preferred_token_pairs(seed) for seed in range(60)]
-    metrics, _ = run(reward_model.make_step(tiny.REWARD, QUICK, 60, ()), {"reward": tiny.reward_params()}, (), batches)
+    metrics, _ = learn(
+        reward_model.make_step(tiny.REWARD, QUICK, 60, ()), {"reward": tiny.reward_params()}, (), batches
+    )
     assert metrics["accuracy"][:5].mean() < 0.9
     assert metrics["accuracy"][-5:].mean() > 0.95
 
@@ -60,7 +46,7 @@ def test_the_reward_model_learns_what_is_preferred():
 def test_dpo_learns_what_is_preferred():
     frozen = {"reference": tiny.policy_params(), "beta": jnp.float32(0.1)}
     batches = [preferred_token_pairs(seed % 4) for seed in range(100)]
-    metrics, _ = run(dpo.make_step(tiny.POLICY, QUICK, 100, ()), {"policy": tiny.policy_params()}, frozen, batches)
+    metrics, _ = learn(dpo.make_step(tiny.POLICY, QUICK, 100, ()), {"policy": tiny.policy_params()}, frozen, batches)
     np.testing.assert_allclose(metrics["loss"][0], np.log(2), atol=1e-6)  # the policy is still its reference
     assert metrics["rewards/accuracies"][-5:].mean() > 0.95
     assert metrics["rewards/margins"][-1] > metrics["rewards/margins"][1] > 0
@@ -72,7 +58,7 @@ def test_ppo_pleases_the_reward_model_and_a_penalty_holds_it_back():
         params = {"policy": tiny.policy_params(), "value": tiny.REWARD.init_value(tiny.reward_params())}
         frozen = {"reference": tiny.policy_params(), "reward": tiny.reward_params()}
         step = ppo.make_step(tiny.NETWORKS, config, (), ())
-        return run(step, params, frozen, [tiny.prompts(16, seed) for seed in range(40)])
+        return learn(step, params, frozen, [tiny.prompts(16, seed) for seed in range(40)])
 
     free, samples = train(0.0)
     held, _ = train(1.0)

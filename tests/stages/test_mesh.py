@@ -11,7 +11,6 @@ from rlhf_jax.loading.context import Context
 from rlhf_jax.loading.models import Policy, RewardModel, load_stage_policy
 from rlhf_jax.models.sharding import shardings
 from rlhf_jax.runtime.programs import MeshPlacement, RuntimeConfig, make_placement
-from tests.methods.test_reference import preference_rows, section
 from tests.support import experiments
 
 MESH = {**experiments.RUNTIME, "fsdp": 4, "tensor": 2}
@@ -26,9 +25,9 @@ def runs(tmp_path_factory):
     """A stage on one device and on eight; what the latter loaded, and what else was then on devices."""
     directory = tmp_path_factory.mktemp("mesh")
     model, _ = experiments.models(directory)
-    pairs = preference_rows(directory / "pairs.jsonl")
+    pairs = experiments.preference_rows(directory / "pairs.jsonl")
     loop = {"steps_per_call": 3, "checkpoint_every": 100}
-    stages = {"dpo": section(model, epochs=1.0, sample_prompts=2, loop=loop)}
+    stages = {"dpo": experiments.dpo_section(model, epochs=1.0, sample_prompts=2, loop=loop)}
     loads, load = [], Context.model
 
     def spied(self, *arguments):

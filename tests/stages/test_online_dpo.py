@@ -18,10 +18,9 @@ from rlhf_jax.runtime.programs import SEED_AXIS, HostSteps, Scored, compile_host
 from rlhf_jax.stages import online_dpo
 from rlhf_jax.text.tokenizer import TokenizerConfig, train_tokenizer
 from rlhf_jax.types import Rollout
-from tests.runtime.test_programs import PLACEMENTS, assert_close
-from tests.stages import test_learning as learning
 from tests.support import experiments, tiny
 from tests.support.judge_server import likes_longer, serving
+from tests.support.programs import PLACEMENTS, QUICK, assert_close, learn
 
 CONFIG = online_dpo.OnlineDPOConfig(
     kind="online_dpo",
@@ -118,13 +117,13 @@ def test_the_higher_score_is_chosen_and_of_a_tie_the_first():
 
 def test_it_pleases_the_reward_model():
     changes = {"iterations": 50, "minibatches": 1, "epochs": 1, "missing_eos_penalty": 0.0, "beta": 0.02}
-    config = dataclasses.replace(CONFIG, optimizer=learning.QUICK, loss=MIXTURE, **changes)
+    config = dataclasses.replace(CONFIG, optimizer=QUICK, loss=MIXTURE, **changes)
     params, frozen = (
         {"policy": tiny.policy_params()},
         {"reference": tiny.policy_params(), "reward": tiny.reward_params()},
     )
     step = online_dpo.make_step(NETWORKS, config, (), ())
-    metrics, _ = learning.run(step, params, frozen, [tiny.prompts(16, seed) for seed in range(50)])
+    metrics, _ = learn(step, params, frozen, [tiny.prompts(16, seed) for seed in range(50)])
     scores = metrics["objective/scores"]
     np.testing.assert_allclose(metrics["objective/kl"][0], 0, atol=1e-5)  # the policy is still its reference
     first = (np.log(2), (1 / (2 * 0.02)) ** 2)

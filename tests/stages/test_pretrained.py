@@ -22,6 +22,7 @@ from rlhf_jax.reports import Run
 from rlhf_jax.rewards.scorers import make_scorer
 from rlhf_jax.types import Rollout
 from tests.support import checkpoints, tokenizer_files
+from tests.support.own_data import chat_arguments
 
 DATA = pipeline.DataConfig(
     train="",
@@ -32,44 +33,13 @@ DATA = pipeline.DataConfig(
     max_prompt_tokens=48,
     max_response_tokens=32,
 )
-ROOT = Path(__file__).parents[2]
-
-
-def chats(path: Path, rows: int, seed: int) -> Path:
-    rng = np.random.default_rng(seed)
-    words = ["the", "film", "is", "good", "bad", "dull"]
-
-    def text() -> str:
-        return " ".join(rng.choice(words, rng.integers(1, 3)))
-
-    def message(role: str) -> dict[str, str]:
-        return {"role": role, "content": text()}
-
-    with path.open("w") as file:
-        for _ in range(rows):
-            row = {"prompt": [message("user")], "chosen": [message("assistant")], "rejected": [message("assistant")]}
-            file.write(json.dumps(row) + "\n")
-    return path
-
-
-def arguments(model: str, directory: Path) -> list[str]:
-    data = [
-        f"--config.data.{split}={chats(directory / f'{split}.jsonl', rows, rows)}"
-        for split, rows in (("train", 40), ("eval", 16))
-    ]
-    return [
-        f"--config={ROOT}/experiments/preferences.py:smoke,init={model}",
-        *data,
-        "--config.data.max_prompt_tokens=48",
-        "--config.data.max_response_tokens=16",
-    ]
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> tuple[Path, Path]:
     directory = tmp_path_factory.mktemp("pretrained")
     model = checkpoints.policy(directory / "model")
-    assert main([*arguments(str(model), directory), f"--workdir={directory / 'run'}"]) == 0
+    assert main([*chat_arguments(str(model), directory), f"--workdir={directory / 'run'}"]) == 0
     return model, directory / "run"
 
 
@@ -116,7 +86,7 @@ def test_what_was_trained_goes_out_again(finished, tmp_path):
 
 def test_a_changed_checkpoint_is_noticed(finished, tmp_path, capsys):
     model, workdir = finished
-    same = [*arguments(str(model), tmp_path), f"--workdir={workdir}"]  # the same bytes of data, in other files
+    same = [*chat_arguments(str(model), tmp_path), f"--workdir={workdir}"]  # the same bytes of data, in other files
     assert main(same) == 0
     assert "nothing to do" in capsys.readouterr().out
     weights = model / "model.safetensors"
@@ -134,7 +104,7 @@ def test_a_changed_checkpoint_is_noticed(finished, tmp_path, capsys):
     [("nothing", "no stage"), ("./nowhere", "no stage"), ("sft", "which is not before it")],
 )
 def test_a_model_that_is_not_there(name, message, tmp_path, capsys):
-    assert main([*arguments(name, tmp_path), f"--workdir={tmp_path / 'run'}"]) == 1
+    assert main([*chat_arguments(name, tmp_path), f"--workdir={tmp_path / 'run'}"]) == 1
     assert message in capsys.readouterr().err
 
 
@@ -170,7 +140,7 @@ def test_a_reward_model_with_another_tokenizer_reads_the_texts(tokenizer, tmp_pa
 def test_ppo_against_a_reward_model_with_another_tokenizer(finished, tmp_path):
     model, workdir = finished
     judge = checkpoints.reward_model(tmp_path / "judge", tokenizer_files.llama2)
-    flags = [*arguments(str(model), workdir.parent), f"--workdir={tmp_path / 'run'}", f"--inputs={workdir}"]
+    flags = [*chat_arguments(str(model), workdir.parent), f"--workdir={tmp_path / 'run'}", f"--inputs={workdir}"]
     assert main([*flags, f"--config.ppo.reward_model={judge}", "--stage=ppo"]) == 0
     rows = [json.loads(line) for line in (tmp_path / "run" / "ppo" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2]
@@ -179,7 +149,7 @@ def test_ppo_against_a_reward_model_with_another_tokenizer(finished, tmp_path):
 
 def test_a_language_model_is_no_reward_model(finished, tmp_path, capsys):
     model, workdir = finished
-    flags = [*arguments(str(model), workdir.parent), f"--workdir={tmp_path / 'run'}", f"--inputs={workdir}"]
+    flags = [*chat_arguments(str(model), workdir.parent), f"--workdir={tmp_path / 'run'}", f"--inputs={workdir}"]
     assert main([*flags, f"--config.ppo.reward_model={model}", "--stage=ppo"]) == 1
     assert "is a language model where a reward model is needed" in capsys.readouterr().err
 
@@ -191,6 +161,6 @@ def test_more_tokens_than_learnt_positions_are_refused(tmp_path, capsys):
     params = PolicyNetwork(shape, 370, ()).init(jax.random.key(0))
     hf.save_pretrained(tmp_path / "model", "policy", params, config)
     tokenizer_files.chatml(tmp_path / "model")
-    flags = [*arguments(str(tmp_path / "model"), tmp_path), f"--workdir={tmp_path / 'run'}", "--stage=sft"]
+    flags = [*chat_arguments(str(tmp_path / "model"), tmp_path), f"--workdir={tmp_path / 'run'}", "--stage=sft"]
     assert main(flags) == 1
     assert "has learnt 40 positions" in capsys.readouterr().err

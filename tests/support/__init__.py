@@ -2,6 +2,7 @@
 
 Small models and data, in memory
     tiny            networks, batches, states and stage configs for tests of one training step
+    programs        training steps of the tiny networks on one device and on meshes, and short runs
     networks        networks with random parameters, and padded batches of tokens, for models/ and sampling/
     padded_arrays   random arrays with uneven masks for core/, and the property that padding changes nothing
     exact_world     a policy whose every response can be listed, so that expectations are sums
@@ -10,6 +11,8 @@ Files and servers
     checkpoints     Hugging Face checkpoints of a random llama
     tokenizer_files Hugging Face tokenizers and chat templates
     gguf_files      GGUF files
+    trained_stages  models as a stage leaves them
+    own_data        the smoke experiment's flags and files of pairs
     experiments     stages that start from such checkpoints
     workdirs        finished work directories, written without training
     http_server     an HTTP server on this machine; hub_server and judge_server are a model hub and a judge

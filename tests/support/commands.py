@@ -1,7 +1,9 @@
 """The command line as a test calls it."""
 
 import io
+import json
 import sys
+from typing import Any
 
 import pytest
 
@@ -29,3 +31,19 @@ def reads(monkeypatch: pytest.MonkeyPatch, content: str | bytes) -> None:
     """Gives the next command an input."""
     encoded = content.encode() if isinstance(content, str) else content
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(encoded), encoding="utf-8"))
+
+
+def jsonl(rows: list[dict[str, Any]]) -> str:
+    """The text of a JSON lines file."""
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def said(completion: Any) -> str:
+    """The text of an answer, whether it is a string or a chat."""
+    return completion if isinstance(completion, str) else completion[0]["content"]
+
+
+def best_of_n(capsys, monkeypatch, rows: list[dict[str, Any]], *arguments: str) -> list[dict[str, Any]]:
+    """The rows that `best-of-n` writes for rows on its standard input."""
+    reads(monkeypatch, jsonl(rows))
+    return [json.loads(line) for line in succeeds(capsys, "best-of-n", *arguments).splitlines()]

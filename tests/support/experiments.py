@@ -94,7 +94,7 @@ def questions(path: Path, rows: int) -> Path:
     return path
 
 
-def data_config(data: Path) -> DataConfig:
+def data_config(data: Path | str) -> DataConfig:
     return DataConfig(
         train=str(data),
         eval=str(data),
@@ -178,3 +178,32 @@ def assert_same_bits(one: Any, other: Any) -> None:
     for leaf, twin in zip(leaves, others, strict=True):
         first, second = np.asarray(leaf), np.asarray(twin)
         assert first.dtype == second.dtype and first.tobytes() == second.tobytes()
+
+
+def preference_rows(path: Path) -> Path:
+    """Pairs of chats of one message each."""
+    rng = np.random.default_rng(0)
+
+    def say(role):
+        return [{"role": role, "content": " ".join(rng.choice(WORDS, rng.integers(1, 6)))}]
+
+    rows = [{"prompt": say("user"), "chosen": say("assistant"), "rejected": say("assistant")} for _ in range(24)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def dpo_section(policy: str, **changes: Any) -> dict[str, Any]:
+    """A DPO stage of twelve updates on `preference_rows`."""
+    return {
+        "kind": "dpo",
+        "policy": policy,
+        "preferences": None,
+        "beta": 0.3,
+        "optimizer": OPTIMIZER,
+        "batch_size": 8,
+        "epochs": 4.0,
+        "sample_prompts": 0,
+        "eval_every": 4,
+        "loop": LOOP,
+        **changes,
+    }

@@ -19,7 +19,7 @@ from rlhf_jax.runtime.loop import LoopConfig
 from rlhf_jax.runtime.optimizers import OptimizerConfig, make_optimizer
 from rlhf_jax.runtime.programs import RuntimeConfig
 from rlhf_jax.stages import group_rl, ppo
-from rlhf_jax.types import PreferenceBatch, PromptBatch, Rollout
+from rlhf_jax.types import PreferenceBatch, PromptBatch, Rollout, TokenBatch
 
 VOCAB, EOS, SUPPRESSED = 16, 2, (0, 1, 3)
 PROMPT, RESPONSE = 4, 6
@@ -170,3 +170,15 @@ def group_config(method, **changes) -> group_rl.GroupRLConfig:
     if "kl_coef" not in group_rl.METHODS[method]:
         fields.setdefault("kl_coef", 0.01)
     return group_rl.GroupRLConfig(**fields)
+
+
+def with_micro_batch(rows, **changes) -> OptimizerConfig:
+    return dataclasses.replace(OPTIMIZER, micro_batch=rows, **changes)
+
+
+def demonstrations(rows: int = 16) -> TokenBatch:
+    """Lengths from 2 tokens to all: the micro-batches' means are far from equally weighted."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(4, VOCAB, (rows, 10)).astype(np.int32)
+    mask = prefix_mask(rng, rows, 10, least=2)
+    return TokenBatch(tokens, mask, mask & (np.arange(10)[None] > 0))

@@ -1,16 +1,20 @@
 """Small work directories as an experiment would leave them, written with the package's own functions."""
 
+import io
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from rich.console import Console
 
 from rlhf_jax.loading.models import Policy, RewardModel, save_policy_spec, save_reward_spec
 from rlhf_jax.models.model_config import ModelConfig
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
+from rlhf_jax.reports import Run
+from rlhf_jax.reports.report import print_summary
 from rlhf_jax.rewards import tfidf
 from rlhf_jax.rewards.tfidf import TfidfRidgeConfig
 from rlhf_jax.runtime.checkpoints import Checkpoints, TrainState
@@ -271,3 +275,10 @@ def write_models(root: Path, *, with_reward_model: bool = True, seeds: int = 1) 
         checkpoints = Checkpoints(directory / "checkpoints", keep=1)
         checkpoints.save(TrainState(jnp.int32(7), params, ()))
         checkpoints.close()
+
+
+def shown(run: Run, width: int = 100) -> str:
+    """The summary as it is printed."""
+    console = Console(width=width, file=io.StringIO(), force_terminal=False)
+    print_summary(run, console)
+    return console.file.getvalue()  # type: ignore[attr-defined]

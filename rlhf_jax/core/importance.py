@@ -12,11 +12,11 @@ off-policy RL training"); of responses and masking: Liu et al. 2025 ("When speed
 
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from rlhf_jax.core import masking
+from rlhf_jax.core import metrics
+from rlhf_jax.core.metrics import Metric
 from rlhf_jax.core.ratios import ratio
 
 
@@ -82,17 +82,15 @@ WEIGHTS: dict[str, Callable[..., Array]] = {
 
 def weight_metrics(
     weights: Float[Array, "B T"], response_mask: Bool[Array, "B T"], axes: tuple[str, ...]
-) -> dict[str, Array]:
+) -> dict[str, Metric]:
     """`sampling/importance_sampling_ratio/{min,mean,max}`, TRL's name for the weights, over all tokens.
 
     A minimum of 0 says that something was masked.
     """
-    least = jnp.min(jnp.where(response_mask, weights, jnp.inf))
-    most = jnp.max(jnp.where(response_mask, weights, 0))
     return {
-        "sampling/importance_sampling_ratio/min": jax.lax.pmin(least, axes) if axes else least,
-        "sampling/importance_sampling_ratio/mean": masking.masked_mean(weights, response_mask, axes),
-        "sampling/importance_sampling_ratio/max": jax.lax.pmax(most, axes) if axes else most,
+        "sampling/importance_sampling_ratio/min": metrics.smallest(jnp.where(response_mask, weights, jnp.inf), axes),
+        "sampling/importance_sampling_ratio/mean": metrics.masked_mean(weights, response_mask, axes),
+        "sampling/importance_sampling_ratio/max": metrics.largest(jnp.where(response_mask, weights, 0), axes),
     }
 
 
@@ -101,17 +99,15 @@ def sampler_difference(
     sampler_logprobs: Float[Array, "B T"],
     response_mask: Bool[Array, "B T"],
     axes: tuple[str, ...],
-) -> dict[str, Array]:
+) -> dict[str, Metric]:
     """`sampling/sampling_logp_difference/{mean,max}`: distance of the sampler from the learner, in nats a token.
 
     The absolute difference of one policy's log-probabilities by two programs, as in TRL's GRPOTrainer.
     """
-    logprobs = jax.lax.stop_gradient(logprobs)  # a maximum over devices has no derivative
-    apart = jnp.abs(jnp.where(response_mask, logprobs - sampler_logprobs, 0))
-    farthest = jnp.max(apart)
+    difference = jnp.abs(jnp.where(response_mask, logprobs - sampler_logprobs, 0))
     return {
-        "sampling/sampling_logp_difference/mean": masking.masked_mean(apart, response_mask, axes),
-        "sampling/sampling_logp_difference/max": jax.lax.pmax(farthest, axes) if axes else farthest,
+        "sampling/sampling_logp_difference/mean": metrics.masked_mean(difference, response_mask, axes),
+        "sampling/sampling_logp_difference/max": metrics.largest(difference, axes),
     }
 
 

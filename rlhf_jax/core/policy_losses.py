@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from rlhf_jax.core import masking, ratios
+from rlhf_jax.core import masking, metrics, ratios
+from rlhf_jax.core.metrics import Mean, Metric
 
 
 class TokenLosses(NamedTuple):
@@ -217,7 +218,7 @@ def ratio_metrics(
     clipped: Bool[Array, "B T"],
     response_mask: Bool[Array, "B T"],
     axes: tuple[str, ...],
-) -> dict[str, Array]:
+) -> dict[str, Metric]:
     """`policy/clipfrac_avg` (share of tokens where a bound was reached), `policy/approxkl_avg`, and the tokens' ratios.
 
     `policy/approxkl_avg` is k2 of old against new in nats a token; `val/ratio` and `val/ratio_var` are of tokens
@@ -226,10 +227,10 @@ def ratio_metrics(
     log_ratio = _log_ratio(logprobs, old_logprobs, response_mask)
     ratio = jnp.exp(jnp.minimum(log_ratio, ratios.LARGEST))
     return {
-        "policy/clipfrac_avg": masking.masked_mean(clipped.astype(ratio.dtype), response_mask, axes),
-        "policy/approxkl_avg": masking.masked_mean(0.5 * jnp.square(log_ratio), response_mask, axes),
-        "val/ratio": masking.masked_mean(ratio, response_mask, axes),
-        "val/ratio_var": masking.masked_variance(ratio, response_mask, axes),
+        "policy/clipfrac_avg": metrics.masked_mean(clipped.astype(ratio.dtype), response_mask, axes),
+        "policy/approxkl_avg": metrics.masked_mean(0.5 * jnp.square(log_ratio), response_mask, axes),
+        "val/ratio": metrics.masked_mean(ratio, response_mask, axes),
+        "val/ratio_var": Mean(masking.masked_variance(ratio, response_mask, axes), masking.count(response_mask, axes)),
     }
 
 
@@ -241,7 +242,7 @@ def value_loss(
     *,
     clip_range: float,
     axes: tuple[str, ...],
-) -> tuple[Float[Array, ""], dict[str, Array]]:
+) -> tuple[Float[Array, ""], dict[str, Metric]]:
     r"""Clipped squared error of the values, averaged over the response tokens of the whole batch.
 
     $L = \frac12 \mathbb{E}[\max((V - \hat R)^2, (\mathrm{clip}(V, V_{old} \pm \epsilon) - \hat R)^2)]$, as in OpenAI
@@ -254,7 +255,7 @@ def value_loss(
     clipped_values = jnp.clip(values, old_values - clip_range, old_values + clip_range)
     error, clipped_error = jnp.square(values - returns), jnp.square(clipped_values - returns)
     loss = 0.5 * masking.masked_mean(jnp.maximum(error, clipped_error), response_mask, axes)
-    clipfrac = masking.masked_mean((clipped_error > error).astype(values.dtype), response_mask, axes)
+    clipfrac = metrics.masked_mean((clipped_error > error).astype(values.dtype), response_mask, axes)
     return loss, {"val/clipfrac_avg": clipfrac}
 
 

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from rlhf_jax.core import masking
+from rlhf_jax.core import masking, metrics
+from rlhf_jax.core.metrics import Metric
 from rlhf_jax.types import AnyArray
 
 
@@ -250,14 +251,14 @@ def wpo_weights(
 
 def reward_metrics(
     chosen_rewards: Float[Array, "B"], rejected_rewards: Float[Array, "B"], axes: tuple[str, ...]
-) -> dict[str, Array]:
+) -> dict[str, Metric]:
     """Means of the implicit rewards, as `rewards/{chosen,rejected,margins,accuracies}`. A tie counts as half right."""
     margins = chosen_rewards - rejected_rewards
     return {
-        "rewards/chosen": masking.mean(chosen_rewards, axes),
-        "rewards/rejected": masking.mean(rejected_rewards, axes),
-        "rewards/margins": masking.mean(margins, axes),
-        "rewards/accuracies": masking.mean(0.5 * (1 + jnp.sign(margins)), axes),
+        "rewards/chosen": metrics.mean(chosen_rewards, axes),
+        "rewards/rejected": metrics.mean(rejected_rewards, axes),
+        "rewards/margins": metrics.mean(margins, axes),
+        "rewards/accuracies": metrics.mean(0.5 * (1 + jnp.sign(margins)), axes),
     }
 
 

@@ -4,12 +4,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from rlhf_jax.core import masking
+from rlhf_jax.core import masking, metrics
+from rlhf_jax.core.metrics import Mean, Metric
 
 
 def bradley_terry_loss(
     chosen_scores: Float[Array, "B"], rejected_scores: Float[Array, "B"], *, axes: tuple[str, ...]
-) -> tuple[Float[Array, ""], dict[str, Array]]:
+) -> tuple[Float[Array, ""], dict[str, Metric]]:
     r"""Negative log-likelihood of the preferences under Bradley and Terry's model, averaged over the whole batch.
 
     $L = -\mathbb{E}[\log \sigma(r(x, y_w) - r(x, y_l))]$, eq. 1 of Ouyang et al. 2022 (arXiv:2203.02155) for pairs.
@@ -26,7 +27,7 @@ def margin_loss(
     margins: Float[Array, "B"],
     *,
     axes: tuple[str, ...],
-) -> tuple[Float[Array, ""], dict[str, Array]]:
+) -> tuple[Float[Array, ""], dict[str, Metric]]:
     r"""Bradley and Terry's likelihood with a margin by which the chosen response should win, given for each pair.
 
     $L = -\mathbb{E}[\log \sigma(r(x, y_w) - r(x, y_l) - m)]$, eq. 2 of Touvron et al. 2023 (arXiv:2307.09288), and
@@ -44,7 +45,7 @@ def smoothed_bradley_terry_loss(
     *,
     label_smoothing: float,
     axes: tuple[str, ...],
-) -> tuple[Float[Array, ""], dict[str, Array]]:
+) -> tuple[Float[Array, ""], dict[str, Metric]]:
     r"""The likelihood where a share $\epsilon$ of the labels is thought to be flipped.
 
     $L = -\mathbb{E}[(1 - \epsilon) \log \sigma(\Delta) + \epsilon \log \sigma(-\Delta)]$ with
@@ -64,7 +65,7 @@ def raters_loss(
     votes: Float[Array, "B 2"],
     *,
     axes: tuple[str, ...],
-) -> tuple[Float[Array, ""], dict[str, Array]]:
+) -> tuple[Float[Array, ""], dict[str, Metric]]:
     r"""Negative log-likelihood of every rater's own label, averaged over all labels of the batch.
 
     $L = -\sum_i [n_i^w \log \sigma(\Delta_i) + n_i^l \log \sigma(-\Delta_i)] / \sum_i (n_i^w + n_i^l)$: each label is
@@ -78,14 +79,13 @@ def raters_loss(
     labels = jnp.maximum(masking.total(votes, axes), 1)
     each = _cross_entropy(margins, votes[:, 0], votes[:, 1])
     lean = jnp.sign(margins) * (votes[:, 0] - votes[:, 1])
-    metrics = _metrics(chosen_scores, rejected_scores, axes)
-    metrics["accuracy"] = 0.5 * (1 + masking.total(lean, axes) / labels)
-    return masking.total(each, axes) / labels, metrics
+    accuracy = Mean(0.5 * (1 + masking.total(lean, axes) / labels), labels)
+    return masking.total(each, axes) / labels, _metrics(chosen_scores, rejected_scores, axes) | {"accuracy": accuracy}
 
 
 def k_wise_loss(
     scores: Float[Array, "B K"], wins: Bool[Array, "B K K"], *, label_smoothing: float, axes: tuple[str, ...]
-) -> tuple[Float[Array, ""], dict[str, Array]]:
+) -> tuple[Float[Array, ""], dict[str, Metric]]:
     r"""All comparisons among the K responses to one prompt as one element of the batch.
 
     $L = -\binom{K}{2}^{-1} \mathbb{E}[\log \sigma(r(x, y_w) - r(x, y_l))]$, eq. 1 of Ouyang et al. 2022
@@ -99,20 +99,18 @@ def k_wise_loss(
     scores = jnp.where(in_pairs, scores, 0)
     margins = scores[:, :, None] - scores[:, None, :]
     loss = _over_pairs(_cross_entropy(margins, 1 - label_smoothing, label_smoothing), wins, axes)
-    fixed = jax.lax.stop_gradient(scores)
-    lowest, highest = jnp.min(fixed, where=in_pairs, initial=jnp.inf), jnp.max(fixed, where=in_pairs, initial=-jnp.inf)
-    return loss, {
+    return loss.value, {
         "accuracy": _over_pairs(0.5 * (1 + jnp.sign(margins)), wins, axes),
         "margin": _over_pairs(margins, wins, axes),
-        "min_reward": jax.lax.pmin(lowest, axes) if axes else lowest,
-        "mean_reward": masking.masked_mean(scores, in_pairs, axes),
-        "max_reward": jax.lax.pmax(highest, axes) if axes else highest,
+        "min_reward": metrics.smallest(jnp.where(in_pairs, scores, jnp.inf), axes),
+        "mean_reward": metrics.masked_mean(scores, in_pairs, axes),
+        "max_reward": metrics.largest(jnp.where(in_pairs, scores, -jnp.inf), axes),
     }
 
 
 def plackett_luce_loss(
     scores: Float[Array, "B K"], mask: Bool[Array, "B K"], *, axes: tuple[str, ...]
-) -> tuple[Float[Array, ""], dict[str, Array]]:
+) -> tuple[Float[Array, ""], dict[str, Metric]]:
     r"""Negative log-likelihood of whole rankings under Plackett and Luce's model, averaged over prompts.
 
     $L = -\mathbb{E}[\sum_{k=1}^{K} (r(x, y_k) - \log \sum_{j=k}^{K} \exp r(x, y_j))]$, the K-wise likelihood of Zhu et
@@ -123,28 +121,24 @@ def plackett_luce_loss(
     """
     order = jnp.arange(scores.shape[1])
     wins = (order[:, None] < order[None, :])[None] & mask[:, :, None] & mask[:, None, :]
-    metrics = k_wise_loss(jax.lax.stop_gradient(scores), wins, label_smoothing=0.0, axes=axes)[1]
+    found = k_wise_loss(jax.lax.stop_gradient(scores), wins, label_smoothing=0.0, axes=axes)[1]
     scores = jnp.where(mask, scores, 0)
     # A response that is not there is left to choose from itself: its term is 0, and no logarithm is of nothing.
     left = (order[:, None] == order[None, :])[None] | wins
     rest = jax.scipy.special.logsumexp(jnp.broadcast_to(scores[:, None, :], left.shape), axis=2, where=left)
     each = jnp.sum(rest - scores, axis=1)
-    return masking.masked_mean(each, jnp.any(wins, axis=(1, 2)), axes), metrics
+    return masking.masked_mean(each, jnp.any(wins, axis=(1, 2)), axes), found
 
 
-def centering(
-    chosen_scores: Float[Array, "B"], rejected_scores: Float[Array, "B"], *, axes: tuple[str, ...]
-) -> Float[Array, ""]:
+def centering(chosen_scores: Float[Array, "B"], rejected_scores: Float[Array, "B"], *, axes: tuple[str, ...]) -> Mean:
     r"""The penalty that keeps scores around 0, which preferences alone leave free: $\mathbb{E}[(r_w + r_l)^2]$.
 
     Eq. 2 of Eisenstein et al. 2023 (arXiv:2312.09244), and TRL's, without its `center_rewards_coefficient`.
     """
-    return masking.mean(jnp.square(chosen_scores + rejected_scores), axes)
+    return metrics.mean(jnp.square(chosen_scores + rejected_scores), axes)
 
 
-def k_wise_centering(
-    scores: Float[Array, "B K"], wins: Bool[Array, "B K K"], *, axes: tuple[str, ...]
-) -> Float[Array, ""]:
+def k_wise_centering(scores: Float[Array, "B K"], wins: Bool[Array, "B K K"], *, axes: tuple[str, ...]) -> Mean:
     """The penalty of `centering` over the pairs of `k_wise_loss`."""
     scores = jnp.where(jnp.any(wins, axis=2) | jnp.any(wins, axis=1), scores, 0)
     return _over_pairs(jnp.square(scores[:, :, None] + scores[:, None, :]), wins, axes)
@@ -157,24 +151,22 @@ def _cross_entropy(
     return -(chosen * jax.nn.log_sigmoid(margins) + rejected * jax.nn.log_sigmoid(-margins))
 
 
-def _over_pairs(x: Float[Array, "B K K"], wins: Bool[Array, "B K K"], axes: tuple[str, ...]) -> Float[Array, ""]:
+def _over_pairs(x: Float[Array, "B K K"], wins: Bool[Array, "B K K"], axes: tuple[str, ...]) -> Mean:
     """The mean over each prompt's pairs, and of these over the prompts that have any."""
     count = jnp.sum(wins, axis=(1, 2), dtype=jnp.int32)
     each = jnp.sum(jnp.where(wins, x, 0), axis=(1, 2)) / jnp.maximum(count, 1).astype(x.dtype)
-    return masking.masked_mean(each, count > 0, axes)
+    return metrics.masked_mean(each, count > 0, axes)
 
 
 def _metrics(
     chosen_scores: Float[Array, "B"], rejected_scores: Float[Array, "B"], axes: tuple[str, ...]
-) -> dict[str, Array]:
+) -> dict[str, Metric]:
     margins = chosen_scores - rejected_scores
     scores = jnp.concatenate([chosen_scores, rejected_scores])
-    fixed = jax.lax.stop_gradient(scores)  # pmin and pmax have no gradient, not even one that nobody asks for
-    lowest, highest = jnp.min(fixed), jnp.max(fixed)
     return {
-        "accuracy": masking.mean(0.5 * (1 + jnp.sign(margins)), axes),
-        "margin": masking.mean(margins, axes),
-        "min_reward": jax.lax.pmin(lowest, axes) if axes else lowest,
-        "mean_reward": masking.mean(scores, axes),
-        "max_reward": jax.lax.pmax(highest, axes) if axes else highest,
+        "accuracy": metrics.mean(0.5 * (1 + jnp.sign(margins)), axes),
+        "margin": metrics.mean(margins, axes),
+        "min_reward": metrics.smallest(scores, axes),
+        "mean_reward": metrics.mean(scores, axes),
+        "max_reward": metrics.largest(scores, axes),
     }

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from rlhf_jax.core import masking
+from rlhf_jax.core import masking, metrics
+from rlhf_jax.core.metrics import Difference, Metric
 
 
 def kto_baseline(
@@ -30,7 +31,7 @@ def kto_loss(
     desirable_weight: float,
     undesirable_weight: float,
     axes: tuple[str, ...],
-) -> tuple[Float[Array, ""], dict[str, Array]]:
+) -> tuple[Float[Array, ""], dict[str, Metric]]:
     r"""Kahneman-Tversky optimisation, averaged over the responses of the whole batch.
 
     $\lambda_D (1 - \sigma(\beta (\rho - z_0)))$ for a desirable response and $\lambda_U (1 - \sigma(\beta (z_0 -
@@ -46,7 +47,8 @@ def kto_loss(
     utility = jnp.where(desirable, logratios - baseline, baseline - logratios)
     weights = jnp.where(desirable, desirable_weight, undesirable_weight)
     loss = masking.mean(weights * jax.nn.sigmoid(-beta * utility), axes)
-    return loss, {"kl": baseline} | label_metrics(logprobs, ref_logprobs, desirable, beta=beta, axes=axes)
+    kl = metrics.mean(jnp.broadcast_to(baseline, logprobs.shape), axes)
+    return loss, {"kl": kl} | label_metrics(logprobs, ref_logprobs, desirable, beta=beta, axes=axes)
 
 
 def apo_zero_unpaired_loss(
@@ -58,7 +60,7 @@ def apo_zero_unpaired_loss(
     desirable_weight: float,
     undesirable_weight: float,
     axes: tuple[str, ...],
-) -> tuple[Float[Array, ""], dict[str, Array]]:
+) -> tuple[Float[Array, ""], dict[str, Metric]]:
     r"""Anchored preference optimisation without pairs, averaged over the responses of the whole batch.
 
     $\lambda_D (1 - \sigma(\beta \rho))$ for a desirable response, $\lambda_U \sigma(\beta \rho)$ for another: the two
@@ -78,18 +80,18 @@ def label_metrics(
     *,
     beta: float | Float[Array, ""],
     axes: tuple[str, ...],
-) -> dict[str, Array]:
+) -> dict[str, Metric]:
     """Means over the desirable responses (chosen) and over the others (rejected): `rewards/*` and `logps/*`.
 
     The implicit rewards are beta log(pi / pi_ref), and `rewards/margins` is the difference of their two means. The mean
     of no response at all is 0.
     """
     rewards = beta * (logprobs - ref_logprobs)
-    chosen, rejected = (masking.masked_mean(rewards, mask, axes) for mask in (desirable, ~desirable))
+    chosen, rejected = (metrics.masked_mean(rewards, mask, axes) for mask in (desirable, ~desirable))
     return {
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
-        "rewards/margins": chosen - rejected,
-        "logps/chosen": masking.masked_mean(logprobs, desirable, axes),
-        "logps/rejected": masking.masked_mean(logprobs, ~desirable, axes),
+        "rewards/margins": Difference(chosen, rejected),
+        "logps/chosen": metrics.masked_mean(logprobs, desirable, axes),
+        "logps/rejected": metrics.masked_mean(logprobs, ~desirable, axes),
     }

@@ -17,6 +17,7 @@ from rlhf_jax.core.advantages import overlong_penalty, score_clipped, token_rewa
 from rlhf_jax.core.importance import WEIGHTS, sampler_difference, weight_metrics
 from rlhf_jax.core.kl import ESTIMATORS, k1
 from rlhf_jax.core.logprobs import sequence_logprobs
+from rlhf_jax.core.metrics import values as values_of
 from rlhf_jax.core.policy_losses import explained_variance
 from rlhf_jax.methods.policy_method import Experience, Method, Networks, PolicyGradientConfig, Sampled, Samples
 from rlhf_jax.sampling.generate import is_stop
@@ -74,7 +75,7 @@ def by_learner(
         weigh = WEIGHTS[config.importance_mode or "token_truncate"]
         weights = weigh(stats.logprobs, sampled.logprobs, mask, cap=config.importance_cap, floor=floor)
         metrics |= weight_metrics(weights, mask, axes)
-    return OldPolicy(stats.logprobs, stats.entropy, values, weights, metrics)
+    return OldPolicy(stats.logprobs, stats.entropy, values, weights, values_of(metrics))
 
 
 def by_sampler(

@@ -18,6 +18,7 @@ from rlhf_jax.core import masking
 from rlhf_jax.core.importance import sampler_difference
 from rlhf_jax.core.kl import ESTIMATORS
 from rlhf_jax.core.logprobs import cross_entropy
+from rlhf_jax.core.metrics import BeforeUpdates, Mean, Metric, masked_mean, over_updates
 from rlhf_jax.core.policy_losses import AGGREGATIONS, POLICY_LOSSES, ratio_metrics, value_loss
 from rlhf_jax.methods import policy_optimizer
 from rlhf_jax.methods.policy_method import Experience, Method, Networks, PolicyGradientConfig
@@ -62,7 +63,7 @@ def optimise(
         None if mix is None else shuffled(mix.tokens.shape[0], config.epochs),
     )
 
-    def loss_fn(params: PyTree, rows: Experience) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss_fn(params: PyTree, rows: Experience) -> tuple[jax.Array, dict[str, Metric]]:
         return minibatch_loss(
             networks.full_params(params, frozen), networks, config, method, rows, axes, kl_coef=kl_coef
         )
@@ -70,33 +71,29 @@ def optimise(
     def weight(rows: Experience) -> jax.Array:
         return AGGREGATIONS[method.aggregation][1](rows.loss_mask, axes)
 
-    def trained_tokens(rows: Experience) -> jax.Array:
-        return masking.count(rows.loss_mask, axes)
-
-    def update_minibatch(carry: tuple[PyTree, Any], given: tuple) -> tuple[tuple[PyTree, Any], dict]:
+    def update_minibatch(carry: tuple[PyTree, Any], given: tuple) -> tuple[tuple[PyTree, Any], tuple]:
         (params, opt_state), (indices, number) = carry, given
         minibatch = _own(whole_batch, indices[0], axes)
-        loss, metrics, grads = gradients(
-            config.optimizer, loss_fn, params, minibatch, weight, axes, metrics_weight=trained_tokens
-        )
+        loss, metrics, grads = gradients(config.optimizer, loss_fn, params, minibatch, weight, axes)
+        numbers = {}
         if mix is not None:
             mixed, ptx_grads = _pretraining(networks, config, params, frozen, _own(mix, indices[1], axes), axes)
             coef = config.ptx.coef if config.ptx else 0.0
-            loss, metrics = loss + coef * mixed, metrics | {"loss/ptx_avg": mixed}
+            loss, numbers = loss + coef * mixed, {"loss/ptx_avg": mixed}
             grads = jax.tree.map(lambda grad, ptx: grad + coef * ptx, grads, ptx_grads)
         if method.value_warmup:  # the bound on both norms counts the values' alone
             grads = {**grads, "policy": _where(warming, jax.tree.map(jnp.zeros_like, grads["policy"]), grads["policy"])}
         params, opt_state, norms = update(
             optimizer, grads, params, opt_state, axes, key=jax.random.fold_in(rounding_key, number)
         )
-        return (params, opt_state), metrics | {"loss": loss, **norms}
+        return (params, opt_state), (metrics, {**numbers, "loss": loss, **norms})
 
-    (params, opt_state), metrics = jax.lax.scan(
+    (params, opt_state), (metrics, numbers) = jax.lax.scan(
         update_minibatch, (state.params, state.opt_state), (minibatches, jnp.arange(updates))
     )
-    metrics = {name: of[0] if name.startswith("sampling/") else jnp.mean(of) for name, of in metrics.items()}
-    metrics |= policy_optimizer.rates(config, method, state.step)
-    return state._replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+    logged = over_updates(metrics) | jax.tree.map(jnp.mean, numbers)
+    logged |= policy_optimizer.rates(config, method, state.step)
+    return state._replace(step=state.step + 1, params=params, opt_state=opt_state), logged
 
 
 def minibatch_loss(
@@ -108,7 +105,7 @@ def minibatch_loss(
     axes: tuple[str, ...],
     *,
     kl_coef: Any,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+) -> tuple[jax.Array, dict[str, Metric]]:
     """The policy's loss, and where the method has them the values', the divergence and the entropy.
 
     All but the values' are aggregated as the method says, and the values' over tokens.
@@ -124,25 +121,27 @@ def minibatch_loss(
     )
     policy = aggregate(tokens.losses if batch.weights is None else batch.weights * tokens.losses)
     loss = policy
-    metrics = {
-        "loss/policy_avg": policy,
-        "policy/entropy_avg": masking.masked_mean(stats.entropy, mask, axes),
+    counted = AGGREGATIONS[method.aggregation][1](mask, axes)
+    metrics: dict[str, Metric] = {
+        "loss/policy_avg": Mean(policy, counted),
+        "policy/entropy_avg": masked_mean(stats.entropy, mask, axes),
         **ratio_metrics(stats.logprobs, batch.logprobs, tokens.clipped, mask, axes),
     }
     if config.old_logprobs == "sampler":
-        metrics |= sampler_difference(stats.logprobs, batch.logprobs, mask, axes)
+        sampler = sampler_difference(stats.logprobs, batch.logprobs, mask, axes)
+        metrics |= {name: BeforeUpdates(metric) for name, metric in sampler.items()}
     if values is not None:
         assert batch.values is not None and batch.returns is not None
         value, value_metrics = value_loss(
             values, batch.values, batch.returns, mask, clip_range=method.value_clip, axes=axes
         )
         loss = loss + method.vf_coef * value
-        metrics |= {"loss/value_avg": value, **value_metrics}
+        metrics |= {"loss/value_avg": Mean(value, counted), **value_metrics}
     if batch.ref_logprobs is not None:
         apart = (jnp.where(mask, x, 0) for x in (stats.logprobs, batch.ref_logprobs, batch.logprobs))
         divergence = aggregate(ESTIMATORS[method.kl_estimator](*apart))
         loss = loss + kl_coef * divergence
-        metrics["loss/kl_avg"] = divergence
+        metrics["loss/kl_avg"] = Mean(divergence, counted)
     if config.entropy_coef:
         loss = loss - config.entropy_coef * aggregate(stats.entropy)
     return loss, metrics
@@ -158,7 +157,7 @@ def _pretraining(
 ) -> tuple[jax.Array, PyTree]:
     """The loss of demonstrations, and its gradient, a micro-batch at a time where there are several."""
 
-    def loss_fn(params: PyTree, rows: TokenBatch) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss_fn(params: PyTree, rows: TokenBatch) -> tuple[jax.Array, dict[str, Metric]]:
         stats = networks.policy.sequence_stats(networks.full_params(params, frozen)["policy"], rows)
         return cross_entropy(stats.logprobs, rows.loss_mask[:, 1:], axes), {}
 

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Key, PyTree
 from rlhf_jax.config import Finite, NonNegative, Positive, Range, check_ranges
 from rlhf_jax.core import divergences, logprobs, masking, reference_free_losses
 from rlhf_jax.core import preference_losses as losses
+from rlhf_jax.core.metrics import Metric, mean
 from rlhf_jax.core.preference_losses import Pairs
 from rlhf_jax.models.head import TokenStats
 from rlhf_jax.models.policy import PolicyNetwork
@@ -184,7 +185,7 @@ def preference_loss(
     beta: Beta,
     axes: tuple[str, ...],
     tokens_per_pair: Float[Array, ""] | None = None,
-) -> tuple[Float[Array, ""], dict[str, Array]]:
+) -> tuple[Float[Array, ""], dict[str, Metric]]:
     """The weighted sum of the chosen losses, each averaged over the pairs of the whole batch.
 
     Args: tokens_per_pair is the whole batch's where the pairs are a part of it, so that likelihoods accumulate to a
@@ -201,15 +202,15 @@ def preference_loss(
     parts = {}
     for name in config.losses:
         each = LOSSES[name](given)
-        parts[name] = masking.mean(each if pairs.weights is None else pairs.weights * each, axes)
-    weighted = (weight * part for weight, part in zip(config.weights, parts.values(), strict=True))
+        parts[name] = mean(each if pairs.weights is None else pairs.weights * each, axes)
+    weighted = (weight * part.value for weight, part in zip(config.weights, parts.values(), strict=True))
     loss = sum(weighted, start=jnp.float32(0))
     rewards = given.ratios if config.needs_reference else given.logprobs
     if not config.needs_reference and config.losses[0] in ("simpo", "orpo"):
         rewards = tuple(map(losses.per_token, given.all_tokens, given.tokens))
     metrics = losses.reward_metrics(beta * rewards[0], beta * rewards[1], axes) | {
-        "logps/chosen": masking.mean(pairs.chosen, axes),
-        "logps/rejected": masking.mean(pairs.rejected, axes),
+        "logps/chosen": mean(pairs.chosen, axes),
+        "logps/rejected": mean(pairs.rejected, axes),
     }
     if len(parts) > 1:
         metrics |= {f"loss/{name}": part for name, part in parts.items()}

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from rlhf_jax.config import NonNegative, Range, check_ranges
 from rlhf_jax.core import masking, reward_losses
+from rlhf_jax.core.metrics import Mean, Metric
 from rlhf_jax.data import formats, pipeline
 from rlhf_jax.data.padding import pad_left, pad_right
 from rlhf_jax.data.pipeline import DataConfig
@@ -24,7 +25,7 @@ from rlhf_jax.types import ComparisonBatch, LabelledPairs, PreferenceBatch, Rlhf
 
 LossName = Literal["bradley_terry", "margin", "raters", "k_wise", "plackett_luce"]
 Batch = PreferenceBatch | LabelledPairs | ComparisonBatch
-Result = tuple[Float[Array, ""], dict[str, Array]]
+Result = tuple[Float[Array, ""], dict[str, Metric]]
 Row = dict[str, Any]
 
 SMOOTHED = ("bradley_terry", "k_wise")
@@ -124,7 +125,7 @@ def loss(
     value, metrics, uncentred = LOSSES[config.name](config, network, params, batch, dropout_keys, axes)
     if not config.center_rewards_coefficient:
         return value, metrics
-    return value + config.center_rewards_coefficient * uncentred, metrics | {"centering": uncentred}
+    return value + config.center_rewards_coefficient * uncentred.value, metrics | {"centering": uncentred}
 
 
 def weight(config: RewardLossConfig, batch: Batch, axes: tuple[str, ...]) -> Array:
@@ -205,7 +206,7 @@ def _plackett_luce(config, network, params, batch, keys, axes):
     return *result, reward_losses.k_wise_centering(scores, batch.wins, axes=axes)
 
 
-LOSSES: dict[LossName, Callable[..., tuple[Array, dict[str, Array], Array]]] = {
+LOSSES: dict[LossName, Callable[..., tuple[Array, dict[str, Metric], Mean]]] = {
     "bradley_terry": _bradley_terry,
     "margin": _margin,
     "raters": _raters,

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ import optax
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from rlhf_jax.config import Count, CountOrZero, NonNegative, Positive, Range
+from rlhf_jax.core.metrics import Metric, combine
 from rlhf_jax.runtime import rounding
 from rlhf_jax.runtime.rounding import LowPrecision
 from rlhf_jax.types import RlhfError
@@ -24,6 +25,8 @@ from rlhf_jax.types import RlhfError
 Schedule = Literal["constant", "linear", "cosine"]
 Decay = Annotated[float, Range(at_least=0, below=1)]
 OptimizerName = Literal["adamw", "adam", "rmsprop", "adafactor", "lion", "sgd"]
+Rows = TypeVar("Rows")
+"""A batch: a pytree whose leaves have rows as their first axis."""
 
 NORMS_AND_BIASES = r"(^|/)(scale|bias)$"
 """Paths of the scales of norms, and of all biases."""
@@ -187,26 +190,24 @@ def finished(config: OptimizerConfig, transformation: optax.GradientTransformati
 
 def gradients(
     config: OptimizerConfig,
-    loss_fn: Callable[[PyTree, Any], tuple[Array, dict[str, Array]]],
+    loss_fn: Callable[[PyTree, Rows], tuple[Array, dict[str, Metric]]],
     params: PyTree,
-    batch: Any,
-    weight: Callable[[Any], Array],
+    batch: Rows,
+    weight: Callable[[Rows], Array],
     axes: tuple[str, ...],
-    metrics_weight: Callable[[Any], Array] | None = None,
-) -> tuple[Array, dict[str, Array], PyTree]:
-    """Loss, metrics and gradient of a batch: all at one time, or accumulated over micro-batches of its rows.
+) -> tuple[Array, dict[str, Metric], PyTree]:
+    """Compute loss, metrics and gradient of a batch, at once or accumulated over micro-batches of its rows.
 
-    Args: loss_fn gives a mean, and metrics, of the rows it is given; weight says what it is a mean over (tokens, rows),
-    as a count over all devices. Micro-batches are weighted by it, so that accumulating changes nothing but rounding.
-    Metrics are weighted by metrics_weight, where that is something else; those under `loss/` always like the loss.
-    The gradient is taken, and accumulated, in float32: the loss sees parameters of less precision as float32 numbers.
-    Raises RlhfError where the rows do not divide into micro-batches.
+    Args: loss_fn returns a mean over the rows it is given, and metrics; weight counts, over all devices, the tokens or
+    rows of that mean. Micro-batches are weighted by it, so that accumulation changes nothing but rounding.
+    The gradient is taken and accumulated in float32: the loss sees parameters of lower precision as float32 numbers.
+    Raises RlhfError unless the rows divide into micro-batches.
     """
     params = rounding.float32(params)
     if config.freeze:
         frozen = _frozen(config.freeze, params)
 
-        def of_rows(params: PyTree, rows: Any) -> tuple[Array, dict[str, Array]]:
+        def of_rows(params: PyTree, rows: Rows) -> tuple[Array, dict[str, Metric]]:
             held = jax.tree.map(lambda leaf, still: jax.lax.stop_gradient(leaf) if still else leaf, params, frozen)
             return loss_fn(held, rows)
     else:
@@ -219,20 +220,14 @@ def gradients(
     parts = _micro_batches(batch, config.micro_batch, axes)
     shares = _shares(weight, parts)
 
-    def accumulate(sums: PyTree, part: tuple[Any, Array]) -> tuple[PyTree, dict[str, Array]]:
+    def accumulate(sums: PyTree, part: tuple[Rows, Array]) -> tuple[PyTree, tuple[Array, dict[str, Metric]]]:
         rows, share = part
         (loss, metrics), grads = value_and_grad(params, rows)
         sums = jax.tree.map(lambda total, grad: total + share * grad, sums, grads)
-        return sums, {"loss": loss, **metrics}
+        return sums, (loss, metrics)
 
-    grads, each = jax.lax.scan(accumulate, jax.tree.map(jnp.zeros_like, params), (parts, shares))
-    loss = jnp.sum(each.pop("loss") * shares)
-    of_metrics = shares if metrics_weight is None else _shares(metrics_weight, parts)
-    metrics = {
-        name: _over_parts(name, values, shares if name.startswith("loss/") else of_metrics)
-        for name, values in each.items()
-    }
-    return loss, metrics, grads
+    grads, (losses, metrics) = jax.lax.scan(accumulate, jax.tree.map(jnp.zeros_like, params), (parts, shares))
+    return jnp.sum(losses * shares), combine(metrics), grads
 
 
 def update(
@@ -262,8 +257,8 @@ def update(
     return params, rounding.State(inner, masters), {**norms, "update_survived": kept}
 
 
-def _micro_batches(batch: PyTree, rows: int, axes: tuple[str, ...]) -> PyTree:
-    """A batch as [parts, rows, ...]; each part takes every so manieth row, so that every device has its share of it."""
+def _micro_batches(batch: Rows, rows: int, axes: tuple[str, ...]) -> Rows:
+    """Split a batch with a stride into micro-batches [parts, rows, ...], so that each device holds a share of each."""
     local = jax.tree.leaves(batch)[0].shape[0]
     devices = jax.lax.axis_size(axes) if axes else 1
     parts = local * devices // rows
@@ -275,15 +270,9 @@ def _micro_batches(batch: PyTree, rows: int, axes: tuple[str, ...]) -> PyTree:
     return jax.tree.map(lambda leaf: jnp.swapaxes(leaf.reshape(local // parts, parts, *leaf.shape[1:]), 0, 1), batch)
 
 
-def _shares(weight: Callable[[Any], Array], parts: PyTree) -> Array:
+def _shares(weight: Callable[[Rows], Array], parts: Rows) -> Array:
     weights = jax.lax.map(weight, parts).astype(jnp.float32)
     return weights / jnp.maximum(jnp.sum(weights), 1)
-
-
-def _over_parts(name: str, values: Array, shares: Array) -> Array:
-    """A metric of the batch, given that of each micro-batch: the lowest, the highest, or else the weighted mean."""
-    reduce = {"min": jnp.min, "max": jnp.max}.get(name.split("/")[-1].split("_")[0])
-    return reduce(values) if reduce else jnp.sum(values * shares)
 
 
 def _frozen(patterns: tuple[str, ...], params: PyTree) -> PyTree:

@@ -10,6 +10,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 
 from rlhf_jax.config import Count, CountOrZero, ModelSource, NonNegative, Positive, StageName, check_ranges
 from rlhf_jax.core import masking
+from rlhf_jax.core.metrics import Metric, values
 from rlhf_jax.data import pipeline
 from rlhf_jax.data.lengths import answer_pairs
 from rlhf_jax.loading.context import Context, steps_for
@@ -160,7 +161,7 @@ def make_step(
                 params = frozen["reference"]
             return pair_stats(loss_config, network, params, pairs)
 
-        def loss_fn(params: PyTree, given: tuple) -> tuple[jax.Array, dict[str, jax.Array]]:
+        def loss_fn(params: PyTree, given: tuple) -> tuple[jax.Array, dict[str, Metric]]:
             rows, keys = given
             pairs = PreferenceBatch(*rows[:6])
             policy = full_params(network, params["policy"], frozen, "reference")
@@ -178,13 +179,13 @@ def make_step(
         if reference_update:
             reference = sync_reference(reference_update, state.params["reference"], params["policy"], state.step + 1)
             params = {**params, "reference": reference}
-        metrics |= {
+        logged = values(metrics) | {
             "loss": loss,
             **norms,
             "learning_rate": schedule(state.step),
             "num_tokens": masking.count(batch.chosen_mask, axes) + masking.count(batch.rejected_mask, axes),
         }
-        return TrainState(state.step + 1, params, opt_state), metrics, ()
+        return TrainState(state.step + 1, params, opt_state), logged, ()
 
     return step
 
@@ -195,4 +196,4 @@ def evaluate(
     """Loss and implicit rewards on all held-out pairs at once, under `eval/`."""
     own, reference, data = jax.tree.map(jnp.asarray, (own, reference, data))
     loss, metrics = preference_loss(config, join(own, reference, data), beta=beta, axes=())
-    return {"eval/loss": float(loss)} | {f"eval/{name}": float(value) for name, value in metrics.items()}
+    return {"eval/loss": float(loss)} | {f"eval/{name}": float(value) for name, value in values(metrics).items()}

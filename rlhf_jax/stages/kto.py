@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, PyTree
 from rlhf_jax.config import AtLeastTwo, Count, CountOrZero, ModelSource, NonNegative, Positive, StageName, check_ranges
 from rlhf_jax.core import masking
 from rlhf_jax.core.logprobs import sequence_logprobs
+from rlhf_jax.core.metrics import Metric, values
 from rlhf_jax.core.unpaired_losses import apo_zero_unpaired_loss, kto_baseline, kto_loss
 from rlhf_jax.data import pipeline
 from rlhf_jax.data.lengths import answer_pairs
@@ -142,14 +143,11 @@ def make_step(
             own, reference = (response_logprobs(network, params, others) for params in (policy, frozen["reference"]))
             baseline = kto_baseline(own, reference, axes)
 
-        def loss_fn(params: PyTree, given: tuple) -> tuple[jax.Array, dict[str, jax.Array]]:
+        def loss_fn(params: PyTree, given: tuple) -> tuple[jax.Array, dict[str, Metric]]:
             rows, keys = given
             reference = response_logprobs(network, frozen["reference"], rows)
             own = response_logprobs(network, full_params(network, params["policy"], frozen, "reference"), rows, keys)
-            loss, metrics = unpaired_loss(
-                loss_config, own, reference, rows.label, baseline, beta=frozen["beta"], axes=axes
-            )
-            return loss, _as_shares(metrics, rows.label, axes)
+            return unpaired_loss(loss_config, own, reference, rows.label, baseline, beta=frozen["beta"], axes=axes)
 
         keys = dropout_keys(network, run_key, state.step, len(batch.prompt), axes)
         loss, metrics, grads = gradients(
@@ -157,13 +155,13 @@ def make_step(
         )
         key = update_key(run_key, state.step)
         params, opt_state, norms = update(optimizer, grads, state.params, state.opt_state, axes, key=key)
-        metrics = _as_means(metrics, batch.label, axes) | {
+        logged = values(metrics) | {
             "loss": loss,
             **norms,
             "learning_rate": schedule(state.step),
             "num_tokens": masking.count(batch.response_mask, axes),
         }
-        return TrainState(state.step + 1, params, opt_state), metrics, ()
+        return TrainState(state.step + 1, params, opt_state), logged, ()
 
     return step
 
@@ -211,7 +209,7 @@ def unpaired_loss(
     *,
     beta: float | Float[Array, ""],
     axes: tuple[str, ...],
-) -> tuple[Float[Array, ""], dict[str, Array]]:
+) -> tuple[Float[Array, ""], dict[str, Metric]]:
     """The chosen loss and its metrics; the baseline is None where it reads none."""
     weights = {"desirable_weight": config.desirable_weight, "undesirable_weight": config.undesirable_weight}
     if baseline is None:
@@ -245,7 +243,7 @@ def evaluate(
         baseline = kto_baseline(logprobs(params[0], others), logprobs(params[1], others), ())
     label = jnp.asarray(data.label)
     loss, metrics = unpaired_loss(config, own, reference, label, baseline, beta=beta, axes=())
-    return {"eval/loss": float(loss)} | {f"eval/{name}": float(value) for name, value in metrics.items()}
+    return {"eval/loss": float(loss)} | {f"eval/{name}": float(value) for name, value in values(metrics).items()}
 
 
 def load_unpaired(context: Context, stage: str | None) -> tuple[list[dict], list[dict]]:
@@ -281,21 +279,3 @@ def take_apart(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for row in pairs
         for side in ("chosen", "rejected")
     ]
-
-
-def _as_shares(metrics: dict[str, Array], label: Array, axes: tuple[str, ...]) -> dict[str, Array]:
-    """Means over the good or the bad rows, times their share: those of micro-batches may be averaged by their rows."""
-    share = _shares(label, axes)
-    return {name: value * share.get(name.split("/")[-1], 1.0) for name, value in metrics.items()}
-
-
-def _as_means(metrics: dict[str, Array], label: Array, axes: tuple[str, ...]) -> dict[str, Array]:
-    """What `_as_shares` was given, of the whole batch."""
-    share = _shares(label, axes)
-    means = {name: value / jnp.maximum(share.get(name.split("/")[-1], 1.0), 1e-6) for name, value in metrics.items()}
-    return means | {"rewards/margins": means["rewards/chosen"] - means["rewards/rejected"]}
-
-
-def _shares(label: Array, axes: tuple[str, ...]) -> dict[str, Array]:
-    good = masking.mean(label.astype(jnp.float32), axes)
-    return {"chosen": good, "rejected": 1 - good}

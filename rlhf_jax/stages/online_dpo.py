@@ -20,6 +20,7 @@ from rlhf_jax.core import masking
 from rlhf_jax.core.keys import derive
 from rlhf_jax.core.kl import k1
 from rlhf_jax.core.logprobs import sequence_logprobs
+from rlhf_jax.core.metrics import Metric, over_updates
 from rlhf_jax.data import pipeline
 from rlhf_jax.data.prompts import PromptSource
 from rlhf_jax.loading.context import Context
@@ -290,13 +291,13 @@ def optimise(
     updates = jnp.arange(config.epochs * config.minibatches)
     minibatches = order(jnp.arange(config.epochs)).reshape(len(updates), -1)
 
-    def loss_fn(per_pair: jax.Array, params: PyTree, given: tuple) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss_fn(per_pair: jax.Array, params: PyTree, given: tuple) -> tuple[jax.Array, dict[str, Metric]]:
         (batch, reference), dropout = given
         policy = full_params(network, params["policy"], frozen, "reference")
         joined = join(pair_stats(config.loss, network, policy, batch, dropout), reference, batch)
         return preference_loss(config.loss, joined, beta=config.beta, axes=axes, tokens_per_pair=per_pair)
 
-    def update_minibatch(carry: tuple[PyTree, Any], given: tuple[jax.Array, jax.Array]) -> tuple[tuple, dict]:
+    def update_minibatch(carry: tuple[PyTree, Any], given: tuple[jax.Array, jax.Array]) -> tuple[tuple, tuple]:
         (params, opt_state), (indices, number) = carry, given
         own = masking.own_rows(indices, axes)
         minibatch = jax.tree.map(lambda leaf: leaf[own], whole_batch)
@@ -312,10 +313,10 @@ def optimise(
         params, opt_state, norms = update(
             optimizer, grads, params, opt_state, axes, key=jax.random.fold_in(rounding_key, number)
         )
-        return (params, opt_state), metrics | {"loss": loss, **norms}
+        return (params, opt_state), (metrics, {"loss": loss, **norms})
 
     start = (state.params, state.opt_state)
-    (params, opt_state), metrics = jax.lax.scan(update_minibatch, start, (minibatches, updates))
-    metrics = jax.tree.map(jnp.mean, metrics)
-    metrics["learning_rate"] = schedule(state.step * len(updates))
-    return TrainState(state.step + 1, params, opt_state), metrics
+    (params, opt_state), (metrics, numbers) = jax.lax.scan(update_minibatch, start, (minibatches, updates))
+    logged = over_updates(metrics) | jax.tree.map(jnp.mean, numbers)
+    logged["learning_rate"] = schedule(state.step * len(updates))
+    return TrainState(state.step + 1, params, opt_state), logged

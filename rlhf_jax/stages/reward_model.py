@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from rlhf_jax.config import AtLeastTwo, Count, ModelSource, Positive, StageName, check_ranges
+from rlhf_jax.core.metrics import Metric, values
 from rlhf_jax.data import pipeline
 from rlhf_jax.data.lengths import answer_pairs
 from rlhf_jax.data.prompts import draw_prompts
@@ -162,7 +163,7 @@ def make_step(
     def step(state: TrainState, frozen: Any, batch: reward_loss.Batch, run_key: jax.Array) -> tuple:
         keys = dropout_keys(network, run_key, state.step, len(batch.prompt), axes)
 
-        def loss_fn(params: PyTree, given: tuple) -> tuple[jax.Array, dict[str, jax.Array]]:
+        def loss_fn(params: PyTree, given: tuple) -> tuple[jax.Array, dict[str, Metric]]:
             rows, keys = given
             reward = full_params(network, params["reward"], frozen, "base")
             return reward_loss.loss(loss_config, network, reward, rows, dropout_keys=keys, axes=axes)
@@ -177,13 +178,13 @@ def make_step(
         )
         key = update_key(run_key, state.step)
         params, opt_state, norms = update(optimizer, grads, state.params, state.opt_state, axes, key=key)
-        metrics |= {
+        logged = values(metrics) | {
             "loss": loss,
             **norms,
             "learning_rate": schedule(state.step),
             "num_tokens": reward_loss.tokens(batch, axes),
         }
-        return TrainState(state.step + 1, params, opt_state), metrics, ()
+        return TrainState(state.step + 1, params, opt_state), logged, ()
 
     return step
 

@@ -10,6 +10,7 @@ from jaxtyping import Array, Key, PyTree
 from rlhf_jax.config import Count, CountOrZero, NonNegative, Positive, StageName
 from rlhf_jax.core import masking
 from rlhf_jax.core.logprobs import cross_entropy
+from rlhf_jax.core.metrics import Metric, masked_mean, values
 from rlhf_jax.data import pipeline
 from rlhf_jax.loading.context import Context, steps_for
 from rlhf_jax.loading.data_report import report_answers
@@ -111,7 +112,7 @@ def make_step(network: PolicyNetwork, config: OptimizerConfig, steps: int, axes:
     def step(state: TrainState, frozen: Any, batch: TokenBatch, run_key: jax.Array) -> tuple:
         keys = dropout_keys(network, run_key, state.step, len(batch.tokens), axes)
 
-        def loss_fn(params: PyTree, given: tuple) -> tuple[jax.Array, dict[str, jax.Array]]:
+        def loss_fn(params: PyTree, given: tuple) -> tuple[jax.Array, dict[str, Metric]]:
             rows, keys = given
             return sft_loss(network, full_params(network, params["policy"], frozen, "base"), rows, keys, axes)
 
@@ -121,13 +122,13 @@ def make_step(network: PolicyNetwork, config: OptimizerConfig, steps: int, axes:
         loss, metrics, grads = gradients(config, loss_fn, state.params, (batch, keys), trained_tokens, axes)
         key = update_key(run_key, state.step)
         params, opt_state, norms = update(optimizer, grads, state.params, state.opt_state, axes, key=key)
-        metrics |= {
+        logged = values(metrics) | {
             "loss": loss,
             **norms,
             "learning_rate": schedule(state.step),
             "num_tokens": masking.count(batch.loss_mask, axes),
         }
-        return TrainState(state.step + 1, params, opt_state), metrics, ()
+        return TrainState(state.step + 1, params, opt_state), logged, ()
 
     return step
 
@@ -138,15 +139,15 @@ def sft_loss(
     batch: TokenBatch,
     keys: Key[Array, "B"] | None,
     axes: tuple[str, ...],
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+) -> tuple[jax.Array, dict[str, Metric]]:
     """Cross-entropy of the trained tokens, in nats a token, with `entropy` and `mean_token_accuracy`.
 
     Args: keys of an adapter's dropout, one a row, or None for none.
     """
     stats, trained = network.sequence_stats(params, batch, dropout_keys=keys), batch.loss_mask[:, 1:]
     return cross_entropy(stats.logprobs, trained, axes), {
-        "entropy": masking.masked_mean(stats.entropy, trained, axes),
-        "mean_token_accuracy": masking.masked_mean(stats.correct.astype(stats.entropy.dtype), trained, axes),
+        "entropy": masked_mean(stats.entropy, trained, axes),
+        "mean_token_accuracy": masked_mean(stats.correct.astype(stats.entropy.dtype), trained, axes),
     }
 
 

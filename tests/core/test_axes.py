@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rlhf_jax.core import advantages, importance, logprobs, masking, policy_losses, reward_losses, unpaired_losses
+from rlhf_jax.core.metrics import Metric, values
 from rlhf_jax.core.preference_losses import Pairs
 from rlhf_jax.methods.preference import PreferenceLossConfig, preference_loss
 from tests.support.padded_arrays import normal, ppo_loss, prefix_mask
@@ -22,9 +23,9 @@ A, B_, C = (normal(seed, B, T) for seed in range(3))
 SCORES = normal(3, B, 4)
 
 
-def with_metrics(result: tuple[jax.Array, dict[str, jax.Array]]) -> dict[str, jax.Array]:
+def with_metrics(result: tuple[jax.Array, dict[str, Metric]]) -> dict[str, jax.Array]:
     loss, metrics = result
-    return {"loss": loss, **metrics}
+    return {"loss": loss, **values(metrics)}
 
 
 # Two sort the rows of all devices, one divides by their mean number of tokens, and the last is alone.
@@ -45,8 +46,9 @@ FUNCTIONS: dict[str, Callable] = {
     "whiten": lambda theta, a, b, c, mask, s, axes: masking.total(b * masking.whiten(a * theta, mask, axes), axes),
     "cross_entropy": lambda theta, a, b, c, mask, s, axes: logprobs.cross_entropy(a * theta, mask, axes),
     "policy_loss": lambda theta, a, b, c, mask, s, axes: (
-        with_metrics(ppo_loss(a * theta, a + 0.3 * b, c, mask, clip_ratio=0.2, axes=axes))
-        | importance.sampler_difference(a * theta, b, mask, axes)
+        {"loss": ppo_loss(a * theta, a + 0.3 * b, c, mask, clip_ratio=0.2, axes=axes)[0]}
+        | ppo_loss(a * theta, a + 0.3 * b, c, mask, clip_ratio=0.2, axes=axes)[1]
+        | values(importance.sampler_difference(a * theta, b, mask, axes))
     ),
     "value_loss": lambda theta, a, b, c, mask, s, axes: with_metrics(
         policy_losses.value_loss(a * theta, a + 0.3 * b, c, mask, clip_range=0.2, axes=axes)
@@ -67,7 +69,7 @@ FUNCTIONS: dict[str, Callable] = {
         for name in ("rloo_normalized", "grpo_batch_std", "reinforce_plus_plus_baseline")
     },
     "weight_metrics": lambda theta, a, b, c, mask, s, axes: (
-        {"loss": masking.total(b * a * theta, axes)} | importance.weight_metrics(b, mask, axes)
+        {"loss": masking.total(b * a * theta, axes)} | values(importance.weight_metrics(b, mask, axes))
     ),
     "explained_variance": lambda theta, a, b, c, mask, s, axes: policy_losses.explained_variance(
         a * theta, c, mask, axes
@@ -108,8 +110,8 @@ FUNCTIONS |= {
     "plackett_luce_loss": lambda theta, a, b, c, mask, s, axes: with_metrics(
         reward_losses.plackett_luce_loss(s * theta[:, :4], mask[:, :4], axes=axes)
     ),
-    "centering": lambda theta, a, b, c, mask, s, axes: reward_losses.centering(
-        s[:, 0] * theta[0, 0], s[:, 1], axes=axes
+    "centering": lambda theta, a, b, c, mask, s, axes: (
+        reward_losses.centering(s[:, 0] * theta[0, 0], s[:, 1], axes=axes).value
     ),
 }
 THETA = jnp.linspace(0.5, 1.5, T)[None, :]

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 
 from rlhf_jax.core import importance
+from rlhf_jax.core.metrics import values
 from tests.support.padded_arrays import ROWS, WIDTH, normal, prefix_mask, row_lengths, seeds
 
 
@@ -34,7 +35,7 @@ def test_importance_weights_are_truncated_or_masked_a_token_or_a_response_at_a_t
         expected = [WEIGHED[name](ratio, cap, floor) for ratio in ratios]
         np.testing.assert_allclose(got[row, :length], expected, rtol=1e-5)
     if np.asarray(mask).any():
-        metrics = importance.weight_metrics(jnp.where(mask, got, jnp.nan), mask, ())
+        metrics = values(importance.weight_metrics(jnp.where(mask, got, jnp.nan), mask, ()))
         inside = np.asarray(got)[np.asarray(mask)]
         np.testing.assert_allclose(list(metrics.values()), [inside.min(), inside.mean(), inside.max()], rtol=1e-5)
 
@@ -52,5 +53,5 @@ def test_the_samplers_difference_is_of_either_sign_and_of_no_padding():
     expected = np.abs(np.asarray(logprobs) - np.asarray(old))[np.asarray(mask)]
     for sign in (1, -1):
         first, second = (jnp.where(mask, x, jnp.nan) for x in (logprobs, old)[::sign])
-        found = importance.sampler_difference(first, second, mask, ())
+        found = values(importance.sampler_difference(first, second, mask, ()))
         np.testing.assert_allclose(list(found.values()), [expected.mean(), expected.max()], rtol=1e-6)

@@ -17,11 +17,12 @@ from tests.support.padded_arrays import (
     random_mask,
     row_lengths,
     seeds,
+    with_values,
 )
 
 EPSILON = 0.2
 policy_loss = jax.jit(functools.partial(ppo_loss, clip_ratio=EPSILON, axes=()))
-value_loss = jax.jit(functools.partial(policy_losses.value_loss, clip_range=EPSILON, axes=()))
+value_loss = jax.jit(with_values(functools.partial(policy_losses.value_loss, clip_range=EPSILON, axes=())))
 policy_grad = jax.jit(jax.grad(lambda *args: policy_loss(*args)[0]))
 value_grad = jax.jit(jax.grad(lambda *args: value_loss(*args)[0]))
 

@@ -24,7 +24,16 @@ from rlhf_jax.methods.preference import (
     PreferenceLossConfig,
     preference_loss,
 )
-from tests.support.padded_arrays import ROWS, WIDTH, assert_padding_is_inert, normal, prefix_mask, row_lengths, seeds
+from tests.support.padded_arrays import (
+    ROWS,
+    WIDTH,
+    assert_padding_is_inert,
+    normal,
+    prefix_mask,
+    row_lengths,
+    seeds,
+    with_values,
+)
 
 PAIRS, BETA, EPSILON, GAMMA, ALPHA, TAU = 6, 0.3, 0.1, 0.4, 0.6, 0.2
 OPTIONS: dict[str, Any] = {"label_smoothing": EPSILON, "simpo_gamma": GAMMA, "cpo_alpha": ALPHA, "discopop_tau": TAU}
@@ -46,7 +55,7 @@ def every_loss(logprobs, tokens):
 def _every_loss(logprobs, tokens):
 
     def loss(logprobs, config):
-        return preference_loss(config, Pairs(*logprobs, *tokens), beta=BETA, axes=())
+        return with_values(preference_loss)(config, Pairs(*logprobs, *tokens), beta=BETA, axes=())
 
     return {name: jax.value_and_grad(loss, has_aux=True)(logprobs, config) for name, config in CONFIGS.items()}
 
@@ -177,7 +186,7 @@ def test_extreme_margins_overflow_nowhere(margin):
 
 def sigmoid_loss(logprobs, beta=BETA):
     tokens = [jnp.ones(len(logprobs[0]), jnp.int32)] * 2
-    return preference_loss(PreferenceLossConfig(), Pairs(*logprobs, *tokens), beta=beta, axes=())
+    return with_values(preference_loss)(PreferenceLossConfig(), Pairs(*logprobs, *tokens), beta=beta, axes=())
 
 
 def test_loss_is_log_2_where_the_policy_is_the_reference_whatever_beta():
@@ -231,7 +240,7 @@ def test_a_mixture_is_the_weighted_sum_and_a_pairs_weight_multiplies_its_loss():
     loss, metrics = preference_loss(config, Pairs(*logprobs, *tokens), beta=BETA, axes=())
     np.testing.assert_allclose(loss, 0.8 * parts["hinge"] + 0.5 * parts["sft"] + 2 * parts["bco_pair"], rtol=1e-5)
     for name, part in parts.items():
-        np.testing.assert_allclose(metrics[f"loss/{name}"], part, rtol=1e-5)
+        np.testing.assert_allclose(metrics[f"loss/{name}"].value, part, rtol=1e-5)
     weights = jnp.asarray([2.0, 0, 0, 0, 0, 1.0])
     loss, _ = preference_loss(CONFIGS["hinge"], Pairs(*logprobs, *tokens, weights=weights), beta=BETA, axes=())
     alone = [slowly("hinge", [x[i : i + 1] for x in logprobs], [x[i : i + 1] for x in tokens]) for i in (0, 5)]

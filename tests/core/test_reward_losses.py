@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf_jax.core import reward_losses
-from tests.support.padded_arrays import normal, seeds
+from tests.support.padded_arrays import normal, seeds, with_values
 
 PAIRS = 6
-bradley_terry_loss = jax.jit(functools.partial(reward_losses.bradley_terry_loss, axes=()))
+bradley_terry_loss = jax.jit(with_values(functools.partial(reward_losses.bradley_terry_loss, axes=())))
 gradients = jax.jit(jax.grad(lambda *args: bradley_terry_loss(*args)[0], argnums=(0, 1)))
 
 
@@ -103,7 +103,7 @@ PAIR_LOSSES = {
 
 @functools.cache
 def with_gradients(name):
-    return jax.jit(jax.value_and_grad(PAIR_LOSSES[name][0], argnums=(0, 1), has_aux=True))
+    return jax.jit(jax.value_and_grad(with_values(PAIR_LOSSES[name][0]), argnums=(0, 1), has_aux=True))
 
 
 def numeric_gradient(function, x):
@@ -147,7 +147,10 @@ def test_a_smoothed_loss_is_least_where_the_model_believes_in_the_share_of_flipp
 
 def test_centering_is_blind_to_margins_and_least_where_the_mean_score_is_0():
     chosen, rejected = normal(0, PAIRS), normal(1, PAIRS)
-    penalty = functools.partial(reward_losses.centering, axes=())
+
+    def penalty(chosen, rejected):
+        return reward_losses.centering(chosen, rejected, axes=()).value
+
     expected = np.mean((np.asarray(chosen, np.float64) + rejected) ** 2)
     np.testing.assert_allclose(penalty(chosen, rejected), expected, rtol=1e-5)
     np.testing.assert_allclose(penalty(chosen + 3, rejected - 3), expected, rtol=1e-4)
@@ -185,7 +188,7 @@ def slow_k_wise(scores, wins, label_smoothing):
 @functools.cache
 def k_wise_gradients(label_smoothing):
     loss = functools.partial(reward_losses.k_wise_loss, label_smoothing=label_smoothing, axes=())
-    return jax.jit(jax.value_and_grad(loss, has_aux=True))
+    return jax.jit(jax.value_and_grad(with_values(loss), has_aux=True))
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
@@ -208,7 +211,9 @@ def test_k_wise_comparisons_are_means_over_each_prompts_pairs(label_smoothing, s
     np.testing.assert_allclose(metrics["mean_reward"], in_pairs.mean(), rtol=1e-4, atol=1e-6)
 
 
-centering_gradient = jax.jit(jax.value_and_grad(functools.partial(reward_losses.k_wise_centering, axes=())))
+centering_gradient = jax.jit(
+    jax.value_and_grad(lambda scores, wins: reward_losses.k_wise_centering(scores, wins, axes=()).value)
+)
 
 
 def test_two_responses_are_a_pair_and_what_is_missing_is_not_read():
@@ -227,7 +232,9 @@ def test_two_responses_are_a_pair_and_what_is_missing_is_not_read():
         np.testing.assert_allclose(ranking, pairs, rtol=1e-5)
         penalty, grad = centering_gradient(given, jnp.asarray(wins))
         np.testing.assert_array_equal(grad[:, 2], 0)
-        np.testing.assert_allclose(penalty, reward_losses.centering(scores[:, 0], scores[:, 1], axes=()), rtol=1e-5)
+        np.testing.assert_allclose(
+            penalty, reward_losses.centering(scores[:, 0], scores[:, 1], axes=()).value, rtol=1e-5
+        )
 
 
 def slow_ranking(scores, counts):

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 
 from rlhf_jax.core import policy_losses
+from rlhf_jax.core.metrics import values
 from rlhf_jax.core.policy_losses import AGGREGATIONS, POLICY_LOSSES
 from tests.support.padded_arrays import ROWS, WIDTH, assert_padding_is_inert, normal, prefix_mask, row_lengths, seeds
 
@@ -178,9 +179,9 @@ def test_ratio_metrics_count_no_padding():
     logprobs, old, _ = case(0)
     mask = prefix_mask([WIDTH, 2, 1, 0, 3])
     clipped = jnp.ones(mask.shape, bool)
-    metrics = policy_losses.ratio_metrics(logprobs, old, clipped & ~mask, mask, ())
+    metrics = values(policy_losses.ratio_metrics(logprobs, old, clipped & ~mask, mask, ()))
     assert metrics["policy/clipfrac_avg"] == 0
-    assert policy_losses.ratio_metrics(logprobs, old, clipped, mask, ())["policy/clipfrac_avg"] == 1
-    filled = policy_losses.ratio_metrics(jnp.where(mask, logprobs, np.nan), old, clipped & ~mask, mask, ())
+    assert policy_losses.ratio_metrics(logprobs, old, clipped, mask, ())["policy/clipfrac_avg"].value == 1
+    filled = values(policy_losses.ratio_metrics(jnp.where(mask, logprobs, np.nan), old, clipped & ~mask, mask, ()))
     for name, value in metrics.items():
         np.testing.assert_array_equal(filled[name], value, err_msg=name)

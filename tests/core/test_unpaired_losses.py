@@ -6,13 +6,13 @@ import numpy as np
 from hypothesis import given
 
 from rlhf_jax.core import unpaired_losses
-from tests.support.padded_arrays import normal, seeds
+from tests.support.padded_arrays import normal, seeds, with_values
 
 ROWS = 7
 SETTINGS = {"beta": 0.3, "desirable_weight": 1.3, "undesirable_weight": 0.7}
-kto = jax.jit(functools.partial(unpaired_losses.kto_loss, **SETTINGS, axes=()))
+kto = jax.jit(with_values(functools.partial(unpaired_losses.kto_loss, **SETTINGS, axes=())))
 gradients = jax.jit(jax.grad(lambda *args, baseline: kto(*args, baseline=baseline)[0], argnums=(0, 1)))
-apo = jax.jit(functools.partial(unpaired_losses.apo_zero_unpaired_loss, **SETTINGS, axes=()))
+apo = jax.jit(with_values(functools.partial(unpaired_losses.apo_zero_unpaired_loss, **SETTINGS, axes=())))
 
 
 def case(seed):

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.core import kl, masking
+from rlhf_jax.core import kl
+from rlhf_jax.core.metrics import values
 from rlhf_jax.core.policy_losses import AGGREGATIONS
 from rlhf_jax.loading.models import Policy, RewardModel
 from rlhf_jax.methods.experience import gather_experience, shaped_scores
@@ -166,15 +167,9 @@ def loss_and_gradient(aggregation, micro_batch, entropy_coef=0.3, **changes):
 
     def run(params, batch):
         weight = AGGREGATIONS[aggregation][1]
-        return gradients(
-            with_micro_batch(micro_batch),
-            loss,
-            params,
-            batch,
-            lambda rows: weight(rows.loss_mask, ()),
-            (),
-            lambda rows: masking.count(rows.loss_mask, ()),
-        )
+        optimizer = with_micro_batch(micro_batch)
+        value, metrics, grads = gradients(optimizer, loss, params, batch, lambda x: weight(x.loss_mask, ()), ())
+        return value, values(metrics), grads
 
     return jax.device_get(jax.jit(run)({"policy": tiny.policy_params()}, random_batch()))
 

@@ -20,6 +20,7 @@ from rlhf_jax.models.head import TokenStats
 from rlhf_jax.stages import ppo
 from tests.support import tiny
 from tests.support.against_trl_online import ONLINE_CHECKS
+from tests.support.padded_arrays import with_values
 
 Record = Mapping[str, np.ndarray]
 close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
@@ -46,7 +47,7 @@ def check_dpo(trl: Record, beta: float = 0.3) -> None:
     def loss(hidden, head):
         tokens = jnp.split(masking.lengths(mask), 2)
         pairs = Pairs(*sequences(hidden, head), *reference, *tokens)
-        return preference_loss.preference_loss(PreferenceLossConfig(), pairs, beta=beta, axes=())
+        return with_values(preference_loss.preference_loss)(PreferenceLossConfig(), pairs, beta=beta, axes=())
 
     (value, metrics), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(
         jnp.asarray(trl["hidden"]), jnp.asarray(trl["head"])
@@ -77,7 +78,7 @@ def check_sft(trl: Record) -> None:
 
 def check_reward(trl: Record) -> None:
     """RewardTrainer's Bradley-Terry loss."""
-    loss = functools.partial(reward_losses.bradley_terry_loss, axes=())
+    loss = with_values(functools.partial(reward_losses.bradley_terry_loss, axes=()))
     (value, metrics), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(
         jnp.asarray(trl["chosen_scores"]), jnp.asarray(trl["rejected_scores"])
     )
@@ -93,7 +94,7 @@ def check_centered_reward(trl: Record, center_rewards_coefficient: float) -> Non
 
     def loss(chosen, rejected):
         value, _ = reward_losses.margin_loss(chosen, rejected, jnp.asarray(trl["margins"]), axes=())
-        return value + center_rewards_coefficient * reward_losses.centering(chosen, rejected, axes=())
+        return value + center_rewards_coefficient * reward_losses.centering(chosen, rejected, axes=()).value
 
     value, grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(
         jnp.asarray(trl["chosen_scores"]), jnp.asarray(trl["rejected_scores"])
@@ -169,7 +170,7 @@ def check_policy_loss(trl: Record, clip_ratio: float) -> None:
 
 def check_value_loss(trl: Record, clip_range: float, value_coef: float) -> None:
     """PPOTrainer's clipped value loss, on the mask that reaches one position further than the response."""
-    loss = functools.partial(policy_losses.value_loss, clip_range=clip_range, axes=())
+    loss = with_values(functools.partial(policy_losses.value_loss, clip_range=clip_range, axes=()))
     (value, metrics), grad = jax.jit(jax.value_and_grad(loss, has_aux=True))(
         *(jnp.asarray(trl[f"step_{name}"]) for name in ("vpred", "values", "return", "value_mask"))
     )
@@ -248,7 +249,7 @@ def check_unpaired(trl: Record) -> None:
         def loss(tokens, name=name, function=function):
             sums = logprobs.sequence_logprobs(tokens, mask)
             baseline = {"baseline": unpaired_losses.kto_baseline(sums, reference, ())} if name == "kto" else {}
-            return function(sums, reference, desirable, **baseline, **UNPAIRED_WEIGHTS, beta=BETA, axes=())
+            return with_values(function)(sums, reference, desirable, **baseline, **UNPAIRED_WEIGHTS, beta=BETA, axes=())
 
         (value, metrics), grad = jax.jit(jax.value_and_grad(loss, has_aux=True))(own)
         close(value, trl[f"{name}/loss"], err_msg=name)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from hypothesis import strategies as st
 
+from rlhf_jax.core.metrics import Metric, values
 from rlhf_jax.core.policy_losses import AGGREGATIONS, POLICY_LOSSES, ratio_metrics
 
 ROWS, WIDTH = 5, 6
@@ -51,7 +52,18 @@ def ppo_loss(
         dual_clip=math.inf,
     )
     loss = AGGREGATIONS["token"][0](tokens.losses, response_mask, max_tokens=WIDTH, axes=axes)
-    return loss, ratio_metrics(logprobs, old_logprobs, tokens.clipped, response_mask, axes)
+    return loss, values(ratio_metrics(logprobs, old_logprobs, tokens.clipped, response_mask, axes))
+
+
+def with_values(function: Callable[..., tuple[jax.Array, dict[str, Metric]]]) -> Callable[..., tuple]:
+    """The loss, and the values of its metrics."""
+
+    @functools.wraps(function)
+    def loss_and_values(*args, **kwargs):
+        loss, metrics = function(*args, **kwargs)
+        return loss, values(metrics)
+
+    return loss_and_values
 
 
 @functools.cache  # one compilation for all examples

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.config import ModelSource
+from rlhf_jax.core.metrics import values
 from rlhf_jax.methods.policy_method import Experience
 from rlhf_jax.methods.policy_update import minibatch_loss
 from rlhf_jax.models.head import TokenStats
@@ -61,9 +62,10 @@ def given_loss(config, method, logprobs, batch: dict):
     rollout = Rollout(*(jnp.zeros(mask.shape, jnp.int32), mask) * 2)
     networks = ppo.Networks(GivenPolicy(MODEL, VOCAB, SUPPRESSED), None, None, (EOS,), mask.shape[1])
     rows: dict[str, Any] = dict.fromkeys(Experience._fields) | batch | {"rollout": rollout}
-    return minibatch_loss(
+    loss, metrics = minibatch_loss(
         {"policy": logprobs}, networks, config, method, Experience(**rows), (), kl_coef=method.kl_coef
     )
+    return loss, values(metrics)
 
 
 PPO = ppo.PPOConfig(

@@ -194,7 +194,7 @@ def describe(hint: Any) -> str:
     if hint is ModelSource:
         return "the name of a stage, or a checkpoint's directory, GGUF file or hub id"
     if hint is FunctionSource:
-        return "a Python object, as package.module:name or path/file.py:name"
+        return "a function, as package.module:function or path/file.py:function"
     if hint is types.NoneType:
         return "None"
     if origin is Annotated:

@@ -26,60 +26,9 @@ from rlhf_jax.runtime.files import read_rows, write_json
 from rlhf_jax.runtime.programs import RuntimeConfig
 from rlhf_jax.runtime.progress import Display
 from rlhf_jax.runtime.workdir import Identity, Workdir
-from rlhf_jax.stages import (
-    best_of_n,
-    dpo,
-    evaluate,
-    frontier,
-    gold,
-    group_rl,
-    kto,
-    online_dpo,
-    ppo,
-    preferences,
-    rejection_sampling,
-    reward_model,
-    sft,
-)
+from rlhf_jax.stages.kinds import KINDS, find_kind
+from rlhf_jax.stages.online_dpo import OnlineDPOConfig
 from rlhf_jax.types import RlhfError
-
-StageRun = Callable[[Any, Context], dict[str, Any]]
-
-KINDS: dict[str, tuple[type, StageRun]] = {
-    "gold": (gold.GoldConfig, gold.run),
-    "sft": (sft.SFTConfig, sft.run),
-    "preferences": (preferences.PreferencesConfig, preferences.run),
-    "reward_model": (reward_model.RewardModelConfig, reward_model.run),
-    "best_of_n": (best_of_n.BestOfNConfig, best_of_n.run),
-    "rejection_sampling": (rejection_sampling.RejectionSamplingConfig, rejection_sampling.run),
-    "dpo": (dpo.DPOConfig, dpo.run),
-    "kto": (kto.KTOConfig, kto.run),
-    "online_dpo": (online_dpo.OnlineDPOConfig, online_dpo.run),
-    "ppo": (ppo.PPOConfig, ppo.run),
-    "group_rl": (group_rl.GroupRLConfig, group_rl.run),
-    "evaluate": (evaluate.EvaluateConfig, evaluate.run),
-    "frontier": (frontier.FrontierConfig, frontier.run),
-}
-
-SEEDED = (
-    dpo.DPOConfig,
-    ppo.PPOConfig,
-    group_rl.GroupRLConfig,
-    kto.KTOConfig,
-    online_dpo.OnlineDPOConfig,
-)
-"""Stages that train `seeds` runs at once; the others train one, with `seed`."""
-
-UNITS = {
-    "sft": "demonstrations",
-    "reward_model": "comparisons",
-    "dpo": "pairs",
-    "kto": "responses",
-    "online_dpo": "pairs",
-    "ppo": "responses",
-    "group_rl": "responses",
-}
-"""A row of a batch, of the kinds of stages that train."""
 
 COMMON = ("seed", "seeds", "stages", "data", "runtime")
 
@@ -100,13 +49,15 @@ class Experiment:
         data = dataclasses.asdict(self.data)
         hashes = {split: formats.file_hash(self.data.source(split)) for split in ("train", "eval", "test")}
         common = {"seed": self.seed, "data": data, "data_sha256": hashes}
-        if isinstance(stage, SEEDED):
+        if find_kind(stage.kind, name).seeded:
             common["seeds"] = self.seeds
         inputs = {input: fingerprint(input) for input in configs.input_stages(stage, self.stages)}
         for source in configs.checkpoints(stage, self.stages):
             inputs[source] = checkpoint_hash(source)
         for source in configs.functions(stage):
             inputs[source] = user_code.file_hash(source)
+        if stage.kind not in KINDS:
+            inputs[stage.kind] = user_code.file_hash(stage.kind)
         return Identity(dataclasses.asdict(stage), common, inputs)
 
 
@@ -167,6 +118,7 @@ def _run_stage(
     directory = workdir.begin(name, identity)
     provenance.begin(directory, here())
     stage = experiment.stages[name]
+    kind = find_kind(stage.kind, name)
     with display.bar(name) as bar, _timed(directory) as seconds:
         context = Context(
             workdir=workdir,
@@ -178,9 +130,9 @@ def _run_stage(
             runtime=experiment.runtime,
             bar=bar,
         )
-        summary = KINDS[stage.kind][1](stage, context)
-    seeds = range(experiment.seed, experiment.seed + (experiment.seeds if isinstance(stage, SEEDED) else 1))
-    batch = _batch(stage, experiment.runtime, directory)
+        summary = kind.run(stage, context)
+    seeds = range(experiment.seed, experiment.seed + (experiment.seeds if kind.seeded else 1))
+    batch = _batch(stage, kind.unit, experiment.runtime, directory)
     found = provenance.record(directory, identity, seeds, batch)
     write_json(directory / "summary.json", {**summary, "provenance": found, "time/seconds": seconds[0]})
     workdir.complete(name, identity)
@@ -197,20 +149,20 @@ def _timed(directory: Path) -> Iterator[list[float]]:
     seconds[0] += time.perf_counter() - start
 
 
-def _batch(stage: Any, runtime: RuntimeConfig, directory: Path) -> dict[str, Any] | None:
+def _batch(stage: Any, unit: str | None, runtime: RuntimeConfig, directory: Path) -> dict[str, Any] | None:
     """The effective batch of a stage that trains, of which `metrics.jsonl` has the tokens; None for another stage."""
-    if stage.kind not in UNITS:
+    if unit is None:
         return None
     metrics = read_rows(directory / "metrics.jsonl")
     if isinstance(stage, OnlineConfig):
         rows = stage.batch_size // stage.minibatches
-        responses = 2 * rows if isinstance(stage, online_dpo.OnlineDPOConfig) else rows
+        responses = 2 * rows if isinstance(stage, OnlineDPOConfig) else rows
         tokens = [responses * row["completions/mean_length"] for row in metrics]
     else:
         rows, tokens = stage.batch_size, [row["num_tokens"] for row in metrics]
     return provenance.effective_batch(
         rows=rows,
-        unit=UNITS[stage.kind],
+        unit=unit,
         micro_batch=stage.optimizer.micro_batch,
         devices=runtime.data * runtime.fsdp,
         tokens=tokens,
@@ -234,6 +186,4 @@ def _parse_stage(name: str, config: ConfigDict) -> Any:
             f"config.{name} is not the section of a stage, which has a kind.{configs.suggestion(name, known)}"
         )
     kind = configs.convert(str, section.kind, f"config.{name}.kind")
-    if kind not in KINDS:
-        raise RlhfError(f"config.{name}.kind = {kind!r} should be one of {', '.join(KINDS)}")
-    return configs.build(KINDS[kind][0], config[name], f"config.{name}")
+    return configs.build(find_kind(kind, f"config.{name}.kind").config, config[name], f"config.{name}")

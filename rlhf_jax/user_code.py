@@ -23,17 +23,23 @@ def load(source: str, what: str) -> Callable[..., Any]:
     Args: what names its role in messages, such as "reward function".
     Raises RlhfError if the source names nothing, or its module does not load.
     """
+    found = load_object(source, what)
+    if not callable(found):
+        place, name = _parts(source, what)
+        raise RlhfError(f"{what} {source}: {place} has no function {name!r}")
+    if inspect.iscoroutinefunction(found):
+        raise RlhfError(f"{what} {source} is asynchronous: give a plain function")
+    return found
+
+
+def load_object(source: str, what: str) -> object:
+    """Load the object that a source names. Args and errors as of `load`; None where the module has no such name."""
     place, name = _parts(source, what)
     try:
         module = _load_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
     except Exception as error:  # a user's module may raise anything
         raise RlhfError(f"{what} {source} cannot be loaded: {type(error).__name__}: {error}") from error
-    found = getattr(module, name, None)
-    if not callable(found):
-        raise RlhfError(f"{what} {source}: {place} has no function {name!r}")
-    if inspect.iscoroutinefunction(found):
-        raise RlhfError(f"{what} {source} is asynchronous: give a plain function")
-    return found
+    return getattr(module, name, None)
 
 
 def options_of(
@@ -64,9 +70,9 @@ def options_of(
     return tuple(parameter.name for parameter in rest if parameter.name in options)
 
 
-def file_hash(source: str) -> str:
-    """SHA-256, in hex, of the file that holds a function or class, so that a changed file is noticed."""
-    place, _ = _parts(source, "function")
+def source_file(source: str, what: str) -> Path | None:
+    """Path of the file that holds the object that a source names, or None where there is no such file."""
+    place, _ = _parts(source, what)
     file: str | None = place
     if not place.endswith(".py"):
         try:
@@ -74,9 +80,17 @@ def file_hash(source: str) -> str:
         except (ImportError, ValueError):
             spec = None
         file = None if spec is None else spec.origin
-    if file is None or not Path(file).is_file():
-        raise RlhfError(f"{source}: there is no {place}; a file is named from the working directory")
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    return Path(file) if file is not None and Path(file).is_file() else None
+
+
+def file_hash(source: str) -> str:
+    """SHA-256, in hex, of the file that holds the object that a source names, so that a changed file is noticed."""
+    file = source_file(source, "function")
+    if file is None:
+        raise RlhfError(
+            f"{source}: there is no {source.rpartition(':')[0]}; a file is named from the working directory"
+        )
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _parts(source: str, what: str) -> tuple[str, str]:

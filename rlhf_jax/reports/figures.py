@@ -1,7 +1,6 @@
 """One function a figure: from tables to a matplotlib Figure, without pyplot. Units stand on the axes."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -10,12 +9,12 @@ from matplotlib.figure import Figure
 
 from rlhf_jax.core.statistics import t_interval
 from rlhf_jax.reports.style import (
-    COLORS,
     INK,
     MUTED,
-    OTHER,
+    PALETTE,
     EndLabel,
     PointLabel,
+    colour,
     context,
     label_ends,
     label_points,
@@ -24,95 +23,24 @@ from rlhf_jax.reports.style import (
     settle,
     shades,
 )
+from rlhf_jax.stages.kinds import Kind, Panel, Series
 
 
-class Series(NamedTuple):
-    """A column of metrics.jsonl, and its name in the figure; `eval/` columns have a value every so many steps."""
-
-    column: str
-    name: str
-    kind: str | None = None  # whose colour it has, if not the stage's own
-
-
-class Panel(NamedTuple):
-    """One small multiple of a figure of learning curves."""
-
-    title: str
-    unit: str
-    series: tuple[Series, ...]
-    chance: float | None = None  # a level to compare with
-
-
-SAMPLING = (
-    Panel("Score", "reward", (Series("objective/scores", ""),)),
-    Panel("KL from the start", "nats per response", (Series("objective/kl", ""),), chance=0.0),
-    Panel("Length", "tokens per response", (Series("completions/mean_length", ""),)),
-)
-
-CURVES: dict[str, tuple[Panel, ...]] = {
-    "sft": (
-        Panel("Cross-entropy", "nats per token", (Series("loss", "train"), Series("eval/loss", "held out"))),
-        Panel(
-            "Next token predicted",
-            "share of tokens",
-            (Series("mean_token_accuracy", "train"), Series("eval/mean_token_accuracy", "held out")),
-        ),
-    ),
-    "reward_model": (
-        Panel(
-            "Bradley-Terry loss",
-            "nats per pair",
-            (Series("loss", "train"), Series("eval/loss", "held out")),
-            chance=float(np.log(2)),
-        ),
-        Panel(
-            "Pairs ranked correctly",
-            "share of pairs",
-            (
-                Series("accuracy", "train"),
-                Series("eval/accuracy", "held out"),
-                Series("eval/judge_agreement", "judge agrees", "gold"),
-            ),
-            chance=0.5,
-        ),
-    ),
-    "dpo": (
-        Panel("Loss", "nats per pair", (Series("loss", ""), Series("eval/loss", "")), chance=float(np.log(2))),
-        Panel(
-            "Pairs ranked correctly",
-            "share of pairs",
-            (Series("rewards/accuracies", ""), Series("eval/rewards/accuracies", "")),
-            chance=0.5,
-        ),
-        Panel(
-            "Reward margin",
-            "β × nats",
-            (Series("rewards/margins", ""), Series("eval/rewards/margins", "")),
-            chance=0.0,
-        ),
-    ),
-    "ppo": SAMPLING,
-    "group_rl": SAMPLING,
-    "online_dpo": SAMPLING,
-}
-"""What is drawn of a training stage, by its kind: lines for training batches, dots for what was held out."""
-
-
-def learning_curves(kind: str, stages: Mapping[str, pd.DataFrame]) -> Figure:
+def learning_curves(kind: Kind, stages: Mapping[str, pd.DataFrame]) -> Figure:
     """The curves of all stages of one kind: a line for the trend and, for a stage alone, a faint one for every step.
 
     Args: stages are the metrics by the name that labels them, from the lightest line to the darkest. Where a stage has
     several seeds, its line is their mean and a band of one standard deviation over seeds lies around it.
     """
-    shown = [panel for panel in CURVES[kind] if any(_has(table, panel) for table in stages.values())]
+    shown = [panel for panel in kind.curves if any(_has(table, panel) for table in stages.values())]
     with context():
         figure, axes = panels(len(shown), 2.5)
         for panel, ax in zip(shown, axes, strict=True):
             ends = []
-            colors = shades(len(stages), COLORS.get(kind, OTHER))
+            colors = shades(len(stages), PALETTE[kind.colour])
             for color, (label, table) in zip(colors, stages.items(), strict=True):
                 for series in panel.series:
-                    color = COLORS[series.kind] if series.kind else color
+                    color = colour(series.kind) if series.kind else color
                     end = _curve(ax, table, series, color, alone=len(stages) == 1)
                     named = series.name or not series.column.startswith("eval/")
                     text = " ".join(filter(None, (label if len(stages) > 1 else "", series.name)))
@@ -122,7 +50,7 @@ def learning_curves(kind: str, stages: Mapping[str, pd.DataFrame]) -> Figure:
                 ax.axhline(panel.chance, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
             ax.set_title(panel.title)
             ax.set_ylabel(panel.unit)
-            ax.set_xlabel("iteration" if CURVES[kind] is SAMPLING else "step")
+            ax.set_xlabel(kind.step)
             ax.margins(x=0.04)
             label_ends(ax, ends)
         settle(figure)
@@ -144,13 +72,13 @@ def frontier(
         scale_by_root(ax)
         labels, seen = [], []
         for label, path in paths.items():
-            color = COLORS.get(_kind_of(points, label), OTHER)
+            color = colour(_kind_of(points, label))
             ends = points[points["label"] == label][["kl", "score"]].mean()
             seen += _path(ax, path, (ends["kl"], ends["score"]), color)
         if curve is not None:
             labels += _best_of_n_line(ax, curve)
             seen += _along(curve["kl"], curve["score"])
-        seen += _line_of_means(ax, points[points["kind"] == "dpo"], COLORS["dpo"])
+        seen += _line_of_means(ax, points[points["kind"] == "dpo"], colour("dpo"))
         labels = _method_points(ax, points) + labels
         for _, row in points.iterrows():
             seen += _along([row["kl"]] * 2, [row["score"] - row["score_se"], row["score"] + row["score_se"]])
@@ -179,9 +107,9 @@ def best_of_n(curve: pd.DataFrame, deviations: tuple[float, float] | None) -> Fi
             ax, scale = axes[0 if together else i], deviations[i] if deviations is not None else 1.0
             x = np.sqrt(curve["kl"])
             y, se = (curve[column] - curve[column].iloc[0]) / scale, curve[f"{column}_se"] / scale
-            ax.fill_between(x, y - se, y + se, color=COLORS[kind], alpha=0.18, linewidth=0)
-            ax.plot(x, y, color=COLORS[kind], marker="o", markersize=3.5)
-            ends.append(EndLabel(float(y.iloc[-1]), name if together else "", COLORS[kind]))
+            ax.fill_between(x, y - se, y + se, color=colour(kind), alpha=0.18, linewidth=0)
+            ax.plot(x, y, color=colour(kind), marker="o", markersize=3.5)
+            ends.append(EndLabel(float(y.iloc[-1]), name if together else "", colour(kind)))
             ax.set_title("Gain over n = 1" if together else f"Gain over n = 1, {name}")
             ax.set_ylabel("standard deviations of SFT samples" if together else "its own score")
             ax.set_xlabel("√KL from SFT (√nats)")
@@ -207,7 +135,7 @@ def win_rates(results: pd.DataFrame, *, judge: str, start: str) -> Figure:
         figure, (ax,) = panels(1, 0.9 + 0.26 * max(3, len(methods)))
         labels, ends = [], [50.0]
         for line, rows in enumerate(methods):
-            color, several = COLORS.get(rows["kind"].iloc[0], OTHER), len(rows) > 1
+            color, several = colour(rows["kind"].iloc[0]), len(rows) > 1
             rates = 100 * rows["win_rate"].to_numpy(float)
             low, high = t_interval(rates, level=0.95) if several else 100 * rows[["win_low", "win_high"]].iloc[0]
             low, high, middle = max(0.0, low), min(100.0, high), rates.mean()
@@ -272,7 +200,7 @@ def trend_window(steps: int, *, alone: bool) -> int:
 def _method_points(ax: Axes, points: pd.DataFrame) -> list[PointLabel]:
     labels = []
     for label, rows in points.groupby("label", sort=False):
-        color, several = COLORS.get(rows["kind"].iloc[0], OTHER), len(rows) > 1
+        color, several = colour(rows["kind"].iloc[0]), len(rows) > 1
         for _, row in rows.iterrows():
             ax.errorbar(
                 row["kl"],
@@ -294,7 +222,7 @@ def _method_points(ax: Axes, points: pd.DataFrame) -> list[PointLabel]:
 
 
 def _best_of_n_line(ax: Axes, curve: pd.DataFrame) -> list[PointLabel]:
-    color = COLORS["best_of_n"]
+    color = colour("best_of_n")
     low, high = curve["score"] - curve["score_se"], curve["score"] + curve["score_se"]
     ax.fill_between(curve["kl"], low, high, color=color, alpha=0.15, linewidth=0, zorder=1)
     ax.plot(curve["kl"], curve["score"], color=color, marker="o", markersize=2.5, linewidth=1.3, zorder=2)

@@ -1,5 +1,6 @@
 """What tables and figures show, gathered from a run: methods by name, points of the frontier, answers side by side."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,9 @@ import pandas as pd
 from rlhf_jax.core.statistics import standard_error
 from rlhf_jax.reports.run import Run
 from rlhf_jax.rewards.tfidf import TfidfJudge
+from rlhf_jax.stages.kinds import KINDS, Kind, shown_kind
 
 GOLD = "gold judge"
-
-KINDS = ("sft", "best_of_n", "dpo", "ppo")
-"""The order of methods in figures; within DPO by beta, the gentlest first."""
 
 
 def comparison(run: Run) -> pd.DataFrame:
@@ -84,6 +83,17 @@ def stage_labels(run: Run, names: list[str]) -> dict[str, str]:
     plain = {name: _label(run, name) for name in names}
     counts = pd.Series(plain).value_counts()
     return {name: label if counts[label] == 1 else f"{label} ({name})" for name, label in plain.items()}
+
+
+def learning_kinds(run: Run) -> dict[str, Kind]:
+    """Kinds of the run's stages that have learning curves, in the order of the table, a user's own last."""
+    names = {name: shown_kind(name) for name in sorted(set(map(run.kind, run.stages)), key=lambda x: (_rank(x), x))}
+    return {name: kind for name, kind in names.items() if kind is not None and kind.curves}
+
+
+def learning_figure(kind: str) -> str:
+    """Name of the figure with the learning curves of a kind."""
+    return "learning_" + re.sub(r"\W+", "_", kind)
 
 
 def curves(run: Run, kind: str) -> dict[str, pd.DataFrame]:
@@ -163,7 +173,7 @@ def _kind(run: Run, method: str) -> str:
 
 
 def _rank(kind: str) -> int:
-    return KINDS.index(kind) if kind in KINDS else len(KINDS)
+    return list(KINDS).index(kind) if kind in KINDS else len(KINDS)
 
 
 def _strength(run: Run, method: str) -> float:
@@ -178,12 +188,8 @@ def _label(run: Run, method: str) -> str:
         return method
     section = run.config(method)["section"]
     distilled = section.get("demonstrations") is not None  # of a stage's samples, such as rejection sampling's
-    return {
-        "sft": method if distilled else "SFT",
-        "dpo": f"DPO β = {section.get('beta', 0):g}",
-        "ppo": "PPO",
-        "reward_model": "reward model",
-    }.get(section["kind"], method)
+    kind = shown_kind(section["kind"])
+    return method if kind is None or kind.label is None or distilled else kind.label.format(**section)
 
 
 def _reward_errors(run: Run, table: pd.DataFrame) -> list[float]:

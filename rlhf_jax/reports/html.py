@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from rlhf_jax.reports import frames, style, table
 from rlhf_jax.reports.cautions import cautions, meaningless
 from rlhf_jax.reports.differences import differences
+from rlhf_jax.reports.frames import learning_figure, learning_kinds
 from rlhf_jax.reports.markup import text
 from rlhf_jax.reports.origins import headline, origins
 from rlhf_jax.reports.run import Run
@@ -56,12 +57,6 @@ CAPTIONS = {
         "Terry's model gives it; on the dashed line probabilities come true.",
     ),
     "reward_accuracy": ("Where the reward model is right", "Groups of equal size. Dashed: chance; line: all pairs."),
-    "learning_sft": ("Supervised fine-tuning", ""),
-    "learning_reward_model": ("Reward model", "Dashed: chance."),
-    "learning_dpo": ("DPO", "Dashed: where every policy starts."),
-    "learning_ppo": ("PPO", ""),
-    "learning_group_rl": ("Policy gradients without a value function", ""),
-    "learning_online_dpo": ("Online DPO", ""),
 }
 CURVES_CAPTION = (
     "Faint: every step. Strong: the mean of its neighbourhood, a twentieth of all steps (an eighth where several share "
@@ -119,10 +114,13 @@ def page(run: Run, figures: Mapping[str, Figure]) -> str:
     main = [_head(run, title, evaluated)]
     if evaluated:
         main += [_results(run)]
-    main += [_figure(name, figure) for name, figure in figures.items() if not name.startswith("learning_")]
+    main += [_figure(name, *CAPTIONS[name], figure) for name, figure in figures.items() if name in CAPTIONS]
     if evaluated:
         main += [_answers(run)]
-    learning = [_figure(name, figure) for name, figure in figures.items() if name.startswith("learning_")]
+    kinds = {learning_figure(name): (kind.title or name, kind) for name, kind in learning_kinds(run).items()}
+    learning = [
+        _figure(name, title, kind.caption, figures[name]) for name, (title, kind) in kinds.items() if name in figures
+    ]
     if learning:
         main += [
             f'<section id="learning"><h2>Learning curves</h2><p class="note">{text(CURVES_CAPTION)}</p>',
@@ -268,7 +266,7 @@ def _answers_to(prompt: str, rows: pd.DataFrame, gold: bool) -> str:
     cards, opening = [], prompt if len(prompt) <= REPEATED else "…"
     for _, row in rows.iterrows():
         score = f"{row['gold' if gold else 'score']:.2f}".replace("-", "−")
-        color = style.COLORS.get(row["kind"], style.OTHER)
+        color = style.colour(row["kind"])
         cards.append(
             f'<article class="answer" style="--color: {_variable(color)}"><header><b>{text(row["label"])}</b>'
             f'<span>{score}</span></header><p><span class="prompt">{text(opening)}</span>'
@@ -280,15 +278,14 @@ def _answers_to(prompt: str, rows: pd.DataFrame, gold: bool) -> str:
 # ---- figures -------------------------------------------------------------------------------------------------------
 
 
-def _figure(name: str, figure: Figure) -> str:
-    title, caption = CAPTIONS[name]
+def _figure(name: str, title: str, caption: str, figure: Figure) -> str:
     level = "h3" if name.startswith("learning_") else "h2"
     below = f"<figcaption>{text(caption)}</figcaption>" if caption else ""
-    drawing = f'<div class="scroll">{svg(figure, name)}</div>'
+    drawing = f'<div class="scroll">{svg(figure, name, title)}</div>'
     return f'<{level}>{text(title)}</{level}><figure id="{name}">{drawing}{below}</figure>'
 
 
-def svg(figure: Figure, name: str) -> str:
+def svg(figure: Figure, name: str, title: str) -> str:
     """A figure as an inline SVG: text one can select, colours that follow the page, ids that no other figure has."""
     buffer = io.StringIO()
     with style.context():
@@ -297,7 +294,7 @@ def svg(figure: Figure, name: str) -> str:
     drawing = drawing[drawing.index("<svg") :]
     drawing = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|<style.*?</style>", "", drawing, flags=re.DOTALL)
     drawing = drawing.replace("xlink:href=", "href=").replace("'DejaVu Sans'", "system-ui, sans-serif")
-    head = rf'<svg \1 role="img" aria-label="{CAPTIONS[name][0]}">'
+    head = rf'<svg \1 role="img" aria-label="{text(title)}">'
     drawing = re.sub(r"<svg[^>]*?(viewBox=\"[^\"]*\")[^>]*>", head, drawing)
     drawing = re.sub(r"( id=\"|url\(#|href=\"#)", rf"\g<1>{name}-", drawing)
     return re.sub("|".join(style.DARK), lambda m: _variable(m[0]), drawing).strip()

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from scipy import special
 
-from rlhf_jax.reports.style import COLORS, INK, MUTED, OTHER, RULE, WIDTH, context, settle
+from rlhf_jax.reports.style import INK, MUTED, RULE, WIDTH, colour, context, settle
 from rlhf_jax.reports.table import packed
 
 COLUMNS = 4
@@ -40,7 +40,7 @@ def runs(points: pd.DataFrame, kinds: dict[str, str], start: str, score: str) ->
                     for kl, gold in lines:
                         ax.plot(kl, gold, color=RULE, linewidth=0.7, zorder=1)
             for kl, gold in ways[method]:
-                color = COLORS.get(kind, OTHER)
+                color = colour(kind)
                 ax.plot(kl, gold, color=color, linewidth=1.1, marker="o", markersize=1.8, zorder=2)
             ax.set_title(method, fontsize=8, pad=3)
             ax.tick_params(labelsize=7)
@@ -68,7 +68,7 @@ def ranking(matched: pd.DataFrame, kinds: dict[str, str], score: str) -> Figure:
             rows = matched[matched["kl"] == target].set_index("method")
             for place, method in enumerate(reversed(order)):
                 row = rows.loc[method]
-                color = COLORS.get(kinds[method], OTHER)
+                color = colour(kinds[method])
                 if not row["reached"]:
                     ax.text(0.02, place, "not reached", transform=ax.get_yaxis_transform(), fontsize=7, color=MUTED,
                             va="center")  # fmt: skip

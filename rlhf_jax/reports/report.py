@@ -96,10 +96,10 @@ def draw(run: Run) -> dict[str, Figure]:
             found = read_json(run.directory(stage) / "calibration.json")
             drawn["reward_calibration"] = reward_figures.calibration(found)
             drawn["reward_accuracy"] = reward_figures.accuracy(found)
-    for kind in figures.CURVES:
-        tables = frames.curves(run, kind)
+    for name, kind in frames.learning_kinds(run).items():
+        tables = frames.curves(run, name)
         if 0 < len(tables) <= MOST_CURVES:
-            drawn[f"learning_{kind}"] = figures.learning_curves(kind, tables)
+            drawn[frames.learning_figure(name)] = figures.learning_curves(kind, tables)
     return drawn
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from rlhf_jax.reports.style import COLORS, MUTED, context, panels, settle
+from rlhf_jax.reports.style import MUTED, colour, context, panels, settle
 
 GROUPS = (
     ("by_margin", "By margin", "difference of scores"),
@@ -23,7 +23,7 @@ def calibration(found: dict[str, Any]) -> Figure:
     """
     with context():
         figure, (left, right) = panels(2, 3.0)
-        rows, color = found["reliability"], COLORS["reward_model"]
+        rows, color = found["reliability"], colour("reward_model")
         left.plot([50, 100], [50, 100], color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
         x, y, low, high = (
             100 * np.array([row[name] for row in rows]) for name in ("confidence", "accuracy", "low", "high")
@@ -65,7 +65,7 @@ def accuracy(found: dict[str, Any]) -> Figure:
         for ax, (title, unit, rows) in zip(axes, shown, strict=True):
             _groups(ax, rows)
             whole = found["all"]["accuracy"]
-            ax.axvline(100 * whole, color=COLORS["reward_model"], linewidth=0.8, alpha=0.6, zorder=1)
+            ax.axvline(100 * whole, color=colour("reward_model"), linewidth=0.8, alpha=0.6, zorder=1)
             ax.set_title(title)
             ax.set_ylabel(unit)
             ax.set_xlabel("ranked correctly (%)")
@@ -75,7 +75,7 @@ def accuracy(found: dict[str, Any]) -> Figure:
 
 
 def _groups(ax: Axes, rows: Sequence[dict[str, Any]]) -> None:
-    color = COLORS["reward_model"]
+    color = colour("reward_model")
     for line, row in enumerate(rows):
         low, middle, high = (100 * row[name] for name in ("low", "accuracy", "high"))
         ax.plot([low, high], [line, line], color=color, linewidth=2.2, solid_capstyle="butt")

@@ -11,21 +11,22 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.transforms import Bbox
 
+from rlhf_jax.stages.kinds import Colour, shown_kind
+
 INK, MUTED, RULE, PAPER = "#1f2328", "#656d76", "#d8dee4", "#ffffff"
 
 # Okabe & Ito 2008: distinct to readers with any of the common colour deficiencies.
-COLORS = {
-    "sft": "#4d5561",
-    "gold": "#c07f00",
-    "reward_model": "#b0568a",
-    "best_of_n": "#00875f",
-    "dpo": "#0072b2",
-    "ppo": "#c24e00",
-    "kto": "#3d8fae",
-    "online_dpo": "#7457a8",
-    "group_rl": "#a8741a",
+PALETTE: dict[Colour, str] = {
+    "grey": "#4d5561",
+    "amber": "#c07f00",
+    "pink": "#b0568a",
+    "green": "#00875f",
+    "blue": "#0072b2",
+    "orange": "#c24e00",
+    "sky": "#3d8fae",
+    "violet": "#7457a8",
+    "brown": "#a8741a",
 }
-OTHER = "#4d5561"
 
 # For stages of one kind in one panel, the gentlest first.
 SHADES = ("#6aaede", "#3f8fcb", "#1c6fb0", "#0a528c", "#063a67", "#02213f")
@@ -84,6 +85,12 @@ RC: dict[str, Any] = {
 
 WIDTH = 7.0
 """Inches; 700 pixels at 100 dots an inch."""
+
+
+def colour(kind: str) -> str:
+    """Colour of a kind of stage; grey for methods that are no stage's, such as a checkpoint."""
+    row = shown_kind(kind)
+    return PALETTE["grey" if row is None else row.colour]
 
 
 def panels(count: int, height: float, **kwargs: Any) -> tuple[Figure, list[Axes]]:

@@ -8,10 +8,11 @@ import scipy.stats
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Annotation
 
-from rlhf_jax.reports import figures, report
+from rlhf_jax.reports import figures, frames, html, report
 from rlhf_jax.reports.run import Run
 from rlhf_jax.reports.style import PointLabel, context, label_points, panels, spread
 from rlhf_jax.runtime.files import read_rows, write_rows
+from rlhf_jax.stages.kinds import KINDS
 from tests.support import workdirs
 
 
@@ -202,7 +203,7 @@ def test_win_rates_lie_on_their_intervals_which_are_over_seeds_where_there_are_s
 
 def test_a_name_with_dollars_is_no_formula(run):
     table = run.metrics("sft")
-    figure = figures.learning_curves("sft", {"a $x_$": table, "b": table})
+    figure = figures.learning_curves(KINDS["sft"], {"a $x_$": table, "b": table})
     figure.canvas.draw()
     assert "a $x_$ train" in texts(figure.axes[0])
 
@@ -230,3 +231,46 @@ def test_a_frontier_of_the_reference_alone_is_drawn():
     figure = figures.frontier(points, None, {}, score="score", start="SFT")
     figure.canvas.draw()
     assert has_point(figure.axes[0], 0.0, 0.1)
+
+
+OWN = """
+import dataclasses
+from rlhf_jax.stages.kinds import Kind, Panel, Series
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    kind: str
+    width: int
+
+MINE = Kind(
+    config=Config, run=lambda config, context: {}, summary="Measure it", title="Mine", label="width {width}",
+    curves=(Panel("Loss", "nats", (Series("loss", ""),)),), colour="violet",
+)
+"""
+
+
+def test_kto_and_a_kind_of_ones_own_have_curves_and_names(tmp_path):
+    (tmp_path / "own.py").write_text(OWN)
+    rows = [{"step": x, "seed": 0, "loss": 1 / x, "rewards/chosen": x, "rewards/margins": x} for x in (1, 2)]
+    kind = f"{tmp_path}/own.py:MINE"
+    workdirs.write_stage(tmp_path / "run", "tuned", {"kind": "kto", "beta": 0.1}, files={"metrics.jsonl": rows})
+    workdirs.write_stage(tmp_path / "run", "mine", {"kind": kind, "width": 8}, files={"metrics.jsonl": rows})
+    run = Run(tmp_path / "run")
+    names = ["learning_kto", frames.learning_figure(kind)]
+    drawn = report.draw(run)
+    assert list(drawn) == names
+    assert [axes.get_title("left") for axes in drawn["learning_kto"].axes] == [
+        "Loss",
+        "Implicit reward",
+        "Reward margin",
+    ]
+    lines = drawn[names[1]].axes[0].get_lines()
+    assert {line.get_color() for line in lines} == {"#7457a8"} and list(lines[0].get_ydata()) == [1, 0.5]
+    assert list(frames.curves(run, kind)) == ["width 8"]
+    page = html.page(run, drawn)
+    assert "<h3>KTO</h3>" in page and "<h3>Mine</h3>" in page
+
+    (tmp_path / "own.py").unlink()
+    assert list(report.draw(run)) == ["learning_kto"], "without its file the stage is listed alone"
+    assert list(frames.curves(run, kind)) == ["mine"]
+    assert kind in html.page(run, {})

@@ -1,0 +1,280 @@
+"""Table of the kinds of stages: one row holds all that experiments, the command line and reports know about a kind.
+
+A new kind is one file in this directory and one row of `KINDS`. A user's own kind is a `Kind` in a Python file, and
+`kind = "path/file.py:NAME"` in a config; `examples/stage.py` shows one.
+"""
+
+import dataclasses
+import math
+import string
+import typing
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+from rlhf_jax import user_code
+from rlhf_jax.loading.context import Context
+from rlhf_jax.stages import (
+    best_of_n,
+    dpo,
+    evaluate,
+    frontier,
+    gold,
+    group_rl,
+    kto,
+    online_dpo,
+    ppo,
+    preferences,
+    rejection_sampling,
+    reward_model,
+    sft,
+)
+from rlhf_jax.types import RlhfError
+
+Colour = Literal["grey", "amber", "pink", "green", "blue", "orange", "sky", "violet", "brown"]
+
+
+class Series(NamedTuple):
+    """A column of metrics.jsonl and its name in a figure; `eval/` columns have a value only at evaluations."""
+
+    column: str
+    name: str
+    kind: str | None = None  # take the colour of this kind; None: of the stage's own
+
+
+class Panel(NamedTuple):
+    """One panel of a figure of learning curves."""
+
+    title: str
+    unit: str
+    series: tuple[Series, ...]
+    chance: float | None = None  # a level to compare with, drawn dashed
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kind:
+    """A kind of stage: its config, the function that runs it, and how reports show it.
+
+    `config` is a frozen dataclass whose field `kind: str` names the kind. `run(config, context)` reads the outputs of
+    earlier stages through the `Context`, writes into `context.directory`, and returns what summary.json shall hold.
+    Raises ValueError for a row that does not fit together.
+    """
+
+    config: type
+    run: Callable[[Any, Context], dict[str, Any]]
+    summary: str  # one line: what the stage does
+    title: str = ""  # heading of its learning curves
+    label: str | None = (
+        None  # name of its policy in figures, formatted with the config's fields; None: the stage's name
+    )
+    seeded: bool = False  # trains `seeds` runs at once; other kinds train one, with `seed`
+    unit: str | None = None  # what a row of a batch is, for kinds that train with `batch_size` and `optimizer`
+    curves: tuple[Panel, ...] = ()  # learning curves: lines for training batches, dots for held-out data
+    caption: str = ""  # below the learning curves
+    step: str = "step"  # what a row of metrics.jsonl counts
+    colour: Colour = "grey"
+
+    def __post_init__(self) -> None:
+        if not (dataclasses.is_dataclass(self.config) and isinstance(self.config, type) and callable(self.run)):
+            raise ValueError("config must be a dataclass, and run a function (config, context) -> dict")
+        fields = {field.name for field in dataclasses.fields(self.config)}
+        needed = {"kind", *(("batch_size", "optimizer") if self.unit else ())}
+        needed |= {name for _, name, _, _ in string.Formatter().parse(self.label or "") if name}
+        if missing := needed - fields:
+            raise ValueError(f"{self.config.__name__} has no field {', '.join(sorted(missing))}")
+        if self.colour not in typing.get_args(Colour):
+            raise ValueError(f"colour = {self.colour!r} should be one of {', '.join(typing.get_args(Colour))}")
+
+
+SAMPLING = (
+    Panel("Score", "reward", (Series("objective/scores", ""),)),
+    Panel("KL from the start", "nats per response", (Series("objective/kl", ""),), chance=0.0),
+    Panel("Length", "tokens per response", (Series("completions/mean_length", ""),)),
+)
+"""Learning curves of the kinds that sample from the policy they train."""
+
+MARGIN = Panel(
+    "Reward margin", "β × nats", (Series("rewards/margins", ""), Series("eval/rewards/margins", "")), chance=0.0
+)
+
+KINDS = {
+    "gold": Kind(
+        config=gold.GoldConfig,
+        run=gold.run,
+        summary="Fit a judge to human ratings or labels",
+        colour="amber",
+    ),
+    "sft": Kind(
+        config=sft.SFTConfig,
+        run=sft.run,
+        summary="Train a tokenizer and a policy on demonstrations, by maximum likelihood",
+        title="Supervised fine-tuning",
+        label="SFT",
+        unit="demonstrations",
+        curves=(
+            Panel("Cross-entropy", "nats per token", (Series("loss", "train"), Series("eval/loss", "held out"))),
+            Panel(
+                "Next token predicted",
+                "share of tokens",
+                (Series("mean_token_accuracy", "train"), Series("eval/mean_token_accuracy", "held out")),
+            ),
+        ),
+    ),
+    "preferences": Kind(
+        config=preferences.PreferencesConfig,
+        run=preferences.run,
+        summary="Sample pairs of responses from a policy, and let a judge choose",
+    ),
+    "reward_model": Kind(
+        config=reward_model.RewardModelConfig,
+        run=reward_model.run,
+        summary="Train a reward model on preferences",
+        title="Reward model",
+        label="reward model",
+        unit="comparisons",
+        curves=(
+            Panel(
+                "Bradley-Terry loss",
+                "nats per pair",
+                (Series("loss", "train"), Series("eval/loss", "held out")),
+                chance=math.log(2),
+            ),
+            Panel(
+                "Pairs ranked correctly",
+                "share of pairs",
+                (
+                    Series("accuracy", "train"),
+                    Series("eval/accuracy", "held out"),
+                    Series("eval/judge_agreement", "judge agrees", "gold"),
+                ),
+                chance=0.5,
+            ),
+        ),
+        caption="Dashed: chance.",
+        colour="pink",
+    ),
+    "best_of_n": Kind(
+        config=best_of_n.BestOfNConfig,
+        run=best_of_n.run,
+        summary="Sample N responses to a prompt, and let a reward model choose, for every N",
+        colour="green",
+    ),
+    "rejection_sampling": Kind(
+        config=rejection_sampling.RejectionSamplingConfig,
+        run=rejection_sampling.run,
+        summary="Keep a policy's best responses as demonstrations for SFT",
+    ),
+    "dpo": Kind(
+        config=dpo.DPOConfig,
+        run=dpo.run,
+        summary="Train a policy on preference pairs, with DPO or a related loss",
+        title="DPO",
+        label="DPO β = {beta:g}",
+        seeded=True,
+        unit="pairs",
+        curves=(
+            Panel("Loss", "nats per pair", (Series("loss", ""), Series("eval/loss", "")), chance=math.log(2)),
+            Panel(
+                "Pairs ranked correctly",
+                "share of pairs",
+                (Series("rewards/accuracies", ""), Series("eval/rewards/accuracies", "")),
+                chance=0.5,
+            ),
+            MARGIN,
+        ),
+        caption="Dashed: where every policy starts.",
+        colour="blue",
+    ),
+    "kto": Kind(
+        config=kto.KTOConfig,
+        run=kto.run,
+        summary="Train a policy on single responses, each labelled good or bad",
+        title="KTO",
+        seeded=True,
+        unit="responses",
+        curves=(
+            Panel("Loss", "per response", (Series("loss", ""), Series("eval/loss", ""))),
+            Panel(
+                "Implicit reward",
+                "β × nats",
+                (Series("rewards/chosen", "good"), Series("rewards/rejected", "bad")),
+                chance=0.0,
+            ),
+            MARGIN,
+        ),
+        caption="Dashed: where every policy starts.",
+        colour="sky",
+    ),
+    "online_dpo": Kind(
+        config=online_dpo.OnlineDPOConfig,
+        run=online_dpo.run,
+        summary="Train a policy on pairs of its own samples, labelled as they are drawn",
+        title="Online DPO",
+        seeded=True,
+        unit="pairs",
+        curves=SAMPLING,
+        step="iteration",
+        colour="violet",
+    ),
+    "ppo": Kind(
+        config=ppo.PPOConfig,
+        run=ppo.run,
+        summary="Train a policy with PPO, against a reward model",
+        title="PPO",
+        label="PPO",
+        seeded=True,
+        unit="responses",
+        curves=SAMPLING,
+        step="iteration",
+        colour="orange",
+    ),
+    "group_rl": Kind(
+        config=group_rl.GroupRLConfig,
+        run=group_rl.run,
+        summary="Train a policy with GRPO, RLOO, REINFORCE++ or another method without a critic",
+        title="Policy gradients without a value function",
+        seeded=True,
+        unit="responses",
+        curves=SAMPLING,
+        step="iteration",
+        colour="brown",
+    ),
+    "evaluate": Kind(
+        config=evaluate.EvaluateConfig,
+        run=evaluate.run,
+        summary="Compare policies on the same test prompts",
+    ),
+    "frontier": Kind(
+        config=frontier.FrontierConfig,
+        run=frontier.run,
+        summary="Score checkpoints along runs, and compare methods at equal KL",
+    ),
+}
+"""Kinds by their names in configs, in the order of figures."""
+
+
+def find_kind(name: str, path: str) -> Kind:
+    """Return the kind that a config names: of the table, or of a user's file.
+
+    Args: path names the config's field in messages, such as `config.ppo.kind`.
+    Raises RlhfError for an unknown name, and for an object that is not a `Kind`.
+    """
+    if ":" not in name:
+        if name not in KINDS:
+            raise RlhfError(
+                f"{path} = {name!r} should be one of {', '.join(KINDS)}, or a kind of your own, path/file.py:NAME"
+            )
+        return KINDS[name]
+    found = user_code.load_object(name, "stage kind")
+    if not isinstance(found, Kind):
+        raise RlhfError(
+            f"{path} = {name!r} is a {type(found).__name__}: make it a rlhf_jax.stages.kinds.Kind(config=..., run=..., "
+            "summary=...)"
+        )
+    return found
+
+
+def shown_kind(name: str) -> Kind | None:
+    """Return the kind that reports show a stage as; None for a method without a stage, or where the file is gone."""
+    if ":" not in name:
+        return KINDS.get(name)
+    return find_kind(name, "kind") if user_code.source_file(name, "stage kind") else None

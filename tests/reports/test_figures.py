@@ -265,7 +265,7 @@ def test_kto_and_a_kind_of_ones_own_have_curves_and_names(tmp_path):
         "Reward margin",
     ]
     lines = drawn[names[1]].axes[0].get_lines()
-    assert {line.get_color() for line in lines} == {"#7457a8"} and list(lines[0].get_ydata()) == [1, 0.5]
+    assert {line.get_color() for line in lines} == {"#7457a8"} and np.asarray(lines[0].get_ydata()).tolist() == [1, 0.5]
     assert list(frames.curves(run, kind)) == ["width 8"]
     page = html.page(run, drawn)
     assert "<h3>KTO</h3>" in page and "<h3>Mine</h3>" in page

@@ -34,7 +34,7 @@ def test_own_preferences_run_whole(tmp_path, capsys):
     assert main(arguments) == 0
     printed = " ".join(capsys.readouterr().out.split())
     chance = printed.index("Caution: The reward model reward_model is no better than chance")  # the pairs are random
-    own = printed.index("Caution: The judge chose its own samples: best_of_4 and ppo were")
+    own = printed.index("Caution: The judge scores answers that were optimised for it: best_of_4 and ppo were")
     assert chance < own < printed.index("Caution: Only") < printed.index("method")
     results = pd.read_csv(tmp_path / "run" / "results.csv")
     assert results["method"].tolist() == ["sft", "best_of_4", "dpo", "ppo"]

@@ -15,7 +15,7 @@ import pandas as pd
 
 from rlhf_jax.core.statistics import t_interval
 from rlhf_jax.reports import Run
-from rlhf_jax.reports.origins import machine_named, source_named
+from rlhf_jax.reports.origins import machine_name, source_name
 from rlhf_jax.runtime.files import write_json, write_text
 
 HERE = Path(__file__).parent
@@ -72,7 +72,7 @@ def record(runs: list[Run], tables: list[pd.DataFrame]) -> list[str]:
     """Machine, versions, date, seeds, prompts and time, from the stages' own notes."""
     summaries = [[run.summary(name) for name in run.stages] for run in runs]
     places = [summary["provenance"] for stages in summaries for summary in stages]
-    ran = dict.fromkeys(f"{machine_named(one['machine'])}, {source_named(one['source'])}" for one in places)
+    ran = dict.fromkeys(f"{machine_name(one['machine'])}, {source_name(one['source'])}" for one in places)
     found = places[-1]
     minutes = [sum(summary["time/seconds"] for summary in stages) / 60 for stages in summaries]
     seeds = ", ".join(str(table["seed"].iloc[0]) for table in tables)

@@ -1,1 +1,1 @@
-"""What one does with a model on the command line: talk to it, sample, score texts, and hand it to others."""
+"""Commands for trained models: chat, sample, score texts, choose among samples, and export."""

@@ -1,4 +1,4 @@
-"""`rlhf-jax best-of-n`: several answers to each prompt, and the one that a reward likes best."""
+"""`rlhf-jax best-of-n`: sample several answers to each prompt and keep the one with the highest reward."""
 
 import argparse
 import contextlib
@@ -11,7 +11,7 @@ from typing import Any
 from rlhf_jax.cli import flags
 from rlhf_jax.cli.rows import RowFile, StandardOutput, read_objects
 from rlhf_jax.inference.best_of_n import (
-    GAINED,
+    ADDED,
     MAX_NEW_TOKENS,
     QUEUE,
     ROWS,
@@ -28,37 +28,37 @@ from rlhf_jax.types import RlhfError
 from rlhf_jax.user_code import file_hash
 
 DESCRIPTION = """\
-Reads rows of JSON from its input, each with a prompt, samples --n answers to it, and writes each row with four more
-columns, in the same order:
+Reads JSON rows with a prompt from standard input, samples --n answers to each, and writes the rows in the same order
+with four more columns:
 
-  completion    the answer with the highest score; with --soft=LAMBDA one drawn with probability in proportion to
-                exp(score / LAMBDA)
-  score         its score
-  scores        those of all answers, in the order they were sampled
+  completion    the answer with the highest score; with --soft=LAMBDA, an answer drawn with probability proportional
+                to exp(score / LAMBDA)
+  score         the score of that answer
+  scores        the scores of all answers, in the order of sampling
   completions   all answers
 
-A prompt is a text, which the model continues, or a chat (a list of messages), which it answers by its template; the
-answers to a chat are lists of one message. The reward model reads prompt and answer as texts, by its own tokenizer and
-chat template: a score is that of what the row says, and anyone can compute it again.
+A prompt is either a text, which the model continues, or a chat (a list of messages), which the model answers using its
+chat template. Answers to a chat are lists of one message. The reward model encodes the texts of prompt and answer with
+its own tokenizer and chat template, so scores can be recomputed from the output rows.
 
-Instead of a reward model, --reward names a Python function of prompts and completions, which is called for each row
-with all its answers and the row's columns, each repeated for every answer. Several are summed, with --reward-weights;
-None leaves an answer out of one of them.
+Instead of a reward model, --reward names a Python function of prompts and completions. It is called once per row with
+all answers and with the row's columns, each repeated for every answer. Several functions are summed with
+--reward-weights; a function that returns None for an answer does not contribute to that answer's score.
 
-With --out=FILE a run that was ended by anything goes on when the same command is given again with the same input, and
-the file is the same, byte for byte, as if it had not been ended. Rows are answered --batch-size at a time.
+With --out=FILE, an interrupted run resumes when the same command is given again with the same input; the finished file
+is identical, byte for byte, to that of an uninterrupted run. --batch-size sets the number of prompts per batch.
 """
 
 
 def best_of_n_verb(arguments: list[str]) -> None:
-    """Adds the best of several answers to rows of prompts."""
+    """Add the best of several sampled answers to each row of prompts."""
     parser = flags.Parser("rlhf-jax best-of-n", DESCRIPTION)
     flags.add_model_flags(parser)
     flags.add_judge_flags(parser)
-    parser.add_argument("--n", type=int, default=16, help="answers to each prompt (default 16)")
-    parser.add_argument("--soft", type=float, metavar="LAMBDA", help="chooses softly, at this temperature of the score")
-    parser.add_argument("--batch-size", type=int, metavar="N", help=f"prompts at a time (default {QUEUE * ROWS} / --n)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="a file to write, or to go on with; otherwise stdout")
+    parser.add_argument("--n", type=int, default=16, help="answers per prompt (default 16)")
+    parser.add_argument("--soft", type=float, metavar="LAMBDA", help="draw from softmax(score / LAMBDA)")
+    parser.add_argument("--batch-size", type=int, metavar="N", help=f"prompts per batch (default {QUEUE * ROWS} / --n)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="file to write or resume; default standard output")
     flags.add_sampling_flags(parser)
     options = parser.parse_args(arguments)
     batch_size = max(1, QUEUE * ROWS // max(1, options.n)) if options.batch_size is None else options.batch_size
@@ -67,16 +67,15 @@ def best_of_n_verb(arguments: list[str]) -> None:
     policy, judge = flags.load_policy(options), flags.load_judge(options)
     if judge is None:
         raise RlhfError(
-            "no reward is named: give --reward-model=DIR, or --workdir=DIR --reward-stage=NAME, or "
-            "--reward=FILE.py:FUNC"
+            "no reward given: use --reward-model=DIR, --workdir=DIR --reward-stage=NAME, or --reward=FILE.py:FUNC"
         )
     if sys.stdin.isatty():
-        raise RlhfError("there are no rows to read: rlhf-jax best-of-n ... < prompts.jsonl > best.jsonl")
+        raise RlhfError("no input rows: use rlhf-jax best-of-n ... < prompts.jsonl > best.jsonl")
     sampling = flags.sampling(options, policy, MAX_NEW_TOKENS)
     chooser = Chooser(policy, judge, sampling, options.stop, options.n, options.soft, options.seed)
     out: StandardOutput | RowFile = StandardOutput()
     if options.out is not None:
-        out = RowFile(options.out, _settings(options, sampling, batch_size), GAINED)
+        out = RowFile(options.out, _settings(options, sampling, batch_size), ADDED)
     with contextlib.closing(out), flags.until_closed():
         rows = checked_rows(read_objects(sys.stdin.buffer, "{'prompt': ...}"))
         for first in itertools.count(0, batch_size):
@@ -88,14 +87,14 @@ def best_of_n_verb(arguments: list[str]) -> None:
                 raise RlhfError(f"--out={options.out} holds {out.done} rows, and the input only {first + len(batch)}")
             if not batch:
                 break
-            if done < len(batch):  # batches are whole: in another one, an answer could differ in its last bits
+            if done < len(batch):  # recompute the whole batch: in a smaller one, answers could differ in the last bits
                 out.write(answer(chooser, batch, first, batch_size)[done:])
 
 
 def _settings(options: argparse.Namespace, sampling: Sampling, batch_size: int) -> dict[str, Any]:
-    """What the rows of an output depend on, beside the input."""
-    said = [*(field.name for field in dataclasses.fields(SamplingOptions)), "n", "soft", "seed", "dtype", "policy_seed"]
-    settings = {name: getattr(options, name) for name in said}
+    """Collect everything that determines the output rows besides the input."""
+    names = [field.name for field in dataclasses.fields(SamplingOptions)]
+    settings = {name: getattr(options, name) for name in [*names, "n", "soft", "seed", "dtype", "policy_seed"]}
     settings |= {"max_new_tokens": sampling.max_new_tokens, "batch_size": batch_size}
     return settings | {
         "model": _fingerprint(options, options.model, options.stage),

@@ -20,23 +20,23 @@ from rlhf_jax.rewards.sources import Reward
 from rlhf_jax.types import RlhfError
 
 DESCRIPTION = """\
-Talks to a model in the terminal; answers appear as they are written. Ctrl-C stops an answer, Ctrl-D ends. A model
-without a chat template continues what one writes. Commands: /help lists them.
+Chat with a model in the terminal; answers are printed as they are generated. Ctrl-C stops an answer, Ctrl-D quits.
+A model without a chat template continues your text. /help lists the commands.
 """
 COMMANDS = """\
-/system TEXT     what the assistant is told first; /system alone takes it back
-/temperature X   0 takes the most likely token
-/reset           forgets what was said
-/score           what the reward gives the last answer
-/exit            ends, as Ctrl-D does; Ctrl-C stops an answer"""
-MARK = "\001\033[1;36m\002> \001\033[0m\002"  # \001 and \002 tell readline what takes up no place
+/system TEXT     set the system message; /system alone removes it
+/temperature X   set the sampling temperature; 0 is greedy decoding
+/reset           clear the conversation
+/score           print the reward of the last answer
+/exit            quit (or Ctrl-D); Ctrl-C stops an answer"""
+MARK = "\001\033[1;36m\002> \001\033[0m\002"  # \001 and \002 enclose characters of no width, for readline
 
 
 def chat_verb(arguments: list[str]) -> None:
-    """A conversation, until its end."""
+    """Run a conversation in the terminal until the user ends it."""
     parser = flags.Parser("rlhf-jax chat", DESCRIPTION)
     flags.add_model_flags(parser)
-    parser.add_argument("--system", metavar="TEXT", help="what the assistant is told first")
+    parser.add_argument("--system", metavar="TEXT", help="system message")
     flags.add_judge_flags(parser)
     flags.add_sampling_flags(parser)
     options = parser.parse_args(arguments)
@@ -52,18 +52,18 @@ def chat_verb(arguments: list[str]) -> None:
 
 
 class Terminal:
-    """Reads lines, and prints answers and notes."""
+    """Terminal loop that reads messages and commands and prints answers."""
 
     def __init__(self, conversation: Conversation, judge: RewardModel | Reward | None, console: Console) -> None:
-        """Prints nothing yet."""
+        """Store the conversation, the reward behind /score, and the console."""
         self._conversation, self._judge, self._console = conversation, judge, console
 
     def run(self) -> None:
-        """Talks until the input ends or /exit."""
+        """Read and answer lines until the input ends or /exit."""
         if self._console.is_terminal:
             if not self._conversation.is_chat:
-                self._note("This model has no chat template: it continues what you write.")
-            self._note("/help lists the commands; Ctrl-C stops an answer, Ctrl-D ends.")
+                self._note("This model has no chat template: it continues your text.")
+            self._note("/help lists the commands; Ctrl-C stops an answer, Ctrl-D quits.")
         with flags.until_closed():
             for line in _lines():
                 if line == "/exit":
@@ -84,7 +84,7 @@ class Terminal:
                 self._print(piece)
             pieces.close()
         self._console.print()
-        self._console.print(f"[dim]{_told(answer, interrupted.is_set())}[/dim]\n")
+        self._console.print(f"[dim]{_statistics(answer, interrupted.is_set())}[/dim]\n")
 
     def _command(self, line: str) -> None:
         name, _, rest = line.partition(" ")
@@ -93,20 +93,20 @@ class Terminal:
             self._note(COMMANDS)
         elif name == "/reset":
             conversation.reset()
-            self._note("Forgotten.")
+            self._note("Conversation cleared.")
         elif name == "/system":
             conversation.set_system(rest or None)
-            self._note("The assistant is told so." if rest else "The assistant is told nothing first.")
+            self._note("System message set." if rest else "System message removed.")
         elif name == "/temperature":
             self._set_temperature(rest)
         elif name == "/score":
             if self._judge is None:
                 raise RlhfError(
-                    "there is no reward: start with --reward-model=DIR, --reward-stage=NAME or --reward=FILE.py:FUNC"
+                    "no reward is loaded: start with --reward-model=DIR, --reward-stage=NAME or --reward=FILE.py:FUNC"
                 )
             self._note(f"score {conversation.score(self._judge):+.3f}")
         else:
-            raise RlhfError(f"{name} is no command; /help lists them")
+            raise RlhfError(f"unknown command {name}; /help lists the commands")
 
     def _set_temperature(self, text: str) -> None:
         sampling = self._conversation.sampling
@@ -114,23 +114,23 @@ class Terminal:
             try:
                 self._conversation.sampling = dataclasses.replace(sampling, temperature=float(text))
             except ValueError as error:
-                raise RlhfError(f"/temperature {text}: give a number, at least 0") from error
+                raise RlhfError(f"/temperature {text}: give a number >= 0") from error
         self._note(f"temperature {self._conversation.sampling.temperature:g}")
 
     def _note(self, text: str) -> None:
         self._console.print(f"[dim]{escape(text)}[/dim]")
 
     def _print(self, piece: str) -> None:
-        # A model may write what a terminal would obey.
+        # Drop control characters: the model may generate terminal escape sequences.
         safe = "".join(c for c in piece if c in "\n\t" or unicodedata.category(c) != "Cc")
         self._console.out(safe, end="", highlight=False)
 
 
 @contextlib.contextmanager
 def _until_interrupted() -> Iterator[threading.Event]:
-    """An event that Ctrl-C sets, where else it would raise an exception.
+    """Yield an event that Ctrl-C sets instead of raising KeyboardInterrupt.
 
-    An exception that is raised while JAX calls back into Python can be lost, and with it the wish to stop.
+    An exception raised while JAX calls back into Python can be lost.
     """
     interrupted = threading.Event()
     before = signal.signal(signal.SIGINT, lambda *_: interrupted.set())
@@ -141,15 +141,15 @@ def _until_interrupted() -> Iterator[threading.Event]:
 
 
 def _lines() -> Iterator[str]:
-    """Lines that hold something, without a mark where they do not come from a terminal."""
+    """Yield the non-empty input lines, prompting for each if the input is a terminal."""
     terminal = sys.stdin.isatty()
     if terminal:
-        with contextlib.suppress(ImportError):  # not everywhere; it edits lines and remembers them
+        with contextlib.suppress(ImportError):  # line editing and history, where the platform has readline
             importlib.import_module("readline")
     while True:
         try:
             line = input(MARK if terminal else "").strip()
-        except KeyboardInterrupt:  # there is no answer to stop: it empties the line
+        except KeyboardInterrupt:  # no answer to stop: discard the line
             print()
             continue
         except EOFError:
@@ -160,7 +160,7 @@ def _lines() -> Iterator[str]:
             yield line
 
 
-def _told(answer: Answer, stopped: bool) -> str:
-    speed = f", {(answer.tokens - 1) / answer.seconds:.1f} a second" if answer.seconds else ""
-    end = "; stopped" if stopped else "; cut: --max-new-tokens, or all the room there is" if answer.cut else ""
+def _statistics(answer: Answer, stopped: bool) -> str:
+    speed = f", {(answer.tokens - 1) / answer.seconds:.1f} per second" if answer.seconds else ""
+    end = "; stopped" if stopped else "; cut off by --max-new-tokens or the context length" if answer.cut else ""
     return f"{answer.tokens} tokens{speed}{end}"

@@ -1,4 +1,4 @@
-"""A conversation with a model: what has been said, what it is asked next, and how a reward model likes its answer."""
+"""A conversation with a model: its messages, streamed answers, and their scores."""
 
 import dataclasses
 import time
@@ -20,25 +20,25 @@ from rlhf_jax.types import RlhfError
 
 @dataclasses.dataclass
 class Answer:
-    """What became of an answer, as far as it has come."""
+    """Statistics of an answer, updated while it is generated."""
 
     tokens: int = 0
     seconds: float = 0.0  # since the first token
-    cut: bool = False  # whether it went on until there was no room
+    cut: bool = False  # stopped by the token limit or the context length
 
 
 class Conversation:
-    """The messages so far. A model without a chat template is not talked to: it continues the text so far.
+    """Conversation with a policy. A model without a chat template continues the text so far.
 
-    Each answer has its own random numbers, made from the key and the number of answers before it.
+    Each answer has its own random key, derived from `key` and the number of earlier answers.
     """
 
     def __init__(self, policy: Policy, sampling: Sampling, key: jax.Array, stops: list[str]) -> None:
-        """Begins with nothing said."""
+        """Start an empty conversation."""
         self.policy, self.sampling = policy, sampling
         self._key, self._stops = key, stops
         self._answers, self._stream = 0, Stream(policy.network, policy.params)
-        self._ended = True  # the last answer, by a stop token or a stop string
+        self._ended = True  # whether the last answer ended with a stop token or stop string
         self.system: str | None = None
         self.messages: Messages = []
 
@@ -48,71 +48,71 @@ class Conversation:
         return self.policy.tokenizer.chat_template is not None
 
     def set_system(self, text: str | None) -> None:
-        """Says, before all else, what the assistant is. Raises RlhfError where the template has no place for that."""
+        """Set or remove the system message. Raises RlhfError if the chat template does not support one."""
         if text is not None:
             if not self.is_chat:
-                raise RlhfError("this model has no chat template, and so no place for a system message")
+                raise RlhfError("this model has no chat template and takes no system message")
             self._encode([{"role": "system", "content": text}, {"role": "user", "content": "?"}])
         self.system = text
 
     def reset(self) -> None:
-        """Forgets what was said, but for the system message."""
+        """Clear the conversation except for the system message."""
         self.messages = []
 
     def reply(self, text: str, answer: Answer) -> Generator[str, None, None]:
-        """The answer to a message, in pieces, as they come; `answer` tells how it goes.
+        """Yield the answer to a message piece by piece, updating `answer`.
 
-        Whatever was given out is part of the conversation, also when the iterator is closed or interrupted; a message
-        that was interrupted before that is forgotten. Raises RlhfError, and forgets the message, where the template
-        refuses it or the model has no room for it.
+        All text that was yielded joins the conversation, even if the iterator is closed or interrupted; a message
+        interrupted before the first piece is dropped. Raises RlhfError, and drops the message, if the chat template
+        rejects it or it does not fit into the context.
         """
-        asked = [*self.messages, {"role": "user", "content": text}]
-        prompt = self._prompt(asked)
+        messages = [*self.messages, {"role": "user", "content": text}]
+        prompt = self._prompt(messages)
         sampling = within_context(self.policy, prompt, self.sampling)
         tokens = self._stream.respond(prompt, self._key, sampling, row=self._answers)
-        said = IncrementalText(self.policy.tokenizer, prompt, self._stops)
+        reply = IncrementalText(self.policy.tokenizer, prompt, self._stops)
         start, last = None, None
         complete = False
         try:
             for last in tokens:
                 start = start or time.perf_counter()
                 answer.tokens, answer.seconds = answer.tokens + 1, time.perf_counter() - start
-                if last not in sampling.stop_ids and (piece := said.add(last)):
+                if last not in sampling.stop_ids and (piece := reply.add(last)):
                     yield piece
-                if said.stopped:
+                if reply.stopped:
                     break
-            answer.cut = last not in sampling.stop_ids and not said.stopped
+            answer.cut = last not in sampling.stop_ids and not reply.stopped
             complete = True
-            if piece := said.finish():
+            if piece := reply.finish():
                 yield piece
         finally:
             self._answers += 1
             self._ended = complete and not answer.cut
-            if complete or said.text:
-                self.messages = [*asked, {"role": "assistant", "content": said.text}]
+            if complete or reply.text:
+                self.messages = [*messages, {"role": "assistant", "content": reply.text}]
 
     def score(self, judge: RewardModel | Reward) -> float:
-        """A reward's score of the last answer, in what was said before it. Raises RlhfError where there is none.
+        """Score the last answer given the conversation before it. Raises RlhfError if there is no answer.
 
-        A reward model reads the texts by its own tokenizer and, if it has one, its own chat template; an answer that
-        was cut off or interrupted has no end for it. Python functions are given no columns.
+        A reward model encodes the texts with its own tokenizer and, if it has one, its own chat template. It sees no
+        EOS after an answer that was cut off or interrupted. Python functions receive no columns.
         """
         if not self.messages:
-            raise RlhfError("nothing has been said that could be scored")
+            raise RlhfError("there is no answer to score yet")
         before, after = self._with_system(self.messages[:-1]), self.messages[-1:]
         pair = (before, after)
         if isinstance(judge, Reward):
             if not self.is_chat:
-                pair = (_continued(before), after[0]["content"])
+                pair = (_plain_text(before), after[0]["content"])
             return float(function_scores(judge, self.policy.tokenizer, pair[0], [pair[1]], {})[0])
         if judge.tokenizer.chat_template is None or not self.is_chat:
-            pair = (_continued(before), after[0]["content"])
+            pair = (_plain_text(before), after[0]["content"])
         return float(model_scores(judge, scored_examples(judge, pair[0], [pair[1]], [self._ended], 1), 1)[0])
 
     def _prompt(self, messages: Messages) -> list[int]:
         if self.is_chat:
             return self._encode(self._with_system(messages))
-        return self._encode(_continued(messages))
+        return self._encode(_plain_text(messages))
 
     def _encode(self, prompt: Content) -> list[int]:
         return encode_prompt(prompt, self.policy.tokenizer)
@@ -121,10 +121,9 @@ class Conversation:
         return messages if self.system is None else [{"role": "system", "content": self.system}, *messages]
 
 
-def _continued(messages: Messages) -> str:
-    """One text: an answer goes on where its message ends, and the next message begins a line."""
+def _plain_text(messages: Messages) -> str:
+    """Join messages into one text: an answer directly follows its message, and the next message starts a new line."""
     parts = [
-        ("\n" if place and message["role"] == "user" else "") + message["content"]
-        for place, message in enumerate(messages)
+        ("\n" if i and message["role"] == "user" else "") + message["content"] for i, message in enumerate(messages)
     ]
     return "".join(parts)

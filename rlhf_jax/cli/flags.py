@@ -1,4 +1,4 @@
-"""What the verbs' command lines have in common: which model, how it is sampled, and how errors are told."""
+"""Command-line flags shared by the commands: model, reward and sampling options, and error reporting."""
 
 import argparse
 import contextlib
@@ -20,46 +20,46 @@ from rlhf_jax.sampling.options import SamplingOptions
 from rlhf_jax.types import RlhfError
 
 EXACT = Tuning(param_dtype="float32", compute_dtype="float32")
-"""What a checkpoint's numbers are computed in, unless told otherwise. Anything less depends on the device too."""
+"""Default dtypes for checkpoints. Results in lower precision would also depend on the device."""
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises RlhfError where argparse would print a usage and exit."""
+    """ArgumentParser that raises RlhfError instead of printing the usage and exiting."""
 
     def __init__(self, prog: str, description: str) -> None:
-        """Knows every flag by its whole name only."""
-        form = argparse.RawDescriptionHelpFormatter
-        super().__init__(prog=prog, description=description, formatter_class=form, allow_abbrev=False)
+        """Create a parser that does not accept abbreviated flags."""
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog=prog, description=description, formatter_class=formatter, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
-        """Raises RlhfError with the message and the usage."""
+        """Raise RlhfError with the message and the usage."""
         raise RlhfError(f"{message}\n{self.format_usage().strip()}")
 
 
 def add_model_flags(parser: Parser) -> None:
-    """The flags that `load_model` reads."""
-    which = parser.add_argument_group("which model", "--model, or --workdir and --stage")
-    which.add_argument(
+    """Add the flags that `load_model` reads."""
+    group = parser.add_argument_group("model", "--model, or --workdir and --stage")
+    group.add_argument(
         "--model",
         metavar="DIR",
-        help="a Hugging Face directory or a PEFT adapter's, a GGUF file, or OWNER/NAME on the hub",
+        help="a directory with a Hugging Face checkpoint or a PEFT adapter, a GGUF file, or OWNER/NAME on the hub",
     )
-    which.add_argument("--workdir", type=Path, metavar="DIR", help="where an experiment was run")
-    which.add_argument("--stage", metavar="NAME", help="the stage of it whose model is meant")
-    which.add_argument("--inputs", type=Path, metavar="DIR", help="where stages are that the experiment only read")
-    which.add_argument("--policy-seed", type=int, metavar="N", help="of a stage that trained several (the first)")
-    which.add_argument(
+    group.add_argument("--workdir", type=Path, metavar="DIR", help="work directory of an experiment")
+    group.add_argument("--stage", metavar="NAME", help="stage whose model to load")
+    group.add_argument("--inputs", type=Path, metavar="DIR", help="work directory of the stages the experiment reused")
+    group.add_argument("--policy-seed", type=int, metavar="N", help="seed to load if the stage trained several (first)")
+    group.add_argument(
         "--dtype",
         choices=["float32", "bfloat16"],
-        help="of parameters and computing; otherwise float32, or as the stage trained it",
+        help="dtype of parameters and computation (default: float32 for a checkpoint, the stage's own for a stage)",
     )
 
 
 def load_model(options: argparse.Namespace, tuning: Tuning) -> Policy | RewardModel:
-    """The model that the flags name; a checkpoint is held as `tuning` says, where --dtype says nothing.
+    """Load the model that the flags name. Without --dtype a checkpoint gets the dtypes of `tuning`.
 
-    An adapter is merged into its base. What was quantised once is said on standard error.
-    Raises RlhfError where the flags name no model, or two.
+    An adapter is merged into its base. A note on standard error says if the weights were dequantised.
+    Raises RlhfError if the flags name no model, or two.
     """
     if options.dtype is not None:
         tuning = Tuning(param_dtype=options.dtype, compute_dtype=options.dtype)
@@ -68,7 +68,7 @@ def load_model(options: argparse.Namespace, tuning: Tuning) -> Policy | RewardMo
             name for name in ("workdir", "stage", "inputs", "policy_seed") if getattr(options, name) is not None
         ]
         if clashing:
-            raise RlhfError(f"--model and --{clashing[0].replace('_', '-')} name two models: leave one of them out")
+            raise RlhfError(f"--model and --{clashing[0].replace('_', '-')} name two models: leave one out")
         model = models.load_checkpoint(options.model, tuning)
         if note := quantisation_note(options.model, model.hf_config):
             print(note, file=sys.stderr)
@@ -78,49 +78,49 @@ def load_model(options: argparse.Namespace, tuning: Tuning) -> Policy | RewardMo
 
 
 def stage_run(options: argparse.Namespace) -> Run:
-    """The run whose stage the flags name. Raises RlhfError where they name none."""
+    """Open the run of the stage that the flags name. Raises RlhfError if they name none."""
     if options.workdir is None or options.stage is None:
-        raise RlhfError("no model is named: give --model=DIR, or --workdir=DIR --stage=NAME")
+        raise RlhfError("no model given: use --model=DIR, or --workdir=DIR --stage=NAME")
     return Run(options.workdir, options.inputs)
 
 
 def load_policy(options: argparse.Namespace) -> Policy:
-    """The language model that the flags name. Raises RlhfError where it is a reward model."""
+    """Load the language model that the flags name. Raises RlhfError if it is a reward model."""
     model = load_model(options, EXACT)
     if not isinstance(model, Policy):
-        raise RlhfError(f"{options.model or options.stage} is a reward model, which writes nothing: name a policy")
+        raise RlhfError(f"{options.model or options.stage} is a reward model, which cannot generate: give a policy")
     return model
 
 
 def add_judge_flags(parser: Parser) -> None:
-    """The flags that `load_judge` reads."""
-    which = parser.add_argument_group("who scores answers", "--reward-model, or --reward-stage, or --reward")
-    which.add_argument("--reward-model", metavar="DIR", help="a reward model: named as --model is")
-    which.add_argument("--reward-stage", metavar="NAME", help="a reward model: a stage of --workdir")
-    which.add_argument(
+    """Add the flags that `load_judge` reads."""
+    group = parser.add_argument_group("reward", "--reward-model, or --reward-stage, or --reward")
+    group.add_argument("--reward-model", metavar="DIR", help="a reward model; same forms as --model")
+    group.add_argument("--reward-stage", metavar="NAME", help="the reward model of a stage of --workdir")
+    group.add_argument(
         "--reward",
         action="append",
         metavar="FILE.py:FUNC",
-        help="a function (prompts, completions, **columns) -> list[float | None], of a file or of package.module; may "
-        "be given again, for a sum",
+        help="a function (prompts, completions, **columns) -> list[float | None] in a file or package.module; repeat "
+        "the flag to sum several",
     )
-    which.add_argument("--reward-weights", type=_numbers, metavar="W,W", help="one for each --reward (1 each)")
+    group.add_argument("--reward-weights", type=_numbers, metavar="W,W", help="one weight per --reward (default 1)")
 
 
 def _numbers(text: str) -> tuple[float, ...]:
     try:
         return tuple(map(float, text.split(",")))
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} should be numbers, with commas between them") from error
+        raise argparse.ArgumentTypeError(f"{text!r} should be comma-separated numbers") from error
 
 
 def load_judge(options: argparse.Namespace) -> RewardModel | Reward | None:
-    """The reward that the flags name, or None. Raises RlhfError where they name two, or a language model."""
+    """Load the reward that the flags name, or return None. Raises RlhfError for two rewards or a language model."""
     flags = [
         f"--{name.replace('_', '-')}" for name in ("reward_model", "reward_stage", "reward") if getattr(options, name)
     ]
     if len(flags) > 1:
-        raise RlhfError(f"{' and '.join(flags)} name {len(flags)} rewards: leave all but one of them out")
+        raise RlhfError(f"{' and '.join(flags)} name {len(flags)} rewards: keep one of them")
     if options.reward is not None:
         try:
             config = RewardConfig(tuple(map(FunctionSource, options.reward)), weights=options.reward_weights)
@@ -128,45 +128,45 @@ def load_judge(options: argparse.Namespace) -> RewardModel | Reward | None:
             raise RlhfError(f"--reward-{error}") from error
         return load_reward(config, None)
     if options.reward_weights is not None:
-        raise RlhfError("--reward-weights weigh what --reward names, and there is none: leave them out")
+        raise RlhfError("--reward-weights are only used with --reward: leave them out or add --reward")
     if options.reward_stage is not None:
         if options.workdir is None:
-            raise RlhfError("--reward-stage needs the --workdir that has it: or give --reward-model=DIR")
+            raise RlhfError("--reward-stage needs --workdir; otherwise use --reward-model=DIR")
         return Run(options.workdir, options.inputs).load_reward_model(options.reward_stage)
     if options.reward_model is None:
         return None
     judge = models.load_checkpoint(options.reward_model, EXACT)
     if not isinstance(judge, RewardModel):
-        raise RlhfError(f"--reward-model={options.reward_model} is a language model: give a classifier with one label")
+        raise RlhfError(f"--reward-model={options.reward_model} is a language model: use a classifier with one label")
     return judge
 
 
 def add_sampling_flags(parser: Parser) -> None:
-    """A flag for each of the sampling options, and --seed."""
-    how = parser.add_argument_group("how it answers")
+    """Add a flag for each sampling option, and --seed."""
+    group = parser.add_argument_group("sampling")
     for field in dataclasses.fields(SamplingOptions):
-        given: dict[str, Any] = {"default": field.default, **field.metadata}
+        keywords: dict[str, Any] = {"default": field.default, **field.metadata}
         if field.default == ():
-            given |= {"action": "append", "default": []}
-        how.add_argument(f"--{field.name.replace('_', '-')}", **given)
-    how.add_argument("--seed", type=int, default=0, help="of the random numbers (default 0)")
+            keywords |= {"action": "append", "default": []}
+        group.add_argument(f"--{field.name.replace('_', '-')}", **keywords)
+    group.add_argument("--seed", type=int, default=0, help="random seed (default 0)")
 
 
 def sampling_options(options: argparse.Namespace) -> SamplingOptions:
-    """Return the sampling options that the flags give. Raises RlhfError naming the flag that cannot be."""
+    """Read the sampling options from the flags. Raises RlhfError naming the flag with an invalid value."""
     values = {field.name: getattr(options, field.name) for field in dataclasses.fields(SamplingOptions)}
     with naming_flags():
         return SamplingOptions(**values | {"stop": tuple(options.stop)})
 
 
 def sampling(options: argparse.Namespace, policy: Policy, max_new_tokens: int) -> Sampling:
-    """Return the distribution that the flags give. Raises RlhfError naming the flag that cannot be."""
+    """Build the sampling settings from the flags. Raises RlhfError naming the flag with an invalid value."""
     return sampling_options(options).sampling(policy.tokenizer.stop_ids, max_new_tokens)
 
 
 @contextlib.contextmanager
 def naming_flags() -> Iterator[None]:
-    """Name the flag in an error that begins with an argument's name: `n = 0 must ...` becomes `--n = 0 must ...`."""
+    """Turn the argument's name at the start of an error into its flag: `n = 0 must` becomes `--n = 0 must`."""
     try:
         yield
     except (RlhfError, ValueError) as error:
@@ -176,7 +176,7 @@ def naming_flags() -> Iterator[None]:
 
 @contextlib.contextmanager
 def until_closed() -> Iterator[None]:
-    """Ends quietly when nobody reads what is printed any more, as `head` does not."""
+    """Exit silently when the reader of standard output closes it, as `head` does."""
     try:
         yield
         sys.stdout.flush()

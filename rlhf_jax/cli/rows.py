@@ -1,4 +1,4 @@
-"""Rows of JSON that verbs read and write: one object a line, numbered from 1, and files that go on where they ended."""
+"""JSON lines that commands read and write: one object per line, numbered from 1, and output files that resume."""
 
 import json
 import os
@@ -14,9 +14,9 @@ Row = dict[str, Any]
 
 
 def read_objects(lines: Iterable[bytes], example: str) -> Iterator[tuple[int, Row]]:
-    """Every row with the number of its line; empty lines are left out.
+    """Yield every row with its line number; empty lines are skipped.
 
-    Args: example is a row as it should be. Raises RlhfError naming the line that holds none.
+    Args: example shows the expected row in the error message. Raises RlhfError naming the line that is not an object.
     """
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -24,94 +24,93 @@ def read_objects(lines: Iterable[bytes], example: str) -> Iterator[tuple[int, Ro
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise RlhfError(f"row {number} is not JSON ({error}): write one object a line, in UTF-8") from error
+            raise RlhfError(f"row {number} is not JSON ({error}): write one object per line, in UTF-8") from error
         if not isinstance(row, dict):
-            raise RlhfError(f"row {number} is no JSON object: write {example}")
+            raise RlhfError(f"row {number} is not a JSON object: write {example}")
         yield number, row
 
 
 class StandardOutput:
-    """Rows on standard output, where nothing stands before them."""
+    """Rows written to standard output; never resumed."""
 
     done = 0
 
     def check(self, number: int, columns: Row) -> None:
-        """Has no row to compare with."""
+        """Unreachable: there are no earlier rows to compare with."""
         raise AssertionError(number, columns)
 
     def write(self, rows: Iterable[Row]) -> None:
-        """Hands rows on at once."""
+        """Print rows and flush."""
         for row in rows:
             print(_line(row))
         sys.stdout.flush()
 
     def close(self) -> None:
-        """Leaves standard output open."""
+        """Leave standard output open."""
 
 
 class RowFile:
-    """A file of rows that the same command goes on with, whatever ended the one before.
+    """Output file that resumes when the same command runs again after an interruption.
 
-    Beside it, in `NAME.settings.json`, stands what the rows depend on, so that another command does not go on with it.
+    The settings that determine the rows are stored in `NAME.settings.json`, so that a different command does not resume
+    the file.
 
     Attributes:
-        done: how many whole rows it held when it was opened; half a row after them is cut off.
+        done: number of complete rows when the file was opened; an incomplete last row is cut off.
     """
 
-    def __init__(self, path: Path, settings: Row, gained: Collection[str]) -> None:
-        """Opens, or makes, the file.
+    def __init__(self, path: Path, settings: Row, added: Collection[str]) -> None:
+        """Open or create the file.
 
-        Args: gained are the columns that rows have here and did not have where they were read.
-        Raises RlhfError where other settings made the file, or none that are known.
+        Args: added are the output columns that the input rows do not have.
+        Raises RlhfError if the file was made with other or unknown settings.
         """
-        self._path, self._gained, self.done = path, gained, 0
-        beside = path.with_name(f"{path.name}.settings.json")
+        self._path, self._added, self.done = path, added, 0
+        settings_path = path.with_name(f"{path.name}.settings.json")
         if path.exists() and path.stat().st_size:
-            _require_same(path, beside, settings)
+            _require_same(path, settings_path, settings)
         else:
-            write_json(beside, settings)
+            write_json(settings_path, settings)
         self._file = path.open("a+b")
         self._file.seek(0)
-        whole = 0
+        length = 0
         for line in self._file:
             if line.endswith(b"\n"):
-                self.done, whole = self.done + 1, whole + len(line)
-        self._file.truncate(whole)
+                self.done, length = self.done + 1, length + len(line)
+        self._file.truncate(length)
         self._earlier = path.open("rb")
 
     def check(self, number: int, columns: Row) -> None:
-        """Compares the next of the rows that are done with what it should be made from.
+        """Compare the next finished row with the input row that it should come from.
 
-        Raises RlhfError, naming the row by its number, where it was made from another.
+        Raises RlhfError, naming the row, if it came from another.
         """
         try:
-            found = json.loads(self._earlier.readline())
-            columns_there = {name: value for name, value in found.items() if name not in self._gained}
+            row = json.loads(self._earlier.readline())
+            earlier = {name: value for name, value in row.items() if name not in self._added}
         except (ValueError, AttributeError) as error:
+            raise RlhfError(f"{self._path} is damaged at row {number}: remove it and start again") from error
+        if json.dumps(earlier) != json.dumps(columns):
             raise RlhfError(
-                f"{self._path} is damaged where row {number} should be: remove it, and begin anew"
-            ) from error
-        if json.dumps(columns_there) != json.dumps(columns):
-            raise RlhfError(
-                f"{self._path} was made from other rows: row {number} of the input is not what it holds there. Give "
-                "the same input to go on, or another --out"
+                f"{self._path} was made from another input: row {number} differs. Give the same input to resume, or "
+                "another --out"
             )
 
     def write(self, rows: Iterable[Row]) -> None:
-        """Appends rows, and does not return before they are on disk."""
+        """Append rows and wait until they are on disk."""
         self._file.write("".join(f"{_line(row)}\n" for row in rows).encode())
         self._file.flush()
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Closes the file."""
+        """Close the file."""
         self._file.close()
         self._earlier.close()
 
 
 def _line(row: Row) -> str:
     text = json.dumps(row, ensure_ascii=False)
-    # Half of a surrogate pair, which a column may hold as an escape, can only be written as one.
+    # A lone surrogate, which a column may contain as an escape, can only be written as an escape.
     return text if text.isascii() or not _has_surrogates(text) else json.dumps(row)
 
 
@@ -119,14 +118,14 @@ def _has_surrogates(text: str) -> bool:
     return any("\ud800" <= character <= "\udfff" for character in text)
 
 
-def _require_same(path: Path, beside: Path, settings: Row) -> None:
-    if not beside.exists():
-        raise RlhfError(f"--out={path} is there, and {beside.name}, which says what made it, is not: name another file")
-    there, now = read_json(beside), json.loads(json.dumps(settings))
-    differing = [name for name in now if there.get(name) != now[name]]
+def _require_same(path: Path, settings_path: Path, settings: Row) -> None:
+    if not settings_path.exists():
+        raise RlhfError(f"--out={path} exists, but {settings_path.name} with its settings does not: use another file")
+    before, now = read_json(settings_path), json.loads(json.dumps(settings))
+    differing = [name for name in now if before.get(name) != now[name]]
     if differing:
         raise RlhfError(
-            f"--out={path} was made otherwise: "
-            + "; ".join(f"{name} {there.get(name)!r} there, {now[name]!r} now" for name in differing)
-            + ". Name another file, or say what was said then"
+            f"--out={path} was made with other settings: "
+            + "; ".join(f"{name} was {before.get(name)!r} and is now {now[name]!r}" for name in differing)
+            + ". Use another file or the earlier settings"
         )

@@ -1,4 +1,4 @@
-"""`rlhf-jax sample`: continuations of prompts, or answers to them."""
+"""`rlhf-jax sample`: sample continuations of prompts, or answers to them."""
 
 import argparse
 import math
@@ -10,26 +10,26 @@ from rlhf_jax.inference.sample import BATCH, MAX_NEW_TOKENS, draw
 from rlhf_jax.reports.run import Run
 from rlhf_jax.types import RlhfError
 
-ROWS = 4 * BATCH  # between two prints
+ROWS = 4 * BATCH  # responses sampled before they are printed
 DESCRIPTION = """\
-Prints what a model writes after each prompt. A prompt is plain text; with --chat it is a user's message, and what is
-printed is the answer. Of a stage whose experiment has a reward model, each line begins with the response's score.
+Samples continuations of plain-text prompts; with --chat, each prompt is a user message and the model's answer is
+printed. If the model is a stage of an experiment with a reward model, each line starts with the response's score.
 """
 
 
 def sample_verb(arguments: list[str]) -> None:
-    """Print responses to prompts, with scores where the experiment has a reward model."""
+    """Print responses to prompts, with scores if the experiment has a reward model."""
     parser = flags.Parser("rlhf-jax sample", DESCRIPTION)
     flags.add_model_flags(parser)
-    parser.add_argument("--prompt", action="append", required=True, metavar="TEXT", help="may be given several times")
-    parser.add_argument("--chat", action="store_true", help="the prompt is a message to the assistant")
-    parser.add_argument("--n", type=int, help="responses to each prompt (default 4, and 1 at temperature 0)")
+    parser.add_argument("--prompt", action="append", required=True, metavar="TEXT", help="may be repeated")
+    parser.add_argument("--chat", action="store_true", help="treat the prompt as a user message")
+    parser.add_argument("--n", type=int, help="responses per prompt (default 4, or 1 at temperature 0)")
     flags.add_sampling_flags(parser)
     options = parser.parse_args(arguments)
     n = options.n if options.n is not None else 4 if options.temperature else 1
     if n < 1:
         raise RlhfError(f"--n={n} must be at least 1")
-    how, policy = flags.sampling_options(options), flags.load_policy(options)
+    sampling_options, policy = flags.sampling_options(options), flags.load_policy(options)
     reward, max_prompt_tokens, max_new_tokens = None, None, MAX_NEW_TOKENS
     if options.model is None:
         run = Run(options.workdir, options.inputs)
@@ -39,14 +39,14 @@ def sample_verb(arguments: list[str]) -> None:
     prompts: list[Content] = options.prompt
     if options.chat:
         prompts = [[{"role": "user", "content": prompt}] for prompt in options.prompt]
-    encode_prompts(prompts, policy, max_prompt_tokens)  # what cannot be read is refused before anything is printed
-    at_once = max(1, ROWS // n)
+    encode_prompts(prompts, policy, max_prompt_tokens)  # reject invalid prompts before printing anything
+    chunk = max(1, ROWS // n)
     with flags.until_closed():
-        for start in range(0, len(prompts), at_once):
-            found = draw(
+        for start in range(0, len(prompts), chunk):
+            responses = draw(
                 policy,
-                prompts[start : start + at_once],
-                how,
+                prompts[start : start + chunk],
+                sampling_options,
                 n=n,
                 seed=options.seed,
                 reward=reward,
@@ -54,7 +54,7 @@ def sample_verb(arguments: list[str]) -> None:
                 max_new_tokens=max_new_tokens,
                 first=start,
             )
-            texts = zip(found["completion"].tolist(), found["score"].tolist(), strict=True)
+            texts = zip(responses["completion"].tolist(), responses["score"].tolist(), strict=True)
             for row, (text, score) in enumerate(texts, start=start * n):
                 _show(options, options.prompt[row // n], text, score, first=row == 0)
 

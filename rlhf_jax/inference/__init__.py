@@ -1,1 +1,1 @@
-"""Using models outside of training: sampling, log-probabilities, scoring, Best-of-N and comparisons."""
+"""Inference with trained models: sampling, log-probabilities, scoring, Best-of-N and comparisons."""

@@ -1,4 +1,4 @@
-"""Answers of one method to the prompts of a split, and all that is measured of them alone."""
+"""Answers of one method to the prompts of a split, and their metrics that need no other method."""
 
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ from rlhf_jax.types import RlhfError, Rollout, TokenBatch
 
 
 class Method(NamedTuple):
-    """A row of the table: one answer of a stage's policy, or the best of several by the reward model."""
+    """Method in an evaluation: a policy with one answer per prompt, or Best-of-N by the reward model."""
 
     name: str
     source: str  # a stage, or a checkpoint
@@ -35,44 +35,44 @@ class Method(NamedTuple):
 
 
 class Split(NamedTuple):
-    """What every method answers, and what its answers are measured by."""
+    """Prompts of a split, with the reference, reward model and judge that its answers are evaluated by."""
 
     name: str
     prompts: pipeline.Prompts
     texts: TokenBatch | None  # held-out texts, if the data has any
     reference: Policy
-    score: Scorer  # by the reward model
+    score: Scorer  # the reward model's
     judge: TextScorer | None
 
 
 class Answers(NamedTuple):
-    """One method's answers to the prompts of a split, in their order."""
+    """One method's answers to the prompts of a split, in the order of the prompts."""
 
     rows: list[dict[str, Any]]  # prompt, completion, score, kl, length, gold
-    divergences: Divergences | None  # none for Best-of-N
-    ref_nll: float  # nats a token
+    divergences: Divergences | None  # None for Best-of-N
+    ref_nll: float  # nats per token
     text_nll: float | None
 
     def judged(self) -> np.ndarray:
-        """Scores that may decide: the judge's, or the reward model's where no judge gives scores."""
+        """Scores for comparing answers: the judge's, or the reward model's if no judge gives scores."""
         column = "score" if self.rows[0]["gold"] is None else "gold"
         return np.array([row[column] for row in self.rows])
 
     def lengths(self) -> np.ndarray:
-        """Tokens of each answer, its end included."""
+        """Tokens of each answer, including EOS."""
         return np.array([row["length"] for row in self.rows])
 
 
 def answer(method: Method, split: Split, reference: str, temperature: float, context: Context) -> Answers:
-    """One answer of a method to each prompt; a method has its own random numbers on each split.
+    """Sample one answer of a method to each prompt, with random keys specific to the method and split.
 
-    Raises RlhfError where the method's policy reads other tokens than the reference's.
+    Raises RlhfError if the method's policy has another tokenizer than the reference.
     """
     policy = split.reference if method.source == reference else _policy(method, context)
     if not reads_same_tokens(policy.tokenizer, split.reference.tokenizer):
         raise RlhfError(
-            f"config.{context.name}: {method.source} has another tokenizer than {reference}, so that neither their "
-            "prompts nor their divergence are the same thing: compare models of one tokenizer"
+            f"config.{context.name}: {method.source} has another tokenizer than {reference}, so that their prompts "
+            "differ and their KL divergence is undefined: compare models with the same tokenizer"
         )
     batch_size = context.runtime.inference_batch
     rollout = sample_all(
@@ -87,7 +87,7 @@ def answer(method: Method, split: Split, reference: str, temperature: float, con
     scores = split.score(rollout)
     best = np.arange(0, len(scores), method.best_of) + scores.reshape(-1, method.best_of).argmax(axis=1)
     rollout, scores = jax.tree.map(lambda leaf: leaf[best], rollout), scores[best]
-    divergences = None  # Best-of-N has no density, but a known divergence
+    divergences = None  # Best-of-N has no tractable density; its KL has a closed-form bound
     if method.best_of == 1:
         divergences = sequence_divergences(
             policy.network,
@@ -110,25 +110,25 @@ def answer(method: Method, split: Split, reference: str, temperature: float, con
     )
 
 
-def measures(found: Answers, best_of: int) -> dict[str, Any]:
-    """A method's columns that need no other method. What was not measured is None."""
-    judged = found.judged() if found.rows[0]["gold"] is not None else None
-    texts = [row["prompt"] + row["completion"] for row in found.rows]
-    words = [row["completion"].split() for row in found.rows]
-    k1, k3 = (None, None) if found.divergences is None else found.divergences
+def measures(answers: Answers, best_of: int) -> dict[str, Any]:
+    """Compute the columns of a method that need no other method; None if not measured."""
+    judged = answers.judged() if answers.rows[0]["gold"] is not None else None
+    texts = [row["prompt"] + row["completion"] for row in answers.rows]
+    words = [row["completion"].split() for row in answers.rows]
+    k1, k3 = (None, None) if answers.divergences is None else answers.divergences
     return {
         "gold_score": None if judged is None else float(judged.mean()),
         "gold_se": None if judged is None else measured(standard_error(judged)),
-        "reward_score": float(np.mean([row["score"] for row in found.rows])),
+        "reward_score": float(np.mean([row["score"] for row in answers.rows])),
         "kl": float(best_of_n_kl(best_of)) if k1 is None else float(np.mean(k1.tolist())),
         "kl_se": 0.0 if k1 is None else measured(standard_error(k1)),
-        "length": float(np.mean(found.lengths())),
+        "length": float(np.mean(answers.lengths())),
         "vader": float(vader(texts).mean()),
         "distinct_2": measured(distinct_n(words, 2)),
         "kl_k3": None if k3 is None else float(np.mean(k3.tolist())),
         "kl_k3_se": None if k3 is None else measured(standard_error(k3)),
-        "ref_nll": found.ref_nll,
-        "text_nll": found.text_nll,
+        "ref_nll": answers.ref_nll,
+        "text_nll": answers.text_nll,
         "distinct_1": measured(distinct_n(words, 1)),
         "distinct_3": measured(distinct_n(words, 3)),
         "repetition_4": measured(repetition(words, 4)),
@@ -136,7 +136,7 @@ def measures(found: Answers, best_of: int) -> dict[str, Any]:
 
 
 def held_out_texts(rows: list[dict[str, Any]], policy: Policy, context: Context) -> TokenBatch | None:
-    """The completions, or plain texts, that SFT would learn from these rows; None where none is a demonstration."""
+    """Tokenise the completions or plain texts of the rows as SFT would; None if the rows are not demonstrations."""
     if formats.kind_of(rows) in ("prompt", "unpaired", "ranked"):
         return None
     return pipeline.demonstrations(rows, policy.tokenizer, context.data)
@@ -150,13 +150,13 @@ def _policy(method: Method, context: Context) -> Policy:
 
 
 def _answers_nll(reference: Policy, rollout: Rollout, batch_size: int) -> float:
-    """How unlikely the reference finds answers, nats a token: the logarithm of their perplexity under it."""
+    """Log-perplexity of answers under the reference, nats per token."""
     logprobs = response_logprobs_all(reference.network, reference.params, rollout, batch_size)
     return _mean_nll(logprobs, np.asarray(rollout.response_mask))
 
 
 def _texts_nll(policy: Policy, texts: TokenBatch | None, batch_size: int) -> float | None:
-    """How unlikely a policy finds held-out texts, nats a token: the logarithm of its perplexity."""
+    """Log-perplexity of held-out texts under a policy, nats per token; None without texts."""
     if texts is None:
         return None
     stats = sequence_stats_all(policy.network, policy.params, texts, batch_size)

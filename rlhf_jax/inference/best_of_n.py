@@ -1,4 +1,4 @@
-"""Best-of-N: several answers to each prompt, and the one that a reward prefers."""
+"""Best-of-N: sample several answers to each prompt and keep the one with the highest reward."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -22,19 +22,19 @@ from rlhf_jax.sampling.choice import Sampling
 from rlhf_jax.sampling.options import SamplingOptions
 from rlhf_jax.types import RlhfError
 
-GAINED = ("completion", "score", "scores", "completions")
-"""Columns that the rows gain."""
+ADDED = ("completion", "score", "scores", "completions")
+"""Columns added to the rows."""
 
 MAX_NEW_TOKENS = 256
 ROWS = 128
-"""Answers that are scored, or sampled in slots, at once."""
+"""Answers per decoding or scoring batch."""
 
 QUEUE = 4
-"""How many times as many are sampled in one program, so that few slots are ever idle."""
+"""By default QUEUE * ROWS answers are queued together, so that few slots of the decoding batch are idle."""
 
 
 class Row(NamedTuple):
-    """A row with a prompt: its number, its columns, and the prompt, a text or a chat."""
+    """Row with its number, its columns, and its prompt, a text or a chat."""
 
     number: int
     columns: dict[str, Any]
@@ -42,14 +42,14 @@ class Row(NamedTuple):
 
 
 class Chooser(NamedTuple):
-    """A policy that answers, a reward that chooses, and how both do so."""
+    """Policy that samples the answers, reward that scores them, and their settings."""
 
     policy: Policy
     reward: RewardModel | Reward
     sampling: Sampling
     stops: Sequence[str]
     n: int
-    soft: float | None  # temperature of the choice; None takes the best
+    soft: float | None  # temperature of soft selection; None selects the maximum
     seed: int
 
 
@@ -64,63 +64,68 @@ def best_of_n(
     batch_size: int | None = None,
     **options: Any,
 ) -> pd.DataFrame:
-    """Sample n answers to each prompt and keep the one that a reward prefers, as `rlhf-jax best-of-n` does.
+    """Sample n answers to each prompt and keep the one with the highest reward, as `rlhf-jax best-of-n` does.
 
         best_of_n(policy, reward_model, [{"prompt": "The film"}], n=8, max_new_tokens=32)
 
     Args:
         policy, reward: as for `sample` and `score`.
-        rows: with `prompt`, texts or chats; other columns are kept, and given to a function.
-        n: answers to each prompt.
-        soft: draws an answer with probability in proportion to exp(score / soft) instead of taking the best.
-        seed: of the random numbers.
-        batch_size: prompts at a time (512 / n).
-        options: fields of `SamplingOptions`, as for `sample`; max_new_tokens is 256.
+        rows: with `prompt`, texts or chats; other columns are kept and passed to a Python function.
+        n: answers per prompt.
+        soft: if given, draw an answer with probability proportional to exp(score / soft) instead of the best.
+        seed: random seed.
+        batch_size: prompts per batch (default 512 / n).
+        options: fields of `SamplingOptions`, as for `sample`; max_new_tokens defaults to 256.
 
     Returns: the rows with `completion` and its `score`, and all `scores` and `completions`.
 
-    Raises RlhfError naming the row whose prompt cannot be read or is too long, or whose score is no number.
+    Raises RlhfError, naming the row, if a prompt cannot be encoded or is too long, or if a score is not finite.
     """
     batch_size = max(1, QUEUE * ROWS // max(1, n)) if batch_size is None else batch_size
-    how = configs.build(SamplingOptions, options, "best_of_n")
-    check_choice(n, batch_size, soft, how.temperature)
-    sampling = how.sampling(policy.tokenizer.stop_ids, MAX_NEW_TOKENS)
-    chooser = Chooser(policy, as_reward(reward), sampling, how.stop, n, soft, seed)
+    sampling_options = configs.build(SamplingOptions, options, "best_of_n")
+    check_choice(n, batch_size, soft, sampling_options.temperature)
+    sampling = sampling_options.sampling(policy.tokenizer.stop_ids, MAX_NEW_TOKENS)
+    chooser = Chooser(policy, as_reward(reward), sampling, sampling_options.stop, n, soft, seed)
     checked = [*checked_rows(numbered(rows))]
     starts = range(0, len(checked), batch_size)
-    found = [row for start in starts for row in answer(chooser, checked[start : start + batch_size], start, batch_size)]
-    return pd.DataFrame(found)
+    batches = (answer(chooser, checked[start : start + batch_size], start, batch_size) for start in starts)
+    return pd.DataFrame([row for batch in batches for row in batch])
 
 
 def check_choice(n: int, batch_size: int, soft: float | None, temperature: float) -> None:
-    """Raise RlhfError for numbers that make no sense."""
+    """Raise RlhfError for values out of range."""
     if n < 1:
         raise RlhfError(f"n = {n} must be at least 1")
     if batch_size < 1:
         raise RlhfError(f"batch_size = {batch_size} must be at least 1")
     if soft is not None and not soft > 0:
-        raise RlhfError(f"soft = {soft:g} must be above 0: without it the answer with the highest score is chosen")
+        raise RlhfError(f"soft = {soft:g} must be above 0: leave it out to choose the answer with the highest score")
     if n > 1 and temperature == 0:
-        raise RlhfError(f"temperature = 0 gives {n} times the same answer: give one above 0, or n = 1")
+        raise RlhfError(f"temperature = 0 gives the same answer {n} times: use a positive one, or n = 1")
 
 
 def checked_rows(rows: Iterable[tuple[int, dict[str, Any]]]) -> Iterator[Row]:
-    """Yield rows with their prompts. Raises RlhfError naming the row without one, or with a column it is to gain."""
+    """Yield rows with their prompts.
+
+    Raises RlhfError, naming the row, if a row has no prompt or already has one of the output columns.
+    """
     for number, columns in rows:
         prompt = checked_row(columns, ("prompt",), f"row {number}")["prompt"]
         if prompt == []:
-            raise RlhfError(f"row {number}, column prompt is a chat without a message: remove the row, or write one")
-        for name in GAINED:
+            raise RlhfError(f"row {number}, column prompt is an empty chat: remove the row or add a message")
+        for name in ADDED:
             if name in columns:
-                raise RlhfError(f"row {number} has a column {name} already: rename it, so that it is not lost")
+                raise RlhfError(f"row {number} already has a column {name}, which would be overwritten: rename it")
         yield Row(number, columns, prompt)
 
 
 def answer(chooser: Chooser, rows: Sequence[Row], first: int, batch_size: int) -> list[dict[str, Any]]:
-    """Answer at most `batch_size` rows; `first` counts the rows before them, and numbers their answers.
+    """Sample, score and select answers for at most `batch_size` rows; return the rows with the output columns.
 
-    The j-th answer to the i-th row of all has the random numbers of row i * n + j, as in `sample`.
-    Raises RlhfError naming the row whose prompt cannot be read or is too long, or whose score is no number.
+    Args: first is the number of rows before these. Answer j to row i of the whole input uses the random key of row
+    i * n + j, as in `sample`.
+
+    Raises RlhfError, naming the row, if a prompt cannot be encoded or is too long, or if a score is not finite.
     """
     completions, ended = _sample(chooser, rows, first, batch_size)
     scores = _scores(chooser, rows, completions, ended, batch_size)
@@ -129,24 +134,24 @@ def answer(chooser: Chooser, rows: Sequence[Row], first: int, batch_size: int) -
     else:
         uniforms = [np.random.default_rng((chooser.seed, first + i)).random() for i in range(len(rows))]
         chosen = soft_choice(scores, uniforms, temperature=chooser.soft)
-    found = []
-    for row, answers, own, best in zip(rows, completions, scores, chosen.tolist(), strict=True):
-        values = shortest(own)
-        columns = dict(zip(GAINED, (answers[best], values[best], values, answers), strict=True))
-        found.append(row.columns | columns)
-    return found
+    outputs = []
+    for row, answers, row_scores, best in zip(rows, completions, scores, chosen.tolist(), strict=True):
+        values = shortest(row_scores)
+        columns = dict(zip(ADDED, (answers[best], values[best], values, answers), strict=True))
+        outputs.append(row.columns | columns)
+    return outputs
 
 
 def _sample(
     chooser: Chooser, rows: Sequence[Row], first: int, batch_size: int
 ) -> tuple[list[list[Content]], list[list[bool]]]:
-    """Sample answers to every row, as texts or as lists of one message, and whether each ended or was cut off."""
+    """Sample answers (texts, or lists of one message) to every row; also return whether each ended before the limit."""
     policy, n = chooser.policy, chooser.n
     prompts = []
     for row in rows:
         with naming_row(row.number):
             prompts += encode_prompts([row.prompt], policy)
-    found = respond(
+    responses = respond(
         policy,
         prompts,
         jax.random.key(chooser.seed),
@@ -157,10 +162,10 @@ def _sample(
         first=first,
     )
     answers = [
-        [text if isinstance(row.prompt, str) else [{"role": "assistant", "content": text}] for text in own]
-        for row, own in ((row, found.texts[i * n : (i + 1) * n]) for i, row in enumerate(rows))
+        [text if isinstance(row.prompt, str) else [{"role": "assistant", "content": text}] for text in texts]
+        for row, texts in ((row, responses.texts[i * n : (i + 1) * n]) for i, row in enumerate(rows))
     ]
-    return answers, [found.ended[i * n : (i + 1) * n] for i in range(len(rows))]
+    return answers, [responses.ended[i * n : (i + 1) * n] for i in range(len(rows))]
 
 
 def _scores(
@@ -170,7 +175,7 @@ def _scores(
     ended: Sequence[Sequence[bool]],
     batch_size: int,
 ) -> np.ndarray:
-    """Score the answers of every row on its own, whatever stands beside it: float32[rows, n]."""
+    """Score the answers of every row: float32[rows, n]. Python functions are called once per row."""
     reward = chooser.reward
     if isinstance(reward, Reward):
         scores = []
@@ -180,11 +185,11 @@ def _scores(
         return np.stack(scores)
     examples = [
         example
-        for row, answers, whole in zip(rows, completions, ended, strict=True)
-        for example in scored_examples(reward, row.prompt, answers, whole, row.number)
+        for row, answers, row_ended in zip(rows, completions, ended, strict=True)
+        for example in scored_examples(reward, row.prompt, answers, row_ended, row.number)
     ]
-    found = model_scores(reward, examples, min(ROWS, batch_size * chooser.n)).reshape(len(rows), chooser.n)
-    for row, own in zip(rows, found, strict=True):
-        if not np.isfinite(own).all():
-            raise RlhfError(f"row {row.number}: the reward model's scores are not all numbers ({own.tolist()})")
-    return found
+    by_row = model_scores(reward, examples, min(ROWS, batch_size * chooser.n)).reshape(len(rows), chooser.n)
+    for row, row_scores in zip(rows, by_row, strict=True):
+        if not np.isfinite(row_scores).all():
+            raise RlhfError(f"row {row.number}: the reward model returned a non-finite score ({row_scores.tolist()})")
+    return by_row

@@ -1,4 +1,4 @@
-"""Encode prompts and completions, texts or chats, without cutting any of them."""
+"""Encode prompts and completions, texts or chats, without truncation."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -15,14 +15,14 @@ UNCUT = DataConfig(
     train="", eval="", test=None, limit=None, text_prompt_tokens=(1, 1), max_prompt_tokens=2**30,
     max_response_tokens=2**30,
 )  # fmt: skip
-"""Lengths that no text exceeds. A text that is too long for the model is refused, not cut."""
+"""No truncation: texts are encoded in full, and a text longer than the model's context is an error."""
 
 
 def encode_prompt(prompt: Content, tokenizer: Tokenizer, max_prompt_tokens: int | None = None) -> list[int]:
-    """Encode a text with BOS, or a chat up to the beginning of the assistant's answer.
+    """Encode a text with BOS, or a chat with the header of the assistant's next turn.
 
-    Raises RlhfError where a text has words without a token, and where the prompt has more than `max_prompt_tokens`
-    tokens, BOS included.
+    Raises RlhfError if the tokenizer lacks a token for a word, or if the prompt has more than `max_prompt_tokens`
+    tokens, including BOS.
     """
     if isinstance(prompt, list):
         ids = tokenizer.encode(tokenizer.render(prompt, add_generation_prompt=True))
@@ -37,14 +37,14 @@ def encode_prompt(prompt: Content, tokenizer: Tokenizer, max_prompt_tokens: int 
         prefix = len(tokenizer.prefix)
     if max_prompt_tokens is not None and len(ids) > max_prompt_tokens:
         raise RlhfError(
-            f"prompt {prompt!r} has {len(ids) - prefix} tokens, and this run's have at most "
-            f"{max_prompt_tokens - prefix} (data.max_prompt_tokens = {max_prompt_tokens}, BOS included): shorten it"
+            f"prompt {prompt!r} has {len(ids) - prefix} tokens, but this run allows at most "
+            f"{max_prompt_tokens - prefix} (data.max_prompt_tokens = {max_prompt_tokens}, including BOS): shorten it"
         )
     return ids
 
 
 def encode_prompts(prompts: Sequence[Content], policy: Policy, max_prompt_tokens: int | None = None) -> list[list[int]]:
-    """Encode prompts that leave the policy room for an answer. Raises RlhfError as `encode_prompt`, and for no room."""
+    """Encode prompts. Raises RlhfError as `encode_prompt` does, and if a prompt leaves no room for an answer."""
     encoded = [encode_prompt(prompt, policy.tokenizer, max_prompt_tokens) for prompt in prompts]
     for ids in encoded:
         require_room(policy, ids)
@@ -52,14 +52,14 @@ def encode_prompts(prompts: Sequence[Content], policy: Policy, max_prompt_tokens
 
 
 def require_room(policy: Policy, prompt: Sequence[int]) -> None:
-    """Raise RlhfError where a prompt fills the model's context, so that there is no room for an answer."""
+    """Raise RlhfError if a prompt fills the model's context and leaves no room for an answer."""
     context = policy.network.config.context
     if context is not None and len(prompt) >= context:
-        raise RlhfError(f"the prompt has {len(prompt)} tokens, and the model sees {context}, its answer included")
+        raise RlhfError(f"the prompt has {len(prompt)} tokens, but the context is {context}, including the answer")
 
 
 def within_context(policy: Policy, prompt: Sequence[int], sampling: Sampling) -> Sampling:
-    """Lower `max_new_tokens` to what the model's context leaves. Raises RlhfError where it leaves nothing."""
+    """Limit max_new_tokens to the model's remaining context. Raises RlhfError if the prompt leaves no room."""
     require_room(policy, prompt)
     context = policy.network.config.context
     if context is None:
@@ -68,7 +68,7 @@ def within_context(policy: Policy, prompt: Sequence[int], sampling: Sampling) ->
 
 
 def pad_examples(examples: Sequence[Example]) -> Rollout:
-    """Pad prompts on the left and responses on the right, to lengths in few buckets: int32[N, P] and int32[N, T]."""
+    """Pad prompts on the left and responses on the right to bucketed lengths: int32[N, P] and int32[N, T]."""
     prompts, responses = zip(*examples, strict=True)
     return Rollout(
         *pad_left(prompts, bucket(max(map(len, prompts)))), *pad_right(responses, bucket(max(map(len, responses))))
@@ -76,7 +76,7 @@ def pad_examples(examples: Sequence[Example]) -> Rollout:
 
 
 def uncut_to(rollout: Rollout) -> DataConfig:
-    """Lengths that cut no row of a rollout."""
+    """Maximum lengths that truncate no row of a rollout."""
     return dataclasses.replace(
         UNCUT, max_prompt_tokens=rollout.prompt.shape[1], max_response_tokens=rollout.response.shape[1]
     )

@@ -1,4 +1,4 @@
-"""Draw responses from a policy, with their scores and their divergence from a reference."""
+"""Sample responses from a policy, with their scores and their log-ratios to a reference."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,7 +19,7 @@ from rlhf_jax.sampling.options import SamplingOptions
 from rlhf_jax.types import RlhfError
 
 BATCH = 128
-"""Responses that are sampled or scored at once."""
+"""Responses per decoding or scoring batch."""
 
 MAX_NEW_TOKENS = 128
 
@@ -34,35 +34,35 @@ def sample(
     reference: Policy | None = None,
     **options: Any,
 ) -> pd.DataFrame:
-    """Draw n responses to each prompt, as `rlhf-jax sample` does.
+    """Sample n responses to each prompt, as `rlhf-jax sample` does.
 
         sample(policy, ["The film"], n=4, temperature=0.7, max_new_tokens=32, stop=["."])
         sample(policy, [[{"role": "user", "content": "Is it good?"}]], reward=reward_model)
 
     Args:
         policy: from `load_policy`, or `Run.load_policy`.
-        prompts: all texts, which the policy continues, or all chats (lists of `role` and `content`), which it answers.
-        n: responses to each prompt.
-        seed: of the random numbers; the same call gives the same responses.
-        reward: scores the responses: a reward model, or a function as for `score`.
-        reference: gives `kl`, the log-ratio of each response.
-        options: fields of `SamplingOptions`: temperature (1; 0 is greedy), top_k, top_p, min_p, max_new_tokens (128)
-            and stop (texts that end a response).
+        prompts: either texts, which the policy continues, or chats (lists of `role` and `content`), which it answers.
+        n: responses per prompt.
+        seed: random seed; the same call returns the same responses.
+        reward: reward model, or function as for `score`, that scores the responses.
+        reference: policy for `kl`, the log-ratio of each response.
+        options: fields of `SamplingOptions`: temperature (default 1; 0 is greedy), top_k, top_p, min_p, max_new_tokens
+            (default 128) and stop (texts that end a response).
 
-    Returns: `prompt, completion, score, kl`, n rows a prompt. The score is NaN without a reward. `kl` is log pi(y|x) -
-    log pi_ref(y|x) in nats, EOS included, both at the temperature of the samples (1 where that is 0) and without top_k,
+    Returns: `prompt, completion, score, kl`, n rows per prompt. The score is NaN without a reward. `kl` is
+    log pi(y|x) - log pi_ref(y|x) in nats, EOS included, both at the sampling temperature (1 if it is 0) without top_k,
     top_p and min_p; NaN without a reference.
 
-    Raises RlhfError where a prompt has words without a token or fills the model's context, and for a bad option.
+    Raises RlhfError if the tokenizer lacks a token for a word, a prompt fills the context, or an option is invalid.
     """
-    how = configs.build(SamplingOptions, options, "sample")
-    return draw(policy, prompts, how, n=n, seed=seed, reward=reward, reference=reference)
+    sampling_options = configs.build(SamplingOptions, options, "sample")
+    return draw(policy, prompts, sampling_options, n=n, seed=seed, reward=reward, reference=reference)
 
 
 def draw(
     policy: Policy,
     prompts: Sequence[Content],
-    how: SamplingOptions,
+    sampling_options: SamplingOptions,
     *,
     n: int,
     seed: int,
@@ -72,9 +72,9 @@ def draw(
     max_new_tokens: int = MAX_NEW_TOKENS,
     first: int = 0,
 ) -> pd.DataFrame:
-    """Draw what `sample` does, for options that have been read and for prompts and responses of limited lengths.
+    """Sample as `sample` does, with validated options and length limits.
 
-    Args: `first` prompts stand before these, for the random numbers; max_new_tokens is the default of the option.
+    Args: first is the number of prompts before these, for the random keys; max_new_tokens is the option's default.
     """
     if n < 1:
         raise RlhfError(f"n = {n} must be at least 1")
@@ -84,12 +84,12 @@ def draw(
     if not ids:
         return pd.DataFrame(columns=["prompt", "completion", "score", "kl"])
     batch_size = min(BATCH, len(ids) * n)
-    sampling = how.sampling(policy.tokenizer.stop_ids, max_new_tokens)
-    found = respond(
-        policy, ids, jax.random.key(seed), sampling, how.stop, samples=n, batch_size=batch_size, first=first
+    sampling, stops = sampling_options.sampling(policy.tokenizer.stop_ids, max_new_tokens), sampling_options.stop
+    responses = respond(
+        policy, ids, jax.random.key(seed), sampling, stops, samples=n, batch_size=batch_size, first=first
     )
-    rollout = found.rollout
-    scores, kl = np.full((2, len(found.texts)), np.nan)
+    rollout = responses.rollout
+    scores, kl = np.full((2, len(responses.texts)), np.nan)
     if reward is not None:
         rows = [{"prompt": prompt} for prompt in prompts]
         scores = make_scorer(as_reward(reward), policy, rows, uncut_to(rollout), batch_size)(rollout)
@@ -100,7 +100,7 @@ def draw(
             (reference.network, reference.params),
             rollout,
             batch_size=batch_size,
-            temperature=how.temperature,
+            temperature=sampling_options.temperature,
         )
     repeated = [prompt for prompt in prompts for _ in range(n)]
-    return pd.DataFrame({"prompt": repeated, "completion": found.texts, "score": scores, "kl": kl})
+    return pd.DataFrame({"prompt": repeated, "completion": responses.texts, "score": scores, "kl": kl})

@@ -1,4 +1,4 @@
-"""Score completions as texts or chats, by a reward model's own tokenizer and template or by Python functions."""
+"""Score completions (texts or chats) with a reward model, using its own tokenizer and template, or Python functions."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -19,7 +19,7 @@ from rlhf_jax.text.tokenizer import Tokenizer
 from rlhf_jax.types import RlhfError
 
 BATCH = 128
-"""Completions that are scored at once."""
+"""Completions per forward pass."""
 
 
 def score(
@@ -31,22 +31,22 @@ def score(
         score(lambda prompts, completions, **columns: [-len(text) for text in completions], rows)
 
     Args:
-        reward: a reward model, which reads the texts by its own tokenizer and chat template, or a function
-            `(prompts, completions, **columns) -> list of numbers`, which is called for one row at a time.
-        rows: with `prompt` and `completion`, texts or chats; other columns are kept, and given to a function.
-        batch_size: rows that go through a reward model at once.
+        reward: a reward model, which encodes the texts with its own tokenizer and chat template, or a function
+            `(prompts, completions, **columns) -> list of numbers`, which is called once per row.
+        rows: with `prompt` and `completion`, texts or chats; other columns are kept and passed to a function.
+        batch_size: rows per forward pass of a reward model.
 
     Returns: the rows with `score`.
 
-    Raises RlhfError naming the row that lacks a column, is longer than the model's context, or has no finite score.
+    Raises RlhfError, naming the row, if it lacks a column, exceeds the model's context, or has no finite score.
     """
     columns = [row for _, row in numbered(rows)]
     pairs = [checked_row(row, ("prompt", "completion"), f"row {number}") for number, row in enumerate(columns, start=1)]
-    found = as_reward(reward)
-    if isinstance(found, Reward):
+    scorer = as_reward(reward)
+    if isinstance(scorer, Reward):
         scores = np.array(
             [
-                function_scores(found, None, pair["prompt"], [pair["completion"]], row)[0]
+                function_scores(scorer, None, pair["prompt"], [pair["completion"]], row)[0]
                 for pair, row in zip(pairs, columns, strict=True)
             ]
         )
@@ -54,9 +54,9 @@ def score(
         examples = [
             example
             for number, pair in enumerate(pairs, start=1)
-            for example in scored_examples(found, pair["prompt"], [pair["completion"]], [True], number)
+            for example in scored_examples(scorer, pair["prompt"], [pair["completion"]], [True], number)
         ]
-        scores = model_scores(found, examples, batch_size) if examples else np.zeros(0, np.float32)
+        scores = model_scores(scorer, examples, batch_size) if examples else np.zeros(0, np.float32)
         for number in 1 + np.flatnonzero(~np.isfinite(scores)):
             raise RlhfError(f"row {number}: the reward model's score is {scores[number - 1]}")
     return pd.DataFrame(columns).assign(score=shortest(scores))
@@ -65,27 +65,27 @@ def score(
 def scored_examples(
     model: RewardModel, prompt: Content, completions: Sequence[Content], ended: Sequence[bool], number: int
 ) -> list[Example]:
-    """Encode completions of one prompt for a reward model; those that were cut off get no end.
+    """Encode completions of one prompt for a reward model, without EOS after completions that were cut off.
 
-    Raises RlhfError, naming the row by its number, for a chat without a template and for a text that is too long.
+    Raises RlhfError, naming the row, for a chat if there is no template, and for a text that is too long.
     """
     if isinstance(prompt, list) and model.tokenizer.chat_template is None:
         raise RlhfError(
-            f"row {number} of the data: the prompt is a chat, and the reward model has no chat template: give a text"
+            f"row {number} of the data: the prompt is a chat, but the reward model has no chat template: give a text"
         )
     prompts = [prompt] * len(completions)
-    found, _ = encode_pairs(prompts, completions, model.tokenizer, UNCUT, first=number, ended=ended)
-    context, longest = model.network.config.context, max(len(a.prompt) + len(a.response) for a in found)
+    examples, _ = encode_pairs(prompts, completions, model.tokenizer, UNCUT, first=number, ended=ended)
+    context, longest = model.network.config.context, max(len(a.prompt) + len(a.response) for a in examples)
     if context is not None and longest > context:
         raise RlhfError(
-            f"row {number} has {longest} tokens with an answer, and the reward model sees {context}: shorten "
-            "the prompt, or the answers by max_new_tokens"
+            f"row {number} has {longest} tokens including an answer, but the reward model's context is {context}: "
+            "shorten the prompt or reduce max_new_tokens"
         )
-    return found
+    return examples
 
 
 def model_scores(model: RewardModel, examples: Sequence[Example], batch_size: int) -> np.ndarray:
-    """Compute a reward model's scores of encoded completions: float32[N]."""
+    """Score encoded completions with a reward model: float32[N]."""
     return score_all(model.network, model.params, pad_examples(examples), batch_size)
 
 
@@ -96,16 +96,16 @@ def function_scores(
     completions: Sequence[Content],
     columns: Mapping[str, Any],
 ) -> np.ndarray:
-    """Score completions of one prompt by Python functions: float32[N].
+    """Score completions of one prompt with Python functions: float32[N].
 
-    Args: columns are those of the prompt's row. With the policy's tokenizer the functions are also given
-    `completion_ids`, the completions' tokens, what ends them included.
+    Args: columns are the columns of the prompt's row. With a tokenizer, the functions also receive `completion_ids`,
+    the completions' tokens including the stop token.
     """
     prompts = [prompt] * len(completions)
-    given = {name: [value] * len(completions) for name, value in columns.items() if name not in TAKEN}
+    repeated = {name: [value] * len(completions) for name, value in columns.items() if name not in TAKEN}
     if tokenizer is not None:
         examples, _ = encode_pairs(prompts, list(completions), tokenizer, UNCUT)
-        given["completion_ids"] = [example.response for example in examples]
-    parts = [function(prompts, completions, given) for function in reward.functions]
+        repeated["completion_ids"] = [example.response for example in examples]
+    parts = [function(prompts, completions, repeated) for function in reward.functions]
     sources = [function.source for function in reward.functions]
     return weighted_sum(np.stack(parts, axis=1), reward.weights, sources, prompts, completions)

@@ -21,23 +21,23 @@ from rlhf_jax.types import RlhfError
 
 
 def export(model: Policy | RewardModel, directory: str | Path) -> Path:
-    """Write a model with its tokenizer and chat template as a Hugging Face directory, whole or not at all.
+    """Write a model with its tokenizer and chat template as a Hugging Face directory, atomically.
 
         export(policy, "mine")
         load_policy("mine")  # or transformers' AutoModelForCausalLM and AutoTokenizer
 
-    A model trained from scratch is written as the family that has its shape; an adapter is merged into its base. The
-    directory may stand wherever a config names a checkpoint, such as `evaluate.policies`.
+    A model trained from scratch is written in a family that supports its architecture; an adapter is merged into its
+    base. Configs accept the directory wherever they name a checkpoint, such as in `evaluate.policies`.
 
     Returns: the directory, as a path.
 
-    Raises RlhfError where the directory exists, for a shape that no family has, and for a reward model that
-    transformers would read otherwise.
+    Raises RlhfError if the directory exists, if no family supports the architecture, or if transformers would compute
+    other scores with a reward model.
     """
     out = new_directory(directory)
-    _refuse_other_readings(model)
-    model, hf_config = described(models.merged(model))
-    with _whole(out) as partial:
+    _check_exportable(model)
+    model, hf_config = with_hf_config(models.merged(model))
+    with _atomic_directory(out) as partial:
         hf.save_pretrained(partial, _kind(model), model.params, hf_config)
         model.tokenizer.save(partial)
         if isinstance(model, Policy):
@@ -46,64 +46,64 @@ def export(model: Policy | RewardModel, directory: str | Path) -> Path:
 
 
 def export_adapter(model: Policy | RewardModel, directory: str | Path, *, base: str) -> Path:
-    """Write a model's adapter alone as PEFT loads it, with the tokenizer; whole or not at all.
+    """Write only a model's adapter, in PEFT's format, and the tokenizer, atomically.
 
-    Args: base is the path or the hub id by which PEFT finds the base: `adapter_base` of the stage, or `checked_base`.
+    Args: base is the path or hub id from which PEFT loads the base: `adapter_base` of the stage, or `checked_base`.
 
-    Raises RlhfError as `export` does, and where the model has no adapter.
+    Raises RlhfError as `export` does, and if the model has no adapter.
     """
     out = new_directory(directory)
-    _refuse_other_readings(model)
+    _check_exportable(model)
     lora = model.network.lora
     if lora is None or not isinstance(model.params, Adapted):
-        raise RlhfError("the model has no adapter: export it whole")
-    model, hf_config = described(model)
-    with _whole(out) as partial:
+        raise RlhfError("the model has no adapter: use export")
+    model, hf_config = with_hf_config(model)
+    with _atomic_directory(out) as partial:
         peft.save_adapter(partial, _kind(model), model.params, lora, hf_config, base=base)
         model.tokenizer.save(partial)
     return out
 
 
 def new_directory(directory: str | Path) -> Path:
-    """Return the path of a directory that is to be written. Raises RlhfError where it exists."""
+    """Return the path of a directory to create. Raises RlhfError if it exists."""
     if Path(directory).exists():
-        raise RlhfError(f"{directory} is there already: name a new directory, or remove it")
+        raise RlhfError(f"{directory} already exists: choose a new directory or remove it")
     return Path(directory)
 
 
 def adapter_base(directory: Path) -> str:
-    """Return the path or hub id by which PEFT finds the base of a stage's adapter.
+    """Return the path or hub id from which PEFT loads the base of a stage's adapter.
 
-    Raises RlhfError where the stage trained no adapter, and where PEFT cannot load the base.
+    Raises RlhfError if the stage trained no adapter, or if PEFT cannot load the base.
     """
     base = models.base_of(directory)
     if base is None:
-        raise RlhfError(f"stage {directory.name!r} trained no adapter: export its model whole")
+        raise RlhfError(f"stage {directory.name!r} trained no adapter: export the full model")
     if base.is_stage:
         raise RlhfError(
-            f"stage {directory.name!r} trained its adapter beside stage {base.name!r}, which PEFT cannot load: export "
-            f"that one first (--stage={base.name} --out=BASE), then say --base=BASE"
+            f"stage {directory.name!r} trained its adapter on stage {base.name!r}, which PEFT cannot load: export that "
+            f"stage first (--stage={base.name} --out=BASE), then pass --base=BASE"
         )
-    place = checkpoint_directory(base.name)
-    if peft.base_of(place) is not None:
+    local = checkpoint_directory(base.name)
+    if peft.base_of(local) is not None:
         raise RlhfError(
-            f"stage {directory.name!r} began with {base.name}, an adapter itself, beside which PEFT loads no other: "
-            f"merge it first (rlhf-jax export --model={base.name} --out=BASE), then say --base=BASE"
+            f"stage {directory.name!r} started from {base.name}, which is itself an adapter, and PEFT cannot stack "
+            f"adapters: merge it first (rlhf-jax export --model={base.name} --out=BASE), then pass --base=BASE"
         )
     on_the_hub = not (Path(base.name).is_dir() or base.name.endswith(".gguf") or base.name in MODELS)
-    return base.name if on_the_hub else str(place.resolve())
+    return base.name if on_the_hub else str(local.resolve())
 
 
 def checked_base(source: str, model: Policy | RewardModel) -> str:
-    """Return the path or hub id of a base that was named.
+    """Return the path or hub id of a base after comparing its weights, in the checkpoint's dtype.
 
-    Raises RlhfError unless its weights are those that the adapter was trained beside.
+    Raises RlhfError unless they are the weights that the adapter was trained on.
     """
-    found = models.load_checkpoint(source)
-    named, own = models.body_of(found), models.body_of(model._replace(params=model.params.base))
-    shapes = jax.tree.map(jnp.shape, named) == jax.tree.map(jnp.shape, own)
-    if not shapes or not jax.tree.all(jax.tree.map(lambda a, b: jnp.array_equal(a, b.astype(a.dtype)), named, own)):
-        raise RlhfError(f"--base={source} is not what the adapter was trained beside: its weights are others")
+    given = models.body_of(models.load_checkpoint(source))
+    trained = models.body_of(model._replace(params=model.params.base))
+    shapes = jax.tree.map(jnp.shape, given) == jax.tree.map(jnp.shape, trained)
+    if not shapes or not jax.tree.all(jax.tree.map(lambda a, b: jnp.array_equal(a, b.astype(a.dtype)), given, trained)):
+        raise RlhfError(f"--base={source} is not the base that the adapter was trained on: the weights differ")
     return str(Path(source).resolve()) if Path(source).is_dir() else source
 
 
@@ -112,8 +112,8 @@ def _kind(model: Policy | RewardModel) -> hf.Kind:
 
 
 @contextlib.contextmanager
-def _whole(out: Path) -> Iterator[Path]:
-    """Give a temporary directory that becomes `out` once all of it is written."""
+def _atomic_directory(out: Path) -> Iterator[Path]:
+    """Yield a temporary directory that is renamed to `out` on success."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
@@ -121,27 +121,27 @@ def _whole(out: Path) -> Iterator[Path]:
             yield partial
             partial.rename(out)
     except OSError as error:
-        raise RlhfError(f"{out} cannot be written: {error.strerror or error}. Nothing was left there") from error
+        raise RlhfError(f"{out} cannot be written: {error.strerror or error}. Nothing was written") from error
 
 
-def _refuse_other_readings(model: Policy | RewardModel) -> None:
-    """Raise RlhfError for a reward model that transformers would read otherwise."""
+def _check_exportable(model: Policy | RewardModel) -> None:
+    """Raise RlhfError for a reward model that transformers cannot represent or would score differently."""
     if isinstance(model, RewardModel) and model.network.ensemble is not None:
         raise RlhfError(
-            f"the reward model is an ensemble of {model.network.ensemble.members}, and a checkpoint holds one model: "
-            "export a stage that trained one"
+            f"the reward model is an ensemble of {model.network.ensemble.members}, but a checkpoint holds one model: "
+            "export a stage that trained a single model"
         )
     if isinstance(model, RewardModel) and model.network.pooling != "last":
         raise RlhfError(
-            f"the reward model reads its score with pooling = {model.network.pooling!r}, and transformers' classifiers "
-            "read the last token: its scores would be others there. Train it with pooling = 'last'"
+            f"the reward model has pooling = {model.network.pooling!r}, but transformers' classifiers score the last "
+            "token and would compute other scores: train it with pooling = 'last'"
         )
 
 
-def described(model: Policy | RewardModel) -> tuple[Policy | RewardModel, dict[str, Any]]:
-    """Return a model with the config of its checkpoint, which is made for a model trained from scratch.
+def with_hf_config(model: Policy | RewardModel) -> tuple[Policy | RewardModel, dict[str, Any]]:
+    """Return a model with its Hugging Face config, which is created for a model trained from scratch.
 
-    Raises RlhfError where no family has the model's shape.
+    Raises RlhfError if no family supports the architecture.
     """
     if model.hf_config is not None:
         return model, model.hf_config
@@ -154,7 +154,7 @@ def described(model: Policy | RewardModel) -> tuple[Policy | RewardModel, dict[s
 
 
 def _write_generation_config(policy: Policy, directory: Path) -> None:
-    """Write the tokens that end a response (chats may end otherwise than by EOS), and those never in one."""
+    """Write the stop tokens (chats may end with others than EOS) and the tokens that are never sampled."""
     stops, start = policy.tokenizer.stop_ids, (policy.hf_config or {}).get("bos_token_id")
     content = {"eos_token_id": list(stops) if len(stops) > 1 else stops[0], "pad_token_id": policy.tokenizer.pad_id}
     content |= {} if start is None else {"bos_token_id": start}

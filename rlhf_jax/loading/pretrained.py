@@ -1,4 +1,4 @@
-"""Load checkpoints for use from Python: language models and reward models, in float32 unless told otherwise."""
+"""Load checkpoints of language models and reward models for use from Python, by default in float32."""
 
 from pathlib import Path
 
@@ -13,15 +13,15 @@ def load_policy(source: str | Path, *, dtype: DType = "float32") -> Policy:
         policy = load_policy("smollm2")
 
     Args:
-        source: a Hugging Face directory, a directory that `export` wrote, a PEFT adapter's (merged into its base), a
-            GGUF file, OWNER/NAME on the hub, or `smollm2`. `Run.load_policy` loads a stage's policy.
-        dtype: of parameters and computation.
+        source: a directory with a Hugging Face checkpoint, an exported model or a PEFT adapter (merged into its base),
+            a GGUF file, OWNER/NAME on the hub, or `smollm2`. For a stage's policy use `Run.load_policy`.
+        dtype: dtype of parameters and computation.
 
-    Raises RlhfError where there is no model, where its family is not covered, and for a reward model.
+    Raises RlhfError if there is no model, its family is not supported, or it is a reward model.
     """
     model = load_checkpoint(str(source), Tuning(param_dtype=dtype, compute_dtype=dtype))
     if not isinstance(model, Policy):
-        raise RlhfError(f"{source} is a reward model where a language model is needed: load it by load_reward_model")
+        raise RlhfError(f"{source} is a reward model, not a language model: use load_reward_model")
     return model
 
 
@@ -30,9 +30,9 @@ def load_reward_model(source: str | Path, *, dtype: DType = "float32") -> Reward
 
         reward_model = load_reward_model("path/to/classifier")
 
-    Raises RlhfError where there is no model, where its family is not covered, and for a language model.
+    Raises RlhfError if there is no model, its family is not supported, or it is a language model.
     """
     model = load_checkpoint(str(source), Tuning(param_dtype=dtype, compute_dtype=dtype))
     if not isinstance(model, RewardModel):
-        raise RlhfError(f"{source} is a language model where a reward model is needed: load it by load_policy")
+        raise RlhfError(f"{source} is a language model, not a reward model: use load_policy")
     return model

@@ -1,4 +1,4 @@
-"""What a run looks like afterwards: tables, figures, the HTML report, and `Run` for notebooks."""
+"""Reports on a run: tables, figures, the HTML report, and `Run` for notebooks."""
 
 from rlhf_jax.reports.report import draw, write_report
 from rlhf_jax.reports.run import Run

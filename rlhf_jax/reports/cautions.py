@@ -1,4 +1,4 @@
-"""Reasons to mistrust a comparison, told before any of its findings."""
+"""Reasons to mistrust a comparison of methods, shown before its results."""
 
 from typing import Any
 
@@ -6,41 +6,42 @@ from rlhf_jax.reports import frames
 from rlhf_jax.reports.run import Run
 
 FEWEST_PROMPTS = 100
-"""With fewer, the 95 % interval of a share of pairs won is more than 20 points wide."""
+"""With fewer prompts, the 95 % interval of a win rate is more than 20 points wide."""
 
 
 def cautions(run: Run) -> list[str]:
-    """A sentence or two for each reason; empty where there is none, or no evaluation.
+    """List the reasons to mistrust the evaluation; empty if there are none or there is no evaluation.
 
-    The reasons are a reward model that ranks held-out pairs no better than chance (its accuracy's 95 % interval
-    contains 50 %, or lies below), pairs decided by the same reward that chose or trained some of the answers, and an
+    The reasons are a reward model no better than chance on held-out pairs (the 95 % interval of its accuracy contains
+    50 % or lies below it), a judge that is also the reward that selected or trained some of the answers, and an
     evaluation on few prompts.
     """
     if not run.of_kind("evaluate", complete=True):
         return []
     section = run.config(run.evaluation())["section"]
     judge = section["reward_model"] if section.get("judge") is None else section["judge"]
-    chosen = _optimised_for(run)
-    rewards = {name for reward in [section["reward_model"], judge, *chosen.values()] for name in _models(reward)}
-    found = [_chance(run, name) for name in run.of_kind("reward_model", complete=True) if name in rewards]
-    own = [method for method, reward in chosen.items() if set(_parts(reward)) & set(_parts(judge))]
-    if own:
-        found.append(
-            f"The judge chose its own samples: {_list(own)} {'was' if len(own) == 1 else 'were'} chosen by, or trained "
-            f"on, the score of {frames.judge_name(run, judge)}, which also judges here. A high score or win rate shows "
-            "that this score was optimised, not that the answers are better."
+    optimised = _optimised_rewards(run)
+    rewards = {name for reward in [section["reward_model"], judge, *optimised.values()] for name in _models(reward)}
+    reasons = [_chance(run, name) for name in run.of_kind("reward_model", complete=True) if name in rewards]
+    circular = [method for method, reward in optimised.items() if set(_parts(reward)) & set(_parts(judge))]
+    if circular:
+        reasons.append(
+            f"The judge scores answers that were optimised for it: {_list(circular)} "
+            f"{'was' if len(circular) == 1 else 'were'} selected by, or trained on, the score of "
+            f"{frames.judge_name(run, judge)}, which is also the judge here. A high score or win rate shows that this "
+            "score was optimised, not that the answers are better."
         )
     prompts = int(run.results()["n_prompts"].max())
     if prompts < FEWEST_PROMPTS:
-        found.append(
-            f"Only {prompts} prompt{'s' if prompts > 1 else ''}: differences between methods must be large to be more "
-            f"than noise. Evaluate on {FEWEST_PROMPTS} or more."
+        reasons.append(
+            f"Only {prompts} prompt{'s' if prompts > 1 else ''}: small differences between methods may be noise. "
+            f"Evaluate on {FEWEST_PROMPTS} prompts or more."
         )
-    return [sentence for sentence in found if sentence is not None]
+    return [reason for reason in reasons if reason is not None]
 
 
 def meaningless(run: Run) -> bool:
-    """Return whether a reward model no better than chance gives the score that methods are compared by."""
+    """Return whether the methods are compared by a reward model that is no better than chance."""
     if not run.of_kind("evaluate", complete=True) or frames.judged_by_gold(run.results()):
         return False
     reward = run.config(run.evaluation())["section"]["reward_model"]
@@ -49,7 +50,7 @@ def meaningless(run: Run) -> bool:
 
 
 def _chance(run: Run, stage: str) -> str | None:
-    """Caution about a reward model at chance or below; None for any other, and for stages that kept no interval."""
+    """Caution about a reward model at or below chance, or None; also None if the stage recorded no interval."""
     summary = run.summary(stage)
     if "accuracy_low" not in summary or summary["accuracy_low"] > 0.5:
         return None
@@ -57,27 +58,27 @@ def _chance(run: Run, stage: str) -> str | None:
     standing = "no better than chance" if summary["accuracy_high"] >= 0.5 else "worse than chance"
     return (
         f"The reward model {stage} is {standing}: it ranks {rate} % [{low}, {high}] of {summary['eval_pairs']} "
-        "held-out pairs as their labels do. Scores by it, and what was chosen or trained by them, say nothing about "
+        "held-out pairs as their labels do. Its scores, and anything selected or trained by them, say nothing about "
         "the preferences."
     )
 
 
-def _optimised_for(run: Run) -> dict[str, Any]:
-    """The reward that each compared method was chosen by or trained on, by the method's name."""
+def _optimised_rewards(run: Run) -> dict[str, Any]:
+    """Map each compared method to the reward that it was selected by or trained on."""
     section = run.config(run.evaluation())["section"]
-    found: dict[str, Any] = {}
+    rewards: dict[str, Any] = {}
     for method in run.results()["method"].unique():
         if method.startswith("best_of_"):
-            found[method] = section["reward_model"]
+            rewards[method] = section["reward_model"]
         elif method in run.stages:
             reward = _reward_of(run, method)
             if reward is not None:
-                found[method] = reward
-    return found
+                rewards[method] = reward
+    return rewards
 
 
 def _reward_of(run: Run, stage: str) -> Any:
-    """The reward that a stage's section names, or that of the stage whose samples it learns from; None without one."""
+    """Reward of a stage, or of the stage whose samples it is trained on; None if neither has one."""
     section = run.config(stage)["section"]
     if section.get("reward_model") is not None:
         return section["reward_model"]
@@ -95,7 +96,7 @@ def _models(reward: Any) -> list[str]:
 
 
 def _parts(reward: Any) -> list[str]:
-    """The model and the functions of a reward; nothing for a judge that is asked over HTTP."""
+    """Names of a reward's model and functions; empty for an HTTP judge."""
     return [*_models(reward), *(reward.get("functions", ()) if isinstance(reward, dict) else ())]
 
 

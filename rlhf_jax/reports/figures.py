@@ -1,4 +1,4 @@
-"""One function a figure: from tables to a matplotlib Figure, without pyplot. Units stand on the axes."""
+"""Figures, one function each: from tables to a matplotlib Figure, without pyplot. Axes are labelled with units."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -27,10 +27,10 @@ from rlhf_jax.stages.kinds import Kind, Panel, Series
 
 
 def learning_curves(kind: Kind, stages: Mapping[str, pd.DataFrame]) -> Figure:
-    """The curves of all stages of one kind: a line for the trend and, for a stage alone, a faint one for every step.
+    """Learning curves of all stages of one kind: smoothed lines and, for a single stage, faint unsmoothed ones.
 
-    Args: stages are the metrics by the name that labels them, from the lightest line to the darkest. Where a stage has
-    several seeds, its line is their mean and a band of one standard deviation over seeds lies around it.
+    Args: stages maps labels to metrics, drawn from the lightest line to the darkest. With several seeds, the line is
+    the mean over seeds and the band is one standard deviation.
     """
     shown = [panel for panel in kind.curves if any(_has(table, panel) for table in stages.values())]
     with context():
@@ -42,9 +42,9 @@ def learning_curves(kind: Kind, stages: Mapping[str, pd.DataFrame]) -> Figure:
                 for series in panel.series:
                     color = colour(series.kind) if series.kind else color
                     end = _curve(ax, table, series, color, alone=len(stages) == 1)
-                    named = series.name or not series.column.startswith("eval/")
+                    labelled = series.name or not series.column.startswith("eval/")
                     text = " ".join(filter(None, (label if len(stages) > 1 else "", series.name)))
-                    if end is not None and named and text:
+                    if end is not None and labelled and text:
                         ends.append(EndLabel(end, text, color))
             if panel.chance is not None:
                 ax.axhline(panel.chance, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
@@ -60,75 +60,75 @@ def learning_curves(kind: Kind, stages: Mapping[str, pd.DataFrame]) -> Figure:
 def frontier(
     points: pd.DataFrame, curve: pd.DataFrame | None, paths: Mapping[str, pd.DataFrame], *, score: str, start: str
 ) -> Figure:
-    """Score against divergence, of every method: what a method pays in nats for what it gains.
+    """Score against KL divergence for every method.
 
-    Args: points has `kind, label, kl, kl_se, score, score_se`, one row a method and seed, DPO's in the order of beta;
-    curve is Best-of-N's for all n (`n, kl, score, score_se`); paths are `kl, score` through training, by the label of
-    the method whose point they lead to: dots, and a line through the means of three. score names the y axis, start the
-    method that divergence is measured from.
+    Args: points has `kind, label, kl, kl_se, score, score_se`, one row per method and seed, DPO in the order of beta;
+    curve is Best-of-N for all n (`n, kl, score, score_se`); paths maps a method's label to `kl, score` during training,
+    drawn as dots with a running mean of three that ends at the method's point. score labels the y axis; start is the
+    method from which the divergence is measured.
     """
     with context():
         figure, (ax,) = panels(1, 4.4)
         scale_by_root(ax)
-        labels, seen = [], []
+        labels, obstacles = [], []
         for label, path in paths.items():
             color = colour(_kind_of(points, label))
             ends = points[points["label"] == label][["kl", "score"]].mean()
-            seen += _path(ax, path, (ends["kl"], ends["score"]), color)
+            obstacles += _path(ax, path, (ends["kl"], ends["score"]), color)
         if curve is not None:
             labels += _best_of_n_line(ax, curve)
-            seen += _along(curve["kl"], curve["score"])
-        seen += _line_of_means(ax, points[points["kind"] == "dpo"], colour("dpo"))
+            obstacles += _along(curve["kl"], curve["score"])
+        obstacles += _line_of_means(ax, points[points["kind"] == "dpo"], colour("dpo"))
         labels = _method_points(ax, points) + labels
         for _, row in points.iterrows():
-            seen += _along([row["kl"]] * 2, [row["score"] - row["score_se"], row["score"] + row["score_se"]])
+            obstacles += _along([row["kl"]] * 2, [row["score"] - row["score_se"], row["score"] + row["score_se"]])
         ax.set_xlabel(f"KL from {start} (nats per response; square-root scale)")
         ax.set_ylabel(score)
-        _nats_ticks(ax, max(x for x, _ in [*seen, *zip(points["kl"], points["score"], strict=True)]))
+        _nats_ticks(ax, max(x for x, _ in [*obstacles, *zip(points["kl"], points["score"], strict=True)]))
         ax.margins(x=0.04, y=0.08)
-        label_points(figure, ax, labels, seen)
+        label_points(figure, ax, labels, obstacles)
     return figure
 
 
 def best_of_n(curve: pd.DataFrame, deviations: tuple[float, float] | None) -> Figure:
-    """What choosing among n gains in the score that chooses (proxy) and in the judge's (gold), against root KL.
+    """Gain over n = 1 in proxy and gold score against the square root of the KL, after fig. 1 of Gao et al. 2022.
 
-    After fig. 1 of Gao et al. 2022. Both are measured from n = 1. Args: deviations are the standard deviations of SFT's
-    samples in proxy and in gold score, which put the two on one scale; without them each has a panel in its own unit.
+    Args: deviations are the standard deviations of the proxy and gold scores of SFT samples, which put both curves on
+    one scale; without them, each has its own panel and unit.
     """
     series = [("proxy", "reward_model", "reward model (proxy)")]
     if curve["gold"].notna().any():
         series.append(("gold", "gold", "gold judge"))
-    together = deviations is not None
+    shared = deviations is not None
     with context():
-        figure, axes = panels(1 if together else len(series), 3.3)
+        figure, axes = panels(1 if shared else len(series), 3.3)
         ends: list[EndLabel] = []
         for i, (column, kind, name) in enumerate(series):
-            ax, scale = axes[0 if together else i], deviations[i] if deviations is not None else 1.0
+            ax, scale = axes[0 if shared else i], deviations[i] if deviations is not None else 1.0
             x = np.sqrt(curve["kl"])
             y, se = (curve[column] - curve[column].iloc[0]) / scale, curve[f"{column}_se"] / scale
             ax.fill_between(x, y - se, y + se, color=colour(kind), alpha=0.18, linewidth=0)
             ax.plot(x, y, color=colour(kind), marker="o", markersize=3.5)
-            ends.append(EndLabel(float(y.iloc[-1]), name if together else "", colour(kind)))
-            ax.set_title("Gain over n = 1" if together else f"Gain over n = 1, {name}")
-            ax.set_ylabel("standard deviations of SFT samples" if together else "its own score")
+            ends.append(EndLabel(float(y.iloc[-1]), name if shared else "", colour(kind)))
+            ax.set_title("Gain over n = 1" if shared else f"Gain over n = 1, {name}")
+            ax.set_ylabel("standard deviations of SFT samples" if shared else "score")
             ax.set_xlabel("√KL from SFT (√nats)")
             ax.margins(x=0.03)
             _sizes_on_top(ax, curve)
-        if together:
+        if shared:
             label_ends(axes[0], ends)
         settle(figure)
     return figure
 
 
 def win_rates(results: pd.DataFrame, *, judge: str, start: str) -> Figure:
-    """Pairs won against one method's answers to the same prompts, a line a method with its 95 % interval.
+    """Win rate of each method against the reference's answers to the same prompts, with 95 % intervals.
 
-    The interval is Wilson's, over prompts, for a method with one seed. With several it is Student's t over seeds around
-    their mean, and each seed is a small dot.
+    With one seed, the interval is Wilson's, over prompts. With several, it is Student's t around the mean over seeds,
+    and each seed is a small dot.
 
-    Args: results has `kind, label, seed, win_rate, win_low, win_high`, in the order of its lines from top to bottom;
-    start names the one method.
+    Args: results has `kind, label, seed, win_rate, win_low, win_high`, drawn from top to bottom; start names the
+    reference.
     """
     methods = [rows for _, rows in results.groupby("label", sort=False)]
     with context():
@@ -173,7 +173,7 @@ def _has(table: pd.DataFrame, panel: Panel) -> bool:
 
 
 def _curve(ax: Axes, table: pd.DataFrame, series: Series, color: str, *, alone: bool) -> float | None:
-    """Draws one series of one stage; returns where it ends."""
+    """Draw one series of one stage and return its last value, or None if there is no data."""
     if series.column not in table or table[series.column].dropna().empty:
         return None
     seeds = table.pivot(index="step", columns="seed", values=series.column).dropna(how="all").astype(float)
@@ -193,7 +193,7 @@ def _curve(ax: Axes, table: pd.DataFrame, series: Series, color: str, *, alone: 
 
 
 def trend_window(steps: int, *, alone: bool) -> int:
-    """Steps that a trend line averages over, half before and half after: a twentieth of all, an eighth among others."""
+    """Width of the centred moving average in steps: 1/20 of the run, or 1/8 if several stages share a panel."""
     return max(1, round(steps / (20 if alone else 8)))
 
 
@@ -247,7 +247,7 @@ def _path(ax: Axes, path: pd.DataFrame, end: tuple[float, float], color: str) ->
 
 
 def _along(xs: Iterable[float], ys: Iterable[float]) -> list[tuple[float, float]]:
-    """Points along a polyline, which labels should not cover."""
+    """Interpolate points along a polyline, as obstacles for labels."""
     vertices = np.array([*zip(xs, ys, strict=True)])
     at = np.linspace(0, len(vertices) - 1, 40 * len(vertices))
     return [

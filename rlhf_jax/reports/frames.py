@@ -1,4 +1,4 @@
-"""What tables and figures show, gathered from a run: methods by name, points of the frontier, answers side by side."""
+"""DataFrames for the tables and figures of a run: compared methods, points of the frontier, answers side by side."""
 
 import re
 from pathlib import Path
@@ -16,9 +16,9 @@ GOLD = "gold judge"
 
 
 def comparison(run: Run) -> pd.DataFrame:
-    """The results with `kind` and `label` of each method, in the order of figures, the `reference` first.
+    """Results with each method's `kind` and `label`, in the order of the figures, the `reference` first.
 
-    `score` and `score_se` are the gold judge's, or the reward model's where no judge was asked.
+    `score` and `score_se` are the gold judge's, or the reward model's if there is no gold judge.
     """
     table = run.results()
     names = list(table["method"].unique())
@@ -38,48 +38,48 @@ def comparison(run: Run) -> pd.DataFrame:
 
 
 def reference(run: Run) -> str:
-    """The method that the evaluation compares the others with; `reference` where that is a checkpoint."""
+    """Name of the evaluation's reference: its stage, or "reference" if it is a checkpoint."""
     source = run.config(run.evaluation())["section"]["reference"]
     return source if source in run.stages else "reference"
 
 
 def judged_by_gold(results: pd.DataFrame) -> bool:
-    """Whether a gold judge was asked."""
+    """Return whether the results have scores of a gold judge."""
     return bool(results["gold_score"].notna().any())
 
 
 def judge_of(run: Run) -> str:
-    """Who decided the pairs, as a sentence would name it."""
+    """Name of the judge of the pairs, for use in a sentence."""
     judge = run.config(run.evaluation())["section"].get("judge")
     return "reward model" if judge is None else judge_name(run, judge)
 
 
 def compared_score(run: Run) -> str:
-    """What the judge of the evaluation gave answers, as an axis would name it."""
+    """Axis label for the score of the evaluation's judge."""
     judge = judge_of(run)
-    return "gold score (rating by the judge)" if judge == GOLD else f"score by {judge}"
+    return "gold score (judge's rating)" if judge == GOLD else f"score by {judge}"
 
 
 def reward_of(run: Run) -> str:
-    """The reward that chose Best-of-N's answers and is shown beside the judge's score, as a sentence would name it."""
+    """Name of the evaluation's reward, which also selects Best-of-N answers, for use in a sentence."""
     reward = run.config(run.evaluation())["section"].get("reward_model")
     return judge_name(run, reward) if isinstance(reward, dict) else "the reward model"
 
 
-def asked_in_both_orders(run: Run) -> bool:
-    """Whether the pairs were decided by a judge that was asked over HTTP."""
+def judged_in_both_orders(run: Run) -> bool:
+    """Return whether an HTTP judge, which compares each pair in both orders, judged the evaluation."""
     judge = run.config(run.evaluation())["section"].get("judge")
     return isinstance(judge, dict) and "url" in judge
 
 
 def frontier_score(run: Run, stage: str) -> str:
-    """What a frontier stage measured, as an axis would name it: gold score, or the score of another judge."""
+    """Axis label for the score of a frontier stage: gold score, or the score of another judge."""
     judge = judge_name(run, run.config(stage)["section"]["judge"])
     return "gold score" if judge == GOLD else f"score by {judge}"
 
 
 def stage_labels(run: Run, names: list[str]) -> dict[str, str]:
-    """Names for readers, such as `DPO β = 0.1`; a stage's own name stands in brackets where two would be alike."""
+    """Labels such as `DPO β = 0.1`; if two stages share a label, the stage's name is appended in brackets."""
     plain = {name: _label(run, name) for name in names}
     counts = pd.Series(plain).value_counts()
     return {name: label if counts[label] == 1 else f"{label} ({name})" for name, label in plain.items()}
@@ -97,16 +97,16 @@ def learning_figure(kind: str) -> str:
 
 
 def curves(run: Run, kind: str) -> dict[str, pd.DataFrame]:
-    """The metrics of all stages of a kind that have begun to train, by label; DPO's by beta, the smallest first."""
+    """Metrics of all stages of a kind that have started training, by label; DPO stages by ascending beta."""
     names = sorted(run.of_kind(kind), key=lambda name: -_strength(run, name))
     labels = stage_labels(run, names)
-    begun = [name for name in names if (run.directory(name) / "metrics.jsonl").exists()]
-    tables = {labels[name].removeprefix("DPO "): run.metrics(name) for name in begun}
+    started = [name for name in names if (run.directory(name) / "metrics.jsonl").exists()]
+    tables = {labels[name].removeprefix("DPO "): run.metrics(name) for name in started}
     return {label: table for label, table in tables.items() if len(table)}
 
 
 def best_of_n_points(run: Run, *, gold: bool) -> pd.DataFrame | None:
-    """`n, kl, score, score_se` of the last complete Best-of-N stage, scored by gold judge or reward model."""
+    """`n, kl, score, score_se` of the last complete Best-of-N stage, in gold or proxy score."""
     stages = run.of_kind("best_of_n", complete=True)
     curve = run.best_of_n_curve(stages[-1]) if stages else None
     column = "gold" if gold else "proxy"
@@ -116,10 +116,9 @@ def best_of_n_points(run: Run, *, gold: bool) -> pd.DataFrame | None:
 
 
 def training_paths(run: Run, judge: TfidfJudge | None) -> dict[str, pd.DataFrame]:
-    """`step, kl, score` of PPO's samples through training, means over samples and seeds, by the stage's label.
+    """`step, kl, score` of PPO's training samples, averaged over samples and seeds, by the stage's label.
 
-    The samples are to training prompts. The judge scores prompt and completion; without one, the reward model's score
-    that was written with them stands.
+    The judge scores prompt and completion; without a judge, the score is the reward recorded during training.
     """
     names = run.of_kind("ppo", complete=True)
     labels, paths = stage_labels(run, names), {}
@@ -132,7 +131,7 @@ def training_paths(run: Run, judge: TfidfJudge | None) -> dict[str, pd.DataFrame
 
 
 def sft_deviations(run: Run) -> tuple[float, float] | None:
-    """Standard deviations of the reference's test answers, in the reward model's score and in gold score, if judged."""
+    """Standard deviations of proxy and gold score over the reference's test answers; None without a gold judge."""
     stages = run.of_kind("evaluate", complete=True)
     if not stages:
         return None
@@ -144,10 +143,7 @@ def sft_deviations(run: Run) -> tuple[float, float] | None:
 
 
 def answers(run: Run, count: int) -> list[tuple[str, pd.DataFrame]]:
-    """The first test prompts, each with every method's answer: the samples' columns, `kind` and `label`.
-
-    Of a method with several seeds, the first seed's.
-    """
+    """The first `count` test prompts with every method's answer (of its first seed), its `kind` and its `label`."""
     table, order = run.samples(run.evaluation()), comparison(run)
     methods = order.drop_duplicates("method").set_index("method")[["kind", "label"]]
     table = table[table["seed"] == table.groupby("method")["seed"].transform("min")].join(methods, on="method")
@@ -158,7 +154,7 @@ def answers(run: Run, count: int) -> list[tuple[str, pd.DataFrame]]:
 
 
 def judge_name(run: Run, judge: str | dict[str, Any]) -> str:
-    """A judge of a config as a sentence would name it."""
+    """Name of a judge in a config, for use in a sentence."""
     if isinstance(judge, str):
         return GOLD if judge in run.stages and run.kind(judge) == "gold" else f"reward model {Path(judge).name}"
     if "url" in judge:
@@ -187,7 +183,7 @@ def _label(run: Run, method: str) -> str:
     if method not in run.stages:
         return method
     section = run.config(method)["section"]
-    distilled = section.get("demonstrations") is not None  # of a stage's samples, such as rejection sampling's
+    distilled = section.get("demonstrations") is not None  # trained on a stage's samples, as in rejection sampling
     kind = shown_kind(section["kind"])
     return method if kind is None or kind.label is None or distilled else kind.label.format(**section)
 
@@ -195,5 +191,5 @@ def _label(run: Run, method: str) -> str:
 def _reward_errors(run: Run, table: pd.DataFrame) -> list[float]:
     answers = run.samples(run.evaluation())
     rows = zip(table["method"], table["seed"], strict=True)
-    found = [answers[(answers["method"] == method) & (answers["seed"] == seed)]["score"] for method, seed in rows]
-    return [standard_error(np.asarray(scores, float)) for scores in found]
+    groups = [answers[(answers["method"] == method) & (answers["seed"] == seed)]["score"] for method, seed in rows]
+    return [standard_error(np.asarray(scores, float)) for scores in groups]

@@ -1,4 +1,4 @@
-"""`report.html`: one file that opens offline, by day and by night, on a desk and on a telephone."""
+"""`report.html`: a single self-contained file with light and dark colours and a layout for small screens."""
 
 import io
 import re
@@ -18,49 +18,52 @@ from rlhf_jax.reports.run import Run
 from rlhf_jax.reports.stage_sections import stage_samples, stages
 
 SHOWN, FOLDED = 5, 25
-"""Prompts whose answers stand open, and those behind a fold."""
+"""Number of prompts whose answers are shown, and of those in a fold."""
 
 REPEATED = 60
-"""Characters of a prompt that is repeated before each of its answers."""
+"""Prompts of up to so many characters are repeated before each answer."""
 
 CAPTIONS = {
     "frontier": (
         "Score against divergence",
-        "Large points: the methods of the table, on the test split, with bars of ±1 standard error over prompts; with "
+        "Large points: the methods of the table on the test split, with bars of ±1 standard error over prompts; with "
         "several seeds, small points are seeds and the diamond is their mean. Green: Best-of-N for every n up to the "
-        "size of its pool (band: ±1 standard error). Blue: DPO, joined in the order of β. Small dots: PPO's samples "
-        "through training, to training prompts, with a line through the means of three that leads to its point.",
+        "pool size (band: ±1 standard error). Blue: DPO, connected in the order of β. Small dots: PPO's samples on "
+        "training prompts during training, with a moving average of three that ends at PPO's point.",
     ),
     "runs": (
-        "The way of every run",
-        "A panel a method, a line a seed, a dot a checkpoint; grey: all other methods.",
+        "Score and divergence during training",
+        "One panel per method, one line per seed, one dot per checkpoint; grey: all other methods.",
     ),
     "equal_kl": (
         "Methods at equal divergence",
-        "Interpolated between checkpoints where each run first reaches the divergence; bars: 95 % t intervals over "
-        "seeds, which may leave the panel where there are two or three.",
+        "Interpolated between checkpoints where each run first reaches the divergence. Bars: 95 % t intervals over "
+        "seeds; those of two or three seeds may extend beyond the panel.",
     ),
     "win_rates": (
-        "Pairs won",
+        "Win rates",
         "Each method's answer against the reference's answer to the same prompt. With one seed the interval is "
         "Wilson's, over prompts; with several it is Student's t over seeds, and small dots are the seeds.",
     ),
     "best_of_n": (
         "Best-of-N, by the reward model and by the judge",
-        "What choosing the best of n by the reward model gains in its own score, and in the judge's, from one pool of "
-        "samples a prompt, without bias for every n. Bands: ±1 standard error of each mean over prompts. Where the "
-        "lines part, the reward model is being exploited (Gao et al. 2022, fig. 1).",
+        "Gain from choosing the best of n by the reward model, in the reward model's score and in the judge's; an "
+        "unbiased estimate for every n from one pool of samples per prompt. Bands: ±1 standard error over prompts. "
+        "Where the lines diverge, the reward model is being over-optimised (Gao et al. 2022, fig. 1).",
     ),
     "reward_calibration": (
         "The reward model on held-out pairs",
-        "Left: how often the response with the higher score is the chosen one, by the probability that Bradley and "
-        "Terry's model gives it; on the dashed line probabilities come true.",
+        "Left: accuracy against the probability that the Bradley-Terry model assigns to the preferred response; the "
+        "dashed line is perfect calibration. Right: scores of chosen and rejected responses.",
     ),
-    "reward_accuracy": ("Where the reward model is right", "Groups of equal size. Dashed: chance; line: all pairs."),
+    "reward_accuracy": (
+        "Reward-model accuracy by group",
+        "Groups of equal size. Dashed: chance; solid: accuracy on all pairs.",
+    ),
 }
 CURVES_CAPTION = (
-    "Faint: every step. Strong: the mean of its neighbourhood, a twentieth of all steps (an eighth where several share "
-    "a panel); with several seeds, the mean over seeds with a band of one standard deviation. Dots: held-out data."
+    "Faint: every step. Strong: moving average over 1/20 of all steps (1/8 if several stages share a panel); with "
+    "several seeds, the mean over seeds with a band of one standard deviation. Dots: held-out data."
 )
 
 CSS = """
@@ -109,7 +112,7 @@ td.text { text-align: left; white-space: pre-wrap; min-width: 16rem; overflow-wr
 
 
 def page(run: Run, figures: Mapping[str, Figure]) -> str:
-    """The whole report as one HTML document, without any reference to another file."""
+    """Render the report as one HTML document without references to other files."""
     title, evaluated = run.workdir.resolve().name, bool(run.of_kind("evaluate", complete=True))
     main = [_head(run, title, evaluated)]
     if evaluated:
@@ -147,7 +150,7 @@ def page(run: Run, figures: Mapping[str, Figure]) -> str:
 
 
 def _head(run: Run, title: str, evaluated: bool) -> str:
-    warned = "".join(f"<li>{text(sentence)}</li>" for sentence in cautions(run))
+    warnings = "".join(f"<li>{text(sentence)}</li>" for sentence in cautions(run))
     if not evaluated:
         complete = ", ".join(name for name in run.stages if run.is_complete(name)) or "none"
         lede = f"There is no evaluation yet. Complete stages: {complete}."
@@ -155,31 +158,31 @@ def _head(run: Run, title: str, evaluated: bool) -> str:
         lede = "" if meaningless(run) else _lede(frames.comparison(run), differences(run))
     return (
         f"<header><h1>{text(title)}</h1>"
-        + (f'<ul class="caution">{warned}</ul>' if warned else "")
+        + (f'<ul class="caution">{warnings}</ul>' if warnings else "")
         + (f'<p class="lede">{text(lede)}</p>' if lede else "")
         + (f'<p class="note">{text(origin)}</p>' if (origin := headline(run)) else "")
         + "</header>"
     )
 
 
-def _lede(results: pd.DataFrame, found: pd.DataFrame) -> str:
+def _lede(results: pd.DataFrame, gaps: pd.DataFrame) -> str:
     means = results.groupby("method", sort=False)[["score", "kl", "win_rate"]].mean()
     labels, kinds = (dict(zip(results["method"], results[name], strict=True)) for name in ("label", "kind"))
     best, start = str(means["score"].idxmax()), results.loc[results["reference"], "method"].iloc[0]
     judge = "gold" if frames.judged_by_gold(results) else "reward"
     row, sentence = means.loc[best], f"{labels[best]} has the highest {judge} score"
-    pairs = {one["against"]: one for one in found.to_dict("records") if one["method"] == best}
-    close = [labels[other] for other, one in pairs.items() if one["low"] <= 0]
-    told = f" It cannot be told apart from {', '.join(close)}." if close else ""
+    pairs = {gap["against"]: gap for gap in gaps.to_dict("records") if gap["method"] == best}
+    close = [labels[other] for other, gap in pairs.items() if gap["low"] <= 0]
+    ties = f" It does not differ significantly from {', '.join(close)}." if close else ""
     if best == start:
-        return f"{sentence}.{told}".replace("-", "−")
+        return f"{sentence}.{ties}".replace("-", "−")
     gain = pairs[start]
     over = f"{gain['seeds']} seeds" if gain["over"] == "seeds" else "prompts only, with one seed"
-    most = "at most " if kinds[best] == "best_of_n" else ""
+    at_most = "at most " if kinds[best] == "best_of_n" else ""
     return (
         f"{sentence}: {row['score']:.2f}, which is {gain['difference']:.2f} above {labels[start]} "
         f"(95 % interval over {over}: {gain['low']:.2f} to {gain['high']:.2f}). It wins {100 * row['win_rate']:.0f} % "
-        f"of pairs against {labels[start]}, {most}{row['kl']:.1f} nats away from it.{told}"
+        f"of pairs against {labels[start]}, at a KL divergence of {at_most}{row['kl']:.1f} nats.{ties}"
     ).replace("-", "−")
 
 
@@ -193,38 +196,38 @@ def _results(run: Run) -> str:
     if shown := table.columns(run, table.FURTHER):
         headings = [column.heading for column in shown]
         parts += [
-            "<h3>Pairs and answers, more closely</h3>",
+            "<h3>Further measurements</h3>",
             _results_table(labels, headings, table.cells(run, table.FURTHER)),
         ]
         parts += [_meanings(shown)]
     parts.append(_differences(run, labels))
     if faced := table.opponents(run):
-        parts += ["<h3>Pairs won against one another</h3>", _results_table(labels, faced, table.pairs_won(run))]
+        parts += ["<h3>Pairwise win rates</h3>", _results_table(labels, faced, table.pairs_won(run))]
         parts += [f'<p class="note">{text(table.PAIRS_WON)}</p>']
     return f'<section id="results"><h2>Results</h2>{"".join(parts)}</section>'
 
 
 def _differences(run: Run, labels: Mapping[str, str]) -> str:
-    """Every method less every other, a column each."""
-    found = differences(run)
-    by_pair = {(one["method"], one["against"]): one for one in found.to_dict("records")}
+    """Render the table of score differences between all pairs of methods."""
+    gaps = differences(run)
+    by_pair = {(gap["method"], gap["against"]): gap for gap in gaps.to_dict("records")}
     names, rows = [*labels], []
     if len(names) < 2:
         return ""
     for own in names:
         cells = []
         for other in names:
-            one = by_pair.get((own, other))
-            cells.append("–" if one is None else f"{one['difference']:.2f} [{one['low']:.2f}, {one['high']:.2f}]")
+            gap = by_pair.get((own, other))
+            cells.append("–" if gap is None else f"{gap['difference']:.2f} [{gap['low']:.2f}, {gap['high']:.2f}]")
         rows.append([own, *(cell.replace("-", "−") for cell in cells)])
     judge = "gold" if frames.judged_by_gold(run.results()) else "reward"
-    seeds = int(found["seeds"].max())
+    seeds = int(gaps["seeds"].max())
     over = (
-        f"over up to {seeds} seeds, paired (a method with one seed is held fixed; where both have one, over prompts)"
+        f"over up to {seeds} seeds, paired; a method with one seed is held fixed; two such methods: over prompts"
         if seeds > 1
-        else "over prompts only: with one seed they do not contain the spread between seeds"
+        else "over prompts only: with one seed they do not include the variation between seeds"
     )
-    note = f"The row's {judge} score less the column's [95 % t intervals {over}]."
+    note = f"The row's {judge} score minus the column's [95 % t intervals {over}]."
     return f'<h3>Differences</h3>{_results_table(labels, names, rows)}<p class="note">{text(note)}</p>'
 
 
@@ -255,7 +258,7 @@ def _answers(run: Run) -> str:
         more = "".join(prompts[SHOWN:])
         folded = f"<details><summary>{len(prompts) - SHOWN} more prompts</summary>{more}</details>"
     score = "gold" if gold else "reward"
-    note = f"The first prompts of the test split, in the order of the data; on the right, the {score} score."
+    note = f"The first prompts of the test split, in the order of the data; {score} scores on the right."
     return (
         f'<section id="answers"><h2>Answers side by side</h2><p class="note">{note}</p>'
         f"{''.join(prompts[:SHOWN])}{folded}</section>"
@@ -286,7 +289,7 @@ def _figure(name: str, title: str, caption: str, figure: Figure) -> str:
 
 
 def svg(figure: Figure, name: str, title: str) -> str:
-    """A figure as an inline SVG: text one can select, colours that follow the page, ids that no other figure has."""
+    """Render a figure as inline SVG with selectable text, the page's colours, and ids unique to the figure."""
     buffer = io.StringIO()
     with style.context():
         FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})

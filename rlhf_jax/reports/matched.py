@@ -1,4 +1,4 @@
-"""Methods at equal divergence: the way of each run, and each method's score where ways cross the same divergence."""
+"""Score-versus-KL curves of runs, compared at fixed KL."""
 
 import math
 
@@ -13,20 +13,20 @@ from rich.text import Text
 from scipy import special
 
 from rlhf_jax.reports.style import INK, MUTED, RULE, WIDTH, colour, context, settle
-from rlhf_jax.reports.table import packed
+from rlhf_jax.reports.table import split_to_width
 
 COLUMNS = 4
 ROW_HEIGHT = 1.45  # inches
 
 
 def runs(points: pd.DataFrame, kinds: dict[str, str], start: str, score: str) -> Figure:
-    """The judge's score against divergence along every run: a panel a method, a line a seed, all others behind in grey.
+    """Judge's score against KL for every checkpoint: one panel per method, one line per seed, other methods in grey.
 
-    Args: points as a frontier stage wrote them; kinds are the methods' stages' kinds, in the order of the panels;
-    score names what was measured.
+    Args: points as written by a frontier stage; kinds maps methods to stage kinds, in the order of the panels; score
+    labels the y axis.
     """
     columns = min(COLUMNS, len(kinds))
-    ways = {method: _ways(points, method, start) for method in kinds}
+    curves = {method: _curves(points, method, start) for method in kinds}
     rows = math.ceil(len(kinds) / columns)
     with context():
         figure = Figure(
@@ -35,11 +35,11 @@ def runs(points: pd.DataFrame, kinds: dict[str, str], start: str, score: str) ->
         FigureCanvasAgg(figure)
         axes = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat)
         for ax, (method, kind) in zip(axes, kinds.items(), strict=False):
-            for other, lines in ways.items():
+            for other, lines in curves.items():
                 if other != method:
                     for kl, gold in lines:
                         ax.plot(kl, gold, color=RULE, linewidth=0.7, zorder=1)
-            for kl, gold in ways[method]:
+            for kl, gold in curves[method]:
                 color = colour(kind)
                 ax.plot(kl, gold, color=color, linewidth=1.1, marker="o", markersize=1.8, zorder=2)
             ax.set_title(method, fontsize=8, pad=3)
@@ -56,7 +56,7 @@ def runs(points: pd.DataFrame, kinds: dict[str, str], start: str, score: str) ->
 
 
 def ranking(matched: pd.DataFrame, kinds: dict[str, str], score: str) -> Figure:
-    """Each method's score at each divergence, mean and 95 % interval over seeds; the best on top."""
+    """Score of each method at each KL, mean and 95 % interval over seeds; best method on top."""
     targets = sorted(matched["kl"].unique())
     order = _order(matched)
     with context():
@@ -73,12 +73,12 @@ def ranking(matched: pd.DataFrame, kinds: dict[str, str], score: str) -> Figure:
                     ax.text(0.02, place, "not reached", transform=ax.get_yaxis_transform(), fontsize=7, color=MUTED,
                             va="center")  # fmt: skip
                     continue
-                low, _ = _ends(row)  # as far below the mean as the other end is above it
+                low, _ = _interval(row)  # symmetric around the mean
                 error = 0.0 if pd.isna(low) else row["gold"] - low
                 ax.errorbar(row["gold"], place, xerr=error, color=color, marker="o", markersize=3.5, linewidth=1.2)
             ax.set_yticks(range(len(order)), reversed(order))
             ax.set_ylim(-0.6, len(order) - 0.4)
-            if rows["reached"].any():  # not by the intervals, which of two seeds are very wide
+            if rows["reached"].any():  # limits from standard errors: intervals of two seeds are very wide
                 errors = 4 * rows["gold_se"].astype(float).fillna(0.0)
                 ax.set_xlim((rows["gold"] - errors).min() - 0.02, (rows["gold"] + errors).max() + 0.02)
             else:
@@ -90,30 +90,30 @@ def ranking(matched: pd.DataFrame, kinds: dict[str, str], score: str) -> Figure:
 
 
 def matched_tables(matched: pd.DataFrame, score: str, width: int) -> list[Table | Text]:
-    """The same as text in lines of `width` characters: a row a method, a column a divergence.
+    """Text version of `ranking` for terminals of `width` characters: one row per method, one column per KL.
 
-    `2/4` stands where not every seed went so far. Intervals are Student's t over the seeds that did.
+    `2/4` means that two of four seeds reached the divergence. Intervals are Student's t over those seeds.
     """
     targets = sorted(matched["kl"].unique())
     rows = []
     for method in _order(matched):
-        found = matched[matched["method"] == method].set_index("kl")
-        rows.append([method, *(_cell(found.loc[target]) for target in targets)])
-    caption = f"{score[0].upper()}{score[1:]} at equal divergence: mean over seeds [95 % interval over seeds]"
-    return packed([f"KL {target:g}" for target in targets], rows, width, caption=caption)
+        by_kl = matched[matched["method"] == method].set_index("kl")
+        rows.append([method, *(_cell(by_kl.loc[target]) for target in targets)])
+    caption = f"{score[0].upper()}{score[1:]} at equal KL: mean over seeds [95 % interval over seeds]"
+    return split_to_width([f"KL {target:g}" for target in targets], rows, width, caption=caption)
 
 
 def _cell(row: pd.Series) -> str:
     if not row["reached"]:
         return "–"
-    low, high = _ends(row)
+    low, high = _interval(row)
     interval = "" if pd.isna(low) else f" [{low:.2f}, {high:.2f}]"
     seeds = "" if row["reached"] == row["seeds"] else f" ({row['reached']}/{row['seeds']})"
     return f"{row['gold']:.2f}{interval}{seeds}".replace("-", "−")
 
 
-def _ends(row: pd.Series) -> tuple[float, float]:
-    """The 95 % interval over seeds: as it was written, or from the standard error that older stages wrote alone."""
+def _interval(row: pd.Series) -> tuple[float, float]:
+    """95 % interval over seeds, computed from the standard error for stages of older versions."""
     if "gold_low" in row:
         return row["gold_low"], row["gold_high"]
     if pd.isna(row["gold_se"]):
@@ -123,19 +123,19 @@ def _ends(row: pd.Series) -> tuple[float, float]:
 
 
 def _order(matched: pd.DataFrame) -> list[str]:
-    """The best first, at the largest divergence that every method reached (or at the smallest, if there is none)."""
+    """Sort methods by score, best first, at the largest KL that all reached (or the smallest KL, if there is none)."""
     wide = matched.pivot(index="method", columns="kl", values="gold").astype(float)
     common = [kl for kl in wide.columns if wide[kl].notna().all()]
     return list(wide.sort_values(max(common, default=min(wide.columns)), ascending=False, na_position="last").index)
 
 
-def _ways(points: pd.DataFrame, method: str, start: str) -> list[tuple[np.ndarray, np.ndarray]]:
+def _curves(points: pd.DataFrame, method: str, start: str) -> list[tuple[np.ndarray, np.ndarray]]:
     first = points[points["method"] == start].iloc[0]
-    found = []
+    curves = []
     for _, run in points[points["method"] == method].groupby("seed"):
         run = run.sort_values("step")
-        found.append((np.append(0, run["kl"].clip(lower=0)), np.append(first["gold"], run["gold"])))
-    return found
+        curves.append((np.append(0, run["kl"].clip(lower=0)), np.append(first["gold"], run["gold"])))
+    return curves
 
 
 def _root_scale(ax: Axes, largest: float) -> None:

@@ -1,4 +1,4 @@
-"""What an experiment leaves at the root of its work directory: results.csv, figures/ and report.html."""
+"""Report files at the root of a work directory: *.csv tables, figures/*.png and report.html."""
 
 import os
 from pathlib import Path
@@ -19,16 +19,16 @@ REPORT, RESULTS, WIN_RATES, MATCHED = "report.html", "results.csv", "win_rates.c
 DIFFERENCES, MATCHED_DIFFERENCES = "differences.csv", "matched_differences.csv"
 FIGURES = "figures"
 MOST_CURVES = 8
-"""Stages of one kind whose curves one figure can name."""
+"""Maximum number of stages of one kind in a figure of learning curves."""
 
 PNG_DPI = 200
-"""Twice the figures' own resolution: 1,400 pixels wide."""
+"""Twice the figures' resolution: 1,400 pixels wide."""
 
 
 def write_report(workdir: str | Path, inputs: str | Path | None = None) -> Path:
-    """Writes what tables there are (*.csv), figures/*.png and, last, report.html, and returns its path.
+    """Write tables (*.csv), figures/*.png and finally report.html, and return its path.
 
-    Each file is whole or not there. Whatever stages there are, complete or not, are shown.
+    Each file is written atomically. Incomplete stages are shown too.
     """
     run = Run(workdir, inputs)
     if run.of_kind("evaluate", complete=True):
@@ -49,7 +49,7 @@ def write_report(workdir: str | Path, inputs: str | Path | None = None) -> Path:
 
 
 def is_current(workdir: str | Path, inputs: str | Path | None = None) -> bool:
-    """Whether the report, which is written last, is there and no stage has been completed since."""
+    """Return whether report.html, which is written last, exists and is newer than every complete stage."""
     run = Run(workdir, inputs)
     report = run.workdir / REPORT
     evaluated = bool(run.of_kind("evaluate", complete=True))
@@ -60,7 +60,7 @@ def is_current(workdir: str | Path, inputs: str | Path | None = None) -> bool:
 
 
 def print_summary(run: Run, console: Console) -> None:
-    """Print reasons for caution, then answers side by side, then the table, or that there is no evaluation yet."""
+    """Print cautions, the frontier table, example answers and the results table, as far as the stages exist."""
     for sentence in cautions(run):
         console.print(Text(f"Caution: {sentence}", style="bold yellow"))
     for stage in run.of_kind("frontier", complete=True)[-1:]:
@@ -70,7 +70,7 @@ def print_summary(run: Run, console: Console) -> None:
         if run.of_kind("frontier", complete=True):
             return
         complete = ", ".join(name for name in run.stages if run.is_complete(name)) or "none"
-        console.print(f"There is no evaluation to show yet; complete stages: {complete}", highlight=False)
+        console.print(f"There is no evaluation yet; complete stages: {complete}", highlight=False)
         return
     console.print(table.answers_table(run), highlight=False)
     for shown in table.tables(run, console.width):
@@ -78,7 +78,7 @@ def print_summary(run: Run, console: Console) -> None:
 
 
 def draw(run: Run) -> dict[str, Figure]:
-    """Every figure that the run has the data for, by the name of its file, in the order of the report."""
+    """Draw every figure for which the run has data, by file name, in the order of the report."""
     drawn: dict[str, Figure] = {}
     if run.of_kind("evaluate", complete=True):
         drawn |= _comparisons(run)
@@ -86,16 +86,16 @@ def draw(run: Run) -> dict[str, Figure]:
     if stages:
         drawn["best_of_n"] = figures.best_of_n(run.best_of_n_curve(stages[-1]), frames.sft_deviations(run))
     for stage in run.of_kind("frontier", complete=True)[-1:]:
-        points, found = run.points(stage), run.matched(stage)
-        kinds = {method: run.kind(method) for method in found["method"].unique()}
+        points, at_kl = run.points(stage), run.matched(stage)
+        kinds = {method: run.kind(method) for method in at_kl["method"].unique()}
         score = frames.frontier_score(run, stage)
         drawn["runs"] = matched.runs(points, kinds, points["method"].iloc[0], score)
-        drawn["equal_kl"] = matched.ranking(found, kinds, score)
+        drawn["equal_kl"] = matched.ranking(at_kl, kinds, score)
     for stage in run.of_kind("reward_model", complete=True)[-1:]:
-        if (run.directory(stage) / "calibration.json").exists():  # stages of earlier versions did not write it
-            found = read_json(run.directory(stage) / "calibration.json")
-            drawn["reward_calibration"] = reward_figures.calibration(found)
-            drawn["reward_accuracy"] = reward_figures.accuracy(found)
+        if (run.directory(stage) / "calibration.json").exists():  # not written by older versions
+            report = read_json(run.directory(stage) / "calibration.json")
+            drawn["reward_calibration"] = reward_figures.calibration(report)
+            drawn["reward_accuracy"] = reward_figures.accuracy(report)
     for name, kind in frames.learning_kinds(run).items():
         tables = frames.curves(run, name)
         if 0 < len(tables) <= MOST_CURVES:
@@ -108,12 +108,13 @@ def _comparisons(run: Run) -> dict[str, Figure]:
     gold = frames.judged_by_gold(results)
     start = results.loc[results["reference"], "label"].iloc[0]
     judge = run.load_judge() if gold else None
-    scored_alike = judge is not None or not gold  # a judge that is a model did not score what was sampled in training
+    # A judge that is a model has not scored the training samples, and is not loaded for them here.
+    has_training_scores = judge is not None or not gold
     drawn = {
         "frontier": figures.frontier(
             results,
             frames.best_of_n_points(run, gold=gold),
-            frames.training_paths(run, judge) if scored_alike else {},
+            frames.training_paths(run, judge) if has_training_scores else {},
             score=frames.compared_score(run) if gold else "score of the reward model",
             start=start,
         )

@@ -1,4 +1,4 @@
-"""Figures of how far a reward model can be believed, from what its stage reports of held-out pairs."""
+"""Figures of a reward model's calibration and accuracy on held-out pairs."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,35 +16,35 @@ GROUPS = (
 )
 
 
-def calibration(found: dict[str, Any]) -> Figure:
-    """Whether predicted probabilities come true, and how the scores of chosen and rejected responses are spread.
+def calibration(report: dict[str, Any]) -> Figure:
+    """Reliability diagram with Wilson's 95 % intervals, and histograms of the scores of chosen and rejected responses.
 
-    Args: found is `calibration.json`. Bars are Wilson's 95 % intervals.
+    Args: report is the content of `calibration.json`.
     """
     with context():
         figure, (left, right) = panels(2, 3.0)
-        rows, color = found["reliability"], colour("reward_model")
+        rows, color = report["reliability"], colour("reward_model")
         left.plot([50, 100], [50, 100], color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
         x, y, low, high = (
             100 * np.array([row[name] for row in rows]) for name in ("confidence", "accuracy", "low", "high")
         )
         left.plot(x, y, color=color, linewidth=1.0, alpha=0.6)
         left.errorbar(x, y, yerr=[y - low, high - y], color=color, marker="o", markersize=4.5, linestyle="none")
-        left.set_title(f"Calibration error {100 * found['ece']:.1f} %")
-        left.set_xlabel("predicted that the preferred is chosen (%)")
-        left.set_ylabel("came true (%)")
+        left.set_title(f"Calibration error {100 * report['ece']:.1f} %")
+        left.set_xlabel("predicted probability (%)")
+        left.set_ylabel("ranked correctly (%)")
         left.set_xlim(49, 101)
         left.set_ylim(min(45.0, float(low.min()) - 3), 103)
 
-        edges = np.array(found["scores"]["edges"])
+        edges = np.array(report["scores"]["edges"])
         for name, shade in (("rejected", MUTED), ("chosen", color)):
-            counts = np.array(found["scores"][name])
+            counts = np.array(report["scores"][name])
             right.stairs(counts, edges, color=shade, fill=True, alpha=0.25)
             right.stairs(counts, edges, color=shade, linewidth=1.3)
-        top = max(max(found["scores"]["chosen"]), max(found["scores"]["rejected"]))
-        for place, (name, shade) in enumerate((("chosen", color), ("rejected", MUTED))):
-            at = (0.98, 0.96 - 0.09 * place)
-            right.annotate(name, at, xycoords="axes fraction", ha="right", va="top", color=shade)
+        top = max(max(report["scores"]["chosen"]), max(report["scores"]["rejected"]))
+        for i, (name, shade) in enumerate((("chosen", color), ("rejected", MUTED))):
+            position = (0.98, 0.96 - 0.09 * i)
+            right.annotate(name, position, xycoords="axes fraction", ha="right", va="top", color=shade)
         right.set_ylim(0, 1.18 * top)
         right.set_title("Scores of held-out responses")
         right.set_xlabel("score")
@@ -53,18 +53,18 @@ def calibration(found: dict[str, Any]) -> Figure:
     return figure
 
 
-def accuracy(found: dict[str, Any]) -> Figure:
-    """Pairs ranked correctly, in groups of about equal size, with Wilson's 95 % intervals; dashed is chance.
+def accuracy(report: dict[str, Any]) -> Figure:
+    """Accuracy on groups of about equal size, with Wilson's 95 % intervals; the dashed line is chance.
 
-    Args: found is `calibration.json`.
+    Args: report is the content of `calibration.json`.
     """
-    shown = [(title, unit, found[name]) for name, title, unit in GROUPS if name in found]
+    shown = [(title, unit, report[name]) for name, title, unit in GROUPS if name in report]
     with context():
         figure, axes = panels(len(shown), 1.2 + 0.26 * max(len(rows) for _, _, rows in shown))
         lowest = 100 * min(row["low"] for _, _, rows in shown for row in rows)
         for ax, (title, unit, rows) in zip(axes, shown, strict=True):
             _groups(ax, rows)
-            whole = found["all"]["accuracy"]
+            whole = report["all"]["accuracy"]
             ax.axvline(100 * whole, color=colour("reward_model"), linewidth=0.8, alpha=0.6, zorder=1)
             ax.set_title(title)
             ax.set_ylabel(unit)

@@ -1,4 +1,4 @@
-"""`Run`: a work directory as a notebook reads it, also while the experiment is still under way."""
+"""`Run`: read a work directory from Python, also while the experiment is running."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,7 +35,7 @@ RESULT_COLUMNS = (
     "distinct_2",
     "seconds",
 )
-"""The first columns of results.csv, in their order."""
+"""First columns of results.csv, in order."""
 
 FURTHER_COLUMNS = (
     "tie_rate",
@@ -51,19 +51,19 @@ FURTHER_COLUMNS = (
     "distinct_3",
     "repetition_4",
 )
-"""Those that follow them, where an evaluation has measured them."""
+"""Further columns of results.csv, if the evaluation measured them."""
 
 
 class Run:
-    """What an experiment left in `workdir`, and, for stages that are missing there, in `inputs`."""
+    """Stages, tables and models of an experiment in `workdir`; stages missing there are looked up in `inputs`."""
 
     def __init__(self, workdir: str | Path, inputs: str | Path | None = None) -> None:
-        """Reads nothing yet. Raises RlhfError where a directory does not exist."""
+        """Open a work directory without reading files. Raises RlhfError if a directory does not exist."""
         self.workdir = Path(workdir)
         self.inputs = None if inputs is None else Path(inputs)
         for path in filter(None, (self.workdir, self.inputs)):
             if not path.is_dir():
-                raise RlhfError(f"there is no work directory {path}: name one that an experiment has written")
+                raise RlhfError(f"work directory {path} does not exist: give the --workdir of an experiment")
 
     def __repr__(self) -> str:
         return f"Run({str(self.workdir)!r}): {', '.join(self.stages) or 'no stage yet'}"
@@ -72,7 +72,7 @@ class Run:
 
     @property
     def stages(self) -> list[str]:
-        """Names of the stages that are complete or begun, each after those it reads, otherwise as they were begun."""
+        """Names of started and complete stages, each after the stages that it reads, otherwise by start time."""
         directories = self._directories()
         ordered: list[str] = []
         waiting = sorted(directories, key=lambda name: ((directories[name] / "config.json").stat().st_mtime_ns, name))
@@ -83,7 +83,7 @@ class Run:
         return ordered
 
     def directory(self, stage: str) -> Path:
-        """Where a stage's files are. Raises RlhfError, naming the stages there are, where it has none."""
+        """Directory of a stage. Raises RlhfError, listing the stages, if the run has no such stage."""
         directories = self._directories()
         if stage not in directories:
             known = ", ".join(self.stages) or "none yet"
@@ -91,11 +91,11 @@ class Run:
         return directories[stage]
 
     def is_complete(self, stage: str) -> bool:
-        """Whether a stage has run to its end."""
+        """Return whether a stage is complete."""
         return (self.directory(stage) / "complete.json").exists()
 
     def config(self, stage: str) -> dict[str, Any]:
-        """All that made a stage: `section` (its part of the config), `common` (seed, data) and `inputs`."""
+        """Config of a stage: `section` (its own section), `common` (seed, data, ...) and `inputs`."""
         return self._read_config(self.directory(stage))
 
     def data(self, stage: str) -> DataConfig:
@@ -103,67 +103,70 @@ class Run:
         return configs.build(DataConfig, self.config(stage)["common"]["data"], f"{stage}/config.json: common.data")
 
     def kind(self, stage: str) -> str:
-        """A stage's kind, such as `dpo`."""
+        """Kind of a stage, such as `dpo`."""
         return self.config(stage)["section"]["kind"]
 
     def of_kind(self, kind: str, *, complete: bool = False) -> list[str]:
-        """The stages of a kind, in order; only complete ones if asked."""
+        """Stages of a kind, in order; with `complete=True`, only complete ones."""
         return [name for name in self.stages if self.kind(name) == kind and (not complete or self.is_complete(name))]
 
     def summary(self, stage: str) -> dict[str, Any]:
-        """What a complete stage says of itself, `time/seconds` included."""
+        """Content of a complete stage's summary.json, including `time/seconds`."""
         return read_json(self._file(stage, "summary.json"))
 
     # ---- tables ----------------------------------------------------------------------------------------------------
 
     def metrics(self, stage: str) -> pd.DataFrame:
-        """One row a step (and seed) of a training stage; a row that is still being written is left out."""
+        """Metrics of a training stage, one row per step and seed; a partially written row is left out."""
         return _table(self._file(stage, "metrics.jsonl"), ["step", "seed"])
 
     def samples(self, stage: str) -> pd.DataFrame:
-        """`step, seed, prompt, completion, score, kl, length`; evaluate adds `method` and `gold`, one step a prompt."""
+        """Samples of a stage: `step, seed, prompt, completion, score, kl, length`.
+
+        Evaluations add `method` and `gold`; their `step` numbers the prompts.
+        """
         columns = ["step", "seed", "prompt", "completion", "score", "kl", "length"]
         return _table(self._file(stage, "samples.jsonl"), columns)
 
     def results(self) -> pd.DataFrame:
-        """The table on the test split: a row for every method and seed; NaN where no judge was asked."""
+        """Results on the test split, one row per method and seed; gold columns are NaN without a gold judge."""
         return self._results("results.jsonl")
 
     def win_rates(self) -> pd.DataFrame:
-        """Every method, and seed, against every opponent on the test split: `against` and `against_seed` name it."""
-        path = self.directory(self.evaluation()) / "win_rates.jsonl"  # not written by evaluations of an older release
+        """Win rates on the test split of every method and seed against every opponent (`against`, `against_seed`)."""
+        path = self.directory(self.evaluation()) / "win_rates.jsonl"  # not written by older releases
         return _table(path, ["method", "seed", "against", "against_seed", "n_prompts", "win_rate"])
 
     def selection(self) -> pd.DataFrame:
-        """The same table on the evaluation split, on which beta and the like are chosen."""
+        """Results on the evaluation split, which is used to select hyperparameters such as beta."""
         return self._results("selection.jsonl")
 
     def selected(self) -> list[str]:
-        """The methods chosen on the evaluation split, for each kind of stage that has several."""
+        """Method selected on the evaluation split for each kind with several compared stages."""
         stage = self.evaluation()
         compared = [name for name in self.results()["method"].unique() if name in self.stages]
         kinds = [self.kind(name) for name in compared]
         return [name for kind, name in self.summary(stage)["selected"].items() if kinds.count(kind) > 1]
 
     def best_of_n_curve(self, stage: str) -> pd.DataFrame:
-        """`n, kl, proxy, proxy_se, gold, gold_se`, a row for every n that a best_of_n stage reports; NaN for null."""
+        """`n, kl, proxy, proxy_se, gold, gold_se` for every n that a best_of_n stage reports; NaN if not measured."""
         table = _table(self._file(stage, "curve.jsonl"), ["n", "kl", "proxy", "proxy_se", "gold", "gold_se"])
         return table.astype({column: float for column in table.columns.drop("n")})
 
     def points(self, stage: str) -> pd.DataFrame:
-        """Every checkpoint that a frontier stage measured, the one that divergence is measured from first."""
+        """Checkpoints measured by a frontier stage; the reference of the divergence comes first."""
         return _table(self._file(stage, "points.jsonl"), ["method", "seed", "step", "kl", "kl_se", "gold", "gold_se"])
 
     def matched(self, stage: str) -> pd.DataFrame:
-        """Each method's gold score at each divergence, as a frontier stage interpolated it."""
+        """Gold score of each method at each KL, interpolated by a frontier stage."""
         return _table(self._file(stage, "matched.jsonl"), ["method", "kl", "seeds", "reached", "gold", "gold_se"])
 
     def at_kl(self, stage: str) -> pd.DataFrame:
-        """Each run's gold score at each divergence; empty for a frontier stage of an older release."""
+        """Gold score of each seed at each KL; empty for frontier stages of older releases."""
         return _table(self.directory(stage) / "at_kl.jsonl", ["method", "seed", "kl", "gold"])
 
     def evaluation(self) -> str:
-        """The name of the last complete stage of kind evaluate. Raises RlhfError where there is none."""
+        """Name of the last complete stage of kind evaluate. Raises RlhfError if there is none."""
         found = self.of_kind("evaluate", complete=True)
         if not found:
             known = ", ".join(self.stages) or "none yet"
@@ -173,40 +176,40 @@ class Run:
     # ---- models ----------------------------------------------------------------------------------------------------
 
     def load_policy(self, stage: str, seed: int | None = None, step: int | None = None) -> Policy:
-        """A stage's policy: of the first of its seeds, and of its newest checkpoint, unless told otherwise."""
+        """Load a stage's policy, by default of its first seed and newest checkpoint."""
         return models.load_stage_policy(
             self.directory(stage), seed=self._seed(stage) if seed is None else seed, step=step, find=self.directory
         )
 
     def load_model(self, stage: str, seed: int | None = None) -> Policy | RewardModel:
-        """A stage's policy or reward model, whichever it trained."""
+        """Load the policy or reward model that a stage trained."""
         return models.load_stage(
             self.directory(stage), seed=self._seed(stage) if seed is None else seed, find=self.directory
         )
 
     def load_reward_model(self, stage: str) -> RewardModel:
-        """A stage's reward model."""
+        """Load a stage's reward model."""
         return models.load_stage_reward_model(self.directory(stage), find=self.directory)
 
     def load_judge(self) -> tfidf.TfidfJudge | None:
-        """The gold judge that the experiment's results were judged by, if it has one.
-
-        Those are the evaluation's, and where there is none what was judged last.
-        """
-        askers = self.of_kind("evaluate", complete=True)[-1:] or reversed(self.stages)
-        asked = (self.config(name)["section"].get("judge") for name in askers)
-        named = (name for name in asked if isinstance(name, str))  # one over HTTP is a section
-        stage = next((name for name in named if name in self._directories() and self.is_complete(name)), None)
+        """Load the gold judge of the evaluation, or else of the last stage that has a judge; None if there is none."""
+        users = self.of_kind("evaluate", complete=True)[-1:] or reversed(self.stages)
+        judges = (self.config(name)["section"].get("judge") for name in users)
+        names = (judge for judge in judges if isinstance(judge, str))  # an HTTP judge is a section
+        stage = next((name for name in names if name in self._directories() and self.is_complete(name)), None)
         fitted = stage is not None and (self.directory(stage) / JUDGE_FILE).exists()  # a judge may be a reward model
         return tfidf.load(self.directory(stage) / JUDGE_FILE) if stage is not None and fitted else None
 
     def reward_model_of(self, stage: str) -> str | None:
-        """The reward model that a stage, or else a later one or any, scores this stage's responses by."""
+        """Name of a complete reward-model stage with this stage's tokenizer, or None.
+
+        Candidates in order: the reward model of the stage itself, of evaluate, ppo and best_of_n stages, and any other.
+        """
         tokenizer = (self._file(stage, "tokenizer") / TOKENIZER_FILE).read_bytes()
-        askers = [stage, *self.of_kind("evaluate"), *self.of_kind("ppo"), *self.of_kind("best_of_n")]
-        sources = [self.config(name)["section"].get("reward_model") for name in askers]
-        named = [source.get("model") if isinstance(source, dict) else source for source in sources]
-        for name in [*filter(None, named), *reversed(self.of_kind("reward_model", complete=True))]:
+        users = [stage, *self.of_kind("evaluate"), *self.of_kind("ppo"), *self.of_kind("best_of_n")]
+        sources = [self.config(name)["section"].get("reward_model") for name in users]
+        names = [source.get("model") if isinstance(source, dict) else source for source in sources]
+        for name in [*filter(None, names), *reversed(self.of_kind("reward_model", complete=True))]:
             complete = name in self._directories() and self.is_complete(name)
             if complete and (self._file(name, "tokenizer") / TOKENIZER_FILE).read_bytes() == tokenizer:
                 return name
@@ -227,24 +230,24 @@ class Run:
         policy_seed: int | None = None,
         **options: Any,
     ) -> pd.DataFrame:
-        """Draw n responses to each prompt from a stage's policy; see `inference.sample`.
+        """Sample n responses to each prompt from a stage's policy; see `inference.sample`.
 
             run.sample(["The film"], stage="ppo", n=4, temperature=0.7)
 
-        Args: seed is of the random numbers; policy_seed chooses a policy where the stage trained several; options are
-        those of `inference.sample`, but that max_new_tokens is the experiment's data.max_response_tokens.
+        Args: seed is the random seed of sampling; policy_seed selects the policy if the stage trained several; options
+        are those of `inference.sample`, but max_new_tokens defaults to the experiment's data.max_response_tokens.
 
         Returns: `prompt, completion, score, kl`. The score is that of the experiment's reward model, NaN without one;
         `kl` is in nats, from the policy that the stage started from, and 0 for a policy trained from scratch.
 
-        Raises RlhfError as `inference.sample`, and where a prompt has more tokens than data.max_prompt_tokens.
+        Raises RlhfError as `inference.sample` does, and if a prompt has more than data.max_prompt_tokens tokens.
         """
-        how, data = configs.build(SamplingOptions, options, "sample"), self.data(stage)
+        sampling_options, data = configs.build(SamplingOptions, options, "sample"), self.data(stage)
         start = self.config(stage)["section"].get("policy")
-        found = draw(
+        responses = draw(
             self.load_policy(stage, policy_seed),
             prompts,
-            how,
+            sampling_options,
             n=n,
             seed=seed,
             reward=self.find_reward_model(stage),
@@ -252,15 +255,15 @@ class Run:
             max_prompt_tokens=data.max_prompt_tokens,
             max_new_tokens=data.max_response_tokens,
         )
-        return found.assign(kl=0.0) if start is None else found
+        return responses.assign(kl=0.0) if start is None else responses
 
     def _policy(self, source: str) -> Policy:
         return self.load_policy(source) if source in self.stages else pretrained.load_policy(source)
 
-    # ---- where things are ------------------------------------------------------------------------------------------
+    # ---- files -----------------------------------------------------------------------------------------------------
 
     def _directories(self) -> dict[str, Path]:
-        """Every stage's directory: those begun here, then those complete under `inputs` that belong to them."""
+        """Map stages to directories: started ones in `workdir`, then complete ones in `inputs` that belong to them."""
         found = {path.parent.name: path.parent for path in self.workdir.glob("*/config.json")}
         if self.inputs is not None:
             others = {path.parent.name: path.parent for path in self.inputs.glob("*/complete.json")}
@@ -268,7 +271,7 @@ class Run:
         return found
 
     def _belongs(self, directory: Path) -> bool:
-        """Whether a stage under `inputs` was made from this run's stages, not from one that was run anew here."""
+        """Return whether a stage in `inputs` was made from this run's stages, rather than from one rerun here."""
         assert self.inputs is not None
         for name, fingerprint in self._read_config(directory)["inputs"].items():
             here = self.workdir / name

@@ -1,4 +1,4 @@
-"""Sections of the report about single stages: times and configs, where their numbers come from, samples."""
+"""Sections of the report about individual stages: wall times, configs and samples."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from rlhf_jax.reports.run import Run
 
 
 def stages(run: Run) -> str:
-    """Every stage with its wall time and figures, and its config behind a fold."""
+    """Render the table of stages with wall times and summary values, and each config in a fold."""
     rows, configs, total = [], [], 0.0
     for name in run.stages:
         config, complete = run.config(name), run.is_complete(name)
@@ -30,12 +30,12 @@ def stages(run: Run) -> str:
         '<section id="stages"><h2>Stages, times and configs</h2><div class="scroll"><table><thead><tr><th>stage</th>'
         "<th>kind</th><th>seed</th><th>wall time</th><th></th></tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table></div>"
-        f'<p class="note">{total:.0f} s in all.</p><h3>Configs</h3>{"".join(configs)}</section>'
+        f'<p class="note">{total:.0f} s in total.</p><h3>Configs</h3>{"".join(configs)}</section>'
     )
 
 
 def stage_samples(run: Run) -> str:
-    """The last samples of each stage, behind folds."""
+    """Render the last samples of each stage in folds."""
     folds = []
     for name in run.stages:
         if run.kind(name) == "evaluate" or not (run.directory(name) / "samples.jsonl").exists():
@@ -43,8 +43,8 @@ def stage_samples(run: Run) -> str:
         samples = run.samples(name)
         if len(samples):
             last = samples[samples["step"] == samples["step"].max()].head(12)
-            what = "chosen of n =" if run.kind(name) == "best_of_n" else "at step"
-            folds.append(fold(name, f"{what} {last['step'].iloc[0]}", _samples(last)))
+            detail = "best of n =" if run.kind(name) == "best_of_n" else "at step"
+            folds.append(fold(name, f"{detail} {last['step'].iloc[0]}", _samples(last)))
     return f'<section id="samples"><h2>Samples of each stage</h2>{"".join(folds)}</section>' if folds else ""
 
 

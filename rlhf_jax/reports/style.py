@@ -1,4 +1,4 @@
-"""How figures look: colours that colour-blind readers can tell apart, and labels beside what they name."""
+"""Style of figures: a palette safe for colour-blind readers, and direct labels for lines and points."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -28,10 +28,10 @@ PALETTE: dict[Colour, str] = {
     "brown": "#a8741a",
 }
 
-# For stages of one kind in one panel, the gentlest first.
+# For several stages of one kind in one panel.
 SHADES = ("#6aaede", "#3f8fcb", "#1c6fb0", "#0a528c", "#063a67", "#02213f")
 
-# The same on a dark page, for figures that are drawn as SVG.
+# Replacements for dark pages, in SVG figures.
 DARK = {
     INK: "#e6edf3",
     MUTED: "#9aa4ae",
@@ -53,7 +53,7 @@ RC: dict[str, Any] = {
     "font.size": 9,
     "font.family": "DejaVu Sans",
     "text.color": INK,
-    "text.parse_math": False,  # stages are named by people, who may like dollar signs
+    "text.parse_math": False,  # names of stages may contain dollar signs
     "axes.edgecolor": MUTED,
     "axes.labelcolor": INK,
     "axes.labelsize": 9,
@@ -84,7 +84,7 @@ RC: dict[str, Any] = {
 }
 
 WIDTH = 7.0
-"""Inches; 700 pixels at 100 dots an inch."""
+"""Inches; 700 pixels at 100 dpi."""
 
 
 def colour(kind: str) -> str:
@@ -94,7 +94,7 @@ def colour(kind: str) -> str:
 
 
 def panels(count: int, height: float, **kwargs: Any) -> tuple[Figure, list[Axes]]:
-    """A figure with panels side by side, to be drawn on under `context()`."""
+    """Create a figure with panels side by side; call it and draw under `context()`."""
     figure = Figure(
         figsize=(WIDTH, height), dpi=100, layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06, wspace=0.04)
     )
@@ -103,7 +103,7 @@ def panels(count: int, height: float, **kwargs: Any) -> tuple[Figure, list[Axes]
 
 
 def shades(count: int, own: str) -> list[str]:
-    """Colours for `count` lines of one kind: its own for one, else shades from light to dark."""
+    """Colours for `count` lines of one kind: `own` for one line, otherwise shades from light to dark."""
     if count == 1:
         return [own]
     return [SHADES[round(i * (len(SHADES) - 1) / (count - 1))] for i in range(count)]
@@ -115,18 +115,18 @@ def scale_by_root(axes: Axes) -> None:
 
 
 def context() -> Any:
-    """The style, for the length of a `with`."""
+    """Context manager that applies the style."""
     return matplotlib.rc_context(RC)
 
 
 def settle(figure: Figure) -> None:
-    """Lays a figure out, once and for all: every drawing after this one is quicker."""
+    """Compute the layout of a figure and freeze it, so that later drawing is faster."""
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
 
 
 class EndLabel(NamedTuple):
-    """A name for a line, to stand to the right of its last value."""
+    """Label of a line, placed to the right of its last value."""
 
     y: float
     text: str
@@ -134,9 +134,9 @@ class EndLabel(NamedTuple):
 
 
 def label_ends(axes: Axes, labels: Sequence[EndLabel], *, gap: float = 0.085) -> None:
-    """Names lines at their right ends, moved apart where they would touch. Fixes the axis' limits.
+    """Label lines at their right ends without overlap. Fixes the limits of the y axis.
 
-    Args: gap is the least distance between two labels, as a share of the panel's height.
+    Args: gap is the minimum distance between two labels, as a fraction of the panel's height.
     """
     low, high = axes.get_ylim()
     axes.set_ylim(low, high)
@@ -156,9 +156,9 @@ def label_ends(axes: Axes, labels: Sequence[EndLabel], *, gap: float = 0.085) ->
 
 
 def spread(wanted: Sequence[float], gap: float) -> list[float]:
-    """Ascending positions near the wanted ones (ascending too), at least `gap` apart: least squares, by pooling.
+    """Least-squares positions at least `gap` apart for ascending `wanted` ones.
 
-    What is wanted less i * gap must be made monotone, which is isotonic regression (pool adjacent violators).
+    Isotonic regression of wanted[i] - i * gap by the pool-adjacent-violators algorithm.
     """
     blocks: list[list[float]] = []  # sum, count
     for i, position in enumerate(wanted):
@@ -172,7 +172,7 @@ def spread(wanted: Sequence[float], gap: float) -> list[float]:
 
 
 class PointLabel(NamedTuple):
-    """A name for a point in data coordinates."""
+    """Label of a point in data coordinates."""
 
     x: float
     y: float
@@ -187,7 +187,7 @@ OFFSETS = [(7, 0), (7, 7), (7, -7), (0, 10), (0, -10), (-7, 7), (-7, -7), (-7, 0
 def label_points(
     figure: Figure, axes: Axes, labels: Sequence[PointLabel], obstacles: Sequence[tuple[float, float]]
 ) -> None:
-    """Names points, each on the side where its name covers the fewest obstacles and other names.
+    """Label points, placing each label where it covers the fewest obstacles and other labels.
 
     Args: obstacles are data coordinates that should stay visible. Fixes the figure's layout.
     """
@@ -210,18 +210,18 @@ def label_points(
         )
         best = None
         for rank, offset in enumerate(OFFSETS):
-            _put(text, offset)
+            _place(text, offset)
             box = text.get_window_extent(renderer).padded(1.5)
             cost = 4 * sum(box.overlaps(other) for other in taken) + box.count_contains(blocked)
             cost += 8 * (not _inside(box, axes)) + 0.01 * rank
             if best is None or cost < best[0]:
                 best = (cost, offset, box)
         assert best is not None
-        _put(text, best[1])
+        _place(text, best[1])
         taken.append(best[2])
 
 
-def _put(text: Any, offset: tuple[int, int]) -> None:
+def _place(text: Any, offset: tuple[int, int]) -> None:
     text.xyann = offset
     text.set_horizontalalignment("left" if offset[0] > 0 else "right" if offset[0] < 0 else "center")
     text.set_verticalalignment("bottom" if offset[1] > 0 else "top" if offset[1] < 0 else "center")

@@ -1,4 +1,4 @@
-"""The results as a table: `results.csv`, and what the terminal shows when an experiment has ended."""
+"""Results tables: `results.csv`, and the tables printed in the terminal at the end of an experiment."""
 
 import math
 from collections.abc import Sequence
@@ -18,22 +18,22 @@ from rlhf_jax.reports.run import FURTHER_COLUMNS, RESULT_COLUMNS, Run
 from rlhf_jax.runtime.files import write_text
 
 CHOSEN = "*"
-PAIRS_WON = "% of pairs won by the row's answer against the column's,\nties half [Wilson's 95 % interval]."
+PAIRS_WON = "% of pairs won by the row's answer against the column's;\nties count half [Wilson's 95 % interval]."
 
 
 class Column(NamedTuple):
-    """A column of the table for readers: its heading, what it means, and the result that it shows."""
+    """Column of a results table: the result that it shows, its heading, meaning and format."""
 
     name: str
     heading: str
     meaning: str
     digits: int
-    error: str | None = None  # the column with its standard error
-    spread: bool = True  # whether the deviation over seeds is shown
+    error: str | None = None  # result with the standard error
+    spread: bool = True  # show the standard deviation over seeds
     percent: bool = False
-    pairs: bool = False  # of pairs with the reference, which has none with itself
-    interval: tuple[str, str] | None = None  # the columns with its ends
-    joint: bool = False  # one value a method, over all of its seeds
+    pairs: bool = False  # computed on pairs with the reference, so empty for the reference itself
+    interval: tuple[str, str] | None = None  # results with the ends of the interval
+    joint: bool = False  # one value per method, over all of its seeds
 
 
 COLUMNS = (
@@ -41,7 +41,7 @@ COLUMNS = (
     Column(
         "gain",
         "gain",
-        "{score} less the first row's [95 % interval: over seeds, paired, where there are several; else over prompts]",
+        "{score} minus the first row's [95 % interval: paired over seeds if there are several, otherwise over prompts]",
         2,
         pairs=True,
         interval=("gain_low", "gain_high"),
@@ -50,34 +50,34 @@ COLUMNS = (
     Column(
         "win_rate",
         "wins, %",
-        "pairs won against the first row's answer to the same prompt, ties half [Wilson's 95 % interval]",
+        "pairs won against the first row's answer to the same prompt; ties count half [Wilson's 95 % interval]",
         0,
         percent=True,
         pairs=True,
         interval=("win_low", "win_high"),
     ),
-    Column("reward_score", "reward", "the score of {reward}, by which Best-of-N chooses", 2),
+    Column("reward_score", "reward", "score of {reward}, which Best-of-N maximises", 2),
     Column(
         "kl",
         "KL, nats",
-        "divergence from the first row: mean log-ratio of the answers; of Best-of-N, its upper bound",
+        "divergence from the first row: mean log-ratio of the answers; for Best-of-N, its upper bound",
         2,
         "kl_se",
     ),
-    Column("length", "length", "tokens per response, its end included", 1),
-    Column("vader", "VADER", "sentiment by a lexicon that nothing was trained on, −1 to 1", 2, spread=False),
+    Column("length", "length", "tokens per response, EOS included", 1),
     Column(
-        "distinct_2", "dist-2", "distinct pairs of words over all pairs of words; 1 is no repetition", 2, spread=False
+        "vader", "VADER", "sentiment by the VADER lexicon, which was not used in training, −1 to 1", 2, spread=False
     ),
+    Column("distinct_2", "dist-2", "distinct bigrams over all bigrams; 1 means no repetition", 2, spread=False),
     Column("seconds", "s", "wall time of the method's own stage, in seconds", 0, spread=False),
 )
 
 FURTHER = (
-    Column("tie_rate", "ties, %", "pairs that nobody won", 0, spread=False, percent=True, pairs=True),
+    Column("tie_rate", "ties, %", "tied pairs", 0, spread=False, percent=True, pairs=True),
     Column(
         "boot_low",
         "bootstrap",
-        "95 % interval of the pairs won, in %, by drawing prompts anew",
+        "95 % interval of the win rate, in %, by resampling prompts",
         0,
         percent=True,
         pairs=True,
@@ -86,49 +86,44 @@ FURTHER = (
     Column(
         "lc_win_rate",
         "LC wins, %",
-        "pairs won had the answers been equally long (length-controlled), ± standard error",
+        "length-controlled win rate: predicted for answers of equal length, ± standard error",
         0,
         "lc_win_se",
         percent=True,
         pairs=True,
     ),
-    Column("kl_k3", "KL k3", "divergence in nats by the estimator k3, ± standard error over prompts", 2, "kl_k3_se"),
+    Column("kl_k3", "KL k3", "k3 estimate of the divergence in nats, ± standard error over prompts", 2, "kl_k3_se"),
+    Column("ref_nll", "ref nll", "log-perplexity of the answers under the first row, nats per token", 2, spread=False),
     Column(
-        "ref_nll", "ref nll", "nats per token of the answers under the first row: their log-perplexity", 2, spread=False
+        "text_nll", "text nll", "log-perplexity of held-out texts under the method, nats per token", 2, spread=False
     ),
-    Column("text_nll", "text nll", "nats per token of held-out texts under the method's policy", 2, spread=False),
     Column("distinct_1", "dist-1", "distinct words over all words", 2, spread=False),
-    Column("distinct_3", "dist-3", "distinct triples of words over all triples", 2, spread=False),
-    Column(
-        "repetition_4", "rep-4", "repeated quadruples of words within an answer; 0 is no repetition", 2, spread=False
-    ),
+    Column("distinct_3", "dist-3", "distinct trigrams over all trigrams", 2, spread=False),
+    Column("repetition_4", "rep-4", "repeated 4-grams within an answer; 0 means no repetition", 2, spread=False),
 )
-"""Of a second table, for evaluations that have measured them."""
+"""Columns of the second table, for evaluations that measure them."""
 
 
 def write_csv(results: pd.DataFrame, path: Path) -> None:
-    """Writes the results, whole or not at all: RESULT_COLUMNS, then those FURTHER_COLUMNS that there are.
-
-    What was not measured is empty.
-    """
+    """Write the results atomically: RESULT_COLUMNS, then the FURTHER_COLUMNS present. Missing values are empty."""
     names = [*RESULT_COLUMNS, *(name for name in FURTHER_COLUMNS if name in results)]
     write_text(path, results[names].to_csv(index=False, lineterminator="\n"))
 
 
-def columns(run: Run, of: Sequence[Column] = COLUMNS) -> list[Column]:
-    """Those of some columns that something was measured for."""
+def columns(run: Run, candidates: Sequence[Column] = COLUMNS) -> list[Column]:
+    """Select the columns with at least one measured value."""
     results, reward = _with_gains(run), frames.reward_of(run)
     score = "gold score" if frames.judged_by_gold(results) else "reward score"
-    named = (column._replace(meaning=column.meaning.format(reward=reward, score=score)) for column in of)
-    return [column for column in named if column.name in results and results[column.name].notna().any()]
+    described = (column._replace(meaning=column.meaning.format(reward=reward, score=score)) for column in candidates)
+    return [column for column in described if column.name in results and results[column.name].notna().any()]
 
 
-def cells(run: Run, of: Sequence[Column] = COLUMNS) -> list[list[str]]:
-    """The table's body as text, a row a method: its name (with * if it was selected), then its `columns`.
+def cells(run: Run, candidates: Sequence[Column] = COLUMNS) -> list[list[str]]:
+    """Format the table's body, one row per method: its name (with * if it was selected), then its `columns`.
 
-    With several seeds a figure is the mean over them ± their standard deviation. A dash is what was not measured.
+    With several seeds, a cell is the mean ± standard deviation over seeds. A dash means not measured.
     """
-    results, selected, shown = _with_gains(run), run.selected(), columns(run, of)
+    results, selected, shown = _with_gains(run), run.selected(), columns(run, candidates)
     rows = []
     for method, group in results.groupby("method", sort=False):
         name = f"{method} {CHOSEN}" if method in selected else str(method)
@@ -137,67 +132,67 @@ def cells(run: Run, of: Sequence[Column] = COLUMNS) -> list[list[str]]:
 
 
 def _with_gains(run: Run) -> pd.DataFrame:
-    """The comparison, with each method's gain over the reference in every row of the method."""
-    found, start = differences(run), frames.reference(run)
-    gains = found[found["against"] == start].set_index("method")[["difference", "low", "high"]]
+    """Join each method's gain over the reference to its rows of the comparison."""
+    table, start = differences(run), frames.reference(run)
+    gains = table[table["against"] == start].set_index("method")[["difference", "low", "high"]]
     gains.columns = ["gain", "gain_low", "gain_high"]
     return frames.comparison(run).join(gains, on="method")
 
 
 def opponents(run: Run) -> list[str]:
-    """Whom all methods were compared with beside the reference, if anyone."""
+    """List the methods besides the reference that all methods were compared with."""
     rates = run.win_rates()
     return [name for name in rates["against"].unique() if name != frames.reference(run)]
 
 
 def pairs_won(run: Run) -> list[list[str]]:
-    """Wins in % of the method of a row against each of the `opponents`, as `cells` shows them."""
-    rates, faced = run.win_rates(), opponents(run)
+    """Format win rates in % of each row's method against each of the `opponents`."""
+    rates, columns = run.win_rates(), opponents(run)
     wins = next(column for column in COLUMNS if column.name == "win_rate")
     rows = []
     for method in frames.comparison(run)["method"].unique():
         own = rates[rates["method"] == method]
-        rows.append([str(method), *(_cell(own[own["against"] == other], wins, method == other) for other in faced)])
+        rows.append([str(method), *(_cell(own[own["against"] == other], wins, method == other) for other in columns)])
     return rows
 
 
 def notes(run: Run) -> list[str]:
-    """What a reader must know of the table, a sentence each."""
+    """Sentences that explain the table."""
     results = run.results()
-    found = [f"{int(results['n_prompts'].max())} prompts of the test split, one answer each."]
+    sentences = [f"{int(results['n_prompts'].max())} prompts of the test split, one answer each."]
     if run.selected():
-        found.append(f"{CHOSEN} chosen on the evaluation split, among the stages of its kind.")
-    if frames.asked_in_both_orders(run):
-        found.append(f"Pairs are won by what {frames.judge_of(run)} prefers in both orders.")
+        sentences.append(f"{CHOSEN} selected on the evaluation split among the stages of its kind.")
+    if frames.judged_in_both_orders(run):
+        sentences.append(f"A pair is won by the answer that {frames.judge_of(run)} prefers in both orders.")
     elif not frames.judged_by_gold(results):
-        found.append(f"No gold judge was asked: pairs are won by the score of {frames.reward_of(run)}.")
+        sentences.append(f"No gold judge: pairs are decided by the score of {frames.reward_of(run)}.")
     seeds = results.groupby("method", sort=False)["seed"].nunique()
     if seeds.max() > 1:
         fixed = ", ".join(seeds.index[seeds == 1])
-        found.append(
+        sentences.append(
             f"With {seeds.max()} seeds: mean ± standard deviation over seeds, and gains with 95 % intervals over seeds "
             f"(paired t){f'; one seed, held fixed: {fixed}' if fixed else ''}."
         )
     else:
-        found.append("One seed: errors and intervals are over prompts only, without the spread between seeds.")
-    return found
+        sentences.append("One seed: errors and intervals are over prompts only, without the variation between seeds.")
+    return sentences
 
 
 def tables(run: Run, width: int) -> list[Table | Text]:
-    """The results for a terminal: what the methods reach, what their answers are like, all pairs; in parts that fit."""
+    """Results for a terminal: main table, further measurements and pairwise win rates, split to fit the width."""
     headings = [column.heading for column in columns(run)]
-    shown = packed(headings, cells(run), width, caption="\n".join(notes(run)))
+    shown = split_to_width(headings, cells(run), width, caption="\n".join(notes(run)))
     if further := columns(run, FURTHER):
-        shown += packed([column.heading for column in further], cells(run, FURTHER), width)
-    if faced := opponents(run):
-        shown += packed(faced, pairs_won(run), width, caption=PAIRS_WON)
+        shown += split_to_width([column.heading for column in further], cells(run, FURTHER), width)
+    if others := opponents(run):
+        shown += split_to_width(others, pairs_won(run), width, caption=PAIRS_WON)
     return shown
 
 
-def packed(
+def split_to_width(
     headings: Sequence[str], rows: Sequence[Sequence[str]], width: int, caption: str | None = None
 ) -> list[Table | Text]:
-    """As few tables as show every cell whole in lines of `width` characters, each with the rows' names.
+    """Split a table into as few tables as fit into `width` characters without truncation, each with the row names.
 
     Args: rows begin with their names; the caption follows the last table.
     """
@@ -213,7 +208,7 @@ def packed(
 
 
 def answers_table(run: Run, count: int = 5) -> Table:
-    """The first prompts with every method's answer under one another, each with its score."""
+    """Table of the first prompts with every method's answer and its score."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_lines=False)
     gold = frames.judged_by_gold(run.results())
     table.add_column("method", no_wrap=True, style="dim")
@@ -229,7 +224,7 @@ def answers_table(run: Run, count: int = 5) -> Table:
 
 
 def printable(text: str) -> str:
-    """A text that can neither steer a terminal nor break its lines: what does not print shows as a dot."""
+    """Replace newlines by ↵ and other unprintable characters by dots, so that a text cannot control the terminal."""
     return "".join(char if char.isprintable() else "·" for char in text.replace("\n", "↵"))
 
 

@@ -66,8 +66,8 @@ def test_verbs_read_an_adapter(made, tmp_path, capsys):
 
 def test_an_adapter_beside_a_stage_needs_that_stages_export(made, tmp_path, capsys):
     ask = ["export", f"--workdir={made / 'run'}", "--stage=tuned", f"--out={tmp_path / 'out'}", "--adapter"]
-    assert "beside stage 'dpo', which PEFT cannot load: export that one first" in fails(capsys, *ask)
-    assert "its weights are others" in fails(capsys, *ask, f"--base={made / 'source'}")
+    assert "on stage 'dpo', which PEFT cannot load: export that stage first" in fails(capsys, *ask)
+    assert "the weights differ" in fails(capsys, *ask, f"--base={made / 'source'}")
     assert list(tmp_path.iterdir()) == []
     base = export(capsys, made, "dpo", tmp_path / "base")
     succeeds(capsys, *ask, f"--base={base}")
@@ -108,10 +108,10 @@ def test_what_has_no_adapter(made, tmp_path, capsys):
     out = f"--out={tmp_path / 'out'}"
     stage = ["export", f"--workdir={tmp_path / 'run'}", "--stage=sft", out]
     assert "stage 'sft' trained no adapter" in fails(capsys, *stage, "--adapter")
-    assert "give --adapter too" in fails(capsys, *stage, "--base=x")
+    assert "--base is only used with --adapter" in fails(capsys, *stage, "--base=x")
     assert "leave --dtype out" in fails(capsys, *stage, "--adapter", "--dtype=bfloat16")
-    assert "--model is a whole model" in fails(capsys, "export", "--model=x", out, "--adapter")
-    assert "no model is named" in fails(capsys, "export", out, "--adapter")
+    assert "--adapter exports the adapter of a stage" in fails(capsys, "export", "--model=x", out, "--adapter")
+    assert "no model given" in fails(capsys, "export", out, "--adapter")
 
 
 @pytest.mark.parametrize(

@@ -145,11 +145,11 @@ def test_answers_end_at_stop_strings_and_where_the_context_does(models, tmp_path
     ("line", "words"),
     [
         ("{", "row 3 is not JSON"),
-        ("[1]", "row 3 is no JSON object"),
+        ("[1]", "row 3 is not a JSON object"),
         ('{"text": "x"}', "row 3 has no column prompt (it has text)"),
         ('{"prompt": 3}', "row 3, column prompt is of type int, not text"),
-        ('{"prompt": []}', "row 3, column prompt is a chat without a message"),
-        ('{"prompt": "x", "completion": "y"}', "row 3 has a column completion already: rename it"),
+        ('{"prompt": []}', "row 3, column prompt is an empty chat"),
+        ('{"prompt": "x", "completion": "y"}', "row 3 already has a column completion, which would be overwritten"),
         (jsonl([{"prompt": "word " * 200}]), "row 3 of the data: the prompt has"),
     ],
 )
@@ -165,7 +165,7 @@ def test_a_bad_row_is_named_by_its_number(models, line, words, capsys, monkeypat
         (["--batch-size=0"], "--batch-size = 0 must be at least 1"),
         (["--soft=0"], "--soft = 0 must be above 0"),
         (["--soft=nan"], "--soft = nan must be above 0"),
-        (["--temperature=0"], "--temperature = 0 gives 3 times the same answer"),
+        (["--temperature=0"], "--temperature = 0 gives the same answer 3 times"),
         (["--top-p=2"], "--top-p = 2.0 must be above 0 and at most 1"),
         (["--reward-stage=x"], "--reward-model and --reward-stage name 2 rewards"),
     ],
@@ -177,7 +177,7 @@ def test_flags_that_cannot_be(models, flags, words, capsys, monkeypatch):
 
 def test_without_a_reward_model_nothing_is_best(models, capsys, monkeypatch):
     reads(monkeypatch, "")
-    assert "no reward is named: give --reward-model=DIR, or" in fails(capsys, "best-of-n", models[0])
+    assert "no reward given: use --reward-model=DIR, --workdir" in fails(capsys, "best-of-n", models[0])
     assert "is a language model" in fails(
         capsys, "best-of-n", models[0], models[0].replace("--model", "--reward-model")
     )
@@ -205,7 +205,7 @@ def test_other_flags_do_not_go_on_with_it(whole, models, tmp_path, capsys, monke
         reads(monkeypatch, jsonl(ROWS))
         name = flag.removeprefix("--").split("=")[0].replace("-", "_")
         message = fails(capsys, "best-of-n", *models, f"--out={tmp_path / 'whole.jsonl'}", flag)
-        assert f"was made otherwise: {name} " in message
+        assert f"was made with other settings: {name} " in message
         assert (tmp_path / "whole.jsonl").read_bytes() == whole
 
 
@@ -213,15 +213,15 @@ def test_other_models_and_other_rows_do_not_go_on_with_it(whole, models, tmp_pat
     path = tmp_path / "whole.jsonl"
     flags = [*models, f"--out={path}"]
     for rows, words in (
-        ([*ROWS[:3], {"prompt": "another"}], "row 4 of the input is not what it holds there"),
+        ([*ROWS[:3], {"prompt": "another"}], "made from another input: row 4 differs"),
         (ROWS[:3], "holds 5 rows, and the input only 3"),
     ):
         reads(monkeypatch, jsonl(rows))
         assert words in fails(capsys, "best-of-n", *flags)
     other = checkpoints.policy(tmp_path / "other", context=128)
-    assert "was made otherwise: model '" in fails(capsys, "best-of-n", f"--model={other}", *flags[1:])
+    assert "was made with other settings: model was '" in fails(capsys, "best-of-n", f"--model={other}", *flags[1:])
     (tmp_path / "whole.jsonl.settings.json").unlink()
-    assert "says what made it, is not" in fails(capsys, "best-of-n", *flags)
+    assert "with its settings does not" in fails(capsys, "best-of-n", *flags)
     assert path.read_bytes() == whole
     path.write_bytes(b"")  # as mktemp leaves it
     reads(monkeypatch, jsonl(ROWS))
@@ -229,7 +229,7 @@ def test_other_models_and_other_rows_do_not_go_on_with_it(whole, models, tmp_pat
     assert path.read_bytes() == whole
     path.write_bytes(b"\0\0\n" + whole)
     reads(monkeypatch, jsonl(ROWS))
-    assert "is damaged where row 1 should be" in fails(capsys, "best-of-n", *flags)
+    assert "is damaged at row 1" in fails(capsys, "best-of-n", *flags)
 
 
 def test_a_process_that_is_killed_goes_on(models, tmp_path, capsys, monkeypatch):

@@ -90,7 +90,7 @@ def test_a_conversation_in_a_terminal(tmp_path):
         person.reads(SHOW_CURSOR)  # what says so is taken away when the answer begins
         person.reads("(.|\n){80}")
         person.type(CTRL_C)
-        said = person.reads(r"(\d+) tokens, [\d.]+ a second; stopped")
+        said = person.reads(r"(\d+) tokens, [\d.]+ per second; stopped")
         assert "Traceback" not in said
         person.reads("> ")
         person.type("/score\r")
@@ -99,7 +99,7 @@ def test_a_conversation_in_a_terminal(tmp_path):
         person.type("/temperature 0.5\r")
         person.reads("temperature 0.5\x1b")  # printed, not typed
         person.type("/exi\x7f\x7f\x7fhelp\r")  # lines can be edited
-        person.reads("/score  +what the reward gives the last answer")
+        person.reads("/score  +print the reward of the last answer")
         person.reads("> ")
         person.type(CTRL_D)
         assert person.leaves() == 0
@@ -141,7 +141,7 @@ def model(tmp_path_factory):
 def test_a_pipe_asks_and_commands(model, capsys, monkeypatch):
     short = [model, "--max-new-tokens=5", "--temperature=0"]
     once = chat(capsys, monkeypatch, "Is it good?\n", *short)
-    assert re.search(r"5 tokens, [\d.]+ a second; cut: --max-new-tokens", once)
+    assert re.search(r"5 tokens, [\d.]+ per second; cut off by --max-new-tokens", once)
     assert ">" not in once.split("\n")[-1]
     answer = once[: once.index("5 tokens")]
     again = chat(capsys, monkeypatch, "Is it good?\n/reset\n\nIs it good?\n/exit\nnever read\n", *short)
@@ -167,13 +167,13 @@ def test_the_last_answer_is_scored_by_python(model, tmp_path, capsys, monkeypatc
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("/score", "there is no reward: start with --reward-model=DIR, --reward-stage=NAME or"),
+        ("/score", "no reward is loaded: start with --reward-model=DIR, --reward-stage=NAME or"),
         ("/temperature", "temperature 1"),
-        ("/temperature hot", "/temperature hot: give a number, at least 0"),
-        ("/temperature -1", "/temperature -1: give a number, at least 0"),
-        ("/nonsense", "/nonsense is no command; /help lists them"),
-        ("/reset", "Forgotten."),
-        ("word " * 200, "tokens, and the model sees 256"),
+        ("/temperature hot", "/temperature hot: give a number >= 0"),
+        ("/temperature -1", "/temperature -1: give a number >= 0"),
+        ("/nonsense", "unknown command /nonsense; /help lists the commands"),
+        ("/reset", "Conversation cleared."),
+        ("word " * 200, "tokens, but the context is 256"),
     ],
 )
 def test_what_is_wrong_is_a_note_and_not_the_end(model, line, words, capsys, monkeypatch):
@@ -184,7 +184,7 @@ def test_flags_that_cannot_be(model, tmp_path, capsys):
     judge = checkpoints.reward_model(tmp_path / "judge", tokenizer_files.gpt2)
     policy = model.removeprefix("--model=")
     assert "is a language model" in fails(capsys, "chat", model, f"--reward-model={policy}")
-    assert "--reward-stage needs the --workdir" in fails(capsys, "chat", model, "--reward-stage=rm")
+    assert "--reward-stage needs --workdir" in fails(capsys, "chat", model, "--reward-stage=rm")
     both = [f"--reward-model={judge}", "--reward-stage=rm"]
     assert "name 2 rewards" in fails(capsys, "chat", model, *both)
     plain = checkpoints.policy(tmp_path / "plain", tokenizer_files.gpt2)

@@ -98,7 +98,7 @@ def test_without_a_template_the_text_goes_on(load):
     assert first == expected(policy, "The film", 0)
     second, _ = say(conversation, "It")
     assert second == expected(policy, f"The film{first}\nIt", 1)
-    with pytest.raises(RlhfError, match="no chat template, and so no place for a system message"):
+    with pytest.raises(RlhfError, match="no chat template and takes no system message"):
         conversation.set_system("Be short.")
 
 
@@ -106,7 +106,7 @@ def test_a_refused_message_is_forgotten(load, policy):
     conversation = begin(policy)
     say(conversation, "Is it good?")
     before = list(conversation.messages)
-    with pytest.raises(RlhfError, match=r"tokens, and the model sees 256"):
+    with pytest.raises(RlhfError, match=r"tokens, but the context is 256"):
         say(conversation, "word " * 200)
     assert conversation.messages == before
     # A template that has no system messages.
@@ -133,7 +133,7 @@ def score(judge: RewardModel, text: str) -> float:
 
 def test_scores_are_those_of_the_written_conversation(load, policy):
     conversation = begin(policy)
-    with pytest.raises(RlhfError, match="nothing has been said"):
+    with pytest.raises(RlhfError, match="there is no answer to score yet"):
         conversation.score(load(checkpoints.reward_model))
     said = say(conversation, "Is it good?")[0], say(conversation, "Why?")[0]  # cut off: the last one has no end
     judge = load(checkpoints.reward_model)

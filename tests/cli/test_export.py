@@ -122,7 +122,7 @@ def test_a_shape_that_no_family_has_is_refused(tmp_path, capsys):
 def test_whole_or_not_at_all(tmp_path, capsys, monkeypatch):
     source = checkpoints.policy(tmp_path / "source")
     (tmp_path / "there").mkdir()
-    assert "is there already" in fails(capsys, "export", f"--model={source}", f"--out={tmp_path / 'there'}")
+    assert "already exists" in fails(capsys, "export", f"--model={source}", f"--out={tmp_path / 'there'}")
     model = load_checkpoint(str(source))
 
     def full(directory):

@@ -102,12 +102,12 @@ def test_mixed_lengths_compile_a_handful_of_programs(directory, capsys, monkeypa
     [
         ("{", "row 3 is not JSON"),
         (b"\xff", "row 3 is not JSON"),
-        ("[1]", "row 3 is no JSON object"),
+        ("[1]", "row 3 is not a JSON object"),
         ('{"prompt": "x"}', "row 3 has no column completion (it has prompt)"),
         ('{"prompt": "x", "completion": 3}', "row 3, column completion is of type int, not text"),
         ('{"prompt": "x", "completion": [{"role": "assistant", "content": "y"}]}', "row 3, column completion"),
         ('{"prompt": [{"role": "user"}], "completion": []}', "row 3, column prompt, message 1 has no content"),
-        (jsonl([{"prompt": "word " * 100, "completion": "word " * 100}]), "tokens, and the model sees 256"),
+        (jsonl([{"prompt": "word " * 100, "completion": "word " * 100}]), "tokens, but the model's context is 256"),
     ],
 )
 def test_a_bad_row_is_named_by_its_number(directory, line, words, capsys, monkeypatch):
@@ -128,7 +128,7 @@ def test_chats_need_a_template_and_batches_a_size(directory, tmp_path, capsys, m
 def test_completions_encoded_apart_are_counted(directory, capsys, monkeypatch):
     reads(monkeypatch, jsonl([TEXTS[0], {"prompt": "The fil", "completion": "m was good"}]))
     assert main(["logprobs", f"--model={directory}"]) == 0
-    assert "1 completions (the first is row 2) were encoded apart" in capsys.readouterr().err
+    assert "1 completions (the first is row 2) were encoded separately from their prompts" in capsys.readouterr().err
 
 
 def test_a_closed_pipe_ends_quietly(directory, tmp_path):

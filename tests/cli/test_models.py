@@ -25,11 +25,11 @@ def directory(tmp_path_factory):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ([], "no model is named: give --model=DIR, or --workdir=DIR --stage=NAME"),
-        (["--workdir=somewhere"], "no model is named"),
+        ([], "no model given: use --model=DIR, or --workdir=DIR --stage=NAME"),
+        (["--workdir=somewhere"], "no model given"),
         (["--model=a", "--stage=b"], "--model and --stage name two models"),
         (["--model=a", "--policy-seed=1"], "--model and --policy-seed name two models"),
-        (["--workdir=/nonexistent", "--stage=sft"], "no work directory /nonexistent"),
+        (["--workdir=/nonexistent", "--stage=sft"], "work directory /nonexistent does not exist"),
         (["--model=/nonexistent/model"], "/nonexistent/model is not a directory"),
         (["--model=a", "--dtype=float8"], "invalid choice: 'float8'"),
         (["--mod=a"], "--mod=a"),
@@ -43,7 +43,7 @@ def test_models_that_cannot_be(verb, flags, words, capsys, monkeypatch):
 @pytest.mark.parametrize("verb", ["sample", "chat", "logprobs", "best-of-n"])
 def test_a_reward_model_writes_nothing(verb, tmp_path, capsys):
     judge = checkpoints.reward_model(tmp_path / "judge")
-    assert "is a reward model, which writes nothing" in fails(capsys, verb, *VERBS[verb], f"--model={judge}")
+    assert "is a reward model, which cannot generate" in fails(capsys, verb, *VERBS[verb], f"--model={judge}")
 
 
 def test_a_damaged_checkpoint_is_named(directory, tmp_path, capsys):

@@ -52,12 +52,12 @@ def test_rewards_may_be_python_of_answers_and_columns(models, mine, tmp_path, ca
     out = f"--out={tmp_path / 'best.jsonl'}"
     best_of_n(capsys, monkeypatch, rows, *flags, out)
     reads(monkeypatch, jsonl(rows))
-    assert "was made otherwise: reward_weights None there" in fails(
+    assert "was made with other settings: reward_weights was None" in fails(
         capsys, "best-of-n", *flags, out, "--reward-weights=1,1"
     )
     mine.write_text(FUNCTIONS + "\n# changed")
     reads(monkeypatch, jsonl(rows))
-    assert "was made otherwise: reward [" in fails(capsys, "best-of-n", *flags, out)
+    assert "was made with other settings: reward was [" in fails(capsys, "best-of-n", *flags, out)
 
     reads(monkeypatch, jsonl([rows[0], {"prompt": "x"}]))
     assert "row 2 of the data: reward function" in (told := fails(capsys, "best-of-n", *flags))
@@ -71,14 +71,14 @@ def test_rewards_may_be_python_of_answers_and_columns(models, mine, tmp_path, ca
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--reward-model=x", "--reward=mine.py:f"], "--reward-model and --reward name 2 rewards: leave all but one"),
+        (["--reward-model=x", "--reward=mine.py:f"], "--reward-model and --reward name 2 rewards: keep one"),
         (["--reward-stage=x", "--reward=mine.py:f"], "--reward-stage and --reward name 2 rewards"),
         (["--reward=mine.py"], "'mine.py' names no reward function: write package.module:function"),
         (["--reward=nowhere.py:f"], "nowhere.py:f cannot be loaded: FileNotFoundError"),
         (["--reward=mine.py:f", "--reward-weights=1,2"], "--reward-weights = (1.0, 2.0) must have one for each of 1"),
         (["--reward=mine.py:f", "--reward-weights=nan"], "--reward-weights = (nan,) must be finite numbers"),
-        (["--reward=mine.py:f", "--reward-weights=1;2"], "'1;2' should be numbers, with commas between them"),
-        (["--reward-weights=1", "--reward-model=x"], "--reward-weights weigh what --reward names, and there is none"),
+        (["--reward=mine.py:f", "--reward-weights=1;2"], "'1;2' should be comma-separated numbers"),
+        (["--reward-weights=1", "--reward-model=x"], "--reward-weights are only used with --reward"),
     ],
 )
 def test_rewards_that_cannot_be(models, flags, words, capsys, monkeypatch):

@@ -68,7 +68,7 @@ def test_a_stop_string_ends_the_text_before_it(model, capsys, monkeypatch):
         ("--max-new-tokens=0", "--max-new-tokens = 0 must be at least 1"),
         ("--n=0", "--n=0 must be at least 1"),
         ("--stop=", "--stop = '' is empty"),
-        (f"--prompt={'word ' * 200}", "tokens, and the model sees 256"),
+        (f"--prompt={'word ' * 200}", "tokens, but the context is 256"),
     ],
 )
 def test_flags_that_cannot_be(model, flag, words, capsys):

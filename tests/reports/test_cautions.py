@@ -60,7 +60,9 @@ def test_a_judge_of_its_own_choices_names_the_methods(tmp_path):
     workdirs.write_all(tmp_path, gold=False)
     prompts(tmp_path, 200)
     (sentence,) = cautions(Run(tmp_path))
-    assert sentence.startswith("The judge chose its own samples: best_of_16 and ppo were chosen by, or trained on")
+    assert sentence.startswith(
+        "The judge scores answers that were optimised for it: best_of_16 and ppo were selected by, or trained on"
+    )
     assert "reward model reward_model" in sentence and "dpo" not in sentence
     config = tmp_path / "evaluate" / "config.json"
     whole = read_json(config)

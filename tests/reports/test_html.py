@@ -98,7 +98,7 @@ def test_what_models_and_people_wrote_is_text(evil):
 
 def test_further_tables_are_shown_where_their_columns_were_measured(plain, evil):
     parsed = Page(evil.read_text())
-    for text in ("LC wins, %", "63 ± 2.1", "Pairs won against one another", "rep-4"):
+    for text in ("LC wins, %", "63 ± 2.1", "Pairwise win rates", "rep-4"):
         assert text in parsed.text and text not in plain.read_text(), text
 
 

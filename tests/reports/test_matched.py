@@ -96,7 +96,7 @@ def test_table_and_file(run, monkeypatch):
     with console.capture() as capture:
         report.print_summary(run, console)
     shown = capture.get()
-    assert "Score by rm + mine.py:f at equal divergence" in " ".join(shown.split())
+    assert "Score by rm + mine.py:f at equal KL" in " ".join(shown.split())
     half = float(scipy.stats.t.ppf(0.975, df=1)) * 0.05  # two seeds, 0.1 apart
     assert f"3.05 [{3.05 - half:.2f}, {3.05 + half:.2f}]" in shown
     rows = pd.read_csv(run.workdir / "matched_differences.csv").to_dict("records")

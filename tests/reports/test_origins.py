@@ -5,7 +5,7 @@ import copy
 import pytest
 
 from rlhf_jax.reports import report
-from rlhf_jax.reports.origins import headline, machine_named, origins, source_named
+from rlhf_jax.reports.origins import headline, machine_name, origins, source_name
 from rlhf_jax.reports.run import Run
 from rlhf_jax.runtime import provenance
 from rlhf_jax.runtime.files import read_json, write_json
@@ -57,18 +57,18 @@ def test_stages_of_different_places_stand_apart(tmp_path, here):
     shown = origins(run)
     assert shown.count("<dt>stages</dt>") == 2 and "rlhf_jax/loss.py" in shown
     assert "with uncommitted changes" in shown and "Not recorded: evaluate" in shown
-    assert "not all stages were run so" in headline(run)
+    assert "some stages ran in another environment" in headline(run)
     resumed = Run(workdirs.write_all(tmp_path / "resumed", gold=False))
     record(resumed, "ppo", here, earlier=[other])
-    assert "<dt>begun by</dt>" in origins(resumed)
+    assert "<dt>started by</dt>" in origins(resumed)
 
 
 def test_names_of_sources_and_machines():
     assert (
-        source_named({"version": "1.2", "origin": "installed package", "commit": None})
+        source_name({"version": "1.2", "origin": "installed package", "commit": None})
         == "version 1.2 (installed package)"
     )
     gpus = {"platform": "gpu", "devices": ["NVIDIA H100"] * 4}
-    assert machine_named(gpus) == "4 × NVIDIA H100"
+    assert machine_name(gpus) == "4 × NVIDIA H100"
     cpu = {"platform": "cpu", "threads": 1, "processor": "AMD EPYC", "cpu_target": None}
-    assert machine_named(cpu) == "1 thread of AMD EPYC"
+    assert machine_name(cpu) == "1 thread of AMD EPYC"

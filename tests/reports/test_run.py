@@ -64,7 +64,7 @@ def test_an_unknown_stage_is_answered_with_those_there_are(trained):
         Run(trained).metrics("pp0")
     with pytest.raises(RlhfError, match=r"no complete stage of kind 'evaluate'; its stages: sft"):
         Run(trained).results()
-    with pytest.raises(RlhfError, match=r"no work directory .*nowhere"):
+    with pytest.raises(RlhfError, match=r"work directory .*nowhere does not exist"):
         Run(trained / "nowhere")
 
 
@@ -134,7 +134,7 @@ def test_the_options_of_the_verb_sample_count(models):
     ("prompt", "message"),
     [
         ("a Zebra film, good", "no token for 'Zebra', ','"),
-        ("a good film and art", "has 5 tokens, and this run's have at most 4"),
+        ("a good film and art", "has 5 tokens, but this run allows at most 4"),
     ],
 )
 def test_a_prompt_that_cannot_be_read_is_refused_in_words(models, prompt, message):

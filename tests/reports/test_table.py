@@ -101,7 +101,7 @@ def test_with_seeds_the_table_shows_their_mean_and_spread(seeds):
 
 
 def test_with_one_seed_the_table_says_that_its_intervals_are_over_prompts_only(run):
-    assert "over prompts only, without the spread between seeds" in " ".join(table.notes(run))
+    assert "over prompts only, without the variation between seeds" in " ".join(table.notes(run))
 
 
 @pytest.mark.parametrize("width", [100, 80, 50])
@@ -138,4 +138,4 @@ def test_what_a_model_says_cannot_steer_the_terminal(seeds):
 
 def test_without_an_evaluation_the_summary_says_so(tmp_path):
     workdirs.write_training(tmp_path)
-    assert "no evaluation to show yet" in shown(Run(tmp_path))
+    assert "no evaluation yet" in shown(Run(tmp_path))

@@ -258,7 +258,7 @@ def test_the_report_of_checkpoints_judged_over_http_names_them_and_the_judge(eva
     root = evaluated[0]
     monkeypatch.setattr(report, "PNG_DPI", 20)
     page = report.write_report(root).read_text()
-    assert "Pairs are won by what judge tiny prefers in both orders." in page
+    assert "A pair is won by the answer that judge tiny prefers in both orders." in page
     assert "by the judge tiny" in page and "other" in page
     assert (pd.read_csv(root / "win_rates.csv")["against"].value_counts() == 1).all()
     csv = pd.read_csv(root / "results.csv")

@@ -39,7 +39,14 @@ def group(words: list[str]) -> str:
     line = " ".join(words)
     if words[0] == "make":
         return "quickstart" if words[1] == "quickstart" else "make"
-    for name, sign in (("quickstart", "runs/quickstart"), ("own", "runs/mine"), ("chats", "runs/chats")):
+    if words[:2] == ["pip", "install"]:
+        return "pip"
+    for name, sign in (
+        ("smoke", "runs/smoke"),
+        ("quickstart", "runs/quickstart"),
+        ("own", "runs/mine"),
+        ("chats", "runs/chats"),
+    ):
         if sign in line:
             return name
     return "verbs" if "--model=smollm2" in line else "none"
@@ -72,7 +79,7 @@ def place(tmp_path_factory):
 
 def call(words: list[str], models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, typed: str = "") -> list[str]:
     """Runs a command of the package's program with its redirections; returns the words that were run."""
-    assert words[0] == PROGRAM
+    assert words[0] in (PROGRAM, "rlhf-jax")
     policy, judge = map(str, models)
     replaced = []
     for word in words[1:]:
@@ -161,6 +168,15 @@ def test_a_reward_in_python_is_a_section_of_a_config_file(place, monkeypatch):
     del config.ppo
     config.ppo = ppo
     assert functions(experiment.parse(config).stages["ppo"]) == ("rewards.py:brevity",)
+
+
+@pytest.mark.nightly
+def test_a_smoke_variant_downloads_nothing(models, place, monkeypatch):
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("RLHF_JAX_DATA", str(place / "data"))
+    (words,) = of("smoke")
+    call(words, models, monkeypatch)
+    assert (place / "runs" / "smoke" / "report.html").exists() and not (place / "data" / "movie_reviews").exists()
 
 
 @pytest.mark.nightly

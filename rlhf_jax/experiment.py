@@ -15,11 +15,10 @@ from rich.console import Console
 
 from rlhf_jax import config as configs
 from rlhf_jax import user_code
-from rlhf_jax.config import Count, CountOrZero
 from rlhf_jax.data import formats
 from rlhf_jax.data.pipeline import DataConfig
 from rlhf_jax.interop.hub import MODELS, checkpoint_hash
-from rlhf_jax.loading.context import Context
+from rlhf_jax.loading.context import Common, Context
 from rlhf_jax.methods.online import OnlineConfig
 from rlhf_jax.runtime import provenance
 from rlhf_jax.runtime.files import read_rows, write_json
@@ -30,7 +29,7 @@ from rlhf_jax.stages.kinds import KINDS, find_kind
 from rlhf_jax.stages.online_dpo import OnlineDPOConfig
 from rlhf_jax.types import RlhfError
 
-COMMON = ("seed", "seeds", "stages", "data", "runtime")
+COMMON = tuple(field.name for field in dataclasses.fields(Common))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +68,7 @@ def parse(config: ConfigDict) -> Experiment:
     for key in COMMON:
         if key not in config:
             raise RlhfError(f"config.{key} is missing")
-    common = configs.build(_Common, {key: config[key] for key in COMMON}, "config")
+    common = configs.build(Common, {key: config[key] for key in COMMON}, "config")
     sections = {name: _parse_stage(name, config) for name in config if name not in COMMON}
     stages: dict[str, Any] = {}
     for name in common.stages:
@@ -167,15 +166,6 @@ def _batch(stage: Any, unit: str | None, runtime: RuntimeConfig, directory: Path
         devices=runtime.data * runtime.fsdp,
         tokens=tokens,
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Common:
-    seed: CountOrZero
-    seeds: Count
-    stages: tuple[str, ...]
-    data: DataConfig
-    runtime: RuntimeConfig
 
 
 def _parse_stage(name: str, config: ConfigDict) -> Any:

@@ -17,6 +17,7 @@ from rlhf_jax import experiment
 from rlhf_jax.cli.best_of_n import best_of_n_verb
 from rlhf_jax.cli.chat import chat_verb
 from rlhf_jax.cli.export import export_verb
+from rlhf_jax.cli.fields import fields_verb
 from rlhf_jax.cli.flags import Parser
 from rlhf_jax.cli.logprobs import logprobs_verb
 from rlhf_jax.cli.sample import sample_verb
@@ -35,6 +36,8 @@ rlhf-jax: learning from human preferences in JAX
   rlhf-jax [run] --config=FILE[:ARG] --workdir=DIR [--config.SECTION.FIELD=VALUE ...] [--stage=NAME] [--inputs=DIR]
       runs an experiment's stages, or the remaining ones, and reports; --stage runs one of them; in the place of FILE,
       a name means an experiment that is installed with the package: --config=quickstart:smoke
+  rlhf-jax fields [KIND]
+      lists the kinds of stages, or the fields of one, with types, defaults and descriptions
   rlhf-jax fetch NAME
       brings a data set or a model here
   rlhf-jax sample MODEL --prompt=TEXT [--chat] [--n=4] [--temperature=1.0] [--seed=0]
@@ -133,6 +136,7 @@ def fetch_verb(arguments: list[str]) -> None:
 
 VERBS: dict[str, Callable[[list[str]], None]] = {
     "run": run_verb,
+    "fields": fields_verb,
     "fetch": fetch_verb,
     "sample": sample_verb,
     "chat": chat_verb,

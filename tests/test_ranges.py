@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from rlhf_jax import experiment
 from rlhf_jax.config import Range
+from rlhf_jax.loading.context import Common
 from rlhf_jax.main import main
 from rlhf_jax.stages.kinds import KINDS
 
@@ -41,7 +41,7 @@ def leaves(hint: Any) -> Iterator[Any]:
 
 def test_every_number_of_a_config_has_a_range():
     seen: set[type] = set()
-    sections = [experiment._Common, *(kind.config for kind in KINDS.values())]
+    sections = [Common, *(kind.config for kind in KINDS.values())]
     found = [number for section in sections for number in numbers(section, seen)]
     assert len(found) > 150
     assert [name for name, ranged in found if not ranged] == [], "write it as Count, Positive, Finite, or with a Range"

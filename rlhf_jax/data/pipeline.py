@@ -33,13 +33,14 @@ class DataConfig:
     SFT learns the completion (of `messages`, the assistant's last), or all that the assistant says in a chat.
     """
 
-    train: str
-    eval: str
-    test: str | None
-    limit: Count | None  # only the first rows of each split
-    text_prompt_tokens: tuple[Count, Count]
-    max_prompt_tokens: Count  # BOS included
-    max_response_tokens: Count  # EOS included
+    train: str  # source of the training split: a file, a dataset directory, or tfds:NAME/SPLIT
+    eval: str  # source of the validation split, for evaluations during training and for choices
+    test: str | None  # source of the test split, on which nothing is chosen; None: eval
+    limit: Count | None  # use only the first rows of each split; None: all
+    text_prompt_tokens: tuple[Count, Count]  # fewest and most tokens of a row of plain `text` that become its prompt
+    max_prompt_tokens: Count  # longest prompt, BOS included; longer ones lose their beginning
+    max_response_tokens: Count  # longest response, EOS included; longer ones are cut
+    # What SFT learns of a chat: the last answer, or every turn of the assistant.
     loss_on: Literal["completion", "assistant"] = "completion"
 
     def __post_init__(self) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 from jaxtyping import PRNGKeyArray
 
+from rlhf_jax.config import Count, CountOrZero
 from rlhf_jax.core.keys import derive
 from rlhf_jax.data.pipeline import DataConfig
 from rlhf_jax.loading.models import (
@@ -27,6 +28,17 @@ from rlhf_jax.runtime.workdir import Workdir
 from rlhf_jax.sampling.choice import Sampling
 from rlhf_jax.text.tokenizer import Tokenizer
 from rlhf_jax.types import RlhfError
+
+
+@dataclasses.dataclass(frozen=True)
+class Common:
+    """Fields of a config that no stage owns."""
+
+    seed: CountOrZero  # seed of all random numbers; run k of a stage with several runs uses seed + k
+    seeds: Count  # runs that dpo, kto, online_dpo, ppo and group_rl train at once; other kinds train one
+    stages: tuple[str, ...]  # names of the stages to run, in order; each has a section of its own
+    data: DataConfig
+    runtime: RuntimeConfig
 
 
 @dataclasses.dataclass(frozen=True)

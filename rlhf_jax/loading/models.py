@@ -34,11 +34,13 @@ class Tuning:
     sampling: `optimizer.low_precision` says how small updates are kept, `runtime/rounding.py` the bytes a parameter.
     """
 
-    param_dtype: DType | None = None  # of the base, where an adapter is trained beside it
-    compute_dtype: DType | None = None  # a checkpoint's is float32
-    remat: bool | None = None
-    attention: AttentionBy = "xla"
-    lora: LoraConfig | None = None  # trains an adapter beside the model, which stays as it is
+    # Dtype of trained parameters, or of the base of an adapter; None: float32, or the base's own.
+    param_dtype: DType | None = None
+    # Dtype of the matrix products; None: as the source stage, float32 for a checkpoint.
+    compute_dtype: DType | None = None
+    remat: bool | None = None  # recompute activations in the backward pass; None: as the source
+    attention: AttentionBy = "xla"  # implementation of attention: XLA's, or cuDNN's on GPUs
+    lora: LoraConfig | None = None  # adapter to train, while the model itself stays as it is; None: train the model
 
 
 NO_CHANGES = Tuning()
@@ -48,7 +50,7 @@ NO_CHANGES = Tuning()
 class Pretrained(Tuning):
     """A model's section where it does not start from scratch: the stage or the checkpoint that it starts from."""
 
-    init: ModelSource
+    init: ModelSource  # stage or checkpoint to start from
 
 
 class Policy(NamedTuple):

@@ -24,17 +24,17 @@ from rlhf_jax.runtime.programs import HostSteps, Placement, Step
 class OnlineConfig:
     """What every method reads: the policy that is start and reference, and how long it is trained."""
 
-    policy: ModelSource
-    iterations: Count
-    batch_size: Count  # responses an iteration; in online_dpo pairs of them
-    minibatches: Count
-    epochs: Count
-    temperature: Positive  # of the samples
+    policy: ModelSource  # policy to start from, and the reference
+    iterations: Count  # rounds of sampling and learning
+    batch_size: Count  # responses in an iteration, or pairs of them in online_dpo
+    minibatches: Count  # updates in a pass over an iteration's responses
+    epochs: Count  # passes over an iteration's responses
+    temperature: Positive  # temperature of the samples
     optimizer: OptimizerConfig
     samples_every: Count  # iterations between those whose samples are written
-    samples_written: CountOrZero
+    samples_written: CountOrZero  # samples written from such an iteration
     loop: LoopConfig
-    missing_eos_penalty: NonNegative = 0.0  # taken off the score of a response that was cut off
+    missing_eos_penalty: NonNegative = 0.0  # penalty on the score of a response that was cut off
     tuning: Tuning = NO_CHANGES
 
     def __post_init__(self) -> None:

@@ -60,35 +60,38 @@ SharedTrunk = Literal["shared"]
 class AdaptiveKL:
     """The controller of Ziegler et al. 2019: the coefficient is changed until the divergence is the target."""
 
-    target: Positive  # nats a response
-    horizon: Positive  # episodes
+    target: Positive  # KL to reach, in nats a response
+    horizon: Positive  # episodes over which the coefficient adapts
 
 
 @dataclasses.dataclass(frozen=True)
 class PretrainingMix:
     """PPO-ptx, eq. 2 of Ouyang et al. 2022 (arXiv:2203.02155): maximum likelihood on demonstrations in every update."""
 
-    coef: Positive  # gamma there
-    batch_size: Count  # demonstrations an iteration, from the experiment's own data
+    coef: Positive  # weight of the likelihood (gamma in the paper)
+    batch_size: Count  # demonstrations in an iteration, from the experiment's data
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PolicyGradientConfig(OnlineConfig):
     """Fields of every policy gradient: the reward model, the shaping of its scores, and terms of the loss."""
 
-    reward_model: RewardSource
-    missing_eos_score: Finite | None = None  # the score of a response that was cut off, whatever it is (-1 in N+)
-    score_scale: Positive = 1.0  # scores are multiplied by it, and then clipped
-    score_clip: Positive | None = None  # scores are held within plus and minus this; None: no bound
-    reject_truncated: bool = False  # responses that were cut off are left out of the losses
-    kl_controller: AdaptiveKL | None = None  # None: the coefficient stays what it is
-    entropy_coef: NonNegative = 0.0  # a bonus on the entropy, nats a token
-    old_logprobs: Literal["learner", "sampler"] = "learner"  # by whose forward passes: the sampler's are already done
-    # Weights for the difference of the sampler from the learner, of `core/importance.py`; None: no weights.
-    importance_cap: Positive | None = None  # greatest ratio of the learner's probability to the sampler's (3 in TRL)
-    importance_floor: NonNegative | None = None  # least ratio; None: 0
-    importance_mode: ImportanceMode | None = None  # what has a ratio, and what bounds do; None: token_truncate
-    ptx: PretrainingMix | None = None
+    reward_model: RewardSource  # reward that scores responses
+    # Score of every response that was cut off (-1 in Huang et al. 2024); None: its own.
+    missing_eos_score: Finite | None = None
+    score_scale: Positive = 1.0  # factor of the scores, before clipping
+    score_clip: Positive | None = None  # largest absolute score; None: no bound
+    reject_truncated: bool = False  # leave responses that were cut off out of the losses
+    kl_controller: AdaptiveKL | None = None  # adapt the KL coefficient to a target; None: constant
+    entropy_coef: NonNegative = 0.0  # weight of a bonus on the entropy, in nats a token
+    # Old log-probabilities recomputed by the learner, or as the sampler gave them.
+    old_logprobs: Literal["learner", "sampler"] = "learner"
+    # Largest ratio of the learner's probability to the sampler's (core/importance.py; 3 in TRL); None: no weights.
+    importance_cap: Positive | None = None
+    importance_floor: NonNegative | None = None  # smallest ratio; None: 0
+    # Ratios of tokens or responses, truncated or masked at the bounds; None: token_truncate.
+    importance_mode: ImportanceMode | None = None
+    ptx: PretrainingMix | None = None  # add maximum likelihood on demonstrations (PPO-ptx); None: leave it out
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -45,18 +45,18 @@ Beta = float | Float[Array, ""]
 class PreferenceLossConfig:
     """One preference loss, or the sum of several with weights. What no chosen loss reads must keep its default."""
 
-    losses: tuple[LossName, ...] = ("sigmoid",)
-    loss_weights: tuple[Finite, ...] | None = None  # one a loss; None: each counts once
-    label_smoothing: Annotated[float, Range(at_least=0, below=0.5)] = 0.0  # the share of labels that are flipped
-    divergence: Divergence = "reverse_kl"  # to the reference
-    # Of the alpha-divergence, between 0 (reverse KL) and 1 (forward KL).
+    losses: tuple[LossName, ...] = ("sigmoid",)  # losses, which are summed
+    loss_weights: tuple[Finite, ...] | None = None  # weights in the sum; None: 1 each
+    label_smoothing: Annotated[float, Range(at_least=0, below=0.5)] = 0.0  # assumed share of flipped labels
+    divergence: Divergence = "reverse_kl"  # divergence from the reference
+    # Alpha of the alpha-divergence, between 0 (reverse KL) and 1 (forward KL).
     divergence_alpha: Annotated[float, Range(above=0, below=1)] = 0.5
-    discopop_tau: Positive = 0.05
-    simpo_gamma: NonNegative = 0.5  # the margin that is aimed at, in nats
-    cpo_alpha: NonNegative = 1.0  # what CPO's likelihood counts
-    # LD-DPO's alpha: what tokens beyond the shorter response count.
+    discopop_tau: Positive = 0.05  # tau of DiscoPOP's modulation (eq. 5 of Lu et al. 2024, arXiv:2406.08414)
+    simpo_gamma: NonNegative = 0.5  # SimPO's target margin, in nats
+    cpo_alpha: NonNegative = 1.0  # weight of CPO's likelihood
+    # LD-DPO's weight of tokens beyond the shorter response; None: 1.
     ld_alpha: Annotated[float, Range(at_least=0, below=1)] | None = None
-    use_weighting: bool = False  # WPO: pairs count as much as the policy would write them
+    use_weighting: bool = False  # WPO: weight pairs by how likely the policy is to write them
 
     def __post_init__(self) -> None:
         if not self.losses:

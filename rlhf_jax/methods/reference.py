@@ -25,8 +25,9 @@ from rlhf_jax.types import AnyArray, PreferenceBatch, RlhfError
 class ReferenceUpdate:
     """TR-DPO: every so many steps the reference moves to the policy, by the share alpha of the way (1: all of it)."""
 
+    # Share of the way that the reference moves to the policy; 1: all of it.
     alpha: Annotated[float, Range(above=0, at_most=1)]
-    every: Count  # steps
+    every: Count  # steps between updates
 
     def __post_init__(self) -> None:
         check_ranges(self)

@@ -36,12 +36,14 @@ class LoraConfig:
     "attention/[qv]", "up|gate|down", "block_0/attention/o", or "attention/qkv" for one A that q, k and v share.
     """
 
-    rank: Count
-    alpha: Positive  # what an adapter adds is scaled by alpha / rank, or by alpha / sqrt(rank) with use_rslora
-    targets: tuple[str, ...]
-    dropout: Annotated[float, Range(at_least=0, below=1)] = 0.0  # of the adapters' inputs, where a loss asks for it
-    # Rank-stabilised LoRA (Kalajdzievski 2023, arXiv:2312.03732, theorem 3.2), as PEFT's option of this name: with
-    # alpha / rank, what an adapter learns shrinks as the rank grows.
+    rank: Count  # rank of the adapters' matrices
+    # Scale: the adapter's output is multiplied by alpha / rank, or by alpha / sqrt(rank) with use_rslora.
+    alpha: Positive
+    targets: tuple[str, ...]  # regular expressions on names of the layers to adapt, such as 'attention/[qv]'
+    # Dropout of the adapters' inputs, in losses that support it.
+    dropout: Annotated[float, Range(at_least=0, below=1)] = 0.0
+    # Rank-stabilised scale (Kalajdzievski 2023, arXiv:2312.03732, theorem 3.2), as in PEFT: with alpha / rank, what an
+    # adapter learns shrinks as the rank grows.
     use_rslora: bool = False
 
     def __post_init__(self) -> None:

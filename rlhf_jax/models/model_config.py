@@ -21,13 +21,15 @@ class Rope:
     2024, arXiv:2402.13753).
     """
 
-    theta: Positive = 10_000.0
-    fraction: Annotated[float, Range(above=0, at_most=1)] = 1.0  # share of a head's channels that turn, the first ones
-    factors: tuple[Positive, ...] | None = None
+    theta: Positive = 10_000.0  # base of the frequencies
+    # Share of a head's channels that are rotated, the first ones.
+    fraction: Annotated[float, Range(above=0, at_most=1)] = 1.0
+    factors: tuple[Positive, ...] | None = None  # divisors of the frequencies, one a pair of channels; None: 1
+    # Divisors in sequences given more room than short_context (LongRoPE); None: factors.
     long_factors: tuple[Positive, ...] | None = None
-    short_context: Count | None = None
-    amplitude: Positive = 1.0  # multiplies queries and keys alike
-    limit: Count | None = None  # most tokens that a sequence may grow to; None: any
+    short_context: Count | None = None  # tokens up to which factors apply; None: always
+    amplitude: Positive = 1.0  # factor of queries and keys
+    limit: Count | None = None  # most tokens that a sequence may grow to; None: no bound
 
     def channels(self, head_width: int) -> int:
         """Channels of a head that turn, before they are rounded up to pairs."""
@@ -42,37 +44,43 @@ class Rope:
 class ModelConfig:
     """Shape of a decoder-only transformer; by default pre-norm with RMSNorm, rotary positions and a plain MLP."""
 
-    d_model: Count
-    n_layers: Count
-    n_heads: Count
-    d_ff: Count
-    activation: Literal["relu", "relu2", "gelu", "gelu_exact", "silu"]  # gelu is the tanh approximation
-    param_dtype: DType
-    compute_dtype: DType
-    remat: bool = False  # keep only the layers' inputs for the backward pass, and compute the rest again
-    attention: AttentionBy = "xla"
+    d_model: Count  # width of the residual stream
+    n_layers: Count  # number of blocks
+    n_heads: Count  # query heads of a block
+    d_ff: Count  # hidden width of the MLP
+    # Activation of the MLP; gelu is the tanh approximation.
+    activation: Literal["relu", "relu2", "gelu", "gelu_exact", "silu"]
+    param_dtype: DType  # dtype of the parameters
+    compute_dtype: DType  # dtype of the matrix products
+    remat: bool = False  # keep only the layers' inputs for the backward pass, and recompute the rest
+    attention: AttentionBy = "xla"  # implementation of attention: XLA's, or cuDNN's on GPUs
     n_kv_heads: Count | None = None  # heads of keys and values, shared by groups of query heads; None: n_heads
-    head_dim: Count | None = None  # None: d_model / n_heads
-    gated: bool = False  # the MLP multiplies its activation by a second projection (GLU)
-    parallel: bool = False  # attention and MLP read the same stream (GPT-NeoX)
-    qkv_bias: bool = False
-    out_bias: bool = False
-    mlp_bias: bool = False
-    norm: Literal["rms", "layer"] = "rms"
-    norm_epsilon: NonNegative = 1e-6
-    norm_offset: Finite = 0.0  # added to the scales of RMSNorm (Gemma stores scale - 1)
-    norm_placement: Literal["before", "after", "around"] = "before"  # of each attention and MLP
-    qk_norm: Literal["none", "head", "all"] = "none"  # RMSNorm of queries and keys, over a head or over all heads
-    positions: Literal["rotary", "learned"] = "rotary"
-    context: Count | None = None  # most tokens a sequence may have: the size of the table of learned positions
-    rope: Rope = Rope()
-    local_rope: Rope | None = None  # of layers with a window; None: rope
-    windows: tuple[Count | None, ...] | None = None  # of a layer: tokens back it sees, with itself; None: all
-    query_scale: Positive | None = None  # None: head_dim ** -0.5
-    attention_softcap: Positive | None = None  # c: logits become c tanh(logits / c) (Gemma 2)
-    logit_softcap: Positive | None = None
-    embedding_scale: Positive = 1.0
-    tied: bool = True  # the head is the embedding, transposed
+    head_dim: Count | None = None  # channels of a head; None: d_model / n_heads
+    gated: bool = False  # multiply the MLP's activation by a second projection (GLU)
+    parallel: bool = False  # let attention and MLP read the same stream (GPT-NeoX)
+    qkv_bias: bool = False  # biases in the projections to queries, keys and values
+    out_bias: bool = False  # bias in attention's output projection
+    mlp_bias: bool = False  # biases in the MLP
+    norm: Literal["rms", "layer"] = "rms"  # RMSNorm or LayerNorm
+    norm_epsilon: NonNegative = 1e-6  # constant added to a norm's variance
+    norm_offset: Finite = 0.0  # constant added to the scales of RMSNorm (Gemma stores scale - 1)
+    # Position of the norms relative to each attention and MLP.
+    norm_placement: Literal["before", "after", "around"] = "before"
+    # RMSNorm of queries and keys: none, over each head, or over all heads.
+    qk_norm: Literal["none", "head", "all"] = "none"
+    positions: Literal["rotary", "learned"] = "rotary"  # position encoding: rotary, or a learned table
+    # Most tokens in a sequence: the size of the table of learned positions; None: no bound.
+    context: Count | None = None
+    rope: Rope = Rope()  # rotary positions of all layers
+    local_rope: Rope | None = None  # rotary positions of layers with a window; None: rope
+    # For each layer, tokens back that it sees, itself included, or None for all; None: all in every layer.
+    windows: tuple[Count | None, ...] | None = None
+    query_scale: Positive | None = None  # factor of the attention logits; None: head_dim ** -0.5
+    # Cap c of attention logits, which become c tanh(logits / c) (Gemma 2); None: none.
+    attention_softcap: Positive | None = None
+    logit_softcap: Positive | None = None  # cap c of the output logits, likewise; None: none
+    embedding_scale: Positive = 1.0  # factor of the embeddings (Gemma: the root of d_model)
+    tied: bool = True  # use the transposed embedding as the head
 
     def __post_init__(self) -> None:
         check_ranges(self)

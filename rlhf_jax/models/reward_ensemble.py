@@ -17,9 +17,10 @@ Combine = Literal["mean", "wco", "uwo"]
 class EnsembleConfig:
     """How many members, and how their scores are combined."""
 
-    members: AtLeastTwo
-    combine: Combine
-    variance_coefficient: NonNegative | None = None  # of uwo: what a unit of variance among the members costs
+    members: AtLeastTwo  # reward models trained at once, from different initialisations
+    combine: Combine  # score of the ensemble: mean, worst case (wco), or mean less variance (uwo)
+    # Weight of the members' variance, which uwo subtracts from their mean.
+    variance_coefficient: NonNegative | None = None
 
     def __post_init__(self) -> None:
         check_ranges(self)

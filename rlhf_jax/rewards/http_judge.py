@@ -45,18 +45,18 @@ class HTTPJudgeConfig:
     A reply is the letter A or B, or ends in a verdict [[A]] or [[B]] where the template lets the model explain itself.
     """
 
-    url: str  # such as http://localhost:8000/v1: up to and without /chat/completions
-    model: str
-    template: str = TEMPLATE  # with {prompt}, {a} and {b}, each once
-    api_key_env: str | None = None  # the name of the environment variable that holds the key
-    max_tokens: Count = 16  # of a reply
-    concurrency: Count = 8  # questions under way at once
-    timeout: Positive = 60.0  # seconds an attempt may take
-    retries: CountOrZero = 6  # attempts after the first, where a failure may pass
-    backoff: NonNegative = 1.0  # seconds before the first of them, doubled every time
-    max_unparseable: CountOrZero = 10  # replies without a verdict, each a tie, before it stops
-    prompt_price: NonNegative = 0.0  # of a million tokens, in whatever currency
-    completion_price: NonNegative = 0.0
+    url: str  # base address of an OpenAI-compatible API, without /chat/completions: http://localhost:8000/v1
+    model: str  # name of the model at the endpoint
+    template: str = TEMPLATE  # question, with {prompt}, {a} and {b} once each
+    api_key_env: str | None = None  # environment variable that holds the key; None: no key
+    max_tokens: Count = 16  # most tokens of a reply
+    concurrency: Count = 8  # questions asked at the same time
+    timeout: Positive = 60.0  # seconds that an attempt may take
+    retries: CountOrZero = 6  # attempts after a first one that failed for a reason that may pass
+    backoff: NonNegative = 1.0  # seconds before the first retry, doubled for each further one
+    max_unparseable: CountOrZero = 10  # replies without a verdict, each counted as a tie, after which the stage stops
+    prompt_price: NonNegative = 0.0  # price of a million tokens of prompts, in any currency
+    completion_price: NonNegative = 0.0  # price of a million tokens of replies
 
     def __post_init__(self) -> None:
         if not re.match(r"https?://\w", self.url):

@@ -30,10 +30,12 @@ class RewardConfig:
     `combine` is another way to combine an ensemble than that which it was trained with.
     """
 
+    # Python functions (prompts, completions, **columns) -> list[float | None].
     functions: tuple[FunctionSource, ...] = ()
-    model: ModelSource | None = None
-    weights: tuple[Finite, ...] | None = None  # of the model, where there is one, and the functions; None: 1 each
-    combine: Combine | None = None
+    model: ModelSource | None = None  # reward model: a stage, or a checkpoint; None: functions alone
+    weights: tuple[Finite, ...] | None = None  # weights in the sum, the model's first if there is one; None: 1 each
+    combine: Combine | None = None  # score of an ensemble; None: as it was trained
+    # Weight of the members' variance, which uwo subtracts from their mean.
     variance_coefficient: NonNegative | None = None
 
     def __post_init__(self) -> None:

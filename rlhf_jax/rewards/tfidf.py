@@ -24,16 +24,16 @@ from rlhf_jax.types import RlhfError
 class TfidfRidgeConfig:
     """Ridge regression on ratings: the penalty, and the least number of texts that a word or a pair must occur in."""
 
-    alpha: NonNegative
-    min_df: Count
+    alpha: NonNegative  # L2 penalty
+    min_df: Count  # fewest texts that a word or pair of words must occur in
 
 
 @dataclasses.dataclass(frozen=True)
 class TfidfLogisticConfig:
     """Logistic regression on two labels: the inverse penalty, and the least number of texts, as for ratings."""
 
-    inverse_penalty: Positive
-    min_df: Count
+    inverse_penalty: Positive  # inverse of the L2 penalty (scikit-learn's C)
+    min_df: Count  # fewest texts that a word or pair of words must occur in
 
 
 class TfidfJudge:

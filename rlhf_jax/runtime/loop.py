@@ -25,9 +25,9 @@ Rows = list[dict[str, Any]]
 class LoopConfig:
     """How often, in steps. `steps_per_call` of them are scanned in one call, after which the rest may happen."""
 
-    steps_per_call: Count
-    checkpoint_every: Count
-    keep: Count = 2  # checkpoints, the newest
+    steps_per_call: Count  # steps scanned in one call of the device; logs and checkpoints come between calls
+    checkpoint_every: Count  # steps between checkpoints
+    keep: Count = 2  # number of newest checkpoints to keep
 
     def __post_init__(self) -> None:
         check_ranges(self)

@@ -39,25 +39,27 @@ class OptimizerConfig:
     Raises ValueError naming a field that the chosen optimiser or schedule does not read.
     """
 
-    learning_rate: Positive
-    schedule: Schedule  # after the warm-up: constant, or falling to min_learning_rate at the last update
-    warmup_steps: CountOrZero
-    # Decoupled: an update takes learning_rate x weight_decay of a weight (adamw, lion, adafactor). As torch has it for
-    # adam, rmsprop and sgd: weight_decay x weight is added to the gradient, an L2 penalty that the optimiser rescales.
+    learning_rate: Positive  # learning rate after the warm-up
+    schedule: Schedule  # learning rate after the warm-up: constant, or falling to min_learning_rate at the last update
+    warmup_steps: CountOrZero  # updates over which the learning rate rises linearly from 0
+    # Decoupled decay: an update takes learning_rate x weight_decay of a weight (adamw, lion, adafactor). For adam,
+    # rmsprop and sgd as in torch: weight_decay x weight is added to the gradient, an L2 penalty.
     weight_decay: NonNegative
-    max_grad_norm: Positive  # gradients are scaled down to this global norm
-    epsilon: Positive = 1e-8  # of adamw, adam, rmsprop: added to the root of the second moment
-    micro_batch: Count | None = None  # rows whose gradient is computed at one time; None: the whole batch's
-    freeze: tuple[str, ...] = ()  # regular expressions on paths (policy/block_0/attention/q/kernel): not trained
-    name: OptimizerName = "adamw"
+    max_grad_norm: Positive  # largest global norm of a gradient; larger ones are scaled down to it
+    epsilon: Positive = 1e-8  # constant added to the root of the second moment (adamw, adam, rmsprop)
+    # Rows whose gradient is computed at one time, and accumulated; None: the whole batch.
+    micro_batch: Count | None = None
+    # Regular expressions on paths (policy/block_0/attention/q/kernel) of parameters that are not trained.
+    freeze: tuple[str, ...] = ()
+    name: OptimizerName = "adamw"  # optimiser
     b1: Decay | None = None  # decay of the first moment; None: 0.9 (adamw, adam, lion)
     b2: Decay | None = None  # decay of the second moment; None: 0.999 (adamw, adam), 0.99 (rmsprop's alpha, lion)
-    momentum: Decay = 0.0  # of rmsprop and sgd, as in torch (no dampening, no Nesterov)
-    min_learning_rate: NonNegative = 0.0  # where the linear and the cosine schedule end
-    # Regular expressions on paths: not decayed. The default leaves out norms and biases alone, as transformers does
-    # (Trainer.get_decay_parameter_names): embeddings, heads and LoRA matrices are decayed.
+    momentum: Decay = 0.0  # momentum of rmsprop and sgd, as in torch (no dampening, no Nesterov)
+    min_learning_rate: NonNegative = 0.0  # learning rate at the end of the linear and the cosine schedule
+    # Regular expressions on paths of parameters without weight decay. The default leaves out norms and biases, as
+    # transformers does (Trainer.get_decay_parameter_names); embeddings, heads and LoRA matrices are decayed.
     no_decay: tuple[str, ...] = (NORMS_AND_BIASES,)
-    # How an update smaller than the spacing of bfloat16 weights is kept (param_dtype = 'bfloat16'): see `rounding`.
+    # How bfloat16 weights keep updates smaller than their spacing: float32 masters, stochastic rounding, or not.
     low_precision: LowPrecision = "masters"
 
     def __post_init__(self) -> None:

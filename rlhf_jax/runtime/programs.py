@@ -64,13 +64,14 @@ class RuntimeConfig:
     `jit` runs over a mesh of data x fsdp x tensor devices, `pmap` with replicated weights over `data` devices.
     """
 
+    # Jit over a mesh of data x fsdp x tensor devices, or pmap over `data` devices with replicated weights.
     strategy: Literal["jit", "pmap"]
-    data: Count
-    fsdp: Count
-    tensor: Count
-    inference_batch: Count  # rows a call when sampling and scoring outside of training
-    deterministic: bool  # XLA's deterministic operations on GPUs, so that a resumed run is the same bit for bit
-    compile_quickly: bool  # programs that are ready sooner and run slower, for runs of seconds
+    data: Count  # devices that batches are split over
+    fsdp: Count  # devices that batches and weights are split over (fully sharded data parallel)
+    tensor: Count  # devices that each layer is split over (tensor parallel)
+    inference_batch: Count  # rows in a call when sampling and scoring outside of training
+    deterministic: bool  # use XLA's deterministic operations on GPUs, so that a resumed run is the same bit for bit
+    compile_quickly: bool  # compile faster to slower programs, for runs of seconds
 
     @property
     def xla_flags(self) -> str:

@@ -45,13 +45,14 @@ class BestOfNConfig:
     """The policy that is sampled, the reward model that chooses, and the judge that is asked afterwards, if any."""
 
     kind: Literal["best_of_n"]
-    policy: ModelSource
-    reward_model: RewardSource
-    judge: StageName | None
-    prompts: Count
-    pool: Count  # samples a prompt; every power of two up to it is reported
-    temperature: Positive
-    soft: tuple[Positive, ...] | None = None  # temperatures of soft Best-of-N, in units of the score
+    policy: ModelSource  # policy to sample from
+    reward_model: RewardSource  # reward that chooses
+    judge: StageName | None  # gold stage that scores what was chosen; None: no judge
+    prompts: Count  # prompts of the test split
+    pool: Count  # samples of each prompt; every power of two up to it is reported
+    temperature: Positive  # temperature of the samples
+    # Temperatures of soft Best-of-N, in units of the score; None: hard Best-of-N only.
+    soft: tuple[Positive, ...] | None = None
 
     def __post_init__(self) -> None:
         check_ranges(self)

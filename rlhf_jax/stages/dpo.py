@@ -52,20 +52,21 @@ class DPOConfig:
     """The policy that is start and reference, the pairs, and beta, the strength of the pull to the reference."""
 
     kind: Literal["dpo"]
-    policy: ModelSource
-    preferences: StageName | None  # None: the experiment's own data
-    beta: Positive
+    policy: ModelSource  # policy to start from, and the reference
+    preferences: StageName | None  # stage that made the preferences; None: the experiment's data
+    beta: Positive  # strength of the pull to the reference
     optimizer: OptimizerConfig
-    batch_size: Count
-    epochs: Positive
+    batch_size: Count  # pairs in an update
+    epochs: Positive  # passes over the pairs
     sample_prompts: CountOrZero  # evaluation prompts continued at every evaluation
-    eval_every: Count  # steps
+    eval_every: Count  # steps between evaluations
     loop: LoopConfig
     tuning: Tuning = NO_CHANGES
     loss: PreferenceLossConfig = SIGMOID
-    reference_update: ReferenceUpdate | None = None  # None: the reference stays what it is
-    sample_temperature: NonNegative = 1.0  # of the continuations shown; 0 takes the most likely token
-    cached_reference: bool = False  # its log-probabilities are computed once and kept on disk
+    # Move the reference towards the policy (TR-DPO); None: a fixed reference.
+    reference_update: ReferenceUpdate | None = None
+    sample_temperature: NonNegative = 1.0  # temperature of these continuations; 0 is greedy
+    cached_reference: bool = False  # compute the reference's log-probabilities once, and keep them on disk
 
     def __post_init__(self) -> None:
         refuse_float16(self.tuning, adapter=self.tuning.lora is not None)

@@ -41,15 +41,18 @@ class EvaluateConfig:
     """Which policies are compared with the reference, with its own Best-of-N, and with one another, and who judges."""
 
     kind: Literal["evaluate"]
-    reference: ModelSource
-    policies: tuple[StageName, ...]
-    best_of: tuple[AtLeastTwo, ...]  # each above 1
-    reward_model: RewardSource
-    judge: RewardSource | HTTPJudgeConfig | None  # a gold stage, or any reward; None: reward_model decides the pairs
-    prompts: Count  # at most, of the test split, drawn at random by the seed: the same for every method
-    selection_prompts: Count  # at most, of the evaluation split, drawn likewise
-    temperature: NonNegative  # of the answers; 0 is greedy, and then `kl` is the mean log-ratio at temperature 1
-    against: tuple[ModelSource, ...] = ()  # further opponents, beside the reference; each gets a row of its own too
+    reference: ModelSource  # policy that the others are compared with
+    policies: tuple[StageName, ...]  # stages to evaluate
+    best_of: tuple[AtLeastTwo, ...]  # values of N for the reference's Best-of-N
+    reward_model: RewardSource  # reward that scores responses and chooses Best-of-N's
+    # Gold stage, reward or judge over HTTP that decides pairs; None: reward_model.
+    judge: RewardSource | HTTPJudgeConfig | None
+    prompts: Count  # most prompts of the test split, drawn by the seed, the same for every method
+    selection_prompts: Count  # most prompts of the validation split, drawn likewise, on which methods are chosen
+    # Temperature of the responses; 0 is greedy, and then KL is the mean log-ratio at temperature 1.
+    temperature: NonNegative
+    against: tuple[ModelSource, ...] = ()  # further opponents beside the reference, each with a row of its own
+    # Resamples of the bootstrap intervals over prompts.
     bootstrap_rounds: Annotated[int, Range(at_least=100, at_most=1_000_000)] = 1000
 
     def __post_init__(self) -> None:

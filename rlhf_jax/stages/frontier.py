@@ -34,12 +34,13 @@ class FrontierConfig:
     """The stages whose checkpoints are looked at, from where divergence is measured, and who judges."""
 
     kind: Literal["frontier"]
-    reference: ModelSource
-    policies: tuple[StageName, ...]
-    judge: RewardSource | HTTPJudgeConfig  # a gold stage, or any reward; one over HTTP gives no scores
-    prompts: AtLeastTwo  # of the test split, drawn at random by the seed: the same for every policy
-    temperature: NonNegative  # of the answers; 0 is greedy, and then divergence is the mean log-ratio at temperature 1
-    kl_targets: tuple[Positive, ...]  # nats
+    reference: ModelSource  # policy that KL is measured from
+    policies: tuple[StageName, ...]  # stages whose checkpoints are scored
+    judge: RewardSource | HTTPJudgeConfig  # gold stage or reward that gives scores; a judge over HTTP gives none
+    prompts: AtLeastTwo  # prompts of the test split, drawn by the seed, the same for every policy
+    # Temperature of the responses; 0 is greedy, and then KL is the mean log-ratio at temperature 1.
+    temperature: NonNegative
+    kl_targets: tuple[Positive, ...]  # values of KL, in nats, at which methods are compared
 
     def __post_init__(self) -> None:
         if isinstance(self.judge, HTTPJudgeConfig):

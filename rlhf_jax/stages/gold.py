@@ -20,8 +20,8 @@ class GoldConfig:
     """The judge, and the column with the mean human rating, or with one of two labels."""
 
     kind: Literal["gold"]
-    model: TfidfRidgeConfig | TfidfLogisticConfig
-    rating: str
+    model: TfidfRidgeConfig | TfidfLogisticConfig  # regression on ratings, or classification of labels
+    rating: str  # column with the mean human rating, or with one of two labels
 
 
 def run(config: GoldConfig, context: Context) -> dict[str, Any]:

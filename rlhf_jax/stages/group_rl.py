@@ -141,20 +141,22 @@ class GroupRLConfig(PolicyGradientConfig):
     """A preset and overrides: None keeps the preset's value."""
 
     kind: Literal["group_rl"]
-    method: Name
-    num_generations: Count  # responses to a prompt, a group
-    advantage: Advantage | None = None
-    gamma: Share | None = None  # discount a token of rewards to come, for advantage = "reinforce_plus_plus"; 1 for None
-    policy_loss: Literal["ppo", "sequence", "gspo", "cispo", "reinforce"] | None = None
+    method: Name  # preset; fields below that are None keep its values
+    num_generations: Count  # responses to a prompt, which form a group
+    advantage: Advantage | None = None  # advantage estimator
+    gamma: Share | None = None  # discount of a token (reinforce_plus_plus); None: 1
+    policy_loss: Literal["ppo", "sequence", "gspo", "cispo", "reinforce"] | None = None  # policy loss
+    # Average of the loss: over tokens, over responses' means or sums, or by a constant.
     aggregation: Literal["token", "sequence", "sequence_sum", "constant"] | None = None
-    clip_ratio: Positive | None = None
-    clip_ratio_high: Positive | None = None
-    dual_clip: Positive | None = None  # greatest ratio of a token with a negative advantage (3 in verl); None: no bound
-    kl_coef: NonNegative | None = None
-    kl_estimator: Estimator | None = None
-    kl_in: Place | None = None
-    # Rounds of sampling at most, until all groups have different scores of the reward itself; 0: one, kept as it is.
+    clip_ratio: Positive | None = None  # epsilon below 1
+    clip_ratio_high: Positive | None = None  # epsilon above 1
+    dual_clip: Positive | None = None  # largest ratio of a token with a negative advantage (3 in verl); None: no bound
+    kl_coef: NonNegative | None = None  # coefficient of the KL penalty
+    kl_estimator: Estimator | None = None  # estimator of the KL divergence (core/kl.py)
+    kl_in: Place | None = None  # place of the KL penalty: the rewards, or the loss
+    # Most rounds of sampling until every group has different scores (DAPO); 0: one round, kept as it is.
     dynamic_sampling_rounds: CountOrZero | None = None
+    # Share of the response's room in which length is penalised, linearly up to 1 (eq. 13 of DAPO, arXiv:2503.14476).
     overlong_buffer: OverlongBuffer | None = None
 
     def __post_init__(self) -> None:

@@ -44,9 +44,10 @@ class UnpairedLossConfig:
     undesirable_weight x bad responses. The stage's summary has both numbers.
     """
 
+    # Kto (eq. 7 of Ethayarajh et al. 2024, arXiv:2402.01306), or apo_zero_unpaired, without a reference point.
     loss: Literal["kto", "apo_zero_unpaired"] = "kto"
-    desirable_weight: Positive = 1.0
-    undesirable_weight: Positive = 1.0
+    desirable_weight: Positive = 1.0  # weight of a good response's loss
+    undesirable_weight: Positive = 1.0  # weight of a bad response's loss
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -60,18 +61,19 @@ class KTOConfig:
     """The policy that is start and reference, the responses, and beta, how fast gains and losses saturate."""
 
     kind: Literal["kto"]
-    policy: ModelSource
-    preferences: StageName | None  # whose pairs are taken apart; None: the experiment's own data, unpaired or pairs
-    beta: Positive
+    policy: ModelSource  # policy to start from, and the reference
+    # Stage whose pairs are split into good and bad responses; None: the experiment's data.
+    preferences: StageName | None
+    beta: Positive  # how fast gains and losses saturate
     optimizer: OptimizerConfig
-    batch_size: AtLeastTwo  # responses are put to other prompts
-    epochs: Positive
+    batch_size: AtLeastTwo  # responses in an update; each is also paired with another prompt, to estimate KL
+    epochs: Positive  # passes over the responses
     sample_prompts: CountOrZero  # evaluation prompts continued at every evaluation
-    eval_every: Count  # steps
+    eval_every: Count  # steps between evaluations
     loop: LoopConfig
     loss: UnpairedLossConfig = KTO
     tuning: Tuning = NO_CHANGES
-    sample_temperature: NonNegative = 1.0  # of the continuations shown; 0 takes the most likely token
+    sample_temperature: NonNegative = 1.0  # temperature of these continuations; 0 is greedy
 
     def __post_init__(self) -> None:
         refuse_float16(self.tuning, adapter=self.tuning.lora is not None)

@@ -59,10 +59,11 @@ class OnlineDPOConfig(OnlineConfig):
     """The reward model or else the judge, and the loss. Losses read the policy as it is, whatever the temperature."""
 
     kind: Literal["online_dpo"]
-    reward_model: RewardSource | None
-    beta: Positive
+    reward_model: RewardSource | None  # reward that chooses between two responses; None: the judge
+    beta: Positive  # strength of the pull to the reference
     loss: PreferenceLossConfig = SIGMOID
-    judge: StageName | HTTPJudgeConfig | None = None  # by its scores, or asked over HTTP
+    # Gold stage, or judge over HTTP, that chooses; None: the reward model.
+    judge: StageName | HTTPJudgeConfig | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -40,16 +40,19 @@ class PreferencesConfig:
     """
 
     kind: Literal["preferences"]
-    policy: ModelSource
-    judge: StageName | HTTPJudgeConfig | None  # either a judge, by its scores or asked over HTTP, or a reward model
-    prompts: Count
-    eval_prompts: Count  # of the prompts, those held out
-    samples_per_prompt: AtLeastTwo
+    policy: ModelSource  # policy to sample from
+    judge: StageName | HTTPJudgeConfig | None  # gold stage, or judge over HTTP; None where reward_model chooses
+    prompts: Count  # prompts of the training split to sample for
+    eval_prompts: Count  # of these prompts, those held out for evaluation
+    samples_per_prompt: AtLeastTwo  # responses to each prompt
+    # Log-odds of a label per standard deviation of the difference in score; None: the higher score wins, and ties are
+    # dropped.
     label_beta: NonNegative | None
-    reward_model: RewardSource | None = None
-    pairs: Literal["all", "best_worst"] = "all"
+    reward_model: RewardSource | None = None  # reward that chooses in place of a judge
+    pairs: Literal["all", "best_worst"] = "all"  # all pairs of a prompt's responses, or its best with its worst
+    # Write column `margin`: this times the difference in score, in standard deviations (needs label_beta = None).
     margin: Positive | None = None
-    temperature: Positive = 1.0  # of the samples
+    temperature: Positive = 1.0  # temperature of the samples
 
     def __post_init__(self) -> None:
         check_ranges(self)

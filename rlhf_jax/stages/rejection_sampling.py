@@ -35,7 +35,7 @@ from rlhf_jax.types import RlhfError
 class KeepBest:
     """The answers with the highest scores to each prompt."""
 
-    best: Count
+    best: Count  # responses kept for each prompt
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -45,14 +45,14 @@ class KeepBest:
 class KeepAbove:
     """Every answer with a higher score than this, however many to a prompt."""
 
-    threshold: Finite
+    threshold: Finite  # lowest score, exclusive
 
 
 @dataclasses.dataclass(frozen=True)
 class KeepShare:
     """The answers with the highest scores of all, whatever their prompts: this share of them."""
 
-    share: Annotated[float, Range(above=0, at_most=1)]
+    share: Annotated[float, Range(above=0, at_most=1)]  # share of all responses to keep
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -62,7 +62,7 @@ class KeepShare:
 class KeepSoft:
     """One answer to each prompt, with probability proportional to exp(score / temperature): soft Best-of-N."""
 
-    soft_temperature: Positive
+    soft_temperature: Positive  # temperature, in units of the score
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -73,13 +73,13 @@ class RejectionSamplingConfig:
     """The policy that is sampled, the reward model that decides, and which answers are kept."""
 
     kind: Literal["rejection_sampling"]
-    policy: ModelSource
-    reward_model: RewardSource
-    prompts: Count  # drawn from the training split
-    eval_prompts: Count  # of the prompts, those whose answers are held out
-    samples_per_prompt: Count
-    temperature: NonNegative
-    keep: KeepBest | KeepAbove | KeepShare | KeepSoft
+    policy: ModelSource  # policy to sample from
+    reward_model: RewardSource  # reward that decides which responses are kept
+    prompts: Count  # prompts of the training split to sample for
+    eval_prompts: Count  # of these prompts, those whose responses are held out
+    samples_per_prompt: Count  # responses to each prompt
+    temperature: NonNegative  # temperature of the samples; 0 is greedy
+    keep: KeepBest | KeepAbove | KeepShare | KeepSoft  # rule that selects responses
 
     def __post_init__(self) -> None:
         check_ranges(self)

@@ -49,9 +49,9 @@ from rlhf_jax.types import RlhfError
 class NormaliseConfig:
     """The policy on whose samples scores have mean 0 and variance 1, one sample to each prompt."""
 
-    policy: ModelSource
-    prompts: AtLeastTwo  # of the training split, drawn at random
-    temperature: Positive = 1.0  # of the samples: that at which the policy is to be tuned
+    policy: ModelSource  # policy whose samples are scored
+    prompts: AtLeastTwo  # prompts of the training split, drawn at random, one sample each
+    temperature: Positive = 1.0  # temperature of the samples: that of the later fine-tuning
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -62,17 +62,19 @@ class RewardModelConfig:
     """The reward model: of its own shape and from scratch, or from a checkpoint or a stage of its own."""
 
     kind: Literal["reward_model"]
-    policy: ModelSource | None  # whose tokenizer one from scratch reads
-    preferences: StageName | None  # None: the experiment's own data
-    model: ModelConfig | Pretrained  # of a language model, the body is taken
-    pooling: Pooling
+    policy: ModelSource | None  # policy whose tokenizer a model from scratch uses
+    preferences: StageName | None  # stage that made the preferences; None: the experiment's data
+    # Shape of a model from scratch, or the model to start from; of a language model, the body is used.
+    model: ModelConfig | Pretrained
+    pooling: Pooling  # tokens that the score is read from
     optimizer: OptimizerConfig
-    batch_size: Count  # pairs, or prompts where the loss reads rankings
-    epochs: Positive
-    eval_every: Count  # steps
+    batch_size: Count  # pairs in an update, or prompts where the loss reads rankings
+    epochs: Positive  # passes over the preferences
+    eval_every: Count  # steps between evaluations
     loop: LoopConfig
     loss: RewardLossConfig = BRADLEY_TERRY
-    ensemble: EnsembleConfig | None = None
+    ensemble: EnsembleConfig | None = None  # train several members at once; None: one model
+    # Scale scores to mean 0 and variance 1 on samples of a policy; None: leave them.
     normalise: NormaliseConfig | None = None
 
     def __post_init__(self) -> None:

@@ -35,16 +35,17 @@ class SFTConfig:
     """The model, from scratch with its tokenizer or from a checkpoint with that one's, and how it is trained."""
 
     kind: Literal["sft"]
-    tokenizer: TokenizerConfig | None  # None: that of the checkpoint
-    model: ModelConfig | Pretrained
+    tokenizer: TokenizerConfig | None  # tokenizer to train; None: the checkpoint's
+    model: ModelConfig | Pretrained  # shape of a model from scratch, or the model to start from
     optimizer: OptimizerConfig
-    batch_size: Count
-    epochs: Positive
+    batch_size: Count  # demonstrations in an update
+    epochs: Positive  # passes over the demonstrations
     sample_prompts: CountOrZero  # evaluation prompts continued at every evaluation
-    eval_every: Count  # steps
+    eval_every: Count  # steps between evaluations
     loop: LoopConfig
-    sample_temperature: NonNegative = 1.0  # of those; 0 takes the most likely token
-    demonstrations: StageName | None = None  # a stage's, or what its preferences chose; None: the experiment's data
+    sample_temperature: NonNegative = 1.0  # temperature of these continuations; 0 is greedy
+    # Stage whose samples, or chosen responses, are the demonstrations; None: the experiment's data.
+    demonstrations: StageName | None = None
 
     def __post_init__(self) -> None:
         refuse_float16(self.model, adapter=isinstance(self.model, Pretrained) and self.model.lora is not None)

@@ -30,8 +30,8 @@ Messages: TypeAlias = list[dict[str, Any]]
 class TokenizerConfig:
     """A tokenizer to be trained: `word` (lower-cased words and punctuation) or `byte_bpe` (any text, no unknowns)."""
 
-    kind: Kind
-    vocab_size: Count
+    kind: Kind  # word (lower-cased words and punctuation) or byte_bpe (any text, without unknown tokens)
+    vocab_size: Count  # tokens in the vocabulary, special ones included
 
     def __post_init__(self) -> None:
         least = len(SPECIAL_TOKENS) + {"word": 1, "byte_bpe": 256}[self.kind]

@@ -63,10 +63,8 @@ def options_of(
     if not in_order or [parameter.name for parameter in first] != list(arguments) or unknown:
         name = source.rpartition(":")[2]
         may_have = f", where ... may be {', '.join(options)}" if options else ""
-        raise RlhfError(
-            f"{what} {source} has the signature {signature}: write "
-            f"`def {name}({', '.join(arguments)}{', *, ...' if options else ''})`{may_have}"
-        )
+        written = ", ".join([*arguments, *(["*", "..."] if options else [])])
+        raise RlhfError(f"{what} {source} has the signature {signature}: write `def {name}({written})`{may_have}")
     return tuple(parameter.name for parameter in rest if parameter.name in options)
 
 

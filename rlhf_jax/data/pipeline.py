@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import grain
+import jax
 import numpy as np
 
 from rlhf_jax.config import Count, check_ranges
@@ -248,7 +249,7 @@ def shuffled_batches(arrays: Batch, batch_size: int, seed: int) -> grain.MapData
 
     That is why a checkpoint needs no iterator state beyond the step.
     """
-    count = len(arrays[0])
+    count = len(jax.tree.leaves(arrays)[0])
     if count < batch_size:
         raise RlhfError(f"{count} training rows do not fill one batch of {batch_size}: lower batch_size or add data")
     indices = grain.MapDataset.range(count).seed(seed).shuffle().batch(batch_size, drop_remainder=True).repeat()
@@ -256,8 +257,8 @@ def shuffled_batches(arrays: Batch, batch_size: int, seed: int) -> grain.MapData
 
 
 def take(arrays: Batch, rows: np.ndarray) -> Batch:
-    """The rows of a tuple of arrays."""
-    return type(arrays)(*(array[rows] for array in arrays))
+    """Take rows of every array of a batch."""
+    return jax.tree.map(lambda array: array[rows], arrays)
 
 
 @functools.lru_cache(maxsize=4)

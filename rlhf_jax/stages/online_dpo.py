@@ -27,16 +27,9 @@ from rlhf_jax.loading.context import Context
 from rlhf_jax.loading.data_report import report_prompts
 from rlhf_jax.loading.models import RewardModel
 from rlhf_jax.loading.trainable import begin_policy, dropout_keys, full_params, init_trainable
+from rlhf_jax.methods.dpo import SIGMOID, ReferencedBatch, pair_logps, pair_loss, tokens_per_pair
 from rlhf_jax.methods.online import OnlineConfig, prompt_keys, train_online
-from rlhf_jax.methods.preference import (
-    PairStats,
-    PreferenceLossConfig,
-    check_micro_batch,
-    join,
-    pair_stats,
-    preference_loss,
-    tokens_per_pair,
-)
+from rlhf_jax.methods.preference_table import PreferenceLossConfig, check_micro_batch
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
 from rlhf_jax.rewards.http_judge import HTTPJudge, HTTPJudgeConfig
@@ -50,8 +43,6 @@ from rlhf_jax.runtime.programs import SEED_AXIS, HostSteps, Step
 from rlhf_jax.sampling.choice import Sampling
 from rlhf_jax.sampling.generate import generate, is_stop
 from rlhf_jax.types import PreferenceBatch, PromptBatch, Rollout
-
-SIGMOID = PreferenceLossConfig()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -237,7 +228,7 @@ def choose_pairs(
     rollout: Rollout,
     scores: jax.Array,
     axes: tuple[str, ...],
-) -> tuple[tuple[PreferenceBatch, PairStats | None], Samples, dict[str, jax.Array]]:
+) -> tuple[ReferencedBatch, Samples, dict[str, jax.Array]]:
     """From scored responses to pairs, and what the reference says of them, with the metrics of the objective."""
     mask = rollout.response_mask
     policy = full_params(networks.policy, params["policy"], frozen, "reference")
@@ -250,7 +241,7 @@ def choose_pairs(
     pairs, margins = choose(rollout, penalised)
     said = None
     if config.loss.needs_reference:
-        said = pair_stats(config.loss, networks.policy, frozen["reference"], pairs)
+        said = pair_logps(config.loss, networks.policy, frozen["reference"], pairs)
 
     non_score, lengths = -config.beta * sequence_kl, masking.lengths(mask)
     length = lengths.astype(jnp.float32)
@@ -270,7 +261,7 @@ def choose_pairs(
         "val/num_eos_tokens": masking.count(ended, axes),
         "num_tokens": masking.total(lengths, axes),
     }
-    return (pairs, said), Samples(rollout, scores, sequence_kl), metrics
+    return ReferencedBatch(pairs, said), Samples(rollout, scores, sequence_kl), metrics
 
 
 def optimise(
@@ -278,7 +269,7 @@ def optimise(
     config: OnlineDPOConfig,
     state: TrainState,
     frozen: dict[str, PyTree],
-    pairs: tuple[PreferenceBatch, PairStats | None],
+    pairs: ReferencedBatch,
     keys: tuple[PRNGKeyArray, ...],
     axes: tuple[str, ...],
 ) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -287,16 +278,17 @@ def optimise(
     optimizer = make_optimizer(config.optimizer, config.updates)
     schedule = learning_rate(config.optimizer, config.updates)
     whole_batch = masking.gather_rows(pairs, axes)
-    rows = whole_batch[0].chosen.shape[0]
+    rows = whole_batch.pairs.chosen.shape[0]
     order = jax.vmap(lambda epoch: jax.random.permutation(jax.random.fold_in(order_key, epoch), rows))
     updates = jnp.arange(config.epochs * config.minibatches)
     minibatches = order(jnp.arange(config.epochs)).reshape(len(updates), -1)
 
     def loss_fn(per_pair: jax.Array, params: PyTree, given: tuple) -> tuple[jax.Array, dict[str, Metric]]:
-        (batch, reference), dropout = given
+        batch, dropout = given
         policy = full_params(network, params["policy"], frozen, "reference")
-        joined = join(pair_stats(config.loss, network, policy, batch, dropout), reference, batch)
-        return preference_loss(config.loss, joined, beta=config.beta, axes=axes, tokens_per_pair=per_pair)
+        return pair_loss(
+            config.loss, network, policy, batch, dropout, beta=config.beta, axes=axes, tokens_per_pair=per_pair
+        )
 
     def update_minibatch(carry: tuple[PyTree, Any], given: tuple[jax.Array, jax.Array]) -> tuple[tuple, tuple]:
         (params, opt_state), (indices, number) = carry, given
@@ -305,10 +297,10 @@ def optimise(
         dropout = dropout_keys(network, dropout_key, number, len(own), axes)
         loss, metrics, grads = gradients(
             config.optimizer,
-            functools.partial(loss_fn, tokens_per_pair(minibatch[0].chosen_mask, axes)),
+            functools.partial(loss_fn, tokens_per_pair(minibatch.pairs.chosen_mask, axes)),
             params,
             (minibatch, dropout),
-            lambda given: masking.rows(given[0][0].chosen, axes),
+            lambda given: masking.rows(given[0].pairs.chosen, axes),
             axes,
         )
         params, opt_state, norms = update(

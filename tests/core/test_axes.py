@@ -12,9 +12,9 @@ from jax.sharding import PartitionSpec as P
 
 from rlhf_jax.core import advantages, importance, logprobs, masking, policy_losses, reward_losses, unpaired_losses
 from rlhf_jax.core.metrics import Metric, values
-from rlhf_jax.core.preference_losses import Pairs
-from rlhf_jax.methods.preference import PreferenceLossConfig, preference_loss
+from rlhf_jax.methods.preference_table import PreferenceLossConfig
 from tests.support.padded_arrays import normal, ppo_loss, prefix_mask
+from tests.support.pairs import loss_of
 
 DEVICES, B, T = 8, 16, 5
 # Means of means would differ: devices hold between no token at all (the fourth) and ten.
@@ -32,9 +32,10 @@ def with_metrics(result: tuple[jax.Array, dict[str, Metric]]) -> dict[str, jax.A
 MIXTURE = PreferenceLossConfig(losses=("aot", "aot_unpaired", "sft", "sigmoid"), loss_weights=(1.0, 0.7, 0.1, 0.4))
 
 
-def pairs(s: jax.Array, theta: jax.Array) -> Pairs:
+def preference_loss(s: jax.Array, theta: jax.Array, axes: tuple[str, ...]) -> tuple[jax.Array, dict[str, Metric]]:
     tokens = jnp.abs(10 * s).astype(jnp.int32)
-    return Pairs(s[:, 0] * theta[0, 0], s[:, 1], s[:, 2], s[:, 3], tokens[:, 0], tokens[:, 1])
+    logps = s[:, 0] * theta[0, 0], s[:, 1], s[:, 2], s[:, 3]
+    return loss_of(MIXTURE, logps, (tokens[:, 0], tokens[:, 1]), beta=0.3, axes=axes)
 
 
 # theta, the rows' arrays, axes -> a scalar, or several by name.
@@ -74,9 +75,7 @@ FUNCTIONS: dict[str, Callable] = {
     "explained_variance": lambda theta, a, b, c, mask, s, axes: policy_losses.explained_variance(
         a * theta, c, mask, axes
     ),
-    "preference_loss": lambda theta, a, b, c, mask, s, axes: with_metrics(
-        preference_loss(MIXTURE, pairs(s, theta), beta=0.3, axes=axes)
-    ),
+    "preference_loss": lambda theta, a, b, c, mask, s, axes: with_metrics(preference_loss(s, theta, axes)),
     "kto_loss": lambda theta, a, b, c, mask, s, axes: with_metrics(
         unpaired_losses.kto_loss(
             s[:, 0] * theta[0, 0],

@@ -14,16 +14,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from rlhf_jax.core import divergences, preference_losses, reference_free_losses
-from rlhf_jax.core.preference_losses import Pairs
-from rlhf_jax.methods.preference import (
-    DIFFERENCES,
-    LOSSES,
-    REFERENCE_FREE,
-    SORTING,
-    PreferenceLossConfig,
-    preference_loss,
-)
+from rlhf_jax.core import divergences, reference_free_losses
+from rlhf_jax.core import logprobs as token_logprobs
+from rlhf_jax.methods.preference_table import LOSSES, PreferenceLossConfig
 from tests.support.padded_arrays import (
     ROWS,
     WIDTH,
@@ -34,6 +27,7 @@ from tests.support.padded_arrays import (
     seeds,
     with_values,
 )
+from tests.support.pairs import loss_of
 
 PAIRS, BETA, EPSILON, GAMMA, ALPHA, TAU = 6, 0.3, 0.1, 0.4, 0.6, 0.2
 OPTIONS: dict[str, Any] = {"label_smoothing": EPSILON, "simpo_gamma": GAMMA, "cpo_alpha": ALPHA, "discopop_tau": TAU}
@@ -55,7 +49,7 @@ def every_loss(logprobs, tokens):
 def _every_loss(logprobs, tokens):
 
     def loss(logprobs, config):
-        return with_values(preference_loss)(config, Pairs(*logprobs, *tokens), beta=BETA, axes=())
+        return with_values(loss_of)(config, logprobs, tokens, beta=BETA)
 
     return {name: jax.value_and_grad(loss, has_aux=True)(logprobs, config) for name, config in CONFIGS.items()}
 
@@ -157,8 +151,9 @@ def test_shifts_cancel_where_they_must_and_nowhere_else(seed):
     for name in CONFIGS:
         same = functools.partial(np.isclose, before[name][0][0], rtol=1e-4, atol=1e-5)
         # The optimal transport of "aot" sorts the margins of each model, and does not know whose they are.
-        assert same(both_models[name][0][0]) == (name not in (*REFERENCE_FREE, "aot")), name
-        cancels = name in {*DIFFERENCES, "aot"} - {"ipo", "sigmoid_norm"}  # which divide by different lengths
+        assert same(both_models[name][0][0]) == (LOSSES[name].needs_reference and name != "aot"), name
+        difference = LOSSES[name].any_divergence or name == "aot"
+        cancels = difference and name not in ("ipo", "sigmoid_norm", "sft")  # two divide by lengths, one reads no ratio
         assert same(both_responses[name][0][0]) == cancels, name
 
 
@@ -185,8 +180,8 @@ def test_extreme_margins_overflow_nowhere(margin):
 
 
 def sigmoid_loss(logprobs, beta=BETA):
-    tokens = [jnp.ones(len(logprobs[0]), jnp.int32)] * 2
-    return with_values(preference_loss)(PreferenceLossConfig(), Pairs(*logprobs, *tokens), beta=beta, axes=())
+    ones = jnp.ones(len(logprobs[0]), jnp.int32)
+    return with_values(loss_of)(PreferenceLossConfig(), logprobs, (ones, ones), beta=beta)
 
 
 def test_loss_is_log_2_where_the_policy_is_the_reference_whatever_beta():
@@ -210,7 +205,7 @@ def test_metrics(seed):
     logprobs, tokens = case(seed)
     w, l, ref_w, ref_l = (np.asarray(x, np.float64) for x in logprobs)  # noqa: E741
     for name, ((_, metrics), _) in every_loss(logprobs, tokens).items():
-        chosen, rejected = (w, l) if name in REFERENCE_FREE else (w - ref_w, l - ref_l)
+        chosen, rejected = (w - ref_w, l - ref_l) if LOSSES[name].needs_reference else (w, l)
         if name in ("simpo", "orpo"):
             chosen, rejected = chosen / np.asarray(tokens[0]), rejected / np.asarray(tokens[1])
         expected = {
@@ -237,12 +232,12 @@ def test_a_mixture_is_the_weighted_sum_and_a_pairs_weight_multiplies_its_loss():
     logprobs, tokens = case(1)
     config = PreferenceLossConfig(losses=("hinge", "sft", "bco_pair"), loss_weights=(0.8, 0.5, 2.0))
     parts = {name: slowly(name, logprobs, tokens) for name in config.losses}
-    loss, metrics = preference_loss(config, Pairs(*logprobs, *tokens), beta=BETA, axes=())
+    loss, metrics = loss_of(config, logprobs, tokens, beta=BETA)
     np.testing.assert_allclose(loss, 0.8 * parts["hinge"] + 0.5 * parts["sft"] + 2 * parts["bco_pair"], rtol=1e-5)
     for name, part in parts.items():
         np.testing.assert_allclose(metrics[f"loss/{name}"].value, part, rtol=1e-5)
     weights = jnp.asarray([2.0, 0, 0, 0, 0, 1.0])
-    loss, _ = preference_loss(CONFIGS["hinge"], Pairs(*logprobs, *tokens, weights=weights), beta=BETA, axes=())
+    loss, _ = loss_of(CONFIGS["hinge"], logprobs, tokens, beta=BETA, weights=weights)
     alone = [slowly("hinge", [x[i : i + 1] for x in logprobs], [x[i : i + 1] for x in tokens]) for i in (0, 5)]
     np.testing.assert_allclose(loss, (2 * alone[0] + alone[1]) / PAIRS, rtol=1e-5)
 
@@ -297,18 +292,18 @@ def test_divergences_do_not_overflow():
         assert np.all(np.isfinite(function(far)))
 
 
-LD = jax.jit(preference_losses.desensitised_logprobs, static_argnames="alpha")
-WPO = jax.jit(preference_losses.wpo_weights)
+LD = jax.jit(token_logprobs.length_desensitised, static_argnames="alpha")
+WPO = jax.jit(token_logprobs.on_policy_weights)
 SHARED = jnp.asarray([3, 1, 6, 0, 2], jnp.int32)
 
 
 def desensitised(logprobs, mask):
     shared = jnp.minimum(SHARED, jnp.sum(mask, axis=1, dtype=jnp.int32))
-    return jnp.sum(preference_losses.desensitised_logprobs(logprobs, mask, shared, alpha=0.4) * jnp.arange(1.0, 6.0))
+    return jnp.sum(token_logprobs.length_desensitised(logprobs, mask, shared, alpha=0.4) * jnp.arange(1.0, 6.0))
 
 
 def weighted(logprobs, mask):
-    weights = preference_losses.wpo_weights(logprobs, jnp.where(mask, -jnp.square(logprobs), jnp.nan), mask)
+    weights = token_logprobs.on_policy_weights(logprobs, jnp.where(mask, -jnp.square(logprobs), jnp.nan), mask)
     return jnp.sum(weights) + jnp.sum(jnp.where(mask, logprobs, 0))  # a gradient that is not 0
 
 
@@ -334,9 +329,20 @@ def test_desensitised_logprobs_and_weights_are_their_formulas(seed, lengths):
 
 def test_weights_carry_no_gradient():
     mask = prefix_mask([WIDTH] * ROWS)
-    grads = jax.grad(lambda x: jnp.sum(preference_losses.wpo_weights(x, 2 * x, mask)))(normal(0, ROWS, WIDTH))
+    grads = jax.grad(lambda x: jnp.sum(token_logprobs.on_policy_weights(x, 2 * x, mask)))(normal(0, ROWS, WIDTH))
     assert not np.any(grads)
 
 
-def test_the_lists_of_losses_are_lists_of_losses():
-    assert set(LOSSES) > REFERENCE_FREE | SORTING | DIFFERENCES
+def test_the_table_says_what_each_loss_is_at_the_reference():
+    (w, l, *_), tokens = case(3)  # noqa: E741
+    levels = {name: spec.at_reference for name, spec in LOSSES.items() if spec.at_reference is not None}
+    found = every_loss((w, l, w, l), tokens)
+    assert len(levels) > 10
+    for name, level in levels.items():
+        np.testing.assert_allclose(found[name][0][0], level, rtol=1e-5, err_msg=name)
+
+
+def test_the_table_knows_what_each_loss_reads():
+    assert {name for name, spec in LOSSES.items() if not spec.needs_reference} == {"sft", "cpo", "simpo", "orpo"}
+    assert {name for name, spec in LOSSES.items() if spec.whole_batch} == {"aot", "aot_unpaired"}
+    assert {name for name, spec in LOSSES.items() if not spec.takes("ld_alpha")} == {"sft", "simpo", "orpo"}

@@ -9,20 +9,16 @@ import numpy as np
 import pytest
 
 from rlhf_jax import config as configs
-from rlhf_jax.methods.preference import (
-    LOSSES,
-    READERS,
-    PairStats,
-    PreferenceLossConfig,
-    join,
-    of_tokens,
-    preference_loss,
-)
+from rlhf_jax.core import masking
+from rlhf_jax.core.metrics import values
+from rlhf_jax.methods import dpo
+from rlhf_jax.methods.dpo import PairLogps, sum_tokens
+from rlhf_jax.methods.preference_table import LOSSES, PreferenceLossConfig
 from rlhf_jax.models.head import TokenStats
 from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.runtime.optimizers import OptimizerConfig, make_optimizer
 from rlhf_jax.runtime.programs import make_placement
-from rlhf_jax.stages import dpo
+from rlhf_jax.stages.dpo import DPOConfig
 from rlhf_jax.types import PreferenceBatch, RlhfError
 from tests.support import tiny
 from tests.support.programs import assert_close
@@ -43,14 +39,24 @@ def base(name: str) -> dict[str, Any]:
     return {"losses": (name,), "label_smoothing": 0.2 if name == "exo_pair" else 0.0}
 
 
-def stats(config: PreferenceLossConfig, batch: PreferenceBatch, seed: int) -> PairStats:
+def logps(config: PreferenceLossConfig, batch: PreferenceBatch, seed: int) -> PairLogps:
     """What a config makes of random tokens."""
     rng = np.random.default_rng(seed)
     chosen, rejected = (
         TokenStats(logprobs, logprobs, batch.chosen_mask, squares)
         for logprobs, squares in jnp.asarray(-rng.random((2, 2, *batch.chosen.shape)), jnp.float32)
     )
-    return of_tokens(config, chosen, rejected, batch.chosen_mask, batch.rejected_mask)
+    return sum_tokens(config, chosen, rejected, batch.chosen_mask, batch.rejected_mask)
+
+
+def preference_loss(config: PreferenceLossConfig, batch: PreferenceBatch) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Loss and metrics of random tokens, other ones under the reference."""
+    policy, reference = (logps(config, batch, seed) for seed in (0, 1))
+    tokens = masking.lengths(batch.chosen_mask), masking.lengths(batch.rejected_mask)
+    mean = dpo.tokens_per_pair(batch.chosen_mask, ())
+    reference = reference if config.needs_reference else None
+    loss, metrics = dpo.preference_loss(config, policy, reference, tokens, beta=0.3, axes=(), tokens_per_pair=mean)
+    return loss, values(metrics)
 
 
 def test_every_option_matters_to_each_loss_that_reads_it_and_no_other_takes_it():
@@ -58,7 +64,7 @@ def test_every_option_matters_to_each_loss_that_reads_it_and_no_other_takes_it()
     configs: dict[str, PreferenceLossConfig] = {name: PreferenceLossConfig(**base(name)) for name in LOSSES}
     for name in LOSSES:
         for option, value in CHANGES.items():
-            if name in READERS[option]:
+            if LOSSES[name].takes(option):
                 configs[f"{name} {option}"] = PreferenceLossConfig(**(base(name) | {option: value}))
             else:
                 with pytest.raises(ValueError, match=f"{option} = .* is not read by {name}"):
@@ -71,8 +77,7 @@ def test_every_option_matters_to_each_loss_that_reads_it_and_no_other_takes_it()
     def losses():
         found = {}
         for name, config in configs.items():
-            pairs = join(stats(config, batch, 0), stats(config, batch, 1), batch)
-            found[name], _ = preference_loss(config, pairs, beta=0.3, axes=())
+            found[name], _ = preference_loss(config, batch)
         return found
 
     found = jax.device_get(losses())
@@ -91,7 +96,7 @@ def test_every_option_matters_to_each_loss_that_reads_it_and_no_other_takes_it()
         ({"losses": ("dpo",)}, "losses = .*should be a list of one of 'sigmoid'"),
         ({"loss_weights": (1.0, 2.0)}, "loss_weights = .* one weight for each"),
         ({"label_smoothing": 0.5, "losses": ("robust",)}, "label_smoothing = 0.5 .*below 0.5"),
-        ({"losses": ("exo_pair",)}, "exo_pair takes the logarithm of label_smoothing = 0"),
+        ({"losses": ("exo_pair",)}, "exo_pair needs label_smoothing above 0"),
         ({"divergence_alpha": 0.2}, "divergence_alpha = 0.2 is not read with divergence = 'reverse_kl'"),
         ({"divergence": "alpha_divergence", "divergence_alpha": 1.0}, "divergence_alpha = 1.0 must be below 1"),
         ({"divergence": "forward_kl", "losses": ("sigmoid", "bco_pair")}, "divergence = .* is not read by bco_pair"),
@@ -99,7 +104,7 @@ def test_every_option_matters_to_each_loss_that_reads_it_and_no_other_takes_it()
         ({"ld_alpha": 1.0}, "ld_alpha = 1.0 must be below 1"),
         (
             {"ld_alpha": 0.5, "losses": ("sft", "simpo")},
-            "not read by sft, simpo, as a likelihood is of all",
+            "not read by sft, simpo, because likelihoods",
         ),
         ({"use_weighting": True, "losses": ("aot",)}, "use_weighting = True is not read by aot"),
         ({"smoothing": 0.1}, "smoothing is not a field"),
@@ -119,8 +124,7 @@ def test_length_desensitisation_cuts_the_sums_of_preferences_and_no_likelihood_n
     @jax.jit
     def losses():
         def loss(config):
-            pairs = join(stats(config, batch, 0), stats(config, batch, 1), batch)
-            return preference_loss(config, pairs, beta=0.3, axes=())
+            return preference_loss(config, batch)
 
         return loss(mixture)[1], [loss(config)[0] for config in alone]
 
@@ -166,20 +170,20 @@ DPO: dict[str, Any] = {
         ({"beta": 0.0}, "beta = 0.0 must be above 0"),
         (
             {"optimizer": DPO["optimizer"] | {"micro_batch": 4}, "loss": {"losses": ["sft", "aot"]}},
-            "optimizer.micro_batch = 4, and aot sorts all pairs",
+            "optimizer.micro_batch = 4, and aot uses statistics",
         ),
     ],
     ids=["beta", "micro_batch"],
 )
 def test_a_stage_refuses_what_cannot_work(changes, message):
     with pytest.raises(RlhfError, match=message):
-        configs.build(dpo.DPOConfig, DPO | changes, "config.dpo")
+        configs.build(DPOConfig, DPO | changes, "config.dpo")
 
 
 def test_a_stage_takes_its_loss_from_its_config():
-    config = configs.build(dpo.DPOConfig, DPO | {"loss": {"losses": ["ipo", "sft"], "loss_weights": [1, 0.5]}}, "dpo")
+    config = configs.build(DPOConfig, DPO | {"loss": {"losses": ["ipo", "sft"], "loss_weights": [1, 0.5]}}, "dpo")
     assert config.loss == PreferenceLossConfig(losses=("ipo", "sft"), loss_weights=(1.0, 0.5))
-    assert configs.build(dpo.DPOConfig, DPO, "dpo").loss == PreferenceLossConfig()
+    assert configs.build(DPOConfig, DPO, "dpo").loss == PreferenceLossConfig()
 
 
 def step(loss: PreferenceLossConfig, optimizer: OptimizerConfig, frozen: dict[str, Any]):

@@ -10,17 +10,17 @@ import pytest
 from rlhf_jax import config as configs
 from rlhf_jax.data import pipeline
 from rlhf_jax.loading.models import NO_CHANGES, load_checkpoint
-from rlhf_jax.methods import reference
-from rlhf_jax.methods.preference import PairStats, PreferenceLossConfig, pair_stats
-from rlhf_jax.methods.reference import ReferenceUpdate
+from rlhf_jax.methods import reference_cache
+from rlhf_jax.methods.dpo import PairLogps, ReferenceUpdate, pair_logps, sync_reference
+from rlhf_jax.methods.preference_table import PreferenceLossConfig
 from rlhf_jax.runtime.checkpoints import load_params
-from rlhf_jax.stages import dpo
+from rlhf_jax.stages.dpo import DPOConfig
 from rlhf_jax.text.tokenizer import load_tokenizer
 from rlhf_jax.types import RlhfError
 from tests.support import disk, experiments, tiny, tokenizer_files
 from tests.support.programs import assert_close
 
-SIGMOID = dpo.SIGMOID
+SIGMOID = PreferenceLossConfig()
 
 
 @pytest.fixture
@@ -33,31 +33,31 @@ def test_a_soft_update_goes_a_share_of_the_way_where_one_is_due():
     soft = ReferenceUpdate(alpha=0.25, every=3)
     theirs, own = {"w": jnp.asarray([0.0, 4.0])}, {"w": jnp.asarray([8.0, 4.0])}
     for step, expected in ((2, [0.0, 4.0]), (3, [2.0, 4.0]), (4, [0.0, 4.0]), (6, [2.0, 4.0])):
-        np.testing.assert_allclose(reference.sync_reference(soft, theirs, own, jnp.int32(step))["w"], expected)
+        np.testing.assert_allclose(sync_reference(soft, theirs, own, jnp.int32(step))["w"], expected)
     half, other = (jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree) for tree in (theirs, own))
-    assert reference.sync_reference(soft, half, other, jnp.int32(3))["w"].dtype == jnp.bfloat16
+    assert sync_reference(soft, half, other, jnp.int32(3))["w"].dtype == jnp.bfloat16
 
 
 def counted(monkeypatch) -> list[int]:
     """How many pairs are computed anew, at each time."""
-    counts, stats_all = [], reference.stats_all
+    counts, pair_logps_all = [], reference_cache.pair_logps_all
 
     def counting(config, network, params, data, batch_size):
         counts.append(len(data.prompt))
-        return stats_all(config, network, params, data, batch_size)
+        return pair_logps_all(config, network, params, data, batch_size)
 
-    monkeypatch.setattr(reference, "stats_all", counting)
+    monkeypatch.setattr(reference_cache, "pair_logps_all", counting)
     return counts
 
 
 def test_what_is_kept_is_what_the_network_says_and_is_computed_once(cache, monkeypatch):
     config, pairs, params = PreferenceLossConfig(ld_alpha=0.3), tiny.preferences(7), tiny.policy_params()
     counts = counted(monkeypatch)
-    first, again = (reference.precomputed_ref_logps(config, tiny.POLICY, params, pairs, 3) for _ in range(2))
+    first, again = (reference_cache.precomputed_ref_logps(config, tiny.POLICY, params, pairs, 3) for _ in range(2))
     assert counts == [7]
     assert_close(first, again, tolerance=0)
-    expected = jax.jit(lambda params, pairs: pair_stats(config, tiny.POLICY, params, pairs))(params, pairs)
-    assert_close(first[:2], expected[:2])
+    expected = jax.jit(lambda params, pairs: pair_logps(config, tiny.POLICY, params, pairs))(params, pairs)
+    assert_close(first, expected)
     assert [path.suffix for path in cache.iterdir()] == [".npy"]  # nothing half-written beside it
 
 
@@ -69,11 +69,11 @@ def test_another_model_other_data_or_another_template_is_computed_anew(cache, tm
     )
     moved = pairs._replace(chosen_mask=~pairs.chosen_mask)
     places = {
-        reference.kept_at(SIGMOID, tiny.POLICY, params, pairs),
-        reference.kept_at(SIGMOID, tiny.POLICY, other_params, pairs),
-        reference.kept_at(SIGMOID, other_network, params, pairs),
-        reference.kept_at(SIGMOID, tiny.POLICY, params, moved),
-        reference.kept_at(PreferenceLossConfig(ld_alpha=0.5), tiny.POLICY, params, pairs),
+        reference_cache.cache_path(SIGMOID, tiny.POLICY, params, pairs),
+        reference_cache.cache_path(SIGMOID, tiny.POLICY, other_params, pairs),
+        reference_cache.cache_path(SIGMOID, other_network, params, pairs),
+        reference_cache.cache_path(SIGMOID, tiny.POLICY, params, moved),
+        reference_cache.cache_path(PreferenceLossConfig(ld_alpha=0.5), tiny.POLICY, params, pairs),
     }
     chat = [{"role": "user", "content": "is it good?"}]
     answers = [[{"role": "assistant", "content": content}] for content in ("it is", "is it?")]
@@ -81,29 +81,33 @@ def test_another_model_other_data_or_another_template_is_computed_anew(cache, tm
     data = experiments.data_config(tmp_path / "unread")
     for template in (tokenizer_files.CHATML, tokenizer_files.CHATML.replace(r"\n", r"\n\n")):
         tokenizer = load_tokenizer(tokenizer_files.chatml(tmp_path / str(len(places)), template))
-        places.add(reference.kept_at(SIGMOID, tiny.POLICY, params, pipeline.preferences(rows, tokenizer, data)))
+        places.add(
+            reference_cache.cache_path(SIGMOID, tiny.POLICY, params, pipeline.preferences(rows, tokenizer, data))
+        )
     assert len(places) == 7
     assert {place.parent for place in places} == {cache}
     # What changes no log-probability is no other file.
     beta = PreferenceLossConfig(losses=("ipo",))
-    assert reference.kept_at(beta, tiny.POLICY, params, pairs) in places
+    assert reference_cache.cache_path(beta, tiny.POLICY, params, pairs) in places
 
 
 def test_a_disk_that_is_full_is_one_message_and_leaves_nothing(cache, monkeypatch):
-    computed = PairStats(np.zeros(99, np.float32), np.zeros(99, np.float32))
-    monkeypatch.setattr(reference, "stats_all", lambda *_: computed)  # or the compiler would write files of its own
+    computed = PairLogps(*np.zeros((4, 99), np.float32))
+    monkeypatch.setattr(
+        reference_cache, "pair_logps_all", lambda *_: computed
+    )  # or the compiler would write files of its own
     with disk.largest_file(100), pytest.raises(RlhfError, match=r"reference_logprobs.* cannot be written"):
-        reference.precomputed_ref_logps(SIGMOID, tiny.POLICY, tiny.policy_params(), tiny.preferences(7), 3)
+        reference_cache.precomputed_ref_logps(SIGMOID, tiny.POLICY, tiny.policy_params(), tiny.preferences(7), 3)
     assert disk.left_in(cache) == []
 
 
 def test_a_file_that_is_broken_is_one_message(cache, monkeypatch):
-    monkeypatch.setattr(reference, "stats_all", lambda *_: PairStats(np.zeros(7), np.zeros(7)))
+    monkeypatch.setattr(reference_cache, "pair_logps_all", lambda *_: PairLogps(*np.zeros((4, 7))))
     arguments = SIGMOID, tiny.POLICY, tiny.policy_params(), tiny.preferences(7)
-    reference.precomputed_ref_logps(*arguments, 3)
+    reference_cache.precomputed_ref_logps(*arguments, 3)
     next(cache.iterdir()).write_bytes(b"half")
     with pytest.raises(RlhfError, match=r"cannot be written or read .* remove it"):
-        reference.precomputed_ref_logps(*arguments, 3)
+        reference_cache.precomputed_ref_logps(*arguments, 3)
 
 
 def test_a_run_with_a_kept_reference_is_the_run_with_a_live_one(cache, tmp_path, monkeypatch):
@@ -151,4 +155,4 @@ def test_a_run_with_a_kept_reference_is_the_run_with_a_live_one(cache, tmp_path,
 )
 def test_what_cannot_work_is_refused(changes, message):
     with pytest.raises(RlhfError, match=message):
-        configs.build(dpo.DPOConfig, experiments.dpo_section("sft", **changes), "config.dpo")
+        configs.build(DPOConfig, experiments.dpo_section("sft", **changes), "config.dpo")

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.methods.reference import ReferenceUpdate, sync_reference
+from rlhf_jax.methods.dpo import ReferenceUpdate, sync_reference
 from tests.parity import trl_1_12, trl_1_16, trl_1_16_online, trl_1_16_preferences, write_goldens
 from tests.support.against_trl import CHECKS, read
 

@@ -12,10 +12,11 @@ import pytest
 
 from rlhf_jax import config as configs
 from rlhf_jax.core import masking
+from rlhf_jax.methods import dpo
 from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.runtime.optimizers import OptimizerConfig, gradients, make_optimizer
 from rlhf_jax.runtime.programs import make_placement
-from rlhf_jax.stages import dpo, ppo, reward_model, sft
+from rlhf_jax.stages import ppo, reward_model, sft
 from rlhf_jax.types import RlhfError
 from tests.support import tiny
 from tests.support.programs import PLACEMENTS, assert_close

@@ -8,10 +8,10 @@ import numpy as np
 import optax
 import pytest
 
-from rlhf_jax.methods.preference import join, pair_stats, preference_loss
+from rlhf_jax.methods import dpo
 from rlhf_jax.runtime import optimizers
 from rlhf_jax.runtime.programs import SEED_AXIS, HostSteps, RuntimeConfig, Scored, compile_host_steps, make_placement
-from rlhf_jax.stages import dpo, ppo
+from rlhf_jax.stages import ppo
 from rlhf_jax.types import RlhfError
 from tests.support import tiny
 from tests.support.programs import PLACEMENTS, assert_close, run_ppo, runtime
@@ -78,11 +78,12 @@ def test_dpo_gradients_equal_one_device(name):
 
         def step(state, frozen, batch, run_key):
             def loss_fn(params):
-                own, reference = (
-                    pair_stats(dpo.SIGMOID, tiny.POLICY, tree, batch)
-                    for tree in (params["policy"], frozen["reference"])
-                )
-                return preference_loss(dpo.SIGMOID, join(own, reference, batch), beta=0.1, axes=placement.axes)[0]
+                reference = dpo.pair_logps(dpo.SIGMOID, tiny.POLICY, frozen["reference"], batch)
+                rows, axes = dpo.ReferencedBatch(batch, reference), placement.axes
+                mean = dpo.tokens_per_pair(batch.chosen_mask, axes)
+                return dpo.pair_loss(
+                    dpo.SIGMOID, tiny.POLICY, params["policy"], rows, None, beta=0.1, axes=axes, tokens_per_pair=mean
+                )[0]
 
             loss, grads = jax.value_and_grad(loss_fn)(state.params)
             zeros = jax.tree.map(jnp.zeros_like, state.params)

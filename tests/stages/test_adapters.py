@@ -14,14 +14,14 @@ from rlhf_jax.interop.peft import save_adapter
 from rlhf_jax.loading.models import load_checkpoint
 from rlhf_jax.loading.trainable import init_trainable
 from rlhf_jax.main import main
-from rlhf_jax.methods.preference import pair_stats
-from rlhf_jax.methods.reference import ReferenceUpdate
+from rlhf_jax.methods import dpo
+from rlhf_jax.methods.dpo import ReferenceUpdate, pair_logps
 from rlhf_jax.models.lora import Adapted, LoraConfig, merge
 from rlhf_jax.reports import Run
 from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.runtime.optimizers import make_optimizer
 from rlhf_jax.runtime.programs import make_placement
-from rlhf_jax.stages import dpo, ppo, reward_model, sft
+from rlhf_jax.stages import ppo, reward_model, sft
 from tests.support import checkpoints, tiny
 from tests.support.own_data import chat_arguments
 from tests.support.programs import PLACEMENTS, QUICK, assert_close
@@ -101,7 +101,7 @@ def test_a_reference_that_follows_an_adapter_is_another_adapter_of_the_same_base
         make_optimizer(QUICK, 4).init({"policy": adapter}),
     )
     step = jax.jit(dpo.make_step(POLICY, QUICK, 4, (), reference_update=soft))
-    logprob = jax.jit(lambda params, pairs: pair_stats(dpo.SIGMOID, tiny.POLICY, params, pairs).chosen)
+    logprob = jax.jit(lambda params, pairs: pair_logps(dpo.SIGMOID, tiny.POLICY, params, pairs).chosen)
     expected = jax.device_get(adapter)
     for number, pairs in enumerate(jax.tree.map(jnp.asarray, rows), start=1):
         own, theirs = (merge(base, tree, LORA) for tree in (state.params["policy"], expected))

@@ -6,9 +6,10 @@ import numpy as np
 
 from rlhf_jax.data.pipeline import Prompts
 from rlhf_jax.data.prompts import PromptSource, at_round
+from rlhf_jax.methods import dpo
 from rlhf_jax.methods.experience import gather_experience
 from rlhf_jax.methods.policy_method import Sampled
-from rlhf_jax.stages import dpo, ppo, reward_model, sft
+from rlhf_jax.stages import ppo, reward_model, sft
 from rlhf_jax.types import Rollout, TokenBatch
 from tests.support import tiny
 from tests.support.programs import QUICK, learn

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.config import ModelSource, StageName
-from rlhf_jax.methods.preference import PreferenceLossConfig
+from rlhf_jax.methods.preference_table import PreferenceLossConfig
 from rlhf_jax.reports import Run
 from rlhf_jax.rewards import judging, tfidf
 from rlhf_jax.rewards.tfidf import TfidfRidgeConfig

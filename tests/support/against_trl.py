@@ -13,14 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.core import advantages, kl, logprobs, masking, policy_losses, reward_losses, unpaired_losses
-from rlhf_jax.core.preference_losses import Pairs
-from rlhf_jax.methods import preference as preference_loss
-from rlhf_jax.methods.preference import PreferenceLossConfig
+from rlhf_jax.methods import dpo
+from rlhf_jax.methods.preference_table import PreferenceLossConfig
 from rlhf_jax.models.head import TokenStats
 from rlhf_jax.stages import ppo
 from tests.support import tiny
 from tests.support.against_trl_online import ONLINE_CHECKS
 from tests.support.padded_arrays import with_values
+from tests.support.pairs import loss_of
 
 Record = Mapping[str, np.ndarray]
 close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
@@ -45,9 +45,9 @@ def check_dpo(trl: Record, beta: float = 0.3) -> None:
     reference = sequences(jnp.asarray(trl["ref_hidden"]), jnp.asarray(trl["ref_head"]))
 
     def loss(hidden, head):
-        tokens = jnp.split(masking.lengths(mask), 2)
-        pairs = Pairs(*sequences(hidden, head), *reference, *tokens)
-        return with_values(preference_loss.preference_loss)(PreferenceLossConfig(), pairs, beta=beta, axes=())
+        chosen, rejected = jnp.split(masking.lengths(mask), 2)
+        logps = (*sequences(hidden, head), *reference)
+        return with_values(loss_of)(PreferenceLossConfig(), logps, (chosen, rejected), beta=beta)
 
     (value, metrics), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(
         jnp.asarray(trl["hidden"]), jnp.asarray(trl["head"])
@@ -209,17 +209,16 @@ def check_preferences(trl: Record) -> None:
     batch = jnp.split(mask, 2)
 
     def loss(logprobs: jax.Array, config: PreferenceLossConfig) -> jax.Array:
-        def stats(logprobs: jax.Array) -> preference_loss.PairStats:
+        def logps(logprobs: jax.Array) -> dpo.PairLogps:
             unread = jnp.zeros_like(logprobs)
             leaves = [jnp.split(leaf, 2) for leaf in (logprobs, unread, mask, squares)]
             chosen, rejected = (TokenStats(*side) for side in zip(*leaves, strict=True))
-            return preference_loss.of_tokens(config, chosen, rejected, *batch)
+            return dpo.sum_tokens(config, chosen, rejected, *batch)
 
-        ours, theirs = stats(logprobs), stats(reference)
-        lengths = map(masking.lengths, batch)
-        pairs = Pairs(ours.chosen, ours.rejected, theirs.chosen, theirs.rejected, *lengths)
-        pairs = pairs._replace(weights=ours.weights, all_tokens=ours.all_tokens)
-        return preference_loss.preference_loss(config, pairs, beta=BETA, axes=())[0]
+        tokens = masking.lengths(batch[0]), masking.lengths(batch[1])
+        mean = dpo.tokens_per_pair(batch[0], ())
+        ref = logps(reference) if config.needs_reference else None
+        return dpo.preference_loss(config, logps(logprobs), ref, tokens, beta=BETA, axes=(), tokens_per_pair=mean)[0]
 
     @jax.jit  # one program for all of them
     def everything(logprobs: jax.Array) -> dict[str, tuple[jax.Array, jax.Array]]:

@@ -1,0 +1,333 @@
+"""Direct preference optimisation and its relatives, from top to bottom: one step on a batch of pairs.
+
+Log-probabilities of both responses under the policy and the reference, the loss on them, its metrics, and the update
+(Rafailov et al. 2023, arXiv:2305.18290). `preference_table` has the losses, `reference_cache` a reference that is
+computed once, `stages.online_dpo` pairs that the policy samples itself.
+"""
+
+import dataclasses
+import functools
+from typing import Annotated, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
+
+from rlhf_jax.config import Count, Range, check_ranges
+from rlhf_jax.core import logprobs, masking
+from rlhf_jax.core.metrics import Metric, mean, values
+from rlhf_jax.core.preference_losses import Beta, per_token
+from rlhf_jax.loading.trainable import dropout_keys, full_params
+from rlhf_jax.methods.preference_table import DIVERGENCES, OWN_OPTIONS, LossSpec, PreferenceLossConfig
+from rlhf_jax.models.head import TokenStats
+from rlhf_jax.models.policy import PolicyNetwork
+from rlhf_jax.runtime.checkpoints import TrainState
+from rlhf_jax.runtime.optimizers import OptimizerConfig, gradients, learning_rate, make_optimizer, update
+from rlhf_jax.runtime.programs import Step
+from rlhf_jax.runtime.rounding import update_key
+from rlhf_jax.sampling.batches import map_batches
+from rlhf_jax.types import AnyArray, PreferenceBatch
+
+SIGMOID = PreferenceLossConfig()
+Metrics = dict[str, Metric]
+Lengths = tuple[Int[Array, "B"], Int[Array, "B"]]
+
+
+# ---- log-probabilities of pairs -------------------------------------------------------------------------------------
+
+
+class PairLogps(NamedTuple):
+    """Log-probabilities of the responses of B pairs under one model: nats, summed over tokens, EOS included."""
+
+    chosen: AnyArray  # float32[B]
+    rejected: AnyArray  # float32[B]
+    full_chosen: AnyArray  # float32[B]: every token counts once, also with LD-DPO
+    full_rejected: AnyArray  # float32[B]
+    weights: AnyArray | None = None  # float32[B]: WPO's weights of the pairs
+
+
+def pair_logps(
+    config: PreferenceLossConfig,
+    network: PolicyNetwork,
+    params: PyTree,
+    batch: PreferenceBatch,
+    dropout_keys: Key[Array, "B"] | None = None,
+) -> PairLogps:
+    """Compute a model's log-probabilities of both responses of each pair, in one forward pass."""
+    chosen, rejected = network.pair_stats(params, batch, dropout_keys=dropout_keys)
+    return sum_tokens(config, chosen, rejected, batch.chosen_mask, batch.rejected_mask)
+
+
+def sum_tokens(
+    config: PreferenceLossConfig,
+    chosen: TokenStats,
+    rejected: TokenStats,
+    chosen_mask: Bool[Array, "B T"],
+    rejected_mask: Bool[Array, "B T"],
+) -> PairLogps:
+    """Sum the log-probabilities of tokens, with LD-DPO's weights and WPO's weights of pairs if the config has them."""
+    sides = ((chosen, chosen_mask), (rejected, rejected_mask))
+    full = counted = [logprobs.sequence_logprobs(stats.logprobs, mask) for stats, mask in sides]
+    if config.ld_alpha is not None:
+        shared, alpha = jnp.minimum(masking.lengths(chosen_mask), masking.lengths(rejected_mask)), config.ld_alpha
+        counted = [logprobs.length_desensitised(stats.logprobs, mask, shared, alpha=alpha) for stats, mask in sides]
+    weights = None
+    if config.use_weighting:
+        each = [logprobs.on_policy_weights(stats.logprobs, stats.log_sum_sq_probs, mask) for stats, mask in sides]
+        weights = each[0] * each[1]
+    return PairLogps(counted[0], counted[1], full[0], full[1], weights)
+
+
+def pair_logps_all(
+    config: PreferenceLossConfig, network: PolicyNetwork, params: PyTree, data: PreferenceBatch, batch_size: int
+) -> PairLogps:
+    """Compute `pair_logps` of any number of pairs, in NumPy."""
+    return map_batches(lambda batch: _compiled_logps(config, network, params, batch), data, batch_size)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _compiled_logps(
+    config: PreferenceLossConfig, network: PolicyNetwork, params: PyTree, batch: PreferenceBatch
+) -> PairLogps:
+    return pair_logps(config, network, params, batch)
+
+
+# ---- the reference --------------------------------------------------------------------------------------------------
+
+
+class ReferencedBatch(NamedTuple):
+    """Pairs, and their log-probabilities under the reference if these are known beforehand."""
+
+    pairs: PreferenceBatch
+    reference: PairLogps | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReferenceUpdate:
+    """TR-DPO: move the reference a share alpha of the way to the policy every so many steps."""
+
+    # Share of the way that the reference moves to the policy; 1: all of it.
+    alpha: Annotated[float, Range(above=0, at_most=1)]
+    every: Count  # steps between updates
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
+
+def sync_reference(config: ReferenceUpdate, reference: PyTree, policy: PyTree, step: Int[Array, ""]) -> PyTree:
+    r"""Update the reference's parameters to $\alpha \pi + (1 - \alpha) \pi_{ref}$ if an update is due after `step`.
+
+    Gorbatovski et al. 2024 (TR-DPO, arXiv:2404.09656): the soft update, and with alpha = 1 the hard one. The parameters
+    are the trained ones. An adapter's A and B are averaged separately: both start as the policy's, and a hard update
+    makes the two models equal; after a soft one their product is not the mean of the two products, which an adapter of
+    this rank may be unable to represent.
+    """
+    due = step % config.every == 0
+
+    def mixed(ref: Array, own: Array) -> Array:
+        mean = config.alpha * own.astype(jnp.float32) + (1 - config.alpha) * ref.astype(jnp.float32)
+        return jnp.where(due, mean.astype(ref.dtype), ref)
+
+    return jax.tree.map(mixed, reference, policy)
+
+
+# ---- loss and metrics -----------------------------------------------------------------------------------------------
+
+
+def tokens_per_pair(chosen_mask: Bool[Array, "B T"], axes: tuple[str, ...]) -> Float[Array, ""]:
+    """Mean number of chosen tokens over the pairs of a batch."""
+    return masking.mean(masking.lengths(chosen_mask).astype(jnp.float32), axes)
+
+
+def preference_loss(
+    config: PreferenceLossConfig,
+    policy: PairLogps,
+    reference: PairLogps | None,
+    tokens: Lengths,
+    *,
+    beta: Beta,
+    axes: tuple[str, ...],
+    tokens_per_pair: Float[Array, ""],
+) -> tuple[Float[Array, ""], Metrics]:
+    """Weighted sum of the chosen losses, each averaged over the pairs of the batch.
+
+    Args: reference is None if no chosen loss reads it; tokens are the lengths of the chosen and rejected responses;
+    tokens_per_pair is that of the whole batch, so that likelihoods of micro-batches accumulate to a mean over tokens.
+    Returns: the loss, and the metrics of `reward_metrics`; for several losses, each one as `loss/NAME`.
+    """
+    inputs = loss_inputs(config, policy, reference, tokens, beta, tokens_per_pair, axes)
+    losses: Metrics = {}
+    for name, spec in zip(config.losses, config.specs, strict=True):
+        each = spec.function(**{argument: inputs[argument] for argument in spec.reads})
+        losses[name] = mean(each if policy.weights is None else policy.weights * each, axes)
+    weighted = (weight * loss.value for weight, loss in zip(config.weights, losses.values(), strict=True))
+    metrics = reward_metrics(config.specs, policy, reference, tokens, beta, axes)
+    if len(losses) > 1:
+        metrics |= {f"loss/{name}": loss for name, loss in losses.items()}
+    return sum(weighted, start=jnp.float32(0)), metrics
+
+
+def pair_loss(
+    config: PreferenceLossConfig,
+    network: PolicyNetwork,
+    params: PyTree,
+    batch: ReferencedBatch,
+    dropout_keys: Key[Array, "B"] | None,
+    *,
+    beta: Beta,
+    axes: tuple[str, ...],
+    tokens_per_pair: Float[Array, ""],
+) -> tuple[Float[Array, ""], Metrics]:
+    """`preference_loss` of a policy with these parameters on pairs whose reference is known, if a loss reads it."""
+    policy = pair_logps(config, network, params, batch.pairs, dropout_keys)
+    tokens = masking.lengths(batch.pairs.chosen_mask), masking.lengths(batch.pairs.rejected_mask)
+    return preference_loss(
+        config, policy, batch.reference, tokens, beta=beta, axes=axes, tokens_per_pair=tokens_per_pair
+    )
+
+
+def loss_inputs(
+    config: PreferenceLossConfig,
+    policy: PairLogps,
+    reference: PairLogps | None,
+    tokens: Lengths,
+    beta: Beta,
+    tokens_per_pair: Float[Array, ""],
+    axes: tuple[str, ...],
+) -> dict[str, object]:
+    """Everything that losses read, by the names of `preference_table.INPUTS` and of the config's options."""
+    inputs: dict[str, object] = {name: getattr(config, name) for name in OWN_OPTIONS} | {
+        "chosen_logps": policy.chosen,
+        "rejected_logps": policy.rejected,
+        "full_chosen_logps": policy.full_chosen,
+        "full_rejected_logps": policy.full_rejected,
+        "chosen_tokens": tokens[0],
+        "rejected_tokens": tokens[1],
+        "tokens_per_pair": jnp.maximum(tokens_per_pair, 1),
+        "beta": beta,
+        "axes": axes,
+    }
+    if reference is not None:
+        transform = DIVERGENCES[config.divergence]
+        inputs |= {
+            "ref_chosen_logps": reference.chosen,
+            "ref_rejected_logps": reference.rejected,
+            "chosen_logratios": transform(policy.chosen - reference.chosen, config),
+            "rejected_logratios": transform(policy.rejected - reference.rejected, config),
+        }
+    return inputs
+
+
+def reward_metrics(
+    specs: tuple[LossSpec, ...],
+    policy: PairLogps,
+    reference: PairLogps | None,
+    tokens: Lengths,
+    beta: Beta,
+    axes: tuple[str, ...],
+) -> Metrics:
+    """Mean implicit rewards as `rewards/{chosen,rejected,margins,accuracies}`, and `logps/{chosen,rejected}`.
+
+    The reward of a response is beta log(pi / pi_ref); without a reference it is beta log pi, a token if the first loss
+    is per token. A tie counts as half right.
+    """
+    if reference is not None:
+        logratios = policy.chosen - reference.chosen, policy.rejected - reference.rejected
+    elif specs[0].per_token:
+        logratios = per_token(policy.full_chosen, tokens[0]), per_token(policy.full_rejected, tokens[1])
+    else:
+        logratios = policy.chosen, policy.rejected
+    chosen, rejected = beta * logratios[0], beta * logratios[1]
+    margins = chosen - rejected
+    return {
+        "rewards/chosen": mean(chosen, axes),
+        "rewards/rejected": mean(rejected, axes),
+        "rewards/margins": mean(margins, axes),
+        "rewards/accuracies": mean(0.5 * (1 + jnp.sign(margins)), axes),
+        "logps/chosen": mean(policy.chosen, axes),
+        "logps/rejected": mean(policy.rejected, axes),
+    }
+
+
+def evaluate(
+    config: PreferenceLossConfig, policy: PairLogps, reference: PairLogps | None, data: PreferenceBatch, beta: float
+) -> dict[str, float]:
+    """Loss and metrics on all held-out pairs at once, under `eval/`."""
+    policy, reference, data = jax.tree.map(jnp.asarray, (policy, reference, data))
+    tokens = masking.lengths(data.chosen_mask), masking.lengths(data.rejected_mask)
+    whole = tokens_per_pair(data.chosen_mask, ())
+    loss, metrics = preference_loss(config, policy, reference, tokens, beta=beta, axes=(), tokens_per_pair=whole)
+    return {"eval/loss": float(loss)} | {f"eval/{name}": float(value) for name, value in values(metrics).items()}
+
+
+# ---- the step -------------------------------------------------------------------------------------------------------
+
+
+def make_step(
+    network: PolicyNetwork,
+    config: OptimizerConfig,
+    steps: int,
+    axes: tuple[str, ...],
+    loss_config: PreferenceLossConfig = SIGMOID,
+    reference_update: ReferenceUpdate | None = None,
+) -> Step:
+    """Make the step: one update on a PreferenceBatch or a ReferencedBatch.
+
+    `frozen` holds beta and the reference, which is also an adapter's base. With `reference_update` the reference is in
+    the state's parameters instead, as a second adapter of the same base if the policy is an adapter. Beta is an array,
+    so that runs which differ in beta alone share one compiled program.
+    """
+    return _make_step(network, config, steps, axes, loss_config, reference_update, loss_config.specs)
+
+
+@functools.lru_cache  # by the specs too: a user's file may have changed since
+def _make_step(
+    network: PolicyNetwork,
+    config: OptimizerConfig,
+    steps: int,
+    axes: tuple[str, ...],
+    loss_config: PreferenceLossConfig,
+    reference_update: ReferenceUpdate | None,
+    specs: tuple[LossSpec, ...],
+) -> Step:
+    optimizer, schedule = make_optimizer(config, steps), learning_rate(config, steps)
+
+    def step(
+        state: TrainState, frozen: dict[str, PyTree], batch: PreferenceBatch | ReferencedBatch, run_key: jax.Array
+    ) -> tuple[TrainState, dict[str, Array], tuple]:
+        rows = batch if isinstance(batch, ReferencedBatch) else ReferencedBatch(batch, None)
+        whole_batch = tokens_per_pair(rows.pairs.chosen_mask, axes)
+        keys = dropout_keys(network, run_key, state.step, len(rows.pairs.prompt), axes)
+
+        def loss_fn(params: PyTree, given: tuple) -> tuple[Float[Array, ""], Metrics]:
+            rows, keys = given
+            if rows.reference is None and loss_config.needs_reference:
+                rows = rows._replace(reference=pair_logps(loss_config, network, reference_params(), rows.pairs))
+            policy = full_params(network, params["policy"], frozen, "reference")
+            return pair_loss(
+                loss_config, network, policy, rows, keys, beta=frozen["beta"], axes=axes, tokens_per_pair=whole_batch
+            )
+
+        def reference_params() -> PyTree:
+            if reference_update is None:
+                return frozen["reference"]
+            return full_params(network, state.params["reference"], frozen, "reference")
+
+        trained = {"policy": state.params["policy"]}
+        loss, metrics, grads = gradients(
+            config, loss_fn, trained, (rows, keys), lambda given: masking.rows(given[0].pairs.prompt, axes), axes
+        )
+        key = update_key(run_key, state.step)
+        params, opt_state, norms = update(optimizer, grads, trained, state.opt_state, axes, key=key)
+        if reference_update:
+            reference = sync_reference(reference_update, state.params["reference"], params["policy"], state.step + 1)
+            params = {**params, "reference": reference}
+        logged = values(metrics) | {
+            "loss": loss,
+            **norms,
+            "learning_rate": jnp.asarray(schedule(state.step)),
+            "num_tokens": masking.count(rows.pairs.chosen_mask, axes) + masking.count(rows.pairs.rejected_mask, axes),
+        }
+        return TrainState(state.step + 1, params, opt_state), logged, ()
+
+    return step

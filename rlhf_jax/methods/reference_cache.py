@@ -1,0 +1,69 @@
+"""Log-probabilities of pairs under a fixed reference: computed once and kept on disk for later runs."""
+
+import dataclasses
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
+from rlhf_jax.data.fetch import data_dir
+from rlhf_jax.methods.dpo import PairLogps, pair_logps_all
+from rlhf_jax.methods.preference_table import PreferenceLossConfig
+from rlhf_jax.models.policy import PolicyNetwork
+from rlhf_jax.types import PreferenceBatch, RlhfError
+
+
+def precomputed_ref_logps(
+    config: PreferenceLossConfig, network: PolicyNetwork, params: PyTree, data: PreferenceBatch, batch_size: int
+) -> PairLogps:
+    """Read the reference's log-probabilities of all pairs from disk, after computing them if they are not there.
+
+    Raises RlhfError if the file cannot be written or read.
+    """
+    path = cache_path(config, network, params, data)
+    computed = None if path.exists() else pair_logps_all(config, network, params, data, batch_size)
+    try:
+        if computed is not None:
+            _write(path, computed)
+        chosen, rejected, full_chosen, full_rejected = np.load(path)
+    except (OSError, ValueError) as error:
+        raise RlhfError(
+            f"{path} cannot be written or read ({error}): remove it or make room, set RLHF_JAX_DATA to another "
+            "directory, or set cached_reference = False"
+        ) from error
+    return PairLogps(chosen, rejected, full_chosen, full_rejected)
+
+
+def cache_path(config: PreferenceLossConfig, network: PolicyNetwork, params: PyTree, data: PreferenceBatch) -> Path:
+    """Name the file by a hash of everything that the log-probabilities depend on.
+
+    These are the network, its parameters, LD-DPO's alpha, and the tokens of every pair, which depend on the rows, the
+    tokenizer, its template and the length limits.
+    """
+    digest = hashlib.sha256(
+        repr((PairLogps._fields, dataclasses.replace(network, lora=None), config.ld_alpha)).encode()
+    )
+    for path, leaf in jax.tree_util.tree_leaves_with_path({"params": params, "data": data}):
+        array = np.asarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return data_dir() / "reference_logprobs" / f"{digest.hexdigest()[:32]}.npy"
+
+
+def _write(path: Path, logps: PairLogps) -> None:
+    """Write the whole file or nothing, also if several processes write it at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(prefix=".partial-", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            np.save(file, np.stack([logps.chosen, logps.rejected, logps.full_chosen, logps.full_rejected]))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise

@@ -1,1 +1,1 @@
-"""Data: fetching, TFDS builders, tables of text, and batches of tokens."""
+"""Data: downloads, TFDS builders, tables of text, and batches of tokens."""

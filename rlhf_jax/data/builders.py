@@ -1,6 +1,6 @@
-"""The TFDS data set of movie reviews with people's ratings, and reading any TFDS data set without TensorFlow.
+"""TFDS builder for movie reviews with human ratings, and a TensorFlow-free reader for any TFDS data set.
 
-Importing this module imports TFDS (half a second): other modules import it where they need it.
+Importing TFDS takes half a second, so other modules import this one lazily.
 """
 
 import contextlib
@@ -44,16 +44,16 @@ _CITATION = """\
 
 
 class MovieReviews(tfds.core.GeneratorBasedBuilder):
-    """Snippets of movie reviews with every rater's rating (-4..4); see `clean` for what is done to the text.
+    """Movie-review snippets with the ratings (-4..4) of all raters; `clean` describes the text normalisation.
 
-    Features: `id`, 1 to 10605 as in the source; `text`; `rating`, the mean; `ratings`, one integer a rater. Splits:
-    `split_of` the id. Two texts stand in the source twice, under two ids each. Within a split TFDS orders the rows by
-    a hash, the same everywhere.
+    Features: `id`, 1 to 10605 as in the source; `text`; `rating`, the mean; `ratings`, one integer per rater. Splits
+    are determined by the id (`split_of`). Two texts occur twice in the source, under different ids. TFDS orders the
+    rows of a split by a hash, identically on every machine.
     """
 
     VERSION = tfds.core.Version(fetch.MOVIE_REVIEWS_VERSION)
     MANUAL_DOWNLOAD_INSTRUCTIONS = f"Run `rlhf-jax fetch movie_reviews`; it needs {' and '.join(RAW_FILES)}."
-    code_path = None  # TFDS 4.9.10 looks for it with importlib_resources, which it no longer brings along
+    code_path = None  # TFDS 4.9.10 determines it with importlib_resources, which it no longer installs
 
     def _info(self) -> tfds.core.DatasetInfo:
         features = tfds.features.FeaturesDict(
@@ -82,21 +82,18 @@ class MovieReviews(tfds.core.GeneratorBasedBuilder):
 
 
 def split_of(snippet: int) -> str:
-    """The split of a snippet: 80 % train, 10 % validation, 10 % test, by the SHA-256 of its id in decimal.
-
-    Not drawn at random, so that the splits stay the same whatever else changes.
-    """
+    """Split of a snippet (80 % train, 10 % validation, 10 % test), determined by the SHA-256 of its decimal id."""
     bucket = int.from_bytes(hashlib.sha256(str(snippet).encode()).digest()) % 10
     return {8: "validation", 9: "test"}.get(bucket, "train")
 
 
 def clean(text: str) -> str:
-    """Mends what the collection of the data did to the text, and changes no word.
+    """Undo artefacts of the data collection; no word is changed.
 
-    HTML entities become characters (`&amp;`). Backticks and the typographic apostrophe become single quotes, and two of
-    those a double one. The source has lost its hyphens: each became a space. Three or four spaces in a row
-    were a dash between spaces and become ` - ` again, as does the en dash; two spaces may have been a hyphen or a dash
-    and become one, and one space may have been a hyphen ("co writer") and stays.
+    HTML entities (`&amp;`) are decoded. Backticks and typographic apostrophes become single quotes, and two single
+    quotes a double quote. In the source, every hyphen was replaced by a space: three or more spaces were a dash between
+    spaces and become ` - ` (as does the en dash), two spaces are ambiguous and become one, and a single space that was
+    a hyphen ("co writer") cannot be recognised and stays.
     """
     text = html.unescape(text).replace("`", "'").replace("\u2019", "'").replace("''", '"').replace("\u2013", "-")
     text = re.sub(" {3,}", " - ", text)
@@ -104,26 +101,26 @@ def clean(text: str) -> str:
 
 
 def prepare_movie_reviews(raw: Path, directory: Path) -> Path:
-    """Builds the ArrayRecord files from the two raw files, silently, below `directory`; returns the data set's own.
+    """Build the ArrayRecord files from the two raw files below `directory`, silently; return the data set's directory.
 
-    Raises: OSError if they cannot be written.
+    Raises: OSError if the files cannot be written.
     """
     builder = MovieReviews(data_dir=directory, file_format="array_record")
     config = tfds.download.DownloadConfig(manual_dir=raw, try_download_gcs=False)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         try:
             builder.download_and_prepare(download_dir=directory / "downloads", download_config=config)
-        except RuntimeError as error:  # so ArrayRecord's writer reports a full disk
+        except RuntimeError as error:  # raised by ArrayRecord's writer on a full disk
             raise OSError(str(error).partition("\n")[0]) from error
     return Path(builder.data_dir)
 
 
 def load_split(name: str, split: str) -> list[dict[str, Any]]:
-    """Reads a split of a TFDS data set through its data source: every row as plain Python values.
+    """Read a split of a TFDS data set through its data source, every row as plain Python values.
 
-    Args: `name` is `movie_reviews`, or `NAME[/CONFIG][:VERSION]` of one prepared in TFDS's own directory; `split` may
+    Args: name is `movie_reviews`, or `NAME[/CONFIG][:VERSION]` of a data set prepared in TFDS's directory; split may
         be a slice (`train[:10%]`).
-    Raises: RlhfError if the data set or the split is not there, or cannot be read.
+    Raises: RlhfError if the data set or split does not exist or cannot be read.
     """
     builder = _builder(name)
     try:
@@ -131,21 +128,21 @@ def load_split(name: str, split: str) -> list[dict[str, Any]]:
         return [_plain(row) for row in source.__getitems__(range(len(source)))]
     except NotImplementedError as error:
         raise RlhfError(
-            f"tfds:{name} is prepared as {builder.info.file_format.value}, which needs TensorFlow to be read: "
-            "prepare it anew with file_format='array_record'"
+            f"tfds:{name} is stored as {builder.info.file_format.value}, which only TensorFlow can read: prepare it "
+            "again with file_format='array_record'"
         ) from error
-    except ValueError as error:  # TFDS names the splits there are
+    except ValueError as error:  # TFDS's message lists the splits
         raise RlhfError(f"tfds:{name}/{split} cannot be read: {_first_line(error)}") from error
     except (OSError, RuntimeError, IndexError) as error:
         raise RlhfError(
-            f"tfds:{name}/{split} is damaged ({_first_line(error)}): remove {builder.data_dir} and make it again"
+            f"tfds:{name}/{split} is damaged ({_first_line(error)}): remove {builder.data_dir} and prepare it again"
         ) from error
 
 
 def full_name(name: str) -> str:
-    """Name, configuration and version (`movie_reviews/1.0.0`) of a TFDS data set that is here.
+    """Name, configuration and version (`movie_reviews/1.0.0`) of a prepared TFDS data set.
 
-    Raises: RlhfError if it is not.
+    Raises: RlhfError if it has not been prepared.
     """
     return _builder(name).info.full_name
 
@@ -157,15 +154,15 @@ def _builder(name: str) -> tfds.core.DatasetBuilder:
         return read_only_builder.builder_from_files(name)
     except ValueError as error:
         raise RlhfError(
-            f"tfds:{name} is not here: prepare it in TFDS_DATA_DIR or ~/tensorflow_datasets with "
+            f"tfds:{name} has not been prepared: create it in TFDS_DATA_DIR or ~/tensorflow_datasets with "
             f"tfds.builder({name!r}, file_format='array_record').download_and_prepare()"
         ) from error
 
 
 def _fetched_builder(name: str) -> tfds.core.DatasetBuilder:
-    here = fetch.place(name)
+    here = fetch.location(name)
     if not here.is_dir():
-        raise RlhfError(f"{name} is not here: run `rlhf-jax fetch {name}`")
+        raise RlhfError(f"{name} has not been fetched: run `rlhf-jax fetch {name}`")
     try:
         return tfds.builder_from_directory(here)
     except (ValueError, OSError) as error:
@@ -173,7 +170,7 @@ def _fetched_builder(name: str) -> tfds.core.DatasetBuilder:
 
 
 def _read_raw(directory: Path) -> Iterator[dict[str, Any]]:
-    """The snippets in the order of the source, whose two files list the same ids. Both are UTF-8."""
+    """Yield the snippets in the order of the source, whose two UTF-8 files list the same ids."""
     truth, raters = (_table(directory / filename) for filename in RAW_FILES)
     for (snippet, mean, text), (rated, _, _, ratings) in zip(truth, raters, strict=True):
         if snippet != rated:
@@ -186,7 +183,7 @@ def _table(path: Path) -> list[list[str]]:
 
 
 def _plain(value: Any) -> Any:
-    """Numpy's values as Python's, and bytes, which is how TFDS stores text, as str."""
+    """Convert NumPy values to Python values, and bytes, the form in which TFDS stores text, to str."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

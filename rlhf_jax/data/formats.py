@@ -1,7 +1,7 @@
-"""Tables of text or chat in TRL's column conventions, read from the files and directories people keep them in.
+"""Tables of texts or chats in TRL's column conventions, read from files and directories.
 
-A table is a list of rows, a row a dict from column to value. Errors count rows from 1, without a CSV's header. A value
-is a text, or a chat: a list of messages, each with `role` and `content`.
+A table is a list of rows, and a row a dict from column to value. Error messages count rows from 1, without a CSV's
+header. A value is a text, or a chat: a list of messages with `role` and `content`.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ Kind = Literal[
     "preference", "implicit_prompt_preference", "unpaired", "prompt_completion", "messages", "text", "ranked", "prompt"
 ]
 
-# In this order, because a table may have more columns than its kind needs.
+# The first match counts: a table may have more columns than its kind needs.
 KINDS: dict[Kind, tuple[str, ...]] = {
     "preference": ("prompt", "chosen", "rejected"),
     "implicit_prompt_preference": ("chosen", "rejected"),
@@ -34,17 +34,17 @@ KINDS: dict[Kind, tuple[str, ...]] = {
 }
 
 _TFDS = "tfds:"
-_TURN = "\n\nAssistant:"  # Anthropic's HH-RLHF, the best known table of implicit prompts
+_TURN = "\n\nAssistant:"  # as in Anthropic's HH-RLHF, the best-known data set with implicit prompts
 
 
 def read_table(source: str) -> list[Row]:
-    """Reads every row and column of a table.
+    """Read every row and column of a table.
 
     Sources: `tfds:NAME/SPLIT`; a `.jsonl`, `.jsonl.gz`, `.jsonl.xz`, `.json` (a list of objects), `.parquet` or `.csv`
-    file in UTF-8 (a CSV's values are all strings); a directory written by Hugging Face's `save_to_disk`, or one of
-    Parquet files, where `DIR/train` also means the files `DIR/train-00000-of-00002.parquet` and so on.
+    file in UTF-8 (all CSV values are strings); a directory written by Hugging Face's `save_to_disk` or containing
+    Parquet files. `DIR/train` also stands for the shards `DIR/train-00000-of-00002.parquet` and so on.
 
-    Raises: RlhfError, with file and row, if the source is missing, unreadable, cut short, ragged or empty.
+    Raises: RlhfError, with file and row, if the source is missing, unreadable, truncated, ragged or empty.
     """
     if source.startswith(_TFDS):
         rows = _read_tfds(source)
@@ -52,20 +52,20 @@ def read_table(source: str) -> list[Row]:
         with _readable(source):
             rows = [row for file in _files(Path(source)) for row in read_file(file)]
     if not rows:
-        raise RlhfError(f"{source} holds no rows: give a table with at least one")
+        raise RlhfError(f"{source} has no rows: give a table with at least one")
     return rows
 
 
 def file_hash(source: str) -> str:
-    """SHA-256 in hex of what `read_table` would read, so that a changed input is noticed.
+    """SHA-256 in hex of a source's content, to detect changed inputs.
 
-    A file's bytes; a directory's file names and bytes in the order of reading; a TFDS data set's name, version and
-    split.
+    It covers a file's bytes, a directory's file names and bytes in reading order, or the name, version and split of a
+    TFDS data set.
 
     Raises: RlhfError if the source is missing or cannot be read.
     """
     if source.startswith(_TFDS):
-        # Imported here: TFDS takes half a second, which a JSONL file need not wait for.
+        # Imported here: TFDS takes half a second, which other sources do not need.
         from rlhf_jax.data import builders
 
         name, split = _tfds_name(source)
@@ -78,7 +78,7 @@ def file_hash(source: str) -> str:
 
 
 def kind_of(rows: Sequence[Row], source: str = "the table") -> Kind:
-    """Which of TRL's conventions a table follows, by the columns of its first row.
+    """Determine which of TRL's column conventions a table follows, from its first row.
 
     Raises: RlhfError if it follows none.
     """
@@ -87,9 +87,7 @@ def kind_of(rows: Sequence[Row], source: str = "the table") -> Kind:
         if columns >= set(needed):
             return kind
     known = "; ".join(", ".join(needed) for needed in KINDS.values())
-    raise RlhfError(
-        f"{source} has the columns {', '.join(columns)}, of which nothing can be learned: name them {known}"
-    )
+    raise RlhfError(f"{source} has the columns {', '.join(columns)}, which match no known format: name them {known}")
 
 
 def require_columns(rows: Sequence[Row], columns: Iterable[str], source: str) -> None:
@@ -101,11 +99,11 @@ def require_columns(rows: Sequence[Row], columns: Iterable[str], source: str) ->
 
 
 def checked_rows(rows: Sequence[Row], columns: Iterable[str], source: str) -> list[Row]:
-    """Rows whose `columns` all hold texts (perhaps empty), or all hold chats, as the first row's do.
+    """Check that `columns` contain only texts (possibly empty) or only chats, as in the first row, and return the rows.
 
-    Keys of messages that are null, as Parquet and Arrow write those that only other messages have, are left out.
+    Null keys of messages are dropped: Parquet and Arrow write them for keys that only other messages have.
 
-    Raises: RlhfError, naming row and column, if a value is missing or is neither.
+    Raises: RlhfError, naming row and column, if a value is missing or of another type.
     """
     columns = tuple(columns)
     require_columns(rows, columns, source)
@@ -114,7 +112,7 @@ def checked_rows(rows: Sequence[Row], columns: Iterable[str], source: str) -> li
 
 
 def checked_row(row: Row, columns: Iterable[str], where: str) -> Row:
-    """One row as `checked_rows` gives it, whatever its neighbours are. Raises RlhfError that begins with `where`."""
+    """Check one row as `checked_rows` does. Raises RlhfError with a message that starts with `where`."""
     columns = tuple(columns)
     for column in columns:
         if column not in row:
@@ -123,19 +121,19 @@ def checked_row(row: Row, columns: Iterable[str], where: str) -> Row:
 
 
 def preference_rows(rows: Sequence[Row], source: str) -> list[Row]:
-    """Checked rows with `prompt`, `chosen` and `rejected`, and other columns as they are.
+    """Check preference rows; return them with `prompt`, `chosen`, `rejected` and all other columns.
 
-    An implicit prompt is taken out of the two answers. Of chats it is the messages that both begin with, up to the last
-    after which the assistant answers in both. Of texts it is what both begin with, cut after the last shared
-    "Assistant:" turn of HH-RLHF, else before the last shared word boundary, so that answers keep their leading space.
-    TRL's `extract_prompt` cuts at the first differing character, which can be inside a word.
+    An implicit prompt is the common beginning of both answers. In chats it consists of the shared messages up to the
+    last one that the assistant answers in both. In texts it ends after the last shared "Assistant:" turn of HH-RLHF,
+    or else before the last shared word boundary, so that answers keep their leading space. (TRL's `extract_prompt`
+    cuts at the first differing character, which can be inside a word.)
 
-    Raises: RlhfError, naming the row, if a value is neither text nor chat, an answer is empty, or chats begin
-        differently.
+    Raises: RlhfError, naming the row, if a value is neither text nor chat, an answer is empty, or two chats have no
+        common beginning.
     """
     kind = kind_of(rows, source)
     if kind not in ("preference", "implicit_prompt_preference"):
-        raise RlhfError(f"{source} is no preference data: it needs the columns chosen and rejected (and prompt)")
+        raise RlhfError(f"{source} is not preference data: it needs the columns chosen and rejected (and prompt)")
     checked = checked_rows(rows, KINDS[kind], source)
     for number, row in enumerate(checked, start=1):
         for column in ("chosen", "rejected"):
@@ -150,9 +148,10 @@ def preference_rows(rows: Sequence[Row], source: str) -> list[Row]:
 
 
 def unpaired_rows(rows: Sequence[Row], source: str) -> list[Row]:
-    """Checked rows with `prompt`, `completion` and `label`, which becomes a bool, and other columns as they are.
+    """Check unpaired rows; return them with `prompt`, `completion`, a boolean `label` and all other columns.
 
-    Raises: RlhfError, naming the row, if a value is neither text nor chat, a completion is empty, or a label is none.
+    Raises: RlhfError, naming the row, if a value is neither text nor chat, a completion is empty, or a label is
+        invalid.
     """
     checked = checked_rows(rows, ("prompt", "completion"), source)
     require_columns(rows, ["label"], source)
@@ -165,31 +164,31 @@ def unpaired_rows(rows: Sequence[Row], source: str) -> list[Row]:
 
 
 def ranked_rows(rows: Sequence[Row], source: str) -> list[Row]:
-    """Checked rows with `prompt`, `completions` (at least two, the best first) and `scores`, in the order of scores.
+    """Check ranked rows; return them with `prompt`, `completions` (two or more) and `scores`, sorted by score.
 
-    Where a table has scores they decide, equal ones being ties; without them `scores` are the places, counted down.
+    Equal scores are ties. A table without scores lists the best completion first and gets descending ranks as scores.
 
-    Raises: RlhfError, naming the row, if completions are no list of texts or chats, or scores not a number for each.
+    Raises: RlhfError, naming the row, if completions are not a list of texts or chats, or scores not one number each.
     """
     require_columns(rows, KINDS["ranked"], source)
-    found = []
+    ranked_rows = []
     for number, row in enumerate(rows, start=1):
         where, completions = f"{source}, row {number}", row["completions"]
         if not isinstance(completions, list) or len(completions) < 2:
-            raise RlhfError(f"{where}, column completions is no list of at least two answers: give one, the best first")
+            raise RlhfError(f"{where}, column completions must be a list of at least two answers, best first")
         scores = row.get("scores", [*range(len(completions) - 1, -1, -1)])
         if not isinstance(scores, list) or len(scores) != len(completions) or not all(map(_is_number, scores)):
             raise RlhfError(f"{where}, column scores does not give a number for each of {len(completions)} completions")
         chat = isinstance(rows[0]["prompt"], list)
-        named = {f"completions[{place}]": completion for place, completion in enumerate(completions)}
-        checked = _checked({"prompt": row["prompt"], **named}, ("prompt", *named), chat, where)
-        order = sorted(range(len(scores)), key=lambda place: -scores[place])
+        columns = {f"completions[{i}]": completion for i, completion in enumerate(completions)}
+        checked = _checked({"prompt": row["prompt"], **columns}, ("prompt", *columns), chat, where)
+        order = sorted(range(len(scores)), key=lambda i: -scores[i])
         ranked = {
-            "completions": [checked[f"completions[{place}]"] for place in order],
-            "scores": [float(scores[place]) for place in order],
+            "completions": [checked[f"completions[{i}]"] for i in order],
+            "scores": [float(scores[i]) for i in order],
         }
-        found.append(row | {"prompt": checked["prompt"]} | ranked)
-    return found
+        ranked_rows.append(row | {"prompt": checked["prompt"]} | ranked)
+    return ranked_rows
 
 
 def _is_number(value: Any) -> bool:
@@ -197,7 +196,7 @@ def _is_number(value: Any) -> bool:
 
 
 def is_blank(value: str | list) -> bool:
-    """Whether a text has nothing but spaces, or a chat no message."""
+    """Return whether a text is empty or whitespace, or a chat has no messages."""
     return not (value.strip() if isinstance(value, str) else value)
 
 
@@ -207,22 +206,22 @@ def _with_prompt(chosen: Any, rejected: Any, where: str) -> dict[str, Any]:
 
 
 def _shared_messages(chosen: list, rejected: list, where: str) -> int:
-    """The number of messages both begin with, such that the assistant answers them in both."""
+    """Length of the longest common beginning of two chats that the assistant answers in both."""
     pairs = enumerate(zip(chosen, rejected, strict=False))
-    shared = next((place for place, (one, other) in pairs if one != other), min(len(chosen), len(rejected)))
+    shared = next((i for i, (a, b) in pairs if a != b), min(len(chosen), len(rejected)))
     for end in range(shared, 0, -1):
         if all(len(chat) > end and chat[end]["role"] == "assistant" for chat in (chosen, rejected)):
             return end
     raise RlhfError(
-        f"{where}: chosen and rejected begin with no message in common that the assistant answers in both: give the "
-        "shared messages in a column prompt, or remove the row"
+        f"{where}: chosen and rejected share no initial messages that the assistant answers in both: give the shared "
+        "messages in a column prompt, or remove the row"
     )
 
 
 def _prompt_end(chosen: str, rejected: str) -> int:
-    """The length of the prompt that both begin with, such that neither answer is blank."""
+    """Length of the common prompt of two texts, such that neither answer is blank; 0 if there is none."""
     pairs = enumerate(zip(chosen, rejected, strict=False))
-    shared = next((place for place, (one, other) in pairs if one != other), min(len(chosen), len(rejected)))
+    shared = next((i for i, (a, b) in pairs if a != b), min(len(chosen), len(rejected)))
     turn = chosen.rfind(_TURN, 0, shared)
     turns = [turn + len(_TURN)] if turn >= 0 else []
     gaps = [gap.start() for gap in re.finditer(r"(?<!\s)\s", chosen[: shared + 1])]
@@ -232,7 +231,7 @@ def _prompt_end(chosen: str, rejected: str) -> int:
 
 
 def _label(value: Any, where: str) -> bool:
-    # As JSON, Parquet or NumPy have it, and as a CSV file writes it.
+    # A bool or number from JSON, Parquet or NumPy, or a string from CSV.
     known = {"true": True, "1": True, "false": False, "0": False}
     if str(value).lower() not in known:
         raise RlhfError(f"{where}, column label is {value!r}: give true for a good completion, false for a bad one")
@@ -246,18 +245,16 @@ def _checked(row: Row, columns: tuple[str, ...], chat: bool, where: str) -> Row:
 
 def _checked_text(value: Any, where: str) -> str:
     if not isinstance(value, str):
-        hint = ", as elsewhere; or lists of messages everywhere, in no column prompt if answers begin with it"
+        hint = " as in the first column, or chats in every column (without a column prompt if the answers include it)"
         raise RlhfError(f"{where} is {_kind(value)}, not text: give a string{hint if isinstance(value, list) else ''}")
     if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
-        raise RlhfError(f"{where} holds half of a surrogate pair, which is no character: write the text anew in UTF-8")
+        raise RlhfError(f"{where} contains a lone surrogate, which is not a character: write the text again in UTF-8")
     return value
 
 
 def _checked_chat(value: Any, where: str) -> list[Row]:
     if not isinstance(value, list):
-        raise RlhfError(
-            f"{where} is {_kind(value)}, where others are lists of messages: give lists of messages everywhere"
-        )
+        raise RlhfError(f"{where} is {_kind(value)}, but others are chats: give a list of messages in every row")
     chat = []
     for number, message in enumerate(value, start=1):
         place = f"{where}, message {number}"
@@ -290,19 +287,19 @@ def _readable(source: str) -> Iterator[None]:
 def _tfds_name(source: str) -> tuple[str, str]:
     name, _, split = source.removeprefix(_TFDS).rpartition("/")
     if not name or not split:
-        raise RlhfError(f"{source} names no split: write {_TFDS}NAME/SPLIT, as in {_TFDS}movie_reviews/train")
+        raise RlhfError(f"{source} has no split: write {_TFDS}NAME/SPLIT, as in {_TFDS}movie_reviews/train")
     return name, split
 
 
 def _read_tfds(source: str) -> list[Row]:
-    # Imported here: TFDS takes half a second, which a JSONL file need not wait for.
+    # Imported here: TFDS takes half a second, which other sources do not need.
     from rlhf_jax.data import builders
 
     return builders.load_split(*_tfds_name(source))
 
 
 def _files(path: Path) -> list[Path]:
-    """The files that a path stands for, in the order of reading."""
+    """Resolve a path to the files to read, in order."""
     if (path / "state.json").is_file():
         return _saved_files(path)
     if path.is_dir():
@@ -320,22 +317,22 @@ def _saved_files(directory: Path) -> list[Path]:
         names = [entry["filename"] for entry in state["_data_files"]]
     except (ValueError, KeyError, TypeError) as error:
         raise RlhfError(f"{state_file} is damaged: save the data set again with save_to_disk") from error
-    if state.get("_indices_data_files"):  # of datasets 1.x: a selection of rows that the Arrow files do not show
-        raise RlhfError(f"{directory} was saved by an old version of datasets: load and save it again with a new one")
+    if state.get("_indices_data_files"):  # datasets 1.x: a selection of rows, stored beside the Arrow files
+        raise RlhfError(f"{directory} was saved by an old version of datasets: load and save it with a newer version")
     return [directory / name for name in names]
 
 
 def _parquet_files(directory: Path) -> list[Path]:
     if splits := sorted(file.parent.name for file in directory.glob("*/state.json")):
-        raise RlhfError(f"{directory} holds the splits {', '.join(splits)}: name one, as in {directory / splits[0]}")
+        raise RlhfError(f"{directory} has the splits {', '.join(splits)}: choose one, as in {directory / splits[0]}")
     files = sorted(directory.glob("*.parquet")) or sorted(directory.glob("data/*.parquet"))
     if not files:
-        raise RlhfError(f"{directory} holds neither a data set of save_to_disk nor Parquet files: name a file")
+        raise RlhfError(f"{directory} has neither a save_to_disk data set nor Parquet files: name a file")
     tables = sorted({re.sub(r"\d+", "0", file.stem) for file in files})
-    if len(tables) > 1:  # train and test, most likely, which must not be mixed
+    if len(tables) > 1:  # probably train and test, which must not be mixed
         raise RlhfError(
-            f"{directory} holds Parquet files of different tables ({', '.join(tables)}): name one file, or a split as "
-            f"in {files[0].parent / 'train'}"
+            f"{directory} has Parquet files of different tables ({', '.join(tables)}): name one file, or a split as in "
+            f"{files[0].parent / 'train'}"
         )
     return files
 

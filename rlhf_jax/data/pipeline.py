@@ -1,4 +1,4 @@
-"""From rows of text to padded arrays of tokens, and from those to shuffled batches that any step can be asked for."""
+"""Tokenise rows of text into padded arrays, and draw shuffled batches from them as a function of the step."""
 
 import dataclasses
 import functools
@@ -20,28 +20,29 @@ from rlhf_jax.types import PreferenceBatch, RlhfError, TokenBatch, UnpairedBatch
 Batch = TypeVar("Batch", bound=tuple)
 Row = dict[str, Any]
 Content: TypeAlias = Any
-"""A text, or a chat (`Messages`), of which the tokenizer's template makes one; None for no prompt."""
+"""A text, a chat (`Messages`), or None for no prompt."""
 
 logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Where the splits are, and how long prompts and responses may be.
+    """Sources of the splits, and maximum lengths of prompts and responses.
 
-    A source is a file, a Hugging Face dataset directory, or `tfds:NAME/SPLIT`. Nothing is chosen on `test`; None takes
-    `eval` in its place. Rows of plain `text` become prompts by their first `text_prompt_tokens` (least, most) tokens.
-    SFT learns the completion (of `messages`, the assistant's last), or all that the assistant says in a chat.
+    A source is a file, a Hugging Face dataset directory, or `tfds:NAME/SPLIT`. `test` is never used for selection; if
+    it is None, `eval` takes its place. Plain `text` rows become prompts by truncation to a length in
+    `text_prompt_tokens` (least, most). SFT trains on the completion (for `messages`, the assistant's last message), or
+    with loss_on = "assistant" on all messages of the assistant.
     """
 
     train: str  # source of the training split: a file, a dataset directory, or tfds:NAME/SPLIT
-    eval: str  # source of the validation split, for evaluations during training and for choices
-    test: str | None  # source of the test split, on which nothing is chosen; None: eval
+    eval: str  # source of the validation split, for evaluation during training and model selection
+    test: str | None  # source of the test split, never used for selection; None: eval
     limit: Count | None  # use only the first rows of each split; None: all
-    text_prompt_tokens: tuple[Count, Count]  # fewest and most tokens of a row of plain `text` that become its prompt
-    max_prompt_tokens: Count  # longest prompt, BOS included; longer ones lose their beginning
-    max_response_tokens: Count  # longest response, EOS included; longer ones are cut
-    # What SFT learns of a chat: the last answer, or every turn of the assistant.
+    text_prompt_tokens: tuple[Count, Count]  # range of prompt lengths for rows of plain `text`
+    max_prompt_tokens: Count  # longest prompt, including BOS; longer ones are truncated on the left
+    max_response_tokens: Count  # longest response, including EOS; longer ones are truncated
+    # Tokens of a chat that SFT trains on: the last answer, or every turn of the assistant.
     loss_on: Literal["completion", "assistant"] = "completion"
 
     def __post_init__(self) -> None:
@@ -56,7 +57,7 @@ class DataConfig:
             )
 
     def source(self, split: str) -> str:
-        """Where a split ("train", "eval" or "test") is read from."""
+        """Source of a split ("train", "eval" or "test")."""
         return {"train": self.train, "eval": self.eval, "test": self.test or self.eval}[split]
 
 
@@ -68,17 +69,17 @@ class Prompts(NamedTuple):
 
 
 class Example(NamedTuple):
-    """One tokenised row: the prompt, with BOS where the model has one, and the response with EOS unless cut off."""
+    """Tokens of one row: the prompt, with BOS if the tokenizer adds one, and the response, with EOS unless cut off."""
 
     prompt: list[int]
     response: list[int]
 
 
 def load_rows(config: DataConfig, split: str) -> list[Row]:
-    """The rows of a split. Preference rows come out as `prompt, chosen, rejected`, other columns kept.
+    """Load and check the rows of a split. Preference rows get the columns `prompt, chosen, rejected`; others are kept.
 
-    Raises RlhfError naming file and row where a value is missing or is neither text nor chat, and where all preference
-    rows have the same answer on both sides.
+    Raises RlhfError, naming file and row, if a value is missing or neither text nor chat, or if chosen and rejected
+    are equal in every preference row.
     """
     source = config.source(split)
     rows = _table(source, formats.file_hash(source))[: config.limit]
@@ -87,7 +88,7 @@ def load_rows(config: DataConfig, split: str) -> list[Row]:
         pairs = formats.preference_rows(rows, source)
         if all(row["chosen"] == row["rejected"] for row in pairs):
             raise RlhfError(
-                f"{source}: chosen and rejected are the same in every row, which prefers nothing: check them"
+                f"{source}: chosen and rejected are identical in every row, so there is no preference: check the data"
             )
         return pairs
     if kind in ("unpaired", "ranked"):
@@ -96,9 +97,9 @@ def load_rows(config: DataConfig, split: str) -> list[Row]:
 
 
 def training_texts(rows: list[Row]) -> list[str]:
-    """Every text a tokenizer is trained on: whole texts, or prompts with their (chosen) completions.
+    """Texts for training a tokenizer: plain texts, or prompts with their (chosen) completions.
 
-    Raises: RlhfError for chats, which only a checkpoint's tokenizer has a template for.
+    Raises: RlhfError for chats, which need the chat template of a checkpoint's tokenizer.
     """
     prompts, completions = demonstration_pairs(rows)
     if _is_chat(completions):
@@ -107,18 +108,18 @@ def training_texts(rows: list[Row]) -> list[str]:
 
 
 def demonstrations(rows: list[Row], tokenizer: Tokenizer, config: DataConfig) -> TokenBatch:
-    """Sequences for SFT, right-padded: the loss is on completions, or on all of a row of plain text.
+    """Right-padded sequences for SFT; the loss is on completions, or on all tokens of a plain text.
 
-    With `loss_on = "assistant"` it is on all that the assistant says in a chat. Unknown words are read but not learnt,
-    for a policy never emits them. Cut-off responses have no EOS.
+    With `loss_on = "assistant"` the loss is on all messages of the assistant. Unknown words have no loss, because a
+    policy never emits them. Truncated responses have no EOS.
 
-    Raises: RlhfError, naming the row, where a chat has nothing to learn or its template cannot say what the assistant
-        wrote; where plain texts should have an assistant.
+    Raises: RlhfError, naming the row, if a chat has no message of the assistant or the template cannot mark them, or
+        if loss_on = "assistant" and the rows are not chats.
     """
     prompts, completions = demonstration_pairs(rows)
     if config.loss_on == "assistant":
         if not _is_chat(completions):
-            raise RlhfError("data.loss_on = 'assistant' needs chats, and the rows are texts: set it to 'completion'")
+            raise RlhfError("data.loss_on = 'assistant' needs chats, but the rows are texts: set it to 'completion'")
         sequences, trained = _assistant_turns(prompts, completions, tokenizer, config)
     else:
         examples = tokenise(prompts, completions, tokenizer, config)
@@ -134,37 +135,37 @@ def demonstrations(rows: list[Row], tokenizer: Tokenizer, config: DataConfig) ->
 
 
 def prompts(rows: list[Row], tokenizer: Tokenizer, config: DataConfig) -> Prompts:
-    """Prompts of a split: the `prompt` column, what the assistant last answers in `messages`, or beginnings of texts.
+    """Prompts of a split: the column `prompt`, `messages` without a final answer, or the first tokens of plain texts.
 
-    A beginning is one that the tokenizer knows every word of; its length is fixed by a hash of the whole text, uniform
-    over `text_prompt_tokens`.
+    The length of a prompt from a plain text is uniform over `text_prompt_tokens`, determined by a hash of the text.
+    Texts that are too short, or whose prompt would contain an unknown word, are skipped.
     """
     contents = [_prompt(row) for row in rows]
     if _is_chat(contents):
         texts = chat.render_prompts(contents, tokenizer)
-        found = [_chat_prompt(ids, tokenizer, config) for ids in tokenizer.encode_all(texts)]
+        prompt_ids = [_chat_prompt(ids, tokenizer, config) for ids in tokenizer.encode_all(texts)]
     elif "prompt" in rows[0]:
-        found = [_text_prompt(ids, tokenizer, config) for ids in tokenizer.encode_all(contents)]
+        prompt_ids = [_text_prompt(ids, tokenizer, config) for ids in tokenizer.encode_all(contents)]
     else:
-        found = []
+        prompt_ids = []
         for text, ids in zip(contents, tokenizer.encode_all(contents), strict=True):
             least, most = config.text_prompt_tokens
             length = least + zlib.crc32(text.encode()) % (most - least + 1)
             if len(ids) > length and tokenizer.unknown_id not in ids[:length]:
-                found.append(tokenizer.begin(ids[:length]))
-    if not found:
+                prompt_ids.append(tokenizer.begin(ids[:length]))
+    if not prompt_ids:
         raise RlhfError(
-            "no row of the data gives a prompt: every text is too short for text_prompt_tokens, or begins with words "
+            "no row of the data gives a prompt: every text is too short for text_prompt_tokens, or starts with words "
             "that the tokenizer does not know"
         )
-    return Prompts(*pad_left(found, config.max_prompt_tokens))
+    return Prompts(*pad_left(prompt_ids, config.max_prompt_tokens))
 
 
 def preferences(rows: list[Row], tokenizer: Tokenizer, config: DataConfig) -> PreferenceBatch:
-    """All pairs of a table of preferences, padded."""
-    asked = [row["prompt"] for row in rows]
-    chosen = tokenise(asked, [row["chosen"] for row in rows], tokenizer, config)
-    rejected = tokenise(asked, [row["rejected"] for row in rows], tokenizer, config)
+    """Tokenise and pad all preference pairs."""
+    prompts = [row["prompt"] for row in rows]
+    chosen = tokenise(prompts, [row["chosen"] for row in rows], tokenizer, config)
+    rejected = tokenise(prompts, [row["rejected"] for row in rows], tokenizer, config)
     return PreferenceBatch(
         *pad_left([example.prompt for example in chosen], config.max_prompt_tokens),
         *pad_right([example.response for example in chosen], config.max_response_tokens),
@@ -173,7 +174,7 @@ def preferences(rows: list[Row], tokenizer: Tokenizer, config: DataConfig) -> Pr
 
 
 def unpaired(rows: list[Row], tokenizer: Tokenizer, config: DataConfig) -> UnpairedBatch:
-    """All rows of a table of labelled completions, padded."""
+    """Tokenise and pad all labelled completions."""
     examples = tokenise([row["prompt"] for row in rows], [row["completion"] for row in rows], tokenizer, config)
     return UnpairedBatch(
         *pad_left([example.prompt for example in examples], config.max_prompt_tokens),
@@ -185,15 +186,15 @@ def unpaired(rows: list[Row], tokenizer: Tokenizer, config: DataConfig) -> Unpai
 def tokenise(
     prompts: Sequence[Content], completions: Sequence[Content], tokenizer: Tokenizer, config: DataConfig
 ) -> list[Example]:
-    """What `encode_pairs` gives; a warning says how many completions were encoded apart."""
-    examples, apart = encode_pairs(prompts, completions, tokenizer, config)
-    if apart:
+    """Encode pairs with `encode_pairs`, and log a warning if completions were encoded separately."""
+    examples, separate = encode_pairs(prompts, completions, tokenizer, config)
+    if separate:
         logger.warning(
-            "In %d of %d rows (the first is row %d) the end of the prompt and the beginning of the completion would "
-            "share a token: the completion was encoded apart.",
-            len(apart),
+            "In %d of %d rows (the first is row %d) a token would span the end of the prompt and the start of the "
+            "completion: the completion was encoded separately.",
+            len(separate),
             len(examples),
-            apart[0],
+            separate[0],
         )
     return examples
 
@@ -207,47 +208,47 @@ def encode_pairs(
     first: int = 1,
     ended: Sequence[bool] | None = None,
 ) -> tuple[list[Example], list[int]]:
-    """Tokens of prompts and of their completions, long prompts cut at their start, long completions at their end.
+    """Encode prompts and completions; long prompts are truncated on the left, long completions on the right.
 
-    Where the prompt is None the completion is a plain text, the response to BOS: as long as both may be. Chats are
-    written by the tokenizer's template, whose end of a turn is the response's EOS.
+    If the prompt is None, the completion is a plain text: the response to BOS, limited to the sum of both maximum
+    lengths. Chats are rendered with the tokenizer's template, whose end-of-turn token serves as EOS.
 
-    A prompt and its completion are encoded together, as the model will see them. Where that changes the prompt's own
-    tokens (a merge across the border), the completion is encoded apart instead, as a policy that is given the prompt
-    would write it.
+    A prompt and its completion are encoded together, as the model will see them. If that changes the prompt's own
+    tokens (a merge across the boundary), the completion is encoded separately, as a policy would generate it after the
+    prompt.
 
-    Args: first is the number of the first row; ended says which completions are whole, by default all. One that was cut
-    off gets neither EOS nor the template's end of a turn, unless it has no token otherwise.
-    Returns: the examples, and the numbers of the rows that were encoded apart.
-    Raises: RlhfError, naming the row, for chats that the template cannot write so.
+    Args: first is the number of the first row; ended tells which completions ended on their own (default: all). A
+    completion that was cut off gets neither EOS nor the template's end of turn, unless it would have no token.
+    Returns: the examples, and the numbers of the rows that were encoded separately.
+    Raises: RlhfError, naming the row, for chats that the template cannot render.
     """
     fit = _chat_prompt if _is_chat(completions) else _text_prompt
     if _is_chat(completions):
         before, after = chat.render_completions(prompts, completions, tokenizer, first=first, ended=ended)
     else:
         before, after = [prompt or "" for prompt in prompts], completions
-    examples, apart = [], []
-    alone = tokenizer.encode_all(before)
-    joined = tokenizer.encode_all([p + c for p, c in zip(before, after, strict=True)])
-    whole_ones = [True] * len(after) if ended is None else ended
-    rows = zip(prompts, alone, joined, after, whole_ones, strict=True)
-    for number, (asked, prompt, whole, text, has_end) in enumerate(rows, start=first):
-        response = whole[len(prompt) :]
-        if whole[: len(prompt)] != prompt:
-            apart.append(number)
-            response = _encode_apart(text, tokenizer)
-        room = config.max_response_tokens
-        if asked is None:
-            room += config.max_prompt_tokens - len(tokenizer.begin([]))
+    examples, separate = [], []
+    prompt_ids = tokenizer.encode_all(before)
+    joint_ids = tokenizer.encode_all([p + c for p, c in zip(before, after, strict=True)])
+    with_end = [True] * len(after) if ended is None else ended
+    rows = zip(prompts, prompt_ids, joint_ids, after, with_end, strict=True)
+    for number, (content, prompt, joint, text, has_end) in enumerate(rows, start=first):
+        response = joint[len(prompt) :]
+        if joint[: len(prompt)] != prompt:
+            separate.append(number)
+            response = _encode_separately(text, tokenizer)
+        limit = config.max_response_tokens
+        if content is None:
+            limit += config.max_prompt_tokens - len(tokenizer.begin([]))
         response = tokenizer.end(response) if has_end or not response else response
-        examples.append(Example(fit(prompt, tokenizer, config), response[:room]))
-    return examples, apart
+        examples.append(Example(fit(prompt, tokenizer, config), response[:limit]))
+    return examples, separate
 
 
 def shuffled_batches(arrays: Batch, batch_size: int, seed: int) -> grain.MapDataset:
-    """Endless batches of rows, every epoch in another order. `dataset[step]` is a function of seed and step alone.
+    """Infinite shuffled batches, reshuffled every epoch.
 
-    That is why a checkpoint needs no iterator state beyond the step.
+    `dataset[step]` depends on seed and step alone, so that checkpoints need no iterator state.
     """
     count = len(jax.tree.leaves(arrays)[0])
     if count < batch_size:
@@ -263,12 +264,12 @@ def take(arrays: Batch, rows: np.ndarray) -> Batch:
 
 @functools.lru_cache(maxsize=4)
 def _table(source: str, content: str) -> list[Row]:
-    del content  # a key: a file that has changed is read again
+    del content  # part of the cache key, so that a changed file is read again
     return formats.read_table(source)
 
 
 def demonstration_pairs(rows: list[Row]) -> tuple[list[Content], list[Content]]:
-    """Prompts, and what should follow them; the prompts of plain texts are None."""
+    """Split rows into prompts and completions; the prompts of plain texts are None."""
     pairs = []
     for number, row in enumerate(rows, start=1):
         with chat.naming_row(number):
@@ -278,11 +279,11 @@ def demonstration_pairs(rows: list[Row]) -> tuple[list[Content], list[Content]]:
 
 
 def _demonstration(row: Row) -> tuple[Content, Content]:
-    """By the first columns of these that a row has. Bad completions must not pass for demonstrations."""
+    """Prompt and completion of a row. Unpaired rows are rejected: their completions may be bad ones."""
     if "label" in row and "completion" in row and "chosen" not in row:
         raise RlhfError(
-            "it is unpaired (prompt, completion, label), which is no demonstration: keep the rows with good "
-            "completions and drop the column label"
+            "unpaired rows (prompt, completion, label) are not demonstrations: keep the rows with good completions and "
+            "drop the column label"
         )
     for answer in ("chosen", "completion"):
         if "prompt" in row and answer in row:
@@ -290,12 +291,12 @@ def _demonstration(row: Row) -> tuple[Content, Content]:
     if "messages" in row:
         return chat.last_answer(row["messages"])
     if "text" not in row:
-        raise RlhfError(f"its columns {', '.join(row)} show no completion to learn from: add one, or a column text")
+        raise RlhfError(f"the columns {', '.join(row)} contain no completion: add a column completion or text")
     return None, row["text"]
 
 
 def _prompt(row: Row) -> Content:
-    """The prompt of a row, or the plain text that begins with one."""
+    """Prompt of a row, or the plain text to take a prompt from."""
     if "prompt" in row:
         return row["prompt"]
     return chat.question(row["messages"]) if "messages" in row else row["text"]
@@ -308,27 +309,27 @@ def _is_chat(contents: Sequence[Content]) -> bool:
 def _assistant_turns(
     prompts: list[Messages], completions: list[Messages], tokenizer: Tokenizer, config: DataConfig
 ) -> tuple[list[list[int]], list[list[bool]]]:
-    """Whole conversations up to the last answer, cut as prompt and response are, and what the assistant writes."""
+    """Conversations up to the last answer, truncated like prompt and response, and masks of the assistant's tokens."""
     sequences, trained = [], []
     for number, messages in enumerate(map(list.__add__, prompts, completions), start=1):
         with chat.naming_row(number):
             ids, written = tokenizer.encode_turns(messages)
             if not any(written):
-                raise RlhfError("the chat template marks nothing as written by the assistant: correct it")
+                raise RlhfError("the chat template marks no token as the assistant's: correct the template")
         end = len(ids) - written[::-1].index(True)
-        start = next((place + 1 for place in reversed(range(end)) if not written[place]), 0)
+        start = next((i + 1 for i in reversed(range(end)) if not written[i]), 0)
         response = tokenizer.end(ids[start:])[: config.max_response_tokens]
         kept = _kept(ids[:start], tokenizer, config)
-        sequences.append([ids[place] for place in kept] + response)
-        # One more, for an EOS that the template did not write.
-        trained.append([written[place] for place in kept] + [*written[start:], True][: len(response)])
+        sequences.append([ids[i] for i in kept] + response)
+        # The extra True is for an EOS that the template did not write.
+        trained.append([written[i] for i in kept] + [*written[start:], True][: len(response)])
     return sequences, trained
 
 
-def _encode_apart(completion: str, tokenizer: Tokenizer) -> list[int]:
-    # After a newline, because sentencepiece's tokenizers put a space before every text.
-    line, whole = tokenizer.encode("\n"), tokenizer.encode("\n" + completion)
-    return whole[len(line) :] if whole[: len(line)] == line else tokenizer.encode(completion)
+def _encode_separately(completion: str, tokenizer: Tokenizer) -> list[int]:
+    # Encoded after a newline, because SentencePiece tokenizers put a space before every text.
+    newline, joint = tokenizer.encode("\n"), tokenizer.encode("\n" + completion)
+    return joint[len(newline) :] if joint[: len(newline)] == newline else tokenizer.encode(completion)
 
 
 def _text_prompt(ids: list[int], tokenizer: Tokenizer, config: DataConfig) -> list[int]:
@@ -336,10 +337,10 @@ def _text_prompt(ids: list[int], tokenizer: Tokenizer, config: DataConfig) -> li
 
 
 def _chat_prompt(ids: list[int], tokenizer: Tokenizer, config: DataConfig) -> list[int]:
-    return [ids[place] for place in _kept(ids, tokenizer, config)]
+    return [ids[i] for i in _kept(ids, tokenizer, config)]
 
 
 def _kept(ids: list[int], tokenizer: Tokenizer, config: DataConfig) -> list[int]:
-    """The places of a rendered prompt's tokens that fit: its end, after BOS where the template writes one."""
+    """Indices of the tokens kept when a rendered prompt is truncated on the left; BOS, if there is one, is kept."""
     head = len(tokenizer.prefix) if tuple(ids[: len(tokenizer.prefix)]) == tokenizer.prefix else 0
     return [*range(head), *range(max(head, len(ids) - config.max_prompt_tokens + head), len(ids))]

@@ -1,4 +1,4 @@
-"""Prompts, drawn at random: those that a stage samples once, and those of every iteration of an online stage."""
+"""Random prompts: a sample without replacement for offline stages, and a batch per iteration for online stages."""
 
 import jax
 import jax.numpy as jnp
@@ -10,25 +10,26 @@ from rlhf_jax.types import PromptBatch, RlhfError, TokenBatch
 
 
 def draw_prompts(pool: pipeline.Prompts, count: int, key: PRNGKeyArray, field: str) -> np.ndarray:
-    """Draw the numbers of `count` different prompts of a split, at random: a file may be sorted.
+    """Draw the indices of `count` prompts of a split at random without replacement (files may be sorted).
 
-    Raises RlhfError, naming the config's field, where there are fewer.
+    Raises RlhfError, naming the config field, if the split has fewer.
     """
     if count > len(pool.tokens):
-        raise RlhfError(f"{field} = {count}: the data has only {len(pool.tokens)}")
+        raise RlhfError(f"{field} = {count}: the data has only {len(pool.tokens)} prompts")
     return np.asarray(jax.random.choice(key, len(pool.tokens), (count,), replace=False))
 
 
 class PromptSource:
-    """Prompts drawn at random, with replacement, from the prompt distribution: a function of key and step."""
+    """Prompts drawn at random with replacement, as a function of key and step."""
 
     def __init__(
         self, pool: pipeline.Prompts, keys: tuple[PRNGKeyArray, ...], batch_size: int, *, rounds: int = 0
     ) -> None:
-        """One key a seed. With one key a batch is [B, ...], with several [seeds, B, ...].
+        """Create a source with one key per seed. With one key a batch is [B, ...], with several [seeds, B, ...].
 
-        Args: rounds is how many batches an iteration may need: there is then an axis of them after that of the rows,
-        and no two rows of them have the same number. What a round draws does not depend on how many there are.
+        Args: rounds is the maximum number of batches per iteration. If it is positive, batches have an axis of rounds
+        after the rows, and all rows of all rounds have different numbers. A round's prompts do not depend on the
+        number of rounds.
         """
         numbers = np.arange(max(rounds, 1) * batch_size, dtype=np.int32)
         self._pool, self._keys = pool, keys
@@ -40,7 +41,7 @@ class PromptSource:
         )
 
     def __call__(self, step: int) -> PromptBatch:
-        """The prompts of the iteration that follows `step` iterations."""
+        """Draw the prompts of iteration `step`, counted from 0."""
         batches = []
         for key in self._keys:
             drawn = np.asarray(self._draw(key, step))[self._rows]
@@ -49,17 +50,17 @@ class PromptSource:
 
 
 def at_round(prompts: PromptBatch, number: int | Int[Array, ""]) -> PromptBatch:
-    """The prompts of one round, [..., B, P], among those of all, [..., B, rounds, P]."""
+    """Select the prompts of one round, [..., B, P], from all rounds, [..., B, rounds, P]."""
     return PromptBatch(prompts.tokens[..., number, :], prompts.mask[..., number, :], prompts.rows[..., number])
 
 
 class MixedSource:
-    """Prompts, and beside them demonstrations drawn at random, with replacement, by the same keys and steps."""
+    """Prompts of a PromptSource with demonstrations drawn at random with replacement."""
 
     def __init__(
         self, prompts: PromptSource, data: TokenBatch, keys: tuple[PRNGKeyArray, ...], batch_size: int
     ) -> None:
-        """One key a seed, other ones than the prompts'."""
+        """Create a source with one key per seed; the keys must differ from those of the prompts."""
         self._prompts, self._data, self._keys = prompts, data, keys
         self._draw = jax.jit(
             lambda key, step: jax.random.randint(
@@ -68,7 +69,7 @@ class MixedSource:
         )
 
     def __call__(self, step: int) -> tuple[PromptBatch, TokenBatch]:
-        """The prompts and the demonstrations of the iteration that follows `step` iterations."""
+        """Draw the prompts and demonstrations of iteration `step`, counted from 0."""
         batches = []
         for key in self._keys:
             drawn = np.asarray(self._draw(key, step))

@@ -1,4 +1,4 @@
-"""Files of rows, by suffix: JSON lines (compressed too), JSON, Parquet, CSV, Arrow. Damage is found in its row."""
+"""Readers for JSON lines (optionally compressed), JSON, Parquet, CSV and Arrow files. Errors name the damaged row."""
 
 import codecs
 import csv
@@ -18,15 +18,15 @@ from rlhf_jax.types import RlhfError
 
 Row: TypeAlias = dict[str, Any]
 
-_END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # closes an Arrow stream, which can be read without it
+_END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # of an Arrow stream; pyarrow also reads truncated ones
 
 
 def read_file(file: Path) -> list[Row]:
-    """Every row of a file, read as its suffix says. Raises RlhfError, with file and row, where it is damaged."""
+    """Read every row of a file, by its suffix. Raises RlhfError, with file and row, if it is damaged."""
     for suffix, read in _READERS.items():
         if file.name.lower().endswith(suffix):
             return read(file)
-    raise RlhfError(f"{file} is of no kind that can be read: give one of {', '.join(_READERS)}")
+    raise RlhfError(f"{file} has an unknown file type: give one of {', '.join(_READERS)}")
 
 
 def _read_jsonl(file: Path) -> list[Row]:
@@ -39,7 +39,7 @@ def _read_jsonl(file: Path) -> list[Row]:
                     rows.append(_parse_object(line, f"{file}, row {len(rows) + 1}"))
     except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
         raise RlhfError(
-            f"{file}, row {len(rows) + 1}: cut short or damaged from here on ({error}): copy it again"
+            f"{file}, row {len(rows) + 1}: truncated or damaged from here on ({error}): copy the file again"
         ) from error
     return rows
 
@@ -49,14 +49,14 @@ def _parse_object(line: bytes, where: str) -> Row:
         value = json.loads(line.decode("utf-8-sig"))
     except ValueError as error:
         raise RlhfError(
-            f"{where} is not JSON ({error}): correct it, or copy the file again if it was cut short"
+            f"{where} is not JSON ({error}): correct it, or copy the file again if it is truncated"
         ) from error
     return _object(value, where)
 
 
 def _object(value: Any, where: str) -> Row:
     if not isinstance(value, dict):
-        raise RlhfError(f"{where} is not a JSON object from column to value: write {{...}}")
+        raise RlhfError(f"{where} is not a JSON object of columns and values: write {{...}}")
     return value
 
 
@@ -67,7 +67,7 @@ def _read_json(file: Path) -> list[Row]:
     try:
         values = json.loads(content.decode("utf-8-sig"))
     except ValueError as error:
-        raise RlhfError(f"{file} is not JSON ({error}): correct it, or copy it again if it was cut short") from error
+        raise RlhfError(f"{file} is not JSON ({error}): correct it, or copy it again if it is truncated") from error
     return [_object(value, f"{file}, row {number}") for number, value in enumerate(values, start=1)]
 
 
@@ -85,7 +85,7 @@ def _read_arrow(file: Path) -> list[Row]:
     except (pa.ArrowException, OSError, ValueError) as error:
         raise RlhfError(_damaged(file, "Arrow", error)) from error
     if not content.endswith(_END_OF_STREAM):
-        raise RlhfError(f"{file} is cut short after row {len(rows)}: copy it again")
+        raise RlhfError(f"{file} is truncated after row {len(rows)}: copy it again")
     return rows
 
 
@@ -94,7 +94,7 @@ def _damaged(file: Path, format: str, error: Exception) -> str:
 
 
 def _read_csv(file: Path) -> list[Row]:
-    limit = csv.field_size_limit(sys.maxsize)  # the default refuses texts of more than 131,072 characters
+    limit = csv.field_size_limit(sys.maxsize)  # the default rejects texts of more than 131,072 characters
     try:
         with open(file, "rb") as lines:
             if lines.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
@@ -105,7 +105,7 @@ def _read_csv(file: Path) -> list[Row]:
 
 
 def _parse_csv(lines: Iterable[bytes], file: Path) -> list[Row]:
-    # Decoded line by line, so that a wrong byte is found in its row.
+    # Decoded line by line, so that the error names the row of an invalid byte.
     reader = csv.reader((line.decode("utf-8") for line in lines), strict=True)
     rows: list[Row] = []
     try:
@@ -114,20 +114,20 @@ def _parse_csv(lines: Iterable[bytes], file: Path) -> list[Row]:
             if len(values) != len(header):
                 raise RlhfError(
                     f"{file}, row {len(rows) + 1} (line {reader.line_num}) has {len(values)} values for {len(header)} "
-                    "columns: quote values that hold commas, or copy the file again if it was cut short"
+                    "columns: quote values that contain commas, or copy the file again if it is truncated"
                 )
             rows.append(dict(zip(header, values, strict=True)))
     except (csv.Error, UnicodeDecodeError) as error:
         raise RlhfError(
             f"{file}, row {len(rows) + 1} (line {reader.line_num}) is not CSV in UTF-8 ({error}): correct it, or copy "
-            "the file again if it was cut short"
+            "the file again if it is truncated"
         ) from error
     return rows
 
 
 def _header(names: list[str], file: Path) -> list[str]:
     if len(set(names)) < len(names) or "" in names:
-        raise RlhfError(f"{file}: the header ({', '.join(names)}) must name every column, each differently")
+        raise RlhfError(f"{file}: the header ({', '.join(names)}) must give every column a distinct name")
     return names
 
 

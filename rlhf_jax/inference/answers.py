@@ -13,7 +13,7 @@ from rlhf_jax.loading.models import Policy, load_stage_policy
 from rlhf_jax.loading.samples import sample_rows
 from rlhf_jax.rewards.judging import TextScorer
 from rlhf_jax.rewards.lexicon import vader
-from rlhf_jax.rewards.scorers import Scorer, reads_same_tokens
+from rlhf_jax.rewards.scorers import Scorer, same_tokenizer
 from rlhf_jax.runtime.files import measured
 from rlhf_jax.sampling.batches import (
     Divergences,
@@ -69,7 +69,7 @@ def answer(method: Method, split: Split, reference: str, temperature: float, con
     Raises RlhfError if the method's policy has another tokenizer than the reference.
     """
     policy = split.reference if method.source == reference else _policy(method, context)
-    if not reads_same_tokens(policy.tokenizer, split.reference.tokenizer):
+    if not same_tokenizer(policy.tokenizer, split.reference.tokenizer):
         raise RlhfError(
             f"config.{context.name}: {method.source} has another tokenizer than {reference}, so that their prompts "
             "differ and their KL divergence is undefined: compare models with the same tokenizer"

@@ -1,1 +1,1 @@
-"""Where scores come from: learned judges of texts, lexicons, and reward networks."""
+"""Rewards and judges: reward models, Python functions, TF-IDF judges, a lexicon, and language models over HTTP."""

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible chat endpoint over HTTP: one question, one reply, asked again where the failure may pass."""
+"""Client for an OpenAI-compatible chat endpoint, with retries for transient failures."""
 
 import dataclasses
 import email.utils
@@ -15,17 +15,17 @@ from typing import Any, NamedTuple
 
 from rlhf_jax.types import RlhfError
 
-PASSING = (408, 409, 425, 429, 500, 502, 503, 504, 529)
-"""Statuses after which the same question may succeed."""
+TRANSIENT = (408, 409, 425, 429, 500, 502, 503, 504, 529)
+"""HTTP statuses after which the same request may succeed."""
 
-LONGEST_WAIT = 60.0  # seconds between two attempts, unless the server asks for more
-SHOWN = 300  # characters of what a server says that a message repeats
+LONGEST_WAIT = 60.0  # maximum seconds between two attempts, unless the server asks for more
+SHOWN = 300  # maximum number of characters of a server's response in an error message
 
 logger = logging.getLogger(__name__)
 
 
 class Reply(NamedTuple):
-    """What the model said, and the tokens that it is paid for; None where the server does not say."""
+    """Text of a reply and its token counts; None if the server does not report them."""
 
     text: str
     prompt_tokens: int | None
@@ -33,42 +33,41 @@ class Reply(NamedTuple):
 
 
 class Stopped(Exception):
-    """A question that was not asked, or not once more, because another one's failure ends them all."""
+    """Request that was not sent, or not retried, because another request failed for good."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Endpoint:
-    """Where questions go, and how patiently. The key is sent to this address alone, and written nowhere."""
+    """Address of an endpoint and its retry policy. The key is sent only to this address and never stored."""
 
-    url: str  # up to and without /chat/completions
+    url: str  # without /chat/completions
     key: str | None = dataclasses.field(repr=False)
-    timeout: float  # seconds an attempt may take
+    timeout: float  # seconds per attempt
     retries: int  # attempts after the first
-    backoff: float  # seconds before the first of them, doubled every time
+    backoff: float  # seconds before the first retry; doubled for each further one
 
     def ask(self, question: dict[str, Any], stopped: threading.Event) -> Reply:
-        """The first choice of a chat completion; nothing is waited for once `stopped` is set.
+        """Request a chat completion and return its first choice.
 
-        An attempt that fails in passing (a limit of the rate, a failing server, no answer in time) is followed by
-        another after min(60, backoff * 2^k) seconds times a random number in 0.5 .. 1, or after `Retry-After`, if that
-        is longer.
+        A transient failure (rate limit, server error, timeout) is retried after min(60, backoff * 2^k) seconds times a
+        uniform random number in 0.5 .. 1, or after `Retry-After` if that is longer.
 
-        Raises: RlhfError where it fails for good, or has failed `retries` + 1 times; `Stopped`.
+        Raises: RlhfError for a permanent failure or after `retries` + 1 attempts; Stopped once `stopped` is set.
         """
         if stopped.is_set():
             raise Stopped
         for attempt in range(self.retries + 1):
             try:
                 return self._reply(self._post(question))
-            except _Passing as error:
+            except _TransientError as error:
                 if attempt == self.retries:
                     raise RlhfError(
-                        f"{self.url} failed {attempt + 1} times, the last time with: {error.reason}; start the same "
-                        "command again later: what was answered so far is kept"
+                        f"{self.url} failed {attempt + 1} times, most recently with: {error.reason}; run the same "
+                        "command again later: the replies so far are kept"
                     ) from error
                 pause = min(LONGEST_WAIT, self.backoff * 2**attempt) * random.uniform(0.5, 1.0)
                 pause = max(pause, error.after)
-                logger.warning("%s: %s; another attempt in %.1f s", self.url, error.reason, pause)
+                logger.warning("%s: %s; retrying in %.1f s", self.url, error.reason, pause)
                 if stopped.wait(pause):
                     raise Stopped from error
         raise AssertionError("unreachable")
@@ -85,31 +84,31 @@ class Endpoint:
         except urllib.error.HTTPError as error:
             with error:
                 raise self._refusal(error, question) from None
-        except (OSError, http.client.HTTPException) as error:  # no connection, no answer in time, half an answer
-            raise _Passing(f"{getattr(error, 'reason', None) or error or type(error).__name__}", 0.0) from error
+        except (OSError, http.client.HTTPException) as error:  # no connection, timeout, truncated response
+            raise _TransientError(f"{getattr(error, 'reason', None) or error or type(error).__name__}", 0.0) from error
         try:
             return json.loads(body)
         except ValueError as error:
-            raise _Passing(f"an answer that is no JSON: {self._shown(body)}", 0.0) from error
+            raise _TransientError(f"response is not JSON: {self._shown(body)}", 0.0) from error
 
     def _refusal(self, error: urllib.error.HTTPError, question: dict[str, Any]) -> Exception:
         try:
-            said = self._shown(error.read())
+            content = self._shown(error.read())
         except (OSError, http.client.HTTPException):
-            said = ""
-        if error.code in PASSING and "insufficient_quota" not in said:
-            return _Passing(f"HTTP {error.code} {said}", _retry_after(error.headers.get("Retry-After")))
-        if error.code in (401, 403):  # what it says may repeat a part of the key
+            content = ""
+        if error.code in TRANSIENT and "insufficient_quota" not in content:
+            return _TransientError(f"HTTP {error.code} {content}", _retry_after(error.headers.get("Retry-After")))
+        if error.code in (401, 403):  # the content is not shown: it may repeat a part of the key
             return RlhfError(
-                f"{self.url} does not let this key in (HTTP {error.code}): set the environment variable that "
-                "api_key_env names to a key that is valid there"
+                f"{self.url} rejects the API key (HTTP {error.code}): set the environment variable that api_key_env "
+                "names to a valid key"
             )
         if error.code == 404:
             return RlhfError(
-                f"{self.url} has no chat/completions, or no model {question['model']!r} (HTTP 404 {said}): mend url, "
-                "which ends before /chat/completions, or model"
+                f"{self.url} has no chat/completions, or no model {question['model']!r} (HTTP 404 {content}): correct "
+                "model, or url, which must not include /chat/completions"
             )
-        return RlhfError(f"{self.url} refuses the question (HTTP {error.code} {said})")
+        return RlhfError(f"{self.url} rejects the request (HTTP {error.code} {content})")
 
     def _reply(self, answer: Any) -> Reply:
         try:
@@ -117,8 +116,8 @@ class Endpoint:
             return Reply(str(text), usage.get("prompt_tokens"), usage.get("completion_tokens"))
         except (AttributeError, IndexError, KeyError, TypeError) as error:
             raise RlhfError(
-                f"{self.url} gives no chat completion but {self._shown(json.dumps(answer).encode())}: is it an "
-                "OpenAI-compatible endpoint?"
+                f"{self.url} did not return a chat completion but {self._shown(json.dumps(answer).encode())}: is it "
+                "an OpenAI-compatible endpoint?"
             ) from error
 
     def _shown(self, body: bytes) -> str:
@@ -127,19 +126,19 @@ class Endpoint:
 
 
 def key_of(variable: str | None) -> str | None:
-    """The key in an environment variable; None where none is named. Raises RlhfError where there is no usable one."""
+    """Read an API key from an environment variable; None without a variable. Raises RlhfError for an invalid key."""
     if variable is None:
         return None
     key = os.environ.get(variable, "").strip()
     if not key:
-        raise RlhfError(f"the environment variable {variable}, which api_key_env names, is not set: put the key in it")
+        raise RlhfError(f"the environment variable {variable}, which api_key_env names, is not set: set it to the key")
     if not (key.isascii() and key.isprintable()):
-        raise RlhfError(f"the environment variable {variable} holds what no header can carry: put the key alone in it")
+        raise RlhfError(f"the environment variable {variable} is not a valid HTTP header: set it to the key alone")
     return key
 
 
-class _Passing(Exception):
-    """A failure that may pass, and the least seconds until then, if the server says so."""
+class _TransientError(Exception):
+    """Transient failure, with the minimum wait in seconds that the server asks for."""
 
     def __init__(self, reason: str, after: float) -> None:
         super().__init__(reason)
@@ -147,7 +146,7 @@ class _Passing(Exception):
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirected question would lose its body, and carry the key to another address."""
+    """Rejects redirects, which would drop the request body and send the key to another address."""
 
     def redirect_request(self, *args: Any, **kwargs: Any) -> None:
         return None
@@ -157,7 +156,7 @@ _OPENER = urllib.request.build_opener(_NoRedirect)
 
 
 def _retry_after(value: str | None) -> float:
-    """Seconds until the time that the header names, as seconds or as a date; 0 where it names none."""
+    """Parse a Retry-After header, given in seconds or as a date; 0 if it is missing or invalid."""
     if value is None:
         return 0.0
     try:

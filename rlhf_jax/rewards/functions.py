@@ -1,4 +1,4 @@
-"""Rewards written in Python, as in TRL: `reward_fn(prompts, completions, **columns) -> list[float]`."""
+"""Python reward functions, as in TRL: `reward_fn(prompts, completions, **columns) -> list[float]`."""
 
 import dataclasses
 import inspect
@@ -15,63 +15,63 @@ from rlhf_jax.types import RlhfError
 
 @dataclasses.dataclass(frozen=True)
 class RewardFunction:
-    """A function of texts (or chats) that says what each completion is worth."""
+    """Python function that scores completions given as texts or chats."""
 
     source: str  # "package.module:function" or "path/file.py:function"
     function: Callable[..., Any]
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, list]) -> np.ndarray:
-        """float64[N]; NaN where the function says None or NaN: it does not apply to that completion.
+        """Score completions, float64[N]; NaN where the function returns None or NaN, i.e. does not apply.
 
-        A function that takes `**kwargs` is given every column, another one those that it names.
+        A function with `**kwargs` receives every column, any other function the columns that it names.
 
-        Raises RlhfError, naming the function, where it raises, where it asks for a column that there is not, and where
-        it does not return a number or None for each completion.
+        Raises RlhfError, naming the function, if it raises, needs a missing column, or does not return one number or
+        None per completion.
         """
-        given = {"prompts": list(prompts), "completions": list(completions), **columns}
+        available = {"prompts": list(prompts), "completions": list(completions), **columns}
         try:
-            found = self.function(**self._arguments(given))
+            rewards = self.function(**self._arguments(available))
         except RlhfError:
             raise
-        except Exception as error:  # whatever a user's function may raise
+        except Exception as error:  # a user's function may raise anything
             frame = traceback.extract_tb(error.__traceback__)[-1]
             raise RlhfError(
                 f"reward function {self.source} raised {type(error).__name__}: {error} ({frame.filename}, line "
                 f"{frame.lineno}): correct it"
             ) from error
-        return self._checked(found, len(given["completions"]))
+        return self._checked(rewards, len(available["completions"]))
 
-    def _arguments(self, given: dict[str, Any]) -> dict[str, Any]:
+    def _arguments(self, available: dict[str, Any]) -> dict[str, Any]:
         parameters = inspect.signature(self.function).parameters.values()
         named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
         for parameter in parameters:
             needed = parameter.default is parameter.empty and parameter.kind in named
-            if needed and parameter.name not in given:
+            if needed and parameter.name not in available:
                 raise RlhfError(
-                    f"reward function {self.source} asks for {parameter.name}, and there are {', '.join(given)}: a "
-                    "column is given where every row of the prompts has it, and rows with one prompt agree in it"
+                    f"reward function {self.source} needs {parameter.name}, but only {', '.join(available)} are "
+                    "available: a column is passed if every prompt row has it and rows with equal prompts agree"
                 )
         if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-            return given
-        return {parameter.name: given[parameter.name] for parameter in parameters if parameter.name in given}
+            return available
+        return {parameter.name: available[parameter.name] for parameter in parameters if parameter.name in available}
 
-    def _checked(self, found: Any, count: int) -> np.ndarray:
+    def _checked(self, values: Any, count: int) -> np.ndarray:
         where = f"reward function {self.source}"
-        if isinstance(found, np.ndarray):
-            found = found.tolist()
-        if not isinstance(found, (list, tuple)):
-            raise RlhfError(f"{where} returned a {type(found).__name__}: return a list with a number a completion")
-        if len(found) != count:
-            raise RlhfError(f"{where} returned {len(found)} rewards for {count} completions: return one for each")
+        if isinstance(values, np.ndarray):
+            values = values.tolist()
+        if not isinstance(values, (list, tuple)):
+            raise RlhfError(f"{where} returned a {type(values).__name__}: return a list with one number per completion")
+        if len(values) != count:
+            raise RlhfError(f"{where} returned {len(values)} rewards for {count} completions: return one for each")
         rewards = np.full(count, np.nan)
-        for place, reward in enumerate(found):
+        for i, reward in enumerate(values):
             if reward is None:
                 continue
-            rewards[place] = _number(reward)
-            if math.isinf(rewards[place]):
+            rewards[i] = _number(reward)
+            if math.isinf(rewards[i]):
                 raise RlhfError(
-                    f"{where} returned {reward!r} for completion {place + 1} of {count}: return a finite number, or "
-                    "None where the function does not apply"
+                    f"{where} returned {reward!r} for completion {i + 1} of {count}: return a finite number, or None "
+                    "where the function does not apply"
                 )
         return rewards
 
@@ -88,29 +88,29 @@ def weighted_sum(
     prompts: Sequence[Any],
     completions: Sequence[Any],
 ) -> np.ndarray:
-    """float32[N], from float64[N, parts]: what does not apply counts nothing, as in TRL's GRPOTrainer.
+    """Weighted sum float32[N] of rewards float64[N, parts], ignoring NaN entries, as in TRL's GRPOTrainer.
 
-    Raises RlhfError, naming prompt and completion, where nothing applies. TRL warns, and trains on the rest of the
-    group; here every consumer of scores, a value function among them, has one for each response.
+    Raises RlhfError, naming prompt and completion, if all parts are NaN. TRL warns and trains on the rest of the
+    group; here every response needs a score, for example for the value function.
     """
-    nothing = np.isnan(rewards).all(axis=1)
-    if nothing.any():
-        row = int(nothing.argmax())
+    missing = np.isnan(rewards).all(axis=1)
+    if missing.any():
+        row = int(missing.argmax())
         raise RlhfError(
             f"no reward applies to the completion {_shortened(completions[row])} of the prompt "
-            f"{_shortened(prompts[row])}: {', '.join(sources)} gave it None. Let one of them give it a number"
+            f"{_shortened(prompts[row])}: {', '.join(sources)} returned None. At least one must return a number"
         )
     total = np.nansum(rewards * np.asarray(weights), axis=1)
     if np.abs(total).max(initial=0.0) > float(np.finfo(np.float32).max):
-        raise RlhfError(f"the sum of rewards with weights = {tuple(weights)} is too large: give smaller weights")
+        raise RlhfError(f"the sum of rewards with weights = {tuple(weights)} is too large: reduce the weights")
     return total.astype(np.float32)
 
 
 def _number(reward: Any) -> float:
-    """A reward as a number; infinite where it is none, or more than a float32 holds."""
+    """Convert a reward to a float; infinity if it is not a number or exceeds the range of float32."""
     try:
         number = math.inf if isinstance(reward, (str, bytes)) else float(reward)
-    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last from a tensor of several numbers
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: a tensor with several elements
         return math.inf
     return math.inf if abs(number) > float(np.finfo(np.float32).max) else number
 

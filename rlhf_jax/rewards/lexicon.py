@@ -1,4 +1,4 @@
-"""VADER's lexicon and rules as a judge of sentiment that no stage here was fitted to (Hutto & Gilbert 2014)."""
+"""Sentiment score of VADER's lexicon and rules (Hutto & Gilbert 2014), independent of all trained models."""
 
 from collections.abc import Sequence
 
@@ -8,6 +8,6 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 
 def vader(texts: Sequence[str]) -> Float[np.ndarray, "N"]:
-    """VADER's compound score of each text, in -1 (most negative) .. 1 (most positive)."""
+    """Compute VADER's compound score of each text, -1 (most negative) .. 1 (most positive)."""
     analyzer = SentimentIntensityAnalyzer()
     return np.array([analyzer.polarity_scores(text)["compound"] for text in texts])

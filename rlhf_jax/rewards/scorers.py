@@ -1,4 +1,4 @@
-"""Scores of responses: by a reward model, perhaps through a tokenizer of its own, and by Python functions."""
+"""Scorers of responses: reward models, possibly with another tokenizer than the policy's, and Python functions."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -19,27 +19,27 @@ from rlhf_jax.text.tokenizer import Tokenizer
 from rlhf_jax.types import RlhfError, Rollout
 
 TAKEN = {"prompt", "prompts", "completion", "completions", "completion_ids"}
-"""Columns that are not given to functions, because these are what the policy wrote."""
+"""Column names not passed to functions, because they denote the policy's prompts and completions."""
 
 ROOM = 2
-"""How many times as many tokens a text may have for another tokenizer as for the policy's."""
+"""Factor on the maximum lengths for a reward model with another tokenizer."""
 
 Scorer = Callable[[Rollout], np.ndarray]
 HostScorer = Callable[[Rollout], Scored]
 
 
-def reads_same_tokens(one: Tokenizer, other: Tokenizer) -> bool:
-    """Whether two tokenizers give every text, and every chat, the same tokens."""
+def same_tokenizer(first: Tokenizer, second: Tokenizer) -> bool:
+    """Return whether two tokenizers encode every text and every chat identically."""
     return (
-        one.backend.to_str() == other.backend.to_str()
-        and one.prefix == other.prefix
-        and one.chat_template == other.chat_template
+        first.backend.to_str() == second.backend.to_str()
+        and first.prefix == second.prefix
+        and first.chat_template == second.chat_template
     )
 
 
 def joins_program(reward: RewardModel | Reward, policy: Policy) -> TypeGuard[RewardModel]:
-    """Whether a reward can be computed from the policy's tokens, and so within the compiled iteration."""
-    return isinstance(reward, RewardModel) and reads_same_tokens(reward.tokenizer, policy.tokenizer)
+    """Return whether a reward can be computed from the policy's tokens inside the compiled iteration."""
+    return isinstance(reward, RewardModel) and same_tokenizer(reward.tokenizer, policy.tokenizer)
 
 
 def make_scorer(
@@ -49,35 +49,36 @@ def make_scorer(
     data: DataConfig,
     batch_size: int,
 ) -> Scorer:
-    """The scores of the policy's responses, float32[N]: of its tokens, or of their text in the reward model's tokens.
+    """Create a scorer of the policy's responses, float32[N].
 
-    A response that was cut off is read without EOS either way, as the reward model would see its tokens.
+    A reward model with the policy's tokenizer scores the tokens; one with another tokenizer encodes their texts. In
+    both cases a response that was cut off has no EOS.
 
-    Args: rows are those that the prompts were made from. Their chats are written anew, by the reward model's template,
-    and their columns are given to Python functions.
+    Args: rows are the rows of the prompts. Their chats are rendered with the reward model's template, and Python
+    functions receive their columns.
     """
     if isinstance(reward_model, Reward):
         total = _make_sum(reward_model, policy, rows, data, batch_size)
         return lambda rollout: total(rollout).scores
-    if reads_same_tokens(reward_model.tokenizer, policy.tokenizer):
+    if same_tokenizer(reward_model.tokenizer, policy.tokenizer):
         return lambda rollout: score_all(reward_model.network, reward_model.params, rollout, batch_size)
     wider = dataclasses.replace(
         data, max_prompt_tokens=ROOM * data.max_prompt_tokens, max_response_tokens=ROOM * data.max_response_tokens
     )
-    original = _originals(rows, policy.tokenizer, data)
+    by_prompt = _rows_by_prompt(rows, policy.tokenizer, data)
 
     def score(rollout: Rollout) -> np.ndarray:
-        prompts, completions, _ = _written(rollout, policy, original)
+        prompts, completions, _ = _decode(rollout, policy, by_prompt)
         response, mask = map(np.asarray, rollout[2:])
         ended = [
-            bool(np.isin(ids[own], policy.tokenizer.stop_ids).any()) for ids, own in zip(response, mask, strict=True)
+            bool(np.isin(ids[kept], policy.tokenizer.stop_ids).any()) for ids, kept in zip(response, mask, strict=True)
         ]
         examples, _ = pipeline.encode_pairs(prompts, completions, reward_model.tokenizer, wider, ended=ended)
-        read = Rollout(
+        encoded = Rollout(
             *pad_left([example.prompt for example in examples], wider.max_prompt_tokens),
             *pad_right([example.response for example in examples], wider.max_response_tokens),
         )
-        return score_all(reward_model.network, reward_model.params, read, batch_size)
+        return score_all(reward_model.network, reward_model.params, encoded, batch_size)
 
     return score
 
@@ -89,7 +90,7 @@ def make_host_scorer(
     data: DataConfig,
     batch_size: int,
 ) -> HostScorer:
-    """The same scores for an iteration's host, with a reward's parts to be logged as `rewards/NAME`."""
+    """Create a scorer as `make_scorer` does that also returns a reward's parts, for the metrics `rewards/NAME`."""
     if isinstance(reward_model, Reward):
         return _make_sum(reward_model, policy, rows, data, batch_size)
     score = make_scorer(reward_model, policy, rows, data, batch_size)
@@ -99,19 +100,19 @@ def make_host_scorer(
 def _make_sum(
     reward: Reward, policy: Policy, rows: Sequence[dict[str, Any]], data: DataConfig, batch_size: int
 ) -> HostScorer:
-    """The weighted sum of a reward's parts, and the parts."""
-    original = _originals(rows, policy.tokenizer, data)
-    columns = {name for row in original.values() for name in row} - TAKEN
-    by_model = None if reward.model is None else make_scorer(reward.model, policy, rows, data, batch_size)
+    """Create a scorer for the weighted sum of a reward's parts."""
+    by_prompt = _rows_by_prompt(rows, policy.tokenizer, data)
+    names = {name for row in by_prompt.values() for name in row} - TAKEN
+    model_score = None if reward.model is None else make_scorer(reward.model, policy, rows, data, batch_size)
     sources = [function.source for function in reward.functions]
 
     def score(rollout: Rollout) -> Scored:
-        prompts, completions, found = _written(rollout, policy, original)
-        given = {name: [row[name] for row in found] for name in columns}
+        prompts, completions, prompt_rows = _decode(rollout, policy, by_prompt)
+        columns = {name: [row[name] for row in prompt_rows] for name in names}
         response, mask = map(np.asarray, rollout[2:])
-        given["completion_ids"] = [ids[kept].tolist() for ids, kept in zip(response, mask, strict=True)]
-        parts = [] if by_model is None else [_finite(by_model(rollout), prompts, completions)]
-        parts += [function(prompts, completions, given) for function in reward.functions]
+        columns["completion_ids"] = [ids[kept].tolist() for ids, kept in zip(response, mask, strict=True)]
+        parts = [] if model_score is None else [_finite(model_score(rollout), prompts, completions)]
+        parts += [function(prompts, completions, columns) for function in reward.functions]
         total = weighted_sum(np.stack(parts, axis=1), reward.weights, sources, prompts, completions)
         return Scored(total, {f"rewards/{name}": part for name, part in zip(reward.names, parts, strict=True)})
 
@@ -119,44 +120,46 @@ def _make_sum(
 
 
 def _finite(scores: np.ndarray, prompts: list[Any], completions: list[Any]) -> np.ndarray:
-    """float64[N]. Raises RlhfError where a score is none: in a sum it would pass for a function's None."""
+    """Convert scores to float64[N]. Raises RlhfError for non-finite ones; NaN would read as "not applicable"."""
     bad = np.flatnonzero(~np.isfinite(scores))
     if len(bad):
         raise RlhfError(
             f"the reward model gave {scores[bad[0]]} to the completion {completions[bad[0]]!r:.200} of the prompt "
-            f"{prompts[bad[0]]!r:.200}: its training has diverged; train it anew, with a lower learning_rate"
+            f"{prompts[bad[0]]!r:.200}: its training has diverged; train it again with a lower learning_rate"
         )
     return np.asarray(scores, np.float64)
 
 
-def _written(
-    rollout: Rollout, policy: Policy, original: dict[bytes, dict[str, Any]]
+def _decode(
+    rollout: Rollout, policy: Policy, by_prompt: dict[bytes, dict[str, Any]]
 ) -> tuple[list[Any], list[Any], list[dict[str, Any]]]:
-    """Prompts as their data has them, completions of the same kind, and the prompts' rows."""
-    shown, completions = texts(policy.tokenizer, rollout)
+    """Prompts as in the data (texts or chats), completions of the same type, and the prompts' rows."""
+    decoded, completions = texts(policy.tokenizer, rollout)
     keys = [_key(ids[mask]) for ids, mask in zip(*map(np.asarray, rollout[:2]), strict=True)]
-    found = [original.get(key, {}) for key in keys]
-    prompts: list[Any] = [row.get("prompt", prompt) for row, prompt in zip(found, shown, strict=True)]
+    rows = [by_prompt.get(key, {}) for key in keys]
+    prompts: list[Any] = [row.get("prompt", prompt) for row, prompt in zip(rows, decoded, strict=True)]
     answers: list[Any] = completions
     if isinstance(prompts[0], list):
         answers = [[{"role": "assistant", "content": completion}] for completion in completions]
-    return prompts, answers, found
+    return prompts, answers, rows
 
 
-def _originals(rows: Sequence[dict[str, Any]], tokenizer: Tokenizer, data: DataConfig) -> dict[bytes, dict[str, Any]]:
-    """The rows of a column of prompts, by the prompts' tokens; beginnings of plain text are their own text.
+def _rows_by_prompt(
+    rows: Sequence[dict[str, Any]], tokenizer: Tokenizer, data: DataConfig
+) -> dict[bytes, dict[str, Any]]:
+    """Map the tokens of each prompt to its row; empty for plain texts, whose prompts are only decoded.
 
-    Of their other columns there are those that all rows have, and in which the rows with one prompt agree.
+    Other columns are kept if every row has them and all rows with the same prompt agree.
     """
     if "prompt" not in rows[0]:
         return {}
     prompts = pipeline.prompts(list(rows), tokenizer, data)
-    found: dict[bytes, dict[str, Any]] = {}
+    by_prompt: dict[bytes, dict[str, Any]] = {}
     kept = set.intersection(*map(set, rows))
     for ids, mask, row in zip(prompts.tokens, prompts.mask, rows, strict=True):
-        other = found.setdefault(_key(ids[mask]), row)
+        other = by_prompt.setdefault(_key(ids[mask]), row)
         kept -= {name for name in kept if other[name] != row[name]}
-    return {key: {name: row[name] for name in row if name in {*kept, "prompt"}} for key, row in found.items()}
+    return {key: {name: row[name] for name in row if name in {*kept, "prompt"}} for key, row in by_prompt.items()}
 
 
 def _key(ids: np.ndarray) -> bytes:

@@ -1,6 +1,6 @@
-"""Judges of texts fitted to people's ratings or labels: linear models on TF-IDF unigrams and bigrams.
+"""Judges of texts fitted to human ratings or labels: linear models on TF-IDF unigrams and bigrams.
 
-They stand in for the person, as the gold reward model does in Gao et al. 2022 (arXiv:2210.10760), or the sentiment
+They replace human judgement, as the gold reward model does in Gao et al. 2022 (arXiv:2210.10760) and the sentiment
 classifier in Rafailov et al. 2023 (arXiv:2305.18290, section 6.1).
 """
 
@@ -22,7 +22,7 @@ from rlhf_jax.types import RlhfError
 
 @dataclasses.dataclass(frozen=True)
 class TfidfRidgeConfig:
-    """Ridge regression on ratings: the penalty, and the least number of texts that a word or a pair must occur in."""
+    """Ridge regression on ratings: penalty, and minimum document frequency of unigrams and bigrams."""
 
     alpha: NonNegative  # L2 penalty
     min_df: Count  # fewest texts that a word or pair of words must occur in
@@ -30,36 +30,36 @@ class TfidfRidgeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TfidfLogisticConfig:
-    """Logistic regression on two labels: the inverse penalty, and the least number of texts, as for ratings."""
+    """Logistic regression on two labels: inverse penalty, and minimum document frequency."""
 
     inverse_penalty: Positive  # inverse of the L2 penalty (scikit-learn's C)
     min_df: Count  # fewest texts that a word or pair of words must occur in
 
 
 class TfidfJudge:
-    """A fitted judge."""
+    """Judge that scores single texts with a fitted scikit-learn pipeline."""
 
     def __init__(self, pipeline: Pipeline) -> None:
-        """Wraps a fitted scikit-learn pipeline."""
+        """Wrap a fitted scikit-learn pipeline."""
         self._pipeline = pipeline
 
     def score(self, texts: Sequence[str]) -> Float[np.ndarray, "N"]:
-        """The rating expected for each text, on the scale of the ratings, or the log-odds of the higher label."""
+        """Predict the rating of each text, or the log-odds of the higher label."""
         classifier = is_classifier(self._pipeline)
         function = self._pipeline.decision_function if classifier else self._pipeline.predict
         return np.asarray(function(list(texts)), np.float64)
 
     def save(self, path: Path) -> None:
-        """Writes the judge, whole or not at all."""
+        """Write the judge atomically."""
         temporary = path.with_suffix(".tmp")
         joblib.dump(self._pipeline, temporary)
         temporary.replace(path)
 
 
 def fit(config: TfidfRidgeConfig | TfidfLogisticConfig, texts: Sequence[str], ratings: Sequence[float]) -> TfidfJudge:
-    """A judge fitted to rated texts: sublinear term frequencies, lower case, words of any length and their pairs.
+    """Fit a judge on sublinear TF-IDF features of lower-cased words of any length and their bigrams.
 
-    Raises RlhfError where labels are wanted and there are not two.
+    Raises RlhfError if a logistic judge's data does not have exactly two labels.
     """
     vectorizer = TfidfVectorizer(
         ngram_range=(1, 2), sublinear_tf=True, min_df=config.min_df, token_pattern=r"(?u)\b\w[\w']*\b"
@@ -70,15 +70,15 @@ def fit(config: TfidfRidgeConfig | TfidfLogisticConfig, texts: Sequence[str], ra
     if len(labels) != 2:
         shown = ", ".join(map(str, labels[:5]))
         raise RlhfError(
-            f"a logistic judge needs two labels, and the data has {len(labels)} ({shown}): use a regression"
+            f"a logistic judge needs two labels, but the data has {len(labels)} ({shown}): use ridge regression"
         )
     classifier = LogisticRegression(C=config.inverse_penalty, max_iter=1000)
     return TfidfJudge(make_pipeline(vectorizer, classifier).fit(texts, ratings))
 
 
 def load(path: Path) -> TfidfJudge:
-    """A judge that `save` wrote. Raises RlhfError naming the file where it cannot be read."""
+    """Load a judge that `save` wrote. Raises RlhfError, naming the file, if it cannot be read."""
     try:
         return TfidfJudge(joblib.load(path))
-    except Exception as error:  # unpickling raises anything
+    except Exception as error:  # unpickling can raise any exception
         raise RlhfError(f"{path} is not a readable judge ({error}): delete its stage's directory, run again") from error

@@ -1,6 +1,6 @@
-"""The tokenizer and the chat template inside a GGUF file, as the files that transformers' AutoTokenizer reads.
+"""Convert the tokenizer and chat template of a GGUF file to the files that transformers' AutoTokenizer reads.
 
-transformers converts them too, but splits SmolLM2's numbers as GPT-2 does: its table lacks "smollm".
+transformers has its own conversion, but its table lacks "smollm": it splits SmolLM2's numbers as GPT-2 does.
 """
 
 import json
@@ -12,8 +12,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from rlhf_jax.types import RlhfError
 
-_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # of llama.cpp's token types
-_NORMAL, _SPACE = 1, "\u2581"  # SentencePiece's sign for a space
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # llama.cpp's token types
+_SPACE = "\u2581"  # SentencePiece's symbol for a space
 
 _GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3_SPLIT = (
@@ -28,13 +28,13 @@ _TEKKEN_SPLIT = (
 
 
 class _Split(NamedTuple):
-    """How a text is cut before byte pairs are merged, and what else goes with it in the models that cut so."""
+    """Pre-tokenisation regex of a byte-level BPE tokenizer, with the other settings of the models that use it."""
 
     pattern: str
-    digits: bool = False  # single, before the pattern is applied
-    nfc: bool = False  # normalised first
-    whole_words: bool = False  # a word in the vocabulary is taken as it is, whatever the merges
-    bos: bool = False  # in front, unless the file says otherwise
+    digits: bool = False  # split digits individually before applying the pattern
+    nfc: bool = False  # apply NFC normalisation first
+    whole_words: bool = False  # use a word in the vocabulary directly, without merges
+    bos: bool = False  # prepend BOS unless the file specifies otherwise
 
 
 _QWEN2 = _Split(_LLAMA3_SPLIT.replace("{1,3}", ""), nfc=True)
@@ -53,22 +53,22 @@ _SPLITS = {
     "tekken": _Split(_TEKKEN_SPLIT, whole_words=True, bos=True),
     "olmo": _Split(_GPT2_SPLIT, nfc=True),  # of GPT-NeoX, Pythia and the first OLMo
 }
-"""By `tokenizer.ggml.pre`, as in llama.cpp's llama-vocab.cpp."""
+"""Splits by `tokenizer.ggml.pre`, as in llama.cpp's llama-vocab.cpp."""
 
 
 def write_tokenizer(metadata: Mapping[str, Any], directory: Path, *, source: Path) -> None:
-    """Writes `tokenizer.json` and `tokenizer_config.json` (with the chat template, if any) from a GGUF file's metadata.
+    """Write `tokenizer.json` and `tokenizer_config.json` (with the chat template, if any) from a GGUF file's metadata.
 
-    Args: `source` is the file, for the errors to name.
-    Raises: RlhfError if there is no tokenizer, or it is of a kind, or cuts texts in a way, that is not known here.
+    Args: source is the file, for error messages.
+    Raises: RlhfError if there is no tokenizer, or its kind or pre-tokenisation is not supported.
     """
     kind, tokens = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.tokens")
     if kind not in _BUILDERS or not tokens:
         found = f"a tokenizer of kind {kind!r}" if tokens else "no tokenizer"
         raise RlhfError(f"{source} has {found}: tokenizer.ggml.model must be one of {', '.join(_BUILDERS)}")
     if len(set(tokens)) != len(tokens):
-        twice = next(token for token in tokens if tokens.count(token) > 1)
-        raise RlhfError(f"{source} has the token {twice!r} twice in its vocabulary: use another conversion")
+        duplicate = next(token for token in tokens if tokens.count(token) > 1)
+        raise RlhfError(f"{source} has the token {duplicate!r} twice in its vocabulary: use another conversion")
     tokenizer, bos = _BUILDERS[kind](metadata, source)
     special = {f"{name}_token": _special(metadata, name, source) for name in ("bos", "eos", "unk", "pad")}
     _add_tokens(tokenizer, metadata)
@@ -93,12 +93,12 @@ def write_tokenizer(metadata: Mapping[str, Any], directory: Path, *, source: Pat
 
 
 def _byte_level(metadata: Mapping[str, Any], source: Path) -> tuple[Tokenizer, bool]:
-    """GPT-2's kind: byte pairs over letters that stand for bytes. Also returns whether BOS goes in front by default."""
+    """Build a byte-level BPE tokenizer (GPT-2's kind); also return whether BOS is prepended by default."""
     pre = metadata.get("tokenizer.ggml.pre")
     if pre not in _SPLITS:
         raise RlhfError(
-            f"{source} cuts texts into words in a way that is not known (tokenizer.ggml.pre is {pre!r}): it must be "
-            f"one of {', '.join(_SPLITS)}"
+            f"{source} uses an unsupported pre-tokenisation (tokenizer.ggml.pre is {pre!r}): it must be one of "
+            f"{', '.join(_SPLITS)}"
         )
     split = _SPLITS[pre]
     merges = [tuple(merge.split(" ", 1)) for merge in metadata.get("tokenizer.ggml.merges", [])]
@@ -117,7 +117,7 @@ def _byte_level(metadata: Mapping[str, Any], source: Path) -> tuple[Tokenizer, b
 
 
 def _sentencepiece(metadata: Mapping[str, Any], source: Path) -> tuple[Tokenizer, bool]:
-    """SentencePiece's kind: of two neighbours that make a token, those with the highest score are merged first."""
+    """Build a SentencePiece BPE tokenizer, which merges the pair with the highest score first; BOS is the default."""
     unknown = _special(metadata, "unk", source)
     merges = _merges(metadata, source)
     tokenizer = _tokenizer(metadata, merges, source, unk_token=unknown, fuse_unk=True, byte_fallback=True)
@@ -142,7 +142,7 @@ def _tokenizer(metadata: Mapping[str, Any], merges: list[Any], source: Path, **o
     vocabulary = {token: index for index, token in enumerate(metadata["tokenizer.ggml.tokens"])}
     try:
         return Tokenizer(models.BPE(vocabulary, merges, **options))
-    except Exception as error:  # tokenizers raises nothing more special
+    except Exception as error:  # tokenizers raises bare Exception
         reason = str(error).removeprefix("Error while initializing BPE: ")
         raise RlhfError(f"{source}: the merges do not fit the vocabulary: {reason}") from error
 
@@ -151,7 +151,7 @@ def _merges(metadata: Mapping[str, Any], source: Path) -> list[tuple[str, str]]:
     tokens, scores = metadata["tokenizer.ggml.tokens"], metadata.get("tokenizer.ggml.scores", [])
     types = metadata.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
     if not len(tokens) == len(scores) == len(types):
-        raise RlhfError(f"{source} has {len(tokens)} tokens, {len(scores)} scores and {len(types)} types of tokens")
+        raise RlhfError(f"{source} has {len(tokens)} tokens, but {len(scores)} scores and {len(types)} token types")
     rank = {token: score for token, score, kind in zip(tokens, scores, types, strict=True) if kind == _NORMAL}
     merges = []
     for token in sorted(rank, key=rank.__getitem__, reverse=True):
@@ -167,12 +167,12 @@ def _special(metadata: Mapping[str, Any], name: str, source: Path) -> str | None
     if index is None:
         return None
     if not 0 <= index < len(tokens):
-        raise RlhfError(f"{source}: {key} is {index}, and there are {len(tokens)} tokens")
+        raise RlhfError(f"{source}: {key} is {index}, but there are only {len(tokens)} tokens")
     return tokens[index]
 
 
 def _add_tokens(tokenizer: Tokenizer, metadata: Mapping[str, Any]) -> None:
-    """Tokens that are taken whole from a text, before it is cut; those of control are left out of what is decoded."""
+    """Add the tokens that are matched in a text before pre-tokenisation; control tokens are skipped when decoding."""
     types = metadata.get("tokenizer.ggml.token_type", [])
     added = [
         AddedToken(token, normalized=False, special=kind != _USER_DEFINED)
@@ -184,13 +184,13 @@ def _add_tokens(tokenizer: Tokenizer, metadata: Mapping[str, Any]) -> None:
 
 
 def _frame(tokenizer: Tokenizer, ends: Mapping[str, str | None]) -> None:
-    """BOS before and EOS after each text, where the file asks for them."""
-    found = {name: token for name, token in ends.items() if token is not None}
-    if not found:
+    """Add BOS before and EOS after each text, as far as the file specifies them."""
+    present = {name: token for name, token in ends.items() if token is not None}
+    if not present:
         return
-    before, after = found.get("bos"), found.get("eos")
+    before, after = present.get("bos"), present.get("eos")
     pieces = [*([before] if before else []), "{}", *([after] if after else [])]
     single = " ".join(piece.format("$A:0") if piece == "{}" else f"{piece}:0" for piece in pieces)
     second = " ".join(piece.format("$B:1") if piece == "{}" else f"{piece}:1" for piece in pieces)
-    ids = [(token, tokenizer.token_to_id(token)) for token in found.values()]
+    ids = [(token, tokenizer.token_to_id(token)) for token in present.values()]
     tokenizer.post_processor = processors.TemplateProcessing(single, f"{single} {second}", ids)

@@ -1,4 +1,4 @@
-"""Tokenizers and chat templates of Hugging Face checkpoints, through transformers (which needs no torch for them)."""
+"""Tokenizers and chat templates of Hugging Face checkpoints, through transformers (without torch)."""
 
 import datetime
 import itertools
@@ -17,20 +17,20 @@ from rlhf_jax.types import RlhfError
 
 GENERATION_FILE = "generation_config.json"
 _FILES = ["tokenizer*", "vocab*", "merges.txt", "*.model", "*.jinja", "added_tokens.json", "special_tokens_map.json"]
-_TODAY = datetime.date(2024, 7, 26)  # in templates that ask for the date: Llama's own where there is no clock
+_TODAY = datetime.date(2024, 7, 26)  # date for templates that ask for it; the default of Llama's template
 
 
 class PretrainedTokenizer(Tokenizer):
-    """A checkpoint's tokenizer. Unlike one of ours it finds special tokens within texts, as transformers does.
+    """Tokenizer of a checkpoint.
 
-    Special tokens within the content of a message are found too, as they are by transformers.
+    Unlike TrainedTokenizer, it recognises special tokens within texts and message contents, as transformers does.
     """
 
     def __init__(self, wrapped: Any, stop_ids: tuple[int, ...], suppressed: tuple[int, ...] = ()) -> None:
-        """Wraps a fast tokenizer of transformers. Raises RlhfError where nothing could end a response.
+        """Wrap a fast tokenizer of transformers. Raises RlhfError if it has no stop token.
 
-        Args: stop_ids, of the checkpoint's generation config, end a response as EOS does. So does the special token
-            that ends the assistant's turn in the chat template. Those suppressed, of the same file, are never emitted.
+        Args: stop_ids, from the checkpoint's generation config, end a response like EOS, as does the special token
+            that ends the assistant's turn in the chat template; suppressed ids, from the same file, are never sampled.
         """
         self.wrapped = wrapped
         self.backend = wrapped.backend_tokenizer
@@ -40,23 +40,23 @@ class PretrainedTokenizer(Tokenizer):
         ends = [wrapped.eos_token_id, *stop_ids, *self._turn_ends()]
         self.stop_ids = tuple(dict.fromkeys(token for token in ends if token is not None))
         if not self.stop_ids:
-            raise RlhfError(f"the tokenizer has no token that ends a text: name one as eos_token in its {CONFIG_FILE}")
+            raise RlhfError(f"the tokenizer has no stop token: set eos_token in its {CONFIG_FILE}")
         self.eos_id = self.stop_ids[0]
         self.pad_id = self.eos_id if wrapped.pad_token_id is None else wrapped.pad_token_id
         self.start_id = self.eos_id if wrapped.bos_token_id is None else wrapped.bos_token_id
         self.prefix = self._prefix()
         self.suppressed = suppressed
         self.vocab_size = 1 + max(self.backend.get_vocab(with_added_tokens=True).values())
-        # GPT-2's tokenizer calls EOS its unknown token, SmolLM2's the end of a document, but bytes hold every word.
+        # Byte-level tokenizers have no unknown words, but GPT-2 and SmolLM2 name a special token as their unk_token.
         model: Any = self.backend.model
-        emitted = isinstance(model, tokenizers.models.Unigram) or model.unk_token is not None
-        named = {*self.stop_ids, self.pad_id, self.start_id}
-        self.unknown_id = wrapped.unk_token_id if emitted and wrapped.unk_token_id not in named else None
+        has_unknown = isinstance(model, tokenizers.models.Unigram) or model.unk_token is not None
+        other_roles = {*self.stop_ids, self.pad_id, self.start_id}
+        self.unknown_id = wrapped.unk_token_id if has_unknown and wrapped.unk_token_id not in other_roles else None
 
     def save(self, directory: Path) -> None:
-        """Writes the files that transformers reads, and a generation config where one says more and there is none.
+        """Write the files that transformers reads, and a generation config if one is needed and does not exist.
 
-        The file that makes it a tokenizer of Hugging Face's comes last.
+        tokenizer_config.json, which marks the directory as a Hugging Face tokenizer, is written last.
         """
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory) as name:
@@ -73,19 +73,17 @@ class PretrainedTokenizer(Tokenizer):
                     file.replace(target)
 
     def render(self, messages: Messages, *, add_generation_prompt: bool) -> str:
-        """The text of a conversation. The date in it, where the template asks for one, is always 26 July 2024.
-
-        Otherwise a run that is started again on another day would read other prompts.
-        """
+        """Render a conversation. A template that asks for the date always gets 26 July 2024, for reproducibility."""
         return self._apply(messages, add_generation_prompt=add_generation_prompt, tokenize=False)
 
     def encode_turns(self, messages: Messages) -> tuple[list[int], list[bool]]:
-        """Ids of a rendered conversation, and which of them the assistant is to write.
+        """Encode a rendered conversation, with a mask of the tokens that the assistant writes.
 
-        Where the template marks them by `{% generation %}`, it has the last word. Otherwise they are what follows the
-        beginning of an answer, turn by turn, up to the end of the turn.
+        The mask follows the template's `{% generation %}` markers if it has any. Otherwise it covers, in each turn of
+        the assistant, the tokens from the end of the generation prompt to the end of the turn.
 
-        Raises: RlhfError where the template writes a turn otherwise once others follow it, so that this finds nothing.
+        Raises: RlhfError if the template renders a turn differently when others follow, so that turns cannot be
+        located.
         """
         if re.search(r"\{%-?\s*generation\s*-?%\}", self.chat_template or ""):
             encoded = self._apply(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
@@ -101,8 +99,8 @@ class PretrainedTokenizer(Tokenizer):
 
         if self.chat_template is None:
             raise RlhfError(
-                "the tokenizer has no chat template, which chat messages need: put the template of the checkpoint's "
-                f"authors beside its {CONFIG_FILE} as chat_template.jinja, or give texts"
+                "the tokenizer has no chat template, which chat messages need: save the template of the checkpoint's "
+                f"authors as chat_template.jinja next to its {CONFIG_FILE}, or give texts"
             )
         try:
             return self.wrapped.apply_chat_template(
@@ -110,55 +108,55 @@ class PretrainedTokenizer(Tokenizer):
             )
         except (TemplateError, TypeError, LookupError, ValueError) as error:
             raise RlhfError(
-                f"the chat template refuses these messages ({error}): give the roles that it knows, in its order"
+                f"the chat template rejects these messages ({error}): use its roles, in its order"
             ) from error
 
     def _turns(self, messages: Messages, whole: tokenizers.Encoding) -> Iterator[tuple[int, int]]:
-        """The tokens of each answer: from its first to the one that ends it."""
+        """Yield the token range of each of the assistant's turns, including the stop token."""
         text = self.render(messages, add_generation_prompt=False)
         for number, message in enumerate(messages):
             if message["role"] == "assistant":
                 before = self.render(messages[:number], add_generation_prompt=True)
                 so_far = self.encode(self.render(messages[: number + 1], add_generation_prompt=False))
                 pairs = zip(so_far, whole.ids, strict=False)
-                shared = [one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
-                # A template may end a conversation with a special token that does not stand within it, as Phi-3's does.
+                shared = [token for token, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
+                # A template may add a special token only at the end of a conversation, as Phi-3's does.
                 if not text.startswith(before) or self.decode(so_far[len(shared) :]).strip():
                     raise RlhfError(
-                        f"the chat template writes message {number + 1} otherwise within the whole conversation than "
-                        "at its end, so that the assistant's turns cannot be told apart: use a template that marks "
-                        "them by {% generation %}, or data.loss_on = 'completion'"
+                        f"the chat template renders message {number + 1} differently when others follow it, so that "
+                        "the assistant's turns cannot be located: use a template that marks them by "
+                        "{% generation %}, or data.loss_on = 'completion'"
                     )
-                # A token that lies across the beginning of a turn counts, as it does for transformers.
+                # A token that spans the start of a turn belongs to the turn, as in transformers.
                 first = next((i for i, (_, stop) in enumerate(whole.offsets) if stop > len(before)), len(shared))
                 yield first, first + len(self.trim(shared[first:]))
 
     def _turn_ends(self) -> list[int]:
-        """The special token that follows an answer in the chat template, if there is one."""
+        """Find the special token that ends an answer in the chat template; at most one id."""
         messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
         if self.chat_template is None:
             return []
         try:
             end = self.render(messages, add_generation_prompt=False).rpartition("answer")[2]
-        except RlhfError:  # a template for other roles
+        except RlhfError:  # the template has other roles
             return []
         special = {token for token, added in self.wrapped.added_tokens_decoder.items() if added.special}
         return [token for token in self.encode(end) if token in special][:1]
 
     def _prefix(self) -> tuple[int, ...]:
-        """What the tokenizer's own post-processor puts before a text."""
-        alone, whole = self.encode("a"), self.backend.encode("a", add_special_tokens=True).ids
-        starts = [start for start in range(len(whole)) if whole[start : start + len(alone)] == alone]
-        return tuple(whole[: starts[0]]) if alone and starts else ()
+        """Special tokens that the tokenizer's post-processor puts before a text."""
+        plain, framed = self.encode("a"), self.backend.encode("a", add_special_tokens=True).ids
+        starts = [start for start in range(len(framed)) if framed[start : start + len(plain)] == plain]
+        return tuple(framed[: starts[0]]) if plain and starts else ()
 
 
 def suppression(ids: tuple[int, ...]) -> dict[str, list[int]]:
-    """What a generation config says of tokens that are never emitted."""
+    """Generation-config entry for tokens that are never sampled; empty if there are none."""
     return {"suppress_tokens": list(ids)} if ids else {}
 
 
 def as_pretrained(tokenizer: Tokenizer) -> PretrainedTokenizer:
-    """A tokenizer of ours as transformers has it: the same ids, BOS before every text, special tokens never in one."""
+    """Convert a TrainedTokenizer: same ids, BOS before every text, special tokens not recognised within texts."""
     _quieten()
     from transformers import PreTrainedTokenizerFast
 
@@ -174,10 +172,10 @@ def as_pretrained(tokenizer: Tokenizer) -> PretrainedTokenizer:
 
 
 def load_pretrained_tokenizer(source: str | Path, *, generation: Path | None = None) -> PretrainedTokenizer:
-    """The tokenizer of a checkpoint's directory, or of a repository on the Hub (where a string is no directory).
+    """Load the tokenizer of a checkpoint directory, or of a Hub repository if the string is not a directory.
 
-    Args: generation is another directory, whose generation config counts.
-    Raises: RlhfError, naming the file, where one is missing or does not parse; where the Hub cannot be reached.
+    Args: generation is a directory whose generation config is used instead.
+    Raises: RlhfError, naming the file, if one is missing or malformed, or if the Hub cannot be reached.
     """
     directory = Path(source) if isinstance(source, Path) or Path(source).exists() else _download(source)
     for file in sorted(directory.glob("*.json")):
@@ -188,14 +186,14 @@ def load_pretrained_tokenizer(source: str | Path, *, generation: Path | None = N
 
     try:
         wrapped: Any = AutoTokenizer.from_pretrained(directory)
-    except Exception as error:  # whatever a damaged file brings about in transformers, and tokenizers' bare Exception
+    except Exception as error:  # damaged files raise many types in transformers, and bare Exception in tokenizers
         reason = str(error).partition("\n")[0]
         raise RlhfError(
-            f"{directory} holds no tokenizer that can be read ({reason}): copy its {TOKENIZER_FILE} and {CONFIG_FILE} "
-            "again, or convert an older form with AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+            f"{directory} has no readable tokenizer ({reason}): copy its {TOKENIZER_FILE} and {CONFIG_FILE} again, or "
+            "convert an older format with AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         ) from error
     if not wrapped.is_fast:
-        raise RlhfError(f"{directory} has a slow tokenizer, without a {TOKENIZER_FILE}: convert it with transformers")
+        raise RlhfError(f"{directory} has a slow tokenizer without a {TOKENIZER_FILE}: convert it with transformers")
     try:
         ids = [_ids(generation or directory, name) for name in ("eos_token_id", "suppress_tokens")]
         return PretrainedTokenizer(wrapped, *ids)
@@ -204,7 +202,7 @@ def load_pretrained_tokenizer(source: str | Path, *, generation: Path | None = N
 
 
 def _quieten() -> None:
-    """Before transformers is imported, which says that it found no PyTorch, which nobody here misses."""
+    """Silence transformers' warning, given at import, that PyTorch was not found."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 
@@ -219,8 +217,8 @@ def _download(name: str) -> Path:
     except OSError as error:  # the Hub's own errors are OSErrors too
         reason = str(error).strip().partition("\n")[0]
         raise RlhfError(
-            f"{name} is no directory here, and the Hugging Face Hub does not give it ({reason}): check the path, or "
-            "the repository's name and the network; HF_TOKEN opens private and gated ones"
+            f"{name} is not a directory, and the Hugging Face Hub did not return it ({reason}): check the path, or the "
+            "repository's name and the network; private and gated repositories need HF_TOKEN"
         ) from error
 
 
@@ -232,14 +230,14 @@ def _check_json(file: Path) -> None:
 
 
 def _ids(directory: Path, name: str) -> tuple[int, ...]:
-    """What a field of the generation config names: nothing, one id or several."""
+    """Read the ids in a field of the generation config, which may be absent, an id or a list."""
     if not (directory / GENERATION_FILE).exists():
         return ()
     content = json.loads((directory / GENERATION_FILE).read_bytes())
-    found = content.get(name) if isinstance(content, dict) else None
-    ids = found if isinstance(found, list) else [] if found is None else [found]
+    value = content.get(name) if isinstance(content, dict) else None
+    ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(type(token) is int for token in ids):
-        raise RlhfError(f"{directory / GENERATION_FILE}: {name} = {found!r} should be an id or a list of ids")
+        raise RlhfError(f"{directory / GENERATION_FILE}: {name} = {value!r} should be an id or a list of ids")
     return tuple(ids)
 
 
@@ -247,9 +245,9 @@ def _template(wrapped: Any) -> str | None:
     if not wrapped.chat_template:
         return None
     try:
-        return wrapped.get_chat_template()  # of several, the one named default
+        return wrapped.get_chat_template()  # if there are several, the one named "default"
     except ValueError as error:
-        raise RlhfError(f"the tokenizer's chat templates have none named default: {error}") from error
+        raise RlhfError(f"none of the tokenizer's chat templates is named default: {error}") from error
 
 
 def _without_clock(template: str) -> str:

@@ -1,10 +1,10 @@
-"""Stop strings: texts that end a response wherever they are found, also from the middle of a token to that of another.
+"""Stop strings: texts that end a response wherever they occur, also across token boundaries.
 
-While tokens are drawn, on the device, a table says after each how far into a stop string the response has come (the
-automaton of Aho & Corasick 1975, of whose steps a token takes as many as it has bytes). It knows a token's bytes where
-they do not depend on the token before it: all of them, where the tokenizer's are bytes (as GPT-2's); where it puts
-spaces between words, a stop string that a space comes into is not found by it. What it finds is there. What ends a
-response in the end is `cut`, which reads the text, and only costs more where the table has let a response go on.
+During sampling on the device, a table tracks the longest stop-string prefix at the end of the response (the automaton
+of Aho & Corasick 1975, advanced by all bytes of a token at once). The table only uses bytes that do not depend on the
+preceding token. For byte-level tokenizers such as GPT-2's, these are all bytes. Tokenizers that insert spaces between
+words can miss stop strings that contain such a space, but never report a false match. `cut` searches the decoded text
+afterwards and is exact; a miss of the table only costs the tokens sampled after it.
 """
 
 import bisect
@@ -19,50 +19,52 @@ from rlhf_jax.text.incremental import CONTEXT, INCOMPLETE
 from rlhf_jax.text.tokenizer import Tokenizer
 
 FOUND = -1
-"""The state after a token that completes a stop string."""
+"""State after a token that completes a stop string."""
 
-_UNCERTAIN = 256  # in the place of a byte: what no stop string has
+_UNCERTAIN = 256  # placeholder for a byte that depends on context; matches no stop string
 
 
 def stop_table(tokenizer: Tokenizer, strings: Sequence[str], vocab_size: int) -> Int[np.ndarray, "Q V"]:
-    """The state after each token in each state: the longest end of the response that a stop string begins with.
+    """Transition table of the automaton: the next state for each state and token.
 
-    State 0, nothing of any, is the first; FOUND is the state after a whole one. Special tokens have no text, and change
-    no state. vocab_size is the model's, which may have more rows than the tokenizer has tokens.
+    A state is the longest suffix of the response that is a proper prefix of a stop string. State 0 is the empty prefix
+    and the initial state; FOUND follows a complete stop string. Special tokens have no text and do not change the
+    state. vocab_size is the model's, which may exceed the tokenizer's.
     """
     if not strings or not all(strings):
-        raise ValueError(f"stop strings = {strings!r} must be texts, of which there is one at least, and none empty")
-    whole = [tuple(text.encode()) for text in strings]
-    states = sorted({text[:length] for text in whole for length in range(len(text))}, key=len)
-    number = {state: place for place, state in enumerate(states)}
-    found = len(states)  # for as long as the table is made: nothing leaves it
+        raise ValueError(f"stop strings = {strings!r} must be one or more non-empty texts")
+    patterns = [tuple(text.encode()) for text in strings]
+    states = sorted({text[:length] for text in patterns for length in range(len(text))}, key=len)
+    number = {state: i for i, state in enumerate(states)}
+    found = len(states)  # absorbing state during construction
 
     def after(state: tuple[int, ...], byte: int) -> int:
-        read = (*state, byte)
-        if any(read[-len(text) :] == text for text in whole):
+        suffix = (*state, byte)
+        if any(suffix[-len(text) :] == text for text in patterns):
             return found
-        return next(number[end] for start in range(len(read) + 1) if (end := read[start:]) in number)
+        return next(number[end] for start in range(len(suffix) + 1) if (end := suffix[start:]) in number)
 
     by_byte = np.full((found + 1, 257), found, np.int32)
     by_byte[:found] = 0
-    for state, byte in itertools.product(states, sorted({byte for text in whole for byte in text})):
+    for state, byte in itertools.product(states, sorted({byte for text in patterns for byte in text})):
         by_byte[number[state], byte] = after(state, byte)
     pieces = _pieces(tokenizer, vocab_size)
     lengths = np.array([len(piece) for piece in pieces])
     table = np.repeat(np.arange(found + 1, dtype=np.int32)[:, None], vocab_size, axis=1)
-    for place in range(lengths.max()):
-        longer = np.flatnonzero(lengths > place)
-        read = np.array([pieces[token][place] for token in longer])
-        table[:, longer] = by_byte[table[:, longer], read]
+    for i in range(lengths.max()):
+        longer = np.flatnonzero(lengths > i)
+        bytes_read = np.array([pieces[token][i] for token in longer])
+        table[:, longer] = by_byte[table[:, longer], bytes_read]
     return np.where(table == found, FOUND, table)[:found]
 
 
 def cut(
     tokenizer: Tokenizer, prompt: Sequence[int], response: Sequence[int], strings: Sequence[str]
 ) -> tuple[int, str]:
-    """The tokens up to that which completes a stop string, and the text before it, without half of a character.
+    """Truncate a response at the first stop string.
 
-    Of several stop strings that one token completes, the first to begin counts. Returns how many tokens are left.
+    Returns: the number of tokens up to the one that completes the stop string, and the text before the stop string
+    without a partial character. If a token completes several stop strings, the one that starts first counts.
     """
     before = list(prompt[-CONTEXT:])
 
@@ -74,37 +76,36 @@ def cut(
 
     count = bisect.bisect_left(range(len(response)), True, key=stopped) if stopped(len(response)) else len(response)
     kept = text(count)
-    return count, kept[: min((place for stop in strings if (place := kept.find(stop)) >= 0), default=len(kept))]
+    return count, kept[: min((start for stop in strings if (start := kept.find(stop)) >= 0), default=len(kept))]
 
 
 def _pieces(tokenizer: Tokenizer, vocab_size: int) -> list[Sequence[int]]:
-    """What each token adds to a text, in bytes, as far as it is certain."""
+    """Bytes that each token adds to a text, with _UNCERTAIN where they depend on the preceding token."""
     backend, ids = tokenizer.backend, range(vocab_size)
     if isinstance(backend.decoder, decoders.ByteLevel):
         written = [backend.id_to_token(token) or "" for token in ids]
         special = {token for token, added in backend.get_added_tokens_decoder().items() if added.special}
         return [b"" if token in special else _byte_level(text) for token, text in zip(ids, written, strict=True)]
-    first = next(
-        token for token in ids if tokenizer.decode([token]).strip().isalnum()
-    )  # no mark that binds what follows
+    # A word, because punctuation may join the text that follows it without a space.
+    first = next(token for token in ids if tokenizer.decode([token]).strip().isalnum())
     before = tokenizer.decode([first])
     alone, after = (backend.decode_batch([[*start, token] for token in ids]) for start in ((), (first,)))
-    return [_certain(one, other, before) for one, other in zip(alone, after, strict=True)]
+    return [_certain(*texts, before) for texts in zip(alone, after, strict=True)]
 
 
-_THEMSELVES = [*range(33, 127), *range(161, 173), *range(174, 256)]
-_OTHERS = [byte for byte in range(256) if byte not in _THEMSELVES]
-_BYTES = {chr(byte): byte for byte in _THEMSELVES} | {chr(256 + place): byte for place, byte in enumerate(_OTHERS)}
-"""What each character of a byte-level vocabulary stands for."""
+_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+_BYTES = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + i): byte for i, byte in enumerate(_OTHERS)}
+"""Byte that each character of a byte-level vocabulary represents (GPT-2's bytes_to_unicode)."""
 
 
 def _byte_level(written: str) -> bytes:
-    """The bytes of a token of a byte-level vocabulary; an added token may be written as it is."""
+    """Bytes of a token in a byte-level vocabulary; an added token may be stored as plain text."""
     return bytes(_BYTES[character] for character in written) if all(c in _BYTES for c in written) else written.encode()
 
 
 def _certain(alone: str, after: str, before: str) -> list[int]:
-    """The bytes of a token's text, given alone and after another's: a space before it depends on the other."""
+    """Context-independent bytes of a token, from its text alone and after another token with text `before`."""
     added = after.removeprefix(before)
     if INCOMPLETE in alone or not (after.startswith(before) and added.endswith(alone)):
         return [_UNCERTAIN]

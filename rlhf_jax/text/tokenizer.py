@@ -1,4 +1,4 @@
-"""Tokenizers trained on the experiment's own text, and the one interface through which the rest sees any tokenizer."""
+"""The tokenizer interface, and tokenizers trained on an experiment's own text."""
 
 import abc
 import dataclasses
@@ -17,18 +17,18 @@ SPECIAL_TOKENS = [PAD, BOS, EOS, UNKNOWN]
 TOKENIZER_FILE, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
 
 NO_TEMPLATE = (
-    "a tokenizer trained here has no chat template, which chat messages need: give texts (columns text, or prompt and "
-    "completion), or begin with a checkpoint whose tokenizer has a template"
+    "a tokenizer trained by rlhf_jax has no chat template, which chat messages need: give texts (column text, or "
+    "prompt and completion), or start from a checkpoint whose tokenizer has a template"
 )
 
 Kind = Literal["word", "byte_bpe"]
 Messages: TypeAlias = list[dict[str, Any]]
-"""A conversation: `role` and `content` of each message, and whatever else its template reads."""
+"""A conversation: messages with `role`, `content` and any other keys that the template reads."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
-    """A tokenizer to be trained: `word` (lower-cased words and punctuation) or `byte_bpe` (any text, no unknowns)."""
+    """Tokenizer to train: `word` (lower-cased words and punctuation) or `byte_bpe` (any text, no unknown words)."""
 
     kind: Kind  # word (lower-cased words and punctuation) or byte_bpe (any text, without unknown tokens)
     vocab_size: Count  # tokens in the vocabulary, special ones included
@@ -40,78 +40,78 @@ class TokenizerConfig:
 
 
 class Tokenizer(abc.ABC):
-    """What the rest of the code knows of a tokenizer, its own or that of a Hugging Face checkpoint."""
+    """Tokenizer interface of TrainedTokenizer and PretrainedTokenizer."""
 
     backend: tokenizers.Tokenizer
-    pad_id: int  # perhaps the same as eos_id: masks alone say what is padding
+    pad_id: int  # may equal eos_id: only masks identify padding
     eos_id: int
-    unknown_id: int | None  # of words without a token, where the tokenizer has such words
-    start_id: int  # what an empty prompt consists of
-    prefix: tuple[int, ...]  # ids that every prompt begins with
-    stop_ids: tuple[int, ...]  # ids that end a response: EOS, then others
-    suppressed: tuple[int, ...]  # ids that a policy never emits
-    vocab_size: int  # one more than the largest id; a model may have more rows
+    unknown_id: int | None  # None if every word has tokens
+    start_id: int  # the only token of an empty prompt if there is no prefix
+    prefix: tuple[int, ...]  # ids that start every prompt, such as BOS
+    stop_ids: tuple[int, ...]  # ids that end a response, EOS first
+    suppressed: tuple[int, ...]  # ids that a policy never samples
+    vocab_size: int  # largest id plus one; a model's embedding may have more rows
     chat_template: str | None
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without those that every prompt begins with and without EOS."""
+        """Encode a text without prefix and EOS."""
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def encode_all(self, texts: list[str]) -> list[list[int]]:
-        """Ids of many texts, in parallel."""
+        """Encode many texts in parallel, without prefix and EOS."""
         return [encoding.ids for encoding in self.backend.encode_batch(texts, add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids; special tokens leave nothing."""
+        """Decode ids, skipping special tokens."""
         return self.backend.decode(list(ids), skip_special_tokens=True)
 
     def decode_completion(self, prompt: Iterable[int], response: Iterable[int]) -> str:
-        """Text that a response adds to its prompt's, with the space that joins them where there is one."""
+        """Decode a response as it continues its prompt, including a space that joins them."""
         prompt = list(prompt)
-        before, whole = self.decode(prompt), self.decode([*prompt, *response])
-        return whole[len(before) :] if whole.startswith(before) else self.decode(response)
+        before, joint = self.decode(prompt), self.decode([*prompt, *response])
+        return joint[len(before) :] if joint.startswith(before) else self.decode(response)
 
     def begin(self, ids: Iterable[int]) -> list[int]:
-        """A prompt of text: its ids after those that every prompt begins with, and never nothing."""
+        """Add the prefix to a text prompt; an empty result becomes [start_id]."""
         return [*self.prefix, *ids] or [self.start_id]
 
     def trim(self, response: list[int]) -> list[int]:
-        """A response up to the token that ends it, where nothing but blanks (a template's newline) follows that."""
-        kept = len(response)
-        for place in reversed(range(len(response))):
-            if response[place] in self.stop_ids:
-                kept = place + 1
-            elif self.decode([response[place]]).strip():
+        """Cut a response after the first stop token that is followed only by whitespace and stop tokens."""
+        length = len(response)
+        for i in reversed(range(len(response))):
+            if response[i] in self.stop_ids:
+                length = i + 1
+            elif self.decode([response[i]]).strip():
                 break
-        return response[:kept]
+        return response[:length]
 
     def end(self, response: list[int]) -> list[int]:
-        """A whole response, ended by EOS, unless a stop token (of a chat template, say) ends it already."""
+        """Trim a complete response and append EOS unless it already ends with a stop token."""
         trimmed = self.trim(response)
         return trimmed if trimmed and trimmed[-1] in self.stop_ids else [*trimmed, self.eos_id]
 
     @abc.abstractmethod
     def save(self, directory: Path) -> None:
-        """Writes into a directory, which it makes, what `load_tokenizer` reads; whole or not there."""
+        """Write atomically the files that `load_tokenizer` reads, creating the directory."""
 
     @abc.abstractmethod
     def render(self, messages: Messages, *, add_generation_prompt: bool) -> str:
-        """The text of a conversation, by the chat template; to be encoded as it is, without a prefix.
+        """Render a conversation with the chat template. The text is to be encoded without adding the prefix.
 
-        Args: add_generation_prompt ends it with the beginning of an answer by the assistant.
-        Raises RlhfError where there is no template, or it refuses the messages.
+        Args: add_generation_prompt appends the header of the assistant's next turn.
+        Raises RlhfError if there is no template or it rejects the messages.
         """
 
     @abc.abstractmethod
     def encode_turns(self, messages: Messages) -> tuple[list[int], list[bool]]:
-        """Ids of a rendered conversation, and which of them the assistant is to write. Raises as `render` does."""
+        """Encode a rendered conversation, with a mask of the assistant's tokens. Raises as `render` does."""
 
 
 class TrainedTokenizer(Tokenizer):
-    """A tokenizer of ours, with four special tokens, which never come from text; it has no chat template."""
+    """Tokenizer trained by rlhf_jax, with four special tokens and no chat template."""
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
-        """Wraps a tokenizer that knows the four special tokens. Their names within a text are text."""
+        """Wrap a tokenizer that has the four special tokens. Their names in a text are encoded as plain text."""
         self.backend = backend
         self.backend.encode_special_tokens = True
         self.pad_id, self.bos_id, self.eos_id, self.unknown_id = map(self._special_id, SPECIAL_TOKENS)
@@ -121,7 +121,7 @@ class TrainedTokenizer(Tokenizer):
         self.chat_template = None
 
     def save(self, directory: Path) -> None:
-        """Writes tokenizer.json."""
+        """Write tokenizer.json."""
         directory.mkdir(parents=True, exist_ok=True)
         temporary = directory / ".tokenizer.tmp"
         self.backend.save(str(temporary))
@@ -136,26 +136,26 @@ class TrainedTokenizer(Tokenizer):
         raise RlhfError(NO_TEMPLATE)
 
     def _special_id(self, token: str) -> int:
-        found = self.backend.token_to_id(token)
-        if found is None:
+        token_id = self.backend.token_to_id(token)
+        if token_id is None:
             raise RlhfError(
-                f"the tokenizer has no token {token}: train it with rlhf_jax, or add {SPECIAL_TOKENS}; one of Hugging "
-                f"Face's needs its {CONFIG_FILE} beside it"
+                f"the tokenizer has no token {token}: train it with rlhf_jax, or add {SPECIAL_TOKENS}; a Hugging Face "
+                f"tokenizer needs its {CONFIG_FILE} in the same directory"
             )
-        return found
+        return token_id
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:
-    """The tokenizer in a directory, or of a repository on the Hugging Face Hub.
+    """Load a tokenizer from a directory or a Hugging Face Hub repository.
 
-    A directory with a tokenizer_config.json holds one of Hugging Face's, one with only a tokenizer.json one of ours. A
-    `Path` is a directory; a string that is none is the name of a repository, such as `HuggingFaceTB/SmolLM2-135M`.
+    A directory with a tokenizer_config.json has a Hugging Face tokenizer; one with only a tokenizer.json has a
+    TrainedTokenizer. A string that is not a directory names a repository, such as `HuggingFaceTB/SmolLM2-135M`.
 
-    Raises: RlhfError where there is none, or where a file does not parse.
+    Raises: RlhfError if there is no tokenizer or a file is malformed.
     """
     directory = Path(source)
     if (isinstance(source, str) and not directory.exists()) or (directory / CONFIG_FILE).exists():
-        # Imported here: transformers takes two seconds, which an experiment of its own need not wait for.
+        # Imported here: transformers takes two seconds, which a TrainedTokenizer does not need.
         from rlhf_jax.text.hf_tokenizer import load_pretrained_tokenizer
 
         return load_pretrained_tokenizer(source)
@@ -169,10 +169,10 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
 
 
 def train_word_tokenizer(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
-    """The most frequent lower-cased words and punctuation marks; the rest is unknown.
+    """Train a vocabulary of the most frequent lower-cased words and punctuation marks; other words are unknown.
 
-    Decoding puts a space between tokens, except before marks that close and after those that open, so that any sequence
-    of known tokens, decoded, encodes to itself again.
+    Decoding puts a space between tokens, except before closing and after opening punctuation, so that decoding and
+    encoding a sequence of known tokens returns the same sequence.
     """
     tokenizer = tokenizers.Tokenizer(models.WordLevel(unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Lowercase()
@@ -188,7 +188,7 @@ def train_word_tokenizer(texts: Iterable[str], vocab_size: int) -> tokenizers.To
 
 
 def train_byte_bpe_tokenizer(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
-    """Byte-pair encoding over bytes (as GPT-2's): every text has an encoding."""
+    """Train a byte-level BPE tokenizer (as GPT-2's), which can encode every text."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -209,5 +209,5 @@ TRAINERS: dict[Kind, Callable[[Iterable[str], int], tokenizers.Tokenizer]] = {
 
 
 def train_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> TrainedTokenizer:
-    """A tokenizer trained on texts, which must be the training split's."""
+    """Train a tokenizer on texts, which must be those of the training split."""
     return TrainedTokenizer(TRAINERS[config.kind](texts, config.vocab_size))

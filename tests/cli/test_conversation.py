@@ -111,7 +111,7 @@ def test_a_refused_message_is_forgotten(load, policy):
     assert conversation.messages == before
     # A template that has no system messages.
     llama2 = begin(load(checkpoints.policy, tokenizer_files.llama2))
-    with pytest.raises(RlhfError, match="the chat template refuses these messages"):
+    with pytest.raises(RlhfError, match="the chat template rejects these messages"):
         llama2.set_system("Be short.")
     assert llama2.system is None
     say(llama2, "Is it good?")

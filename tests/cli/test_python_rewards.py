@@ -61,7 +61,7 @@ def test_rewards_may_be_python_of_answers_and_columns(models, mine, tmp_path, ca
 
     reads(monkeypatch, jsonl([rows[0], {"prompt": "x"}]))
     assert "row 2 of the data: reward function" in (told := fails(capsys, "best-of-n", *flags))
-    assert "vowels asks for wanted, and there are prompts, completions, completion_ids" in told
+    assert "vowels needs wanted, but only prompts, completions, completion_ids" in told
     reads(monkeypatch, jsonl([rows[0], rows[1]]))
     assert "row 1 of the data: no reward applies to the completion" in fails(
         capsys, "best-of-n", models[0], *models[2:], f"--reward={mine}:silent"
@@ -75,7 +75,10 @@ def test_rewards_may_be_python_of_answers_and_columns(models, mine, tmp_path, ca
         (["--reward-stage=x", "--reward=mine.py:f"], "--reward-stage and --reward name 2 rewards"),
         (["--reward=mine.py"], "'mine.py' names no reward function: write package.module:function"),
         (["--reward=nowhere.py:f"], "nowhere.py:f cannot be loaded: FileNotFoundError"),
-        (["--reward=mine.py:f", "--reward-weights=1,2"], "--reward-weights = (1.0, 2.0) must have one for each of 1"),
+        (
+            ["--reward=mine.py:f", "--reward-weights=1,2"],
+            "--reward-weights = (1.0, 2.0) must have one weight for each of 1",
+        ),
         (["--reward=mine.py:f", "--reward-weights=nan"], "--reward-weights = (nan,) must be finite numbers"),
         (["--reward=mine.py:f", "--reward-weights=1;2"], "'1;2' should be comma-separated numbers"),
         (["--reward-weights=1", "--reward-model=x"], "--reward-weights are only used with --reward"),

@@ -173,7 +173,7 @@ def test_clean_changes_no_word_and_is_done_once(text: str):
 
 def test_not_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("RLHF_JAX_DATA", str(tmp_path))
-    with pytest.raises(RlhfError, match=r"^movie_reviews is not here: run `rlhf-jax fetch movie_reviews`$"):
+    with pytest.raises(RlhfError, match=r"^movie_reviews has not been fetched: run `rlhf-jax fetch movie_reviews`$"):
         builders.load_split("movie_reviews", "train")
 
 
@@ -212,10 +212,10 @@ def test_any_other_data_set_is_read_from_tfds_directory(other: Path):
 def test_one_that_needs_tensorflow_says_so(other: Path):
     info = other / "dataset_info.json"
     info.write_text(info.read_text().replace("array_record", "tfrecord"))
-    with pytest.raises(RlhfError, match=r"other_reviews is prepared as tfrecord.*file_format='array_record'"):
+    with pytest.raises(RlhfError, match=r"other_reviews is stored as tfrecord.*file_format='array_record'"):
         builders.load_split("other_reviews", "train")
 
 
 def test_one_that_is_not_there():
-    with pytest.raises(RlhfError, match=r"tfds:no_such_reviews is not here: prepare it"):
+    with pytest.raises(RlhfError, match=r"tfds:no_such_reviews has not been prepared: create it"):
         builders.load_split("no_such_reviews", "train")

@@ -228,7 +228,7 @@ def test_where_the_border_merges_the_prompt_stays_as_it_is_and_it_is_told(tmp_pa
     assert batch.tokens[batch.mask].tolist() == [*tokenizer.encode("the fi"), *tokenizer.encode("lm"), 0]
     asked = pipeline.prompts(rows, tokenizer, CONFIG)
     assert asked.tokens[asked.mask].tolist() == tokenizer.encode("the fi")
-    assert [record.getMessage()[:40] for record in caplog.records] == ["In 1 of 1 rows (the first is row 1) the "]
+    assert [record.getMessage()[:40] for record in caplog.records] == ["In 1 of 1 rows (the first is row 1) a to"]
 
 
 @pytest.mark.parametrize(
@@ -251,9 +251,9 @@ def test_what_is_cut_in_two_gains_no_space(tokenizers, caplog, name, prompt, com
 @pytest.mark.parametrize(
     ("name", "row", "message"),
     [
-        ("chatml", {"messages": FOUR[:1]}, r"row 2 of the data: no message is the assistant's"),
-        ("llama2", {"messages": FOUR[1:]}, r"row 2 of the data: the chat template refuses .* must alternate"),
-        ("chatml", {"prompt": FOUR[:1], "completion": FOUR[:1]}, r"row 2 .*goes on with 'user.* instead of 'assis"),
+        ("chatml", {"messages": FOUR[:1]}, r"row 2 of the data: the chat has no message of the assistant"),
+        ("llama2", {"messages": FOUR[1:]}, r"row 2 of the data: the chat template rejects .* must alternate"),
+        ("chatml", {"prompt": FOUR[:1], "completion": FOUR[:1]}, r"row 2 .*but writes 'user.* instead of 'assis"),
     ],
 )
 def test_what_a_template_cannot_write_names_the_row(tokenizers, name, row, message):
@@ -271,7 +271,7 @@ def test_a_checkpoint_without_a_template_reads_no_chats(tokenizers, loss_on):
 
 def test_a_template_that_writes_earlier_answers_anew_tells_only_the_last(tokenizers):
     rows = [{"messages": FOUR}]
-    with pytest.raises(RlhfError, match=r"row 1 of the data: the chat template writes message 2 otherwise"):
+    with pytest.raises(RlhfError, match=r"row 1 of the data: the chat template renders message 2 differently"):
         pipeline.demonstrations(rows, tokenizers["last"], config(loss_on="assistant"))
 
 
@@ -285,22 +285,22 @@ def test_a_template_that_asks_otherwise_than_it_answers_is_reported(tokenizers):
 def test_a_template_that_marks_nothing_is_reported(tmp_path):
     template = MARKED.replace("message['role'] == 'assistant'", "message['role'] == 'model'")
     tokenizer = load_tokenizer(tokenizer_files.chatml(tmp_path, template))
-    with pytest.raises(RlhfError, match="row 1 of the data: the chat template marks nothing"):
+    with pytest.raises(RlhfError, match="row 1 of the data: the chat template marks no token"):
         pipeline.demonstrations([{"messages": FOUR}], tokenizer, config(loss_on="assistant"))
 
 
 def test_texts_have_no_assistant(tokenizers):
-    with pytest.raises(RlhfError, match="loss_on = 'assistant' needs chats, and the rows are texts"):
+    with pytest.raises(RlhfError, match="loss_on = 'assistant' needs chats, but the rows are texts"):
         pipeline.demonstrations([{"text": "x"}], tokenizers["chatml"], config(loss_on="assistant"))
 
 
 def test_a_tokenizer_of_ours_reads_no_chats():
-    with pytest.raises(RlhfError, match=r"trained here has no chat template, .*give texts"):
+    with pytest.raises(RlhfError, match=r"trained by rlhf_jax has no chat template, .*give texts"):
         pipeline.training_texts([{"messages": FOUR}])
     tokenizer = train_tokenizer(TokenizerConfig("word", 100), ["it is good"])
     calls = (pipeline.demonstrations, pipeline.prompts)
     for call, loss_on in zip((*calls, calls[0]), ("completion", "completion", "assistant"), strict=True):
-        with pytest.raises(RlhfError, match="row 1 of the data: a tokenizer trained here has no chat template"):
+        with pytest.raises(RlhfError, match="row 1 of the data: a tokenizer trained by rlhf_jax has no chat template"):
             call([{"messages": FOUR}], tokenizer, config(loss_on=loss_on))
 
 

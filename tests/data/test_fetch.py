@@ -179,7 +179,7 @@ def test_a_full_disk_becomes_one_message(data: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(fetch.DATASETS, "big", fetch.DataSet("big/1", build))
     with (
         largest_file(100_000),
-        pytest.raises(RlhfError, match=rf"big cannot be written to {data}.*File too large.*Make"),
+        pytest.raises(RlhfError, match=rf"big cannot be written to {data}.*File too large.*Free"),
     ):
         fetch.fetch("big")
     assert left_in(data) == []

@@ -104,7 +104,7 @@ def test_a_split_of_a_hub_directory(tmp_path: Path):
 def test_a_split_of_a_saved_dictionary(tmp_path: Path):
     write_saved(tmp_path / "train", ROWS)
     assert formats.read_table(str(tmp_path / "train")) == ROWS
-    with pytest.raises(RlhfError, match=r"holds the splits train: name one, as in .*train"):
+    with pytest.raises(RlhfError, match=r"has the splits train: choose one, as in .*train"):
         formats.read_table(str(tmp_path))
 
 
@@ -176,7 +176,7 @@ def test_a_file_cut_short(tmp_path: Path, name: str, kept: float):
     # A text file cut between two rows cannot be told from a whole one: these are cut inside a row.
     path = write(tmp_path, name)
     cut(path, kept)
-    with pytest.raises(RlhfError, match=rf"{name}.*copy .*(again|cut short)"):
+    with pytest.raises(RlhfError, match=rf"{name}.*copy .*(again|truncated)"):
         formats.read_table(path)
 
 
@@ -194,7 +194,7 @@ def test_cut_compressed_files_name_the_row(tmp_path: Path):
     for name in ("table.jsonl.gz", "table.jsonl.xz"):
         path = write(tmp_path, name, rows)
         cut(path, 0.5)
-        with pytest.raises(RlhfError, match=rf"{name}, row (4[0-9][0-9]|5[0-4][0-9]): cut short"):
+        with pytest.raises(RlhfError, match=rf"{name}, row (4[0-9][0-9]|5[0-4][0-9]): truncated"):
             formats.read_table(path)
 
 
@@ -211,7 +211,7 @@ def test_a_damaged_byte_in_a_compressed_file(tmp_path: Path):
 def test_a_cut_arrow_stream_is_noticed_between_batches(tmp_path: Path):
     path = Path(write(tmp_path, "table.arrow"))
     path.write_bytes(path.read_bytes()[:-8])
-    with pytest.raises(RlhfError, match=r"table.arrow is cut short after row 300"):
+    with pytest.raises(RlhfError, match=r"table.arrow is truncated after row 300"):
         formats.read_table(str(path))
 
 
@@ -221,8 +221,8 @@ def test_a_cut_arrow_stream_is_noticed_between_batches(tmp_path: Path):
         ("a.jsonl", b'{"text": "x"}\n{"text": }\n', r"a\.jsonl, row 2 is not JSON"),
         ("a.jsonl", b'{"text": "x"}\n\n["x"]\n', r"a\.jsonl, row 2 is not a JSON object"),
         ("a.jsonl", b'{"text": "x"}\n{"text": "\xe9"}\n', r"a\.jsonl, row 2 is not JSON .*utf-8"),
-        ("a.jsonl.gz", b'{"text": "x"}\n', r"a\.jsonl\.gz, row 1: cut short or damaged"),
-        ("a.jsonl.xz", b'{"text": "x"}\n', r"a\.jsonl\.xz, row 1: cut short or damaged"),
+        ("a.jsonl.gz", b'{"text": "x"}\n', r"a\.jsonl\.gz, row 1: truncated or damaged"),
+        ("a.jsonl.xz", b'{"text": "x"}\n', r"a\.jsonl\.xz, row 1: truncated or damaged"),
         ("a.json", b'[{"text": "x"},\n"y"]', r"a\.json, row 2 is not a JSON object"),
         ("a.json", b'[{"text": "x"},\n{"text"]', r"a\.json is not JSON .*line 2"),
         ("a.parquet", b"PAR1 not really", r"a\.parquet cannot be read as Parquet"),
@@ -231,14 +231,14 @@ def test_a_cut_arrow_stream_is_noticed_between_batches(tmp_path: Path):
         ("a.csv", b'text,n\n"x\ny",1\nz,1,2\n', r"a\.csv, row 2 \(line 4\) has 3 values for 2 columns"),
         ("a.csv", b'text,n\nx,1\n"y,2\n', r"a\.csv, row 2 \(line 3\) is not CSV"),
         ("a.csv", b"text,n\nx,1\n\xe9,2\n", r"a\.csv, row 2 .* is not CSV in UTF-8"),
-        ("a.csv", b"text,text\nx,1\n", r"a\.csv: the header \(text, text\) must name every column"),
-        ("a.csv", b"text,\nx,1\n", r"a\.csv: the header .* must name every column"),
-        ("a.txt", b"x", r"a\.txt is of no kind that can be read: give one of .jsonl"),
-        ("a.jsonl", b"\n\n", r"a\.jsonl holds no rows"),
-        ("a.jsonl.gz", gzip.compress(b"", mtime=0), r"a\.jsonl\.gz holds no rows"),
-        ("a.json", b"[]", r"a\.json holds no rows"),
-        ("a.csv", b"", r"a\.csv holds no rows"),
-        ("a.csv", b"text,n\n", r"a\.csv holds no rows"),
+        ("a.csv", b"text,text\nx,1\n", r"a\.csv: the header \(text, text\) must give every column a distinct name"),
+        ("a.csv", b"text,\nx,1\n", r"a\.csv: the header .* must give every column a distinct name"),
+        ("a.txt", b"x", r"a\.txt has an unknown file type: give one of .jsonl"),
+        ("a.jsonl", b"\n\n", r"a\.jsonl has no rows"),
+        ("a.jsonl.gz", gzip.compress(b"", mtime=0), r"a\.jsonl\.gz has no rows"),
+        ("a.json", b"[]", r"a\.json has no rows"),
+        ("a.csv", b"", r"a\.csv has no rows"),
+        ("a.csv", b"text,n\n", r"a\.csv has no rows"),
     ],
 )
 def test_unreadable_files(tmp_path: Path, name: str, content: bytes, message: str):
@@ -250,12 +250,12 @@ def test_unreadable_files(tmp_path: Path, name: str, content: bytes, message: st
 def test_sources_that_are_not_there(tmp_path: Path):
     with pytest.raises(RlhfError, match=r"nothing\.jsonl does not exist"):
         formats.read_table(str(tmp_path / "nothing.jsonl"))
-    with pytest.raises(RlhfError, match=r"holds neither a data set of save_to_disk nor Parquet"):
+    with pytest.raises(RlhfError, match=r"has neither a save_to_disk data set nor Parquet"):
         formats.read_table(str(tmp_path))
-    with pytest.raises(RlhfError, match=r"tfds:movie_reviews names no split: write tfds:NAME/SPLIT"):
+    with pytest.raises(RlhfError, match=r"tfds:movie_reviews has no split: write tfds:NAME/SPLIT"):
         formats.read_table("tfds:movie_reviews")
     (tmp_path / "table.jsonl").mkdir()
-    with pytest.raises(RlhfError, match=r"table\.jsonl holds neither"):
+    with pytest.raises(RlhfError, match=r"table\.jsonl has neither"):
         formats.read_table(str(tmp_path / "table.jsonl"))
 
 
@@ -367,9 +367,9 @@ def test_missing_columns_name_the_row():
         (math.nan, "row 2, column prompt is of type float, not text"),
         (
             [{"role": "user", "content": "x"}],
-            "row 2, column prompt is of type list, not text.*lists of messages everywh",
+            "row 2, column prompt is of type list, not text.*or chats in every column",
         ),
-        ("a\ud83d", "row 2, column prompt holds half of a surrogate pair"),
+        ("a\ud83d", "row 2, column prompt contains a lone surrogate"),
     ],
 )
 def test_what_is_not_text_names_the_row(value: Any, message: str):
@@ -387,8 +387,8 @@ def say(*contents: str) -> list[Row]:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("x", "column prompt is of type str, where others are lists of messages"),
-        (None, "column prompt is null, where"),
+        ("x", "column prompt is of type str, but others are chats"),
+        (None, "column prompt is null, but others"),
         ([*say("x"), "y"], "column prompt, message 2 is of type str: write it as {'role': ..., 'content': ...}"),
         ([{"from": "human", "value": "x"}], r"column prompt, message 1 has no role \(it has from, value\): add it"),
         ([{"role": "user"}], r"column prompt, message 1 has no content \(it has role\)"),
@@ -397,7 +397,7 @@ def say(*contents: str) -> list[Row]:
         ([{}], r"column prompt, message 1 has no role \(it has nothing\)"),
         ([{"role": 3, "content": "x"}], "column prompt, message 1, role is of type int, not text"),
         ([{"role": "user", "content": ["x"]}], "column prompt, message 1, content is of type list, not text"),
-        ([{"role": "user", "content": "a\ud83d"}], "column prompt, message 1, content holds half of a surrogate"),
+        ([{"role": "user", "content": "a\ud83d"}], "column prompt, message 1, content contains a lone surrogate"),
     ],
 )
 def test_what_is_no_chat_names_row_and_message(value: Any, message: str):
@@ -435,7 +435,7 @@ def test_bad_preferences_name_the_row(row: Row, message: str):
 
 
 def test_other_tables_are_no_preferences():
-    with pytest.raises(RlhfError, match=r"t\.csv is no preference data"):
+    with pytest.raises(RlhfError, match=r"t\.csv is not preference data"):
         formats.preference_rows([{"text": "x"}], "t.csv")
 
 
@@ -459,10 +459,10 @@ def test_an_implicit_prompt_of_chats_is_what_the_assistant_answers_in_both(chose
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"chosen": say("q", "a"), "rejected": say("r", "a")}, "chosen and rejected begin with no message in common"),
-        ({"chosen": say("q"), "rejected": say("q", "a")}, "chosen and rejected begin with no message in common"),
+        ({"chosen": say("q", "a"), "rejected": say("r", "a")}, "chosen and rejected share no initial messages"),
+        ({"chosen": say("q"), "rejected": say("q", "a")}, "chosen and rejected share no initial messages"),
         ({"chosen": say("q", "a"), "rejected": []}, "column rejected is empty"),
-        ({"chosen": "q", "rejected": say("q", "a")}, "column chosen is of type str, where others are lists"),
+        ({"chosen": "q", "rejected": say("q", "a")}, "column chosen is of type str, but others are chats"),
     ],
 )
 def test_bad_preferences_of_chats_name_the_row(row: Row, message: str):
@@ -471,7 +471,9 @@ def test_bad_preferences_of_chats_name_the_row(row: Row, message: str):
 
 
 def test_a_prompt_of_text_does_not_go_with_answers_in_messages():
-    with pytest.raises(RlhfError, match=r"row 1, column chosen is of type list.*in no column prompt if answers begin"):
+    with pytest.raises(
+        RlhfError, match=r"row 1, column chosen is of type list.*without a column prompt if the answers"
+    ):
         formats.preference_rows([{"prompt": "q", "chosen": say("q", "a"), "rejected": say("q", "b")}], "t.jsonl")
 
 

@@ -103,7 +103,7 @@ def test_lengths_vary_with_the_texts(texts):
 def test_a_word_that_spans_prompt_and_completion_leaves_the_prompt_as_it_is_and_is_told(caplog):
     _, example, _ = pipeline.tokenise(["a", "don", "don"], [" b", "'t a", "'t b"], TOKENIZER, CONFIG)
     (record,) = caplog.records
-    assert record.getMessage().startswith("In 2 of 3 rows (the first is row 2) the end of the prompt")
+    assert record.getMessage().startswith("In 2 of 3 rows (the first is row 2) a token would span")
     assert example.prompt == [BOS, *TOKENIZER.encode("don")]
     assert example.response == [*TOKENIZER.encode("'t a"), EOS]
     assert TOKENIZER.encode("don't") != [*TOKENIZER.encode("don"), *TOKENIZER.encode("'t")]
@@ -188,7 +188,7 @@ def test_no_prompt_at_all_is_an_error():
 
 
 def test_rows_without_anything_to_learn_from_are_an_error():
-    with pytest.raises(RlhfError, match="row 1 of the data: its columns prompt, id show no completion"):
+    with pytest.raises(RlhfError, match="row 1 of the data: the columns prompt, id contain no completion"):
         pipeline.demonstrations([{"prompt": "a", "id": 1}], TOKENIZER, CONFIG)
 
 
@@ -304,7 +304,7 @@ def test_unpaired_rows_do_not_pass_for_demonstrations(tmp_path):
     path.write_text('{"prompt": "a", "completion": " bad", "label": false}\n')
     rows = pipeline.load_rows(config(train=str(path)), "train")
     for read in (pipeline.training_texts, lambda rows: pipeline.demonstrations(rows, TOKENIZER, CONFIG)):
-        with pytest.raises(RlhfError, match=r"row 1 of the data: it is unpaired .*drop the column label"):
+        with pytest.raises(RlhfError, match=r"row 1 of the data: unpaired rows .*drop the column label"):
             read(rows)
 
 
@@ -323,7 +323,7 @@ def test_pairs_that_all_prefer_nothing_are_refused(tmp_path):
     same, data = {"prompt": "a", "chosen": "b", "rejected": "b"}, tmp_path / "pairs.jsonl"
     config = dataclasses.replace(CONFIG, train=str(data))
     data.write_text(2 * (json.dumps(same) + "\n"))
-    with pytest.raises(RlhfError, match=r"pairs\.jsonl: chosen and rejected are the same in every row"):
+    with pytest.raises(RlhfError, match=r"pairs\.jsonl: chosen and rejected are identical in every row"):
         pipeline.load_rows(config, "train")
     data.write_text(json.dumps(same) + "\n" + json.dumps(same | {"rejected": "c"}) + "\n")
     assert len(pipeline.load_rows(config, "train")) == 2

@@ -32,8 +32,8 @@ def test_rankings_of_chats():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"completions": ["a"]}, "row 1, column completions is no list of at least two"),
-        ({"completions": "ab"}, "row 1, column completions is no list of at least two"),
+        ({"completions": ["a"]}, "row 1, column completions must be a list of at least two"),
+        ({"completions": "ab"}, "row 1, column completions must be a list of at least two"),
         ({"completions": ["a", None]}, r"row 1, column completions\[1\] is null"),
         ({"scores": [1]}, "row 1, column scores does not give a number for each of 2"),
         ({"scores": [1, "2"]}, "row 1, column scores does not give a number"),

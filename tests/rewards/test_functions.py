@@ -118,7 +118,7 @@ def test_what_goes_wrong_in_a_function_is_one_message_that_names_it(file, name, 
 
 
 def test_a_column_that_is_not_there_is_named(file):
-    with pytest.raises(RlhfError, match=r"right asks for answer, and there are prompts, completions, difficulty"):
+    with pytest.raises(RlhfError, match=r"right needs answer, but only prompts, completions, difficulty"):
         load_function(f"{file}:right")(PROMPTS, COMPLETIONS, {"difficulty": [1, 2]})
 
 
@@ -149,10 +149,10 @@ def test_a_file_that_does_not_load_is_named_and_read_again(tmp_path):
 def test_weights_add_up_what_applies():
     rewards = np.array([[1.0, 10.0], [np.nan, 10.0], [2.0, np.nan]])
     np.testing.assert_allclose(weighted_sum(rewards, (2.0, 0.5), ("f", "g"), "abc", "xyz"), [7, 5, 4])
-    with pytest.raises(RlhfError, match="no reward applies to the completion 'two!' of the prompt 'b': f, g gave"):
+    with pytest.raises(RlhfError, match="no reward applies to the completion 'two!' of the prompt 'b': f, g returned"):
         weighted_sum(np.array([[1.0, 2.0], [np.nan, np.nan]]), (1.0, 1.0), ("f", "g"), PROMPTS, COMPLETIONS)
 
 
 def test_a_sum_beyond_float32_is_refused():
-    with pytest.raises(RlhfError, match=r"weights = \(1e\+30,\) is too large: give smaller weights"):
+    with pytest.raises(RlhfError, match=r"weights = \(1e\+30,\) is too large: reduce the weights"):
         weighted_sum(np.array([[1e20]]), (1e30,), ["f"], ["p"], ["c"])

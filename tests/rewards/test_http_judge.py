@@ -128,7 +128,7 @@ def test_waits_double_with_jitter_and_end_after_the_last_attempt(tmp_path):
 
     with serving(failing) as server:
         judge = HTTPJudge(config_for(server, retries=4, backoff=0.05, concurrency=1), tmp_path)
-        with pytest.raises(RlhfError, match=r"failed 5 times, the last time with: HTTP 502.*what was answered so far"):
+        with pytest.raises(RlhfError, match=r"failed 5 times, most recently with: HTTP 502.*the replies so far"):
             judge.prefer(PAIRS[1:2])
     waits = np.diff(times)
     assert len(waits) == 4
@@ -197,7 +197,7 @@ def test_replies_without_a_verdict_are_ties_until_there_are_too_many(tmp_path):
         judge = HTTPJudge(config_for(server, max_unparseable=4, concurrency=1), tmp_path)
         np.testing.assert_array_equal(judge.prefer(PAIRS[:2]), [0.5, 0.5])
         assert judge.summary()["judge_unparseable"] == 4 and judge.summary()["judge_agreement"] is None
-        with pytest.raises(RlhfError, match=r"gave 5 replies that say neither A nor B, the last one 'I cannot say'"):
+        with pytest.raises(RlhfError, match=r"returned 5 replies without a verdict, the last one 'I cannot say'"):
             judge.prefer(PAIRS)
         assert len(server.asked) < 10, "and it stops there"
         assert HTTPJudge(config_for(server, max_unparseable=4), tmp_path).prefer(PAIRS[:1]) == [0.5]
@@ -210,12 +210,15 @@ def test_replies_without_a_verdict_are_ties_until_there_are_too_many(tmp_path):
     ("answer", "message"),
     [
         (Answer(status=401, body=f"Incorrect API key: {KEY}".encode()), r"\(HTTP 401\): set the environment variable"),
-        (Answer(status=404, body=b'{"error": "no such model"}'), r"no model 'tiny' \(HTTP 404 .*no such model.*mend"),
-        (Answer(status=400, body=f"too long, {KEY}".encode()), r"refuses the question \(HTTP 400 too long, \*\*\*"),
+        (
+            Answer(status=404, body=b'{"error": "no such model"}'),
+            r"no model 'tiny' \(HTTP 404 .*no such model.*correct",
+        ),
+        (Answer(status=400, body=f"too long, {KEY}".encode()), r"rejects the request \(HTTP 400 too long, \*\*\*"),
         (Answer(status=429, body=b'{"code": "insufficient_quota"}'), "insufficient_quota"),
         (Answer(status=302, headers={"Location": "http://127.0.0.1:1/steal"}), "HTTP 302"),
-        (Answer(body=b'{"object": "nothing"}'), "gives no chat completion but .*nothing"),
-        (Answer(body=b"[]"), "gives no chat completion"),
+        (Answer(body=b'{"object": "nothing"}'), "did not return a chat completion but .*nothing"),
+        (Answer(body=b"[]"), "did not return a chat completion"),
     ],
     ids=["key", "address", "refusal", "quota", "redirect", "another_protocol", "list"],
 )
@@ -237,7 +240,7 @@ def test_the_key_is_written_nowhere_and_without_one_nothing_begins(tmp_path, mon
         with pytest.raises(RlhfError, match="environment variable JUDGE_KEY, which api_key_env names, is not set"):
             HTTPJudge(config, tmp_path)
         monkeypatch.setenv("JUDGE_KEY", f"{KEY}\n{KEY}")
-        with pytest.raises(RlhfError, match="what no header can carry"):
+        with pytest.raises(RlhfError, match="not a valid HTTP header"):
             HTTPJudge(config, tmp_path)
         monkeypatch.setenv("JUDGE_KEY", KEY)
         judge = HTTPJudge(config, tmp_path)
@@ -282,8 +285,8 @@ def test_a_killed_judgement_goes_on_where_it_stood(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"url": "localhost:8000"}, "must begin with http"),
-        ({"template": "{prompt} {a}"}, "must have {b} once"),
+        ({"url": "localhost:8000"}, "must start with http"),
+        ({"template": "{prompt} {a}"}, "must contain {b} exactly once"),
         ({"concurrency": 0}, "concurrency = 0 must be at least 1"),
         ({"max_tokens": 0}, "max_tokens = 0"),
         ({"timeout": 0.0}, "timeout = 0.0 must be above 0"),

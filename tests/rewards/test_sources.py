@@ -227,18 +227,18 @@ def test_a_model_that_diverged_is_no_part_that_does_not_apply(places, loaded):
 def test_columns_in_which_rows_with_one_prompt_differ_are_not_given(places, loaded):
     policy, _ = loaded
     rows = [row | {"answer": f"{row['id']}"} for row in ROWS]
-    with pytest.raises(RlhfError, match=r"mine.py:right asks for answer, and there are prompts, completions"):
+    with pytest.raises(RlhfError, match=r"mine.py:right needs answer, but only prompts, completions"):
         make_scorer(reward(places, None, ("right",), (1.0,)), policy, rows, DATA, 4)(rollout(policy))
 
 
 def test_sections_that_cannot_be_are_refused():
     function = FunctionSource("mine.py:f")
     cases: tuple[tuple[dict[str, Any], str], ...] = (
-        ({}, "a reward needs one of them"),
-        ({"functions": (function,), "weights": (1.0, 2.0)}, "must have one for each of 1 parts"),
+        ({}, "a reward needs at least one of them"),
+        ({"functions": (function,), "weights": (1.0, 2.0)}, "must have one weight for each of 1 parts"),
         ({"functions": (function,), "combine": "wco"}, "needs a model"),
         ({"functions": (function,), "weights": (math.nan,)}, "must be finite"),
-        ({"functions": (function, function)}, "has one twice"),
+        ({"functions": (function, function)}, "has a duplicate"),
         ({"model": ModelSource("rm"), "variance_coefficient": 0.1}, "nothing else reads it"),
     )
     for fields, message in cases:

@@ -86,5 +86,5 @@ def test_a_stop_string_may_begin_and_end_within_tokens_and_special_tokens_are_no
 
 @pytest.mark.parametrize("strings", [[], ["a", ""]])
 def test_nothing_is_no_stop_string(strings, tmp_path):
-    with pytest.raises(ValueError, match="must be texts"):
+    with pytest.raises(ValueError, match="must be one or more non-empty texts"):
         stop_table(load_tokenizer(tokenizer_files.gpt2(tmp_path)), strings, 320)

@@ -19,6 +19,7 @@ from rlhf_jax import experiment
 from rlhf_jax import main as command_line
 from rlhf_jax.config import functions
 from rlhf_jax.main import main
+from rlhf_jax.stages.kinds import find_kind
 from tests.support import checkpoints
 from tests.support.commands import reads, succeeds
 from tests.support.own_data import ROOT, files
@@ -49,6 +50,8 @@ def group(words: list[str]) -> str:
     ):
         if sign in line:
             return name
+    if words[1] == "fields":
+        return "fields"
     return "verbs" if "--model=smollm2" in line else "none"
 
 
@@ -129,6 +132,20 @@ def test_verbs(words, models, place, monkeypatch, capsys):
         assert printed.strip()
     else:
         assert "tokens" in printed
+
+
+@pytest.mark.parametrize("words", of("fields"), ids=" ".join)
+def test_fields(words, models, monkeypatch, capsys):
+    call(words, models, monkeypatch)
+    assert "\nclip_ratio *   number > 0\n" in capsys.readouterr().out
+
+
+def test_kinds_in_the_text_are_kinds():
+    named = re.findall(r"`\"kind\": \"(\S+?)\"`", README)
+    assert named
+    for name in named:
+        place, _, kind = name.rpartition(":")
+        assert find_kind(f"{ROOT}/{place}:{kind}", "kind").summary
 
 
 def test_best_of_n_by_a_function(models, place, monkeypatch, capsys):

@@ -63,7 +63,7 @@ def _comments(cls: type) -> Mapping[str, str]:
     comments = {token.start[0]: token.string.removeprefix("#").strip() for token in tokens}
     alone = {token.start[0] for token in tokens if token.line.lstrip().startswith("#")}
     found = {}
-    for node in ast.walk(ast.parse(source)):
+    for node in [node for top in ast.parse(source).body if isinstance(top, ast.ClassDef) for node in top.body]:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             first = node.lineno
             while first - 1 in alone:

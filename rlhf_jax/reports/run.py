@@ -273,7 +273,11 @@ class Run:
     def _belongs(self, directory: Path) -> bool:
         """Return whether a stage in `inputs` was made from this run's stages, rather than from one rerun here."""
         assert self.inputs is not None
+        roots = (self.workdir, self.inputs)
+        stages = {path.parent.name for root in roots for path in root.glob("*/config.json")}
         for name, fingerprint in self._read_config(directory)["inputs"].items():
+            if name not in stages:  # a checkpoint or a Python file
+                continue
             here = self.workdir / name
             used = here if (here / "config.json").exists() else self.inputs / name
             marker = used / "complete.json"

@@ -13,7 +13,13 @@ Masks are boolean and positive: True counts. Batches are NamedTuples of arrays w
 from typing import Any, NamedTuple, TypeAlias
 
 AnyArray: TypeAlias = Any
-"""A `jax.Array` on the device or a `np.ndarray` on the host: batches are made on the one and used on the other."""
+"""A `np.ndarray` on the host or a `jax.Array` on the device: batches are made on the one and used on the other."""
+
+Json: TypeAlias = Any
+"""A value of a JSON file; its reader knows its form."""
+
+Row: TypeAlias = dict[str, Json]
+"""A row of a table of data, metrics or samples, by column."""
 
 
 class RlhfError(Exception):

@@ -1,7 +1,5 @@
 """How far a model of preferences can be believed: accuracy by groups of pairs, and probabilities against outcomes."""
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -15,14 +13,14 @@ def agreement(differences: ArrayLike, labels: ArrayLike) -> np.ndarray:
     return 0.5 * (1 + np.sign(differences) * np.sign(labels))
 
 
-def accuracy(correct: ArrayLike) -> dict[str, Any]:
+def accuracy(correct: ArrayLike) -> dict[str, float]:
     """`n, accuracy, low, high`: the share of pairs ranked correctly (a tie is half of one), Wilson's 95 % interval."""
     correct = np.asarray(correct, np.float64)
     low, high = wilson_interval(float(correct.sum()), len(correct), z=Z_95)
     return {"n": len(correct), "accuracy": float(correct.mean()), "low": low, "high": high}
 
 
-def accuracy_by(values: ArrayLike, correct: ArrayLike, *, bins: int) -> list[dict[str, Any]]:
+def accuracy_by(values: ArrayLike, correct: ArrayLike, *, bins: int) -> list[dict[str, float]]:
     """The accuracy of pairs in `bins` groups of about equal size, by ascending value.
 
     Returns: for every group its least and greatest value (`from`, `to`), and what `accuracy` gives. Equal values are
@@ -35,7 +33,7 @@ def accuracy_by(values: ArrayLike, correct: ArrayLike, *, bins: int) -> list[dic
     return [{"from": float(own.min()), "to": float(own.max()), **accuracy(right)} for own, right in found]
 
 
-def reliability(probabilities: ArrayLike, outcomes: ArrayLike, *, bins: int) -> list[dict[str, Any]]:
+def reliability(probabilities: ArrayLike, outcomes: ArrayLike, *, bins: int) -> list[dict[str, float]]:
     """What was predicted against what was observed, in `bins` equal intervals of [0.5, 1].
 
     A pair's confidence is the probability of the response that the model prefers, $max(p, 1 - p)$.
@@ -50,7 +48,7 @@ def reliability(probabilities: ArrayLike, outcomes: ArrayLike, *, bins: int) -> 
     return [{"confidence": float(own.mean()), **accuracy(observed)} for own, observed in found]
 
 
-def expected_calibration_error(rows: list[dict[str, Any]]) -> float:
+def expected_calibration_error(rows: list[dict[str, float]]) -> float:
     r"""$\mathrm{ECE} = \sum_m \frac{|B_m|}{n} |\mathrm{acc}(B_m) - \mathrm{conf}(B_m)|$ .
 
     Guo et al. 2017 (arXiv:1706.04599). Args: rows are those of `reliability`.
@@ -59,7 +57,7 @@ def expected_calibration_error(rows: list[dict[str, Any]]) -> float:
     return float(sum(row["n"] * abs(row["accuracy"] - row["confidence"]) for row in rows) / total)
 
 
-def histograms(samples: dict[str, ArrayLike], *, bins: int) -> dict[str, Any]:
+def histograms(samples: dict[str, ArrayLike], *, bins: int) -> dict[str, list[float]]:
     """Counts of several samples over the same equal intervals: `edges`, and a list of counts by each name."""
     arrays = {name: np.asarray(values, np.float64) for name, values in samples.items()}
     edges = np.histogram_bin_edges(np.concatenate(list(arrays.values())), bins=bins)

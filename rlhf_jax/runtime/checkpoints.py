@@ -4,7 +4,7 @@ import contextlib
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +20,9 @@ class TrainState(NamedTuple):
     """What a step carries on: donated, and checkpointed. With several seeds every leaf has a first axis over them."""
 
     step: jax.Array  # int32[]: steps done
-    params: dict[str, Any]  # a tree for each trained network: policy, value, reward
-    opt_state: Any
-    controller: Any = ()  # what else changes from step to step, such as an adaptive coefficient
+    params: dict[str, PyTree]  # of each trained network: policy, value, reward
+    opt_state: PyTree
+    controller: PyTree = ()  # further state, such as an adaptive coefficient
 
 
 class _Repeated(logging.Filter):
@@ -119,7 +119,7 @@ def _writing(directory: Path) -> Iterator[None]:
         ) from error
 
 
-def _rest(state: TrainState) -> dict[str, Any]:
+def _rest(state: TrainState) -> dict[str, PyTree]:
     """What is saved beside the parameters; a controller where there is one, so that older checkpoints stay readable."""
     rest = {"step": state.step, "opt_state": state.opt_state}
     return rest | ({"controller": state.controller} if jax.tree.leaves(state.controller) else {})

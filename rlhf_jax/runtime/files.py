@@ -5,9 +5,9 @@ import math
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
-from rlhf_jax.types import RlhfError
+from rlhf_jax.types import Json, RlhfError, Row
 
 
 def write_text(path: Path, text: str) -> None:
@@ -29,12 +29,12 @@ def measured(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Json) -> None:
     """Writes indented JSON, whole or not at all. Raises RlhfError for a number that is not finite."""
     write_text(path, _encode(value, path, indent=2) + "\n")
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path) -> Json:
     """Reads JSON. Raises RlhfError naming the file where it is missing or broken."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -42,18 +42,18 @@ def read_json(path: Path) -> Any:
         raise RlhfError(f"{path} cannot be read ({error}): delete its stage's directory and run again") from error
 
 
-def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """Writes a JSONL file, whole or not at all. Raises RlhfError for a number that is not finite."""
     write_text(path, "".join(_encode(row, path) + "\n" for row in rows))
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path) -> list[Row]:
     """The rows of a JSONL file that this package wrote; a last line without its end (a killed process) is left out."""
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     return [json.loads(line) for line in lines]
 
 
-def _encode(value: Any, path: Path, indent: int | None = None) -> str:
+def _encode(value: Json, path: Path, indent: int | None = None) -> str:
     """JSON without NaN and infinities, which JSON has no words for and most readers refuse."""
     try:
         return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
@@ -67,7 +67,7 @@ def _encode(value: Any, path: Path, indent: int | None = None) -> str:
         ) from error
 
 
-def _not_finite(value: Any, place: str) -> Iterator[tuple[str, float]]:
+def _not_finite(value: Json, place: str) -> Iterator[tuple[str, float]]:
     """Every number in a JSON value that is NaN or infinite, with its path."""
     if isinstance(value, float) and not math.isfinite(value):
         yield place, value
@@ -86,7 +86,7 @@ class RowWriter:
         write_rows(path, kept)
         self._file: TextIO = path.open("a", encoding="utf-8")
 
-    def write(self, rows: Iterable[dict[str, Any]]) -> None:
+    def write(self, rows: Iterable[Row]) -> None:
         """Adds rows to the buffer. Raises RlhfError for a number that is not finite."""
         for row in rows:
             self._file.write(_encode(row, self._path) + "\n")

@@ -5,7 +5,6 @@ import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -16,9 +15,9 @@ from rlhf_jax.runtime.checkpoints import Checkpoints, TrainState
 from rlhf_jax.runtime.files import RowWriter, read_rows
 from rlhf_jax.runtime.programs import HostSteps, Placement, Step, compile_host_steps
 from rlhf_jax.runtime.progress import Bar
-from rlhf_jax.types import RlhfError
+from rlhf_jax.types import RlhfError, Row
 
-Rows = list[dict[str, Any]]
+Rows = list[Row]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Evaluation:
     """What is done every so many steps, and after the last one, for each seed."""
 
     every: int
-    run: Callable[[PyTree], tuple[dict[str, Any], Rows]]  # one seed's params -> metrics and sample rows
+    run: Callable[[PyTree], tuple[dict[str, float], Rows]]  # one seed's params -> metrics and sample rows
 
     def __post_init__(self) -> None:
         if self.every < 1:
@@ -52,12 +51,12 @@ class Task:
     step: Step | HostSteps
     state: TrainState  # at step 0; stacked over seeds where there are several
     frozen: PyTree
-    batch_at: Callable[[int], Any]  # arrays [B, ...], or [seeds, B, ...], for the step that follows `step` steps
+    batch_at: Callable[[int], PyTree]  # arrays [B, ...], or [seeds, B, ...], for the step that follows `step` steps
     run_key: jax.Array  # a key, or one a seed
     total_steps: int
     key_figures: tuple[str, ...]  # metrics shown beside the bar
     evaluation: Evaluation | None
-    describe: Callable[[int, Any], Rows]  # step, one seed's samples -> sample rows
+    describe: Callable[[int, PyTree], Rows]  # step, one seed's samples -> sample rows
 
 
 def train(task: Task, config: LoopConfig, placement: Placement, first_seed: int, directory: Path, bar: Bar) -> None:
@@ -178,7 +177,9 @@ def _of_seed(params: PyTree, seed: int, seeds: int) -> PyTree:
     return jax.tree.map(lambda leaf: leaf[seed], params) if seeds > 1 else params
 
 
-def _sample_rows(samples: Any, steps: range, first_seed: int, seeds: int, describe: Callable[[int, Any], Rows]) -> Rows:
+def _sample_rows(
+    samples: PyTree, steps: range, first_seed: int, seeds: int, describe: Callable[[int, PyTree], Rows]
+) -> Rows:
     return [
         {"step": step + 1, "seed": first_seed + seed, **row}
         for index, step in enumerate(steps)
@@ -187,12 +188,12 @@ def _sample_rows(samples: Any, steps: range, first_seed: int, seeds: int, descri
     ]
 
 
-def _number(value: Any) -> Any:
+def _number(value: np.ndarray | np.generic) -> float | None:
     """None for what could not be measured, or overflowed: JSON has neither NaN nor infinities."""
     return value.item() if np.isfinite(value) else None
 
 
-def _pick(leaf: Any, index: int, seed: int, seeds: int) -> Any:
+def _pick(leaf: np.ndarray, index: int, seed: int, seeds: int) -> np.ndarray | np.generic:
     return leaf[index, seed] if seeds > 1 else leaf[index]
 
 

@@ -12,7 +12,7 @@ Metrics are equal on all devices (a step reduces them); every leaf of samples ha
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -23,32 +23,56 @@ from jaxtyping import PyTree
 
 from rlhf_jax.config import Count, check_ranges
 from rlhf_jax.models.sharding import ROWS, sharding_of, shardings
-from rlhf_jax.types import RlhfError
+from rlhf_jax.types import AnyArray, RlhfError
 
-Step = Callable[[Any, Any, Any, jax.Array], tuple[Any, dict[str, jax.Array], Any]]
-Program = Callable[[Any, Any, Any, jax.Array], tuple[Any, dict[str, jax.Array], Any]]
+State = TypeVar("State")
+Frozen = TypeVar("Frozen", contravariant=True)
+Batch = TypeVar("Batch", contravariant=True)
+Samples = TypeVar("Samples", covariant=True)
+
+
+@runtime_checkable
+class Step(Protocol[State, Frozen, Batch, Samples]):
+    """One step of one run, on the rows of one device."""
+
+    def __call__(
+        self, state: State, frozen: Frozen, batch: Batch, run_key: jax.Array, /
+    ) -> tuple[State, dict[str, jax.Array], Samples]:
+        """Return the next state, metrics, and samples."""
+        ...
+
+
+@runtime_checkable
+class Program(Protocol[State, Frozen, Batch, Samples]):
+    """Several steps of all runs, on the rows of all devices: arrays have the leading axes named above."""
+
+    def __call__(
+        self, state: State, frozen: Frozen, batches: Batch, run_key: jax.Array, /
+    ) -> tuple[State, dict[str, AnyArray], Samples]:
+        """Return the last state, and the metrics and samples of each step."""
+        ...
 
 
 class Rounds(NamedTuple):
-    """How an iteration samples several times before it learns, until every seed has enough."""
+    """Rounds of sampling before an iteration learns, until every seed has enough rows."""
 
-    split: Callable[[Any], Iterable[Any]]  # a batch, with all its leading axes -> that of each round
-    # Pure, of one seed: what was kept so far (None at first) and (rollout, scores) -> what is kept, and if it is enough
-    collect: Callable[[Any, Any], tuple[Any, jax.Array]]
+    split: Callable[[PyTree], Iterable[PyTree]]  # a batch, with all its leading axes -> the batch of each round
+    # Pure, of one seed: rows kept so far (None at first) and (rollout, scores) -> rows kept, and whether they suffice
+    collect: Callable[[PyTree, PyTree], tuple[PyTree, jax.Array]]
 
 
 class Scored(NamedTuple):
-    """What the host says of rows that were sampled."""
+    """Scores of sampled rows from the host."""
 
     scores: np.ndarray  # float32[rows]
-    logged: dict[str, np.ndarray]  # float[rows] each, of which mean and deviation are logged; NaN is left out
+    logged: dict[str, np.ndarray]  # float[rows] each, logged as mean and deviation without NaNs
 
 
 class HostSteps(NamedTuple):
     """An iteration in two steps, between which the host scores what the first one sampled."""
 
     sample: Step  # -> its samples are a rollout
-    score: Callable[[Any], Scored]  # of a rollout of any number of rows, in NumPy
+    score: Callable[[PyTree], Scored]  # of a rollout of any number of rows, in NumPy
     learn: Step  # on a batch (rollout, scores), or with rounds on what they kept
     rounds: Rounds | None = None
 
@@ -118,7 +142,7 @@ class MeshPlacement:
             out_shardings=(_shardings_of(state), NamedSharding(self.mesh, P()), rows),
         )
 
-        def program(state: Any, frozen: Any, batches: Any, run_key: jax.Array) -> tuple:
+        def program(state: State, frozen: PyTree, batches: PyTree, run_key: jax.Array) -> tuple[State, dict, PyTree]:
             _check_rows(batches, self.seeds, self.mesh.shape["data"] * self.mesh.shape["fsdp"])
             return compiled(state, frozen, batches, run_key)
 
@@ -186,7 +210,7 @@ class PmapPlacement:
         def merge(leaf: jax.Array) -> jax.Array:
             return leaf.reshape(*leaf.shape[:rows], -1, *leaf.shape[rows + 2 :])
 
-        def program(state: Any, frozen: Any, batches: Any, run_key: jax.Array) -> tuple:
+        def program(state: State, frozen: PyTree, batches: PyTree, run_key: jax.Array) -> tuple[State, dict, PyTree]:
             _check_rows(batches, self.seeds, len(self.devices))
             state, metrics, samples = compiled(state, frozen, jax.tree.map(split, batches), run_key)
             return state, jax.tree.map(lambda leaf: leaf[0], metrics), jax.tree.map(merge, samples)
@@ -237,7 +261,7 @@ def compile_host_steps(placement: Placement, steps: HostSteps, state: PyTree) ->
             collect = jax.vmap(collect)
         collect = jax.jit(collect)
 
-    def scored(state: Any, frozen: Any, batch: Any, run_key: jax.Array) -> tuple:
+    def scored(state: State, frozen: PyTree, batch: PyTree, run_key: jax.Array) -> tuple[State, PyTree, dict]:
         state, _, rollout = sample(state, frozen, batch, run_key)
         rollout = jax.device_get(rollout)
         flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[leading:]), rollout)
@@ -245,7 +269,7 @@ def compile_host_steps(placement: Placement, steps: HostSteps, state: PyTree) ->
         logged = {name: np.asarray(values, np.float64).reshape(shape) for name, values in found.logged.items()}
         return state, (rollout, np.asarray(found.scores, np.float32).reshape(shape)), logged
 
-    def program(state: Any, frozen: Any, batches: Any, run_key: jax.Array) -> tuple:
+    def program(state: State, frozen: PyTree, batches: PyTree, run_key: jax.Array) -> tuple[State, dict, PyTree]:
         results = []
         for i in range(len(jax.tree.leaves(batches)[0])):
             kept, enough, logged = None, np.bool(False), []
@@ -292,8 +316,8 @@ def _several(step: Step, seeds: int) -> Program:
         step = jax.vmap(step, in_axes=(0, None, 0, 0), axis_name=SEED_AXIS)
 
     @functools.wraps(step)
-    def several(state: Any, frozen: Any, batches: Any, run_key: jax.Array) -> tuple:
-        def body(state: Any, batch: Any) -> tuple:
+    def several(state: State, frozen: PyTree, batches: PyTree, run_key: jax.Array) -> tuple[State, dict, PyTree]:
+        def body(state: State, batch: PyTree) -> tuple[State, tuple]:
             state, metrics, samples = step(state, frozen, batch, run_key)
             return state, (metrics, samples)
 

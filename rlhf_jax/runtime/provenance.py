@@ -10,7 +10,6 @@ import subprocess
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,7 @@ import jax.numpy as jnp
 import rlhf_jax
 from rlhf_jax.runtime.files import read_json, write_json
 from rlhf_jax.runtime.workdir import Identity
+from rlhf_jax.types import Json
 
 COMPUTE = (
     "jax",
@@ -43,7 +43,7 @@ ENVIRONMENTS = "environments.json"
 """In a stage's directory: one environment for each process that worked on the stage."""
 
 
-def source(package: Path = Path(rlhf_jax.__file__).parent) -> dict[str, Any]:
+def source(package: Path = Path(rlhf_jax.__file__).parent) -> dict[str, Json]:
     """Version of the package and, where it is imported from a git checkout, the commit and whether the tree is clean.
 
     A tree is clean when no tracked file differs from the commit, and the package's directory has no file that is
@@ -52,7 +52,7 @@ def source(package: Path = Path(rlhf_jax.__file__).parent) -> dict[str, Any]:
     Returns: `version`, `origin` ("git checkout" or "installed package"), `commit`, `clean`, and `changed`, the paths
     that keep the tree from being clean. The last three are None for an installed package, and where there is no git.
     """
-    found: dict[str, Any] = {"version": rlhf_jax.__version__, "origin": "installed package"}
+    found: dict[str, Json] = {"version": rlhf_jax.__version__, "origin": "installed package"}
     unknown = {"commit": None, "clean": None, "changed": None}
     if shutil.which("git") is None or _git(package, "ls-files", "--error-unmatch", "__init__.py") is None:
         return found | unknown
@@ -81,7 +81,7 @@ def packages() -> dict[str, str]:
     return versions
 
 
-def machine() -> dict[str, Any]:
+def machine() -> dict[str, Json]:
     """Devices, and the processor with what XLA compiles for.
 
     Returns: `platform` (cpu, gpu, tpu), `platform_version`, `devices` (a kind each), `processor`, `cores` of the
@@ -103,7 +103,7 @@ def machine() -> dict[str, Any]:
 
 
 @functools.cache
-def cpu_target() -> dict[str, Any] | None:
+def cpu_target() -> dict[str, Json] | None:
     """Name and features of the processor that XLA's CPU compiler generates code for, as LLVM names them.
 
     They are those of the host, unless `--xla_cpu_max_isa` among XLA_FLAGS allows fewer. A compiled program carries them
@@ -115,7 +115,7 @@ def cpu_target() -> dict[str, Any] | None:
     return None if executable is None else parse_cpu_target(executable.serialize())
 
 
-def parse_cpu_target(serialised: bytes) -> dict[str, Any] | None:
+def parse_cpu_target(serialised: bytes) -> dict[str, Json] | None:
     """The processor's name and features in a serialised program: fields 2 and 3 of XLA's TargetMachineOptionsProto."""
     found = re.search(rb"\x12[\x01-\x7f]([\w.\-]+)\x1a([\x80-\xff]*[\x00-\x7f])(?=[+-]\w)", serialised)
     if found is None:
@@ -125,19 +125,19 @@ def parse_cpu_target(serialised: bytes) -> dict[str, Any] | None:
     return {"name": found[1].decode("ascii"), "features": [name[1:] for name in features if name.startswith("+")]}
 
 
-def environment() -> dict[str, Any]:
+def environment() -> dict[str, Json]:
     """All of the above, and the date."""
     return {"source": source(), "packages": packages(), "machine": machine(), "date": time.strftime("%Y-%m-%d")}
 
 
-def begin(directory: Path, here: dict[str, Any]) -> None:
+def begin(directory: Path, here: dict[str, Json]) -> None:
     """Adds the environment of this process to those that have worked on a stage; the first one for a new stage."""
     path = directory / ENVIRONMENTS
     resumed = path.exists() and any(entry.name not in ("config.json", ENVIRONMENTS) for entry in directory.iterdir())
     write_json(path, [*(read_json(path) if resumed else []), here])
 
 
-def record(directory: Path, identity: Identity, seeds: Iterable[int], batch: dict[str, Any] | None) -> dict[str, Any]:
+def record(directory: Path, identity: Identity, seeds: Iterable[int], batch: dict[str, Json] | None) -> dict[str, Json]:
     """The `provenance` of a stage's summary.
 
     Returns: the environment of the process that completed the stage; `earlier`, the environments of those that worked
@@ -161,7 +161,7 @@ def record(directory: Path, identity: Identity, seeds: Iterable[int], batch: dic
 
 def effective_batch(
     *, rows: int, unit: str, micro_batch: int | None, devices: int, tokens: Sequence[float]
-) -> dict[str, Any]:
+) -> dict[str, Json]:
     """The batch of one update, whatever it is cut into.
 
     Args: rows of an update over all devices and micro-batches, each a `unit`; micro_batch as in the optimiser's
@@ -199,5 +199,5 @@ def _processor() -> str:
     return names[0] if names else platform.processor()
 
 
-def _undated(one: dict[str, Any]) -> dict[str, Any]:
+def _undated(one: dict[str, Json]) -> dict[str, Json]:
     return {key: value for key, value in one.items() if key != "date"}

@@ -11,7 +11,7 @@ leaves a weight where it was. Bytes a parameter while training with Adam, whose 
 `update_survived`, which every update logs, says how much of it the weights kept.
 """
 
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ LowPrecision = Literal["masters", "stochastic", "nearest"]
 class State(NamedTuple):
     """An optimiser's state: that of its transformation, and float32 masters."""
 
-    inner: Any
+    inner: optax.OptState
     masters: PyTree  # a MaskedNode for each parameter that is float32 itself; () where there are none
 
 
@@ -54,7 +54,7 @@ def exact(params: PyTree, masters: PyTree) -> PyTree:
     )
 
 
-def update_key(run_key: PRNGKeyArray, number: Any) -> PRNGKeyArray:
+def update_key(run_key: PRNGKeyArray, number: int | Array) -> PRNGKeyArray:
     """The key that an update's stochastic rounding draws with: a function of a run's key and the update's number."""
     return jax.random.fold_in(derive(run_key, "rounding"), number)
 

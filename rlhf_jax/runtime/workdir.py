@@ -5,10 +5,10 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from rlhf_jax.runtime.files import read_json, write_json
-from rlhf_jax.types import RlhfError
+from rlhf_jax.types import Json, RlhfError
 
 Status = Literal["new", "again", "half-done", "complete", "elsewhere"]
 """Status of a stage; "again" if another config has begun it here and left no result."""
@@ -21,8 +21,8 @@ BEFORE_RESULTS = {"config.json", "environments.json", "model.json", "tokenizer",
 class Identity:
     """All that a stage's result depends on: its section, what the experiment has in common, and its inputs."""
 
-    section: dict[str, Any]
-    common: dict[str, Any]
+    section: dict[str, Json]
+    common: dict[str, Json]
     inputs: dict[str, str]
 
     @property
@@ -30,7 +30,7 @@ class Identity:
         """A hash that other stages refer to."""
         return hashlib.sha256(json.dumps(_without_places(self.as_json()), sort_keys=True).encode()).hexdigest()[:16]
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Json]:
         """As `config.json` holds it."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
@@ -118,7 +118,7 @@ def _has_results(directory: Path) -> bool:
     return False
 
 
-def _without_places(tree: dict[str, Any]) -> dict[str, Any]:
+def _without_places(tree: dict[str, Json]) -> dict[str, Json]:
     """A config without the places of the data's files, which are known by their hashes."""
     common = dict(tree["common"])
     if "data" in common:
@@ -127,7 +127,7 @@ def _without_places(tree: dict[str, Any]) -> dict[str, Any]:
     return {**tree, "common": common}
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+def _differences(old: dict[str, Json], new: dict[str, Json]) -> list[str]:
     flat_old, flat_new = _flatten(_without_places(old)), _flatten(_without_places(new))
     return [
         f"{key.split('.', 1)[1]}: {flat_old.get(key)!r} there, {flat_new.get(key)!r} now"
@@ -136,8 +136,8 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     ]
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def _flatten(tree: dict[str, Json], prefix: str = "") -> dict[str, Json]:
+    flat: dict[str, Json] = {}
     for key, value in tree.items():
         flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -25,7 +25,11 @@ class Divergences(NamedTuple):
     k3: np.ndarray  # unbiased, of lower variance, never negative
 
 
-def map_batches(function: Callable[[Any], Any], arrays: Any, batch_size: int, *, each: int = 1) -> Any:
+Rows = TypeVar("Rows")
+"""A pytree of arrays whose first axis is that of rows."""
+
+
+def map_batches(function: Callable[[Rows], PyTree], arrays: Rows, batch_size: int, *, each: int = 1) -> PyTree:
     """A function of all rows, `batch_size` at a time, in NumPy. The last batch is filled up with its last row.
 
     Args: each is how many rows the function gives for one.
@@ -101,7 +105,7 @@ def _uneven(rollout: Rollout) -> bool:
     return bool(lengths.mean() < 2 / 3 * lengths.max())
 
 
-def _rows(arrays: PyTree, which: Any) -> Any:
+def _rows(arrays: Rows, which: slice | np.ndarray) -> Rows:
     return jax.tree.map(lambda leaf: leaf[which], arrays)
 
 

@@ -1,12 +1,14 @@
 """How someone says that a model is to be sampled: flags of the verbs and arguments of `Run.sample`, in one place."""
 
 import dataclasses
-from typing import Any
+from typing import TypeVar
 
 from rlhf_jax.sampling.choice import Sampling
 
+T = TypeVar("T")
 
-def _option(default: Any, kind: type, metavar: str, told: str) -> Any:
+
+def _option(default: T, kind: type, metavar: str, told: str) -> T:
     return dataclasses.field(default=default, metadata={"type": kind, "metavar": metavar, "help": told})
 
 

@@ -1,4 +1,4 @@
-"""An experiment: named stages, in order, inside one work directory."""
+"""Experiments: named stages that run in order in one work directory."""
 
 import contextlib
 import dataclasses
@@ -34,16 +34,16 @@ COMMON = tuple(field.name for field in dataclasses.fields(Common))
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """A whole config, checked: every key belongs to something that reads it."""
+    """A checked config, in which every key is a field that something reads."""
 
     seed: int
     seeds: int
     data: DataConfig
     runtime: RuntimeConfig
-    stages: dict[str, Any]  # a stage's name -> its kind's config, in the order they run
+    stages: dict[str, Any]  # configs by stage name, in the order of running
 
     def identity(self, name: str, fingerprint: Callable[[str], str]) -> Identity:
-        """What a stage's result depends on; `fingerprint` gives those of the stages before it."""
+        """Return everything that a stage's result depends on. Args: fingerprint returns that of an earlier stage."""
         stage = self.stages[name]
         data = dataclasses.asdict(self.data)
         hashes = {split: formats.file_hash(self.data.source(split)) for split in ("train", "eval", "test")}
@@ -61,9 +61,9 @@ class Experiment:
 
 
 def parse(config: ConfigDict) -> Experiment:
-    """The experiment that a ConfigDict describes. Raises RlhfError naming the first key that is wrong.
+    """Check a config, and convert it to an experiment.
 
-    Sections of stages that `config.stages` leaves out are checked all the same.
+    Sections of stages that are not in `config.stages` are checked too. Raises RlhfError naming the first bad key.
     """
     for key in COMMON:
         if key not in config:
@@ -77,8 +77,8 @@ def parse(config: ConfigDict) -> Experiment:
         for source in configs.checkpoints(sections[name], sections):
             if not (os.path.exists(source) or source in MODELS or re.fullmatch(r"\w[\w.-]*/[\w.-]+", source)):
                 raise RlhfError(
-                    f"config.{name} names {source!r}, which is no stage ({', '.join(sections)}), no model to fetch "
-                    f"({', '.join(MODELS)}), no file and no directory; an id on the hub is written OWNER/NAME"
+                    f"config.{name} names {source!r}, which is neither a stage ({', '.join(sections)}), nor a model to "
+                    f"fetch ({', '.join(MODELS)}), nor a file or directory; write an id on the hub as OWNER/NAME"
                 )
         for input in configs.input_stages(sections[name], sections):
             if input not in stages:
@@ -90,7 +90,7 @@ def parse(config: ConfigDict) -> Experiment:
 
 
 def run(experiment: Experiment, workdir: Workdir, only: str | None, console: Console) -> bool:
-    """Runs the stages that are not complete, or one of them; returns whether anything was left to do."""
+    """Run the stages that are not complete, or only one; return whether there was anything to do."""
     if only is not None and only not in experiment.stages:
         raise RlhfError(f"--stage={only} is not in config.stages = {tuple(experiment.stages)}")
     if workdir.root.exists() and not workdir.root.is_dir():
@@ -98,7 +98,7 @@ def run(experiment: Experiment, workdir: Workdir, only: str | None, console: Con
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {experiment.runtime.xla_flags}"
     display = Display(console)
     worked = False
-    here = functools.cache(provenance.environment)  # of this process, whatever becomes of the source while it runs
+    here = functools.cache(provenance.environment)  # read once: the source may change while the process runs
     with display.running():
         for name in [only] if only else experiment.stages:
             worked |= _run_stage(experiment, workdir, name, display, here)
@@ -113,7 +113,7 @@ def _run_stage(
     if status in ("complete", "elsewhere"):
         return False
     if status == "again":
-        display.console.print(f"{name}: begun before with another config, without a result: it starts anew.")
+        display.console.print(f"{name}: an earlier start with another config left no result; starting again.")
     directory = workdir.begin(name, identity)
     provenance.begin(directory, here())
     stage = experiment.stages[name]
@@ -140,7 +140,7 @@ def _run_stage(
 
 @contextlib.contextmanager
 def _timed(directory: Path) -> Iterator[list[float]]:
-    """Seconds of a stage, with those that an interrupted run of it had put on record."""
+    """Measure the seconds of a stage, including those that interrupted runs logged."""
     earlier = read_rows(directory / "metrics.jsonl")
     seconds = [earlier[-1]["time/elapsed"] if earlier else 0.0]
     start = time.perf_counter()
@@ -149,7 +149,7 @@ def _timed(directory: Path) -> Iterator[list[float]]:
 
 
 def _batch(stage: Any, unit: str | None, runtime: RuntimeConfig, directory: Path) -> dict[str, Any] | None:
-    """The effective batch of a stage that trains, of which `metrics.jsonl` has the tokens; None for another stage."""
+    """Return the effective batch of a stage that trains, from its config and its metrics; None for other stages."""
     if unit is None:
         return None
     metrics = read_rows(directory / "metrics.jsonl")

@@ -181,7 +181,7 @@ def test_a_start_that_failed_on_a_row_leaves_no_lock(tmp_path, capsys):
     assert (tmp_path / "run" / "sft" / "config.json").exists()
     train.write_text(rows)
     assert main(arguments) == 0
-    assert "sft: begun before with another config, without a result: it starts anew." in capsys.readouterr().out
+    assert "sft: an earlier start with another config left no result; starting again." in capsys.readouterr().out
     assert (tmp_path / "run" / "sft" / "complete.json").exists()
 
 

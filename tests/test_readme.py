@@ -56,6 +56,8 @@ def group(words: list[str]) -> str:
 
 
 COMMANDS = commands()
+FLAGS = [flag for found in re.findall(r"`(--config\.[^`]+)`", README) for flag in shlex.split(found)]
+"""Flags that stand in the text, beside those of the commands."""
 
 
 def of(name: str) -> list[list[str]]:
@@ -158,9 +160,8 @@ def test_best_of_n_by_a_function(models, place, monkeypatch, capsys):
 
 def test_flags_within_the_text_are_keys_of_the_configs(models, place, monkeypatch):
     monkeypatch.chdir(place)
-    flags = [flag for found in re.findall(r"`(--config\.[^`]+)`", README) for flag in shlex.split(found)]
-    assert len(flags) >= 8
-    for flag in flags:
+    assert len(FLAGS) >= 8
+    for flag in FLAGS:
         arguments = ["--config=experiments/preferences.py:smoke", "--workdir=x", *files(place)]
         config, _ = command_line.parse_run_flags([*arguments, flag.replace("=DIR", f"={models[1]}")])
         experiment.parse(config)
@@ -197,10 +198,13 @@ def test_a_smoke_variant_downloads_nothing(models, place, monkeypatch):
 
 
 @pytest.mark.nightly
-def test_own_preferences_and_the_python_snippet(models, place, monkeypatch, capsys):
+def test_own_preferences_with_fields_set_in_the_text_and_the_python_snippet(models, place, monkeypatch, capsys):
     monkeypatch.chdir(place)
     (words,) = of("own")
-    call([*words, "--config.data.max_prompt_tokens=32"], models, monkeypatch)  # as much as the snippet's prompt needs
+    flags = [flag for flag in FLAGS if re.match(r"--config\.(sft|dpo|ppo)\.", flag) and "=DIR" not in flag]
+    assert len(flags) >= 6
+    flags += ["--config.data.max_prompt_tokens=32"]  # as much as the snippet's prompt needs
+    call([*words, *flags], models, monkeypatch)
     (snippet,) = [body for language, body in BLOCKS if language == "python"]
     known: dict = {}
     for statement in ast.parse(snippet).body:

@@ -15,6 +15,7 @@ import textwrap
 import tokenize
 import types
 import typing
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
@@ -84,6 +85,15 @@ def _overview(columns: int) -> Iterator[str]:
     yield "Fields outside of the stages, * where the config must set them:"
     yield ""
     yield from _fields(Common, 0, columns, {})
+    sections = Counter(
+        field
+        for kind in KINDS.values()
+        for field, hint in typing.get_type_hints(kind.config).items()
+        if _sections(hint)
+    )
+    shared = sorted(field for field, count in sections.items() if count > 2)
+    yield ""
+    yield from _wrapped(f"Sections of several kinds, listed with each of them: {', '.join(shared)}.", 0, columns)
 
 
 def _kind(name: str, columns: int) -> Iterator[str]:
@@ -104,7 +114,8 @@ def _fields(section: type, indent: int, columns: int, shown: dict[type, str], pa
         yield from _wrapped(
             f"{field.name}{_default(field)}   {type_text(hints[field.name])}", indent, columns, hanging=6
         )
-        yield from _wrapped(texts.get(field.name, ""), indent + 6, columns)
+        text = texts.get(field.name, "")
+        yield from _wrapped(text[:1].upper() + text[1:].removesuffix("."), indent + 6, columns)
         sections = _sections(hints[field.name])
         for inner in sections:
             place = f"{path}{field.name}"

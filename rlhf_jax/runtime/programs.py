@@ -88,7 +88,7 @@ class RuntimeConfig:
     `jit` runs over a mesh of data x fsdp x tensor devices, `pmap` with replicated weights over `data` devices.
     """
 
-    # Jit over a mesh of data x fsdp x tensor devices, or pmap over `data` devices with replicated weights.
+    # Parallelism: jit over a mesh of data x fsdp x tensor devices, or pmap over `data` devices with replicated weights.
     strategy: Literal["jit", "pmap"]
     data: Count  # devices that batches are split over
     fsdp: Count  # devices that batches and weights are split over (fully sharded data parallel)

@@ -1,6 +1,6 @@
-"""evaluate: one sample a prompt from every method, judged side by side with the reference's, and with others'.
+"""evaluate: compare methods by one response to each prompt, against the reference and further opponents.
 
-What was to be chosen (a DPO's beta) is chosen on the evaluation split; the table is made on the test split.
+The validation split chooses among stages of one kind (such as DPO's beta); the table is computed on the test split.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ Rows = list[dict[str, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
-    """Which policies are compared with the reference, with its own Best-of-N, and with one another, and who judges."""
+    """Policies to compare, the prompts that they answer, and the judge that decides."""
 
     kind: Literal["evaluate"]
     reference: ModelSource  # policy that the others are compared with
@@ -60,7 +60,7 @@ class EvaluateConfig:
 
 
 class Judges(NamedTuple):
-    """The models that every split is judged by."""
+    """The reference, the reward model and the judge, for every split."""
 
     reference: Policy
     reward_model: RewardModel | Reward
@@ -69,10 +69,11 @@ class Judges(NamedTuple):
 
 
 def run(config: EvaluateConfig, context: Context) -> dict[str, Any]:
-    """Writes `results.jsonl`, `selection.jsonl` with the same columns, `win_rates.jsonl`, and all answers.
+    """Write the table of the test split, that of the validation split, win rates and all responses.
 
-    `results.jsonl` has the win rates against the reference; `win_rates.jsonl` those against every opponent; an answer
-    in `samples.jsonl` has the `win` against the reference's.
+    `results.jsonl` has a row for each method with its win rate against the reference; `selection.jsonl` has the same
+    columns for the validation split; `win_rates.jsonl` has win rates against every opponent; `samples.jsonl` has the
+    responses, each with its `win` against the reference's.
     """
     judge, http = None, None
     if isinstance(config.judge, HTTPJudgeConfig):
@@ -101,7 +102,7 @@ def run(config: EvaluateConfig, context: Context) -> dict[str, Any]:
 def _compare(
     config: EvaluateConfig, context: Context, methods: list[Method], judges: Judges, name: str
 ) -> tuple[Rows, Rows, Rows]:
-    """The table of a split, win rates against every opponent, and samples."""
+    """Return the table of a split, win rates against every opponent, and the responses."""
     split, answers = _split(config, context, judges, name), []
     for done, method in enumerate(methods, start=1 + len(methods) * (name == "test")):
         answers.append(answer(method, split, config.reference, config.temperature, context))
@@ -140,9 +141,9 @@ def _compare(
 def win_rate(
     wins: Float[np.ndarray, "N"], own: Answers, other: Answers, config: EvaluateConfig, seed: int
 ) -> dict[str, float | None]:
-    """Pairs won, ties counted half: the rate with Wilson's interval and the bootstrap's over prompts, ties, lengths.
+    """Return the share of pairs won, with ties counted half, its intervals, and the rate at equal lengths.
 
-    Every method's bootstrap draws the same prompts.
+    The intervals are Wilson's and the bootstrap's over prompts; the bootstrap draws the same prompts for every method.
     """
     low, high = wilson_interval(float(wins.sum()), len(wins), z=Z_95)
     boot_low, boot_high = bootstrap_interval(wins, level=0.95, rounds=config.bootstrap_rounds, seed=seed)
@@ -167,7 +168,7 @@ def result(
     config: EvaluateConfig,
     context: Context,
 ) -> dict[str, Any]:
-    """One row of the table: means over prompts, and pairs won against the reference's answers, ties counted half."""
+    """Return a row of the table: means over prompts, and the win rate against the reference."""
     alone, pairs = measures(found, method.best_of), win_rate(wins, found, reference, config, context.seed)
     gains = found.judged() - reference.judged() if alone["gold_score"] is not None else None
     columns = {
@@ -188,14 +189,14 @@ def result(
 
 
 def deciding_column(config: EvaluateConfig) -> str:
-    """What stages are chosen by: the judge's score, the reward model's, or pairs won by a judge that gives no score."""
+    """Return the column that chooses among stages: the judge's or the reward model's score, or the win rate."""
     if isinstance(config.judge, HTTPJudgeConfig):
         return "win_rate"
     return "reward_score" if config.judge is None else "gold_score"
 
 
 def select(table: Rows, column: str, context: Context) -> dict[str, str]:
-    """The stage with the highest mean of a column on the evaluation split, for each kind of stage that has several."""
+    """Return, for each kind of stage, the stage whose column has the highest mean."""
     by_kind: dict[str, dict[str, list[float]]] = {}
     for row in table:
         if row["method"] in context.stages:
@@ -205,7 +206,7 @@ def select(table: Rows, column: str, context: Context) -> dict[str, str]:
 
 
 def _split(config: EvaluateConfig, context: Context, judges: Judges, name: str) -> Split:
-    """The prompts of a split and those who judge answers to them."""
+    """Return the prompts of a split, with the models that score responses to them."""
     rows, reference = pipeline.load_rows(context.data, name), judges.reference
     count = config.prompts if name == "test" else config.selection_prompts
     prompts = pipeline.prompts(rows, reference.tokenizer, context.data)
@@ -222,7 +223,7 @@ def _split(config: EvaluateConfig, context: Context, judges: Judges, name: str) 
 
 
 def _methods(config: EvaluateConfig, context: Context) -> list[Method]:
-    """The reference first. A stage that trained several seeds is one method with several."""
+    """Return the methods, the reference first; a stage with several seeds has one entry for each."""
     name = config.reference if config.reference in context.stages else "reference"
     methods = [Method(name, config.reference, context.seed, 1)]
     methods += [Method(f"best_of_{n}", config.reference, context.seed, n) for n in config.best_of]
@@ -238,7 +239,7 @@ def _methods(config: EvaluateConfig, context: Context) -> list[Method]:
 
 
 def opponent(source: str, method: Method, methods: list[Method]) -> int:
-    """The number of the method that a source's policy is: of the same seed where there is one, else of the first."""
+    """Return the index of a source's method: with the same seed if there is one, else with the first."""
     numbers = {
         other.seed: number
         for number, other in reversed([*enumerate(methods)])
@@ -248,7 +249,7 @@ def opponent(source: str, method: Method, methods: list[Method]) -> int:
 
 
 def _seconds(method: Method, context: Context) -> float | None:
-    """Wall time of a method's stage; that of a checkpoint, or of Best-of-N, is not known."""
+    """Return the wall time of a method's stage; None for a checkpoint and for Best-of-N."""
     if method.best_of > 1 or method.name not in context.stages:
         return None
     return read_json(context.workdir.find(method.name) / "summary.json")["time/seconds"]

@@ -1,8 +1,8 @@
-"""frontier: score against divergence along the runs of many methods, and each method's score at equal divergence.
+"""frontier: score against KL along the runs of many methods, and each method's score at equal KL.
 
-Where a run ends depends on its learning rate, its coefficient and its length; a checkpoint every so often shows the way
-it took. Methods are compared where their ways cross the same divergence: the axes of figure 1 of Gao et al. 2022
-(arXiv:2210.10760) and of figure 2 of Rafailov et al. 2023 (arXiv:2305.18290).
+The end of a run depends on its learning rate, KL coefficient and length, so methods are compared along their runs: each
+checkpoint is scored, and each run is interpolated to given values of KL. The axes are those of figure 1 of Gao et al.
+2022 (arXiv:2210.10760) and figure 2 of Rafailov et al. 2023 (arXiv:2305.18290).
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ POINTS, AT_KL, MATCHED = "points.jsonl", "at_kl.jsonl", "matched.jsonl"
 
 @dataclasses.dataclass(frozen=True)
 class FrontierConfig:
-    """The stages whose checkpoints are looked at, from where divergence is measured, and who judges."""
+    """Stages whose checkpoints are scored, the policy that KL is measured from, and the judge."""
 
     kind: Literal["frontier"]
     reference: ModelSource  # policy that KL is measured from
@@ -45,21 +45,21 @@ class FrontierConfig:
     def __post_init__(self) -> None:
         if isinstance(self.judge, HTTPJudgeConfig):
             raise ValueError(
-                f"judge = {self.judge.model!r} over HTTP prefers one of two answers, and gives none the score that is "
-                "compared at equal divergence: name a gold stage, a reward model, or a section with functions; a stage "
-                "of kind evaluate asks it for win rates"
+                f"judge = {self.judge.model!r} over HTTP compares two answers, and gives no score to compare at equal "
+                "KL: name a gold stage, a reward model, or a section with functions; a stage of kind evaluate gives "
+                "win rates"
             )
         check_ranges(self)
         if not self.kl_targets:
-            raise ValueError("kl_targets = () must name a divergence at least")
+            raise ValueError("kl_targets is empty: give at least one value of KL")
 
 
 def run(config: FrontierConfig, context: Context) -> dict[str, Any]:
     """Write `points.jsonl`, `at_kl.jsonl` and `matched.jsonl`.
 
-    They have a row for every checkpoint of every seed, for every seed and target, and for every method and target.
-    The score stands under `gold`, whoever judges; the summary names the judge.
-    Points that an interrupted run left are kept: each is written as soon as it is measured.
+    Their rows are checkpoints of each seed; seeds at each target KL; and methods at each target KL. The score is in the
+    column `gold`, whichever judge gave it; the summary names the judge. Each point is written when it is measured, and
+    an interrupted run keeps its points.
     """
     assert not isinstance(config.judge, HTTPJudgeConfig)
     reference = context.policy(config.reference)
@@ -91,7 +91,7 @@ def run(config: FrontierConfig, context: Context) -> dict[str, Any]:
 
 
 def _checkpoints(policies: tuple[StageName, ...], context: Context) -> list[tuple[str, int, int]]:
-    """Stage, seed and step of all that is kept, in the order of training."""
+    """Return stage, seed and step of every checkpoint, in the order of training."""
     found = []
     for stage in policies:
         directory = context.workdir.find(stage)
@@ -110,7 +110,7 @@ def measure(
     config: FrontierConfig,
     context: Context,
 ) -> dict[str, Any]:
-    """One answer to every prompt: its judged score, and how far the policy is from the reference (k1, nats)."""
+    """Sample one response to each prompt; return its mean score and KL from the reference (k1, in nats)."""
     method, seed, step = place
     rollout = sample_all(
         policy.network,
@@ -144,9 +144,9 @@ def measure(
 
 
 def at_kl(points: list[dict[str, Any]], methods: tuple[str, ...], targets: tuple[float, ...]) -> list[dict[str, Any]]:
-    """Each run's score at each divergence: `method, seed, kl, gold`, None where the run did not reach it.
+    """Interpolate each run's score at each KL: rows of `method, seed, kl, gold`, with None if the run did not reach it.
 
-    Args: points as `points.jsonl` has them, the reference's first; targets in nats.
+    Args: points are the rows of `points.jsonl`, the reference's first; targets are in nats.
     """
     start, rows = points[0]["gold"], []
     for method in methods:
@@ -164,9 +164,10 @@ def at_kl(points: list[dict[str, Any]], methods: tuple[str, ...], targets: tuple
 
 
 def match(points: list[dict[str, Any]], methods: tuple[str, ...], targets: tuple[float, ...]) -> list[dict[str, Any]]:
-    """Each method's score at each divergence: the mean over the seeds that reached it, with error and 95 % interval.
+    """Average each method's score at each KL over the seeds that reached it.
 
-    The standard error and Student's t interval are over seeds; both are None for fewer than two. Args: as of `at_kl`.
+    The standard error and the 95 % Student's t interval are over seeds, and None for fewer than two. Args: as of
+    `at_kl`.
     """
     rows, scores = [], at_kl(points, methods, targets)
     for method in methods:

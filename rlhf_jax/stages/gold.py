@@ -1,4 +1,4 @@
-"""gold: fits the judge that stands in for the person to people's ratings or labels of the training split."""
+"""gold: fit a judge to human ratings or labels of the training split; it stands in for a human."""
 
 import dataclasses
 import math
@@ -17,7 +17,7 @@ from rlhf_jax.types import RlhfError
 
 @dataclasses.dataclass(frozen=True)
 class GoldConfig:
-    """The judge, and the column with the mean human rating, or with one of two labels."""
+    """The judge's model, and the column that it is fitted to."""
 
     kind: Literal["gold"]
     model: TfidfRidgeConfig | TfidfLogisticConfig  # regression on ratings, or classification of labels
@@ -25,7 +25,7 @@ class GoldConfig:
 
 
 def run(config: GoldConfig, context: Context) -> dict[str, Any]:
-    """Writes `judge.joblib`; reports its correlation with people on the evaluation split, beside VADER's."""
+    """Write `judge.joblib`, and report its and VADER's correlation with the ratings of the validation split."""
     train, held_out = (pipeline.load_rows(context.data, split) for split in ("train", "eval"))
     for split, rows in (("train", train), ("eval", held_out)):
         require_columns(rows, ["text", config.rating], context.data.source(split))
@@ -49,9 +49,9 @@ def run(config: GoldConfig, context: Context) -> dict[str, Any]:
 
 
 def _ratings(rows: list[dict[str, Any]], column: str, source: str, *, labels: bool) -> list[float]:
-    """The ratings of a table, which a CSV file has as texts; a 1 and a 0 for labels that are True and False.
+    """Return the ratings of a table as numbers; a CSV file has them as texts, and True and False become 1 and 0.
 
-    Raises RlhfError, naming the row, for what is no finite number.
+    Raises RlhfError, naming the row, for a value that is not a finite number.
     """
     found = []
     for number, row in enumerate(rows, start=1):

@@ -44,7 +44,7 @@ class UnpairedLossConfig:
     undesirable_weight x bad responses. The stage's summary has both numbers.
     """
 
-    # Kto (eq. 7 of Ethayarajh et al. 2024, arXiv:2402.01306), or apo_zero_unpaired, without a reference point.
+    # Loss: kto (eq. 7 of Ethayarajh et al. 2024, arXiv:2402.01306), or apo_zero_unpaired, without a reference point.
     loss: Literal["kto", "apo_zero_unpaired"] = "kto"
     desirable_weight: Positive = 1.0  # weight of a good response's loss
     undesirable_weight: Positive = 1.0  # weight of a bad response's loss

@@ -30,7 +30,7 @@ Messages: TypeAlias = list[dict[str, Any]]
 class TokenizerConfig:
     """Tokenizer to train: `word` (lower-cased words and punctuation) or `byte_bpe` (any text, no unknown words)."""
 
-    kind: Kind  # word (lower-cased words and punctuation) or byte_bpe (any text, without unknown tokens)
+    kind: Kind  # algorithm: word (lower-cased words and punctuation) or byte_bpe (any text, without unknown tokens)
     vocab_size: Count  # tokens in the vocabulary, special ones included
 
     def __post_init__(self) -> None:

@@ -135,5 +135,5 @@ def test_divergences_that_cannot_be_are_refused(targets):
 
 def test_a_judge_that_only_compares_pairs_is_refused():
     judge = HTTPJudgeConfig(url="http://localhost/v1", model="tiny")
-    with pytest.raises(ValueError, match="judge = 'tiny' over HTTP prefers one of two answers, and gives none"):
+    with pytest.raises(ValueError, match="judge = 'tiny' over HTTP compares two answers, and gives no score"):
         FrontierConfig("frontier", ModelSource("sft"), (StageName("dpo"),), judge, 24, 1.0, TARGETS)

@@ -101,7 +101,7 @@ def test_a_changed_checkpoint_is_noticed(finished, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("nothing", "no stage"), ("./nowhere", "no stage"), ("sft", "which is not before it")],
+    [("nothing", "neither a stage"), ("./nowhere", "neither a stage"), ("sft", "which is not before it")],
 )
 def test_a_model_that_is_not_there(name, message, tmp_path, capsys):
     assert main([*chat_arguments(name, tmp_path), f"--workdir={tmp_path / 'run'}"]) == 1

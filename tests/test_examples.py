@@ -9,7 +9,7 @@ from rlhf_jax.main import main
 from rlhf_jax.reports.run import Run
 from tests.support import checkpoints
 from tests.support.commands import fails, succeeds
-from tests.test_main import PREFERENCES, ROOT, files
+from tests.support.own_data import PREFERENCES, ROOT, files
 
 
 @pytest.fixture

@@ -105,8 +105,8 @@ def answer(method: Method, split: Split, reference: str, temperature: float, con
     return Answers(
         [row | {"gold": gold} for row, gold in zip(rows, judged, strict=True)],
         divergences,
-        _answers_nll(split.reference, rollout, batch_size),
-        _texts_nll(policy, split.texts, batch_size) if method.best_of == 1 else None,
+        answers_nll(split.reference, rollout, batch_size),
+        texts_nll(policy, split.texts, batch_size) if method.best_of == 1 else None,
     )
 
 
@@ -149,13 +149,13 @@ def _policy(method: Method, context: Context) -> Policy:
     return load_stage_policy(find(method.source), seed=method.seed, step=None, find=find, where=context.where)
 
 
-def _answers_nll(reference: Policy, rollout: Rollout, batch_size: int) -> float:
+def answers_nll(reference: Policy, rollout: Rollout, batch_size: int) -> float:
     """Log-perplexity of answers under the reference, nats per token."""
     logprobs = response_logprobs_all(reference.network, reference.params, rollout, batch_size)
     return _mean_nll(logprobs, np.asarray(rollout.response_mask))
 
 
-def _texts_nll(policy: Policy, texts: TokenBatch | None, batch_size: int) -> float | None:
+def texts_nll(policy: Policy, texts: TokenBatch | None, batch_size: int) -> float | None:
     """Log-perplexity of held-out texts under a policy, nats per token; None without texts."""
     if texts is None:
         return None

@@ -24,7 +24,8 @@ ORIGIN = "dequantised_from"
 """A config.json's key for the quantisations that its weights were stored in, that of most weights first."""
 
 _FLOATS = {gguf.GGMLQuantizationType[name] for name in ("F64", "F32", "F16", "BF16")}
-_CHUNK = 1 << 22  # weights that are dequantised at a time: 16 MB of float32
+CHUNK = 1 << 22
+"""Weights that are dequantised at a time: 16 MB of float32."""
 
 
 class TensorPlan(NamedTuple):
@@ -247,7 +248,7 @@ def _convert(file: GgufFile, plan: TensorPlan, dtype: np.dtype) -> np.ndarray:
     stored = tensor.data[None] if is_vector else tensor.data
     width = plan.shape[-1]
     converted = np.empty((len(stored), width), dtype)
-    step = max(1, _CHUNK // width)
+    step = max(1, CHUNK // width)
     for start in range(0, len(stored), step):
         rows = slice(start, start + step)
         weights = _dequantise(tensor, stored[rows if plan.rows is None or is_vector else plan.rows[rows]])

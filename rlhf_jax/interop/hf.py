@@ -103,7 +103,7 @@ def load_pretrained(
     kind = _kind(hf_config, directory)
     how = {"param_dtype": param_dtype or "float32", "compute_dtype": compute_dtype, "remat": remat}
     config, vocab_size = _read_shape(hf_config, directory, **how, attention=attention)
-    shapes = _parameter_shapes(kind, config, vocab_size)
+    shapes = parameter_shapes(kind, config, vocab_size)
     stored = find_tensors(directory)
     family = family_of(hf_config, str(directory))
     place = place or (lambda path, array: jax.device_put(array))
@@ -260,7 +260,8 @@ def _kind(hf_config: dict[str, Any], directory: Path) -> Kind:
     raise RlhfError(f"{directory} is a {architecture}: give a ...ForCausalLM, or a ...ForSequenceClassification")
 
 
-def _parameter_shapes(kind: Kind, config: ModelConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
+def parameter_shapes(kind: Kind, config: ModelConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every parameter of a network, by its path."""
     key = jax.eval_shape(lambda: jax.random.key(0))  # a key's shape: to make one would compile a program
     tree = jax.eval_shape(_network(kind, config, vocab_size).init, key)
     return {_path(path, kind): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}

@@ -49,7 +49,7 @@ class PolicyNetwork:
         self, params: PyTree, batch: TokenBatch, *, dropout_keys: Key[Array, "B"] | None = None
     ) -> TokenStats:
         """Statistics of tokens 1 .. S-1 of each sequence, each given those before it: arrays [B, S-1]."""
-        hidden = self._apply(params, batch.tokens, batch.mask, dropout_keys=dropout_keys)
+        hidden = self.apply(params, batch.tokens, batch.mask, dropout_keys=dropout_keys)
         return self.hidden_stats(params, hidden[:, :-1], batch.tokens[:, 1:], temperature=1.0)
 
     def response_stats(
@@ -68,7 +68,7 @@ class PolicyNetwork:
         """The hidden state that predicts each response token: of the prompt and the tokens before it."""
         tokens = jnp.concatenate([rollout.prompt, rollout.response], axis=1)
         mask = jnp.concatenate([rollout.prompt_mask, rollout.response_mask], axis=1)
-        hidden = self._apply(params, tokens, mask, dropout_keys=dropout_keys)
+        hidden = self.apply(params, tokens, mask, dropout_keys=dropout_keys)
         return hidden[:, rollout.prompt.shape[1] - 1 : -1]
 
     def pair_stats(
@@ -89,8 +89,8 @@ class PolicyNetwork:
         Args: room is how many tokens a sequence may grow to, where that is more than `slots`.
         """
         cache = empty_cache(self.config, tokens.shape[0], slots)
-        hidden, cache = self._apply(params, tokens, mask, cache, 0, room, method="extend")
-        return self._logits(params, hidden[:, -1]), cache
+        hidden, cache = self.apply(params, tokens, mask, cache, 0, room, method="extend")
+        return self.logits(params, hidden[:, -1]), cache
 
     def step(
         self,
@@ -106,8 +106,8 @@ class PolicyNetwork:
         and their logits have no meaning.
         """
         seen = jnp.ones(tokens.shape[0], bool) if active is None else active
-        hidden, cache = self._apply(params, tokens[:, None], seen[:, None], cache, slot, method="extend")
-        return self._logits(params, hidden[:, 0]), cache
+        hidden, cache = self.apply(params, tokens[:, None], seen[:, None], cache, slot, method="extend")
+        return self.logits(params, hidden[:, 0]), cache
 
     def extend(
         self,
@@ -118,26 +118,29 @@ class PolicyNetwork:
         slot: Int[Array, ""] | int,
     ) -> tuple[Float[Array, "B V"], KVCache]:
         """Prefill that goes on: logits of the token after S more, right-padded, which go into the cache from `slot`."""
-        hidden, cache = self._apply(params, tokens, mask, cache, slot, method="extend")
+        hidden, cache = self.apply(params, tokens, mask, cache, slot, method="extend")
         last = jnp.sum(mask, axis=1, dtype=jnp.int32) - 1
-        return self._logits(params, jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]), cache
+        return self.logits(params, jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]), cache
 
     @property
     def _body(self) -> Transformer:
         return Transformer(self.config, self.vocab_size)
 
-    def _apply(
+    def apply(
         self, params: PyTree, *args: Any, method: str | None = None, dropout_keys: Key[Array, "B"] | None = None
     ) -> Any:
+        """Run the body, with the adapter where there is one: hidden states, and the cache if `method` keeps one."""
         return lora.apply(self._body, params, self.lora, *args, method=method, dropout_keys=dropout_keys)
 
     @property
-    def _allowed(self) -> Bool[Array, "V"]:
+    def allowed(self) -> Bool[Array, "V"]:
+        """Mask of the tokens that the policy may emit."""
         return jnp.ones(self.vocab_size, bool).at[jnp.array(self.suppressed, jnp.int32)].set(False)
 
-    def _logits(self, params: PyTree, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
+    def logits(self, params: PyTree, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
+        """Logits of hidden states; those of suppressed tokens are minus infinity."""
         weights = self._head(params).astype(self.config.compute_dtype)
-        return head.logits(hidden, weights, self._allowed, softcap=self.config.logit_softcap)
+        return head.logits(hidden, weights, self.allowed, softcap=self.config.logit_softcap)
 
     def hidden_stats(
         self,
@@ -155,7 +158,7 @@ class PolicyNetwork:
         return of_logits(
             hidden,
             self._head(params),
-            self._allowed,
+            self.allowed,
             tokens,
             temperature=temperature,
             softcap=self.config.logit_softcap,

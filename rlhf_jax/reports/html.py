@@ -252,7 +252,7 @@ def _meanings(columns: Sequence[table.Column]) -> str:
 
 def _answers(run: Run) -> str:
     gold = frames.judged_by_gold(run.results())
-    prompts = [_answers_to(prompt, rows, gold) for prompt, rows in frames.answers(run, SHOWN + FOLDED)]
+    prompts = [answers_to(prompt, rows, gold) for prompt, rows in frames.answers(run, SHOWN + FOLDED)]
     folded = ""
     if len(prompts) > SHOWN:
         more = "".join(prompts[SHOWN:])
@@ -265,7 +265,8 @@ def _answers(run: Run) -> str:
     )
 
 
-def _answers_to(prompt: str, rows: pd.DataFrame, gold: bool) -> str:
+def answers_to(prompt: str, rows: pd.DataFrame, gold: bool) -> str:
+    """Render the answers of all methods to one prompt."""
     cards, opening = [], prompt if len(prompt) <= REPEATED else "…"
     for _, row in rows.iterrows():
         score = f"{row['gold' if gold else 'score']:.2f}".replace("-", "−")

@@ -43,7 +43,7 @@ def write_report(workdir: str | Path, inputs: str | Path | None = None) -> Path:
     if drawn:
         (run.workdir / FIGURES).mkdir(exist_ok=True)
     for name, figure in drawn.items():
-        _write_png(figure, run.workdir / FIGURES / f"{name}.png")
+        write_png(figure, run.workdir / FIGURES / f"{name}.png")
     write_text(run.workdir / REPORT, html.page(run, drawn))
     return run.workdir / REPORT
 
@@ -129,7 +129,8 @@ def _write_csv(table: pd.DataFrame, path: Path) -> None:
     write_text(path, table.to_csv(index=False, lineterminator="\n"))
 
 
-def _write_png(figure: Figure, path: Path) -> None:
+def write_png(figure: Figure, path: Path) -> None:
+    """Write a figure, whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with context(), temporary.open("wb") as file:

@@ -175,7 +175,7 @@ def bound(config: OptimizerConfig) -> optax.GradientTransformation:
 def algorithm(config: OptimizerConfig, updates: int) -> optax.GradientTransformation:
     """Make the config's optimiser with its weight decay and learning rate, without the bound on the gradient."""
     chosen = ALGORITHMS[config.name]
-    decay = optax.add_decayed_weights(config.weight_decay, functools.partial(_decayed, config.no_decay))
+    decay = optax.add_decayed_weights(config.weight_decay, functools.partial(decayed, config.no_decay))
     parts = [decay] if config.weight_decay else []
     scaled = [chosen.scale(config)]
     ordered = [*scaled, *parts] if chosen.decoupled else [*parts, *scaled]
@@ -292,7 +292,7 @@ def _frozen(patterns: tuple[str, ...], params: PyTree) -> PyTree:
     return jax.tree.unflatten(jax.tree.structure(params), still)
 
 
-def _decayed(patterns: tuple[str, ...], params: PyTree) -> PyTree:
+def decayed(patterns: tuple[str, ...], params: PyTree) -> PyTree:
     """Mark the parameters that decay: those whose path matches no pattern."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: (

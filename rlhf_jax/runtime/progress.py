@@ -50,13 +50,13 @@ class Display:
     def __init__(self, console: Console) -> None:
         """Draws on a console."""
         self.console = console
-        self._progress = _Progress(console)
+        self.progress = _Progress(console)
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """Shows the bar for as long as the context lasts; off a terminal there is nothing to redraw."""
         if self.console.is_terminal:
-            with self._progress:
+            with self.progress:
                 yield
         else:
             yield
@@ -64,8 +64,8 @@ class Display:
     @contextmanager
     def bar(self, name: str) -> Iterator[Bar]:
         """A bar for a stage, which a line replaces when the context ends well."""
-        task = self._progress.add_task(name, total=None, figures="")
-        bar = Bar(self._progress, task, name)
+        task = self.progress.add_task(name, total=None, figures="")
+        bar = Bar(self.progress, task, name)
         yield bar
         bar.finish()
 

@@ -94,7 +94,7 @@ def sample_all(
         count = len(most)
         filled = _rows(part, np.minimum(np.arange(size), count - 1))
         most = np.pad(most, (0, size - count))  # at a limit of 0 nothing is sampled
-        found = _generate_queue(policy, params, filled, most, key, sampling, shared, stop_strings, at_once * shared)
+        found = sample_queue(policy, params, filled, most, key, sampling, shared, stop_strings, at_once * shared)
         parts.append(_rows(jax.device_get(found), slice(count * shared)))
     return _joined(parts)
 
@@ -135,8 +135,8 @@ def sequence_kl(
     temperature = stated_temperature(temperature)
 
     def of_batch(batch: Rollout) -> jax.Array:
-        own = _logprobs(policy, params, batch, temperature)
-        return _summed_k1(own, _logprobs(*reference, batch, temperature), batch.response_mask)
+        own = logprobs_of(policy, params, batch, temperature)
+        return _summed_k1(own, logprobs_of(*reference, batch, temperature), batch.response_mask)
 
     return map_batches(of_batch, rollout, batch_size)
 
@@ -154,8 +154,8 @@ def sequence_divergences(
     temperature = stated_temperature(temperature)
 
     def of_batch(batch: Rollout) -> Divergences:
-        own = _logprobs(policy, params, batch, temperature)
-        theirs = _logprobs(*reference, batch, temperature)
+        own = logprobs_of(policy, params, batch, temperature)
+        theirs = logprobs_of(*reference, batch, temperature)
         mask = batch.response_mask
         return Divergences(_summed_k1(own, theirs, mask), _summed_k3(own, theirs, mask))
 
@@ -169,7 +169,7 @@ def response_logprobs_all(
 
     Those at padding have no meaning.
     """
-    return map_batches(lambda batch: _logprobs(policy, params, batch, temperature), rollout, batch_size)
+    return map_batches(lambda batch: logprobs_of(policy, params, batch, temperature), rollout, batch_size)
 
 
 def sequence_stats_all(policy: PolicyNetwork, params: PyTree, data: TokenBatch, batch_size: int) -> TokenStats:
@@ -184,7 +184,8 @@ def _generate(policy, params, prompts, limits, key, sampling, samples, stop_stri
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5, 6, 8))
-def _generate_queue(policy, params, prompts, limits, key, sampling, samples, stop_strings, slots):
+def sample_queue(policy, params, prompts, limits, key, sampling, samples, stop_strings, slots):
+    """Sample by continuous batching, in one compiled program."""
     found, _ = generate_queue(
         policy,
         params,
@@ -206,7 +207,8 @@ def _scores(network, params, rollout):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
-def _logprobs(policy, params, rollout, temperature):
+def logprobs_of(policy, params, rollout, temperature):
+    """Log-probabilities of the response tokens, of one batch in one compiled program."""
     return policy.response_stats(params, rollout, temperature=temperature).logprobs
 
 

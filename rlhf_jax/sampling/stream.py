@@ -42,7 +42,7 @@ class Stream:
         logits = self._read(prompt, bucket(len(prompt) + sampling.max_new_tokens))
         distribution = dataclasses.replace(sampling, max_new_tokens=1, stop_ids=())  # what choosing depends on
         for t in range(sampling.max_new_tokens):
-            token = _choose(logits, key, np.array([row], np.int32), np.int32(t), distribution)
+            token = choose_token(logits, key, np.array([row], np.int32), np.int32(t), distribution)
             yield (chosen := int(token[0]))
             if chosen in sampling.stop_ids:
                 return
@@ -58,29 +58,32 @@ class Stream:
         width = bucket(len(prompt) - kept)
         kept = min(kept, slots - width)  # where the padding would not fit, more is read again
         tokens, mask = pad_right([prompt[kept:]], width)
-        logits, self._cache = _extend(self._policy, self._params, tokens, mask, self._cache, np.int32(kept))
+        logits, self._cache = extend(self._policy, self._params, tokens, mask, self._cache, np.int32(kept))
         self._ids = list(prompt)
         return logits
 
     def _decode(self, token: jax.Array, chosen: int) -> jax.Array:
         cache, self._cache = self._cache, None  # it is given away, and there again if all goes well
-        logits, self._cache = _decode(self._policy, self._params, token, cache, np.int32(len(self._ids)))
+        logits, self._cache = decode_token(self._policy, self._params, token, cache, np.int32(len(self._ids)))
         self._ids.append(chosen)
         return logits
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _extend(policy, params, tokens, mask, cache, kept):
+def extend(policy, params, tokens, mask, cache, kept):
+    """Read tokens after the first `kept` ones in the cache, and forget what followed those."""
     known = jnp.arange(cache.positions.shape[1], dtype=jnp.int32)[None, :] < kept
     return policy.extend(params, tokens, mask, cache._replace(positions=jnp.where(known, cache.positions, EMPTY)), kept)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
-def _decode(policy, params, tokens, cache, slot):
+def decode_token(policy, params, tokens, cache, slot):
+    """Logits of the token after one more, which goes into the cache at `slot`."""
     return policy.step(params, tokens, cache, slot)
 
 
 @functools.partial(jax.jit, static_argnums=4)
-def _choose(logits, key, rows, t, sampling):
+def choose_token(logits, key, rows, t, sampling):
+    """Draw one token a row."""
     uniforms = jax.vmap(lambda row: uniform_at(key, row, t))(jnp.asarray(rows))
     return draw(logits, uniforms, sampling)[0]

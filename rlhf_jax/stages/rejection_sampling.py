@@ -125,7 +125,8 @@ def run(config: RejectionSamplingConfig, context: Context) -> dict[str, Any]:
     kept = KEEP[type(config.keep)](config.keep, scores, rng)
     rows = [
         [
-            demonstration(_original(table, int(row), shown[i, j]), completions[i, j]) | {"score": float(scores[i, j])}
+            demonstration(original_prompt(table, int(row), shown[i, j]), completions[i, j])
+            | {"score": float(scores[i, j])}
             for j in np.flatnonzero(kept[i])
         ]
         for i, row in enumerate(drawn)
@@ -188,7 +189,8 @@ def demonstration(prompt: Any, completion: str) -> dict[str, Any]:
     return {"prompt": prompt, "completion": said}
 
 
-def _original(table: list[dict[str, Any]], row: int, shown: str) -> Any:
+def original_prompt(table: list[dict[str, Any]], row: int, shown: str) -> Any:
+    """Return the prompt as its row has it: a chat, or the text that was shown."""
     """A prompt as its row has it; those of plain texts are beginnings, and shorter texts give none."""
     if "prompt" in table[0]:
         return table[row]["prompt"]

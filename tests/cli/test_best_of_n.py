@@ -16,7 +16,7 @@ import pytest
 from rlhf_jax.data.padding import pad_left, pad_right
 from rlhf_jax.loading.models import Policy, RewardModel, load_checkpoint
 from rlhf_jax.main import main
-from rlhf_jax.sampling.batches import _scores
+from rlhf_jax.sampling.batches import score_all
 from rlhf_jax.sampling.choice import Sampling
 from rlhf_jax.sampling.stream import Stream
 from rlhf_jax.types import Rollout
@@ -58,7 +58,7 @@ def scored(judge: RewardModel, prompt: Any, completion: Any, *, ended: bool = Fa
         content = completion[0]["content"]
         ids = tokenizer.encode(text.removesuffix("\n") if ended else text[: text.rindex(content) + len(content)])
     rollout = Rollout(*pad_left([ids[:1]], 1), *pad_right([ids[1:]], 128))
-    return float(_scores(judge.network, judge.params, rollout)[0])
+    return float(score_all(judge.network, judge.params, rollout, 1)[0])
 
 
 def test_rows_keep_their_columns_and_gain_the_best_of_what_sample_writes(models, capsys, monkeypatch):

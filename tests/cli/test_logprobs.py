@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +14,10 @@ import pytest
 
 from rlhf_jax.loading.models import Policy, load_checkpoint
 from rlhf_jax.main import main
-from rlhf_jax.sampling import batches
 from rlhf_jax.types import Rollout
 from tests.support import checkpoints, tokenizer_files
 from tests.support.commands import fails, reads, succeeds
+from tests.support.compilations import compilations
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [
@@ -91,10 +90,9 @@ def test_bfloat16_is_near_and_not_the_same(directory, capsys, monkeypatch):
 def test_mixed_lengths_compile_a_handful_of_programs(directory, capsys, monkeypatch):
     rows = [{"prompt": "x" * (1 + 7 * i % 90), "completion": "y" * (1 + 11 * i % 90)} for i in range(40)]
     reads(monkeypatch, jsonl(rows))
-    program: Any = batches._logprobs
-    before = program._cache_size()
-    succeeds(capsys, "logprobs", f"--model={directory}", "--batch-size=3")
-    assert program._cache_size() - before <= 9  # 32, 64, 128 tokens of either
+    with compilations() as compiled:
+        succeeds(capsys, "logprobs", f"--model={directory}", "--batch-size=3")
+    assert 0 < compiled["logprobs_of"] <= 9  # 32, 64, 128 tokens of either
 
 
 @pytest.mark.parametrize(

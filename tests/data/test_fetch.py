@@ -1,5 +1,6 @@
 """Fetching, for real once from the configured index, and from small ones made here for everything that goes wrong."""
 
+import fcntl
 import hashlib
 import io
 import math
@@ -116,7 +117,7 @@ def test_the_texts_read_as_english(splits: dict[str, list[dict[str, Any]]]):
 
 def test_what_is_there_is_not_fetched_again(real: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(subprocess, "run", None)
-    monkeypatch.setattr(fetch, "_lock", None)  # nor is the directory written to
+    monkeypatch.setattr(fcntl, "flock", None)  # nor is the directory locked, to be written to
     began = time.monotonic()
     assert fetch.fetch("movie_reviews") == real
     assert time.monotonic() - began < 0.5

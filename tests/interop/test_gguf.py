@@ -72,7 +72,7 @@ def test_weights_are_rounded_to_the_dtype_asked_for(dtype: Any, tmp_path: Path):
 def test_quantised_weights_are_what_gguf_makes_of_them(
     kind: Kind, architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("rlhf_jax.interop.gguf._CHUNK", 300)  # several chunks a tensor, the last one shorter
+    monkeypatch.setattr("rlhf_jax.interop.gguf.CHUNK", 300)  # several chunks a tensor, the last one shorter
     tensors, keys = hub_tensors(architecture), FAMILY_KEYS[architecture]
     path = write_gguf(tmp_path / "model.gguf", architecture, keys, tensors, kind)
     expected = {}

@@ -33,7 +33,7 @@ def checkpoint(directory: Path, hf_config: dict[str, Any]) -> Path:
     """One whose parameters are all 0.01, and take no memory while it is written."""
     config, vocab_size = hf.read_shape(hf_config, param_dtype="float32", compute_dtype="float32")
     params: dict[str, Any] = {}
-    for path, shape in hf._parameter_shapes("policy", config, vocab_size).items():
+    for path, shape in hf.parameter_shapes("policy", config, vocab_size).items():
         params[path] = np.broadcast_to(np.float32(0.01), shape)
     hf.save_pretrained(directory, "policy", params, hf_config)
     return directory

@@ -241,7 +241,7 @@ def test_the_bonus_is_the_gradient_of_the_entropy():
 def batch_logits(params, rollout):
     hidden = tiny.POLICY.response_hidden(params, rollout)
     logits = jnp.einsum("btd,vd->btv", hidden, params["embedding"])
-    return jnp.where(tiny.POLICY._allowed[None, None], logits, -1e31)
+    return jnp.where(tiny.POLICY.allowed[None, None], logits, -1e31)
 
 
 def test_warm_up_of_the_values_a_shared_trunk_and_the_pretraining_mix():

@@ -185,12 +185,11 @@ def make(name: str, directory: Path, *, labels: int | None = None) -> Checkpoint
     family, fields = SHAPES[name]
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(family, **fields)
-    config._attn_implementation = "eager"
     if labels is None:
-        model = transformers.AutoModelForCausalLM.from_config(config)
+        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     else:
         config.num_labels, config.pad_token_id = labels, 0
-        model = transformers.AutoModelForSequenceClassification.from_config(config)
+        model = transformers.AutoModelForSequenceClassification.from_config(config, attn_implementation="eager")
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():

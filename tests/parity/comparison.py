@@ -35,8 +35,7 @@ def make(family: str, fields: dict[str, Any], directory: Path) -> Any:
     """
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(family, **copy.deepcopy(fields))
-    config._attn_implementation = "eager"
-    model = transformers.AutoModelForCausalLM.from_config(config)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -100,7 +99,7 @@ def _logits_and_gradients(pretrained: hf.Pretrained, params: Any, ids: Any, mask
 
     def loss(params: Any) -> tuple:
         hidden = Transformer(pretrained.config, pretrained.vocab_size).apply({"params": params}, ids, mask)
-        logits = network._logits(params, hidden.reshape(-1, hidden.shape[-1])).reshape(*ids.shape, -1)
+        logits = network.logits(params, hidden.reshape(-1, hidden.shape[-1])).reshape(*ids.shape, -1)
         return jnp.sum(jnp.where(mask[..., None], logits, 0) * weights), logits
 
     return jax.value_and_grad(loss, has_aux=True)(params)

@@ -38,7 +38,7 @@ def logits_of(pretrained, params, tokens, mask):
     """Logits of every position, by the body and the head that a policy uses."""
     network = hf.network_of(pretrained)
     hidden = Transformer(pretrained.config, pretrained.vocab_size).apply({"params": params}, tokens, mask)
-    return network._logits(params, hidden.reshape(-1, hidden.shape[-1])).reshape(*tokens.shape, -1)
+    return network.logits(params, hidden.reshape(-1, hidden.shape[-1])).reshape(*tokens.shape, -1)
 
 
 @pytest.mark.parametrize("name", checkpoints.SHAPES)
@@ -170,7 +170,7 @@ def test_shards_and_half_precision_and_the_place_of_each_parameter(tmp_path):
 def test_what_a_config_leaves_out_is_as_transformers_has_it(family, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
     config, vocab_size = hf.read_shape(hf.read_config(tmp_path), param_dtype="float32", compute_dtype="float32")
-    shapes = hf._parameter_shapes("policy", config, vocab_size)
+    shapes = hf.parameter_shapes("policy", config, vocab_size)
     tensors = tensors_of(FAMILIES[family], config.n_layers, shapes)
     ours = {tensor.name: tensor_shape(tensor, [shapes[part] for part in tensor.parts]) for tensor in tensors}
     with torch.device("meta"):  # which takes no memory

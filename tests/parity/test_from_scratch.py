@@ -54,8 +54,8 @@ def test_logits_and_draws(name, tmp_path, caplog):
     assert not any(info.values()) and model.config.model_type == name.partition(",")[0]
 
     ids = np.random.default_rng(1).integers(0, tokenizer.vocab_size, (3, 12)).astype(np.int32)
-    hidden = jax.jit(lambda params: network._apply(params, jnp.asarray(ids), jnp.ones(ids.shape, bool)))(params)
-    ours = network._logits(params, hidden.reshape(-1, hidden.shape[-1])).reshape(*ids.shape, -1)
+    hidden = jax.jit(lambda params: network.apply(params, jnp.asarray(ids), jnp.ones(ids.shape, bool)))(params)
+    ours = network.logits(params, hidden.reshape(-1, hidden.shape[-1])).reshape(*ids.shape, -1)
     with torch.no_grad():
         theirs = model.eval()(torch.tensor(ids, dtype=torch.long)).logits.numpy()
     allowed = [token for token in range(tokenizer.vocab_size) if token not in tokenizer.suppressed]

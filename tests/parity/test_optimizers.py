@@ -131,7 +131,7 @@ def test_what_is_decayed_is_what_transformers_decays(name):
         jax.tree_util.keystr(path, simple=True, separator="/")
         for path, _ in jax.tree_util.tree_leaves_with_path(params)
     ]
-    decayed = optimizers._decayed(CONFIG.no_decay, params)
+    decayed = optimizers.decayed(CONFIG.no_decay, params)
     mine = dict(zip(paths, jax.tree.leaves(decayed), strict=True))
     family = FAMILIES[made.model.config.model_type]
     layers = made.model.config.num_hidden_layers

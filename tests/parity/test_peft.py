@@ -83,8 +83,8 @@ def with_lora(network, config):
 
 @functools.partial(jax.jit, static_argnums=0)
 def logits_of(network, params, ids):
-    hidden = network._apply(params, ids, jnp.ones(ids.shape, bool))
-    return network._logits(params, hidden.reshape(-1, hidden.shape[-1])).reshape(*ids.shape, -1)
+    hidden = network.apply(params, ids, jnp.ones(ids.shape, bool))
+    return network.logits(params, hidden.reshape(-1, hidden.shape[-1])).reshape(*ids.shape, -1)
 
 
 def theirs_of(model, ids):

@@ -120,7 +120,7 @@ def test_a_long_prompt_is_not_repeated_before_every_answer():
     row = {"label": "SFT", "kind": "sft", "completion": " yes", "gold": 1.0, "score": 0.5}
     for prompt, times in (("short", 3), ("long " * 30, 1)):
         rows = pd.DataFrame([{**row, "prompt": prompt}] * 2)
-        assert page._answers_to(prompt, rows, gold=True).count(prompt) == times
+        assert page.answers_to(prompt, rows, gold=True).count(prompt) == times
 
 
 def test_figures_have_text_to_select_and_follow_the_page_by_day_and_night(plain):

@@ -116,4 +116,4 @@ def test_a_disk_that_fills_up_leaves_every_file_as_it_was(tmp_path, monkeypatch)
         with pytest.raises(OSError, match="No space left"):
             report.write_report(tmp_path)
         assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before, name
-        monkeypatch.setattr(report, "_write_png", lambda figure, path: None)
+        monkeypatch.setattr(report, "write_png", lambda figure, path: None)

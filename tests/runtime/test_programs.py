@@ -14,6 +14,7 @@ from rlhf_jax.runtime.programs import SEED_AXIS, HostSteps, RuntimeConfig, Score
 from rlhf_jax.stages import ppo
 from rlhf_jax.types import RlhfError
 from tests.support import tiny
+from tests.support.compilations import compilations
 from tests.support.programs import PLACEMENTS, assert_close, run_ppo, runtime
 
 
@@ -178,13 +179,14 @@ def test_the_program_compiles_once_and_stays_on_the_device():
     run_key = jax.random.key(0)
     batches = [jax.device_put(tiny.several([tiny.prompts(16, 2 * i), tiny.prompts(16, 2 * i + 1)])) for i in range(3)]
 
-    text = program.compiled.lower(state, frozen, batches[0], run_key).compile().as_text()  # type: ignore[attr-defined]
-    assert not talks_to_host(text)
-    with jax.transfer_guard("disallow"):
-        for batch in batches:
-            state, metrics, _ = program(state, frozen, batch, run_key)
-            assert metrics["loss"].shape == (2,)
-    assert program.compiled._cache_size() == 1  # type: ignore[attr-defined]
+    with compilations() as compiled:
+        text = program.compiled.lower(state, frozen, batches[0], run_key).compile().as_text()  # type: ignore[attr-defined]
+        assert not talks_to_host(text)
+        with jax.transfer_guard("disallow"):
+            for batch in batches:
+                state, metrics, _ = program(state, frozen, batch, run_key)
+                assert metrics["loss"].shape == (2,)
+    assert sum(compiled.values()) == 1, compiled
     assert int(state.step) == 6
 
 

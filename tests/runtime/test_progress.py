@@ -27,7 +27,7 @@ def test_counter_times_and_figures_are_whole(width, name):
     with display.running(), display.bar(name) as bar:
         bar.update(131, 4000, FIGURES)
         file.seek(file.truncate(0))
-        display._progress.refresh()
+        display.progress.refresh()
         shown = plain(file.getvalue())
         text = " ".join(shown.split())
         assert all(len(line) <= width for line in shown.replace("\r", "\n").splitlines())
@@ -45,7 +45,7 @@ def test_many_stages_leave_a_line_each_and_one_bar():
         with display.bar("last") as bar:
             bar.update(3, 7, {})
             file.seek(file.truncate(0))
-            display._progress.refresh()
+            display.progress.refresh()
             shown = plain(file.getvalue())
             assert "3/7" in shown and "stage_" not in shown
 

@@ -72,8 +72,8 @@ def test_where_lengths_are_uneven_the_rest_goes_through_a_queue_and_nothing_else
     prompts = padded(
         [rng.integers(4, VOCAB, 1 + i % 3).astype(np.int32) for i in range(17)], [2 - i % 3 for i in range(17)], 3
     )
-    limits, queued, run = 1 + 3 * np.arange(17) % LIMIT, [], batches._generate_queue
-    monkeypatch.setattr(batches, "_generate_queue", lambda *args: queued.append(len(args[2].rows)) or run(*args))
+    limits, queued, run = 1 + 3 * np.arange(17) % LIMIT, [], batches.sample_queue
+    monkeypatch.setattr(batches, "sample_queue", lambda *args: queued.append(len(args[2].rows)) or run(*args))
     monkeypatch.setattr(batches, "QUEUE", 2)
 
     def sampled(batch_size=8, limits=limits, first=0):

@@ -13,6 +13,7 @@ from rlhf_jax.sampling.choice import Sampling
 from rlhf_jax.sampling.continuous import generate_queue
 from rlhf_jax.sampling.generate import generate
 from rlhf_jax.types import PromptBatch
+from tests.support.compilations import compilations
 from tests.support.networks import CONFIG, EOS, POLICY, SUPPRESSED, VOCAB, padded, random_params
 
 PROMPT, LIMIT, ROWS = 4, 9, 23
@@ -133,12 +134,13 @@ def test_samples_of_a_prompt_are_begun_together():
 
 
 def test_one_program_whatever_the_lengths():
-    compiled = jax.jit(
-        lambda params, limits: generate_queue(
-            POLICY, params, prompts(), KEY, Sampling(LIMIT, 1.0, (EOS,)), slots=4, refill=2, limits=limits
-        )
-    )
-    for seed in range(3):
-        limits = np.random.default_rng(seed).integers(1, LIMIT + 1, ROWS)
-        compiled(random_params(POLICY), jnp.asarray(limits, jnp.int32))
-    assert compiled._cache_size() == 1  # type: ignore[attr-defined]
+    @jax.jit
+    def sample(params, limits):
+        sampling = Sampling(LIMIT, 1.0, (EOS,))
+        return generate_queue(POLICY, params, prompts(), KEY, sampling, slots=4, refill=2, limits=limits)
+
+    with compilations() as compiled:
+        for seed in range(3):
+            limits = np.random.default_rng(seed).integers(1, LIMIT + 1, ROWS)
+            sample(random_params(POLICY), jnp.asarray(limits, jnp.int32))
+    assert compiled["sample"] == 1

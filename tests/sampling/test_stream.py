@@ -1,7 +1,6 @@
 """Responses a token at a time: those of `generate`, by few programs for many lengths."""
 
 import itertools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +16,7 @@ from rlhf_jax.sampling.choice import Sampling
 from rlhf_jax.sampling.generate import generate
 from rlhf_jax.sampling.stream import Stream
 from rlhf_jax.types import PromptBatch, Rollout
+from tests.support.compilations import compilations
 from tests.support.networks import EOS, SUPPRESSED, config, random_params
 
 VOCAB, NEW = 12, 9
@@ -57,13 +57,13 @@ def test_what_generate_gives_for_the_same_rows(sampling):
 def test_a_conversation_is_read_on_where_it_goes_on(windows, monkeypatch):
     policy = PolicyNetwork(config(n_layers=1, windows=windows), VOCAB, SUPPRESSED)
     params, sampling = random_params(policy), Sampling(NEW, 0.0, ())
-    read, extend = [], streams._extend
+    read, extend = [], streams.extend
 
     def recorded(policy, params, tokens, mask, cache, kept):
         read.append((int(kept), int(mask.sum()), tokens.shape[1], cache.positions.shape[1]))
         return extend(policy, params, tokens, mask, cache, kept)
 
-    monkeypatch.setattr(streams, "_extend", recorded)
+    monkeypatch.setattr(streams, "extend", recorded)
     (first, second, third, other), stream = prompts([30, 8, 34, 3]), Stream(policy, params)
 
     def answers(prompt: list[int], tokens: int = NEW) -> list[int]:
@@ -88,17 +88,15 @@ def test_buckets_hold_what_they_are_for():
 
 
 def test_mixed_lengths_compile_a_handful_of_programs():
-    programs: list[Any] = [streams._extend, streams._decode, streams._choose]
-    before = [program._cache_size() for program in programs]
     policy = PolicyNetwork(config(n_layers=1, d_ff=24), VOCAB, SUPPRESSED)  # no other test's
     stream = Stream(policy, random_params(policy))
-    for length in range(1, 250, 6):
-        for temperature in (0.0, 1.0):
-            list(stream.respond(prompts([length])[0], KEY, Sampling(8, temperature, (EOS,)), row=0))
-    extend, decode, choose = (program._cache_size() - size for program, size in zip(programs, before, strict=True))
-    assert extend <= 7
-    assert decode <= 4  # 32, 64, 128, 256
-    assert choose <= 2
+    with compilations() as compiled:
+        for length in range(1, 250, 6):
+            for temperature in (0.0, 1.0):
+                list(stream.respond(prompts([length])[0], KEY, Sampling(8, temperature, (EOS,)), row=0))
+    assert 0 < compiled["extend"] <= 7
+    assert 0 < compiled["decode_token"] <= 4  # 32, 64, 128, 256
+    assert compiled["choose_token"] <= 2
 
 
 def test_log_probabilities_are_those_of_one_row_in_any_batch():

@@ -229,14 +229,14 @@ def test_perplexity_is_of_the_tokens_of_each_text_alone():
             found = np.asarray(start(policy.params, padded, seen), np.float64)[0]
             total -= found[text[end]] - np.log(np.exp(found).sum())
             count += 1
-    np.testing.assert_allclose(answers._answers_nll(policy, rollout, 2), total / count, rtol=1e-5)
+    np.testing.assert_allclose(answers.answers_nll(policy, rollout, 2), total / count, rtol=1e-5)
     width = tiny.PROMPT + tiny.RESPONSE
     tokens = np.array([text + [9] * (width - len(text)) for text in texts], np.int32)
     lengths = np.array([[len(text)] for text in texts])
     places = np.arange(width)[None]
     batch = TokenBatch(tokens, places < lengths, (places >= prompts.mask.sum(axis=1)[:, None]) & (places < lengths))
-    assert answers._texts_nll(policy, batch, 3) == pytest.approx(total / count, rel=1e-5)
-    assert answers._texts_nll(policy, None, 3) is None
+    assert answers.texts_nll(policy, batch, 3) == pytest.approx(total / count, rel=1e-5)
+    assert answers.texts_nll(policy, None, 3) is None
 
 
 def test_a_judge_over_http_decides_and_is_paid_once(evaluated):

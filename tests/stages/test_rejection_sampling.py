@@ -246,9 +246,9 @@ def test_demonstrations_of_chats_are_chats():
     chat = [{"role": "user", "content": "is it good?"}]
     answer = [{"role": "assistant", "content": "yes"}]
     assert stage.demonstration(chat, "yes") == {"prompt": chat, "completion": answer}
-    assert stage._original([{"messages": chat + answer}], 0, "") == chat
-    assert stage._original([{"prompt": chat}], 0, "") == chat
-    assert stage._original([{"text": "the film is good"}], 0, "the film") == "the film"
+    assert stage.original_prompt([{"messages": chat + answer}], 0, "") == chat
+    assert stage.original_prompt([{"prompt": chat}], 0, "") == chat
+    assert stage.original_prompt([{"text": "the film is good"}], 0, "the film") == "the film"
     json.dumps(stage.demonstration("the film", " is good"))
 
 

@@ -21,6 +21,7 @@ Files and servers
 Running the program
     commands        the command line, inside the test's process
     interrupted     the command line in a process that is killed; `resumed` is the experiment it runs
+    compilations    how many programs jit compiles
     xla_flags       compilation flags
 
 Comparisons with TRL

@@ -20,7 +20,6 @@ from rlhf_jax.core.logprobs import sequence_logprobs
 from rlhf_jax.data.padding import pad_right
 from rlhf_jax.methods import policy_gradient
 from rlhf_jax.methods.policy_method import Networks, Sampled
-from rlhf_jax.models.model_config import ModelConfig
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
 from rlhf_jax.runtime.loop import LoopConfig
@@ -29,11 +28,10 @@ from rlhf_jax.stages import group_rl, ppo
 from rlhf_jax.stages.group_rl import GroupRLConfig
 from rlhf_jax.stages.ppo import PPOConfig
 from rlhf_jax.types import Rollout
+from tests.support import networks
 
 VOCAB, EOS = 4, 3
-MODEL = ModelConfig(
-    d_model=8, n_layers=1, n_heads=2, d_ff=16, activation="gelu", param_dtype="float32", compute_dtype="float32"
-)
+MODEL = networks.config(d_model=8, n_layers=1, d_ff=16, activation="gelu")
 POLICY = PolicyNetwork(MODEL, VOCAB, ())
 RATE = 1e3  # so large that rounding of the parameters is nothing beside an update
 COMMON: dict[str, Any] = {

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from orbax.checkpoint._src.path import atomicity
 
 from rlhf_jax import main
 from rlhf_jax.methods import online
@@ -72,15 +71,15 @@ def trap_steps(trap: Trap) -> None:
 
 
 def trap_saves(trap: Trap) -> None:
-    for kind in (atomicity.AtomicRenameTemporaryPath, atomicity.CommitFileTemporaryPath):
+    rename = os.rename
 
-        async def trapped(self: Any, *args: Any, finalize: Any = kind.finalize, **kwargs: Any) -> Any:
-            # A checkpoint is finalised item by item, and then as a whole.
-            if self.get_final().name.isdigit():
-                trap.spring()
-            return await finalize(self, *args, **kwargs)
+    def trapped(source: Any, target: Any, **where: Any) -> None:
+        # Orbax renames a checkpoint item by item, and then as a whole, to the number of its step.
+        if Path(target).name.isdigit() and Path(target).parent.name == "checkpoints":
+            trap.spring()
+        return rename(source, target, **where)
 
-        kind.finalize = trapped  # type: ignore[method-assign]
+    os.rename = trapped  # pyrefly: ignore[bad-assignment]
 
 
 def trap_writes(trap: Trap, name: str) -> None:

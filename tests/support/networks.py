@@ -18,7 +18,8 @@ VOCAB, SUPPRESSED, EOS = 50, (0, 1, 3), 2
 POLICY = PolicyNetwork(CONFIG, VOCAB, SUPPRESSED)
 
 
-def config(**changes):
+def config(**changes) -> ModelConfig:
+    """A tiny transformer; the shapes of other test networks differ from it in what their tests are about."""
     return dataclasses.replace(CONFIG, **changes)
 
 

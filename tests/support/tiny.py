@@ -12,7 +12,6 @@ from rlhf_jax.core.metrics import values
 from rlhf_jax.methods.policy_method import Experience
 from rlhf_jax.methods.policy_update import minibatch_loss
 from rlhf_jax.models.head import TokenStats
-from rlhf_jax.models.model_config import ModelConfig
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
 from rlhf_jax.runtime.checkpoints import TrainState
@@ -21,13 +20,12 @@ from rlhf_jax.runtime.optimizers import OptimizerConfig, make_optimizer
 from rlhf_jax.runtime.programs import RuntimeConfig
 from rlhf_jax.stages import group_rl, ppo
 from rlhf_jax.types import PreferenceBatch, PromptBatch, Rollout, TokenBatch
+from tests.support import networks
 
 VOCAB, EOS, SUPPRESSED = 16, 2, (0, 1, 3)
 PROMPT, RESPONSE = 4, 6
 
-MODEL = ModelConfig(
-    d_model=16, n_layers=1, n_heads=2, d_ff=32, activation="relu", param_dtype="float32", compute_dtype="float32"
-)
+MODEL = networks.config(n_layers=1, d_ff=32)
 OPTIMIZER = OptimizerConfig(
     learning_rate=3e-4, schedule="constant", warmup_steps=0, weight_decay=0.0, epsilon=1e-5, max_grad_norm=1.0
 )

@@ -10,7 +10,6 @@ import numpy as np
 from rich.console import Console
 
 from rlhf_jax.loading.models import Policy, RewardModel, save_policy_spec, save_reward_spec
-from rlhf_jax.models.model_config import ModelConfig
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
 from rlhf_jax.reports import Run
@@ -21,6 +20,7 @@ from rlhf_jax.runtime.checkpoints import Checkpoints, TrainState
 from rlhf_jax.runtime.files import write_json, write_rows
 from rlhf_jax.runtime.workdir import Identity, Workdir
 from rlhf_jax.text.tokenizer import TokenizerConfig, train_tokenizer
+from tests.support import networks
 
 DATA = {
     "train": "train.jsonl",
@@ -248,7 +248,7 @@ def write_models(root: Path, *, with_reward_model: bool = True, seeds: int = 1) 
     """Stages sft, reward_model and ppo with tiny random networks that can be loaded; PPO's differ."""
     texts = ["a good film", "a bad film", "it is good and bad", "film and art"]
     tokenizer = train_tokenizer(TokenizerConfig("word", 32), texts)
-    shape = ModelConfig(8, 1, 2, 16, "relu", "float32", "float32")
+    shape = networks.config(d_model=8, n_layers=1, d_ff=16)
     policy = PolicyNetwork(shape, tokenizer.vocab_size, tokenizer.suppressed)
     reward = ScalarNetwork(shape, tokenizer.vocab_size, "mean")
     # Larger than at initialisation, where all policies are nearly uniform.

@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 import warnings
@@ -86,13 +87,17 @@ class Typed:
     text: str
 
     def read(self, hint: Any) -> Any:
-        """Return the first reading that matches a type: as a Python literal, a boolean, NaN or infinity, or text."""
+        """Return the first reading that matches a type: a Python literal, a boolean, NaN or infinity, text, or names.
+
+        Names are separated by commas, so that `sft,ppo` is a list; other texts with commas need to be Python literals.
+        """
         literal = _literal(self.text)
         word = self.text.lower()
         others = [{"true": True, "false": False}[word]] if word in ("true", "false") else []
         if word.lstrip("+-") in ("nan", "inf", "infinity"):
             others = [float(word)]
-        return next((value for value in [literal, *others, self.text] if _matches(hint, value)), literal)
+        names = tuple(self.text.split(",")) if re.fullmatch(r"[\w.:/-]+(,[\w.:/-]+)*", self.text) else self.text
+        return next((value for value in [literal, *others, self.text, names] if _matches(hint, value)), literal)
 
 
 def override(config: ConfigDict, path: str, text: str) -> None:

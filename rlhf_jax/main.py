@@ -1,4 +1,4 @@
-"""The command line: flags in, one experiment (or one verb) out, and every error one message."""
+"""The command line: runs an experiment or a verb, and reports every error as one message."""
 
 import argparse
 import os
@@ -33,49 +33,52 @@ from rlhf_jax.types import RlhfError
 USAGE = """\
 rlhf-jax: learning from human preferences in JAX
 
-  rlhf-jax [run] --config=FILE[:ARG] --workdir=DIR [--config.SECTION.FIELD=VALUE ...] [--stage=NAME] [--inputs=DIR]
-      runs an experiment's stages, or the remaining ones, and reports; --stage runs one of them; in the place of FILE,
-      a name means an experiment that is installed with the package: --config=quickstart:smoke
+  rlhf-jax [run] --config=FILE[:ARG] --workdir=DIR [--inputs=DIR]
+                 [--stage=NAME] [--config.SECTION.FIELD=VALUE ...]
+      Run an experiment's stages, or the remaining ones, and report. FILE is a
+      Python file, or the name of an installed experiment: quickstart:smoke.
   rlhf-jax fields [KIND]
-      lists the kinds of stages, or the fields of one, with types, defaults and descriptions
+      List the kinds of stages, or the fields of one, with types, defaults and
+      descriptions.
   rlhf-jax fetch NAME
-      brings a data set or a model here
-  rlhf-jax sample MODEL --prompt=TEXT [--chat] [--n=4] [--temperature=1.0] [--seed=0]
-      prints what a model writes after a prompt, with scores where there is a reward model
+      Download a data set or a model.
+  rlhf-jax sample MODEL --prompt=TEXT [--chat] [--n=4] [--temperature=1.0]
+      Sample responses to a prompt, with scores if there is a reward model.
   rlhf-jax chat MODEL [--system=TEXT] [REWARD]
-      talks to a model in the terminal
+      Talk to a model in the terminal.
   rlhf-jax logprobs MODEL < ROWS.jsonl > OUT.jsonl
-      adds the log-probabilities of completions to rows of prompt and completion
-  rlhf-jax best-of-n MODEL REWARD [--n=16] [--soft=LAMBDA] [--out=FILE] < PROMPTS.jsonl > BEST.jsonl
-      samples answers to rows of prompts, and adds the one that a reward likes best; --out goes on where it ended
+      Add log-probabilities to rows with a prompt and a completion.
+  rlhf-jax best-of-n MODEL REWARD [--n=16] [--out=FILE] < PROMPTS.jsonl
+      Sample N responses to each prompt, and add the one with the highest score.
   rlhf-jax export MODEL --out=DIR
-      writes a model as a directory that transformers loads
+      Write a model as a directory that transformers loads.
 
-MODEL is --model=DIR|FILE.gguf|OWNER/NAME, or --workdir=DIR --stage=NAME; REWARD is --reward-model=DIR, or
---reward-stage=NAME of --workdir, or --reward=FILE.py:FUNC. `rlhf-jax VERB --help` lists a verb's flags;
---debug before or after any of them shows the traceback of an error.
+MODEL is --model=DIR|FILE.gguf|OWNER/NAME, or --workdir=DIR --stage=NAME.
+REWARD is --reward-model=DIR, --reward-stage=NAME of --workdir, or
+--reward=FILE.py:FUNC. `rlhf-jax VERB --help` lists the flags of a verb. With
+--debug, errors show their traceback.
 """
-
 
 RUN = """\
 Run an experiment's stages, or the remaining ones, and report.
 
---config.SECTION.FIELD=VALUE sets a field of any section, whether the file has it or not:
-  --config.seeds=4  --config.dpo.beta=0.3  --config.dpo.loss.losses="('ipo',)"  --config.ppo.optimizer.b1=0.8
-VALUE is a Python literal or plain text. Fields of a section that the file leaves out create it."""
+--config.SECTION.FIELD=VALUE sets a field of any section, whether or not the
+file has it; `rlhf-jax fields` lists them. VALUE is a Python literal, a text, or
+names separated by commas:
+  --config.seeds=4  --config.stages=sft,ppo  --config.ppo.optimizer.b1=0.8"""
 
 
 def entry_point() -> None:
     """The console script."""
     if "--debug" not in sys.argv:
-        # `main` reports every exception itself. What reaches this hook comes from callbacks of threads that still write
-        # a checkpoint when its first failure has been reported.
+        # `main` reports every exception. This hook would only repeat a failed checkpoint, from callbacks of the threads
+        # that were still writing it.
         sys.unraisablehook = lambda _: None
     sys.exit(main(sys.argv[1:]))
 
 
 def main(argv: list[str]) -> int:
-    """Runs one command and returns its exit status: 0, or 1 with one message on stderr."""
+    """Run one command, and return its exit status: 0, or 1 with one message on stderr."""
     debug = "--debug" in argv
     arguments = [argument for argument in argv if argument != "--debug"]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -85,10 +88,10 @@ def main(argv: list[str]) -> int:
     verb = "run" if arguments[0].startswith("-") else arguments.pop(0)
     try:
         if verb not in VERBS:
-            raise RlhfError(f"there is no verb {verb!r}: say one of {', '.join(VERBS)}, or --help")
+            raise RlhfError(f"there is no verb {verb!r}: give one of {', '.join(VERBS)}, or --help")
         VERBS[verb](arguments)
     except KeyboardInterrupt:
-        advice = " The same command goes on from the last checkpoint." if verb == "run" else ""
+        advice = " The same command continues from the last checkpoint." if verb == "run" else ""
         print(f"\nInterrupted.{advice}", file=sys.stderr)
         return 130
     except Exception as error:
@@ -100,7 +103,7 @@ def main(argv: list[str]) -> int:
 
 
 def run_verb(arguments: list[str]) -> None:
-    """Runs an experiment and reports on it."""
+    """Run an experiment, and report on it."""
     config, options = parse_run_flags(arguments)
     workdir = Workdir(options.workdir, options.inputs)
     console = Console(width=None if sys.stdout.isatty() else 120)
@@ -121,8 +124,8 @@ def run_verb(arguments: list[str]) -> None:
 
 
 def fetch_verb(arguments: list[str]) -> None:
-    """Brings a data set or a model here."""
-    parser = Parser("rlhf-jax fetch", "Brings a data set or a model here.")
+    """Download a data set or a model."""
+    parser = Parser("rlhf-jax fetch", "Download a data set or a model.")
     parser.add_argument("name", choices=[*DATASETS, *MODELS])
     name = parser.parse_args(arguments).name
     if name not in MODELS:
@@ -147,13 +150,13 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
 
 
 def parse_run_flags(arguments: list[str]) -> tuple[ConfigDict, argparse.Namespace]:
-    """The config with its overrides, and the other flags. Raises RlhfError for whatever cannot be read."""
+    """Return the config with its overrides, and the other flags. Raises RlhfError for a flag or file that is wrong."""
     parser = Parser("rlhf-jax run", RUN)
     parser.add_argument(
-        "--config", required=True, metavar="FILE[:ARG]", help="a Python file; its get_config(ARG) is run"
+        "--config", required=True, metavar="FILE[:ARG]", help="Python file with get_config(ARG), or an experiment"
     )
-    parser.add_argument("--workdir", type=Path, required=True, metavar="DIR", help="the directory for all results")
-    parser.add_argument("--inputs", type=Path, metavar="DIR", help="a work directory that missing stages are read from")
+    parser.add_argument("--workdir", type=Path, required=True, metavar="DIR", help="directory for all results")
+    parser.add_argument("--inputs", type=Path, metavar="DIR", help="work directory to read missing stages from")
     parser.add_argument("--stage", metavar="NAME", help="run this stage only")
     options, overrides = parser.parse_known_args(arguments)
     config = load_config(options.config)

@@ -1,4 +1,4 @@
-"""One score from those of several reward models: Coste et al. 2023 (arXiv:2310.02743)."""
+"""Combining the scores of a reward-model ensemble: Coste et al. 2023 (arXiv:2310.02743)."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -17,6 +17,6 @@ def worst_case(scores: Float[Array, "members B"]) -> Float[Array, "B"]:
 def uncertainty_weighted(scores: Float[Array, "members B"], *, variance_coefficient: float) -> Float[Array, "B"]:
     r"""Uncertainty-weighted optimisation (UWO): $\bar r - \lambda \frac{1}{k} \sum_i (r_i - \bar r)^2$.
 
-    The authors' code for Best-of-N is the same; that for PPO divides by k - 1.
+    As in the authors' code for Best-of-N; their PPO code divides by k - 1.
     """
     return jnp.mean(scores, axis=0) - variance_coefficient * jnp.var(scores, axis=0)

@@ -22,15 +22,15 @@ def entropy(logits: Float[Array, "B T V"]) -> Float[Array, "B T"]:
 
 
 def _exponentials(logits: Array) -> tuple[Array, Array]:
-    # Spelled out rather than by logsumexp: the compiler then shares one pass over the vocabulary between the functions
-    # above and the backward pass, which on CPUs takes a third less time than logsumexp's.
+    # Not logsumexp: written out, the compiler shares one pass over the vocabulary between the functions above and the
+    # backward pass, which takes a third less time on CPUs.
     logits = logits.astype(jnp.float32)
     shifted = logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     return shifted, jnp.exp(shifted)
 
 
 def sequence_logprobs(logprobs: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B"]:
-    """Log-probability of each whole response: the sum over its tokens, EOS included."""
+    """Log-probability of each response: the sum over its tokens, EOS included."""
     return jnp.sum(jnp.where(mask, logprobs, 0), axis=1)
 
 
@@ -64,5 +64,5 @@ def on_policy_weights(
 def cross_entropy(
     logprobs: Float[Array, "B T"], loss_mask: Bool[Array, "B T"], axes: tuple[str, ...]
 ) -> Float[Array, ""]:
-    """Maximum likelihood: minus the mean log-probability of the trained tokens of the whole batch, nats a token."""
+    """Cross-entropy: negative mean log-probability of the trained tokens of the whole batch, in nats per token."""
     return -masking.masked_mean(logprobs, loss_mask, axes)

@@ -1,7 +1,7 @@
-"""Masked reductions that are the same number whether a batch lies on one device or is split over several.
+"""Masked reductions whose result does not depend on how a batch is split over devices.
 
-Every function takes `axes`, the names of the mapped axes the rows are split over: `()` inside `jit` (the compiler sees
-the whole batch), `("batch",)` inside `pmap`.
+Every function takes `axes`, the mapped axes over which the rows are split: `()` inside `jit` (the compiler sees the
+whole batch), `("batch",)` inside `pmap`.
 """
 
 import jax
@@ -10,23 +10,23 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 
 def total(x: Float[Array, "..."] | Int[Array, "..."], axes: tuple[str, ...]) -> Array:
-    """Sum of all elements over all devices: `psum` of the local sum, the local sum alone for `axes=()`."""
+    """Sum of all elements over all devices: the `psum` of the local sum, or the local sum for `axes=()`."""
     local = jnp.sum(x)
     return jax.lax.psum(local, axes) if axes else local
 
 
 def count(mask: Bool[Array, "..."], axes: tuple[str, ...]) -> Int[Array, ""]:
-    """How many entries are True, over all devices."""
+    """Number of True entries, over all devices."""
     return total(mask.astype(jnp.int32), axes)
 
 
 def rows(x: Float[Array, "B ..."] | Int[Array, "B ..."], axes: tuple[str, ...]) -> Int[Array, ""]:
-    """How many rows a batch has, over all devices."""
+    """Number of rows of a batch, over all devices."""
     return total(jnp.ones(x.shape[0], jnp.int32), axes)
 
 
 def masked_mean(x: Float[Array, "*dims"], mask: Bool[Array, "*dims"], axes: tuple[str, ...]) -> Float[Array, ""]:
-    """Mean of x where the mask is True, over all devices; 0 where nothing is (so that an empty batch is no NaN)."""
+    """Mean of x where the mask is True, over all devices; 0 (not NaN) if the mask is empty."""
     return total(jnp.where(mask, x, 0), axes) / jnp.maximum(count(mask, axes), 1).astype(x.dtype)
 
 
@@ -37,15 +37,15 @@ def mean(x: Float[Array, "*dims"], axes: tuple[str, ...]) -> Float[Array, ""]:
 
 def masked_variance(x: Float[Array, "*dims"], mask: Bool[Array, "*dims"], axes: tuple[str, ...]) -> Float[Array, ""]:
     """Population variance (divided by the count) of x where the mask is True, over all devices."""
-    x = jnp.where(mask, x, 0)  # first: 0 times a NaN in the padding would be a NaN in the gradient
+    x = jnp.where(mask, x, 0)  # before any arithmetic: 0 times NaN in the padding would give NaN gradients
     return masked_mean(jnp.square(x - masked_mean(x, mask, axes)), mask, axes)
 
 
 def whiten(x: Float[Array, "B T"], mask: Bool[Array, "B T"], axes: tuple[str, ...]) -> Float[Array, "B T"]:
     """Shift and scale to mean 0 and variance 1 over the masked entries of the whole batch; 0 elsewhere.
 
-    As `masked_whiten` of Huang et al. 2024 (arXiv:2403.17031): the variance is stabilised by 1e-8 under the
-    root. We divide by the count, they by the count less one.
+    As `masked_whiten` of Huang et al. 2024 (arXiv:2403.17031), with 1e-8 added to the variance; their variance divides
+    by the count minus one, ours by the count.
     """
     x = jnp.where(mask, x, 0)
     scaled = (x - masked_mean(x, mask, axes)) * jax.lax.rsqrt(masked_variance(x, mask, axes) + 1e-8)
@@ -58,22 +58,22 @@ def lengths(mask: Bool[Array, "B T"]) -> Int[Array, "B"]:
 
 
 def at_last_token(x: Float[Array, "B"], mask: Bool[Array, "B T"]) -> Float[Array, "B T"]:
-    """One number a row, on the last token of that row's mask (a prefix mask); 0 elsewhere, nothing on empty rows."""
+    """Place one number per row at the last token of its (prefix) mask; 0 elsewhere and in rows with an empty mask."""
     is_last = jnp.arange(mask.shape[1])[None, :] == (lengths(mask) - 1)[:, None]
     return jnp.where(is_last & mask, x[:, None], 0)
 
 
 def gather_rows(tree: PyTree, axes: tuple[str, ...]) -> PyTree:
-    """The whole batch on every device: concatenates the rows (first axis) of all devices; the identity for `()`."""
+    """Gather the whole batch on every device along the first axis; the identity for `axes=()`."""
     if not axes:
         return tree
     return jax.tree.map(lambda x: jax.lax.all_gather(x, axes, tiled=True), tree)
 
 
 def own_rows(indices: Int[Array, "M"], axes: tuple[str, ...]) -> Int[Array, "m"]:
-    """This device's equal share of a list of global row numbers, in order; all of them for `()`.
+    """This device's equal share of a list of global row numbers, in order; the whole list for `axes=()`.
 
-    Raises ValueError (at trace time) when the list does not divide evenly.
+    Raises ValueError, at trace time, if the list does not divide evenly.
     """
     if not axes:
         return indices

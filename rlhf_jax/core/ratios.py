@@ -1,13 +1,13 @@
-r"""Ratios of probabilities from log-ratios, finite whatever the log-ratio is.
+r"""Probability ratios from log-ratios, finite for every log-ratio.
 
-$e^x$ is infinite in float32 above x = 88.7. A clip then still gives the right value, and 0 times infinity as its
-gradient; an unclipped loss is infinite. A response's log-ratio is a sum over tokens: 0.1 nats a token over 1,000 tokens
-are enough.
+In float32, $e^x$ overflows above x = 88.7. A clipped loss then still has the right value, but 0 times infinity as its
+gradient; an unclipped loss is infinite. The log-ratio of a response is a sum over tokens, so that 0.1 nats per token
+over 1,000 tokens suffice.
 
-Up to `LARGEST` everything is exact. Above it the exponential goes on along its tangent: the function stays convex and
-increasing, and where no bound is active the gradient keeps its direction at a size that can be squared, as Adam and the
-norm of gradients do. verl clamps log-ratios to +-20 instead: that gives tokens beyond the clamp no gradient, also those
-that an update has pushed furthest the wrong way.
+Ratios are exact up to `LARGEST` and continue along the tangent above it: the function stays convex and increasing, and
+the gradient of an unclipped loss keeps its direction, at a size whose square, which Adam and gradient norms need, does
+not overflow. verl instead clamps log-ratios to +-20, so that tokens beyond the clamp have no gradient, even those that
+an update pushed furthest in the wrong direction.
 """
 
 import math
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 LARGEST = 30.0
-"""Nats up to which a ratio is exact: 1e13. The square of a gradient of this size is far from float32's 3e38."""
+"""Largest exact log-ratio in nats (a ratio of 1e13); the square of such a gradient is far below float32's 3e38."""
 
 
 def ratio(log_ratio: Float[Array, "*dims"]) -> Float[Array, "*dims"]:
@@ -25,7 +25,7 @@ def ratio(log_ratio: Float[Array, "*dims"]) -> Float[Array, "*dims"]:
 
 
 def ratio_minus_one(log_ratio: Float[Array, "*dims"]) -> Float[Array, "*dims"]:
-    r"""`ratio` less 1, with all its digits where the log-ratio is near 0. Args: log_ratio in nats."""
+    r"""`ratio` minus 1, accurate for log-ratios near 0. Args: log_ratio in nats."""
     return jnp.expm1(jnp.minimum(log_ratio, LARGEST)) + math.exp(LARGEST) * _beyond(log_ratio)
 
 

@@ -1,4 +1,4 @@
-"""Best-of-N, estimated without bias for every n from one pool of samples."""
+"""Unbiased estimates of Best-of-N for every n from one pool of samples, and its KL divergence."""
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -6,7 +6,7 @@ from numpy.typing import ArrayLike
 
 
 def order_statistic_weights(pool: int, n: int) -> Float[np.ndarray, "N"]:
-    r"""Probability that the item of rank i (1 is the lowest proxy score) is the best of n drawn from the pool.
+    r"""Probability that the item of rank i (rank 1 has the lowest proxy score) is the best of n drawn from the pool.
 
     $w_i = \binom{i-1}{n-1} / \binom{N}{n}$, the weights of Nakano et al. 2021 (WebGPT, arXiv:2112.09332, appendix I)
     and Gao et al. 2022 (arXiv:2210.10760). Raises ValueError unless 1 <= n <= pool.
@@ -14,13 +14,13 @@ def order_statistic_weights(pool: int, n: int) -> Float[np.ndarray, "N"]:
     if not 1 <= n <= pool:
         raise ValueError(f"cannot draw the best of n={n} from a pool of {pool}")
     ranks = np.arange(1, pool + 1)
-    # w_N = n / N, and w_i / w_{i+1} = (i - n + 1) / i: products of ratios never overflow, binomials do.
+    # w_N = n / N and w_i / w_{i+1} = (i - n + 1) / i: products of ratios do not overflow as binomials do.
     ratios = np.maximum(ranks[:-1] - n + 1, 0) / ranks[:-1]
     return n / pool * np.append(np.cumprod(ratios[::-1])[::-1], 1.0)
 
 
 def best_of_n(proxy: ArrayLike, gold: ArrayLike, n: int) -> Float[np.ndarray, "B"]:
-    """Expected gold score of the response that the proxy ranks first among n, for each prompt (row) of a pool.
+    """Expected gold score, for each prompt, of the response with the highest proxy score among n of the pool.
 
     Args: proxy and gold scores, [B, N]. Ties in the proxy are broken by position, as `argsort(kind="stable")` does.
     """
@@ -30,25 +30,25 @@ def best_of_n(proxy: ArrayLike, gold: ArrayLike, n: int) -> Float[np.ndarray, "B
 
 
 def best_of_n_kl(n: ArrayLike) -> Float[np.ndarray, "..."]:
-    r"""$\log n - (n-1)/n$ nats: the divergence of Best-of-N from the policy that it samples.
+    r"""KL divergence of Best-of-N from the policy that it samples from: $\log n - (n-1)/n$ nats.
 
-    Stiennon et al. 2020 (arXiv:2009.01325, appendix G.3); an upper bound where responses can repeat (Beirami et al.
-    2024, arXiv:2401.01879).
+    Stiennon et al. 2020 (arXiv:2009.01325, appendix G.3); an upper bound if responses can repeat (Beirami et al. 2024,
+    arXiv:2401.01879).
     """
     n = np.asarray(n, np.float64)
     return np.asarray(np.log(n) - (n - 1) / n)
 
 
 def best_of_n_kl_estimate(logprobs: ArrayLike, n: int) -> Float[np.ndarray, "..."]:
-    r"""What chosen responses say of the divergence of Best-of-N where responses can repeat, in nats; at most the bound.
+    r"""Estimate, in nats, of the divergence of Best-of-N if responses can repeat; at most `best_of_n_kl`.
 
     $(1-\epsilon)^n (\log n + (n-1) \log(1-\epsilon) - \frac{n-1}{n})
     + (1 - (1-\epsilon)^n) \log \frac{1 - (1-\epsilon)^n}{\epsilon}$, the estimator of Beirami et al. 2024
-    (arXiv:2401.01879), with $\epsilon$ the policy's probability of the chosen response: exact where that response is
-    the best there is, and all the others never repeat. Its mean over chosen responses, which `best_of_n` of a pool
-    gives, is at least the divergence: they conjecture so, and it is so in every distribution that we enumerated.
+    (arXiv:2401.01879), with $\epsilon$ the policy's probability of the chosen response. It is exact if the chosen
+    response is the best possible and no other response repeats. They conjecture that its mean over chosen responses,
+    which `best_of_n` of a pool estimates, is at least the divergence; so it was in every distribution we enumerated.
 
-    Args: log-probabilities of chosen responses under the distribution that they were sampled from, in nats.
+    Args: logprobs are log-probabilities of chosen responses under the sampling distribution, in nats.
     """
     logprobs = np.minimum(np.asarray(logprobs, np.float64), 0.0)
     epsilon = np.exp(logprobs)
@@ -61,45 +61,45 @@ def best_of_n_kl_estimate(logprobs: ArrayLike, n: int) -> Float[np.ndarray, "...
 
 
 def best_of_n_win_rate(proxy: ArrayLike, gold: ArrayLike, n: int) -> Float[np.ndarray, "B"]:
-    r"""Probability, for each prompt, that the proxy's favourite of n beats one more sample by gold score.
+    r"""Probability, for each prompt, that the best of n by proxy score beats another sample by gold score.
 
-    A tie is half a win. The mean over all choices of n of the pool's responses and of one of the others: of the
-    responses below rank i, $n-1$ are among those that it is the best of, so that the other sample is a given one of
-    them with probability $\frac{i-n}{(i-1)(N-n)}$, and a given one above it with probability $\frac{1}{N-n}$. Where the
-    gold score is the proxy and has no ties, it is $n/(n+1)$, whatever the scores are.
+    Ties count half. It is the mean over all choices of n responses of the pool and one of the remaining. If the best of
+    n has rank i, $n-1$ of the $i-1$ responses below it were also drawn: the other sample is a given one of those below
+    with probability $\frac{i-n}{(i-1)(N-n)}$, and a given one above with probability $\frac{1}{N-n}$. If gold and proxy
+    scores are equal and have no ties, the result is $n/(n+1)$.
 
     Args: proxy and gold scores, [B, N]. Raises ValueError unless n < N.
     """
     proxy, gold = np.asarray(proxy, np.float64), np.asarray(gold, np.float64)
     pool = proxy.shape[1]
     if n >= pool:
-        raise ValueError(f"a pool of {pool} holds no response to compare the best of n={n} with")
+        raise ValueError(f"a pool of {pool} has no further response to compare the best of n={n} with")
     order = np.argsort(proxy, axis=1, kind="stable")
     ranks = np.arange(1, pool + 1)
     below = np.maximum(ranks - n, 0) / np.maximum(ranks - 1, 1)
     other = (np.tril(np.ones((pool, pool)), -1) * below[:, None] + np.triu(np.ones((pool, pool)), 1)) / (pool - n)
     weights = order_statistic_weights(pool, n)
     rates = []
-    for ranked in np.take_along_axis(gold, order, axis=1):  # a prompt at a time: all pairs of all would be much at once
+    for ranked in np.take_along_axis(gold, order, axis=1):  # one prompt at a time, to save memory
         wins = 0.5 * (1 + np.sign(ranked[:, None] - ranked[None, :]))
         rates.append(weights @ np.sum(wins * other, axis=1))
     return np.asarray(rates)
 
 
 def best_of_n_win_rate_bound(n: ArrayLike) -> Float[np.ndarray, "..."]:
-    """The most that Best-of-N wins against its policy by the score that chooses, ties counted half: n / (n + 1).
+    """Upper bound on the win rate of Best-of-N against its policy in the proxy score, ties counting half: n / (n + 1).
 
-    Beirami et al. 2024 (arXiv:2401.01879); reached where responses never repeat.
+    Beirami et al. 2024 (arXiv:2401.01879); attained if responses never repeat.
     """
     n = np.asarray(n, np.float64)
     return np.asarray(n / (n + 1))
 
 
 def random_groups(rng: np.random.Generator, prompts: int, pool: int, n: int, draws: int) -> Int[np.ndarray, "R B G n"]:
-    """Places of disjoint groups of n of each prompt's pool, as many as it has room for, drawn anew `draws` times.
+    """Indices of random disjoint groups of n responses, as many as fit into each prompt's pool, drawn `draws` times.
 
-    Every n of the pool are equally often a group, so that a mean over groups is one over all choices of n, without
-    bias; for n = pool it is exact. Raises ValueError unless 1 <= n <= pool.
+    All subsets of size n are equally likely, so that a mean over groups is an unbiased estimate of the mean over all
+    subsets; for n = pool it is exact. Raises ValueError unless 1 <= n <= pool.
     """
     if not 1 <= n <= pool:
         raise ValueError(f"cannot draw groups of n={n} from a pool of {pool}")
@@ -113,10 +113,10 @@ def soft_best_of_n(
 ) -> Float[np.ndarray, "B"]:
     r"""Expected gold score, for each prompt, of one of n chosen with probability proportional to $\exp(r / \lambda)$.
 
-    Soft Best-of-N, Verdun et al. 2025 (arXiv:2505.03156), averaged over groups of a pool: Best-of-N as the temperature
-    $\lambda$ goes to 0, one sample as it grows.
+    Soft Best-of-N, Verdun et al. 2025 (arXiv:2505.03156), averaged over groups of a pool. It approaches Best-of-N as
+    the temperature $\lambda$ goes to 0, and a single sample as $\lambda$ grows.
 
-    Args: proxy scores r and gold scores, [B, N]; groups as of `random_groups`; the temperature has the score's unit.
+    Args: proxy scores r and gold scores, [B, N]; groups from `random_groups`; the temperature in units of the score.
     """
     chances = _soft_chances(proxy, groups, temperature)
     return np.mean(np.sum(chances * _in_groups(gold, groups), axis=3), axis=(0, 2))
@@ -125,11 +125,11 @@ def soft_best_of_n(
 def soft_best_of_n_kl_bound(
     proxy: ArrayLike, groups: Int[np.ndarray, "R B G n"], *, temperature: float
 ) -> Float[np.ndarray, "B"]:
-    r"""$\log n - \mathbb{E}[H]$ nats for each prompt, H the entropy of the choice: the divergence is at most its mean.
+    r"""Upper bound on the divergence of Soft Best-of-N per prompt: $\log n - \mathbb{E}[H]$ nats, H the choice entropy.
 
-    The divergence of the n samples and the choice among them from the samples and a uniform choice, which a response
-    alone cannot exceed. Nor can it exceed `best_of_n_kl`: with Gumbel noise added to $r / \lambda$, the same choice is
-    Best-of-N of a score without ties.
+    It is the divergence of (n samples, soft choice) from (n samples, uniform choice), which bounds that of the chosen
+    response by the data-processing inequality. It is at most `best_of_n_kl`, because with Gumbel noise added to
+    $r / \lambda$ the soft choice is Best-of-N of a score without ties.
     """
     chances = _soft_chances(proxy, groups, temperature)
     entropy = -np.sum(chances * np.log(np.where(chances > 0, chances, 1.0)), axis=3)
@@ -137,9 +137,9 @@ def soft_best_of_n_kl_bound(
 
 
 def soft_choice(scores: ArrayLike, uniforms: ArrayLike, *, temperature: float) -> Int[np.ndarray, "B"]:
-    r"""Which of each prompt's responses is chosen, with probability proportional to $\exp(r / \lambda)$.
+    r"""Choose one response per prompt with probability proportional to $\exp(r / \lambda)$, by inverting the CDF.
 
-    Args: scores r, [B, N]; one uniform number in [0, 1) a prompt, at which the distribution is inverted.
+    Args: scores r, [B, N]; one uniform number in [0, 1) per prompt.
     """
     scores, uniforms = np.asarray(scores, np.float64), np.asarray(uniforms, np.float64)
     cumulative = np.cumsum(np.exp((scores - scores.max(axis=1, keepdims=True)) / temperature), axis=1)

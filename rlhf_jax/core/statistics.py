@@ -1,4 +1,4 @@
-"""What a table reports beside a mean."""
+"""Standard errors, confidence intervals, length-controlled win rates and repetition statistics."""
 
 import math
 from typing import NamedTuple
@@ -10,20 +10,20 @@ from scipy import special
 
 
 class LengthControlled(NamedTuple):
-    """A win rate had the answers been equally long, and its standard error."""
+    """Length-controlled win rate and its standard error."""
 
     rate: float
     se: float
 
 
 def standard_error(x: ArrayLike) -> float:
-    """Standard error of the mean of independent rows: the sample deviation over the root of their number."""
+    """Standard error of the mean of independent values; NaN for fewer than two."""
     x = np.asarray(x, np.float64)
     return float(np.std(x, ddof=1) / math.sqrt(len(x))) if len(x) > 1 else math.nan
 
 
 def wilson_interval(wins: float, n: int, *, z: float) -> tuple[float, float]:
-    r"""Wilson's score interval for a proportion (Wilson 1927), wins of n; a tie may count as half a win.
+    r"""Wilson's score interval for the proportion wins / n (Wilson 1927); ties may count as half a win.
 
     $(\hat p + z^2/2n \pm z \sqrt{\hat p (1 - \hat p) / n + z^2 / 4n^2}) / (1 + z^2/n)$; z = 1.96 covers 95 %.
     """
@@ -36,11 +36,11 @@ def wilson_interval(wins: float, n: int, *, z: float) -> tuple[float, float]:
 def bootstrap_interval(x: Float[np.ndarray, "N"], *, level: float, rounds: int, seed: int) -> tuple[float, float]:
     """Percentile bootstrap interval for the mean of independent rows (Efron & Tibshirani 1993).
 
-    The rows (prompts) are drawn with replacement, `rounds` times; the interval lies between the quantiles (1 - level)/2
-    and (1 + level)/2 of their means. Unlike Wilson's it takes rows of any value, ties as half wins among them, as they
-    are. The same seed gives the same interval.
+    The rows (prompts) are resampled with replacement `rounds` times; the interval consists of the quantiles
+    (1 - level)/2 and (1 + level)/2 of the means. Unlike Wilson's interval, it applies to any values, such as half wins
+    for ties. The same seed gives the same interval.
 
-    Returns: the lower and the upper end, NaN for a single row, which says nothing of the spread.
+    Returns: the lower and the upper end; NaN for fewer than two rows.
     """
     if len(x) < 2:
         return math.nan, math.nan
@@ -51,16 +51,16 @@ def bootstrap_interval(x: Float[np.ndarray, "N"], *, level: float, rounds: int, 
 
 
 def t_interval(x: Float[np.ndarray, "N"], *, level: float) -> tuple[float, float]:
-    r"""Student's t interval for the mean of independent values, such as one difference a seed (Student 1908).
+    r"""Student's t interval for the mean of independent values, such as one difference per seed (Student 1908).
 
-    $\bar x \pm t_{N-1, (1 + \text{level})/2} \, s / \sqrt N$. Of the differences between two methods that were trained
-    with the same seeds this is the paired t test's interval. It is exact for normal values however few there are, where
-    the percentile bootstrap of five values covers about 84 % at a level of 95 %: N values hardly show their own spread.
+    $\bar x \pm t_{N-1, (1 + \text{level})/2} \, s / \sqrt N$. For differences between two methods trained with the same
+    seeds, it is the interval of the paired t-test. It is exact for normal values even if N is small, whereas the
+    percentile bootstrap of five values covers only about 84 % at a level of 95 %.
 
-    Returns: the lower and the upper end. Raises ValueError for a single value, which has no spread.
+    Returns: the lower and the upper end. Raises ValueError for fewer than two values.
     """
     if len(x) < 2:
-        raise ValueError(f"an interval over {len(x)} values: at least two are needed")
+        raise ValueError(f"a t interval needs at least two values, but there are {len(x)}")
     half = float(special.stdtrit(len(x) - 1, (1 + level) / 2)) * standard_error(x)
     return float(np.mean(x)) - half, float(np.mean(x)) + half
 
@@ -68,28 +68,28 @@ def t_interval(x: Float[np.ndarray, "N"], *, level: float) -> tuple[float, float
 def length_controlled_win_rate(
     wins: Float[np.ndarray, "N"], lengths: Int[np.ndarray, "N"], other_lengths: Int[np.ndarray, "N"]
 ) -> LengthControlled:
-    r"""The win rate had the answers been equally long, by logistic regression (Dubois et al. 2024, arXiv:2404.04475).
+    r"""Length-controlled win rate by logistic regression (Dubois et al. 2024, arXiv:2404.04475).
 
-    $P(\text{win}) = \sigma(\theta + \phi \tanh(\Delta / \mathrm{std}(\Delta)))$ with $\Delta$ the answer's length less
-    the other's; the rate is $\sigma(\theta)$, the length term being set to 0. Wins lie in 0 .. 1, and one half is a
-    tie, which counts as half of each outcome.
+    $P(\text{win}) = \sigma(\theta + \phi \tanh(\Delta / \mathrm{std}(\Delta)))$ with $\Delta$ the answer's length minus
+    the other answer's; the rate is $\sigma(\theta)$, i.e. without the length term. Wins lie in 0 .. 1; a tie is 1/2 and
+    counts as half of each outcome.
 
-    The paper's model has a third term, of the instruction's difficulty. It is left out: its one parameter a prompt is
-    known only where very many models answer the same prompts, and only it varies over prompts once the lengths are
-    equal, so that the paper's mean over prompts is $\sigma(\theta)$ here. $\phi$ has the penalty $\phi^2 / 2$ (that of
-    scikit-learn's `LogisticRegression` at its default), without which it would be infinite where lengths tell all wins
-    from all losses; $\theta$ has none. The authors' code has an L1 penalty on all, chosen by cross-validation, and
-    divides by the sample's deviation, which is that of the population here.
+    The paper's model has a third term for the difficulty of each prompt. We omit it, because its parameters can only be
+    estimated if very many models answer the same prompts. Without it nothing varies over prompts at equal lengths, so
+    that the paper's mean over prompts is $\sigma(\theta)$. $\phi$ has the penalty $\phi^2 / 2$ (the default of
+    scikit-learn's `LogisticRegression`), which keeps it finite if lengths separate wins from losses; $\theta$ has no
+    penalty. The authors' code uses an L1 penalty on all parameters, chosen by cross-validation, and divides by the
+    sample standard deviation instead of the population's.
 
-    Returns: the rate and its standard error, by the curvature of the penalised likelihood. Where all is won or lost, or
-    all answers are as long as the others, the plain rate (its standard error is then the binomial one).
+    Returns: the rate and its standard error from the curvature of the penalised likelihood. If all pairs are won or
+    lost, or all lengths are equal, the plain win rate with its binomial standard error.
     """
     mean, count, difference = float(wins.mean()), len(wins), (lengths - other_lengths).astype(np.float64)
     if mean in (0.0, 1.0) or not difference.std():
         return LengthControlled(mean, math.sqrt(mean * (1 - mean) / count))
     inputs = np.stack([np.ones(count), np.tanh(difference / difference.std())], axis=1)
     penalty, weights = np.array([0.0, 1.0]), np.zeros(2)
-    for _ in range(50):  # Newton's method: one step or so for each unit of the log odds, and a few more
+    for _ in range(50):  # Newton's method: about one step per unit of the log-odds, plus a few
         chances = 1 / (1 + np.exp(-inputs @ weights))
         curvature = inputs.T @ (inputs * (chances * (1 - chances))[:, None]) + np.diag(penalty)
         weights = weights + np.linalg.solve(curvature, inputs.T @ (wins - chances) - penalty * weights)
@@ -98,9 +98,9 @@ def length_controlled_win_rate(
 
 
 def repetition(token_lists: list[list[str]], n: int) -> float:
-    r"""Repeated n-grams within a text, the mean over texts: seq-rep-n of Welleck et al. 2020 (arXiv:1908.04319).
+    r"""Mean share of repeated n-grams within a text: seq-rep-n of Welleck et al. 2020 (arXiv:1908.04319).
 
-    $1 - |\text{unique n-grams}| / |\text{n-grams}|$: 0 is no repetition. Texts with fewer than n tokens do not count.
+    $1 - |\text{unique n-grams}| / |\text{n-grams}|$: 0 means no repetition. Texts with fewer than n tokens are skipped.
     """
     shares = []
     for tokens in token_lists:
@@ -111,6 +111,6 @@ def repetition(token_lists: list[list[str]], n: int) -> float:
 
 
 def distinct_n(token_lists: list[list[str]], n: int) -> float:
-    """Distinct n-grams over all n-grams of a set of texts (Li et al. 2016, arXiv:1510.03055): 1 is no repetition."""
+    """Distinct n-grams over all n-grams of a set of texts (Li et al. 2016, arXiv:1510.03055); 1 means no repetition."""
     grams = [tuple(tokens[i : i + n]) for tokens in token_lists for i in range(len(tokens) - n + 1)]
     return len(set(grams)) / len(grams) if grams else math.nan

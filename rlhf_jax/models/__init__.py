@@ -1,1 +1,1 @@
-"""Networks: one decoder-only Flax (linen) transformer, and the policy, reward and value networks made of it."""
+"""Networks: one decoder-only Flax (linen) transformer, with policy, reward and value networks built on it."""

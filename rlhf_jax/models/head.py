@@ -1,4 +1,4 @@
-"""The language-model head: from hidden states to what is wanted of the logits, which exist for a slice at a time."""
+"""Language-model head: logits, and token statistics computed slice by slice so that full logits never exist."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -9,29 +9,29 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 LOGIT_SLICE = 2**26
-"""Logits that exist at one time (256 MB); a larger batch is computed in slices of its time axis."""
+"""Maximum number of logits in memory (256 MB); larger batches are computed in slices of the time axis."""
 
 FEW_ROWS = 32
-"""Up to so many rows of one token each, CPUs multiply with the embedding on the left: it is then read where it is, and
-not first copied into the order in which a right factor is read, which takes as long as the product."""
+"""For up to this many rows of one token, CPUs multiply with the embedding as the left factor, which is then read in
+place; as the right factor it would first be copied into another layout, which takes as long as the product."""
 
 RULED_OUT = float(jnp.finfo(jnp.float32).min / 2)
-"""Half the lowest number, because subtracting a maximum from the lowest number itself would overflow."""
+"""Logit of suppressed tokens: half the lowest float32, so that subtracting a maximum does not overflow."""
 
 
 class TokenStats(NamedTuple):
-    """What the logits at each predicted token are reduced to before they are dropped."""
+    """Statistics of the distribution at each predicted token."""
 
     logprobs: Array  # float32[B, T], nats
-    entropy: Array  # float32[B, T], nats; carries no gradient, unless asked for
+    entropy: Array  # float32[B, T], nats; differentiable only from `token_stats_with_entropy`
     correct: Array  # bool[B, T]: the token is the most likely one
-    log_sum_sq_probs: Array  # float32[B, T]: log of the sum of squared probabilities; no gradient; 0 as logprobs is
+    log_sum_sq_probs: Array  # float32[B, T]: log of the sum of squared probabilities; no gradient; 0 if not allowed
 
 
 def logits(
     hidden: Float[Array, "*rows D"], embedding: Float[Array, "V D"], allowed: Bool[Array, "V"], *, softcap: float | None
 ) -> Float[Array, "*rows V"]:
-    """Logits x in float32, or c tanh(x / c) with a soft cap c. What is not allowed gets `RULED_OUT`: probability 0."""
+    """Logits x in float32, or c tanh(x / c) with a soft cap c. Tokens not allowed get `RULED_OUT` (probability 0)."""
     if hidden.ndim == 2 and hidden.shape[0] <= FEW_ROWS:
         products = jax.lax.platform_dependent(hidden, embedding, cpu=_embedding_first, default=_hidden_first)
     else:
@@ -44,7 +44,7 @@ def logits(
 
 def _embedding_first(hidden: Array, embedding: Array) -> Array:
     products = jnp.einsum("vd,bd->vb", embedding, hidden, preferred_element_type=jnp.float32)
-    return jax.lax.optimization_barrier(products).T  # or the compiler would exchange the factors again
+    return jax.lax.optimization_barrier(products).T  # keeps the compiler from swapping the factors
 
 
 def _hidden_first(hidden: Array, embedding: Array) -> Array:
@@ -60,13 +60,13 @@ def token_stats(
     temperature: float,
     softcap: float | None,
 ) -> TokenStats:
-    """Statistics of tokens under softmax(logits / temperature); a token that is not allowed gets log-probability 0.
+    """Statistics of tokens under softmax(logits / temperature); tokens that are not allowed get log-probability 0.
 
-    Equal to `core.logprobs.token_logprobs` and `entropy` of the whole logits. The embedding is multiplied in the dtype
-    of `hidden`; its gradient is summed in float32 over all tokens and rounded once, to the embedding's own dtype. Where
-    there are several slices, the backward pass computes each one's logits again instead of keeping them.
+    Equal to `core.logprobs.token_logprobs` and `entropy` of the full logits. The product with the embedding is computed
+    in the dtype of `hidden`; the embedding's gradient is accumulated in float32 over all tokens and rounded once, to
+    the embedding's dtype. With several slices, the backward pass recomputes the logits of each slice.
 
-    Raises ValueError unless temperature > 0: greedy decoding has no softmax.
+    Raises ValueError unless temperature > 0.
     """
     _require_positive(temperature)
     return TokenStats(*_stats(_of_logprobs, temperature, softcap, hidden, embedding, allowed, tokens))
@@ -81,20 +81,20 @@ def token_stats_with_entropy(
     temperature: float,
     softcap: float | None,
 ) -> TokenStats:
-    """`token_stats` whose entropy carries a gradient, for a loss that has it as a term: a pass over all logits more."""
+    """`token_stats` with a differentiable entropy, for losses with an entropy term; costs another pass over logits."""
     _require_positive(temperature)
     return TokenStats(*_stats(_of_logprobs_and_entropy, temperature, softcap, hidden, embedding, allowed, tokens))
 
 
 def _require_positive(temperature: float) -> None:
     if temperature <= 0:
-        raise ValueError(f"temperature = {temperature} must be above 0: log-probabilities are those of a softmax")
+        raise ValueError(f"temperature = {temperature} must be above 0")
 
 
 class _Softmax(NamedTuple):
-    """Residuals of a slice's logits for the backward pass."""
+    """Softmax of a slice's logits, saved for the backward pass."""
 
-    shifted: Array  # float32[B, T, V]: logits / temperature less their maximum
+    shifted: Array  # float32[B, T, V]: logits / temperature minus their maximum
     most: Array  # float32[B, T, 1]: that maximum
     normaliser: Array  # float32[B, T]: sum of exp(shifted)
 
@@ -141,19 +141,19 @@ def _stats_forward(
 def _stats_backward(
     gradient: _Gradient, temperature: float, softcap: float | None, saved: tuple, cotangents: tuple
 ) -> tuple:
-    """Gradients of hidden states and embedding, by hand.
+    """Hand-written gradients with respect to hidden states and embedding.
 
-    The compiler would take a pass over all logits for each of a scatter, a select and a transposition (the last so that
-    it can multiply by the transposed logits from the left): a third of the time of a training step on CPUs. Here it is
-    one fused pass, and the small factor is the one that is transposed. It would also sum the slices' gradients of the
-    embedding in the compute dtype: in bfloat16, 256 slices were 2 to 11 % off.
+    Automatic differentiation makes separate passes over all logits for a scatter, a select and a transposition, a third
+    of the time of a training step on CPUs. This version makes one fused pass and transposes the small factor. It also
+    accumulates the slices' embedding gradients in float32: accumulated in bfloat16 over 256 slices, they were 2 to 11 %
+    off.
     """
     hidden, embedding, allowed, tokens, kept = saved
     weights, width = embedding.astype(hidden.dtype), _slice_width(tokens, embedding)
 
     def of_slice(hidden: Array, tokens: Array, softmax: _Softmax, cotangents: Sequence[Array]) -> tuple[Array, Array]:
         d_logits = gradient(temperature, softmax, tokens, allowed[tokens], cotangents)
-        if softcap is not None:  # d tanh(x) = 1 - tanh(x)^2; what is not allowed has no gradient anyway
+        if softcap is not None:  # d tanh(x) = 1 - tanh(x)^2; tokens not allowed have no gradient anyway
             capped = (softmax.shifted + softmax.most) * (temperature / softcap)
             d_logits *= 1 - jnp.square(jnp.clip(capped, -1, 1))
         d_logits = d_logits.astype(hidden.dtype)
@@ -181,12 +181,12 @@ _stats.defvjp(_stats_forward, _stats_backward)
 
 
 def _slice_width(tokens: Array, embedding: Array) -> int:
-    """Tokens a row whose logits exist at one time."""
+    """Number of tokens per row in a slice."""
     return max(1, LOGIT_SLICE // (tokens.shape[0] * embedding.shape[0]))
 
 
 def _cut(arrays: PyTree, width: int) -> PyTree:
-    """Slices of the time axis, [slices, B, width, ...], the last one filled up with zeros."""
+    """Split the time axis into slices, [slices, B, width, ...], padding the last one with zeros."""
 
     def cut(x: Array) -> Array:
         padded = jnp.pad(x, ((0, 0), (0, -x.shape[1] % width), *((0, 0),) * (x.ndim - 2)))
@@ -196,7 +196,7 @@ def _cut(arrays: PyTree, width: int) -> PyTree:
 
 
 def _joined(slices: PyTree, length: int) -> PyTree:
-    """The inverse of `_cut`."""
+    """Inverse of `_cut`."""
 
     def joined(x: Array) -> Array:
         return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])[:, :length]
@@ -205,7 +205,7 @@ def _joined(slices: PyTree, length: int) -> PyTree:
 
 
 def _softmax(temperature: float, softcap: float | None, hidden: Array, weights: Array, allowed: Array) -> _Softmax:
-    # A temperature below 1/2 takes RULED_OUT to minus infinity, which times a probability of 0 is no entropy.
+    # RULED_OUT / temperature is -inf below 1/2, and -inf times probability 0 would make the entropy NaN.
     scaled = jnp.maximum(logits(hidden, weights, allowed, softcap=softcap) / temperature, RULED_OUT)
     most = jnp.max(scaled, axis=-1, keepdims=True)
     shifted = scaled - most
@@ -236,10 +236,10 @@ def _of_logprobs(
 def _of_logprobs_and_entropy(
     temperature: float, softmax: _Softmax, tokens: Array, emitted: Array, cotangents: Sequence[Array]
 ) -> Array:
-    """D entropy / d logits = -softmax (log softmax + entropy), beside the derivative of the log-probability."""
+    """D entropy / d logits = -softmax (log softmax + entropy), added to the derivative of the log-probability."""
     shifted, _, normaliser = softmax
     chances = jnp.exp(shifted) / normaliser[..., None]
-    # A token that is ruled out has probability 0, which a log-probability near float32's lowest leaves 0.
+    # Ruled-out tokens have probability 0 and a finite log-probability, so that their product is 0.
     surprise = jnp.log(normaliser) - jnp.sum(chances * shifted, axis=-1)
     above = chances * (shifted - jnp.log(normaliser)[..., None] + surprise[..., None])
     d_entropy = -above * (cotangents[1] / temperature)[..., None]

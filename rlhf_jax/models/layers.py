@@ -1,4 +1,4 @@
-"""A transformer's layers: norms, attention and the MLP, each written once for all families."""
+"""Transformer layers: norms, attention and MLP, shared by all model families."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -38,7 +38,7 @@ class Norm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
-        """The normalised stream, in the compute dtype."""
+        """Normalise x; returns the compute dtype."""
         config, shape = self.config, x.shape[-1:]
         start = nn.initializers.constant(1 - config.norm_offset)
         scale = self.param("scale", start, shape, config.param_dtype).astype(jnp.float32) + config.norm_offset
@@ -65,13 +65,13 @@ def attend(
     softcap: float | None,
     by: AttentionBy,
 ) -> Float[Array, "B S H K"]:
-    """Attention of S queries to C slots; G heads of keys and values serve H / G query heads each.
+    """Attention of S queries to C slots; each of G key-value heads serves H / G query heads.
 
-    Raises RlhfError where cuDNN is asked for and there is no GPU.
+    Raises RlhfError if cuDNN is requested without a GPU.
     """
     if by == "cudnn" and jax.default_backend() != "gpu":
         raise RlhfError(
-            f"attention = 'cudnn' needs an NVIDIA GPU, and this runs on {jax.default_backend()}: set it to 'xla'"
+            f"attention = 'cudnn' needs an NVIDIA GPU, but this runs on {jax.default_backend()}: set it to 'xla'"
         )
     if softcap is None:
         by = "cudnn" if by == "cudnn" and cudnn_takes(q.shape[1], k.shape[1]) else "xla"
@@ -84,9 +84,9 @@ def attend(
 
 
 def cudnn_takes(queries: int, slots: int) -> bool:
-    """Whether cuDNN takes so many queries and slots with a mask: it has a gradient for even numbers alone.
+    """Return whether cuDNN supports these sizes with a mask: gradients need even sizes.
 
-    One query at many slots is a step of decoding, of which there is no gradient.
+    A single query at many slots is a decoding step, which needs no gradient.
     """
     return (queries % 2 == 0 and slots % 2 == 0) or (queries == 1 and slots > 1)
 
@@ -100,7 +100,7 @@ class Attention(nn.Module):
     def __call__(
         self, x: Float[Array, "B S D"], place: Place, cached: tuple[Array, Array] | None
     ) -> tuple[Float[Array, "B S D"], tuple[Array, Array] | None]:
-        """Attends from S new tokens to C slots: the tokens themselves, or a cache in which they start at a slot."""
+        """Attend from S new tokens to C slots: the tokens themselves, or a cache to which they are written first."""
         config = self.config
         width = config.head_width
         dtypes = {"param_dtype": config.param_dtype, "dtype": config.compute_dtype}
@@ -132,7 +132,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention and an MLP, each added to the stream, with norms before, after or around them."""
+    """Transformer block: attention and an MLP with residual connections, and norms before, after or around them."""
 
     config: ModelConfig
 
@@ -140,7 +140,7 @@ class Block(nn.Module):
     def __call__(
         self, x: Float[Array, "B S D"], place: Place, cached: tuple[Array, Array] | None
     ) -> tuple[Float[Array, "B S D"], tuple[Array, Array] | None]:
-        """The stream after this layer, and the layer's cache."""
+        """Return the residual stream after this layer, and the layer's cache."""
         config = self.config
 
         def norm(y: Array, where: str, name: str) -> Array:
@@ -152,7 +152,7 @@ class Block(nn.Module):
         return x + mixed + norm(h, "after", "mlp_out_norm"), cached
 
     def _mlp(self, x: Array) -> Array:
-        """Two projections with an activation between them, or three where the activation is gated."""
+        """Two projections with an activation between them, or three with a gated activation."""
         config = self.config
         options: dict[str, Any] = {
             "param_dtype": config.param_dtype,

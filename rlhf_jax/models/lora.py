@@ -1,13 +1,13 @@
-"""LoRA (Hu et al. 2021, arXiv:2106.09685): a frozen base, and beside its linear layers two small matrices that learn.
+"""LoRA (Hu et al. 2021, arXiv:2106.09685): low-rank trainable updates of the linear layers of a frozen base.
 
-An adapter is a tree of its own, with the base's paths and nothing of the base in it: `{"A", "B"}` in the place of a
-layer's `{"kernel", "bias"}`. A layer's A is [*inputs, rank] and its B [rank, *outputs], axes as in the kernel. Several
-layers that read the same input can have one A: "attention/qkv" and "gate_up" hold `{"A", "B": {a B for each layer}}`.
-This is what an adapter is where a family stores these layers as one tensor (GPT-2, GPT-NeoX, Phi-3).
+An adapter is a separate tree with the base's paths: `{"A", "B"}` takes the place of a layer's `{"kernel", "bias"}`. A
+has the shape [*inputs, rank] and B [rank, *outputs], with the axes of the kernel. Layers that read the same input can
+share one A: "attention/qkv" and "gate_up" contain `{"A", "B": {one B per layer}}`, as needed for families that store
+these layers as one tensor (GPT-2, GPT-NeoX, Phi-3).
 
-The layers themselves know nothing of it: `apply` intercepts their calls. qwix's LoRA was tried first and does not fit:
-it keeps adapters among the base's parameters, knows no shared A, cannot run without dropout once it has some, and its
-quantised layers do not find their parameters under `nn.remat` (0.1.8, with jax 0.10.2 and flax 0.12.8).
+The layers do not depend on LoRA: `apply` intercepts their calls. We do not use qwix's LoRA because it stores adapters
+among the base's parameters, has no shared A, cannot disable dropout once it is configured, and its quantised layers do
+not find their parameters under `nn.remat` (0.1.8, with jax 0.10.2 and flax 0.12.8).
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from rlhf_jax.config import Count, Positive, Range, check_ranges
 from rlhf_jax.types import RlhfError
 
 SHARED: dict[str, tuple[str, ...]] = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
-"""Layers that can have one A, by the name that stands for them together."""
+"""Layers that can share one A, by the name of the group."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,12 +58,12 @@ class LoraConfig:
 
     @property
     def scale(self) -> float:
-        r"""Factor of the product of A and B: $\alpha / r$, or $\alpha / \sqrt{r}$ with use_rslora."""
+        r"""Scale of the product A B: $\alpha / r$, or $\alpha / \sqrt{r}$ with use_rslora."""
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
 
 class Adapted(NamedTuple):
-    """Parameters of a network with its adapter on: they stand wherever plain parameters, the adapter off, can stand."""
+    """Base parameters with an adapter; accepted wherever plain parameters are."""
 
     base: PyTree
     adapter: PyTree
@@ -74,24 +74,24 @@ class Layer(NamedTuple):
 
     a: Array  # [*inputs, rank]
     b: Array  # [rank, *outputs]
-    group: str  # where its A lies: the layer's own path, or that of several layers together
+    group: str  # path of its A: the layer's own path, or that of the group that shares it
 
 
 def required(config: LoraConfig | None) -> LoraConfig:
-    """A network's LoraConfig, where it must have one."""
+    """Return a network's LoraConfig. Raises TypeError if it has none."""
     if config is None:
-        raise TypeError("this network has no LoraConfig, and so no adapter: dataclasses.replace(network, lora=...)")
+        raise TypeError("this network has no LoraConfig: use dataclasses.replace(network, lora=...)")
     return config
 
 
 def init_adapter(config: LoraConfig, params: PyTree, key: PRNGKeyArray) -> PyTree:
-    r"""A new adapter: $B = 0$, so that the adapted network starts as the base, and A uniform.
+    r"""Initialise an adapter with $B = 0$, so that the adapted network equals the base, and random A.
 
     $A \sim U(-n^{-1/2}, n^{-1/2})$ for n inputs, as in the authors' code and in PEFT; section 4.1 of the paper draws A
-    from a Gaussian. Adapters are float32, whatever the base's dtype.
+    from a Gaussian. Adapters are always float32.
 
-    Args: params are the base's parameters, or their shapes.
-    Raises RlhfError for a target that matches no linear layer, and for a layer that would have two adapters.
+    Args: params are the base's parameters or their shapes.
+    Raises RlhfError for a target that matches no linear layer, and for a layer matched twice.
     """
     shapes = {
         name.removesuffix("/kernel"): leaf.shape
@@ -115,16 +115,15 @@ def init_adapter(config: LoraConfig, params: PyTree, key: PRNGKeyArray) -> PyTre
 
 
 def merge(params: PyTree, adapter: PyTree, config: LoraConfig) -> PyTree:
-    r"""Plain parameters that compute what the adapted ones do: $W + s A B$, in the dtype of W.
+    r"""Merge an adapter into its base: $W + s A B$ with the config's scale s, in the dtype of W.
 
-    s is the config's scale. The sum is taken in float32, and rounded where W has less. Raises RlhfError where the
-    adapter is of another network.
+    The sum is computed in float32. Raises RlhfError if the adapter belongs to another network.
     """
     layers = layers_of(adapter)
     known = {name for name, _ in _leaves(params)}
     for path in layers:
         if f"{path}/kernel" not in known:
-            raise RlhfError(f"the adapter has a layer {path}, which the network has not: it is of another network")
+            raise RlhfError(f"the network has no layer {path}: the adapter belongs to another network")
 
     def merged(path: tuple, leaf: Array) -> Array:
         layer = layers.get(_name(path).removesuffix("/kernel"))
@@ -144,12 +143,12 @@ def apply(
     method: str | None,
     dropout_keys: Key[Array, "B"] | None,
 ) -> Any:
-    r"""A module's method with plain or with `Adapted` parameters.
+    r"""Apply a module's method with plain or `Adapted` parameters.
 
-    Each adapted layer gives $y + s B A x$ (eq. 3), s being the config's scale, computed in the layer's compute dtype
-    from left to right, so that the product of A and B never exists.
+    Each adapted layer computes $y + s B A x$ (eq. 3) with the config's scale s, in the layer's compute dtype and
+    without forming the product of A and B.
 
-    Args: dropout_keys, one a row, switch the adapters' dropout on: a row's mask does not depend on the other rows.
+    Args: dropout_keys, one per row, enable the adapters' dropout; a row's mask does not depend on other rows.
     """
     if not isinstance(params, Adapted):
         return module.apply({"params": params}, *args, method=method)
@@ -172,14 +171,14 @@ def apply(
 
 
 def layers_of(adapter: PyTree) -> dict[str, Layer]:
-    """Every layer that an adapter adapts, by its path in the base; layers with one A each have it."""
+    """Map the path of each adapted layer in the base to its A and B."""
     return dict(_layers(adapter, ""))
 
 
 def _layers(tree: dict[str, Any], path: str) -> Iterator[tuple[str, Layer]]:
     for name, node in tree.items():
         if not isinstance(node, dict):
-            continue  # what an adapter holds beside LoRA: the head of a reward model
+            continue  # the head of a reward model, which is trained in full
         if "A" not in node:
             yield from _layers(node, f"{path}{name}/")
             continue
@@ -189,7 +188,7 @@ def _layers(tree: dict[str, Any], path: str) -> Iterator[tuple[str, Layer]]:
 
 
 def _targeted(config: LoraConfig, paths: list[str]) -> dict[str, tuple[str, ...]]:
-    """What has an A of its own -> the layers that it serves."""
+    """Map each LoRA A matrix to the layers that share it."""
     parents = sorted({path.rpartition("/")[0] for path in paths})
     groups: dict[str, tuple[str, ...]] = {path: (path,) for path in paths}
     for parent in parents:
@@ -203,7 +202,7 @@ def _targeted(config: LoraConfig, paths: list[str]) -> dict[str, tuple[str, ...]
         if not found:
             names = sorted({re.sub(r".*block_\d+/", "", group) for group in groups})
             raise RlhfError(
-                f"lora.targets: {target!r} matches no linear layer. Of block_0 to block_{_blocks(paths) - 1}, each has "
+                f"lora.targets: {target!r} matches no linear layer. block_0 to block_{_blocks(paths) - 1} each have "
                 f"{', '.join(names)}"
             )
         chosen |= found
@@ -212,8 +211,8 @@ def _targeted(config: LoraConfig, paths: list[str]) -> dict[str, tuple[str, ...]
         for part in parts:
             if part in owners:
                 raise RlhfError(
-                    f"lora.targets: {part} would be adapted twice, as {owners[part]} and as {group} (several layers "
-                    "with one A): name one of the two"
+                    f"lora.targets: {part} is matched twice, by {owners[part]} and by {group} (layers that share one "
+                    "A): keep one of the two"
                 )
             owners[part] = group
     return chosen
@@ -235,7 +234,7 @@ def _drop(x: Array, rate: float, keys: Array, number: int) -> Array:
 
 
 def _inputs(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The axes of a kernel's input: heads and their channels for the attention's output, else one."""
+    """Input axes of a kernel: heads and channels for the attention's output projection, otherwise one axis."""
     return shape[: 2 if path.endswith("attention/o") else 1]
 
 

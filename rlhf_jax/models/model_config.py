@@ -1,4 +1,4 @@
-"""The shape of a transformer: one dataclass that covers the families, each difference between them a field."""
+"""Transformer architecture: one dataclass whose fields cover all model families."""
 
 import dataclasses
 from typing import Annotated, Literal
@@ -7,18 +7,17 @@ from rlhf_jax.config import Count, Finite, NonNegative, Positive, Range, check_r
 
 DType = Literal["float32", "bfloat16", "float16"]
 AttentionBy = Literal["xla", "cudnn"]
-"""What computes attention: XLA, anywhere; or cuDNN, on NVIDIA GPUs, without the logits ever being in memory."""
+"""Attention implementation: XLA on any device, or cuDNN's flash attention on NVIDIA GPUs."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """Rotary positions (Su et al. 2021, arXiv:2104.09864): which channels turn, and how fast.
+    """Rotary positions (Su et al. 2021, arXiv:2104.09864): rotated channels and their frequencies.
 
-    Of a head of K channels, `int(fraction * K)` turn, in pairs (i, i + pairs); the frequency of pair i is
-    `theta ** (-2 i / channels) / factors[i]`. An odd number of channels is rounded up to whole pairs, while exponents
-    keep the odd number, as in transformers: 3 of GPT-NeoX's channels are 4, with exponents over 3. Sequences that are
-    given more room than `short_context` tokens take `long_factors` in the place of `factors` (LongRoPE, Ding et al.
-    2024, arXiv:2402.13753).
+    Of a head's K channels, `int(fraction * K)` are rotated in pairs (i, i + pairs). Pair i has the frequency
+    `theta ** (-2 i / channels) / factors[i]`. An odd number of channels is rounded up to full pairs, but the exponents
+    use the odd number, as in transformers: 3 channels of GPT-NeoX become 4 with exponents over 3. If sequences may grow
+    beyond `short_context` tokens, `long_factors` replace `factors` (LongRoPE, Ding et al. 2024, arXiv:2402.13753).
     """
 
     theta: Positive = 10_000.0  # base of the frequencies
@@ -32,17 +31,17 @@ class Rope:
     limit: Count | None = None  # most tokens that a sequence may grow to; None: no bound
 
     def channels(self, head_width: int) -> int:
-        """Channels of a head that turn, before they are rounded up to pairs."""
+        """Number of rotated channels of a head, before rounding up to pairs."""
         return int(head_width * self.fraction)
 
     def pairs(self, head_width: int) -> int:
-        """Pairs of channels that turn together."""
+        """Number of rotated pairs of channels."""
         return (self.channels(head_width) + 1) // 2
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Shape of a decoder-only transformer; by default pre-norm with RMSNorm, rotary positions and a plain MLP."""
+    """Architecture of a decoder-only transformer; default: pre-norm with RMSNorm, rotary positions, plain MLP."""
 
     d_model: Count  # width of the residual stream
     n_layers: Count  # number of blocks
@@ -89,9 +88,9 @@ class ModelConfig:
         for rope in (self.rope, self.local_rope):
             if self.positions == "rotary" and rope is not None and 2 * rope.pairs(self.head_width) > self.head_width:
                 raise ValueError(
-                    f"rotary positions turn pairs of channels, and all {self.head_width} channels of a head "
-                    f"(d_model = {self.d_model}, n_heads = {self.n_heads}, head_dim = {self.head_dim}) are an odd "
-                    "number: make it even"
+                    f"rotary positions rotate pairs of channels, but a head has an odd number of them, "
+                    f"{self.head_width} (d_model = {self.d_model}, n_heads = {self.n_heads}, head_dim = "
+                    f"{self.head_dim}): make it even"
                 )
         if self.positions == "learned" and self.context is None:
             raise ValueError("positions = 'learned' needs context, the number of positions")
@@ -103,32 +102,31 @@ class ModelConfig:
             raise ValueError(f"windows has {len(self.windows)} entries for n_layers = {self.n_layers}")
 
     def _require_cudnn(self) -> None:
-        """The limits of jax.nn.dot_product_attention by cuDNN; before Hopper a head has at most 128 channels."""
-        faults = {
-            f"compute_dtype = {self.compute_dtype!r}, and it takes bfloat16 or float16": self.compute_dtype
-            == "float32",
-            f"heads of {self.head_width} channels, and it takes multiples of 8 up to 256": self.head_width % 8
+        """Check the limits of cuDNN attention in JAX (before Hopper, heads have at most 128 channels)."""
+        limits = {
+            f"compute_dtype = {self.compute_dtype!r}, only bfloat16 and float16": self.compute_dtype == "float32",
+            f"heads of {self.head_width} channels, only multiples of 8 up to 256": self.head_width % 8
             or self.head_width > 256,
-            f"attention_softcap = {self.attention_softcap}, which it has not": self.attention_softcap is not None,
+            f"attention_softcap = {self.attention_softcap}": self.attention_softcap is not None,
         }
-        for fault, found in faults.items():
-            if found:
-                raise ValueError(f"attention = 'cudnn' does not serve {fault}: set attention to 'xla'")
+        for limit, exceeded in limits.items():
+            if exceeded:
+                raise ValueError(f"attention = 'cudnn' does not support {limit}: set attention to 'xla'")
 
     @property
     def head_width(self) -> int:
-        """Channels of one head."""
+        """Number of channels of one head."""
         return self.head_dim if self.head_dim is not None else self.d_model // self.n_heads
 
     @property
     def kv_heads(self) -> int:
-        """Heads of keys and values."""
+        """Number of key-value heads."""
         return self.n_kv_heads if self.n_kv_heads is not None else self.n_heads
 
     def window(self, layer: int) -> int | None:
-        """How many tokens back a layer sees, itself included; None for all."""
+        """Attention window of a layer in tokens, including the token itself; None for full attention."""
         return self.windows[layer] if self.windows is not None else None
 
     def layer_rope(self, layer: int) -> Rope:
-        """The rotary positions of a layer."""
+        """Rotary positions of a layer."""
         return self.local_rope if self.local_rope is not None and self.window(layer) is not None else self.rope

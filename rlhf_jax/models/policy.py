@@ -1,4 +1,4 @@
-"""The policy: a transformer body whose embedding, transposed, gives the logits. Pure functions of its parameters."""
+"""Policy network: a transformer with a language-model head, as pure functions of its parameters."""
 
 import dataclasses
 import functools
@@ -19,13 +19,13 @@ from rlhf_jax.types import PreferenceBatch, Rollout, TokenBatch
 
 @dataclasses.dataclass(frozen=True)
 class PolicyNetwork:
-    """A language model that never emits its suppressed tokens (padding, BOS, unknown).
+    """Language model that assigns probability 0 to its suppressed tokens (padding, BOS, unknown).
 
-    They have probability 0. Where a text has one all the same (a word unknown to the tokenizer), its log-probability is
-    given as 0: that token says nothing about the policy.
+    If a text contains a suppressed token all the same (such as an unknown word), its log-probability is reported as 0,
+    so that it does not affect losses.
 
-    Parameters are plain, or `Adapted` where the network has a LoraConfig: then the adapter is on, and `dropout_keys`,
-    one a row, switch its dropout on.
+    Parameters are plain, or `Adapted` if the network has a LoraConfig. `dropout_keys`, one per row, enable the
+    adapter's dropout.
     """
 
     config: ModelConfig
@@ -34,21 +34,21 @@ class PolicyNetwork:
     lora: LoraConfig | None = None
 
     def init(self, key: PRNGKeyArray) -> PyTree:
-        """Random parameters."""
+        """Initialise random parameters."""
         return _init(self._body, key)
 
     def init_adapter(self, params: PyTree, key: PRNGKeyArray) -> PyTree:
-        """A new adapter to plain parameters or their shapes; see `lora.init_adapter`."""
+        """Initialise an adapter for plain parameters or their shapes; see `lora.init_adapter`."""
         return lora.init_adapter(lora.required(self.lora), params, key)
 
     def merge(self, params: Adapted) -> PyTree:
-        """Plain parameters that compute what the adapted ones do; see `lora.merge`."""
+        """Merge the adapter into plain parameters; see `lora.merge`."""
         return lora.merge(params.base, params.adapter, lora.required(self.lora))
 
     def sequence_stats(
         self, params: PyTree, batch: TokenBatch, *, dropout_keys: Key[Array, "B"] | None = None
     ) -> TokenStats:
-        """Statistics of tokens 1 .. S-1 of each sequence, each given those before it: arrays [B, S-1]."""
+        """Statistics of tokens 1 .. S-1 of each sequence, given the tokens before: arrays [B, S-1]."""
         hidden = self.apply(params, batch.tokens, batch.mask, dropout_keys=dropout_keys)
         return self.hidden_stats(params, hidden[:, :-1], batch.tokens[:, 1:], temperature=1.0)
 
@@ -57,7 +57,7 @@ class PolicyNetwork:
     ) -> TokenStats:
         """Statistics of each response token given the prompt and the tokens before it: arrays [B, T].
 
-        The distribution is the softmax of logits / temperature, the one that responses are sampled from.
+        The distribution is softmax(logits / temperature), from which responses are sampled.
         """
         hidden = self.response_hidden(params, rollout, dropout_keys=dropout_keys)
         return self.hidden_stats(params, hidden, rollout.response, temperature=temperature)
@@ -65,7 +65,7 @@ class PolicyNetwork:
     def response_hidden(
         self, params: PyTree, rollout: Rollout, *, dropout_keys: Key[Array, "B"] | None = None
     ) -> Float[Array, "B T D"]:
-        """The hidden state that predicts each response token: of the prompt and the tokens before it."""
+        """Hidden state that predicts each response token, computed from the prompt and the tokens before it."""
         tokens = jnp.concatenate([rollout.prompt, rollout.response], axis=1)
         mask = jnp.concatenate([rollout.prompt_mask, rollout.response_mask], axis=1)
         hidden = self.apply(params, tokens, mask, dropout_keys=dropout_keys)
@@ -84,9 +84,9 @@ class PolicyNetwork:
     def start(
         self, params: PyTree, tokens: Int[Array, "B P"], mask: Bool[Array, "B P"], slots: int, room: int | None = None
     ) -> tuple[Float[Array, "B V"], KVCache]:
-        """Prefill: logits of the token after each left-padded prompt, and a cache with `slots` slots in all.
+        """Prefill: logits of the token after each left-padded prompt, and a cache with `slots` slots in total.
 
-        Args: room is how many tokens a sequence may grow to, where that is more than `slots`.
+        Args: room is the maximum sequence length, if it exceeds `slots`.
         """
         cache = empty_cache(self.config, tokens.shape[0], slots)
         hidden, cache = self.apply(params, tokens, mask, cache, 0, room, method="extend")
@@ -100,10 +100,10 @@ class PolicyNetwork:
         slot: Int[Array, ""] | int,
         active: Bool[Array, "B"] | None = None,
     ) -> tuple[Float[Array, "B V"], KVCache]:
-        """Decode: logits of the token after one more token a row, which goes into the cache at `slot`.
+        """Decode: write one more token per row to the cache at `slot`, and return the logits of the next one.
 
-        Args: active marks the rows that have such a token (None: all). The others take up no position and see nothing,
-        and their logits have no meaning.
+        Args: active marks the rows that have a token (None: all). Other rows do not advance, and their logits are
+        arbitrary.
         """
         seen = jnp.ones(tokens.shape[0], bool) if active is None else active
         hidden, cache = self.apply(params, tokens[:, None], seen[:, None], cache, slot, method="extend")
@@ -117,7 +117,7 @@ class PolicyNetwork:
         cache: KVCache,
         slot: Int[Array, ""] | int,
     ) -> tuple[Float[Array, "B V"], KVCache]:
-        """Prefill that goes on: logits of the token after S more, right-padded, which go into the cache from `slot`."""
+        """Continue a prefill: write S more right-padded tokens to the cache from `slot`; logits of the next token."""
         hidden, cache = self.apply(params, tokens, mask, cache, slot, method="extend")
         last = jnp.sum(mask, axis=1, dtype=jnp.int32) - 1
         return self.logits(params, jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]), cache
@@ -151,9 +151,9 @@ class PolicyNetwork:
         temperature: float,
         of_logits: Callable[..., TokenStats] = head.token_stats,
     ) -> TokenStats:
-        """Statistics of tokens, by the hidden states that predict them.
+        """Statistics of tokens, from the hidden states that predict them.
 
-        Args: of_logits is `head.token_stats`, or `head.token_stats_with_entropy` where a loss has the entropy in it.
+        Args: of_logits is `head.token_stats`, or `head.token_stats_with_entropy` for losses with an entropy term.
         """
         return of_logits(
             hidden,
@@ -165,12 +165,12 @@ class PolicyNetwork:
         )
 
     def _head(self, params: PyTree) -> Float[Array, "V D"]:
-        params = params.base if isinstance(params, Adapted) else params  # adapters leave the head as it is
+        params = params.base if isinstance(params, Adapted) else params  # adapters do not change the head
         return params["embedding" if self.config.tied else "head"]
 
 
 def both_responses(batch: PreferenceBatch) -> Rollout:
-    """The pairs of a batch as 2B rows: every chosen response, then every rejected one."""
+    """Stack the pairs of a batch into 2B rows: all chosen responses, then all rejected ones."""
     return Rollout(
         jnp.concatenate([batch.prompt, batch.prompt]),
         jnp.concatenate([batch.prompt_mask, batch.prompt_mask]),
@@ -179,6 +179,6 @@ def both_responses(batch: PreferenceBatch) -> Rollout:
     )
 
 
-@functools.partial(jax.jit, static_argnums=0)  # one program, compiled once for all networks of this shape
+@functools.partial(jax.jit, static_argnums=0)  # compiled once per architecture
 def _init(body: Transformer, key: PRNGKeyArray) -> PyTree:
     return body.init(key, jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool))["params"]

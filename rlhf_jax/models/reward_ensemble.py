@@ -1,4 +1,4 @@
-"""Several reward models that are one: how many, and how their scores become one."""
+"""Ensembles of reward models: number of members, and how their scores are combined."""
 
 import dataclasses
 import functools
@@ -28,18 +28,18 @@ class EnsembleConfig:
 
 
 def check_combination(combine: Combine | None, variance_coefficient: float | None) -> None:
-    """Raises ValueError unless there is a coefficient with uwo, and with nothing else."""
+    """Raise ValueError unless there is a coefficient for uwo, and for uwo only."""
     if (combine == "uwo") != (variance_coefficient is not None):
         raise ValueError(
-            f"variance_coefficient = {variance_coefficient} with combine = {combine!r}: uwo needs one (Coste et al. "
-            "take 0.1), and nothing else reads it"
+            f"variance_coefficient = {variance_coefficient} with combine = {combine!r}: uwo requires it (Coste et al. "
+            "use 0.1), and no other combination uses it"
         )
     if variance_coefficient is not None and variance_coefficient < 0:
-        raise ValueError(f"variance_coefficient = {variance_coefficient} must not be below 0: it is a penalty")
+        raise ValueError(f"variance_coefficient = {variance_coefficient} must be >= 0: it weights a penalty")
 
 
 def combined(config: EnsembleConfig, scores: Float[Array, "members B"]) -> Float[Array, "B"]:
-    """One score for each response."""
+    """Combine the members' scores into one score per response."""
     coefficient = config.variance_coefficient or 0.0
     functions = {
         "mean": ensembles.mean,

@@ -13,7 +13,7 @@ from rlhf_jax.types import RlhfError
 
 
 def rope_of(parameters: dict[str, Any], width: int, context: int) -> Rope:
-    """Rotary positions from a config's `rope_parameters`, for heads of this width. Raises RlhfError naming the type."""
+    """Convert a config's `rope_parameters` for heads of this width. Raises RlhfError for an unsupported type."""
     kind, theta = parameters.get("rope_type", "default"), float(parameters["rope_theta"])
     if kind not in _KINDS:
         raise RlhfError(f"rope_type = {kind!r} is not supported: it should be one of {', '.join(_KINDS)}")
@@ -30,16 +30,16 @@ def _linear(rope: Rope, parameters: dict[str, Any], width: int, context: int) ->
 
 
 def _dynamic(rope: Rope, parameters: dict[str, Any], width: int, context: int) -> Rope:
-    """NTK-aware scaling by the length of the sequence: up to max_position_embeddings it changes nothing.
+    """NTK-aware scaling by the sequence length, which has no effect up to max_position_embeddings.
 
-    Beyond, transformers turns a cached key by the length that its sequence had when it was written, and the same key
-    in a whole pass by the length in the end, so that no one answer is right there; we refuse to go there.
+    Beyond that length transformers is inconsistent: with a cache it rotates a key by the sequence length at the time of
+    writing, in a full pass by the final length. We therefore reject longer sequences.
     """
     return dataclasses.replace(rope, limit=context)
 
 
 def _llama3(rope: Rope, parameters: dict[str, Any], width: int, context: int) -> Rope:
-    """Llama 3.1: long waves are stretched by `factor`, short ones left alone, and between them it is interpolated."""
+    """Llama 3.1: stretch long wavelengths by `factor`, keep short ones, and interpolate in between."""
     factor, length = parameters["factor"], parameters["original_max_position_embeddings"]
     low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
     wavelengths = 2 * math.pi * rope.theta ** (2 * np.arange(rope.pairs(width)) / rope.channels(width))
@@ -56,28 +56,28 @@ def _longrope(rope: Rope, parameters: dict[str, Any], width: int, context: int) 
     short, long = (tuple(map(float, parameters[name])) for name in ("short_factor", "long_factor"))
     if {len(short), len(long)} != {rope.pairs(width)}:
         raise RlhfError(
-            f"rope_type = 'longrope' has {len(short)} short and {len(long)} long factors, and {rope.channels(width)} "
-            f"of a head's {width} channels turn, in {rope.pairs(width)} pairs: it needs a factor for each pair"
+            f"rope_type = 'longrope' has {len(short)} short and {len(long)} long factors, but {rope.channels(width)} "
+            f"of a head's {width} channels are rotated in {rope.pairs(width)} pairs: it needs one factor per pair"
         )
     return Rope(rope.theta, rope.fraction, short, long, short_context, float(amplitude))
 
 
 def _yarn(rope: Rope, parameters: dict[str, Any], width: int, context: int) -> Rope:
-    """YaRN (Peng et al. 2023, arXiv:2309.00071): as Llama 3's, with another ramp, and an amplitude.
+    """YaRN (Peng et al. 2023, arXiv:2309.00071): as Llama 3.1, with another ramp and an amplitude.
 
-    The ramp goes over the number of a pair, as in the authors' code; in the paper it goes over the turns that a pair
-    makes within the context.
+    The ramp is linear in the index of a pair, as in the authors' code; in the paper it is linear in the number of
+    rotations within the context.
     """
     if rope.channels(width) % 2:
         raise RlhfError(
-            "rope_type = 'yarn' is not supported where an odd number of a head's channels turn: "
-            f"{rope.channels(width)} of {width} (partial_rotary_factor = {rope.fraction}); transformers cannot either"
+            "rope_type = 'yarn' is not supported for an odd number of rotated channels: "
+            f"{rope.channels(width)} of {width} (partial_rotary_factor = {rope.fraction}); transformers fails too"
         )
     pairs, length = rope.pairs(width), parameters["original_max_position_embeddings"]
     factor = parameters["factor"] or context / length
 
     def pair(turns: float) -> float:
-        """The pair, between two of them, that turns so often within the context."""
+        """Fractional index of the pair that makes `turns` rotations within the context."""
         return pairs * math.log(length / (2 * math.pi * turns)) / math.log(rope.theta)
 
     low, high = pair(parameters.get("beta_fast") or 32), pair(parameters.get("beta_slow") or 1)
@@ -108,14 +108,14 @@ _KINDS = {
 def rope_angles(rope: Rope, head_width: int, positions: Int[Array, "B S"], room: int) -> tuple[Array, Array]:
     """Sine and cosine of every pair's angle at every position, [B, S, pairs] each, in float32.
 
-    Args: room is how many tokens a sequence may grow to, which chooses between short and long factors.
-    Raises RlhfError where there is more room than these positions have.
+    Args: room is the maximum sequence length, which selects short or long factors.
+    Raises RlhfError if it exceeds the limit of these positions.
     """
     if rope.limit is not None and room > rope.limit:
         raise RlhfError(
-            f"there is room for sequences of {room} tokens, and the model's dynamic rotary positions serve "
-            f"{rope.limit} (max_position_embeddings): beyond them every frequency would depend on how long the whole "
-            "sequence is, which nobody knows while it is written. Shorten prompts and responses"
+            f"sequences may grow to {room} tokens, but the model's dynamic rotary positions support only {rope.limit} "
+            "(max_position_embeddings): beyond that, frequencies depend on the final length of the sequence. Shorten "
+            "prompts and responses"
         )
     steps = jnp.arange(rope.pairs(head_width), dtype=jnp.float32)
     frequencies = rope.theta ** (-2 * steps / max(rope.channels(head_width), 1))
@@ -130,7 +130,7 @@ def rope_angles(rope: Rope, head_width: int, positions: Int[Array, "B S"], room:
 def rotate(
     x: Float[Array, "B S H K"], sin: Float[Array, "B S pairs"], cos: Float[Array, "B S pairs"]
 ) -> Float[Array, "B S H K"]:
-    """Turns the pairs (i, i + pairs) of each head's first channels; channels beyond the pairs stay as they are."""
+    """Rotate the pairs (i, i + pairs) of each head's first channels; other channels are unchanged."""
     pairs = sin.shape[-1]
     sin, cos = sin[:, :, None].astype(x.dtype), cos[:, :, None].astype(x.dtype)
     first, second, rest = x[..., :pairs], x[..., pairs : 2 * pairs], x[..., 2 * pairs :]

@@ -1,4 +1,4 @@
-"""Networks with a scalar head: the reward model (one score a response) and the value function (one value a token)."""
+"""Networks with a scalar head: reward models (one score per response) and value functions (one value per token)."""
 
 import dataclasses
 import functools
@@ -20,14 +20,14 @@ Pooling = Literal["mean", "last"]
 
 
 class ScalarTransformer(nn.Module):
-    """A transformer body and one linear unit on its hidden states."""
+    """Transformer body with a linear unit on its hidden states."""
 
     config: ModelConfig
     vocab_size: int
     bias: bool
 
     def setup(self) -> None:
-        """Declares the parameters; the head starts at N(0, 1/(d+1)), as in Stiennon et al. 2020."""
+        """Declare the parameters; the head is initialised from N(0, 1/(d+1)), as in Stiennon et al. 2020."""
         self.body = Transformer(self.config, self.vocab_size)
         start = nn.initializers.normal((self.config.d_model + 1) ** -0.5)
         self.head = nn.Dense(1, use_bias=self.bias, kernel_init=start)
@@ -37,21 +37,21 @@ class ScalarTransformer(nn.Module):
         return self.body(tokens, mask).astype(jnp.float32)
 
     def __call__(self, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows"]:
-        """The linear unit."""
+        """Apply the linear unit."""
         return self.head(hidden)[..., 0]
 
     def parameters(self, tokens: Array, mask: Array) -> Array:
-        """Touches every parameter, for initialisation."""
+        """Use every parameter, for initialisation."""
         return self(self.hidden(tokens, mask))
 
 
 @dataclasses.dataclass(frozen=True)
 class ScalarNetwork:
-    """The pure functions of a body with a scalar head; `pooling` says which hidden states a score is read from.
+    """Transformer with a scalar head, as pure functions; `pooling` selects the hidden states that a score uses.
 
-    Parameters are plain, or `Adapted` where the network has a LoraConfig: then the adapter is on, and `dropout_keys`,
-    one a row, switch its dropout on. Those of an ensemble are plain, and every leaf has a first axis over the members;
-    `init`, `values` and what concerns adapters are of one network.
+    Parameters are plain, or `Adapted` if the network has a LoraConfig. `dropout_keys`, one per row, enable the
+    adapter's dropout. Parameters of an ensemble are plain, and every leaf has a leading axis over the members; `init`,
+    `values` and the adapter methods apply to a single network.
     """
 
     config: ModelConfig
@@ -63,43 +63,43 @@ class ScalarNetwork:
 
     @property
     def alone(self) -> "ScalarNetwork":
-        """The functions of one member of an ensemble."""
+        """Network of one member of an ensemble."""
         return dataclasses.replace(self, ensemble=None)
 
     def init(self, key: PRNGKeyArray) -> PyTree:
-        """Random parameters: `body` and `head`."""
+        """Initialise random parameters: `body` and `head`."""
         return _init(self._module, key)
 
     def init_value(self, reward_params: PyTree) -> PyTree:
-        """Parameters of a value function: the reward model's body, and a head that says 0 everywhere.
+        """Initialise a value function from the reward model's body and a zero head.
 
-        Huang et al. 2024 (arXiv:2403.17031) start the value function from the reward model; the zero head is the one of
-        Ziegler et al. 2019, so that the first advantages are the rewards to go. Of an ensemble it is the first member.
+        Huang et al. 2024 (arXiv:2403.17031) initialise the value function from the reward model; the zero head of
+        Ziegler et al. 2019 makes the first advantages the rewards-to-go. For an ensemble, the first member is used.
         """
         if self.ensemble is not None:
             reward_params = jax.tree.map(lambda leaf: leaf[0], reward_params)
         return {"body": reward_params["body"], "head": jax.tree.map(jnp.zeros_like, reward_params["head"])}
 
     def init_adapter(self, params: PyTree, key: PRNGKeyArray) -> PyTree:
-        """A new adapter to plain parameters or their shapes: one of the body, and the head, which is trained whole.
+        """Initialise an adapter for plain parameters or their shapes: a LoRA adapter of the body, and the full head.
 
-        The head starts at random or at 0, and has next to no weights (PEFT: `modules_to_save`); like an adapter it is
-        float32, whatever the base's dtype.
+        The head is small and starts from random or zero weights, so it is trained in full (PEFT: `modules_to_save`).
+        Like the adapter, it is always float32.
         """
         head = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params["head"])
         return {"body": lora.init_adapter(lora.required(self.lora), params["body"], key), "head": head}
 
     def merge(self, params: Adapted) -> PyTree:
-        """Plain parameters that compute what the adapted ones do; see `lora.merge`."""
+        """Merge the adapter into plain parameters; see `lora.merge`."""
         body = lora.merge(params.base["body"], params.adapter["body"], lora.required(self.lora))
         return {"body": body, "head": params.adapter["head"]}
 
     def scores(
         self, params: PyTree, rollout: Rollout, *, dropout_keys: Key[Array, "B"] | None = None
     ) -> Float[Array, "B"]:
-        """One score for each response, read from the mean over all its and its prompt's tokens, or from the last.
+        """Score each response from the mean hidden state of prompt and response, or from that of the last token.
 
-        Of an ensemble, what its members' scores combine to.
+        For an ensemble, returns the combined score of its members.
         """
         if self.ensemble is not None:
             return combined(self.ensemble, self.member_scores(params, rollout))
@@ -113,13 +113,13 @@ class ScalarNetwork:
         return self._apply(params, pooled)
 
     def member_scores(self, params: PyTree, rollout: Rollout) -> Float[Array, "members B"]:
-        """The scores of each member of an ensemble, all in one batched computation."""
+        """Scores of each member of an ensemble, in one batched computation."""
         return jax.vmap(lambda member: self.alone.scores(member, rollout))(params)
 
     def values(
         self, params: PyTree, rollout: Rollout, *, dropout_keys: Key[Array, "B"] | None = None
     ) -> Float[Array, "B T"]:
-        """The value of the state before each response token."""
+        """Value of the state before each response token."""
         hidden, _ = self._hidden(params, rollout, dropout_keys)
         return self._apply(params, hidden[:, rollout.prompt.shape[1] - 1 : -1])
 
@@ -140,6 +140,6 @@ class ScalarNetwork:
         return self._apply(params, tokens, mask, method="hidden", dropout_keys=dropout_keys), mask
 
 
-@functools.partial(jax.jit, static_argnums=0)  # one program, compiled once for all networks of this shape
+@functools.partial(jax.jit, static_argnums=0)  # compiled once per architecture
 def _init(module: ScalarTransformer, key: PRNGKeyArray) -> PyTree:
     return module.init(key, jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool), method="parameters")["params"]

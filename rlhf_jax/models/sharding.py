@@ -1,4 +1,4 @@
-"""Which axis of which weight is split over which axis of the mesh, by patterns on the parameter's path."""
+"""Sharding of weights over the mesh, by patterns on parameter paths."""
 
 import re
 from collections.abc import Callable
@@ -8,14 +8,14 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
-# The first pattern found in a path decides. Optimiser states contain the parameters' paths, and follow them.
+# The first matching pattern applies. Paths in optimiser states contain those of the parameters, so they match too.
 PARTITIONS: tuple[tuple[str, P], ...] = (
     (r"(embedding|(^|/)head)$", P("tensor", "fsdp")),
     (r"attention/[qkv]/kernel$", P("fsdp", "tensor", None)),
     (r"attention/o/kernel$", P("tensor", None, "fsdp")),
     (r"(up|gate)/kernel$", P("fsdp", "tensor")),
     (r"down/kernel$", P("tensor", "fsdp")),
-    # Adapters: the long axis of A and of B as in the kernel, the rank whole.
+    # Adapters: the long axis of A and B is split as in the kernel, the rank axis is not split.
     (r"(attention/([qkv]|qkv)|up|gate)/A$", P("fsdp", None)),
     (r"attention/o/A$", P("tensor", None, None)),
     (r"down/A$", P("tensor", None)),
@@ -25,15 +25,15 @@ PARTITIONS: tuple[tuple[str, P], ...] = (
 )
 
 ROWS = P(("data", "fsdp"))
-"""Rows of a batch are split over both the data and the fsdp axis."""
+"""Rows of a batch are split over the data and fsdp axes."""
 
 
 Where = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
-"""On which devices a parameter belongs: its path and its shape -> its sharding."""
+"""Function from a parameter's path and shape to its sharding."""
 
 
 def sharding_of(path: str, shape: tuple[int, ...], mesh: Mesh, *, leading_axes: int = 0) -> NamedSharding:
-    """The sharding of one parameter; see `shardings`."""
+    """Sharding of one parameter; see `shardings`."""
     spec = next((spec for pattern, spec in PARTITIONS if re.search(pattern, path)), P())
     before = max(leading_axes, len(shape) - len(spec)) if spec else leading_axes
     sizes = shape[before:]
@@ -45,17 +45,17 @@ def sharding_of(path: str, shape: tuple[int, ...], mesh: Mesh, *, leading_axes: 
 
 
 def shardings(tree: PyTree, mesh: Mesh, *, leading_axes: int) -> PyTree:
-    """A NamedSharding for every leaf of a tree of parameters or of a state that contains some.
+    """NamedSharding for every leaf of a tree of parameters, or of a state that contains parameters.
 
-    Args: leading_axes counts axes before the parameters' own (1 where they are stacked over seeds), never split. A
-    weight whose dimension does not divide over its mesh axis is kept whole along it. More axes than its pattern has are
-    those of an ensemble's members, and are not split either.
+    Args: leading_axes is the number of axes before those of the parameters (1 if they are stacked over seeds), which
+    are not split. A dimension that does not divide over its mesh axis is not split, nor are leading axes beyond those
+    of the pattern, which belong to ensemble members.
     """
     return on_devices(tree, lambda path, shape: sharding_of(path, shape, mesh, leading_axes=leading_axes))
 
 
 def on_devices(tree: PyTree, where: Where) -> PyTree:
-    """The sharding of every leaf."""
+    """Sharding of every leaf, from its path and shape."""
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: where(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape), tree
     )

@@ -1,4 +1,4 @@
-"""A decoder-only transformer body: tokens in, hidden states out, with or without a key-value cache."""
+"""Decoder-only transformer body from tokens to hidden states, with or without a key-value cache."""
 
 from typing import NamedTuple
 
@@ -12,35 +12,35 @@ from rlhf_jax.models.model_config import ModelConfig, Rope
 from rlhf_jax.models.rotary import rope_angles
 
 EMPTY = -1
-"""The position of a cache slot that holds no token."""
+"""Position of an empty cache slot."""
 
 
 class KVCache(NamedTuple):
-    """Keys and values of the tokens seen so far, one pair of arrays a layer, and the position of each slot's token.
+    """Keys and values of earlier tokens, one pair of arrays per layer, and the position of each slot's token.
 
-    Tokens may stand in any slots, in any order: what a token sees is decided by positions alone.
+    Tokens can be in any slots, in any order: attention depends only on positions.
     """
 
-    keys: tuple[Array, ...]  # L x [B, G, C, K]: with the heads outside, decoding transposes nothing on CPUs
+    keys: tuple[Array, ...]  # L x [B, G, C, K]: in this order, decoding on CPUs needs no transposition
     values: tuple[Array, ...]  # L x [B, G, C, K]
-    positions: Array  # int32[B, C]; EMPTY where there is no token
+    positions: Array  # int32[B, C]; EMPTY for empty slots
 
 
 def empty_cache(config: ModelConfig, batch: int, slots: int) -> KVCache:
-    """A cache with room for `slots` tokens a row, none of them filled."""
+    """Create an empty cache with `slots` slots per row."""
     shape = (batch, config.kv_heads, slots, config.head_width)
     layers = tuple(jnp.zeros(shape, config.compute_dtype) for _ in range(config.n_layers))
     return KVCache(layers, layers, jnp.full((batch, slots), EMPTY, jnp.int32))
 
 
 class Transformer(nn.Module):
-    """The body: embedding, layers, final norm. Positions count the tokens of the mask, so padding takes up none."""
+    """Transformer body: embedding, layers, final norm. Positions count masked tokens only, not padding."""
 
     config: ModelConfig
     vocab_size: int
 
     def setup(self) -> None:
-        """Declares the parameters."""
+        """Declare the parameters."""
         config = self.config
         table = nn.initializers.normal(0.02)
         self.embedding = self.param("embedding", table, (self.vocab_size, config.d_model), config.param_dtype)
@@ -53,7 +53,7 @@ class Transformer(nn.Module):
         self.final_norm = Norm(config, config.norm)
 
     def __call__(self, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"]) -> Float[Array, "B S D"]:
-        """Hidden states of whole sequences with padding anywhere; those of padding mean nothing."""
+        """Hidden states of full sequences with padding anywhere; arbitrary at padding."""
         positions = jnp.where(mask, _positions(mask), EMPTY)
         hidden, _ = self._layers(tokens, positions, positions, [None] * self.config.n_layers, 0, tokens.shape[1])
         return hidden
@@ -66,9 +66,9 @@ class Transformer(nn.Module):
         slot: Int[Array, ""] | int,
         room: int | None = None,
     ) -> tuple[Float[Array, "B S D"], KVCache]:
-        """Hidden states of S more tokens a row, put into the cache at `slot` (the same for every row) and after it.
+        """Hidden states of S more tokens per row, which are written to the cache from `slot` (the same for all rows).
 
-        Args: room is how many tokens a sequence may grow to, where that is more than the cache has slots.
+        Args: room is the maximum sequence length, if it exceeds the number of slots.
         """
         seen = jnp.max(cache.positions, axis=1) + 1
         positions = jnp.where(mask, seen[:, None] + _positions(mask), EMPTY)
@@ -86,13 +86,13 @@ class Transformer(nn.Module):
         slot: Array | int,
         room: int,
     ) -> tuple[Array, list]:
-        """S new tokens at `positions` (EMPTY for padding), seeing those among the `known` positions up to their own."""
+        """Run the layers on S tokens at `positions` (EMPTY for padding), attending to `known` ones up to their own."""
         config, present = self.config, jnp.maximum(positions, 0)
         x = jnp.take(self.embedding, tokens, axis=0).astype(config.compute_dtype)
         if config.embedding_scale != 1:
             x = x * jnp.array(config.embedding_scale, x.dtype)
         if config.positions == "learned":
-            # A position beyond the table is NaN, which no mask of attention takes out again: callers never go there.
+            # Positions beyond the table give NaN, which no attention mask removes: callers must avoid them.
             x = x + jnp.take(self.position_table, present, axis=0).astype(config.compute_dtype)
         angles: dict[Rope, tuple[Array | None, Array | None]] = {}
         masks: dict[int | None, Array] = {}

@@ -1,4 +1,4 @@
-"""A value function on a policy's own hidden states: one trunk for both, and one linear unit more."""
+"""Value head on a policy's hidden states: a linear unit on a shared trunk."""
 
 import jax
 import jax.numpy as jnp
@@ -6,17 +6,17 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 
 def init_zero(width: int) -> PyTree:
-    """A head that says 0 everywhere (Ziegler et al. 2019, arXiv:1909.08593)."""
+    """Initialise a zero head (Ziegler et al. 2019, arXiv:1909.08593)."""
     return {"head": {"kernel": jnp.zeros((width, 1), jnp.float32), "bias": jnp.zeros((1,), jnp.float32)}}
 
 
 def init_normal(width: int, key: PRNGKeyArray) -> PyTree:
-    """A head from N(0, 1/(d+1)), as Stiennon et al. 2020 (arXiv:2009.01325) start that of a reward model."""
+    """Initialise a head from N(0, 1/(d+1)), as Stiennon et al. 2020 (arXiv:2009.01325) do for reward models."""
     kernel = jax.random.normal(key, (width, 1), jnp.float32) * (width + 1) ** -0.5
     return {"head": {"kernel": kernel, "bias": jnp.zeros((1,), jnp.float32)}}
 
 
 def values(params: PyTree, hidden: Float[Array, "B T D"]) -> Float[Array, "B T"]:
-    """The value of the state before each response token, in float32."""
+    """Value of the state before each response token, in float32."""
     head = params["head"]
     return (hidden.astype(jnp.float32) @ head["kernel"] + head["bias"][None, None])[..., 0]

@@ -1,1 +1,1 @@
-"""Sampling: prefill, decode loop, and the choice of a token from its logits."""
+"""Sampling: prefill, decode loop, continuous batching, and drawing tokens from logits."""

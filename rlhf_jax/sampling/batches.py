@@ -1,4 +1,4 @@
-"""Any number of rows through a compiled function of a fixed batch: sampling, scoring and log-probabilities at scale."""
+"""Batched sampling, scoring and log-probabilities of any number of rows, with programs of a fixed batch size."""
 
 import functools
 from collections.abc import Callable
@@ -19,20 +19,20 @@ from rlhf_jax.types import PromptBatch, Rollout, TokenBatch
 
 
 class Divergences(NamedTuple):
-    """Estimates of KL(pi || pi_ref) from each response, sums of its tokens' in nats: float32[N] each."""
+    """Estimates of KL(pi || pi_ref) per response, summed over its tokens, in nats: float32[N] each."""
 
-    k1: np.ndarray  # unbiased, of either sign
-    k3: np.ndarray  # unbiased, of lower variance, never negative
+    k1: np.ndarray  # unbiased, can be negative
+    k3: np.ndarray  # unbiased, lower variance, never negative
 
 
 Rows = TypeVar("Rows")
-"""A pytree of arrays whose first axis is that of rows."""
+"""Pytree of arrays whose first axis is the rows."""
 
 
 def map_batches(function: Callable[[Rows], PyTree], arrays: Rows, batch_size: int, *, each: int = 1) -> PyTree:
-    """A function of all rows, `batch_size` at a time, in NumPy. The last batch is filled up with its last row.
+    """Apply a function to all rows in batches of `batch_size` and concatenate the results as NumPy arrays.
 
-    Args: each is how many rows the function gives for one.
+    The last batch is filled up with copies of the last row. Args: each is the number of output rows per input row.
     """
     count = len(jax.tree.leaves(arrays)[0])
     parts = []
@@ -43,7 +43,7 @@ def map_batches(function: Callable[[Rows], PyTree], arrays: Rows, batch_size: in
 
 
 QUEUE = 32
-"""The most rows that go through the slots in one program, in multiples of the slots: what the device has to hold."""
+"""Maximum number of rows queued in one program, in multiples of the slots; limits device memory."""
 
 
 def sample_all(
@@ -59,48 +59,48 @@ def sample_all(
     limits: np.ndarray | None = None,
     stop_strings: np.ndarray | None = None,
 ) -> Rollout:
-    """`samples` responses to each of N prompts (tokens and mask, left-padded): a Rollout of N * samples rows, grouped.
+    """Sample `samples` responses to each of N left-padded prompts (tokens and mask); a Rollout of N * samples rows.
 
-    Row i * samples + j is sample j of prompt i, and is drawn with the number of that row where `first` prompts stand
-    before: the batch size changes nothing. Samples of a prompt share its prefill where they fit into a batch.
+    Row i * samples + j is sample j of prompt i. Its random key is that of row (first + i) * samples + j, independent of
+    the batch size. The samples of a prompt share its prefill if they fit into a batch.
 
-    Where rows are left after the first batch, its lengths say how those are sampled. Where they are uneven, through
-    `batch_size` slots, each of which takes the next prompt as soon as it is free: then nobody waits for the longest of
-    a batch. Where most have nearly the same length, batch by batch, which costs less a token. Which it is changes no
-    row, but by the rounding of the last bits.
+    The response lengths of the first batch determine how the remaining rows are sampled. If they vary much, continuous
+    batching with `batch_size` slots avoids waiting for the longest response of each batch; otherwise plain batches are
+    used, which cost less per token. Both give the same rows up to rounding.
 
-    Args: limits (tokens a prompt, int32[N]) and stop_strings as in `generate`.
+    Args: limits (maximum tokens per prompt, int32[N]) and stop_strings as in `generate`.
     """
     shared = samples if samples <= batch_size else 1
     tokens, mask = (np.repeat(array, samples // shared, axis=0) for array in prompts)
     rows = PromptBatch(tokens, mask, np.arange(len(tokens), dtype=np.int32) + first * (samples // shared))
     most = np.full(len(prompts[0]), sampling.max_new_tokens) if limits is None else limits
-    asked = (rows, np.repeat(most.astype(np.int32), samples // shared))
-    at_once = batch_size // shared
+    requests = (rows, np.repeat(most.astype(np.int32), samples // shared))
+    prompts_per_batch = batch_size // shared
 
     def of_batch(part: tuple[PromptBatch, np.ndarray]) -> Rollout:
         return _generate(policy, params, *part, key, sampling, shared, stop_strings)
 
-    begun = map_batches(of_batch, _rows(asked, slice(at_once)), at_once, each=shared)
-    rest = _rows(asked, slice(at_once, None))
+    first_batch = map_batches(of_batch, _rows(requests, slice(prompts_per_batch)), prompts_per_batch, each=shared)
+    rest = _rows(requests, slice(prompts_per_batch, None))
     if not len(rest[1]):
-        return begun
-    if not _uneven(begun):
-        return _joined([begun, map_batches(of_batch, rest, at_once, each=shared)])
-    parts = [begun]
-    size = min(at_once * QUEUE, 1 << (len(rest[1]) - 1).bit_length())  # few programs for many numbers of prompts
+        return first_batch
+    if not _uneven(first_batch):
+        return _concatenate([first_batch, map_batches(of_batch, rest, prompts_per_batch, each=shared)])
+    parts = [first_batch]
+    slots = prompts_per_batch * shared
+    size = min(prompts_per_batch * QUEUE, 1 << (len(rest[1]) - 1).bit_length())  # powers of two: few programs
     for start in range(0, len(rest[1]), size):
         part, most = _rows(rest, slice(start, start + size))
         count = len(most)
         filled = _rows(part, np.minimum(np.arange(size), count - 1))
-        most = np.pad(most, (0, size - count))  # at a limit of 0 nothing is sampled
-        found = sample_queue(policy, params, filled, most, key, sampling, shared, stop_strings, at_once * shared)
-        parts.append(_rows(jax.device_get(found), slice(count * shared)))
-    return _joined(parts)
+        most = np.pad(most, (0, size - count))  # nothing is sampled at a limit of 0
+        rollout = sample_queue(policy, params, filled, most, key, sampling, shared, stop_strings, slots)
+        parts.append(_rows(jax.device_get(rollout), slice(count * shared)))
+    return _concatenate(parts)
 
 
 def _uneven(rollout: Rollout) -> bool:
-    """Whether rows wait so long for the longest that a queue pays: on two CPU cores, from about 0.7 of its length."""
+    """Return whether lengths vary enough for continuous batching; on two CPU cores it pays below a ratio of 0.7."""
     lengths = rollout.response_mask.sum(axis=1)
     return bool(lengths.mean() < 2 / 3 * lengths.max())
 
@@ -109,12 +109,12 @@ def _rows(arrays: Rows, which: slice | np.ndarray) -> Rows:
     return jax.tree.map(lambda leaf: leaf[which], arrays)
 
 
-def _joined(parts: list[Rollout]) -> Rollout:
+def _concatenate(parts: list[Rollout]) -> Rollout:
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
 
 
 def score_all(network: ScalarNetwork, params: PyTree, rollout: Rollout, batch_size: int) -> np.ndarray:
-    """A reward model's score of every row: float32[N]."""
+    """Score every row with a reward model: float32[N]."""
     return map_batches(lambda batch: _scores(network, params, batch), rollout, batch_size)
 
 
@@ -127,10 +127,10 @@ def sequence_kl(
     batch_size: int,
     temperature: float,
 ) -> np.ndarray:
-    """The k1 estimate log pi(y|x) - log pi_ref(y|x) of every row, in nats, EOS included: float32[N].
+    """k1 estimate log pi(y|x) - log pi_ref(y|x) of every row, in nats, EOS included: float32[N].
 
-    Args: temperature at which the rows were sampled. Both policies are taken at this temperature, and at 1 for greedy
-    rows (temperature 0; see `stated_temperature`). The mean of greedy rows is no unbiased estimate of a KL.
+    Args: temperature is the sampling temperature. Both policies use it, or 1 for greedy rows (temperature 0; see
+    `stated_temperature`). The mean over greedy rows is not an unbiased estimate of a KL divergence.
     """
     temperature = stated_temperature(temperature)
 
@@ -150,14 +150,14 @@ def sequence_divergences(
     batch_size: int,
     temperature: float,
 ) -> Divergences:
-    """What `sequence_kl` gives, with the k3 estimate beside it, from the same forward passes."""
+    """Compute the k1 estimates of `sequence_kl` and the k3 estimates from the same forward passes."""
     temperature = stated_temperature(temperature)
 
     def of_batch(batch: Rollout) -> Divergences:
         own = logprobs_of(policy, params, batch, temperature)
-        theirs = logprobs_of(*reference, batch, temperature)
+        ref = logprobs_of(*reference, batch, temperature)
         mask = batch.response_mask
-        return Divergences(_summed_k1(own, theirs, mask), _summed_k3(own, theirs, mask))
+        return Divergences(_summed_k1(own, ref, mask), _summed_k3(own, ref, mask))
 
     return map_batches(of_batch, rollout, batch_size)
 
@@ -165,10 +165,7 @@ def sequence_divergences(
 def response_logprobs_all(
     policy: PolicyNetwork, params: PyTree, rollout: Rollout, batch_size: int, *, temperature: float = 1.0
 ) -> np.ndarray:
-    """Log-probability of every response token, in nats, by default the model's own: float32[N, T].
-
-    Those at padding have no meaning.
-    """
+    """Log-probability of every response token in nats: float32[N, T], arbitrary at padding."""
     return map_batches(lambda batch: logprobs_of(policy, params, batch, temperature), rollout, batch_size)
 
 

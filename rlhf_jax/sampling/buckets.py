@@ -1,9 +1,9 @@
-"""Lengths in few buckets, so that few programs serve many lengths."""
+"""Length buckets, so that few compiled programs serve all lengths."""
 
 LEAST = 32
-"""The smallest bucket: below it another program costs more to compile than the padding costs to compute."""
+"""Smallest bucket; for shorter ones, compiling another program costs more than computing the padding."""
 
 
 def bucket(length: int) -> int:
-    """The smallest power of two, from 32, that holds so many tokens."""
+    """Round a length up to a power of two, at least 32."""
     return max(LEAST, 1 << max(length - 1, 0).bit_length())

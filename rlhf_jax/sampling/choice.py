@@ -1,4 +1,4 @@
-"""The choice of a token from its logits: which tokens may be chosen, and by one uniform number, which one is."""
+"""Drawing tokens from logits: temperature, filters, and inversion of the CDF at one uniform number per token."""
 
 import dataclasses
 
@@ -9,17 +9,17 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """The distribution that tokens are drawn from, and what ends a response.
+    """Sampling distribution and stopping criteria.
 
-    The temperature comes first, then the filters in this order, as in transformers' `generate`: `top_k` keeps the k
-    most likely tokens, `top_p` the fewest whose probabilities reach p (Holtzman et al. 2020, arXiv:1904.09751), `min_p`
-    those with at least that share of the most likely one's probability (Nguyen et al. 2024, arXiv:2407.01082).
-    Temperature 0 takes the most likely token.
+    The temperature is applied first, then the filters in this order, as in transformers' `generate`: `top_k` keeps the
+    k most likely tokens; `top_p` keeps the smallest set of most likely tokens whose probability reaches p (Holtzman et
+    al. 2020, arXiv:1904.09751); `min_p` keeps tokens with at least min_p times the probability of the most likely one
+    (Nguyen et al. 2024, arXiv:2407.01082). Temperature 0 is greedy decoding.
     """
 
     max_new_tokens: int
     temperature: float
-    stop_ids: tuple[int, ...]  # each ends a response, and is its last token
+    stop_ids: tuple[int, ...]  # a response ends with, and includes, the first of these
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
@@ -38,15 +38,14 @@ class Sampling:
 
     @property
     def filtered(self) -> bool:
-        """Whether some tokens may be ruled out."""
+        """Whether a filter may exclude tokens."""
         return self.top_k is not None or self.top_p is not None or self.min_p is not None
 
 
 def stated_temperature(temperature: float) -> float:
-    """The temperature at which log-probabilities of samples are stated: that of sampling, and 1 for greedy samples.
+    """Temperature at which log-probabilities of samples are reported: the sampling temperature, or 1 if it is 0.
 
-    Greedy decoding (temperature 0) puts all its mass on one answer, so that its KL to another policy is infinite or 0.
-    Log-probabilities and log-ratios of greedy answers are therefore those of softmax(logits).
+    Greedy decoding puts all mass on one response, so that its KL to another policy would be infinite or 0.
     """
     return temperature if temperature > 0 else 1.0
 
@@ -54,9 +53,10 @@ def stated_temperature(temperature: float) -> float:
 def draw(
     logits: Float[Array, "B V"], uniforms: Float[Array, "B"], sampling: Sampling
 ) -> tuple[Int[Array, "B"], Float[Array, "B"], Float[Array, "B"]]:
-    """A token a row, its log-probability where it was drawn from, and under softmax(logits), in nats.
+    """Draw one token per row.
 
-    The most likely token, which temperature 0 takes, has log-probability 0 where it was drawn from.
+    Returns: the token, its log-probability under the sampling distribution (0 for greedy decoding), and its
+    log-probability under softmax(logits), in nats.
     """
     if sampling.temperature == 0:
         token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -71,14 +71,14 @@ def draw(
 
 
 def keep_likely(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
-    """Logits, minus infinity where a filter rules a token out. Of equally likely tokens at a border, all stay."""
+    """Apply the filters by setting logits of excluded tokens to minus infinity. Tokens tied at a threshold are kept."""
     if sampling.top_k is not None:
         least = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[-1]))[0][:, -1:]
         logits = jnp.where(logits >= least, logits, -jnp.inf)
     if sampling.top_p is not None:
         falling = -jnp.sort(-logits, axis=-1)
         before = jnp.cumsum(jax.nn.softmax(falling, axis=-1), axis=-1)
-        before = jnp.pad(before[:, :-1], ((0, 0), (1, 0)))  # what all more likely tokens have together
+        before = jnp.pad(before[:, :-1], ((0, 0), (1, 0)))  # total probability of all more likely tokens
         least = jnp.min(jnp.where(before < sampling.top_p, falling, jnp.inf), axis=-1, keepdims=True)
         logits = jnp.where(logits >= least, logits, -jnp.inf)
     if sampling.min_p is not None:
@@ -94,29 +94,29 @@ def _logprob(logits: Float[Array, "B V"], token: Int[Array, "B"]) -> Float[Array
 
 
 def row_uniforms(key: PRNGKeyArray, rows: Int[Array, "B"], length: int) -> Float[Array, "B T"]:
-    """Uniform numbers in [0, 1): one key a sequence, `fold_in(key, row)`, folded with the position of each token.
+    """Uniform numbers in [0, 1) from keys `fold_in(fold_in(key, row), position)`.
 
-    They depend on the key, the row's global number and the position alone, so the same row gets the same text however
-    the batch is split or padded.
+    They depend only on the key, the row's global number and the token's position, so that a row's text does not depend
+    on how the batch is split or padded.
     """
     return jax.vmap(lambda row: jax.vmap(lambda t: uniform_at(key, row, t))(jnp.arange(length)))(rows)
 
 
 def uniform_at(key: PRNGKeyArray, row: Int[Array, ""], position: Int[Array, ""]) -> Float[Array, ""]:
-    """The uniform number of one row's token at one position."""
+    """Uniform number for one row and position."""
     return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, row), position))
 
 
 BLOCK = 64
-"""Tokens whose probabilities are summed into one before the running sum is taken over blocks."""
+"""Tokens per block in `choose`."""
 
 
 def choose(logits: Float[Array, "B V"], uniforms: Float[Array, "B"], *, temperature: float) -> Int[Array, "B"]:
-    """Samples from softmax(logits / temperature) by inverting its cumulative distribution at a uniform number.
+    """Sample from softmax(logits / temperature) by inverting the CDF at a uniform number.
 
-    A Gumbel draw needs a random number for every token of the vocabulary; this needs one. The running sum is taken over
-    blocks of tokens and then within the chosen block, which is quicker than one over the vocabulary, and more precise.
-    A token of probability 0 is never chosen.
+    This needs one random number per row, whereas the Gumbel trick needs one per vocabulary entry. The cumulative sum is
+    taken over blocks of tokens and then within the chosen block, which is faster and more precise than over the whole
+    vocabulary. Tokens of probability 0 are never chosen.
     """
     batch, vocab = logits.shape
     shifted = (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature
@@ -128,13 +128,13 @@ def choose(logits: Float[Array, "B V"], uniforms: Float[Array, "B"], *, temperat
 
 
 def _invert(masses: Float[Array, "B N"], uniforms: Float[Array, "B"]) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
-    """The item in which a uniform number falls, by mass, and how far into that item, in [0, 1)."""
+    """Find the item in which a uniform number falls, by mass, and the relative position within it, in [0, 1)."""
     cumulative = jnp.cumsum(masses, axis=-1)
     threshold = uniforms[:, None] * cumulative[:, -1:]
-    # Asked of every item, because a running sum need not stand still at an item of mass 0 where it is summed in a tree.
+    # Items of mass 0 are excluded explicitly: a tree-shaped cumulative sum can increase at them by rounding.
     positive = masses > 0
-    places = jnp.arange(masses.shape[-1], dtype=jnp.int32)[None, :]
-    last = jnp.max(jnp.where(positive, places, 0), axis=-1, keepdims=True)
-    item = jnp.min(jnp.where(positive & (cumulative > threshold), places, last), axis=-1)
+    indices = jnp.arange(masses.shape[-1], dtype=jnp.int32)[None, :]
+    last = jnp.max(jnp.where(positive, indices, 0), axis=-1, keepdims=True)
+    item = jnp.min(jnp.where(positive & (cumulative > threshold), indices, last), axis=-1)
     mass, end = (jnp.take_along_axis(x, item[:, None], axis=1) for x in (masses, cumulative))
     return item, jnp.clip((threshold - (end - mass)) / mass, 0, 1)[:, 0]

@@ -1,9 +1,9 @@
-"""Continuous batching: a fixed number of slots on the device, each of which takes the next prompt when it is free.
+"""Continuous batching: a fixed number of decoding slots, each of which takes the next prompt as soon as it is free.
 
-The cache is a ring. Every slot of the device writes its next token's keys and values at the same place, `t` modulo the
-ring's length, as if all had begun together; a new prompt is put into the places just before it. No sequence is longer
-than the ring, so that it never overwrites itself, and what it sees is decided by its tokens' positions alone. The step
-of decoding is therefore the same as without a queue.
+The KV cache is a ring. All slots write the keys and values of their next token at the same ring index, the step count
+modulo the ring's length, as if all had started together; a new prompt is written to the indices just before. No
+sequence is longer than the ring, so none overwrites itself, and attention depends only on the positions of tokens.
+Decoding steps are therefore the same as without a queue.
 """
 
 from typing import NamedTuple
@@ -20,28 +20,28 @@ from rlhf_jax.types import PromptBatch, Rollout
 
 
 class _Slots(NamedTuple):
-    """What the slots hold, and what has come out of them.
+    """State of the slots and of all responses.
 
-    What a slot without a prompt would write goes to a row of its own beyond the last one, and is dropped: all indices
-    then differ, and a scatter need not take one after the other (on GPUs, and above all in a deterministic program).
+    A slot without a prompt writes to its own out-of-bounds row, which is dropped. All indices are then unique, and
+    scatters need not be serialised, which matters on GPUs and most of all in deterministic programs.
     """
 
-    time: Array  # int32: steps taken; the ring's place of the next token is `time` modulo its length
+    time: Array  # int32: the next token's ring index is `time` modulo the ring's length
     queue: Array  # int32: prompts taken so far
-    row: Array  # int32[slots]: which response, or N
-    last: Array  # int32[slots]: its last token
+    row: Array  # int32[slots]: number of the response; N if the slot is free
+    last: Array  # int32[slots]: last token
     length: Array  # int32[slots]: response tokens written
-    progress: Array  # int32[slots]: how far into a stop string
+    progress: Array  # int32[slots]: state of the stop-string automaton
     cache: KVCache
     response: Array  # int32[N, T]
     response_mask: Array  # bool[N, T]
     logprobs: Array  # float32[N, T]
     model_logprobs: Array  # float32[N, T]
-    steps: Array  # int32: decoding steps, for those who measure
+    steps: Array  # int32: number of decoding steps, for measurements
 
 
 def default_refill(slots: int, samples: int = 1) -> int:
-    """How many prompts are taken at once: few, so that little idles, but so many that a prefill is a batch."""
+    """Number of prompts per prefill: small, so that few slots are idle, but large enough for an efficient batch."""
     return max(1, max(2, slots // 8) // samples)
 
 
@@ -58,23 +58,25 @@ def generate_queue(
     limits: Int[Array, "B"] | None = None,
     stop_strings: Int[Array, "Q V"] | None = None,
 ) -> tuple[Generation, Int[Array, ""]]:
-    """What `generate` gives for the same prompts and key, by at most `slots` rows at a time.
+    """Generate the same responses as `generate` with at most `slots` rows in memory at a time.
 
-    Args: a prefill of `refill` prompts is made as soon as so many slots are free as they have samples, or fewer prompts
-    are left; limits are tokens a prompt. A prompt whose limit is 0 is not answered, and costs nothing; such prompts
-    must stand last. So that one program serves several numbers of prompts. Not for use under `vmap`, where both
-    branches of a refill would be run at every step.
-    Returns: the responses in the order of the prompts, and the number of decoding steps taken.
-    Raises ValueError where there are fewer slots than samples of a prompt, which share its prefill.
+    Args: refill is the number of prompts per prefill, which starts as soon as enough slots are free for their samples
+    (or for those of all remaining prompts); limits are maximum tokens per prompt. Prompts with limit 0 get no response
+    at no cost; they must come last, and serve to use one program for several numbers of prompts. Do not use this under
+    `vmap`, where every step would execute both branches of a refill.
+    Returns: the responses in the order of the prompts, and the number of decoding steps.
+    Raises ValueError if there are fewer slots than samples per prompt, which share a prefill.
     """
     if slots < samples:
-        raise ValueError(f"slots = {slots} must be at least samples = {samples}, which are begun together")
+        raise ValueError(
+            f"slots = {slots} must be at least samples = {samples}: the samples of a prompt start together"
+        )
     params = cast_weights(params, policy.config.compute_dtype)
-    (asked, prompt_length), ring = prompts.tokens.shape, prompts.tokens.shape[1] + sampling.max_new_tokens
-    count = asked * samples
+    (n_prompts, prompt_length), ring = prompts.tokens.shape, prompts.tokens.shape[1] + sampling.max_new_tokens
+    count = n_prompts * samples
     slots = min(slots, count)
     refill = min(refill, slots // samples)
-    ends = jnp.full(asked, sampling.max_new_tokens, jnp.int32) if limits is None else limits
+    ends = jnp.full(n_prompts, sampling.max_new_tokens, jnp.int32) if limits is None else limits
     total = jnp.sum(ends > 0, dtype=jnp.int32)
     ends = jnp.append(jnp.repeat(ends, samples), 0)
     numbers = jnp.append(sample_numbers(prompts, samples), 0)
@@ -85,7 +87,7 @@ def generate_queue(
         return whole.at[index].set(part, mode="drop", unique_indices=True)
 
     def write(state: _Slots, rows: Array, slot: Array, length: Array, progress: Array, logits: Array) -> _Slots:
-        """The next token of some slots, given its logits; `rows` are their responses."""
+        """Draw the next token of some slots from its logits; `rows` are the numbers of their responses."""
         uniforms = jax.vmap(lambda number, t: uniform_at(key, number, t))(numbers[rows], length)
         token, logprob, model_logprob = draw(logits, uniforms, sampling)
         going = rows < count
@@ -112,7 +114,7 @@ def generate_queue(
         rows = jnp.where(usable, state.queue * samples + offset, count)
         chosen = jnp.argsort(~free, stable=True)[: refill * samples].astype(jnp.int32)
         slot = jnp.where(usable, chosen, slots + offset)  # out of bounds: dropped
-        source = jnp.minimum(state.queue + jnp.arange(refill, dtype=jnp.int32), asked - 1)
+        source = jnp.minimum(state.queue + jnp.arange(refill, dtype=jnp.int32), n_prompts - 1)
         logits, filled = policy.start(params, prompts.tokens[source], prompts.mask[source], prompt_length, ring)
         if samples > 1:
             logits, filled = jax.tree.map(lambda leaf: jnp.repeat(leaf, samples, axis=0), (logits, filled))
@@ -132,7 +134,7 @@ def generate_queue(
         return write(state._replace(cache=cache, queue=state.queue + begun), rows, slot, fresh, fresh, logits)
 
     def decode(state: _Slots) -> _Slots:
-        """One more token of every slot that has a response; the others must not grow beyond the model's positions."""
+        """Decode one token in every busy slot; free slots must not advance beyond the model's positions."""
         going = state.row < count
         logits, cache = policy.step(params, state.last, state.cache, state.time % ring, going)
         state = state._replace(cache=cache, time=state.time + 1, steps=state.steps + 1)
@@ -140,7 +142,7 @@ def generate_queue(
         return write(state, state.row, everything, length, state.progress, logits)
 
     def worthwhile(state: _Slots) -> Array:
-        """Whether enough slots are free for a prefill."""
+        """Return whether enough slots are free for a prefill."""
         free, left = jnp.sum(state.row == count, dtype=jnp.int32), total - state.queue
         return (left > 0) & (free >= samples * jnp.minimum(refill, left))
 

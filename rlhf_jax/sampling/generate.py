@@ -1,4 +1,4 @@
-"""Responses to a batch of prompts: prefill, then one token a step until every row has ended."""
+"""Generation for a batch of prompts: prefill, then one token per step until every response has ended."""
 
 from typing import NamedTuple
 
@@ -15,15 +15,15 @@ from rlhf_jax.types import PromptBatch, Rollout
 
 
 class Generation(NamedTuple):
-    """Responses, with the log-probability of each token in nats; 0 at padding."""
+    """Responses with the log-probability of each token in nats; 0 at padding."""
 
     rollout: Rollout
-    logprobs: Array  # float32[B, T], under the distribution that the tokens were drawn from
-    model_logprobs: Array  # float32[B, T], under the model's own, at temperature 1
+    logprobs: Array  # float32[B, T], under the sampling distribution
+    model_logprobs: Array  # float32[B, T], under the model at temperature 1, without filters
 
 
 class Decoding(NamedTuple):
-    """Responses on their way: what one more step needs."""
+    """State of the decode loop."""
 
     t: Array  # int32: response tokens written so far
     response: Array  # int32[B, T]
@@ -31,7 +31,7 @@ class Decoding(NamedTuple):
     logprobs: Array  # float32[B, T]
     model_logprobs: Array  # float32[B, T]
     ended: Array  # bool[B]
-    progress: Array  # int32[B]: how far into a stop string
+    progress: Array  # int32[B]: state of the stop-string automaton
     cache: KVCache
 
 
@@ -47,13 +47,14 @@ def generate(
     stop_strings: Int[Array, "Q V"] | None = None,
     loop_axes: tuple[str, ...] = (),
 ) -> Generation:
-    """Samples responses to each prompt, each up to and including a stop token, the end of a stop string or its limit.
+    """Sample responses to each prompt, up to and including a stop token, the end of a stop string, or the limit.
 
-    Args: samples of one prompt stand one after the other, share its prefill, and are numbered `row * samples + i`;
-    limits are tokens a prompt, at most `max_new_tokens`, which is what None means; stop_strings is their `stop_table`:
-    the token that completes one is a response's last. loop_axes names the `vmap` axes around this call: the loop's
-    predicate is reduced over them, and must be one boolean, or the loop would become a select over the whole cache at
-    every token.
+    Args:
+        samples: responses per prompt. They are adjacent rows, share a prefill, and have numbers `row * samples + i`.
+        limits: maximum tokens per prompt, at most `max_new_tokens` (the default).
+        stop_strings: a `stop_table`; the token that completes a stop string is the last of its response.
+        loop_axes: names of the `vmap` axes around this call. The loop's predicate is reduced over them: a batched
+            predicate would turn the loop into a select over the whole cache at every token.
 
     Returns: the prompts with their responses, padded on the right with token 0 and a False mask.
     """
@@ -73,7 +74,7 @@ def generate(
         return _append(decoding, logits, uniforms, ends, sampling, stop_strings)
 
     def advance(decoding: Decoding) -> Decoding:
-        """One more token of every response that has not ended."""
+        """Decode one more token of every response that has not ended."""
         last = decoding.response[:, decoding.t - 1]
         logits, cache = policy.step(params, last, decoding.cache, prompts.tokens.shape[1] + decoding.t - 1)
         return append(decoding._replace(cache=cache), logits)
@@ -86,9 +87,9 @@ def generate(
 
 
 def cast_weights(params: PyTree, dtype: DType) -> PyTree:
-    """Matrices in the dtype that they are multiplied in, to which every step would otherwise cast them all.
+    """Cast weight matrices to the compute dtype once, because the compiler may not hoist the cast out of the loop.
 
-    The compiler need not move the cast out of the loop. Norms and adapters are computed in float32, and stay so.
+    Norms and adapters are computed in float32 and are not cast.
     """
 
     def cast(path: tuple, leaf: Array) -> Array:
@@ -101,7 +102,7 @@ def cast_weights(params: PyTree, dtype: DType) -> PyTree:
 def _prefill(
     policy: PolicyNetwork, params: PyTree, prompts: PromptBatch, most: int, samples: int
 ) -> tuple[Decoding, Array]:
-    """Responses before their first token, and its logits."""
+    """Prefill the cache; return the initial state and the logits of the first token."""
     logits, cache = policy.start(params, prompts.tokens, prompts.mask, prompts.tokens.shape[1] + most)
     if samples > 1:
         logits, cache = jax.tree.map(lambda leaf: jnp.repeat(leaf, samples, axis=0), (logits, cache))
@@ -112,17 +113,17 @@ def _prefill(
 
 
 def is_stop(tokens: Int[Array, "*rows"], stop_ids: tuple[int, ...]) -> Bool[Array, "*rows"]:
-    """Which tokens end a response."""
-    found = jnp.zeros(tokens.shape, bool)
+    """Mark the tokens that are stop tokens."""
+    stops = jnp.zeros(tokens.shape, bool)
     for stop in stop_ids:
-        found |= tokens == stop
-    return found
+        stops |= tokens == stop
+    return stops
 
 
 def ends_response(
     tokens: Int[Array, "B"], progress: Int[Array, "B"], sampling: Sampling, stop_strings: Int[Array, "Q V"] | None
 ) -> tuple[Bool[Array, "B"], Int[Array, "B"]]:
-    """Which tokens end a response, alone or as the end of a stop string, and how far into one they are."""
+    """Mark the tokens that end a response by themselves or by completing a stop string; also advance `progress`."""
     stopped = is_stop(tokens, sampling.stop_ids)
     if stop_strings is None:
         return stopped, progress
@@ -131,7 +132,7 @@ def ends_response(
 
 
 def sample_numbers(prompts: PromptBatch, samples: int) -> Int[Array, "N"]:
-    """The global number of every sample of every prompt, N = B * samples, which its random numbers are made from."""
+    """Global number of every sample, N = B * samples, from which its random key is derived."""
     return (prompts.rows[:, None] * samples + jnp.arange(samples, dtype=jnp.int32)[None, :]).reshape(-1)
 
 

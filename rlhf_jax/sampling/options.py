@@ -1,4 +1,4 @@
-"""How someone says that a model is to be sampled: flags of the verbs and arguments of `Run.sample`, in one place."""
+"""Sampling options shared by the command-line flags and the arguments of `sample` and `Run.sample`."""
 
 import dataclasses
 from typing import TypeVar
@@ -8,30 +8,27 @@ from rlhf_jax.sampling.choice import Sampling
 T = TypeVar("T")
 
 
-def _option(default: T, kind: type, metavar: str, told: str) -> T:
-    return dataclasses.field(default=default, metadata={"type": kind, "metavar": metavar, "help": told})
+def _option(default: T, kind: type, metavar: str, description: str) -> T:
+    return dataclasses.field(default=default, metadata={"type": kind, "metavar": metavar, "help": description})
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingOptions:
-    """The distribution that is sampled from, and what ends an answer beside the model's own stop tokens.
+    """Sampling distribution and stop strings; each field is a command-line flag."""
 
-    A verb has a flag for each field.
-    """
-
-    temperature: float = _option(1.0, float, "X", "0 takes the most likely token (default 1)")
-    top_k: int | None = _option(None, int, "K", "only the K most likely tokens")
-    top_p: float | None = _option(None, float, "P", "only the fewest tokens whose probabilities reach P")
-    min_p: float | None = _option(None, float, "P", "only tokens at least P times as likely as the likeliest")
-    max_new_tokens: int | None = _option(None, int, "N", "the most tokens of an answer")
-    stop: tuple[str, ...] = _option((), str, "TEXT", "ends an answer; may be given again")
+    temperature: float = _option(1.0, float, "X", "0 is greedy decoding (default 1)")
+    top_k: int | None = _option(None, int, "K", "sample from the K most likely tokens")
+    top_p: float | None = _option(None, float, "P", "sample from the smallest set of tokens with total probability P")
+    min_p: float | None = _option(None, float, "P", "sample from tokens at least P times as likely as the likeliest")
+    max_new_tokens: int | None = _option(None, int, "N", "maximum number of tokens of an answer")
+    stop: tuple[str, ...] = _option((), str, "TEXT", "stop string that ends an answer; may be repeated")
 
     def __post_init__(self) -> None:
         if "" in self.stop:
-            raise ValueError("stop = '' is empty, and would end every answer at once: give the text that ends one")
+            raise ValueError("stop = '' is empty and would end every answer at once: give a non-empty text")
         self.sampling((), 1)
 
     def sampling(self, stop_ids: tuple[int, ...], max_new_tokens: int) -> Sampling:
-        """The distribution over a model's tokens, of which an answer has `max_new_tokens` unless told otherwise."""
+        """Build the `Sampling` for a model's stop tokens; max_new_tokens is the default of the option."""
         most = max_new_tokens if self.max_new_tokens is None else self.max_new_tokens
         return Sampling(most, self.temperature, stop_ids, self.top_k, self.top_p, self.min_p)

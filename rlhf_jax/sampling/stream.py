@@ -1,4 +1,4 @@
-"""Responses a token at a time, for someone who reads along and may stop them."""
+"""Streaming generation: one response at a time, token by token, with a cache kept between prompts."""
 
 import dataclasses
 import functools
@@ -18,29 +18,29 @@ from rlhf_jax.sampling.choice import Sampling, draw, uniform_at
 
 
 class Stream:
-    """One response after another, each to a prompt that may go on from the one before, as in a conversation.
+    """Token stream for one response after another, as in a conversation.
 
-    Keys and values of what a prompt has in common with the tokens before it, those of the response included, are not
-    computed again; unless the two need caches of different sizes. Those are powers of two: while it grows, a
-    conversation is read about twice in all.
+    Keys and values of the common prefix of a prompt and the preceding tokens (earlier responses included) are reused,
+    unless the required cache size changes. Cache sizes are powers of two, so that each token of a growing conversation
+    is processed about twice in total.
 
-    A program is compiled for each bucket of tokens to be read and of caches, not for each length, and the choice of a
-    token is one of its own, so that another temperature compiles only that.
+    Programs are compiled per bucket of prompt and cache lengths. Drawing a token is a separate program, so that
+    another temperature recompiles only that.
     """
 
     def __init__(self, policy: PolicyNetwork, params: PyTree) -> None:
-        """Computes nothing yet."""
+        """Create a stream with an empty cache."""
         self._policy, self._params = policy, params
-        self._ids: list[int] = []  # the tokens in the cache, each in the slot of its position
+        self._ids: list[int] = []  # tokens in the cache; slot i holds the token at position i
         self._cache: KVCache | None = None
 
     def respond(self, prompt: Sequence[int], key: PRNGKeyArray, sampling: Sampling, *, row: int) -> Iterator[int]:
-        """The tokens that `generate` gives for the row of that number, one by one, a stop token included.
+        """Yield the tokens that `generate` samples for the row with this number, including the stop token.
 
-        To leave off asking for them ends the response.
+        The response ends early if the caller stops iterating.
         """
         logits = self._read(prompt, bucket(len(prompt) + sampling.max_new_tokens))
-        distribution = dataclasses.replace(sampling, max_new_tokens=1, stop_ids=())  # what choosing depends on
+        distribution = dataclasses.replace(sampling, max_new_tokens=1, stop_ids=())  # the fields that drawing uses
         for t in range(sampling.max_new_tokens):
             token = choose_token(logits, key, np.array([row], np.int32), np.int32(t), distribution)
             yield (chosen := int(token[0]))
@@ -50,20 +50,20 @@ class Stream:
                 logits = self._decode(token, chosen)
 
     def _read(self, prompt: Sequence[int], slots: int) -> jax.Array:
-        """Logits of the token after a prompt, of which a part may be in the cache."""
+        """Logits of the token after a prompt, reusing the cached prefix."""
         if self._cache is None or self._cache.positions.shape[1] != slots:
             self._ids, self._cache = [], empty_cache(self._policy.config, 1, slots)
-        pairs = zip(self._ids, prompt[:-1], strict=False)  # logits come from reading: one token at least
+        pairs = zip(self._ids, prompt[:-1], strict=False)  # at least one token must be processed for its logits
         kept = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
         width = bucket(len(prompt) - kept)
-        kept = min(kept, slots - width)  # where the padding would not fit, more is read again
+        kept = min(kept, slots - width)  # process more tokens again if the padding would not fit
         tokens, mask = pad_right([prompt[kept:]], width)
         logits, self._cache = extend(self._policy, self._params, tokens, mask, self._cache, np.int32(kept))
         self._ids = list(prompt)
         return logits
 
     def _decode(self, token: jax.Array, chosen: int) -> jax.Array:
-        cache, self._cache = self._cache, None  # it is given away, and there again if all goes well
+        cache, self._cache = self._cache, None  # donated to the program
         logits, self._cache = decode_token(self._policy, self._params, token, cache, np.int32(len(self._ids)))
         self._ids.append(chosen)
         return logits

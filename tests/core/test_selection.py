@@ -164,7 +164,7 @@ def test_win_rate_by_the_score_that_chooses_is_its_bound_unless_responses_repeat
 
 
 def test_a_win_needs_a_response_to_win_against():
-    with pytest.raises(ValueError, match="pool of 4 holds no response to compare the best of n=4 with"):
+    with pytest.raises(ValueError, match="pool of 4 has no further response to compare the best of n=4 with"):
         best_of_n_win_rate(np.zeros((1, 4)), np.zeros((1, 4)), 4)
 
 

@@ -72,7 +72,9 @@ def test_dynamic_positions_serve_the_context_and_nothing_beyond():
     np.testing.assert_array_equal(
         rope_angles(dynamic, 128, positions, 32768)[0], rope_angles(Rope(1e4), 128, positions, 32768)[0]
     )
-    with pytest.raises(RlhfError, match=r"room for sequences of 32769 tokens, and the model's dynamic .* serve 32768"):
+    with pytest.raises(
+        RlhfError, match=r"sequences may grow to 32769 tokens, but the model's dynamic .* support only 32768"
+    ):
         rope_angles(dynamic, 128, positions, 32769)
 
 
@@ -109,13 +111,13 @@ def test_an_odd_number_of_rotary_channels_is_rounded_up_to_pairs_under_the_odd_e
         ),
         (
             NEOX | {"rope_parameters": ODD | {"rope_type": "yarn", "factor": 2.0}},
-            r"rope_type = 'yarn' is not supported where an odd number .* channels turn: 3 of 12",
+            r"rope_type = 'yarn' is not supported for an odd number of rotated channels: 3 of 12",
         ),
         (
             NEOX | {"rope_parameters": ODD | {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}},
-            "has 1 short and 1 long factors, and 3 of a head's 12 channels turn, in 2 pairs",
+            "has 1 short and 1 long factors, but 3 of a head's 12 channels are rotated in 2 pairs",
         ),
-        (LLAMA | {"head_dim": 3}, "all 3 channels of a head .* are an odd number"),
+        (LLAMA | {"head_dim": 3}, "a head has an odd number of them, 3 "),
         ({"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True"),
         (
             {"model_type": "gemma3_text", "attn_logit_softcapping": 50.0},

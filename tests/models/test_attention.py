@@ -67,10 +67,10 @@ def test_the_limits_of_shapes_are_those_of_jax(monkeypatch):
             SHAPE(head_dim=width, compute_dtype=dtype)
             taken = True
         except ValueError as error:
-            assert "attention = 'cudnn' does not serve" in str(error) and "set attention to 'xla'" in str(error)
+            assert "attention = 'cudnn' does not support" in str(error) and "set attention to 'xla'" in str(error)
             taken = False
         assert taken == taken_by_jax(*inputs(4, 4, width, jnp.dtype(dtype))), (width, dtype)
-    with pytest.raises(ValueError, match=r"does not serve attention_softcap = 50.0, which it has not"):
+    with pytest.raises(ValueError, match=r"does not support attention_softcap = 50.0"):
         SHAPE(attention_softcap=50.0)
 
 
@@ -96,5 +96,5 @@ def test_training_prefill_and_decoding_use_it():
 
 def test_it_is_refused_where_there_is_no_gpu():
     network = PolicyNetwork(SHAPE(), VOCAB, SUPPRESSED)
-    with pytest.raises(RlhfError, match=r"attention = 'cudnn' needs an NVIDIA GPU, and this runs on cpu: set it to"):
+    with pytest.raises(RlhfError, match=r"attention = 'cudnn' needs an NVIDIA GPU, but this runs on cpu: set it to"):
         jax.eval_shape(network.init, jax.random.key(0))

@@ -107,13 +107,13 @@ def test_targets_are_patterns_on_the_last_parts_of_a_path(targets, expected):
 @pytest.mark.parametrize(
     "targets, message",
     [
-        (("attention/x",), r"'attention/x' matches no linear layer. Of block_0 to block_1, each has attention/k, "),
+        (("attention/x",), r"'attention/x' matches no linear layer. block_0 to block_1 each have attention/k, "),
         (("attention/q", "embedding"), "'embedding' matches no linear layer"),
         (("head",), "'head' matches no linear layer"),
         (("p",), "'p' matches no linear layer"),  # the end of a name is no name
         (("block_7/up",), "'block_7/up' matches no"),
-        ((".*",), "would be adapted twice, as .* and as block_0/"),
-        (("attention/qkv", "attention/v"), "attention/v would be adapted twice"),
+        ((".*",), "is matched twice, by .* and by block_0/"),
+        (("attention/qkv", "attention/v"), "attention/v is matched twice"),
     ],
 )
 def test_targets_that_cannot_be_are_refused(targets, message):
@@ -233,7 +233,7 @@ def test_merging_keeps_dtypes_and_refuses_the_adapter_of_another_network():
     params = Adapted(random_params(half), adapted(POLICY).adapter)
     assert {leaf.dtype for leaf in jax.tree.leaves(half.merge(params))} == {jnp.dtype(jnp.bfloat16)}
     shallow = dataclasses.replace(POLICY, config=dataclasses.replace(GROUPED, n_layers=1))
-    with pytest.raises(RlhfError, match="the adapter has a layer block_1/attention/k, which the network has not"):
+    with pytest.raises(RlhfError, match="the network has no layer block_1/attention/k"):
         shallow.merge(Adapted(random_params(shallow), params.adapter))
 
 

@@ -239,7 +239,7 @@ def test_sections_that_cannot_be_are_refused():
         ({"functions": (function,), "combine": "wco"}, "needs a model"),
         ({"functions": (function,), "weights": (math.nan,)}, "must be finite"),
         ({"functions": (function, function)}, "has a duplicate"),
-        ({"model": ModelSource("rm"), "variance_coefficient": 0.1}, "nothing else reads it"),
+        ({"model": ModelSource("rm"), "variance_coefficient": 0.1}, "no other combination uses it"),
     )
     for fields, message in cases:
         with pytest.raises(ValueError, match=message):

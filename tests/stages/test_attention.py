@@ -27,7 +27,7 @@ def policy() -> Policy:
 
 
 def test_a_model_takes_it_in_half_precision_and_is_read_without_it(tmp_path):
-    with pytest.raises(RlhfError, match=r"'cudnn' does not serve compute_dtype = 'float32', and it takes bfloat16 or"):
+    with pytest.raises(RlhfError, match=r"'cudnn' does not support compute_dtype = 'float32', only bfloat16 and"):
         tuned(policy(), Tuning(attention="cudnn"))
     half = tuned(policy(), Tuning(attention="cudnn", compute_dtype="bfloat16"))
     assert isinstance(half, Policy) and half.network.config.attention == "cudnn"

@@ -303,8 +303,8 @@ def test_losses_that_cannot_be_are_refused(fields, message):
 def test_ensembles_that_cannot_be_are_refused():
     for fields, message in (
         ((1, "mean", None), "must be at least 2"),
-        ((2, "uwo", None), "uwo needs one"),
-        ((2, "wco", 0.1), "nothing else reads it"),
+        ((2, "uwo", None), "uwo requires it"),
+        ((2, "wco", 0.1), "no other combination uses it"),
         ((2, "uwo", -0.1), "must be at least 0"),
     ):
         with pytest.raises(ValueError, match=message):

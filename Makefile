@@ -34,7 +34,7 @@ PYTEST := -m pytest -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup dev quickstart test nightly versions lint format parity requirements clean
+.PHONY: help setup dev quickstart test nightly versions mutation lint format parity requirements clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,6 +57,9 @@ nightly: lint $(PARITY) ## every test: also the slow ones, those beside torch an
 versions: .venv-oldest/.ready .venv-newest/.ready ## the quick tests with the oldest and the newest supported versions
 	.venv-oldest/bin/python $(PYTEST) $(ARGS)
 	.venv-newest/bin/python $(PYTEST) $(ARGS)
+
+mutation: $(DEV) ## does a test fail for each changed line of core/? ARGS="core/kl" names modules (minutes each)
+	.venv/bin/python -m tests.mutation --jobs=$(JOBS) $(ARGS)
 
 lint: $(DEV) ## formatting, lint, types and the direction of imports
 	.venv/bin/ruff format --check .

@@ -1,17 +1,25 @@
-"""Does the suite notice a wrong sign or a lost mask in core? Changes one at a time, and runs the tests of that module.
+"""Mutation testing: change the code in one place at a time, and see that a test fails.
 
-    python -m tests.mutation [MODULE ...] [--jobs=2] [--every=1] [--list]
+    make mutation ARGS="core/kl core/ratios"        # modules of rlhf_jax; by default all of core/
+    python -m tests.mutation core/kl --list         # the mutants, without running a test
 
-A mutant is the package with one change in one module of core: a plus for a minus (and the reverse), a product for a
-quotient, a minus left out, a mask inverted or left out (`jnp.where` with its arms exchanged, or its first arm alone),
-a maximum for a minimum, a comparison turned round. One that no test notices is printed with its line. EQUIVALENT names
-those that change nothing a caller can see, and why. Exits with 1 where another one lives.
+A mutant has one change: plus and minus exchanged, or times and divided by, or `and` and `or` of masks; a minus or a
+negated mask left out; a comparison turned round; a maximum for a minimum; the arms of `jnp.where` exchanged, or its
+first arm alone. Annotations and error messages are left alone. The mutants of a module and their order depend on its
+source alone.
+
+Each mutant runs in a scratch copy of the package and its tests, never in the working tree: first the module's own test
+file, then the others of its room that import it, then SWEEPS. It has TIMEOUT seconds in all; one that takes longer
+counts as noticed, since a search that does not end is a failure. A survivor is printed as `file:line: old -> new`, and
+the exit code is then 1. EQUIVALENT lists changes that no caller can see, with the reason. A run of all of core/ takes
+hours; --every=10 samples it.
 """
 
 import argparse
 import ast
 import concurrent.futures
 import copy
+import itertools
 import multiprocessing
 import os
 import re
@@ -25,18 +33,18 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parents[1]
-CORE = ROOT / "rlhf_jax" / "core"
-EVERYWHERE = ("test_goldens.py", "test_axes.py")
-"""Tests that look at all of core; they run after the module's own."""
+PACKAGE = ROOT / "rlhf_jax"
+SWEEPS = {"core": ("test_goldens.py", "test_axes.py")}
+"""Tests that look at a whole room; they run last."""
 
 TIMEOUT = 600.0
-"""Seconds for the tests of one mutant."""
+"""Seconds that the tests of one mutant may take."""
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["beartype", "hypothesis", "jax", "jaxtyping", "optax", "pytest"])
 
 EQUIVALENT: dict[str, str] = {}
-"""`module: line of source -> what it became`, and why nobody can see it."""
+"""`room/module: old -> new`, and the reason why no caller can see the change."""
 
 OPERATORS: dict[type, type] = {
     ast.Add: ast.Sub,
@@ -58,7 +66,7 @@ CALLS = {"maximum": "minimum", "minimum": "maximum", "max": "min", "min": "max",
 
 
 class Mutant(NamedTuple):
-    """One change: the module's whole source with it, and its line before and after."""
+    """A module with one change: its line before and after, and the whole changed source."""
 
     module: str
     line: int
@@ -67,17 +75,21 @@ class Mutant(NamedTuple):
     source: str
 
     def __str__(self) -> str:
-        return f"{self.module}.py:{self.line}: {self.before}  ->  {self.after}"
+        return f"rlhf_jax/{self.module}.py:{self.line}: {self.before} -> {self.after}"
 
     @property
     def key(self) -> str:
-        """What EQUIVALENT knows it by."""
+        """The name of this change in EQUIVALENT, which does not depend on line numbers."""
         return f"{self.module}: {self.before} -> {self.after}"
 
 
 def mutants(module: str) -> Iterator[Mutant]:
-    """Every change of one module of core. Annotations, raised errors and comparisons of names are left alone."""
-    source = (CORE / f"{module}.py").read_text()
+    """Every mutant of one module, in a fixed order."""
+    return mutants_of(module, (PACKAGE / f"{module}.py").read_text())
+
+
+def mutants_of(module: str, source: str) -> Iterator[Mutant]:
+    """Every mutant of a module with this source."""
     tree = ast.parse(source)
     for index, node in enumerate(ast.walk(tree)):
         for change in _changes(node):
@@ -124,7 +136,7 @@ def _replace(tree: ast.AST, old: ast.AST, new: ast.AST) -> None:
 
 
 def _inside_annotation(tree: ast.AST, node: ast.AST) -> bool:
-    """Types are no arithmetic, and what is said of bad input is no result."""
+    """Whether a node is part of a type, or of an error that is raised."""
     for parent in ast.walk(tree):
         spared: list[ast.AST] = []
         if isinstance(parent, (ast.FunctionDef, ast.AsyncFunctionDef)) and parent.returns:
@@ -141,29 +153,33 @@ def _inside_annotation(tree: ast.AST, node: ast.AST) -> bool:
 
 
 def tests_of(module: str) -> list[str]:
-    """The module's own tests, those that read it beside others, and those that look at all of core."""
-    own = f"test_{module}.py"
+    """The module's own test file, those of its room that import it, and those that look at the whole room."""
+    room, _, name = module.rpartition("/")
+    place, dotted = ROOT / "tests" / room, room.replace("/", ".")
     reading = [
         path.name
-        for path in sorted((ROOT / "tests/core").glob("test_*.py"))
-        if re.search(rf"\b(core\.{module}|core import .*\b{module})\b", path.read_text())
+        for path in sorted(place.glob("test_*.py"))
+        if re.search(rf"\b({dotted}\.{name}|{dotted} import .*\b{name})\b", path.read_text())
     ]
-    names = dict.fromkeys([own, *reading, *EVERYWHERE])
-    return [
-        f"tests/core/{name}"
-        for name in sorted(names, key=EVERYWHERE.__contains__)
-        if (ROOT / "tests/core" / name).exists()
-    ]
+    sweeps = SWEEPS.get(room, ())
+    names = dict.fromkeys([f"test_{name}.py", *reading, *sweeps])
+    ordered = sorted(names, key=sweeps.__contains__)
+    return [f"tests/{room}/{each}" for each in ordered if (place / each).exists()]
 
 
-def is_noticed(mutant: Mutant) -> bool:
-    """Whether a test of it fails."""
+def copy_tree(source: Path, target: Path) -> None:
+    """Copy the package, its tests and their configuration."""
+    for tree in ("rlhf_jax", "tests"):
+        shutil.copytree(source / tree, target / tree, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(source / "pyproject.toml", target)
+
+
+def is_noticed(mutant: Mutant, source: Path) -> bool:
+    """Whether a test fails in a copy of `source` with this change."""
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        for tree in ("rlhf_jax", "tests"):
-            shutil.copytree(ROOT / tree, place / tree, ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copy(ROOT / "pyproject.toml", place)
-        (place / "rlhf_jax/core" / f"{mutant.module}.py").write_text(mutant.source)
+        copy_tree(source, place)
+        (place / "rlhf_jax" / f"{mutant.module}.py").write_text(mutant.source)
         process = SERVER.Process(target=run_tests, args=(place, tests_of(mutant.module)))
         process.start()
         process.join(TIMEOUT)
@@ -177,7 +193,7 @@ def is_noticed(mutant: Mutant) -> bool:
 
 
 def run_tests(place: Path, paths: list[str]) -> None:
-    """What a process does, forked from one that has imported all but the package."""
+    """Run test files until one fails, in a process forked from one that has imported everything but the package."""
     with (place / "output").open("w") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
@@ -190,34 +206,38 @@ def run_tests(place: Path, paths: list[str]) -> None:
             sys.exit(code)
 
 
-def main() -> int:
-    """Prints each mutant that lives, and the score."""
-    modules = sorted(path.stem for path in CORE.glob("*.py") if path.stem != "__init__")
+def main(arguments: list[str] | None = None) -> int:
+    """Print each mutant that survives, and the score; return 1 if one survives."""
+    everything = sorted(str(path.relative_to(PACKAGE).with_suffix("")) for path in PACKAGE.rglob("*.py"))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("modules", nargs="*", metavar="MODULE", help=f"of {', '.join(modules)}; all by default")
-    parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--every", type=int, default=1, help="only every so manieth mutant")
-    parser.add_argument("--list", action="store_true", help="name the mutants and run nothing")
-    options = parser.parse_args()
-    unknown = set(options.modules) - set(modules)
+    parser.add_argument("modules", nargs="*", metavar="MODULE", help="such as core/kl; all of core by default")
+    parser.add_argument("--jobs", type=int, default=2, help="mutants at a time")
+    parser.add_argument("--every", type=int, default=1, help="take every n-th mutant only")
+    parser.add_argument("--list", action="store_true", help="list the mutants and run nothing")
+    options = parser.parse_args(arguments)
+    modules = [module.removeprefix("rlhf_jax/").removesuffix(".py") for module in options.modules]
+    modules = modules or [name for name in everything if name.startswith("core/") and "__init__" not in name]
+    unknown = [module for module in modules if module not in everything or not tests_of(module)]
     if unknown:
-        parser.error(f"core has no {', '.join(sorted(unknown))}")
-    found = [mutant for module in options.modules or modules for mutant in mutants(module)][:: options.every]
+        parser.error(f"no such module of rlhf_jax, or none with tests: {', '.join(unknown)}")
+    found = [mutant for module in modules for mutant in mutants(module)][:: options.every]
     if options.list:
         print(*found, sep="\n")
         return 0
     wanted = [mutant for mutant in found if mutant.key not in EQUIVALENT]
-    for module in dict.fromkeys(mutant.module for mutant in wanted):
-        if is_noticed(Mutant(module, 0, "nothing", "nothing", (CORE / f"{module}.py").read_text())):
-            raise RuntimeError(f"the tests of {module} fail as it is: {' '.join(tests_of(module))}")
-    alive = []
-    with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
-        for mutant, noticed in zip(wanted, pool.map(is_noticed, wanted), strict=True):
+    survivors = 0
+    with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+        snapshot = Path(folder)  # the working tree may change meanwhile
+        copy_tree(ROOT, snapshot)
+        for module in dict.fromkeys(mutant.module for mutant in wanted):
+            if is_noticed(Mutant(module, 0, "", "", (snapshot / "rlhf_jax" / f"{module}.py").read_text()), snapshot):
+                raise RuntimeError(f"the tests of {module} fail without a change: {' '.join(tests_of(module))}")
+        for mutant, noticed in zip(wanted, pool.map(is_noticed, wanted, itertools.repeat(snapshot)), strict=False):
             if not noticed:
-                alive.append(mutant)
-                print(f"lives: {mutant}", flush=True)
-    print(f"{len(wanted) - len(alive)} of {len(wanted)} noticed; {len(found) - len(wanted)} known to change nothing")
-    return 1 if alive else 0
+                survivors += 1
+                print(mutant, flush=True)
+    print(f"{len(wanted) - survivors} of {len(wanted)} noticed; {len(found) - len(wanted)} known to change nothing")
+    return 1 if survivors else 0
 
 
 if __name__ == "__main__":

@@ -1,0 +1,59 @@
+"""The mutation tool: what it changes, which tests it runs, and that it tells a noticed change from a survivor."""
+
+import pytest
+
+from tests import mutation
+
+SOURCE = """
+def f(x: int | None, mask) -> int | float:
+    if x < 0:
+        raise ValueError(f"{x - 1}")
+    return jnp.where(~mask, -x + 1, jnp.maximum(x, 2))
+"""
+
+
+def test_each_mutant_has_one_change_outside_types_and_errors():
+    found = [(mutant.line, mutant.before, mutant.after) for mutant in mutation.mutants_of("core/f", SOURCE)]
+    where = "jnp.where(~mask, -x + 1, jnp.maximum(x, 2))"
+    assert found == [
+        (3, "x < 0", "x >= 0"),
+        (5, where, "jnp.where(~mask, jnp.maximum(x, 2), -x + 1)"),
+        (5, where, "-x + 1"),
+        (5, "~mask", "mask"),
+        (5, "-x + 1", "-x - 1"),
+        (5, "jnp.maximum(x, 2)", "jnp.minimum(x, 2)"),
+        (5, "-x", "x"),
+    ]
+    sources = [mutant.source for mutant in mutation.mutants_of("core/f", SOURCE)]
+    assert len(set(sources)) == len(sources)
+
+
+def test_a_modules_own_tests_run_first_and_those_of_the_whole_room_last():
+    paths = mutation.tests_of("core/kl")
+    assert paths[0] == "tests/core/test_kl.py"
+    assert paths[-2:] == ["tests/core/test_goldens.py", "tests/core/test_axes.py"]
+
+
+def test_the_modules_by_default_are_those_of_core(capsys):
+    assert mutation.main(["--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 200 and all(line.startswith("rlhf_jax/core/") for line in lines)
+    with pytest.raises(SystemExit):
+        mutation.main(["core/kk"])
+    assert "core/kk" in capsys.readouterr().err
+
+
+@pytest.mark.nightly
+def test_a_survivor_is_printed_with_its_place(monkeypatch, capsys):
+    """A change in a line that tests read, and one in a function that nothing calls."""
+    source = (mutation.PACKAGE / "core" / "interpolation.py").read_text()
+    unread = source + "\n\ndef _unread(x):\n    return x + 1\n"
+    first, *_ = mutation.mutants_of("core/interpolation", source)
+    *_, last = mutation.mutants_of("core/interpolation", unread)
+    monkeypatch.setattr(mutation, "mutants", lambda module: iter([first, last]))
+    assert mutation.main(["core/interpolation", "--jobs=1"]) == 1
+    printed = capsys.readouterr().out.splitlines()
+    assert printed == [
+        f"rlhf_jax/core/interpolation.py:{last.line}: x + 1 -> x - 1",
+        "1 of 2 noticed; 0 known to change nothing",
+    ]

@@ -1,4 +1,4 @@
-r"""How fast responses are sampled: tokens/s, milliseconds a decoding step, and the ratio to the memory roofline.
+r"""Benchmark of sampling: tokens/s, milliseconds per decoding step, and the ratio to the memory roofline.
 
     python experiments/benchmarks/generation.py --shape S L --batch 64 256 --out runs/generation.jsonl
     python experiments/benchmarks/generation.py --shape S L --batch 64 256 --mixed --out runs/generation_mixed.jsonl
@@ -58,7 +58,7 @@ BANDWIDTHS = {"H200": 4.8e12, "H100 80GB HBM3": 3.35e12, "A100-SXM4-80GB": 2.039
 
 
 class Model(NamedTuple):
-    """What is sampled from."""
+    """Model to sample from."""
 
     name: str
     policy: PolicyNetwork
@@ -109,7 +109,7 @@ def bandwidth() -> tuple[float, str]:
 
 
 def seconds(function: Callable[[], Any]) -> float:
-    """How long a call takes until its results are there."""
+    """Time a call until its results are ready."""
     start = time.perf_counter()
     jax.block_until_ready(function())
     return time.perf_counter() - start
@@ -134,7 +134,7 @@ def profile(function: Callable[[], Any], directory: str) -> None:
 
 
 def step_bytes(model: Model, batch: int, length: float) -> tuple[int, int]:
-    """Bytes of the weights that a step multiplies by, and of a cache that holds `length` tokens a row."""
+    """Bytes of the weights that a step multiplies by, and of a cache with `length` tokens per row."""
     config = model.policy.config
     read = {name: leaf for name, leaf in model.params.items() if config.tied or name != "embedding"}
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(read))

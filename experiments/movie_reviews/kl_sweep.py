@@ -1,4 +1,4 @@
-"""Which KL coefficient should the quickstart's PPO use? Chosen on the validation split.
+"""Sweep of the KL coefficient of the quickstart's PPO, selected on the validation split.
 
     rlhf-jax --config=kl_sweep --workdir=runs/kl_sweep --inputs=runs/quickstart
 

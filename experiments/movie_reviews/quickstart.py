@@ -1,4 +1,4 @@
-"""Which methods improve on SFT, by a gold judge of movie reviews?
+"""Comparison of Best-of-N, DPO and PPO with SFT on movie reviews, scored by a gold judge.
 
     rlhf-jax fetch movie_reviews
     rlhf-jax --config=quickstart --workdir=runs/quickstart

@@ -78,9 +78,9 @@ def record(runs: list[Run], tables: list[pd.DataFrame]) -> list[str]:
     seeds = ", ".join(str(table["seed"].iloc[0]) for table in tables)
     return [
         f"Mean over the whole pipeline run with seeds {seeds} [95 % t interval over seeds], "
-        f"{tables[0]['n_prompts'].iloc[0]} test prompts, one answer each; * chosen on the validation split. "
+        f"{tables[0]['n_prompts'].iloc[0]} test prompts, one answer each; * selected on the validation split. "
         f"{' and '.join(ran)}; Python {found['machine']['python']}, JAX {found['packages']['jax']}, {found['date']}; "
-        f"{' / '.join(f'{m:.1f}' for m in minutes)} minutes a run. "
+        f"{' / '.join(f'{m:.1f}' for m in minutes)} minutes per run. "
         "Files: [experiments/movie_reviews/results](experiments/movie_reviews/results)."
     ]
 
@@ -101,7 +101,7 @@ def claims(runs: list[Run], tables: list[pd.DataFrame]) -> list[str]:
 
     gains = {f"`{name}`": difference(name, "sft") for name in ("best_of_16", "dpo", "ppo")}
     others = {
-        f"`{own}` less `{other}`": difference(own, other)
+        f"`{own}` minus `{other}`": difference(own, other)
         for own, other in (("ppo", "best_of_16"), ("best_of_16", "dpo"), ("ppo", "dpo"))
     }
     won = {name: float(np.mean([row["win_rate"] for row in found[name]])) for name in ("best_of_16", "dpo", "ppo")}
@@ -111,11 +111,11 @@ def claims(runs: list[Run], tables: list[pd.DataFrame]) -> list[str]:
         and all(row["kl"] < CLAIM_KL for row in found["ppo"])
     )
     return [
-        f"- Gain in gold score over SFT, paired over seeds: {_intervals(gains)}. All are above 0, each method wins "
-        f"more than {CLAIM_WIN_RATE:.0%} of pairs in the mean, and PPO stays under {CLAIM_KL:.0f} nats: "
+        f"- Gain in gold score over SFT, paired over seeds: {_intervals(gains)}. Criterion: all are above 0, each "
+        f"method wins more than {CLAIM_WIN_RATE:.0%} of pairs on average, and PPO stays below {CLAIM_KL:.0f} nats: "
         f"**{'holds' if held else 'does not hold'}**",
         f"- Differences between methods, paired over seeds: {_intervals(others)}",
-        "- `dpo` is the value of beta that each run chose on its validation split",
+        "- `dpo` uses the value of beta that each run selected on its validation split",
     ]
 
 

@@ -44,7 +44,7 @@ class Conversation:
 
     @property
     def is_chat(self) -> bool:
-        """Whether the model has a chat template."""
+        """True if the model has a chat template."""
         return self.policy.tokenizer.chat_template is not None
 
     def set_system(self, text: str | None) -> None:

@@ -43,7 +43,7 @@ def token_rewards(
 
     Eq. 2 of Ziegler et al. 2019 (arXiv:1909.08593), with an estimate a token as KL_t. Padding gets 0.
 
-    Args: scores of whole responses; kl in nats a token; kl_coef is beta.
+    Args: scores of whole responses; kl in nats per token; kl_coef is beta.
     """
     penalty = jnp.where(response_mask, -kl_coef * kl, 0)
     return penalty + masking.at_last_token(scores, response_mask)

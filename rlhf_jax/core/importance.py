@@ -100,7 +100,7 @@ def sampler_difference(
     response_mask: Bool[Array, "B T"],
     axes: tuple[str, ...],
 ) -> dict[str, Metric]:
-    """`sampling/sampling_logp_difference/{mean,max}`: distance of the sampler from the learner, in nats a token.
+    """`sampling/sampling_logp_difference/{mean,max}`: distance of the sampler from the learner, in nats per token.
 
     The absolute difference of one policy's log-probabilities by two programs, as in TRL's GRPOTrainer.
     """

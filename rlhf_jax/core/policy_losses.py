@@ -221,7 +221,7 @@ def ratio_metrics(
 ) -> dict[str, Metric]:
     """`policy/clipfrac_avg` (share of tokens where a bound was reached), `policy/approxkl_avg`, and the tokens' ratios.
 
-    `policy/approxkl_avg` is k2 of old against new in nats a token; `val/ratio` and `val/ratio_var` are of tokens
+    `policy/approxkl_avg` is k2 of old against new in nats per token; `val/ratio` and `val/ratio_var` are of tokens
     whatever ratio the loss has, each at most e to the power of `ratios.LARGEST`. Padding counts in none of them.
     """
     log_ratio = _log_ratio(logprobs, old_logprobs, response_mask)

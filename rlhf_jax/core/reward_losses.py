@@ -147,7 +147,7 @@ def k_wise_centering(scores: Float[Array, "B K"], wins: Bool[Array, "B K K"], *,
 def _cross_entropy(
     margins: Float[Array, "*dims"], chosen: float | Float[Array, "*dims"], rejected: float | Float[Array, "*dims"]
 ) -> Float[Array, "*dims"]:
-    """Of so much weight on either response, in nats."""
+    """Cross-entropy with the given weights on the chosen and the rejected response, in nats."""
     return -(chosen * jax.nn.log_sigmoid(margins) + rejected * jax.nn.log_sigmoid(-margins))
 
 

@@ -1,1 +1,1 @@
-"""Formats of others, in and out: Hugging Face checkpoints, GGUF files, PEFT adapters, and the hub they come from."""
+"""Foreign formats, import and export: Hugging Face checkpoints, GGUF files, PEFT adapters, and the Hub."""

@@ -1,4 +1,4 @@
-"""A model trained from scratch, as a checkpoint of transformers: the config.json of a family that has its shape."""
+"""Describe a model trained from scratch as a transformers config.json of a family that supports its architecture."""
 
 import dataclasses
 from collections.abc import Callable
@@ -12,40 +12,39 @@ _ACTIVATIONS = {"relu": "relu", "relu2": "relu2", "gelu": "gelu_pytorch_tanh", "
 
 
 def describe(config: ModelConfig, vocab_size: int, **tokens: int) -> dict[str, Any]:
-    """The config.json of a language model: that of the first family which, read back, has this very shape.
+    """Write the config.json of the first family that, read back, gives exactly this architecture.
 
-    Args: tokens are the ids of special tokens, by the names that a config.json has for them.
-    Raises RlhfError where none has, naming the nearest family and the fields in which it differs.
+    Args: tokens are the ids of special tokens, by their names in config.json.
+    Raises RlhfError if there is none, naming the nearest family and the fields that differ.
     """
     differing = {}
-    for family, fields in _FAMILIES.items():
-        name, say = fields
-        said = {"model_type": family, "architectures": [name], "vocab_size": vocab_size, **tokens, **say(config)}
+    for family, (name, fields) in _FAMILIES.items():
+        hf_config = {"model_type": family, "architectures": [name], "vocab_size": vocab_size} | tokens | fields(config)
         try:
-            found, _ = read_shape(said, param_dtype=config.param_dtype, compute_dtype=config.compute_dtype)
-        except RlhfError:  # a family that asks for more than another shape
+            parsed, _ = read_shape(hf_config, param_dtype=config.param_dtype, compute_dtype=config.compute_dtype)
+        except RlhfError:  # the family cannot express this architecture at all
             continue
         differing[family] = _differences(
-            config, dataclasses.replace(found, remat=config.remat, attention=config.attention)
+            config, dataclasses.replace(parsed, remat=config.remat, attention=config.attention)
         )
         if not differing[family]:
-            return said
+            return hf_config
     nearest = min(differing, key=lambda family: len(differing[family]))
     raise RlhfError(
-        "no family of transformers has the shape of this model, which was trained from scratch; the nearest is "
-        f"{nearest}, with {', '.join(differing[nearest])}. Train one with such a shape to export it"
+        "no transformers family supports the architecture of this model, which was trained from scratch; the nearest "
+        f"is {nearest}, with {', '.join(differing[nearest])}. Train a model with that architecture to export it"
     )
 
 
-def _differences(config: ModelConfig, found: ModelConfig) -> list[str]:
-    ours, theirs = _filled(config), _filled(found)
-    if config.positions == "rotary" and config.context is None:  # which have no end, whatever a family's default is
-        theirs["context"] = None
-    return [f"{name} = {theirs[name]!r} in the place of {ours[name]!r}" for name in ours if ours[name] != theirs[name]]
+def _differences(config: ModelConfig, parsed: ModelConfig) -> list[str]:
+    own, other = _filled(config), _filled(parsed)
+    if config.positions == "rotary" and config.context is None:  # unlimited, whatever the family's default
+        other["context"] = None
+    return [f"{name} = {other[name]!r} instead of {own[name]!r}" for name in own if own[name] != other[name]]
 
 
 def _filled(config: ModelConfig) -> dict[str, Any]:
-    """The fields, with what None stands for."""
+    """Fields with explicit values in place of None."""
     filled = dataclasses.replace(config, n_kv_heads=config.kv_heads, head_dim=config.head_width)
     return vars(filled) | ({"rope": Rope()} if config.positions == "learned" else {})
 

@@ -1,7 +1,7 @@
-"""The families of models: how each one's config.json and tensors are said in the terms of our transformer.
+"""Model families: mapping of each family's config.json and tensors to our transformer.
 
-A family is a function from its config (as transformers' AutoConfig completes it) to a ModelConfig, and a table of its
-tensors: which of our parameters each one holds, and in which layout.
+A family consists of a function from its config (completed by transformers' AutoConfig) to fields of ModelConfig, and a
+table of its tensors with the parameters that each contains and their layout.
 """
 
 import math
@@ -19,23 +19,23 @@ Layout = Literal["flat", "out_in", "in_out", "heads_qkv"]
 
 
 class Tensor(NamedTuple):
-    """One tensor of a checkpoint. `{i}` in its name and parts stands for the number of a layer."""
+    """Tensor of a checkpoint. `{i}` in its name and parts stands for the layer number."""
 
     name: str
-    parts: tuple[str, ...]  # the parameters that it holds, one after the other along its output axis
+    parts: tuple[str, ...]  # parameters that it contains, concatenated along its output axis
     layout: Layout = "flat"
 
 
 class Family(NamedTuple):
-    """How a family says what our transformer says."""
+    """Mapping of one family to our transformer."""
 
     fields: Callable[[Any], dict[str, Any]]  # transformers' config -> fields of ModelConfig
-    tensors: tuple[Tensor, ...]  # those whose parameters a model lacks (biases, norms) are not in its checkpoint
-    prefix: str  # what the names of tensors begin with, save where a checkpoint was written without it
+    tensors: tuple[Tensor, ...]  # including those (biases, norms) that not every model has
+    prefix: str  # of tensor names; some checkpoints omit it
 
 
 def family_of(hf_config: dict[str, Any], where: str) -> Family:
-    """The family of a config.json. Raises RlhfError naming a model_type that is not covered."""
+    """Family of a config.json. Raises RlhfError for an unsupported model_type."""
     name = hf_config.get("model_type")
     if name not in FAMILIES:
         raise RlhfError(f"{where}: model_type = {name!r} is not supported: it should be one of {', '.join(FAMILIES)}")
@@ -43,20 +43,20 @@ def family_of(hf_config: dict[str, Any], where: str) -> Family:
 
 
 def tensors_of(family: Family, layers: int, paths: Iterable[str]) -> list[Tensor]:
-    """Every tensor that a model with these parameters has. Parameters that no tensor holds are a fault of the table."""
-    paths, found = set(paths), []
+    """List the tensors of a model with these parameter paths, each of which must be part of a tensor."""
+    paths, tensors = set(paths), []
     for name, parts, layout in family.tensors:
         for i in range(layers if "{i}" in name else 1):
             filled = tuple(part.format(i=i) for part in parts)
             if paths.issuperset(filled):
-                found.append(Tensor(name.format(i=i), filled, layout))
-    left = paths.difference(part for tensor in found for part in tensor.parts)
-    assert not left, left
-    return found
+                tensors.append(Tensor(name.format(i=i), filled, layout))
+    missing = paths.difference(part for tensor in tensors for part in tensor.parts)
+    assert not missing, missing
+    return tensors
 
 
 def unpack(array: np.ndarray, tensor: Tensor, shapes: list[tuple[int, ...]]) -> list[np.ndarray]:
-    """The parameters that a tensor holds, as views of it where that is possible."""
+    """Split a tensor into its parameters, as views if possible."""
     if tensor.layout == "heads_qkv":
         heads, width = shapes[0][-2:]
         pieces = array.reshape(heads, 3, width, *array.shape[1:])
@@ -71,7 +71,7 @@ def unpack(array: np.ndarray, tensor: Tensor, shapes: list[tuple[int, ...]]) -> 
 
 
 def pack(parameters: list[np.ndarray], tensor: Tensor) -> np.ndarray:
-    """The tensor that holds these parameters: the inverse of `unpack`."""
+    """Build a tensor from its parameters: the inverse of `unpack`."""
     if tensor.layout == "heads_qkv":
         pieces = np.stack([np.moveaxis(array, (-2, -1), (0, 1)) for array in parameters], axis=1)
         return pieces.reshape(-1, *pieces.shape[3:])
@@ -85,7 +85,7 @@ def pack(parameters: list[np.ndarray], tensor: Tensor) -> np.ndarray:
 
 
 def tensor_shape(tensor: Tensor, shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
-    """The shape that a tensor must have, given those of its parameters."""
+    """Shape of a tensor, from the shapes of its parameters."""
     size = sum(map(math.prod, shapes))
     if tensor.layout == "flat":
         return (size,) if len(shapes) > 1 or tensor.name.endswith("bias") else shapes[0]
@@ -96,7 +96,7 @@ def tensor_shape(tensor: Tensor, shapes: list[tuple[int, ...]]) -> tuple[int, ..
 
 
 def _inputs(part: str, array: np.ndarray) -> int:
-    """The size of a kernel's input: of two axes for the attention's output, else of one."""
+    """Input size of a kernel: of two axes for the attention's output projection, otherwise of one."""
     return math.prod(array.shape[: 2 if part.endswith("attention/o/kernel") else 1])
 
 
@@ -104,7 +104,7 @@ def _inputs(part: str, array: np.ndarray) -> int:
 
 
 def _linear(name: str, *parts: str, layout: Layout = "out_in") -> tuple[Tensor, Tensor]:
-    """The weight and the bias of a linear layer, which may be several of ours in one."""
+    """Weight and bias of a linear layer, which may combine several of our layers."""
     bias: Layout = "heads_qkv" if layout == "heads_qkv" else "flat"
     return (
         Tensor(f"{name}.weight", tuple(f"block_{{i}}/{part}/kernel" for part in parts), layout),
@@ -117,7 +117,7 @@ def _norm(name: str, path: str) -> tuple[Tensor, Tensor]:
 
 
 def _ends(embedding: str, norm: str, head: str = "lm_head.weight") -> tuple[Tensor, ...]:
-    """What stands before the layers and after them. `score` is the head of a reward model."""
+    """Tensors before and after the layers; `score` is the head of a reward model."""
     return (
         Tensor(embedding, ("embedding",)),
         *_norm(norm, "final_norm"),
@@ -131,7 +131,7 @@ _LLAMA = "model.layers.{i}."
 
 
 def _llama_tensors(**norms: str) -> tuple[Tensor, ...]:
-    """Llama's names, and those of its norms: what we call them, by what the family calls them."""
+    """Tensors with Llama's names. Args: norms maps the family's names of its norms to ours."""
     return (
         *_ends("model.embed_tokens.weight", "model.norm"),
         *(tensor for part in "qkvo" for tensor in _linear(f"{_LLAMA}self_attn.{part}_proj", f"attention/{part}")),
@@ -199,5 +199,5 @@ FAMILIES: dict[str, Family] = {
 
 
 def model_config(hf_config: Any, **dtypes: Any) -> ModelConfig:
-    """The shape that a config of transformers describes. Raises RlhfError where we do not have what it asks for."""
+    """Convert a transformers config to a ModelConfig. Raises RlhfError for unsupported features."""
     return ModelConfig(**FAMILIES[hf_config.model_type].fields(hf_config), **dtypes)

@@ -1,7 +1,7 @@
-"""Fields of ModelConfig from a config of transformers, a function for each family.
+"""Conversion of transformers configs to fields of ModelConfig, one function per family.
 
-A family reads its own fields alone, as transformers does: a Llama's `sliding_window` or a Mistral's `layer_types` means
-nothing. All raise RlhfError where transformers computes what we do not, naming the field and its value.
+As in transformers, a family reads only its own fields: `sliding_window` of a Llama or `layer_types` of a Mistral is
+ignored. All functions raise RlhfError, naming field and value, for computations that we do not support.
 """
 
 import math
@@ -29,13 +29,13 @@ def _activation(name: str) -> str:
 
 
 def _by_layer_type(config: Any) -> tuple[int | None, ...]:
-    """Windows of a family that names each layer's kind of attention."""
+    """Windows of a family whose config lists each layer's type of attention."""
     kinds = config.layer_types
     return tuple(config.sliding_window if kind == "sliding_attention" else None for kind in kinds)
 
 
 def _everywhere(config: Any) -> tuple[int | None, ...]:
-    """Windows of a family that has the same in every layer."""
+    """Windows of a family with the same window in every layer."""
     return (config.sliding_window,) * config.num_hidden_layers
 
 
@@ -45,18 +45,18 @@ def _decoder(
     activation: str,
     attention_bias: bool = False,
     windows: tuple[int | None, ...] = (),
-    partial: bool = False,  # a part of each head may turn
+    partial: bool = False,  # the family supports partial rotary positions
 ) -> dict[str, Any]:
-    """Fields that all families but GPT-2 and GPT-NeoX have in common.
+    """Fields shared by all families but GPT-2 and GPT-NeoX.
 
-    Raises RlhfError for an activation or a type of rope scaling that we lack, and where a part of each head would turn
-    in a family that turns whole heads.
+    Raises RlhfError for an unsupported activation or type of rope scaling, and for partial rotary positions in a family
+    without them.
     """
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     parameters, context = config.rope_parameters, config.max_position_embeddings
     nested = "full_attention" in parameters
-    # Where they are nested, transformers looks for YaRN's `truncate` beside the layers' parameters, not in them.
+    # If they are nested, transformers reads YaRN's `truncate` from the outer dict.
     truncate = {"truncate": parameters.get("truncate", True)} if nested else {}
     each = [parameters["full_attention"], parameters["sliding_attention"]] if nested else [parameters]
     ropes = [rope_of(one | truncate, width, context) for one in each]
@@ -64,7 +64,7 @@ def _decoder(
         if not partial and rope.channels(width) != width:
             raise RlhfError(
                 f"partial_rotary_factor = {rope.fraction} is not supported for model_type = {config.model_type!r}: "
-                f"transformers turns all {width} channels of its heads, and has no way to turn {rope.channels(width)}"
+                f"transformers rotates all {width} channels of its heads and cannot rotate only {rope.channels(width)}"
             )
     return {
         "d_model": config.hidden_size,
@@ -98,22 +98,22 @@ def arcee(config: Any) -> dict[str, Any]:
 
 
 def mistral(config: Any) -> dict[str, Any]:
-    """Mistral: one window for all layers."""
+    """Mistral: the same window in all layers."""
     return _decoder(config, activation=config.hidden_act, windows=_everywhere(config))
 
 
 def phi3(config: Any) -> dict[str, Any]:
-    """Phi-3: a part of each head may turn."""
+    """Phi-3: partial rotary positions."""
     return _decoder(config, activation=config.hidden_act, windows=_everywhere(config), partial=True)
 
 
 def qwen2(config: Any) -> dict[str, Any]:
-    """Qwen2: biases of queries, keys and values, and windows by layer."""
+    """Qwen2: biases for queries, keys and values, and windows by layer."""
     return _decoder(config, activation=config.hidden_act, windows=_by_layer_type(config)) | {"qkv_bias": True}
 
 
 def qwen3(config: Any) -> dict[str, Any]:
-    """Qwen3: queries and keys are normalised by head."""
+    """Qwen3: queries and keys normalised per head."""
     windows = _by_layer_type(config)
     common = _decoder(config, activation=config.hidden_act, attention_bias=config.attention_bias, windows=windows)
     return common | {"qk_norm": "head"}
@@ -145,18 +145,18 @@ def gemma2(config: Any) -> dict[str, Any]:
 
 
 def gemma3(config: Any) -> dict[str, Any]:
-    """Gemma 3: rotary positions by kind of layer; queries and keys are normalised by head."""
+    """Gemma 3: rotary positions by layer type; queries and keys normalised per head."""
     if config.attn_logit_softcapping is not None:
         raise RlhfError(
             f"attn_logit_softcapping = {config.attn_logit_softcapping} is not supported for model_type = "
-            f"{config.model_type!r}: transformers does not apply it there. Set it to null, as in Gemma 3's releases"
+            f"{config.model_type!r}: transformers ignores it there. Set it to null, as in Gemma 3's releases"
         )
     return gemma2(config) | {"qk_norm": "head"}
 
 
 def _gemma_kin(config: Any) -> dict[str, Any]:
     if config.use_bidirectional_attention:
-        raise RlhfError("use_bidirectional_attention = True is not supported: it makes an encoder of a Gemma")
+        raise RlhfError("use_bidirectional_attention = True is not supported: it turns Gemma into an encoder")
     return {"norm_offset": 1.0, "embedding_scale": math.sqrt(config.hidden_size)}
 
 
@@ -183,7 +183,7 @@ def gpt2(config: Any) -> dict[str, Any]:
 
 
 def gpt_neox(config: Any) -> dict[str, Any]:
-    """GPT-NeoX and Pythia: attention and MLP in parallel, a part of each head turns."""
+    """GPT-NeoX and Pythia: parallel attention and MLP, partial rotary positions."""
     width = config.hidden_size // config.num_attention_heads
     return {
         "d_model": config.hidden_size,

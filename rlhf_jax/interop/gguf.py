@@ -1,6 +1,6 @@
-"""GGUF files, llama.cpp's, brought in: read, dequantised, and written as a Hugging Face checkpoint.
+"""Import of llama.cpp's GGUF files: read and dequantise the weights, and write a Hugging Face checkpoint.
 
-The tokenizer inside is `rlhf_jax.text.gguf_tokenizer`'s, and `rlhf_jax.interop.hub.convert_gguf` calls both.
+`rlhf_jax.text.gguf_tokenizer` converts the tokenizer; `rlhf_jax.interop.hub.convert_gguf` calls both.
 """
 
 import collections
@@ -21,7 +21,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 ORIGIN = "dequantised_from"
-"""A config.json's key for the quantisations that its weights were stored in, that of most weights first."""
+"""Key in config.json for the quantisation types of the original weights, most frequent first."""
 
 _FLOATS = {gguf.GGMLQuantizationType[name] for name in ("F64", "F32", "F16", "BF16")}
 CHUNK = 1 << 22
@@ -29,10 +29,10 @@ CHUNK = 1 << 22
 
 
 class TensorPlan(NamedTuple):
-    """One tensor: where it comes from, what it is called on the hub, and what is done to it on the way.
+    """Conversion of one tensor: its names in the GGUF file and on the Hub, and how its values change.
 
-    `shape` is that in the GGUF file. At most one thing is done: row `rows[i]` is put at place i, `offset` is
-    added, or the matrix is transposed.
+    `shape` is the shape in the GGUF file. At most one change applies: row i is taken from `rows[i]`, `offset` is added,
+    or the matrix is transposed.
     """
 
     source: str
@@ -44,7 +44,7 @@ class TensorPlan(NamedTuple):
 
 
 class GgufFile(NamedTuple):
-    """A GGUF file that can be converted; its tensors stay on disk until they are looked at."""
+    """Validated GGUF file; its tensors are read from disk on demand."""
 
     path: Path
     metadata: dict[str, Any]  # as Python values
@@ -55,11 +55,11 @@ class GgufFile(NamedTuple):
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """Opens a GGUF file, and checks that all that a conversion needs is in it.
+    """Open a GGUF file and check that it can be converted.
 
-    Raises: RlhfError if there is no such file, it is cut short, one of several parts, or for big-endian machines; or
-        naming an unknown architecture, a missing key or tensor, a shape that does not fit the metadata, a
-        quantisation that cannot be read, or what the file has and the conversion does not know.
+    Raises: RlhfError if the file is missing, truncated, one of several parts, or big-endian; or naming an unknown
+        architecture or tensor, a missing key or tensor, a shape that does not match the metadata, or an unsupported
+        quantisation.
     """
     try:
         reader = gguf.GGUFReader(path)
@@ -67,11 +67,11 @@ def read_gguf(path: Path) -> GgufFile:
     except OSError as error:
         raise RlhfError(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, IndexError, KeyError, OverflowError, MemoryError) as error:
-        raise RlhfError(f"{path} is not a GGUF file, or is cut short ({error}): download it again") from error
+        raise RlhfError(f"{path} is not a GGUF file, or is truncated ({error}): download it again") from error
     if metadata.get("split.count", 1) > 1:
         raise RlhfError(f"{path} is one of {metadata['split.count']} parts: join them with llama-gguf-split --merge")
     if reader.byte_order != "I":
-        raise RlhfError(f"{path} was made for machines of another byte order: download one for this machine")
+        raise RlhfError(f"{path} has another byte order than this machine: download a file for this byte order")
     stored = {tensor.name: tensor for tensor in reader.tensors}
     shapes = {name: tuple(reversed(tensor.shape.tolist())) for name, tensor in stored.items()}
     factors = stored.get("rope_freqs.weight")
@@ -83,13 +83,13 @@ def read_gguf(path: Path) -> GgufFile:
 
 
 def write_checkpoint(file: GgufFile, directory: Path, *, dtype: Dtype) -> None:
-    """Writes `config.json`, `generation_config.json` and `model.safetensors` as transformers would name all in them.
+    """Write `config.json`, `generation_config.json` and `model.safetensors` with transformers' names.
 
-    Weights are dequantised in float32 and rounded to `dtype`, one tensor at a time. float32 keeps what is in the
-    file exactly; bfloat16 is half as large and rounds to 8 bits. Neither brings back what quantising lost: config.json
-    names the quantisations under `ORIGIN`, and keeps them through an export.
+    Weights are dequantised in float32 and rounded to `dtype`, one tensor at a time. float32 represents the file's
+    values exactly; bfloat16 is half as large and rounds to 8 bits. Neither restores the precision lost by quantisation:
+    config.json lists the quantisation types under `ORIGIN`, and exports keep that entry.
 
-    Raises: RlhfError naming a tensor with a weight that is no number, or too large for float16.
+    Raises: RlhfError naming a tensor with a weight that is not finite or too large for float16.
     """
     origin = {ORIGIN: quantisation} if (quantisation := _quantisation(file)) else {}
     _write_json(directory / "config.json", file.config | {"dtype": dtype} | origin)
@@ -103,7 +103,7 @@ def write_checkpoint(file: GgufFile, directory: Path, *, dtype: Dtype) -> None:
 
 
 def _quantisation(file: GgufFile) -> str:
-    """The quantisations of a file's weights, those of most weights first; empty where all are floating-point."""
+    """Quantisation types of a file's weights, most frequent first; empty if all weights are floating-point."""
     counts: collections.Counter[str] = collections.Counter()
     for tensor in file.plan:
         stored = file.stored[tensor.source]
@@ -113,15 +113,15 @@ def _quantisation(file: GgufFile) -> str:
 
 
 def _plan(header: Header) -> tuple[dict[str, Any], list[TensorPlan]]:
-    """The config.json of a GGUF file's model, and what becomes of its tensors: each of them exactly once.
+    """Build config.json and the conversion plan, which uses each tensor exactly once.
 
-    Raises: RlhfError naming an unknown architecture, a missing key or tensor, a shape that does not fit the metadata,
-        or whatever the file has and this table does not know.
+    Raises: RlhfError naming an unknown architecture or tensor, a missing key or tensor, or a shape that does not match
+        the metadata.
     """
     if header.architecture not in FAMILIES:
         raise RlhfError(
-            f"{header.path} is of the architecture {header.architecture!r}, which cannot be converted: it must be one "
-            f"of {', '.join(FAMILIES)}"
+            f"{header.path} has the unsupported architecture {header.architecture!r}: it must be one of "
+            f"{', '.join(FAMILIES)}"
         )
     family = FAMILIES[header.architecture]
     sizes = _sizes(header, family)
@@ -129,16 +129,14 @@ def _plan(header: Header) -> tuple[dict[str, Any], list[TensorPlan]]:
     tensors = _tensors(family, sizes, header.number("block_count"), tied)
     known = {tensor.source for tensor in tensors} | {"rope_freqs.weight"}
     if unknown := [name for name in header.shapes if name not in known]:
-        raise RlhfError(
-            f"{header.path} has a tensor {unknown[0]}, which a conversion to {family.model_class} has no place for"
-        )
+        raise RlhfError(f"{header.path} has a tensor {unknown[0]}, which {family.model_class} does not have")
     for tensor in tensors:
         if tensor.source not in header.shapes:
-            raise RlhfError(f"{header.path} lacks the tensor {tensor.source}: download it again, or another conversion")
+            raise RlhfError(f"{header.path} has no tensor {tensor.source}: download it again, or another conversion")
         if header.shapes[tensor.source] != tensor.shape:
             raise RlhfError(
-                f"{header.path}: the tensor {tensor.source} has the shape {header.shapes[tensor.source]}, and the "
-                f"file's metadata ask for {tensor.shape}"
+                f"{header.path}: tensor {tensor.source} has the shape {header.shapes[tensor.source]}, but the file's "
+                f"metadata require {tensor.shape}"
             )
     config = {
         "architectures": [family.model_class],
@@ -151,7 +149,7 @@ def _plan(header: Header) -> tuple[dict[str, Any], list[TensorPlan]]:
 
 
 def _token_id(header: Header, kind: str) -> int | None:
-    """The id of the special token `bos`, `eos`, `pad` or `eot`, or None."""
+    """Id of the special token `bos`, `eos`, `pad` or `eot`, or None."""
     return header.metadata.get(f"tokenizer.ggml.{'padding' if kind == 'pad' else kind}_token_id")
 
 
@@ -195,12 +193,12 @@ def _tensors(family: Family, sizes: Sizes, layers: int, tied: bool) -> list[Tens
 
 
 def _half_rotation(heads: int, head_width: int) -> np.ndarray:
-    """Where the rows of a q or k for rotary pairs (i, i + K / 2) are in one for pairs (2i, 2i + 1)."""
+    """Row permutation of q or k from rotary pairs (2i, 2i + 1) to pairs (i, i + K / 2)."""
     return np.arange(heads * head_width).reshape(heads, head_width // 2, 2).swapaxes(1, 2).reshape(-1)
 
 
 def _heads_together(heads: int, head_width: int) -> np.ndarray:
-    """Where the rows of a fused q, k and v, one head's together, are in one of all heads' q, then k, then v."""
+    """Row permutation of fused q, k, v from all heads' q, then k, then v, to q, k, v of each head together."""
     return np.arange(3 * heads * head_width).reshape(3, heads, head_width).swapaxes(0, 1).reshape(-1)
 
 
@@ -216,8 +214,8 @@ def _check_quantisation(path: Path, tensor: gguf.ReaderTensor) -> None:
         _dequantise(tensor, tensor.data.reshape(-1, tensor.data.shape[-1])[:1])
     except NotImplementedError as error:
         raise RlhfError(
-            f"{path}: {tensor.name} is stored as {tensor.tensor_type.name}, which the installed gguf cannot "
-            "dequantise: use a file with another quantisation, or a newer gguf"
+            f"{path}: {tensor.name} is stored as {tensor.tensor_type.name}, which the installed gguf package cannot "
+            "dequantise: use a file with another quantisation or a newer gguf"
         ) from error
 
 
@@ -226,7 +224,7 @@ def _dequantise(tensor: gguf.ReaderTensor, data: np.ndarray) -> np.ndarray:
 
 
 def _generation_config(header: Header) -> dict[str, Any]:
-    """Generation ends at the end of the text as well as at the end of a turn, where they differ."""
+    """Generation config whose stop tokens are EOS and, if it differs, the end-of-turn token."""
     ends = [end for end in (_token_id(header, "eos"), _token_id(header, "eot")) if end is not None]
     ends = list(dict.fromkeys(ends))
     return {
@@ -241,9 +239,9 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def _convert(file: GgufFile, plan: TensorPlan, dtype: np.dtype) -> np.ndarray:
-    """One tensor as it is on the hub."""
+    """Convert one tensor to its form on the Hub."""
     tensor = file.stored[plan.source]
-    # Blocks lie within rows, so that rows can be chosen and put in order before they are dequantised, some at a time.
+    # Quantisation blocks lie within rows, so rows can be permuted before dequantising them in chunks.
     is_vector = tensor.data.ndim == 1
     stored = tensor.data[None] if is_vector else tensor.data
     width = plan.shape[-1]
@@ -254,10 +252,10 @@ def _convert(file: GgufFile, plan: TensorPlan, dtype: np.dtype) -> np.ndarray:
         weights = _dequantise(tensor, stored[rows if plan.rows is None or is_vector else plan.rows[rows]])
         if plan.rows is not None and is_vector:
             weights = weights[:, plan.rows]
-        if plan.offset:  # or -0.0 would become 0.0
+        if plan.offset:  # adding 0 would turn -0.0 into 0.0
             weights = weights + np.float32(plan.offset)
-        with np.errstate(over="ignore"):  # which the next lines report
+        with np.errstate(over="ignore"):  # reported below
             converted[rows] = weights.astype(dtype)
     if not np.isfinite(converted).all():
-        raise RlhfError(f"{file.path}: {plan.source} has weights that are no finite numbers in {dtype.name}")
+        raise RlhfError(f"{file.path}: {plan.source} has weights that are not finite in {dtype.name}")
     return converted.T if plan.transposed else converted.reshape(plan.shape)

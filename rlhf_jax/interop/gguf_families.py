@@ -1,7 +1,7 @@
-"""What a GGUF file's metadata and tensors are called on the Hugging Face hub, one table for each architecture.
+"""Hugging Face names of the metadata and tensors of GGUF files, one table per architecture.
 
-The tensors' names are llama.cpp's (its gguf-py/gguf/constants.py); what its conversion does to their values is in its
-conversion/*.py, and is undone here.
+GGUF names are llama.cpp's (gguf-py/gguf/constants.py). The changes that its conversion (conversion/*.py) makes to
+values are undone.
 """
 
 import math
@@ -17,60 +17,60 @@ Sizes = Mapping[str, int]
 
 
 class Header(NamedTuple):
-    """What a GGUF file says of itself: its metadata, and the shapes of its tensors (rows first)."""
+    """Metadata of a GGUF file, and the shapes of its tensors (rows first)."""
 
     path: Path
     metadata: Mapping[str, Any]
     shapes: Mapping[str, tuple[int, ...]]
-    rope_factors: np.ndarray | None  # rope_freqs.weight: what Llama 3 divides each rotary frequency by
+    rope_factors: np.ndarray | None  # rope_freqs.weight: divisors of Llama 3's rotary frequencies
 
     @property
     def architecture(self) -> str:
-        """The family's name in llama.cpp. Raises RlhfError where the file does not say."""
+        """Name of the architecture in llama.cpp. Raises RlhfError if the file has none."""
         if "general.architecture" not in self.metadata:
-            raise RlhfError(f"{self.path} does not say what architecture it is of (general.architecture is missing)")
+            raise RlhfError(f"{self.path} has no architecture (general.architecture is missing)")
         return self.metadata["general.architecture"]
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value of the architecture's key, such as `block_count` for `llama.block_count`."""
+        """Value of a key of the architecture, such as `block_count` for `llama.block_count`."""
         return self.metadata.get(f"{self.architecture}.{key}", default)
 
     def number(self, key: str) -> Any:
-        """The same, of a key that must be there and be one number. Raises RlhfError naming it."""
+        """Value of a required numeric key of the architecture. Raises RlhfError if it is missing or not a number."""
         value = self.get(key)
         if not isinstance(value, int | float):
-            raise RlhfError(f"{self.path} has no number under {self.architecture}.{key}, which its model needs")
+            raise RlhfError(f"{self.path} has no number under {self.architecture}.{key}, which its model requires")
         return value
 
 
 class Family(NamedTuple):
-    """One architecture.
+    """Conversion tables of one architecture.
 
-    The tables go from names in the GGUF file to names on the hub, with the shape as letters: V vocabulary, D width,
-    F width of the feed-forward layer, Q and J all query and all key heads together, K one head, C context, A and G
-    those that are fused (Q + 2 J, 2 F).
+    The tables map names in the GGUF file to names on the Hub and a shape, given as letters: V vocabulary, D model
+    width, F feed-forward width, Q and J all query and all key heads together, K one head, C context, A and G the fused
+    sizes Q + 2 J and 2 F.
     """
 
     model_type: str
     model_class: str
-    outside: Mapping[str, tuple[str, str]]
-    layer: str  # the prefix on the hub of what is called blk.N. in the file
-    inside: Mapping[str, tuple[str, str]]
+    outside: Mapping[str, tuple[str, str]]  # tensors outside the layers
+    layer: str  # prefix on the Hub of the tensors called blk.N. in the file
+    inside: Mapping[str, tuple[str, str]]  # tensors of each layer
     config: Callable[[Header, Sizes], dict[str, Any]]
     head: str = "lm_head.weight"
     interleaved: bool = False  # q and k are stored for rotary pairs (2i, 2i + 1) instead of (i, i + K / 2)
-    by_head: bool = False  # the hub keeps q, k and v of one head together in what is fused, the file those of one kind
-    partial: bool = False  # a part of each head may be rotated, as rope.dimension_count says
-    norm_offset: float = 0.0  # what llama.cpp adds to the weights of norms
-    transposed: bool = False  # the hub keeps the layers' matrices with the input axis first
+    by_head: bool = False  # on the Hub, fused q, k, v are grouped by head; in the file, by q, k and v
+    partial: bool = False  # partial rotary positions are allowed (rope.dimension_count)
+    norm_offset: float = 0.0  # offset that llama.cpp adds to the weights of norms
+    transposed: bool = False  # on the Hub, the layers' matrices have the input axis first
 
 
 def _decoder(header: Header, sizes: Sizes) -> dict[str, Any]:
-    """What all but GPT-2 and GPT-NeoX have in common."""
+    """Config fields shared by all architectures but GPT-2 and GPT-NeoX."""
     if header.get("rope.dimension_count", sizes["K"]) != sizes["K"]:
-        raise RlhfError(f"{header.path} rotates a part of each head ({header.architecture}.rope.dimension_count)")
+        raise RlhfError(f"{header.path} has partial rotary positions ({header.architecture}.rope.dimension_count)")
     if header.get("attention.causal") is False:
-        raise RlhfError(f"{header.path} is no language model: its attention is not causal")
+        raise RlhfError(f"{header.path} is not a language model: its attention is not causal")
     return {
         "hidden_size": sizes["D"],
         "intermediate_size": sizes["F"],
@@ -102,13 +102,13 @@ def _rope(header: Header, sizes: Sizes) -> dict[str, Any]:
         betas = {f"beta_{end}": header.get(f"rope.scaling.yarn_beta_{end}") for end in ("fast", "slow")}
         yarn = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": length}
         return base | yarn | {name: beta for name, beta in betas.items() if beta is not None}
-    raise RlhfError(f"{header.path} stretches its rotary positions by {kind!r}, in a way that cannot be converted")
+    raise RlhfError(f"{header.path} has rope scaling of type {kind!r}, which cannot be converted")
 
 
 def _llama3(header: Header, theta: float, head_width: int) -> dict[str, Any]:
-    """Llama 3's scaling, of which a GGUF file has the result alone: all models so far differ in the factor only.
+    """Recover Llama 3's rope scaling from the factors in the file, assuming that only `factor` differs between models.
 
-    Raises: RlhfError if Llama 3's formula does not give what is in the file.
+    Raises: RlhfError if Llama 3's formula does not reproduce the factors.
     """
     assert header.rope_factors is not None
     factor, low, high, length = float(header.rope_factors.max()), 1.0, 4.0, 8192
@@ -116,7 +116,7 @@ def _llama3(header: Header, theta: float, head_width: int) -> dict[str, Any]:
     smooth = np.clip((length / wavelengths - low) / (high - low), 0, 1)
     expected = 1 / ((1 - smooth) / factor + smooth)
     if header.rope_factors.shape != expected.shape or not np.allclose(header.rope_factors, expected, rtol=1e-3):
-        raise RlhfError(f"{header.path}: rope_freqs.weight is not Llama 3's scaling, and there is no other to choose")
+        raise RlhfError(f"{header.path}: rope_freqs.weight is not Llama 3's scaling, and no other is supported")
     scaling = {"rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high}
     return scaling | {"original_max_position_embeddings": length}
 
@@ -129,7 +129,7 @@ def _llama(header: Header, sizes: Sizes) -> dict[str, Any]:
 
 def _qwen(header: Header, sizes: Sizes) -> dict[str, Any]:
     if header.get("attention.sliding_window"):
-        raise RlhfError(f"{header.path} has a sliding window, in layers that the file does not name")
+        raise RlhfError(f"{header.path} has a sliding window, but does not say in which layers")
     return _decoder(header, sizes) | {"use_sliding_window": False}
 
 
@@ -138,7 +138,7 @@ def _gemma(header: Header, sizes: Sizes) -> dict[str, Any]:
 
 
 def _gemma2(header: Header, sizes: Sizes) -> dict[str, Any]:
-    # The scale of attention is not in the file; llama.cpp too knows the 27B model by its number of layers.
+    # The attention scale is not in the file; like llama.cpp, recognise the 27B model by its number of layers.
     largest = header.number("block_count") == 46
     return _gemma(header, sizes) | {
         "query_pre_attn_scalar": sizes["D"] // sizes["heads"] if largest else sizes["K"],
@@ -207,14 +207,14 @@ def _gpt_neox(header: Header, sizes: Sizes) -> dict[str, Any]:
 
 
 def _share(channels: int, width: int) -> float:
-    """The share of a head's channels, so that `int(width * share)` gives their number: of 26, 15 / 26 would give 14."""
+    """Fraction with int(width * fraction) == channels in floating point (int(26 * (15 / 26)) would be 14)."""
     share = channels / width
     return share if int(width * share) == channels else math.nextafter(share, 2)
 
 
 def _olmo2(header: Header, sizes: Sizes) -> dict[str, Any]:
     if header.get("attention.sliding_window"):
-        raise RlhfError(f"{header.path} has a sliding window: it is an OLMo 3, and only an OLMo 2 can be converted")
+        raise RlhfError(f"{header.path} has a sliding window: it is OLMo 3, but only OLMo 2 is supported")
     return _decoder(header, sizes)
 
 
@@ -265,7 +265,7 @@ _OLMO2_LAYER = {
 
 
 def _with_biases(**names: str) -> dict[str, tuple[str, str]]:
-    """Weights and biases of what is called so in the file, by what it is called on the hub."""
+    """Entries for weights and biases. Args: names maps names in the file to names on the Hub."""
     shapes = {"output_norm": "D", "attn_norm": "D", "ffn_norm": "D"}
     shapes |= {"attn_qkv": "A D", "attn_output": "D Q", "ffn_up": "F D", "ffn_down": "D F"}
     return {
@@ -334,4 +334,4 @@ FAMILIES: dict[str, Family] = {
     "olmo2": _OLMO2,
     "phi3": _PHI3,
 }
-"""By the name llama.cpp gives an architecture (Mistral is a `llama` there, as is SmolLM2)."""
+"""Families by llama.cpp's name of the architecture (`llama` includes Mistral and SmolLM2)."""

@@ -1,4 +1,4 @@
-"""Checkpoints of Hugging Face transformers, in and out: config.json and safetensors, one tensor at a time."""
+"""Import and export of Hugging Face transformers checkpoints: config.json and safetensors, one tensor at a time."""
 
 import dataclasses
 import hashlib
@@ -31,17 +31,17 @@ from rlhf_jax.models.scalars import ScalarNetwork
 from rlhf_jax.types import RlhfError
 
 Place = Callable[[str, np.ndarray], jax.Array]
-"""Where a parameter goes: its path, and its value in the memory of the host -> the parameter on its devices."""
+"""Function that places a parameter on its devices, given its path and its value in host memory."""
 
 Kind = Literal["policy", "reward"]
 
-# Tables that some old checkpoints carry, and that follow from their configs.
+# Tables in some old checkpoints that are determined by the config.
 _BUFFERS = re.compile(r"(\.attn\.(masked_)?bias|\.attention\.(masked_bias|bias)|rotary_emb\.inv_freq)$")
 _WEIGHTS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
 
 
 class Pretrained(NamedTuple):
-    """A checkpoint of transformers in our terms, with the config it came with."""
+    """Model loaded from a transformers checkpoint, with its original config."""
 
     kind: Kind
     config: ModelConfig
@@ -51,32 +51,30 @@ class Pretrained(NamedTuple):
 
 
 def find_checkpoint(source: str) -> Path:
-    """The directory of a checkpoint: the source itself, or what the hub has under that name, downloaded."""
+    """Directory of a checkpoint: the source itself, or the downloaded Hub repository with that name."""
     if Path(source).is_dir():
         return Path(source)
     if source.startswith((".", "/", "~")) or source.count("/") > 1 or Path(source).exists():
-        raise RlhfError(
-            f"{source} is not a directory: give that of a Hugging Face checkpoint, or the id of one on the hub"
-        )
-    import huggingface_hub  # takes a second, and only those who download need it
+        raise RlhfError(f"{source} is not a directory: give the directory of a Hugging Face checkpoint, or a hub id")
+    import huggingface_hub  # takes a second; only needed for downloads
     from huggingface_hub import errors
 
     try:
         return Path(huggingface_hub.snapshot_download(source, allow_patterns=_WEIGHTS))
     except errors.GatedRepoError as error:
         raise RlhfError(
-            f"{source} is gated: ask for access on its page on the hub, and set HF_TOKEN to a token of that account"
+            f"{source} is gated: request access on its hub page, and set HF_TOKEN to a token of that account"
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise RlhfError(
-            f"{source} is no directory here, and the hub has no such model, or keeps it private: check the name, or "
-            "set HF_TOKEN to a token that may read it"
+            f"{source} is neither a directory nor a public model on the hub: check the name, or set HF_TOKEN to a "
+            "token that may read it"
         ) from error
-    except Exception as error:  # of httpx, of the hub, and of the file system
+    except Exception as error:  # from httpx, the hub client or the file system
         offline = isinstance(error.__cause__, errors.OfflineModeIsEnabled)
         reason = "HF_HUB_OFFLINE is set" if offline else str(error.__cause__ or error).strip().partition("\n")[0]
         raise RlhfError(
-            f"{source} is no directory here, has not been downloaded before, and could not be had from the hub "
+            f"{source} is not a directory, has not been downloaded before, and could not be downloaded from the hub "
             f"({reason}): check the name and the connection, or download it elsewhere and give its directory"
         ) from error
 
@@ -90,13 +88,13 @@ def load_pretrained(
     attention: AttentionBy = "xla",
     place: Place | None = None,
 ) -> Pretrained:
-    """A causal language model, or a sequence classifier with one label, which is a reward model.
+    """Load a causal language model, or a sequence classifier with one label as a reward model.
 
-    One tensor after the other goes from its file to its place, so that no second copy of the model exists.
+    Tensors are read and placed one at a time, so that no second copy of the model exists.
 
-    Args: source is a directory or a hub id; param_dtype None keeps every tensor as it is stored; place puts a parameter
-    on its devices (by default the first one).
-    Raises RlhfError naming the tensor that is missing, of an unknown type, or of a shape that does not fit the config.
+    Args: source is a directory or a hub id; param_dtype None keeps the stored dtypes; place puts a parameter on its
+    devices (default: the first device).
+    Raises RlhfError naming a tensor that is missing or unknown, or has an unsupported dtype or the wrong shape.
     """
     directory = find_checkpoint(source)
     hf_config = read_config(directory)
@@ -111,10 +109,10 @@ def load_pretrained(
     known = set()
     for tensor in tensors_of(family, config.n_layers, shapes):
         wanted = [shapes[part] for part in tensor.parts]
-        spellings = (tensor.name, tensor.name.removeprefix(family.prefix))  # of the whole model, or of its body alone
+        spellings = (tensor.name, tensor.name.removeprefix(family.prefix))  # saved from the full model or its body
         name = next((spelling for spelling in spellings if spelling in stored), None)
         if name is None:
-            raise RlhfError(f"{directory} has no tensor {tensor.name}, which its config.json asks for")
+            raise RlhfError(f"{directory} has no tensor {tensor.name}, which its config.json requires")
         known.add(name)
         entry = stored[name]
         _check(entry, name, tensor_shape(tensor, wanted))
@@ -130,9 +128,9 @@ def load_pretrained(
 
 
 def save_pretrained(directory: Path, kind: Kind, params: PyTree, hf_config: dict[str, Any]) -> None:
-    """Writes `config.json` and `model.safetensors`, which transformers loads; the tokenizer writes its own files.
+    """Write `config.json` and `model.safetensors` for transformers; the tokenizer writes its own files.
 
-    Tensors have their parameters' dtypes. Raises RlhfError where the directory exists and is not empty.
+    Tensors keep the dtypes of the parameters. Raises RlhfError if the directory exists and is not empty.
     """
     flat = {_path(path, kind): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     if kind == "reward":
@@ -156,7 +154,7 @@ def save_pretrained(directory: Path, kind: Kind, params: PyTree, hf_config: dict
 
 
 def classifier_config(hf_config: dict[str, Any], *, pad_id: int) -> dict[str, Any]:
-    """The config.json of a reward model, a classifier with one label, which has a language model's body."""
+    """Convert a language model's config.json to that of a classifier with one label."""
     name = (hf_config.get("architectures") or ["ForCausalLM"])[0]
     base = name.removesuffix("LMHeadModel").removesuffix("ForCausalLM")
     return hf_config | {
@@ -168,17 +166,17 @@ def classifier_config(hf_config: dict[str, Any], *, pad_id: int) -> dict[str, An
 
 
 def refuse_bias(bias: Any | None) -> None:
-    """Raises RlhfError for a reward model's head whose bias says something, because theirs have none."""
+    """Raise RlhfError for a non-zero bias of a reward model's head, which transformers' classifiers do not have."""
     if bias is not None and np.any(np.asarray(bias)):
         raise RlhfError(
-            "the reward model's head has a bias, which transformers' classifiers have not: scores would move by "
-            f"{float(np.asarray(bias)[0]):+.4g}. Train it with model.init set to a checkpoint, which has none, and "
-            "with normalise = None"
+            "the reward model's head has a bias, but transformers' classifiers have none: scores would change by "
+            f"{float(np.asarray(bias)[0]):+.4g}. Train it from a checkpoint (model.init), whose head has no bias, with "
+            "normalise = None"
         )
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """A checkpoint's config.json. Raises RlhfError where there is none, or where it is of an unknown family."""
+    """Read a checkpoint's config.json. Raises RlhfError if it is missing or malformed, or its family is unknown."""
     file = directory / "config.json"
     try:
         config = json.loads(file.read_bytes())
@@ -193,7 +191,7 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def checkpoint_hash(directory: Path) -> str:
-    """A hash that notices a changed checkpoint: of its configs, and of the beginnings and sizes of its weights."""
+    """Hash to detect a changed checkpoint, over names, sizes and first megabytes of its JSON and weight files."""
     digest = hashlib.sha256()
     for file in sorted([*directory.glob("*.json"), *directory.glob("*.safetensors")]):
         with open(file, "rb") as content:
@@ -202,7 +200,7 @@ def checkpoint_hash(directory: Path) -> str:
 
 
 def network_of(pretrained: Pretrained) -> PolicyNetwork | ScalarNetwork:
-    """The functions of a checkpoint's parameters."""
+    """Network of a loaded checkpoint."""
     return _network(pretrained.kind, pretrained.config, pretrained.vocab_size)
 
 
@@ -220,19 +218,18 @@ def _read_shape(hf_config: dict[str, Any], directory: Path, **how: Any) -> tuple
 
 
 def read_shape(hf_config: dict[str, Any], **how: Any) -> tuple[ModelConfig, int]:
-    """The shape that a config.json describes, and the size of its vocabulary.
+    """Architecture and vocabulary size described by a config.json; missing fields get transformers' defaults.
 
-    Args: how are the fields that no config.json has: dtypes, remat, attention.
-
-    What it leaves out is as transformers has it by default. Raises RlhfError where it cannot be, or is not supported.
+    Args: how are the fields of ModelConfig that config.json does not have: dtypes, remat, attention.
+    Raises RlhfError if the config is invalid or not supported.
     """
-    # transformers says that it found no PyTorch, which nobody here misses.
+    # Silences transformers' warning that PyTorch was not found.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig  # takes two seconds, and only those who bring a model need it
+    from transformers import AutoConfig  # takes two seconds; only needed for checkpoints
 
     try:
-        # Completes what older checkpoints leave out, and says it as newer ones do.
+        # Adds fields missing in older checkpoints and converts them to the current form.
         completed = AutoConfig.for_model(**hf_config)
         return model_config(completed, **how), completed.vocab_size
     except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
@@ -240,7 +237,7 @@ def read_shape(hf_config: dict[str, Any], **how: Any) -> tuple[ModelConfig, int]
 
 
 def _aligned(array: np.ndarray, dtype: Any) -> np.ndarray:
-    """The array at an address that is a multiple of ALIGNMENT: on CPUs it is then the parameter, uncopied."""
+    """Array with this dtype at an address that is a multiple of ALIGNMENT, which JAX can use without a copy on CPUs."""
     if array.dtype == dtype and array.flags.c_contiguous and array.ctypes.data % ALIGNMENT == 0:
         return array
     copy = empty(array.shape, np.dtype(dtype))
@@ -262,13 +259,13 @@ def _kind(hf_config: dict[str, Any], directory: Path) -> Kind:
 
 def parameter_shapes(kind: Kind, config: ModelConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
     """Return the shape of every parameter of a network, by its path."""
-    key = jax.eval_shape(lambda: jax.random.key(0))  # a key's shape: to make one would compile a program
+    key = jax.eval_shape(lambda: jax.random.key(0))  # only its shape, to avoid compiling a program
     tree = jax.eval_shape(_network(kind, config, vocab_size).init, key)
     return {_path(path, kind): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _path(path: tuple, kind: Kind) -> str:
-    """A parameter's path within the transformer; the reward model's own head stays `head/kernel`."""
+    """Path of a parameter within the transformer; the reward model's head stays `head/kernel`."""
     return jax.tree_util.keystr(path, simple=True, separator="/").removeprefix("body/" if kind == "reward" else "")
 
 
@@ -289,11 +286,11 @@ def _check(entry: StoredTensor, name: str, shape: tuple[int, ...]) -> None:
     if entry.dtype not in DTYPES:
         raise RlhfError(f"{entry.file}: tensor {name} is of type {entry.dtype}, not one of {', '.join(DTYPES)}")
     if entry.shape != shape:
-        raise RlhfError(f"{entry.file}: tensor {name} has the shape {entry.shape}, and config.json says {shape}")
+        raise RlhfError(f"{entry.file}: tensor {name} has the shape {entry.shape}, but config.json requires {shape}")
 
 
 def _refuse_unknown(names: set[str], config: ModelConfig, directory: Path) -> None:
-    """A tensor that nothing reads means that the model is another one than its config says."""
+    """Raise RlhfError for an unused tensor, which means that the model does not match its config."""
     unread = {name for name in names if not _BUFFERS.search(name)}
     if config.tied:
         unread -= {"lm_head.weight", "embed_out.weight"}  # a copy of the embedding

@@ -1,4 +1,4 @@
-"""Models that others trained, as Hugging Face directories: converted from GGUF files, fetched, or found."""
+"""Directories of pretrained models: converted from GGUF files, fetched, downloaded from the Hub, or local."""
 
 import hashlib
 import tempfile
@@ -14,19 +14,19 @@ from rlhf_jax.text.hf_tokenizer import GENERATION_FILE, load_pretrained_tokenize
 from rlhf_jax.text.tokenizer import CONFIG_FILE, Tokenizer, load_tokenizer
 from rlhf_jax.types import RlhfError
 
-CONVERSION = 2  # of what a conversion writes; with a higher one models are fetched and converted anew
+CONVERSION = 2  # version of the conversion's output; models are converted again after it changes
 
 
 def convert_gguf(path: Path, out: Path, *, dtype: weights.Dtype) -> None:
-    """Converts a GGUF file to a directory that transformers reads: weights, configuration, tokenizer, chat template.
+    """Convert a GGUF file to a directory for transformers: weights, configuration, tokenizer, chat template.
 
-    The directory appears whole or not at all.
+    The directory is created atomically.
 
-    Args: `dtype` of the weights: float32 keeps what is in the file exactly, bfloat16 and float16 are half as large.
-    Raises: RlhfError naming what is wrong with the file, or what is in the way of the directory.
+    Args: dtype of the weights: float32 is exact; bfloat16 and float16 are half as large.
+    Raises: RlhfError if the file cannot be converted or the directory cannot be created.
     """
     if out.exists():
-        raise RlhfError(f"{out} is there already: remove it, or name another directory")
+        raise RlhfError(f"{out} already exists: remove it or choose another directory")
     file = weights.read_gguf(path)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -41,9 +41,9 @@ def convert_gguf(path: Path, out: Path, *, dtype: weights.Dtype) -> None:
 
 
 def converted(path: Path) -> Path:
-    """The directory that a GGUF file is converted to, once, in bfloat16, where all that is fetched stands.
+    """Convert a GGUF file to bfloat16 once, in the data directory, and return the result's directory.
 
-    A file that has changed since is converted anew. Raises: RlhfError, as `convert_gguf` does.
+    A changed file is converted again. Raises: RlhfError, as `convert_gguf` does.
     """
     try:
         status = path.stat()
@@ -60,9 +60,9 @@ def converted(path: Path) -> Path:
 
 
 def fetch_model(name: str) -> Path:
-    """Fetches a model unless it is there already, and returns its directory, as a data set is fetched.
+    """Fetch a model unless it exists, and return its directory.
 
-    Raises: RlhfError for an unknown name, no pip, no network, an altered download, or a disk that cannot take it.
+    Raises: RlhfError for an unknown name, and as `data.fetch.obtain` does.
     """
     if name not in MODELS:
         raise RlhfError(f"{name} cannot be fetched: choose one of {', '.join(MODELS)}")
@@ -70,57 +70,56 @@ def fetch_model(name: str) -> Path:
 
 
 def quantisation_note(name: str, hf_config: dict[str, Any] | None) -> str | None:
-    """A sentence for the user where a model's weights were quantised once; None where they were not."""
+    """Note for the user if a model's weights were dequantised; otherwise None."""
     origin = (hf_config or {}).get(weights.ORIGIN)
     if origin is None:
         return None
     return (
-        f"{name}: these weights were stored as {origin} and dequantised. They are those of the quantised model, "
-        "whatever type they are held or written in"
+        f"{name}: these weights were stored as {origin} and dequantised. They have the precision of the quantised "
+        "model, whatever their dtype"
     )
 
 
 def checkpoint_directory(source: str) -> Path:
-    """The Hugging Face directory of a checkpoint: itself, a model to fetch, a GGUF file's conversion, or the hub's."""
+    """Hugging Face directory of a checkpoint: local, fetched, converted from GGUF, or downloaded from the Hub."""
     if source in MODELS:
         return fetch_model(source)
     return converted(Path(source)) if source.endswith(".gguf") else hf.find_checkpoint(source)
 
 
-def whole_directory(directory: Path) -> Path:
-    """Where the weights of a whole model are: in the directory itself, or in that of the base which an adapter names.
+def base_directory(directory: Path) -> Path:
+    """Directory of the full model's weights: the directory itself, or that of an adapter's base.
 
-    Raises RlhfError where the base is not found, or is an adapter itself.
+    Raises RlhfError if the base is not found or is itself an adapter.
     """
     base = peft.base_of(directory)
     if base is None:
         return directory
     where = f"{directory / peft.CONFIG_FILE}: base_model_name_or_path"
     try:
-        found = checkpoint_directory(base)
+        model = checkpoint_directory(base)
     except RlhfError as error:
         raise RlhfError(f"{where}: {error}") from error
-    if peft.base_of(found) is not None:
-        raise RlhfError(f"{where}: {base} is an adapter itself: merge it (rlhf-jax export), and name the merged model")
-    return found
+    if peft.base_of(model) is not None:
+        raise RlhfError(f"{where}: {base} is itself an adapter: merge it (rlhf-jax export), and name the merged model")
+    return model
 
 
-def checkpoint_tokenizer(directory: Path, whole: Path) -> Tokenizer:
-    """A checkpoint's tokenizer. An adapter's own counts, where it has one, and else its base's.
+def checkpoint_tokenizer(directory: Path, base: Path) -> Tokenizer:
+    """Load the tokenizer of a checkpoint: an adapter's own if it has one, otherwise its base's.
 
-    What ends a text is said beside the base, unless beside the adapter too.
+    The generation config is the adapter's if it has one, otherwise the base's.
     """
-    if whole == directory or not (directory / CONFIG_FILE).exists():
-        return load_tokenizer(whole)
-    said = directory if (directory / GENERATION_FILE).exists() else whole
-    return load_pretrained_tokenizer(directory, generation=said)
+    if base == directory or not (directory / CONFIG_FILE).exists():
+        return load_tokenizer(base)
+    generation = directory if (directory / GENERATION_FILE).exists() else base
+    return load_pretrained_tokenizer(directory, generation=generation)
 
 
 def checkpoint_hash(source: str) -> str:
-    """A hash that notices a changed checkpoint, the base of an adapter included."""
+    """Hash to detect a changed checkpoint, including the base of an adapter."""
     directory = checkpoint_directory(source)
-    whole = whole_directory(directory)
-    hashes = [hf.checkpoint_hash(each) for each in dict.fromkeys([directory, whole])]
+    hashes = [hf.checkpoint_hash(each) for each in dict.fromkeys([directory, base_directory(directory)])]
     return " ".join(hashes)
 
 

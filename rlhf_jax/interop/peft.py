@@ -1,7 +1,7 @@
-"""Adapters in PEFT's format, in and out: adapter_config.json and adapter_model.safetensors.
+"""Import and export of adapters in PEFT's format: adapter_config.json and adapter_model.safetensors.
 
-PEFT adapts a family's own linear layers, so that one which holds several of ours (q, k and v in GPT-2) has one A for
-all of them. Adapters are float32 here, as PEFT itself makes them of files in half precision.
+PEFT adapts the linear layers of a family's own implementation, so that a fused layer (q, k and v in GPT-2) has one A
+for all its parts. Adapters are loaded as float32, as PEFT does even for files in half precision.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from rlhf_jax.interop.families import Layout, Tensor, family_of, pack, tensors_o
 from rlhf_jax.interop.hf import Kind, Pretrained, classifier_config, find_checkpoint, network_of, refuse_bias
 from rlhf_jax.interop.tensor_files import (
     DTYPES,
-    WHOLE,
+    MODEL_FILES,
     StoredTensor,
     new_directory,
     read_header,
@@ -33,7 +33,7 @@ CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 _PREFIX = "base_model.model."
 _HEAD = f"{_PREFIX}score.weight"
-# What we read, and what changes nothing once an adapter is trained. Whatever else a config sets, we do not have.
+# Fields that we read, and fields without effect on a trained adapter. Any other non-empty field is not supported.
 _READ = {
     "r",
     "lora_alpha",
@@ -52,62 +52,62 @@ _IDLE = {
 
 
 class Loaded(NamedTuple):
-    """An adapter that was made elsewhere, and the config that would make one like it."""
+    """Adapter loaded from PEFT files, and the equivalent LoraConfig."""
 
     config: LoraConfig
     adapter: PyTree
 
 
 def base_of(directory: Path) -> str | None:
-    """What the adapter in a directory was trained beside; None where there is none, or the weights of a whole model.
+    """Base model named by the adapter in a directory; None if it has no adapter or also a full model's weights.
 
-    Raises RlhfError where the adapter's config is damaged, or names no base.
+    Raises RlhfError if the adapter's config is malformed or names no base.
     """
     file = directory / CONFIG_FILE
-    if not file.exists() or any((directory / name).exists() for name in WHOLE):
+    if not file.exists() or any((directory / name).exists() for name in MODEL_FILES):
         return None
     base = _parse_config(file).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise RlhfError(
-            f"{file} says nothing of base_model_name_or_path: write there the directory or hub id of the model beside "
-            "which the adapter was trained"
+            f"{file} has no base_model_name_or_path: set it to the directory or hub id of the model that the adapter "
+            "was trained on"
         )
     return base
 
 
 def with_adapter(directory: Path, base: Pretrained, *, pad_id: int) -> Pretrained:
-    """A base with the adapter in a directory merged into it, as PEFT's merge_and_unload has it.
+    """Merge the adapter in a directory into its base, as PEFT's merge_and_unload does.
 
-    An adapter of a classifier (task_type SEQ_CLS) beside a language model makes a reward model, with its own head.
-    Raises RlhfError as `load_adapter` does, and where base and adapter are made for other tasks.
+    A classifier's adapter (task_type SEQ_CLS) on a language model gives a reward model with the adapter's head.
+    Raises RlhfError as `load_adapter` does, and if base and adapter have different tasks.
     """
     file = directory / CONFIG_FILE
     task = _parse_config(file).get("task_type")
     if task == "SEQ_CLS" and base.kind == "policy":
         if _HEAD not in read_header(directory / WEIGHTS_FILE):
             raise RlhfError(
-                f"{directory / WEIGHTS_FILE} has no tensor {_HEAD}, the head of a reward model, and its base is a "
-                "language model: train it with modules_to_save = ['score']"
+                f"{directory / WEIGHTS_FILE} has no tensor {_HEAD} (the head of a reward model), and its base is a "
+                "language model without one: train the adapter with modules_to_save = ['score']"
             )
         body = {name: leaf for name, leaf in base.params.items() if name != "head"}
         head = {"kernel": np.zeros((base.config.d_model, 1), body["embedding"].dtype)}
         hf_config = classifier_config(base.hf_config, pad_id=pad_id)
         base = base._replace(kind="reward", params={"body": body, "head": head}, hf_config=hf_config)
     if task not in (None, {"policy": "CAUSAL_LM", "reward": "SEQ_CLS"}[base.kind]):
-        raise RlhfError(f"{file}: task_type = {task!r}, and its base is a {base.kind} model: name another base there")
+        raise RlhfError(f"{file}: task_type = {task!r}, but its base is a {base.kind} model: name another base")
     loaded = load_adapter(str(directory), base)
     network = dataclasses.replace(network_of(base), lora=loaded.config)
     return base._replace(params=network.merge(Adapted(base.params, loaded.adapter)))
 
 
 def load_adapter(source: str, pretrained: Pretrained) -> Loaded:
-    """An adapter that PEFT saved, for the base that it was trained on.
+    """Load an adapter that PEFT saved, for the base that it was trained on.
 
-    A reward model's adapter has its head too: PEFT's where it saved one, else the base's.
+    A reward model's adapter includes the head: the saved one if there is one, otherwise the base's.
 
     Args: source is a directory or a hub id.
-    Raises RlhfError for a feature of PEFT that we do not have, and for a tensor that is missing, unknown, or of a shape
-    that does not fit the base.
+    Raises RlhfError for an unsupported feature of PEFT, and for a tensor that is missing, unknown, or of the wrong
+    shape.
     """
     directory = find_checkpoint(source)
     peft_config = _read_config(directory, pretrained.kind)
@@ -124,7 +124,7 @@ def load_adapter(source: str, pretrained: Pretrained) -> Loaded:
         if missing == names and not _is_target(module, peft_config):
             continue
         if missing:
-            raise RlhfError(f"{file} has no tensor {missing[0]}: it is not whole. Save the adapter again")
+            raise RlhfError(f"{file} is incomplete: it has no tensor {missing[0]}. Save the adapter again")
         kernels = [shapes[part] for part in tensor.parts]
         inputs = kernels[0][: 2 if tensor.parts[0].endswith("attention/o/kernel") else 1]
         outputs = [shape[len(inputs) :] for shape in kernels]
@@ -147,11 +147,11 @@ def load_adapter(source: str, pretrained: Pretrained) -> Loaded:
             head = {"kernel": _placed(_read(stored.pop(_HEAD), _HEAD, shape).T, head["kernel"].dtype)}
         adapter = {"body": body, "head": head}
     if stored:
-        raise RlhfError(f"{file} adapts what we do not: {', '.join(sorted(stored)[:3])}")
+        raise RlhfError(f"{file} adapts layers that are not supported: {', '.join(sorted(stored)[:3])}")
     if not found:
         raise RlhfError(
-            f"{file} has no adapter of a linear layer: target_modules = {json.dumps(peft_config['target_modules'])} "
-            f"matches none of a {pretrained.hf_config['model_type']}'s. Is it the adapter of another model?"
+            f"{file} adapts no linear layer of {pretrained.hf_config['model_type']}: target_modules = "
+            f"{json.dumps(peft_config['target_modules'])} matches none. Is it the adapter of another model?"
         )
     try:
         config = LoraConfig(
@@ -169,11 +169,11 @@ def load_adapter(source: str, pretrained: Pretrained) -> Loaded:
 def save_adapter(
     directory: Path, kind: Kind, params: Adapted, config: LoraConfig, hf_config: dict[str, Any], *, base: str | None
 ) -> None:
-    """Writes an adapter and its config, which PEFT puts on the base. Of the base, the shapes alone are needed.
+    """Write an adapter and its config for PEFT. Only the shapes of the base's parameters are used.
 
-    Args: base is the directory or hub id under which PEFT finds the base by itself.
-    Raises RlhfError where the directory exists and is not empty, where q, k and v have adapters of their own in a
-    family that stores them as one tensor, and where a reward model's head has a bias.
+    Args: base is the directory or hub id from which PEFT loads the base.
+    Raises RlhfError if the directory exists and is not empty, if q, k and v have separate adapters in a family that
+    stores them as one tensor, or if a reward model's head has a bias.
     """
     tree, adapter = params.base, params.adapter
     tensors: dict[str, np.ndarray] = {}
@@ -190,8 +190,8 @@ def save_adapter(
             continue
         if len(own) < len(parts) or len({layer.group for layer in own}) > 1:
             raise RlhfError(
-                f"{hf_config['model_type']} stores {', '.join(parts)} as one layer, {module}, and PEFT adapts it as "
-                f"one: train with {_group(tensor).split('/', 1)[1]!r} among lora.targets, or export the merged model"
+                f"{hf_config['model_type']} stores {', '.join(parts)} as one layer {module}, for which PEFT needs one "
+                f"adapter: train with {_group(tensor).split('/', 1)[1]!r} in lora.targets, or export the merged model"
             )
         a = pack([np.asarray(own[0].a)], Tensor(module, tensor.parts[:1], "out_in"))
         b = pack([np.asarray(layer.b) for layer in own], Tensor(module, _B * len(own), _layout(tensor)))
@@ -228,7 +228,7 @@ def _parse_config(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise RlhfError(f"{file} cannot be read ({error.strerror}): give a directory that PEFT saved") from error
     except (ValueError, TypeError) as error:
-        raise RlhfError(f"{file} is no config of PEFT ({error}): save the adapter again") from error
+        raise RlhfError(f"{file} is not a PEFT config ({error}): save the adapter again") from error
 
 
 def _read_config(directory: Path, kind: Kind) -> dict[str, Any]:
@@ -238,23 +238,23 @@ def _read_config(directory: Path, kind: Kind) -> dict[str, Any]:
     if config.get("peft_type") != "LORA":
         raise RlhfError(f"{file}: peft_type = {config.get('peft_type')!r} is not supported: it should be 'LORA'")
     if missing:
-        raise RlhfError(f"{file} says nothing of {', '.join(sorted(missing))}: save the adapter again")
+        raise RlhfError(f"{file} has no {', '.join(sorted(missing))}: save the adapter again")
     saved = set(config.get("modules_to_save") or ())
     unsupported = [name for name, value in config.items() if value and name not in _READ | _IDLE]
     if config.get("bias", "none") != "none":
         unsupported.append("bias")
     if config.get("init_lora_weights", True) not in (True, False, None, "gaussian", "orthogonal", "eva"):
-        unsupported.append("init_lora_weights")  # pissa, olora and others, which change the base as well
+        unsupported.append("init_lora_weights")  # pissa, olora and others also change the base
     if saved and (kind == "policy" or saved - {"score", "classifier"}):
         unsupported.append("modules_to_save")
     if unsupported:
-        said = ", ".join(f"{name} = {json.dumps(config[name])}" for name in unsupported)
-        raise RlhfError(f"{file}: {said} is not supported: merge the adapter with PEFT, and load the merged model")
+        values = ", ".join(f"{name} = {json.dumps(config[name])}" for name in unsupported)
+        raise RlhfError(f"{file}: {values} is not supported: merge the adapter with PEFT, and load the merged model")
     return config
 
 
 def _is_target(module: str, config: dict[str, Any]) -> bool:
-    """Whether a config names a layer for sure: with exclusions beside, the tensors alone tell."""
+    """Return whether a config certainly targets a layer; False if patterns or exclusions make that unclear."""
     targets = config["target_modules"]
     if isinstance(targets, str) or config.get("exclude_modules") or config.get("layers_to_transform") is not None:
         return False
@@ -262,7 +262,7 @@ def _is_target(module: str, config: dict[str, Any]) -> bool:
 
 
 def _target_modules(adapted: list[str], modules: list[str]) -> list[str]:
-    """The shortest names that PEFT takes for these layers and for no other."""
+    """Shortest names that PEFT matches with exactly these layers."""
     chosen = set()
     for module in adapted:
         names = module.split(".")
@@ -273,7 +273,7 @@ def _target_modules(adapted: list[str], modules: list[str]) -> list[str]:
 
 
 def _targets(groups: list[str], shapes: dict[str, tuple[int, ...]]) -> tuple[str, ...]:
-    """Targets of a LoraConfig that name these layers and no other."""
+    """Targets of a LoraConfig that match exactly these layers."""
     blocks = {path.split("/")[0] for path in shapes if path.startswith("block_")}
     kinds = {group.split("/", 1)[1] for group in groups}
     everywhere = {kind for kind in kinds if {f"{block}/{kind}" for block in blocks} <= set(groups)}
@@ -282,11 +282,11 @@ def _targets(groups: list[str], shapes: dict[str, tuple[int, ...]]) -> tuple[str
 
 # ---- tensors -------------------------------------------------------------------------------------------------------
 
-_B = ("B",)  # a part that has one axis of inputs, the rank
+_B = ("B",)  # a part with a single input axis, the rank
 
 
 def _modules(hf_config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """The family's linear layers, by their names."""
+    """The family's linear layers by name."""
     blocks = len({path.split("/")[0] for path in shapes if path.startswith("block_")})
     return {
         tensor.name.removesuffix(".weight"): tensor
@@ -296,12 +296,12 @@ def _modules(hf_config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> d
 
 
 def _layout(tensor: Tensor) -> Layout:
-    """The layout of B: PEFT's matrices are Linear layers of torch, even beside a Conv1D."""
+    """Layout of B: PEFT's matrices are torch Linear layers, even for a Conv1D base layer."""
     return "heads_qkv" if tensor.layout == "heads_qkv" else "out_in"
 
 
 def _group(tensor: Tensor) -> str:
-    """Where the A of a layer of the family lies in an adapter."""
+    """Path in our adapter of the A that belongs to a layer of the family."""
     parts = [part.removesuffix("/kernel") for part in tensor.parts]
     if len(parts) == 1:
         return parts[0]
@@ -314,7 +314,7 @@ def _read(entry: StoredTensor, name: str, shape: tuple[int, ...]) -> np.ndarray:
         raise RlhfError(f"{entry.file}: tensor {name} is of type {entry.dtype}, not one of {', '.join(DTYPES)}")
     if entry.shape != shape:
         raise RlhfError(
-            f"{entry.file}: tensor {name} has the shape {entry.shape}, and the base and r ask for {shape}: is it the "
+            f"{entry.file}: tensor {name} has the shape {entry.shape}, but the base and r require {shape}: is it the "
             "adapter of another model?"
         )
     return read_tensor(entry)

@@ -1,7 +1,7 @@
-"""Tensors in safetensors files, read and written one at a time.
+"""Read and write safetensors files, one tensor at a time.
 
-The safetensors package maps a file into memory, and its pages then count as the process's own: a model would be held
-twice while it is loaded. Its format is a few lines: the length of a header in 8 bytes, the header in JSON, the tensors.
+The safetensors package maps files into memory, so that a model would occupy memory twice while it is loaded. The format
+is simple: the header's length in 8 bytes, the header in JSON, the tensors.
 """
 
 import contextlib
@@ -17,30 +17,30 @@ import numpy as np
 
 from rlhf_jax.types import RlhfError
 
-WHOLE = ("model.safetensors", "model.safetensors.index.json")
-"""What a directory with the tensors of a whole model has: one of these."""
+MODEL_FILES = ("model.safetensors", "model.safetensors.index.json")
+"""A directory with a full model's tensors has one of these files."""
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 ALIGNMENT = 64
-"""Bytes: where JAX's own arrays begin on CPUs, which takes what begins there uncopied."""
+"""Alignment in bytes at which JAX uses host arrays without a copy on CPUs."""
 
 
 class StoredTensor(NamedTuple):
-    """Where a tensor lies."""
+    """Location of a tensor in a file."""
 
     file: Path
     dtype: str  # as safetensors names it
     shape: tuple[int, ...]
-    start: int  # bytes from the beginning of the file
+    start: int  # offset in the file in bytes
     size: int  # bytes
 
 
 def find_tensors(directory: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a checkpoint: of `model.safetensors`, or of the shards that its index names.
+    """Locate every tensor of a checkpoint, in `model.safetensors` or the shards of its index.
 
-    Raises RlhfError naming the file where there is none, or where one is missing, cut short or no safetensors file.
+    Raises RlhfError naming a file that is missing, truncated or not a safetensors file.
     """
-    single, index = (directory / name for name in WHOLE)
+    single, index = (directory / name for name in MODEL_FILES)
     if index.exists():
         try:
             shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
@@ -53,20 +53,17 @@ def find_tensors(directory: Path) -> dict[str, StoredTensor]:
 
 
 def read_tensor(tensor: StoredTensor) -> np.ndarray:
-    """One tensor, in memory of its own, that begins at a multiple of ALIGNMENT.
-
-    Raises RlhfError where the file ends before it.
-    """
+    """Read one tensor into newly allocated, aligned memory. Raises RlhfError if the file is truncated."""
     array = empty(tensor.shape, DTYPES[tensor.dtype])
     with open(tensor.file, "rb") as content:
         content.seek(tensor.start)
         if content.readinto(array.reshape(-1).view(np.uint8).data) < array.nbytes:
-            raise RlhfError(f"{tensor.file} is cut short: download it again")
+            raise RlhfError(f"{tensor.file} is truncated: download it again")
     return array
 
 
 def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An array to be filled, at an address that is a multiple of ALIGNMENT."""
+    """Allocate an uninitialised array at an address that is a multiple of ALIGNMENT."""
     buffer = np.empty(math.prod(shape) * dtype.itemsize + ALIGNMENT, np.uint8)
     start = -buffer.ctypes.data % ALIGNMENT
     return buffer[start : start + buffer.size - ALIGNMENT].view(dtype).reshape(shape)
@@ -75,9 +72,9 @@ def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 def write_tensors(
     path: Path, tensors: Iterable[tuple[str, tuple[int, ...], np.dtype]], fetch: Callable[[str], np.ndarray]
 ) -> None:
-    """Writes a safetensors file.
+    """Write a safetensors file.
 
-    Args: tensors are names, shapes and dtypes; `fetch` gives one of them when its turn comes.
+    Args: tensors are names, shapes and dtypes; fetch returns a tensor by name when it is written.
     """
     names = {dtype: name for name, dtype in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -98,12 +95,12 @@ def write_tensors(
 
 @contextlib.contextmanager
 def new_directory(directory: Path) -> Iterator[Path]:
-    """Where to write what shall be found in a directory once all of it is written.
+    """Yield a temporary directory that is renamed to `directory` on success.
 
-    Raises RlhfError where the directory exists and is not empty.
+    Raises RlhfError if the directory exists and is not empty.
     """
     if directory.exists() and any(directory.iterdir()):
-        raise RlhfError(f"{directory} exists and is not empty: name a new directory")
+        raise RlhfError(f"{directory} exists and is not empty: choose a new directory")
     partial = directory.with_name(f"{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -114,27 +111,27 @@ def new_directory(directory: Path) -> Iterator[Path]:
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
-    """The tensors of one safetensors file. Raises RlhfError where it is missing, cut short or of another format."""
+    """Locate the tensors of one safetensors file. Raises RlhfError if it is missing, truncated or malformed."""
     if not file.exists():
         raise RlhfError(
-            f"{file} is missing: give a directory with a whole checkpoint in safetensors (one in PyTorch's own format "
-            "can be converted with transformers' save_pretrained)"
+            f"{file} is missing: give a directory with a complete checkpoint in safetensors format (convert PyTorch's "
+            "own format with transformers' save_pretrained)"
         )
     size = file.stat().st_size
     with open(file, "rb") as content:
         length = int.from_bytes(content.read(8), "little")
         if length > size:
-            raise RlhfError(f"{file} is cut short, or no safetensors file: download it again")
+            raise RlhfError(f"{file} is truncated or not a safetensors file: download it again")
         try:
             header = json.loads(content.read(length))
         except ValueError as error:
-            raise RlhfError(f"{file} is cut short, or no safetensors file: download it again") from error
-    found = {}
+            raise RlhfError(f"{file} is truncated or not a safetensors file: download it again") from error
+    tensors = {}
     for name, entry in header.items():
         if name == "__metadata__":
             continue
         start, end = (8 + length + offset for offset in entry["data_offsets"])
         if end > size:
-            raise RlhfError(f"{file} is cut short: tensor {name} ends after it. Download it again")
-        found[name] = StoredTensor(file, entry["dtype"], tuple(entry["shape"]), start, end - start)
-    return found
+            raise RlhfError(f"{file} is truncated: tensor {name} ends beyond it. Download it again")
+        tensors[name] = StoredTensor(file, entry["dtype"], tuple(entry["shape"]), start, end - start)
+    return tensors

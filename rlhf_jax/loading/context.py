@@ -1,4 +1,4 @@
-"""What a stage is given beside its own config, and how it finds what earlier stages left."""
+"""Context of a stage: shared settings, and access to the outputs of earlier stages."""
 
 import dataclasses
 from pathlib import Path
@@ -56,7 +56,7 @@ class Context:
 
     @property
     def directory(self) -> Path:
-        """Where this stage writes."""
+        """Output directory of this stage."""
         return self.workdir.directory(self.name)
 
     def key(self, tag: str, seed_index: int = 0) -> PRNGKeyArray:
@@ -84,7 +84,7 @@ class Context:
         return found
 
     def base(self, tuning: Tuning | None, source: str | None = None) -> Base | None:
-        """What an adapter is trained beside, where one is: the source, or what a `Pretrained` section starts from."""
+        """Base of an adapter: the source, or the checkpoint of a `Pretrained` section; None without an adapter."""
         if tuning is None or tuning.lora is None:
             return None
         name = tuning.init if isinstance(tuning, Pretrained) else source

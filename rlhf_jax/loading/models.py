@@ -12,7 +12,7 @@ from jaxtyping import PyTree
 from rlhf_jax import config as configs
 from rlhf_jax.config import ModelSource
 from rlhf_jax.interop import hf, peft
-from rlhf_jax.interop.hub import MODELS, checkpoint_directory, checkpoint_tokenizer, whole_directory
+from rlhf_jax.interop.hub import MODELS, base_directory, checkpoint_directory, checkpoint_tokenizer
 from rlhf_jax.models.lora import Adapted, LoraConfig
 from rlhf_jax.models.model_config import AttentionBy, DType, ModelConfig
 from rlhf_jax.models.policy import PolicyNetwork
@@ -63,7 +63,7 @@ class Policy(NamedTuple):
 
 
 class Base(NamedTuple):
-    """What an adapter was trained beside: an earlier stage's model, or a checkpoint."""
+    """Base model of an adapter: an earlier stage's model, or a checkpoint."""
 
     name: str
     is_stage: bool
@@ -114,7 +114,7 @@ def save_reward_spec(
 def load_stage(
     directory: Path, *, seed: int, find: Find | None = None, where: Where | None = None
 ) -> Policy | RewardModel:
-    """What a stage trained. Raises RlhfError where it trains no model."""
+    """Load the model that a stage trained. Raises RlhfError if it trained none."""
     if _read_spec(directory)["network"] == "policy":
         return load_stage_policy(directory, seed=seed, step=None, find=find, where=where)
     return load_stage_reward_model(directory, find=find, where=where)
@@ -213,7 +213,7 @@ def load_checkpoint(source: str, tuning: Tuning = NO_CHANGES, *, where: Where | 
     Raises RlhfError where there is none, where it is of a family that is not covered, or has no tokenizer.
     """
     directory = checkpoint_directory(source)
-    whole = whole_directory(directory)
+    whole = base_directory(directory)
     found = hf.load_pretrained(
         str(whole),
         param_dtype=tuning.param_dtype,
@@ -296,7 +296,7 @@ def as_reward_model(policy: Policy, key: jax.Array) -> RewardModel:
 
 
 def base_of(directory: Path) -> Base | None:
-    """What a stage trained an adapter beside; None where it trained all of its model."""
+    """Base model of a stage's adapter; None if the stage trained the full model."""
     spec = _read_spec(directory)
     name, is_stage = spec["base"], spec.get("base_is_stage")
     if name is None or spec["lora"] is None:

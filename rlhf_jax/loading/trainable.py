@@ -1,4 +1,4 @@
-"""What a stage trains of a model: all its parameters, or an adapter beside a base that stays as it is."""
+"""Trainable parameters of a stage: all parameters of a model, or an adapter on a frozen base."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ N = TypeVar("N", PolicyNetwork, ScalarNetwork)
 
 
 class Start(NamedTuple):
-    """A model before the first step: what is trained, and checkpointed, and what is not."""
+    """Model before the first step, split into trained (and checkpointed) and frozen parameters."""
 
     trained: PyTree
     base: PyTree  # None where everything is trained
@@ -61,7 +61,7 @@ def init_trainable(network: Network, params: PyTree, key: PRNGKeyArray) -> Start
 
 
 def full_params(network: Network, trained: PyTree, frozen: PyTree, base: str) -> PyTree:
-    """The parameters that a network's functions take, of what is trained and of the base among what is frozen."""
+    """Combine trained parameters with a frozen base into the parameters that a network's functions take."""
     return trained if network.lora is None else Adapted(frozen[base], trained)
 
 
@@ -99,7 +99,7 @@ def stack(trees: Sequence[PyTree]) -> PyTree:
 
 
 class Runs(NamedTuple):
-    """What a Task has once a run: one run's, or those of several seeds stacked."""
+    """Per-run parts of a Task: those of a single run, or of several seeds stacked."""
 
     state: TrainState
     batch_at: Callable[[int], Any]

@@ -50,7 +50,7 @@ class OldPolicy(NamedTuple):
     """Log-probabilities, entropies, values and weights of the responses, before the first update."""
 
     logprobs: Array  # [B, T]
-    entropy: Array  # [B, T], nats a token
+    entropy: Array  # [B, T], nats per token
     values: Array | None  # [B, T]
     weights: Array | None  # [B, T], of the importance of tokens
     metrics: dict[str, Array]

@@ -1,4 +1,4 @@
-"""What all methods have in common that sample while they train: the config, a run a seed, and what they show."""
+"""Shared config and driver of the online methods, with one run per seed."""
 
 import dataclasses
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from rlhf_jax.runtime.programs import HostSteps, Placement, Step
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OnlineConfig:
-    """What every method reads: the policy that is start and reference, and how long it is trained."""
+    """Config fields of all online methods: the initial policy, which is also the reference, and the training length."""
 
     policy: ModelSource  # policy to start from, and the reference
     iterations: Count  # rounds of sampling and learning

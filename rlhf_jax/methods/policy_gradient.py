@@ -173,7 +173,7 @@ def init_state(params: dict[str, PyTree], config: PolicyGradientConfig, method: 
 
 
 class Scoring(NamedTuple):
-    """Where scores come from: a network within the compiled iteration, or the host between its two halves."""
+    """Source of scores: a network inside the compiled iteration, or the host between its two halves."""
 
     on_device: RewardModel | None
     on_host: HostScorer | None

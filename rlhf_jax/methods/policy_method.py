@@ -24,11 +24,11 @@ from rlhf_jax.runtime.optimizers import OptimizerConfig
 from rlhf_jax.types import Rollout, TokenBatch
 
 Estimator = Literal["k1", "k2", "k3", "k3+", "k3_weighted"]
-"""An estimator of the divergence from the reference, of `core/kl.py`; what it does depends on `kl_in`.
+"""Estimator of the divergence from the reference (`core/kl.py`); its effect depends on `kl_in`.
 
-Cosine between the exact gradient of each and that of the divergence, for a softmax over 20 tokens and samples of the
-policy itself: mean (5th to 95th percentile) over 200 pairs of policy and reference, at two divergences in nats a token.
-tests/core/test_kl.py computes them.
+Cosine between the exact gradient of each estimator and that of the divergence, for a softmax over 20 tokens and
+on-policy samples: mean (5th to 95th percentile) over 200 pairs of policy and reference, at two divergences in nats per
+token. Computed by tests/core/test_kl.py.
 
 | kl_estimator, kl_in   | KL = 0.05             | KL = 2.1              |
 |-----------------------|-----------------------|-----------------------|
@@ -60,7 +60,7 @@ SharedTrunk = Literal["shared"]
 class AdaptiveKL:
     """The controller of Ziegler et al. 2019: the coefficient is changed until the divergence is the target."""
 
-    target: Positive  # KL to reach, in nats a response
+    target: Positive  # KL to reach, in nats per response
     horizon: Positive  # episodes over which the coefficient adapts
 
 
@@ -83,7 +83,7 @@ class PolicyGradientConfig(OnlineConfig):
     score_clip: Positive | None = None  # largest absolute score; None: no bound
     reject_truncated: bool = False  # leave responses that were cut off out of the losses
     kl_controller: AdaptiveKL | None = None  # adapt the KL coefficient to a target; None: constant
-    entropy_coef: NonNegative = 0.0  # weight of a bonus on the entropy, in nats a token
+    entropy_coef: NonNegative = 0.0  # weight of a bonus on the entropy, in nats per token
     # Old log-probabilities recomputed by the learner, or as the sampler gave them.
     old_logprobs: Literal["learner", "sampler"] = "learner"
     # Largest ratio of the learner's probability to the sampler's (core/importance.py; 3 in TRL); None: no weights.
@@ -160,7 +160,7 @@ class Advantages(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """What is one method's own: the loss of the policy, that of the values, the penalty, and the advantages."""
+    """Parts specific to one method: policy loss, value loss, KL penalty, and advantages."""
 
     policy_loss: str  # of core.policy_losses.POLICY_LOSSES
     bounds: dict[str, float]  # that the loss reads
@@ -194,7 +194,7 @@ class Networks:
     max_new_tokens: int
 
     def full_params(self, params: dict[str, PyTree], frozen: dict[str, PyTree]) -> dict[str, PyTree]:
-        """The parameters of policy and value, of what is trained and what is not."""
+        """Parameters of policy and value, combined from trained and frozen ones."""
         policy = {"policy": full_params(self.policy, params["policy"], frozen, "reference")}
         if self.value is None:
             return policy

@@ -59,16 +59,16 @@ class LossSpec:
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the loss reads the reference's log-probabilities."""
+        """True if the loss reads the reference's log-probabilities."""
         return any(name.startswith("ref_") or name.endswith("_logratios") for name in self.reads)
 
     @property
     def whole_batch(self) -> bool:
-        """Whether the loss uses statistics of the whole batch, so that it cannot be accumulated over micro-batches."""
+        """True if the loss uses statistics of the whole batch, so that it cannot be accumulated over micro-batches."""
         return "axes" in self.reads
 
     def takes(self, option: str) -> bool:
-        """Whether the loss reads an option of the config."""
+        """Return whether the loss reads an option of the config."""
         if option == "divergence":
             return self.any_divergence
         if option == "use_weighting":
@@ -176,7 +176,7 @@ class PreferenceLossConfig:
 
     @property
     def needs_reference(self) -> bool:
-        """Whether a chosen loss reads the reference's log-probabilities."""
+        """True if a configured loss reads the reference's log-probabilities."""
         return any(spec.needs_reference for spec in self.specs)
 
 

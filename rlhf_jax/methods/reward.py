@@ -1,4 +1,4 @@
-"""What a reward model learns from: the loss that its config names, and the table which that loss reads."""
+"""Losses of reward models in configs, and the data that each loss reads."""
 
 import dataclasses
 import itertools
@@ -130,7 +130,7 @@ def loss(
 
 
 def weight(config: RewardLossConfig, batch: Batch, axes: tuple[str, ...]) -> Array:
-    """What the loss is a mean over: pairs, raters' labels, or prompts that have a pair."""
+    """Number of items that the loss averages over: pairs, raters' labels, or prompts with at least one pair."""
     if isinstance(batch, ComparisonBatch):
         return masking.count(jnp.any(batch.wins, axis=(1, 2)), axes)
     if isinstance(batch, LabelledPairs) and config.name == "raters":
@@ -139,7 +139,7 @@ def weight(config: RewardLossConfig, batch: Batch, axes: tuple[str, ...]) -> Arr
 
 
 def tokens(batch: Batch, axes: tuple[str, ...]) -> Array:
-    """How many response tokens a batch has."""
+    """Number of response tokens of a batch."""
     if isinstance(batch, ComparisonBatch):
         return masking.count(batch.response_mask, axes)
     return masking.count(batch.chosen_mask, axes) + masking.count(batch.rejected_mask, axes)

@@ -1,4 +1,4 @@
-"""What is reported of a reward model: figures on held-out pairs in training, and how far to believe it at the end."""
+"""Evaluation of reward models: metrics on held-out pairs during training, and calibration at the end."""
 
 from typing import Any, NamedTuple
 
@@ -89,7 +89,7 @@ def report(model: RewardModel, data: HeldOut, context: Context) -> dict[str, Any
 
 
 def _scores(network: ScalarNetwork, params: PyTree, batch: PreferenceBatch, context: Context) -> np.ndarray:
-    """Of every chosen response, and then of every rejected one."""
+    """Scores of all chosen responses, followed by those of all rejected ones."""
     both = jax.tree.map(np.asarray, both_responses(batch))
     return score_all(network, params, both, context.runtime.inference_batch)
 

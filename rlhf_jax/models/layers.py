@@ -22,12 +22,12 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 class Place(NamedTuple):
-    """Where new tokens stand: what one layer's attention needs to know of them."""
+    """Positions of new tokens, as one layer's attention needs them."""
 
     sin: Array | None  # [B, S, pairs], or None without rotary positions
     cos: Array | None
-    attention_mask: Array  # bool[B, S, C]: which of C slots each of S new tokens sees
-    slot: Array | int  # where in the cache the new tokens go
+    attention_mask: Array  # bool[B, S, C]: slots visible to each new token
+    slot: Array | int  # first cache slot of the new tokens
 
 
 class Norm(nn.Module):

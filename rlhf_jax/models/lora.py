@@ -30,9 +30,9 @@ SHARED: dict[str, tuple[str, ...]] = {"qkv": ("q", "k", "v"), "gate_up": ("gate"
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """Which linear layers are adapted, and how.
+    """Adapted linear layers, and rank, scale and dropout of the adapters.
 
-    A target is a regular expression for the whole name of a layer, or for as many of the last parts of its path:
+    A target is a regular expression that must match the name of a layer or the last parts of its path:
     "attention/[qv]", "up|gate|down", "block_0/attention/o", or "attention/qkv" for one A that q, k and v share.
     """
 

@@ -15,10 +15,10 @@ Combine = Literal["mean", "wco", "uwo"]
 
 @dataclasses.dataclass(frozen=True)
 class EnsembleConfig:
-    """How many members, and how their scores are combined."""
+    """Number of members, and how their scores are combined."""
 
     members: AtLeastTwo  # reward models trained at once, from different initialisations
-    combine: Combine  # score of the ensemble: mean, worst case (wco), or mean less variance (uwo)
+    combine: Combine  # score of the ensemble: mean, worst case (wco), or mean minus variance (uwo)
     # Weight of the members' variance, which uwo subtracts from their mean.
     variance_coefficient: NonNegative | None = None
 

@@ -130,7 +130,7 @@ def _write_csv(table: pd.DataFrame, path: Path) -> None:
 
 
 def write_png(figure: Figure, path: Path) -> None:
-    """Write a figure, whole or not at all."""
+    """Write a figure atomically."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with context(), temporary.open("wb") as file:

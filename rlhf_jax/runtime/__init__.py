@@ -1,1 +1,1 @@
-"""What makes a pure step a run: devices, compiled programs, checkpoints, the loop, metric files and progress."""
+"""Execution of pure steps: devices, compiled programs, checkpoints, the loop, metric files and progress."""

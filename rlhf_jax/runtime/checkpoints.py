@@ -17,7 +17,7 @@ from rlhf_jax.types import RlhfError
 
 
 class TrainState(NamedTuple):
-    """What a step carries on: donated, and checkpointed. With several seeds every leaf has a first axis over them."""
+    """Training state, donated to each step and checkpointed. With several seeds, leaves have a leading seed axis."""
 
     step: jax.Array  # int32[]: steps done
     params: dict[str, PyTree]  # of each trained network: policy, value, reward
@@ -120,7 +120,7 @@ def _writing(directory: Path) -> Iterator[None]:
 
 
 def _rest(state: TrainState) -> dict[str, PyTree]:
-    """What is saved beside the parameters; a controller where there is one, so that older checkpoints stay readable."""
+    """State saved next to the parameters; without an empty controller, so that older checkpoints stay readable."""
     rest = {"step": state.step, "opt_state": state.opt_state}
     return rest | ({"controller": state.controller} if jax.tree.leaves(state.controller) else {})
 

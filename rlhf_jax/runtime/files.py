@@ -11,7 +11,7 @@ from rlhf_jax.types import Json, RlhfError, Row
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all: into a temporary neighbour, then renamed."""
+    """Write a file atomically, by renaming a temporary file."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("w", encoding="utf-8") as file:
@@ -30,7 +30,7 @@ def measured(value: float) -> float | None:
 
 
 def write_json(path: Path, value: Json) -> None:
-    """Writes indented JSON, whole or not at all. Raises RlhfError for a number that is not finite."""
+    """Write indented JSON atomically. Raises RlhfError for a number that is not finite."""
     write_text(path, _encode(value, path, indent=2) + "\n")
 
 
@@ -43,7 +43,7 @@ def read_json(path: Path) -> Json:
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Writes a JSONL file, whole or not at all. Raises RlhfError for a number that is not finite."""
+    """Write a JSONL file atomically. Raises RlhfError for a number that is not finite."""
     write_text(path, "".join(_encode(row, path) + "\n" for row in rows))
 
 

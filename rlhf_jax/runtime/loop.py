@@ -22,7 +22,7 @@ Rows = list[Row]
 
 @dataclasses.dataclass(frozen=True)
 class LoopConfig:
-    """How often, in steps. `steps_per_call` of them are scanned in one call, after which the rest may happen."""
+    """Steps per device call and between checkpoints. Logging and checkpoints happen between calls."""
 
     steps_per_call: Count  # steps scanned in one call of the device; logs and checkpoints come between calls
     checkpoint_every: Count  # steps between checkpoints
@@ -34,7 +34,7 @@ class LoopConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What is done every so many steps, and after the last one, for each seed."""
+    """Evaluation of each seed every `every` steps and after the last one."""
 
     every: int
     run: Callable[[PyTree], tuple[dict[str, float], Rows]]  # one seed's params -> metrics and sample rows
@@ -46,7 +46,7 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What a stage wants trained."""
+    """Training task of a stage."""
 
     step: Step | HostSteps
     state: TrainState  # at step 0; stacked over seeds where there are several

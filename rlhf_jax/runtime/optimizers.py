@@ -278,7 +278,7 @@ def _shares(weight: Callable[[Rows], Array], parts: Rows) -> Array:
 
 
 def _frozen(patterns: tuple[str, ...], params: PyTree) -> PyTree:
-    """Which parameters are not trained. Raises RlhfError naming a pattern that no path matches."""
+    """Mask of frozen parameters. Raises RlhfError naming a pattern that matches no path."""
     paths = [
         jax.tree_util.keystr(path, simple=True, separator="/")
         for path, _ in jax.tree_util.tree_leaves_with_path(params)

@@ -168,7 +168,7 @@ def effective_batch(
     section; devices that share the rows; tokens of the responses in each update that was measured.
 
     Returns: `rows`, `unit`, the numbers of `micro_batches` and `devices` that the rows are split over, and `tokens`,
-    the mean number of response tokens an update.
+    the mean number of response tokens per update.
     """
     return {
         "rows": rows,

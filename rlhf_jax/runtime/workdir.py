@@ -43,7 +43,7 @@ class Workdir:
     inputs: Path | None = None
 
     def directory(self, stage: str) -> Path:
-        """Where a stage is written."""
+        """Output directory of a stage."""
         return self.root / stage
 
     def find(self, stage: str) -> Path:

@@ -38,7 +38,7 @@ class Sampling:
 
     @property
     def filtered(self) -> bool:
-        """Whether a filter may exclude tokens."""
+        """True if a filter may exclude tokens."""
         return self.top_k is not None or self.top_p is not None or self.min_p is not None
 
 

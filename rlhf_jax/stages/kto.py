@@ -275,7 +275,7 @@ def require_both_labels(rows: list[dict[str, Any]], source: str) -> None:
 
 
 def take_apart(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of each pair, the chosen response as a good one and the rejected response as a bad one."""
+    """Split pairs into unpaired rows: chosen responses labelled good, rejected responses labelled bad."""
     return [
         {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
         for row in pairs

@@ -67,7 +67,7 @@ class OnlineDPOConfig(OnlineConfig):
 
 
 class Samples(NamedTuple):
-    """What an iteration shows of its responses, two for each prompt."""
+    """Responses of an iteration, two per prompt, for samples.jsonl."""
 
     rollout: Rollout
     scores: jax.Array  # [2B]
@@ -138,7 +138,7 @@ def run(config: OnlineDPOConfig, context: Context) -> dict[str, Any]:
 
 
 def find_annotator(config: OnlineDPOConfig, context: Context) -> RewardModel | Reward | TfidfJudge | HTTPJudge:
-    """What chooses between two responses."""
+    """Load the reward or judge that labels pairs of responses."""
     if config.reward_model is not None:
         return find_reward(context, config.reward_model)
     if isinstance(config.judge, HTTPJudgeConfig):
@@ -201,10 +201,10 @@ def _keys(run_key: PRNGKeyArray, state: TrainState) -> tuple[PRNGKeyArray, ...]:
 
 
 def choose(rollout: Rollout, scores: Float[Array, "N"]) -> tuple[PreferenceBatch, Float[Array, "B"]]:
-    """Of every two rows the one with the higher score as chosen, of a tie the first; and by how much it is higher.
+    """Form a pair from every two rows, the higher score chosen (the first in a tie); also return the margins.
 
-    Two samples to one prompt are exchangeable: given that they tie, either is as likely to be the first, so that a tie
-    pulls towards neither of two answers (and two equal answers have no margin at all). TRL chooses the first as well.
+    Two samples of one prompt are exchangeable: in a tie, either answer is equally likely to be first, so that ties
+    favour neither in expectation (and two equal answers have no gradient). TRL also chooses the first.
     """
     first, second = scores.reshape(-1, 2).T
     rows = 2 * jnp.arange(len(first))

@@ -31,7 +31,7 @@ from rlhf_jax.types import RlhfError, Rollout
 
 @dataclasses.dataclass(frozen=True)
 class PreferencesConfig:
-    """How many prompts are drawn, how many samples each gets, who prefers which of them, and how noisy labels are.
+    """Prompts, samples per prompt, the judge that labels pairs of samples, and the noise of the labels.
 
     `label_beta` multiplies the difference of the scores, in standard deviations of the samples' scores, to give the
     log-odds of the label. None: the higher score is chosen, and a pair with equal scores, which says nothing, is left
@@ -244,7 +244,7 @@ def _scores(
 def _asked_about(
     judge: HTTPJudge, samples: int, prompts: list[str], completions: list[str], context: Context
 ) -> np.ndarray:
-    """How the judge decides all pairs of each prompt's samples."""
+    """Ask the judge about all pairs of each prompt's samples."""
     pairs = [
         Pair(prompts[first], completions[first + a], completions[first + b])
         for first in range(0, len(prompts), samples)

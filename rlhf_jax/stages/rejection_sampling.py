@@ -153,24 +153,24 @@ def run(config: RejectionSamplingConfig, context: Context) -> dict[str, Any]:
 
 
 def keep_best(keep: KeepBest, scores: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Which of [prompts, samples] are kept: of equal scores the one sampled first."""
+    """Mask [prompts, samples] of each prompt's best samples; ties are broken by sampling order."""
     ranks = np.argsort(np.argsort(-scores, axis=1, kind="stable"), axis=1)
     return ranks < keep.best
 
 
 def keep_above(keep: KeepAbove, scores: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Which of [prompts, samples] are kept: none or all of a prompt's, as it may be."""
+    """Mask [prompts, samples] of scores above the threshold; a prompt may keep none or all of its samples."""
     return scores > keep.threshold
 
 
 def keep_share(keep: KeepShare, scores: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Which of [prompts, samples] are kept: the best of all, rounded to a whole number of them, at least 1."""
+    """Mask [prompts, samples] of the best share of all samples, rounded to a whole number, at least 1."""
     ranks = np.argsort(np.argsort(-scores.ravel(), kind="stable")).reshape(scores.shape)
     return ranks < max(1, round(keep.share * scores.size))
 
 
 def keep_soft(keep: KeepSoft, scores: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Which of [prompts, samples] are kept: one of each prompt."""
+    """Mask [prompts, samples] of one sample per prompt, drawn by Soft Best-of-N."""
     chosen = soft_choice(scores, rng.random(len(scores)), temperature=keep.soft_temperature)
     return np.arange(scores.shape[1]) == chosen[:, None]
 

@@ -141,7 +141,7 @@ def sft_loss(
     keys: Key[Array, "B"] | None,
     axes: tuple[str, ...],
 ) -> tuple[jax.Array, dict[str, Metric]]:
-    """Cross-entropy of the trained tokens, in nats a token, with `entropy` and `mean_token_accuracy`.
+    """Cross-entropy of the trained tokens, in nats per token, with `entropy` and `mean_token_accuracy`.
 
     Args: keys of an adapter's dropout, one a row, or None for none.
     """

@@ -75,7 +75,7 @@ def test_an_adapter_beside_a_stage_needs_that_stages_export(made, tmp_path, caps
     assert_same_model(load_checkpoint(str(tmp_path / "out")), load_checkpoint(str(whole)))
     nested = changed(tmp_path / "out", tmp_path / "nested", base_model_name_or_path=str(tmp_path / "out"))
     asked = ["export", f"--model={nested}", f"--out={tmp_path / 'other'}"]
-    assert "is an adapter itself: merge it" in fails(capsys, *asked)
+    assert "is itself an adapter: merge it" in fails(capsys, *asked)
 
 
 @pytest.mark.parametrize("said", [True, False], ids=["new", "of an earlier version"])
@@ -117,12 +117,12 @@ def test_what_has_no_adapter(made, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"base_model_name_or_path": None}, "says nothing of base_model_name_or_path"),
+        ({"base_model_name_or_path": None}, "has no base_model_name_or_path"),
         ({"base_model_name_or_path": "/nowhere"}, "base_model_name_or_path: /nowhere is not a directory"),
         ({"peft_type": "IA3"}, "peft_type = 'IA3' is not supported"),
-        ({"task_type": "SEQ_CLS"}, "has no tensor base_model.model.score.weight, the head"),
-        ({"task_type": "SEQ_2_SEQ_LM"}, "task_type = 'SEQ_2_SEQ_LM', and its base is a policy model"),
-        ({"target_modules": ["query"]}, 'no adapter of a linear layer: target_modules = ["query"] matches none'),
+        ({"task_type": "SEQ_CLS"}, "has no tensor base_model.model.score.weight (the head"),
+        ({"task_type": "SEQ_2_SEQ_LM"}, "task_type = 'SEQ_2_SEQ_LM', but its base is a policy model"),
+        ({"target_modules": ["query"]}, 'target_modules = ["query"] matches none'),
     ],
     ids=str,
 )

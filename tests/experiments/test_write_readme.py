@@ -53,7 +53,7 @@ def test_methods_are_compared_within_runs(written):
     gain = np.subtract(GOLD["ppo"], GOLD["sft"])
     assert f"`ppo` {interval(gain)}" in written.text
     assert f"`dpo` {interval(np.subtract(CHOSEN, GOLD['sft']))}" in written.text, "as each run has chosen"
-    assert f"`ppo` less `best_of_16` {interval(np.subtract(GOLD['ppo'], GOLD['best_of_16']))}" in written.text
+    assert f"`ppo` minus `best_of_16` {interval(np.subtract(GOLD['ppo'], GOLD['best_of_16']))}" in written.text
     assert "**holds**" in written.text
 
 

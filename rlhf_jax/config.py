@@ -8,14 +8,25 @@ import re
 import types
 import typing
 import warnings
-from collections.abc import Container, Iterator, Mapping
-from typing import Annotated, Any, NewType, TypeVar
+from collections.abc import Container, Iterable, Iterator, Mapping, Sized
+from typing import Annotated, Any, ClassVar, NewType, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 from ml_collections import ConfigDict
 
 from rlhf_jax.types import RlhfError
 
 T = TypeVar("T")
+
+Hint: TypeAlias = Any
+"""A type, or what `typing` makes of types, such as `Positive | None`."""
+
+
+@runtime_checkable
+class Section(Protocol):
+    """A section of a config: any dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field]]
+
 
 StageName = NewType("StageName", str)
 """Type of a field that names an earlier stage of the experiment, which becomes an input of this one."""
@@ -86,7 +97,7 @@ class Typed:
 
     text: str
 
-    def read(self, hint: Any) -> Any:
+    def read(self, hint: Hint) -> Any:
         """Return the first reading that matches a type: a Python literal, a boolean, NaN or infinity, text, or names.
 
         Names are separated by commas, so that `sft,ppo` is a list; other texts with commas need to be Python literals.
@@ -141,7 +152,7 @@ def build(cls: type[T], section: Mapping[str, Any] | ConfigDict, path: str, defa
         raise RlhfError(f"{path}: {error}") from error
 
 
-def check_ranges(config: Any) -> None:
+def check_ranges(config: Section) -> None:
     """Raise ValueError for the first number of a section that is out of its range. Nested sections check themselves.
 
     `build` checks values from a config; `__post_init__` calls this for sections that are made in Python.
@@ -152,7 +163,7 @@ def check_ranges(config: Any) -> None:
             raise ValueError(f"{name} = {value!r} must be {fault}")
 
 
-def input_stages(config: Any, known: Container[str]) -> tuple[str, ...]:
+def input_stages(config: Section, known: Container[str]) -> tuple[str, ...]:
     """Names of the stages that a stage's config refers to, in the order of its fields.
 
     Args: known are the experiment's stages; where a field may name a stage or a checkpoint, any other name is a
@@ -161,17 +172,17 @@ def input_stages(config: Any, known: Container[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*_named(config, StageName), *(x for x in _named(config, ModelSource) if x in known)]))
 
 
-def checkpoints(config: Any, known: Container[str]) -> tuple[str, ...]:
+def checkpoints(config: Section, known: Container[str]) -> tuple[str, ...]:
     """Checkpoints that a stage's config refers to: a `ModelSource` that is not the name of a stage."""
     return tuple(dict.fromkeys(name for name in _named(config, ModelSource) if name not in known))
 
 
-def functions(config: Any) -> tuple[str, ...]:
+def functions(config: Section) -> tuple[str, ...]:
     """Python objects that a stage's config names."""
     return tuple(dict.fromkeys(_named(config, FunctionSource)))
 
 
-def _named(config: Any, kind: Any) -> Iterator[str]:
+def _named(config: Section, kind: Hint) -> Iterator[str]:
     """Values of all fields of one type, nested sections included."""
     for field, hint in typing.get_type_hints(type(config)).items():
         value = getattr(config, field)
@@ -181,17 +192,17 @@ def _named(config: Any, kind: Any) -> Iterator[str]:
             yield from _of_kind(hint, value, kind)
 
 
-def _of_kind(hint: Any, value: Any, kind: Any) -> Iterator[str]:
+def _of_kind(hint: Hint, value: object, kind: Hint) -> Iterator[str]:
     """Values of one kind of name within a field's value; of a union, the first type that matches counts."""
     hint = next((_bare(arm) for arm in _arms(hint) if _matches(arm, value)), None)
-    if hint is kind:
+    if hint is kind and isinstance(value, str):
         yield value
     elif isinstance(value, (list, tuple)):
         for inner, element in zip(_elements(hint, value), value, strict=True):
             yield from _of_kind(inner, element, kind)
 
 
-def describe(hint: Any) -> str:
+def describe(hint: Hint) -> str:
     """Describe a type in the words of an error message."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is StageName:
@@ -222,7 +233,7 @@ def suggestion(key: str, known: list[str]) -> str:
     return f" Did you mean {close[0]!r}?" if close else f" Known fields: {', '.join(known)}."
 
 
-def convert(hint: Any, value: Any, path: str, default: Any = None) -> Any:
+def convert(hint: Hint, value: object, path: str, default: object = None) -> Any:
     """Check a value against a type with its ranges, and convert it: sections to dataclasses, lists to tuples.
 
     Args: path names the value in messages; default is that of its field.
@@ -243,10 +254,10 @@ def convert(hint: Any, value: Any, path: str, default: Any = None) -> Any:
     return _cast(hint, value)
 
 
-def _fault(hint: Any, value: Any) -> str | None:
+def _fault(hint: Hint, value: object) -> str | None:
     """The first bound that a number violates; in a list, any number of it."""
     hint = next(arm for arm in _arms(hint) if _matches(arm, value))
-    if typing.get_origin(hint) is Annotated:
+    if typing.get_origin(hint) is Annotated and isinstance(value, (int, float)):
         ranges = [extra for extra in typing.get_args(hint)[1:] if isinstance(extra, Range)]
         return next((fault for bounds in ranges if (fault := bounds.fault(value))), None)
     if isinstance(value, (list, tuple)):
@@ -255,19 +266,19 @@ def _fault(hint: Any, value: Any) -> str | None:
     return None
 
 
-def _likeness(section: Any, value: Any) -> tuple[int, int]:
+def _likeness(section: Hint, value: Iterable[str]) -> tuple[int, int]:
     """Rank the members of a union: the one meant has the most of the keys, and lacks the fewest required ones."""
     fields = dataclasses.fields(section)
     needed = {field.name for field in fields if field.default is field.default_factory is dataclasses.MISSING}
     return sum(key in {field.name for field in fields} for key in value), -len(needed.difference(value))
 
 
-def _cast(hint: Any, value: Any) -> Any:
+def _cast(hint: Hint, value: object) -> Any:
     # Lists become tuples, which hash, and integers become floats where the type is float.
     hint = _bare(next(arm for arm in _arms(hint) if _matches(arm, value)))
     if isinstance(value, (list, tuple)):
         return tuple(map(_cast, _elements(hint, value), value))
-    return float(value) if hint is float else value
+    return float(value) if hint is float and isinstance(value, int) else value
 
 
 def _literal(text: str) -> Any:
@@ -280,21 +291,21 @@ def _literal(text: str) -> Any:
         return text
 
 
-def _bare(hint: Any) -> Any:
+def _bare(hint: Hint) -> Hint:
     """A type without its range."""
     return typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
 
 
-def _arms(hint: Any) -> tuple[Any, ...]:
+def _arms(hint: Hint) -> tuple[Hint, ...]:
     return typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
 
 
-def _elements(hint: Any, value: Any) -> tuple[Any, ...]:
+def _elements(hint: Hint, value: Sized) -> tuple[Hint, ...]:
     args = typing.get_args(hint)
     return args[:1] * len(value) if Ellipsis in args else args
 
 
-def _matches(hint: Any, value: Any) -> bool:
+def _matches(hint: Hint, value: object) -> bool:
     hint = _bare(hint)
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if len(_arms(hint)) > 1:

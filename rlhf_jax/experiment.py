@@ -25,7 +25,7 @@ from rlhf_jax.runtime.files import read_rows, write_json
 from rlhf_jax.runtime.programs import RuntimeConfig
 from rlhf_jax.runtime.progress import Display
 from rlhf_jax.runtime.workdir import Identity, Workdir
-from rlhf_jax.stages.kinds import KINDS, find_kind
+from rlhf_jax.stages.kinds import KINDS, StageConfig, find_kind
 from rlhf_jax.stages.online_dpo import OnlineDPOConfig
 from rlhf_jax.types import RlhfError
 
@@ -40,7 +40,7 @@ class Experiment:
     seeds: int
     data: DataConfig
     runtime: RuntimeConfig
-    stages: dict[str, Any]  # configs by stage name, in the order of running
+    stages: dict[str, StageConfig]  # configs by stage name, in the order of running
 
     def identity(self, name: str, fingerprint: Callable[[str], str]) -> Identity:
         """Return everything that a stage's result depends on. Args: fingerprint returns that of an earlier stage."""
@@ -70,7 +70,7 @@ def parse(config: ConfigDict) -> Experiment:
             raise RlhfError(f"config.{key} is missing")
     common = configs.build(Common, {key: config[key] for key in COMMON}, "config")
     sections = {name: _parse_stage(name, config) for name in config if name not in COMMON}
-    stages: dict[str, Any] = {}
+    stages: dict[str, StageConfig] = {}
     for name in common.stages:
         if name not in sections:
             raise RlhfError(f"config.stages names {name!r}, which has no section config.{name}")
@@ -168,7 +168,7 @@ def _batch(stage: Any, unit: str | None, runtime: RuntimeConfig, directory: Path
     )
 
 
-def _parse_stage(name: str, config: ConfigDict) -> Any:
+def _parse_stage(name: str, config: ConfigDict) -> StageConfig:
     section = config[name]
     if not isinstance(section, ConfigDict) or "kind" not in section:
         known = [*COMMON, *(other for other in config if isinstance(config[other], ConfigDict) and other != name)]

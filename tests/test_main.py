@@ -14,6 +14,7 @@ from rich.console import Console
 from rlhf_jax import experiment
 from rlhf_jax.main import main, parse_run_flags
 from rlhf_jax.runtime.workdir import Workdir
+from rlhf_jax.stages.kto import KTOConfig
 from tests.support import xla_flags
 from tests.support.own_data import PREFERENCES, ROOT, WRITERS, files, pairs
 
@@ -316,4 +317,5 @@ def test_a_whole_stage_is_added_by_flags(tmp_path):
     )
     parsed = experiment.parse(config)
     assert list(parsed.stages) == ["sft", "added"]
-    assert parsed.stages["added"].beta == 0.3 and parsed.stages["added"].optimizer.learning_rate == 1e-3
+    added = parsed.stages["added"]
+    assert isinstance(added, KTOConfig) and added.beta == 0.3 and added.optimizer.learning_rate == 1e-3

@@ -9,9 +9,10 @@ import math
 import string
 import typing
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from rlhf_jax import user_code
+from rlhf_jax.config import Section
 from rlhf_jax.loading.context import Context
 from rlhf_jax.stages import (
     best_of_n,
@@ -31,6 +32,15 @@ from rlhf_jax.stages import (
 from rlhf_jax.types import RlhfError
 
 Colour = Literal["grey", "amber", "pink", "green", "blue", "orange", "sky", "violet", "brown"]
+
+
+@runtime_checkable
+class StageConfig(Section, Protocol):
+    """The config of a stage."""
+
+    @property
+    def kind(self) -> str:
+        """Name of its kind."""
 
 
 class Series(NamedTuple):

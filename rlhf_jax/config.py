@@ -111,10 +111,11 @@ class Typed:
         return next((value for value in [literal, *others, self.text, names] if _matches(hint, value)), literal)
 
 
-def override(config: ConfigDict, path: str, text: str) -> None:
-    """Set one field of a config from text; sections on the way to it are created, or replace a name or None.
+def override(config: ConfigDict, path: str, value: Any) -> None:
+    """Set one field of a config; sections on the way to it are created, or replace a name or None.
 
-    Args: path is dotted, such as `ppo.tuning.lora.rank`. A text that is a Python dict sets a whole section.
+    Args: path is dotted, such as `ppo.tuning.lora.rank`. A text becomes a value of the field's type, or a whole section
+    where it is a Python dict; any other value stands as it is.
     """
     *sections, name = path.split(".")
     with config.unlocked(), config.ignore_type():
@@ -122,8 +123,11 @@ def override(config: ConfigDict, path: str, text: str) -> None:
             if not isinstance(config.get(section), ConfigDict):
                 config[section] = ConfigDict()
             config = config[section]
-        literal = _literal(text)
-        config[name] = ConfigDict(literal) if isinstance(literal, dict) else Typed(text)
+        literal = _literal(value) if isinstance(value, str) else value
+        if isinstance(literal, dict):
+            config[name] = ConfigDict(literal)
+        else:
+            config[name] = Typed(value) if isinstance(value, str) else value
 
 
 def build(cls: type[T], section: Mapping[str, Any] | ConfigDict, path: str, default: T | None = None) -> T:

@@ -1,9 +1,7 @@
 """The command line: runs an experiment or a verb, and reports every error as one message."""
 
 import argparse
-import os
 import re
-import runpy
 import sys
 import traceback
 from collections.abc import Callable
@@ -11,9 +9,8 @@ from pathlib import Path
 
 import absl.logging
 from ml_collections import ConfigDict
-from rich.console import Console
 
-from rlhf_jax import experiment
+from rlhf_jax.api import fetch, load_config, run
 from rlhf_jax.cli.best_of_n import best_of_n_verb
 from rlhf_jax.cli.chat import chat_verb
 from rlhf_jax.cli.export import export_verb
@@ -22,12 +19,9 @@ from rlhf_jax.cli.flags import Parser
 from rlhf_jax.cli.logprobs import logprobs_verb
 from rlhf_jax.cli.sample import sample_verb
 from rlhf_jax.config import override
-from rlhf_jax.data.fetch import DATASETS, fetch
+from rlhf_jax.data.fetch import DATASETS
 from rlhf_jax.interop.hf import read_config
-from rlhf_jax.interop.hub import MODELS, fetch_model, quantisation_note
-from rlhf_jax.reports.report import MATCHED, RESULTS, is_current, print_summary, write_report
-from rlhf_jax.reports.run import Run
-from rlhf_jax.runtime.workdir import Workdir
+from rlhf_jax.interop.hub import MODELS, quantisation_note
 from rlhf_jax.types import RlhfError
 
 USAGE = """\
@@ -103,24 +97,9 @@ def main(argv: list[str]) -> int:
 
 
 def run_verb(arguments: list[str]) -> None:
-    """Run an experiment, and report on it."""
+    """Run an experiment and report on it."""
     config, options = parse_run_flags(arguments)
-    workdir = Workdir(options.workdir, options.inputs)
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    worked = experiment.run(experiment.parse(config), workdir, options.stage, console)
-    if options.stage:
-        console.print(f"Stage {options.stage}: {workdir.find(options.stage)}")
-        return
-    if worked or not is_current(workdir.root, workdir.inputs):
-        report = write_report(workdir.root, workdir.inputs)
-        print_summary(Run(workdir.root, workdir.inputs), console)
-    else:
-        report = workdir.root / "report.html"
-        console.print("Every stage is complete; nothing to do.")
-    for name in (RESULTS, MATCHED):
-        if (workdir.root / name).exists():
-            console.print(f"Results: {workdir.root / name}", soft_wrap=True)
-    console.print(f"Report:  {report}", soft_wrap=True)
+    run(config, options.workdir, stage=options.stage, inputs=options.inputs)
 
 
 def fetch_verb(arguments: list[str]) -> None:
@@ -128,11 +107,10 @@ def fetch_verb(arguments: list[str]) -> None:
     parser = Parser("rlhf-jax fetch", "Download a data set or a model.")
     parser.add_argument("name", choices=[*DATASETS, *MODELS])
     name = parser.parse_args(arguments).name
-    if name not in MODELS:
-        print(fetch(name))
-        return
-    place = fetch_model(name)
+    place = fetch(name)
     print(place)
+    if name not in MODELS:
+        return
     if note := quantisation_note(name, read_config(place)):
         print(note, file=sys.stderr)
 
@@ -170,42 +148,6 @@ def parse_run_flags(arguments: list[str]) -> tuple[ConfigDict, argparse.Namespac
             raise RlhfError(f"{flag} has no value: write {flag}=VALUE")
         override(config, flag.removeprefix("--config."), value)
     return config, options
-
-
-def load_config(argument: str) -> ConfigDict:
-    """Return what `get_config` of FILE, FILE:ARG, NAME or NAME:ARG returns. Raises RlhfError naming the file."""
-    file, *variant = argument.split(":", 1)
-    if not os.path.isfile(file):
-        file = included_experiment(file)
-    try:
-        config = runpy.run_path(file)["get_config"](*variant)
-    except Exception as error:  # the file is the user's code
-        raise RlhfError(f"--config={argument}: {type(error).__name__}: {error}") from error
-    if not isinstance(config, ConfigDict):
-        raise RlhfError(f"--config={argument}: get_config() returned a {type(config).__name__}, not a ConfigDict")
-    return config
-
-
-def included_experiment(name: str) -> str:
-    """Find the file of an experiment that is installed with the package.
-
-    Args: `name` is its dotted name, or the last parts of it: `rlhf_jax.experiments.movie_reviews.quickstart`,
-        `movie_reviews.quickstart` and `quickstart` are the same.
-    Raises: RlhfError, with the names there are, unless there is exactly one.
-    """
-    package = Path(__file__).parent
-    places = (package / "experiments", package.parent / "experiments")  # installed; in a checkout
-    directory = next(place for place in places if place.is_dir())
-    files = {
-        ".".join(("rlhf_jax.experiments", *file.relative_to(directory).with_suffix("").parts)): file
-        for file in sorted(directory.rglob("*.py"))
-        if "def get_config(" in file.read_text(encoding="utf-8")
-    }
-    found = [file for dotted, file in files.items() if f".{dotted}".endswith(f".{name}")]
-    if len(found) != 1:
-        known = ", ".join(sorted(dotted.rpartition(".")[2] for dotted in files))
-        raise RlhfError(f"there is no file {name}, and the experiments that come with rlhf_jax are {known}")
-    return str(found[0])
 
 
 def _message(error: Exception) -> str:

@@ -6,7 +6,7 @@ import math
 from rlhf_jax.cli import flags
 from rlhf_jax.data.pipeline import Content
 from rlhf_jax.inference.encoding import encode_prompts
-from rlhf_jax.inference.sample import BATCH, MAX_NEW_TOKENS, draw
+from rlhf_jax.inference.sample import BATCH, MAX_NEW_TOKENS, draw_responses
 from rlhf_jax.reports.run import Run
 from rlhf_jax.types import RlhfError
 
@@ -43,7 +43,7 @@ def sample_verb(arguments: list[str]) -> None:
     chunk = max(1, ROWS // n)
     with flags.until_closed():
         for start in range(0, len(prompts), chunk):
-            responses = draw(
+            responses = draw_responses(
                 policy,
                 prompts[start : start + chunk],
                 sampling_options,

@@ -4,16 +4,24 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Float, PRNGKeyArray
 
 from rlhf_jax.core.selection import best_of_n_kl
-from rlhf_jax.core.statistics import distinct_n, repetition, standard_error
+from rlhf_jax.core.statistics import (
+    bootstrap_interval,
+    distinct_n,
+    length_controlled_win_rate,
+    repetition,
+    standard_error,
+    wilson_interval,
+)
 from rlhf_jax.data import formats, pipeline
-from rlhf_jax.loading.context import Context
-from rlhf_jax.loading.models import Policy, load_stage_policy
+from rlhf_jax.data.pipeline import DataConfig
+from rlhf_jax.loading.models import Policy
 from rlhf_jax.loading.samples import sample_rows
 from rlhf_jax.rewards.judging import TextScorer
 from rlhf_jax.rewards.lexicon import vader
-from rlhf_jax.rewards.scorers import Scorer, same_tokenizer
+from rlhf_jax.rewards.scorers import Scorer
 from rlhf_jax.runtime.files import measured
 from rlhf_jax.sampling.batches import (
     Divergences,
@@ -22,7 +30,10 @@ from rlhf_jax.sampling.batches import (
     sequence_divergences,
     sequence_stats_all,
 )
-from rlhf_jax.types import RlhfError, Rollout, TokenBatch
+from rlhf_jax.sampling.choice import Sampling
+from rlhf_jax.types import Rollout, TokenBatch
+
+Z_95 = 1.959964
 
 
 class Method(NamedTuple):
@@ -63,39 +74,25 @@ class Answers(NamedTuple):
         return np.array([row["length"] for row in self.rows])
 
 
-def answer(method: Method, split: Split, reference: str, temperature: float, context: Context) -> Answers:
-    """Sample one answer of a method to each prompt, with random keys specific to the method and split.
-
-    Raises RlhfError if the method's policy has another tokenizer than the reference.
-    """
-    policy = split.reference if method.source == reference else _policy(method, context)
-    if not same_tokenizer(policy.tokenizer, split.reference.tokenizer):
-        raise RlhfError(
-            f"config.{context.name}: {method.source} has another tokenizer than {reference}, so that their prompts "
-            "differ and their KL divergence is undefined: compare models with the same tokenizer"
-        )
-    batch_size = context.runtime.inference_batch
+def answer(
+    policy: Policy, split: Split, key: PRNGKeyArray, sampling: Sampling, *, best_of: int, batch_size: int
+) -> Answers:
+    """Draw one answer of a policy to each prompt, or the best of several by the reward model, and measure it."""
     rollout = sample_all(
-        policy.network,
-        policy.params,
-        split.prompts,
-        context.key(f"samples: {method.name} {split.name}", method.seed - context.seed),
-        context.sampling(policy.tokenizer, temperature),
-        samples=method.best_of,
-        batch_size=batch_size,
+        policy.network, policy.params, split.prompts, key, sampling, samples=best_of, batch_size=batch_size
     )
     scores = split.score(rollout)
-    best = np.arange(0, len(scores), method.best_of) + scores.reshape(-1, method.best_of).argmax(axis=1)
+    best = np.arange(0, len(scores), best_of) + scores.reshape(-1, best_of).argmax(axis=1)
     rollout, scores = jax.tree.map(lambda leaf: leaf[best], rollout), scores[best]
     divergences = None  # Best-of-N has no tractable density; its KL has a closed-form bound
-    if method.best_of == 1:
+    if best_of == 1:
         divergences = sequence_divergences(
             policy.network,
             policy.params,
             (split.reference.network, split.reference.params),
             rollout,
             batch_size=batch_size,
-            temperature=temperature,
+            temperature=sampling.temperature,
         )
     kl = [None] * len(scores) if divergences is None else divergences.k1.tolist()
     rows = sample_rows(policy.tokenizer, rollout, scores.tolist(), kl)
@@ -106,7 +103,7 @@ def answer(method: Method, split: Split, reference: str, temperature: float, con
         [row | {"gold": gold} for row, gold in zip(rows, judged, strict=True)],
         divergences,
         answers_nll(split.reference, rollout, batch_size),
-        texts_nll(policy, split.texts, batch_size) if method.best_of == 1 else None,
+        texts_nll(policy, split.texts, batch_size) if best_of == 1 else None,
     )
 
 
@@ -135,18 +132,34 @@ def measures(answers: Answers, best_of: int) -> dict[str, Any]:
     }
 
 
-def held_out_texts(rows: list[dict[str, Any]], policy: Policy, context: Context) -> TokenBatch | None:
+def win_rate(
+    wins: Float[np.ndarray, "N"], own: Answers, other: Answers, *, rounds: int, seed: int
+) -> dict[str, float | None]:
+    """Compute the share of pairs won, ties counted half, with Wilson's interval and the bootstrap's over prompts.
+
+    Beside it stand the share of ties and the rate at equal lengths. Args: `rounds` and `seed` are the bootstrap's; with
+    one seed every method's bootstrap draws the same prompts.
+    """
+    low, high = wilson_interval(float(wins.sum()), len(wins), z=Z_95)
+    boot_low, boot_high = bootstrap_interval(wins, level=0.95, rounds=rounds, seed=seed)
+    controlled = length_controlled_win_rate(wins, own.lengths(), other.lengths())
+    return {
+        "win_rate": float(wins.sum()) / len(wins),
+        "win_low": low,
+        "win_high": high,
+        "tie_rate": float(np.mean(wins == 0.5)),
+        "boot_low": measured(boot_low),
+        "boot_high": measured(boot_high),
+        "lc_win_rate": controlled.rate,
+        "lc_win_se": controlled.se,
+    }
+
+
+def held_out_texts(rows: list[dict[str, Any]], policy: Policy, data: DataConfig) -> TokenBatch | None:
     """Tokenise the completions or plain texts of the rows as SFT would; None if the rows are not demonstrations."""
     if formats.kind_of(rows) in ("prompt", "unpaired", "ranked"):
         return None
-    return pipeline.demonstrations(rows, policy.tokenizer, context.data)
-
-
-def _policy(method: Method, context: Context) -> Policy:
-    if method.source not in context.stages:
-        return context.policy(method.source)
-    find = context.workdir.find
-    return load_stage_policy(find(method.source), seed=method.seed, step=None, find=find, where=context.where)
+    return pipeline.demonstrations(rows, policy.tokenizer, data)
 
 
 def answers_nll(reference: Policy, rollout: Rollout, batch_size: int) -> float:

@@ -12,9 +12,9 @@ from rlhf_jax.core.selection import soft_choice
 from rlhf_jax.data.chat import naming_row
 from rlhf_jax.data.formats import checked_row
 from rlhf_jax.data.pipeline import Content
+from rlhf_jax.data.rows import numbered, shortest
 from rlhf_jax.inference.encoding import encode_prompts
 from rlhf_jax.inference.score import function_scores, model_scores, scored_examples
-from rlhf_jax.inference.tables import numbered, shortest
 from rlhf_jax.loading.models import Policy, RewardModel
 from rlhf_jax.loading.samples import respond
 from rlhf_jax.rewards.sources import AnyReward, Reward, as_reward

@@ -4,18 +4,12 @@ import dataclasses
 from collections.abc import Sequence
 
 from rlhf_jax.data.padding import pad_left, pad_right
-from rlhf_jax.data.pipeline import Content, DataConfig, Example
+from rlhf_jax.data.pipeline import Content, Example
 from rlhf_jax.loading.models import Policy
 from rlhf_jax.sampling.buckets import bucket
 from rlhf_jax.sampling.choice import Sampling
 from rlhf_jax.text.tokenizer import Tokenizer
 from rlhf_jax.types import RlhfError, Rollout
-
-UNCUT = DataConfig(
-    train="", eval="", test=None, limit=None, text_prompt_tokens=(1, 1), max_prompt_tokens=2**30,
-    max_response_tokens=2**30,
-)  # fmt: skip
-"""No truncation: texts are encoded in full, and a text longer than the model's context is an error."""
 
 
 def encode_prompt(prompt: Content, tokenizer: Tokenizer, max_prompt_tokens: int | None = None) -> list[int]:
@@ -72,11 +66,4 @@ def pad_examples(examples: Sequence[Example]) -> Rollout:
     prompts, responses = zip(*examples, strict=True)
     return Rollout(
         *pad_left(prompts, bucket(max(map(len, prompts)))), *pad_right(responses, bucket(max(map(len, responses))))
-    )
-
-
-def uncut_to(rollout: Rollout) -> DataConfig:
-    """Maximum lengths that truncate no row of a rollout."""
-    return dataclasses.replace(
-        UNCUT, max_prompt_tokens=rollout.prompt.shape[1], max_response_tokens=rollout.response.shape[1]
     )

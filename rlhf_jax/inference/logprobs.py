@@ -10,8 +10,8 @@ import pandas as pd
 
 from rlhf_jax.data.formats import checked_row
 from rlhf_jax.data.pipeline import Example, encode_pairs
-from rlhf_jax.inference.encoding import UNCUT, pad_examples
-from rlhf_jax.inference.tables import numbered, shortest
+from rlhf_jax.data.rows import UNCUT, numbered, shortest
+from rlhf_jax.inference.encoding import pad_examples
 from rlhf_jax.loading.models import Policy
 from rlhf_jax.sampling.batches import response_logprobs_all
 from rlhf_jax.types import RlhfError

@@ -9,7 +9,8 @@ import pandas as pd
 
 from rlhf_jax import config as configs
 from rlhf_jax.data.pipeline import Content
-from rlhf_jax.inference.encoding import encode_prompts, uncut_to
+from rlhf_jax.data.rows import limited
+from rlhf_jax.inference.encoding import encode_prompts
 from rlhf_jax.loading.models import Policy
 from rlhf_jax.loading.samples import respond
 from rlhf_jax.rewards.scorers import make_scorer
@@ -56,10 +57,10 @@ def sample(
     Raises RlhfError if the tokenizer lacks a token for a word, a prompt fills the context, or an option is invalid.
     """
     sampling_options = configs.build(SamplingOptions, options, "sample")
-    return draw(policy, prompts, sampling_options, n=n, seed=seed, reward=reward, reference=reference)
+    return draw_responses(policy, prompts, sampling_options, n=n, seed=seed, reward=reward, reference=reference)
 
 
-def draw(
+def draw_responses(
     policy: Policy,
     prompts: Sequence[Content],
     sampling_options: SamplingOptions,
@@ -92,7 +93,8 @@ def draw(
     scores, kl = np.full((2, len(responses.texts)), np.nan)
     if reward is not None:
         rows = [{"prompt": prompt} for prompt in prompts]
-        scores = make_scorer(as_reward(reward), policy, rows, uncut_to(rollout), batch_size)(rollout)
+        data = limited(rollout.prompt.shape[1], rollout.response.shape[1])
+        scores = make_scorer(as_reward(reward), policy, rows, data, batch_size)(rollout)
     if reference is not None:
         kl = sequence_kl(
             policy.network,

@@ -8,8 +8,8 @@ import pandas as pd
 
 from rlhf_jax.data.formats import checked_row
 from rlhf_jax.data.pipeline import Content, Example, encode_pairs
-from rlhf_jax.inference.encoding import UNCUT, pad_examples
-from rlhf_jax.inference.tables import numbered, shortest
+from rlhf_jax.data.rows import UNCUT, numbered, shortest
+from rlhf_jax.inference.encoding import pad_examples
 from rlhf_jax.loading.models import RewardModel
 from rlhf_jax.rewards.functions import weighted_sum
 from rlhf_jax.rewards.scorers import TAKEN

@@ -8,7 +8,7 @@ import pandas as pd
 
 from rlhf_jax import config as configs
 from rlhf_jax.data.pipeline import Content, DataConfig
-from rlhf_jax.inference.sample import draw
+from rlhf_jax.inference.sample import draw_responses
 from rlhf_jax.loading import models, pretrained
 from rlhf_jax.loading.models import Policy, RewardModel
 from rlhf_jax.rewards import tfidf
@@ -128,6 +128,10 @@ class Run:
         columns = ["step", "seed", "prompt", "completion", "score", "kl", "length"]
         return _table(self._file(stage, "samples.jsonl"), columns)
 
+    def pairs(self, stage: str) -> pd.DataFrame:
+        """`prompt, chosen, rejected` of a preferences stage's training pairs, with their scores if there are any."""
+        return _table(self._file(stage, "preferences.jsonl"), ["prompt", "chosen", "rejected"])
+
     def results(self) -> pd.DataFrame:
         """Results on the test split, one row per method and seed; gold columns are NaN without a gold judge."""
         return self._results("results.jsonl")
@@ -244,7 +248,7 @@ class Run:
         """
         sampling_options, data = configs.build(SamplingOptions, options, "sample"), self.data(stage)
         start = self.config(stage)["section"].get("policy")
-        responses = draw(
+        responses = draw_responses(
             self.load_policy(stage, policy_seed),
             prompts,
             sampling_options,

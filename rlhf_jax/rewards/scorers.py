@@ -1,6 +1,7 @@
 """Scorers of responses: reward models, possibly with another tokenizer than the policy's, and Python functions."""
 
 import dataclasses
+import json
 from collections.abc import Callable, Sequence
 from typing import Any, TypeGuard
 
@@ -31,10 +32,15 @@ HostScorer = Callable[[Rollout], Scored]
 def same_tokenizer(first: Tokenizer, second: Tokenizer) -> bool:
     """Return whether two tokenizers encode every text and every chat identically."""
     return (
-        first.backend.to_str() == second.backend.to_str()
+        _encoder(first) == _encoder(second)
         and first.prefix == second.prefix
         and first.chat_template == second.chat_template
     )
+
+
+def _encoder(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Describe a tokenizer without its post-processor, whose prefix is compared apart: exports spell it otherwise."""
+    return json.loads(tokenizer.backend.to_str()) | {"post_processor": None}
 
 
 def joins_program(reward: RewardModel | Reward, policy: Policy) -> TypeGuard[RewardModel]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import absl.logging
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,8 +82,7 @@ class Checkpoints:
 
 def steps_of(directory: Path) -> list[int]:
     """The steps whose checkpoints are kept, in order."""
-    options = ocp.CheckpointManagerOptions(read_only=True, create=False)
-    with ocp.CheckpointManager(directory.absolute(), options=options) as manager:
+    with _reading(directory) as manager:
         return sorted(manager.all_steps())
 
 
@@ -93,9 +93,7 @@ def load_params(directory: Path, network: str, like: PyTree, *, step: int | None
     step is None for the newest; where says on which devices each parameter goes (None: the first). Raises RlhfError
     where there is no such checkpoint.
     """
-    with ocp.CheckpointManager(
-        directory.absolute(), options=ocp.CheckpointManagerOptions(read_only=True, create=False)
-    ) as manager:
+    with _reading(directory) as manager:
         steps = manager.all_steps()
         if not steps or (step is not None and step not in steps):
             kept = ", ".join(map(str, sorted(steps))) or "none"
@@ -105,6 +103,19 @@ def load_params(directory: Path, network: str, like: PyTree, *, step: int | None
         target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, places)
         chosen = max(steps) if step is None else step
         return manager.restore(chosen, args=ocp.args.Composite(**{network: ocp.args.StandardRestore(target)}))[network]
+
+
+@contextlib.contextmanager
+def _reading(directory: Path) -> Iterator[ocp.CheckpointManager]:
+    """Open checkpoints to read them, without Orbax's warnings that they are only read."""
+    verbosity = absl.logging.get_verbosity()
+    absl.logging.set_verbosity(min(verbosity, absl.logging.ERROR))
+    try:
+        options = ocp.CheckpointManagerOptions(read_only=True, create=False)
+        with ocp.CheckpointManager(directory.absolute(), options=options) as manager:
+            yield manager
+    finally:
+        absl.logging.set_verbosity(verbosity)
 
 
 @contextlib.contextmanager

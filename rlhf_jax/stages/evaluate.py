@@ -12,26 +12,20 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from rlhf_jax.config import AtLeastTwo, Count, ModelSource, NonNegative, Range, StageName, check_ranges
-from rlhf_jax.core.statistics import (
-    bootstrap_interval,
-    length_controlled_win_rate,
-    standard_error,
-    wilson_interval,
-)
+from rlhf_jax.config import AtLeastTwo, Count, ModelSource, NonNegative, Range, check_ranges
+from rlhf_jax.core.statistics import standard_error
 from rlhf_jax.data import pipeline
 from rlhf_jax.data.prompts import draw_prompts
-from rlhf_jax.inference.answers import Answers, Method, Split, answer, held_out_texts, measures
+from rlhf_jax.inference.answers import Answers, Method, Split, answer, held_out_texts, measures, win_rate
 from rlhf_jax.loading.context import Context
 from rlhf_jax.loading.data_report import report_prompts
-from rlhf_jax.loading.models import Policy, RewardModel
+from rlhf_jax.loading.models import Policy, RewardModel, load_stage_policy
 from rlhf_jax.rewards.http_judge import HTTPJudge, HTTPJudgeConfig
 from rlhf_jax.rewards.judging import TextScorer, make_http_judge, make_judge, preferred_by_asking, preferred_by_score
-from rlhf_jax.rewards.scorers import make_scorer
+from rlhf_jax.rewards.scorers import make_scorer, same_tokenizer
 from rlhf_jax.rewards.sources import Reward, RewardSource, find_reward, name_of
 from rlhf_jax.runtime.files import measured, read_json, write_rows
-
-Z_95 = 1.959964
+from rlhf_jax.types import RlhfError
 
 Rows = list[dict[str, Any]]
 
@@ -42,7 +36,7 @@ class EvaluateConfig:
 
     kind: Literal["evaluate"]
     reference: ModelSource  # policy that the others are compared with
-    policies: tuple[StageName, ...]  # stages to evaluate
+    policies: tuple[ModelSource, ...]  # stages or checkpoints to evaluate
     best_of: tuple[AtLeastTwo, ...]  # values of N for the reference's Best-of-N
     reward_model: RewardSource  # reward that scores responses and chooses Best-of-N's
     # Gold stage, reward or judge over HTTP that decides pairs; None: reward_model.
@@ -105,7 +99,7 @@ def _compare(
     """Return the table of a split, win rates against every opponent, and the responses."""
     split, answers = _split(config, context, judges, name), []
     for done, method in enumerate(methods, start=1 + len(methods) * (name == "test")):
-        answers.append(answer(method, split, config.reference, config.temperature, context))
+        answers.append(_answers(method, split, config, context))
         context.bar.update(done, 2 * len(methods), {})
 
     def wins_against(own: Answers, other: Answers) -> Float[np.ndarray, "N"]:
@@ -133,31 +127,9 @@ def _compare(
             if methods[number] != method:
                 pair = {"against": methods[number].name, "against_seed": methods[number].seed}
                 won = wins_against(found, answers[number])
-                rates = win_rate(won, found, answers[number], config, context.seed)
+                rates = win_rate(won, found, answers[number], rounds=config.bootstrap_rounds, seed=context.seed)
                 win_rates.append({"method": method.name, "seed": method.seed, **pair, "n_prompts": len(won), **rates})
     return results, win_rates, samples
-
-
-def win_rate(
-    wins: Float[np.ndarray, "N"], own: Answers, other: Answers, config: EvaluateConfig, seed: int
-) -> dict[str, float | None]:
-    """Return the share of pairs won, with ties counted half, its intervals, and the rate at equal lengths.
-
-    The intervals are Wilson's and the bootstrap's over prompts; the bootstrap draws the same prompts for every method.
-    """
-    low, high = wilson_interval(float(wins.sum()), len(wins), z=Z_95)
-    boot_low, boot_high = bootstrap_interval(wins, level=0.95, rounds=config.bootstrap_rounds, seed=seed)
-    controlled = length_controlled_win_rate(wins, own.lengths(), other.lengths())
-    return {
-        "win_rate": float(wins.sum()) / len(wins),
-        "win_low": low,
-        "win_high": high,
-        "tie_rate": float(np.mean(wins == 0.5)),
-        "boot_low": measured(boot_low),
-        "boot_high": measured(boot_high),
-        "lc_win_rate": controlled.rate,
-        "lc_win_se": controlled.se,
-    }
 
 
 def result(
@@ -169,7 +141,8 @@ def result(
     context: Context,
 ) -> dict[str, Any]:
     """Return a row of the table: means over prompts, and the win rate against the reference."""
-    alone, pairs = measures(found, method.best_of), win_rate(wins, found, reference, config, context.seed)
+    alone = measures(found, method.best_of)
+    pairs = win_rate(wins, found, reference, rounds=config.bootstrap_rounds, seed=context.seed)
     gains = found.judged() - reference.judged() if alone["gold_score"] is not None else None
     columns = {
         "method": method.name,
@@ -215,11 +188,39 @@ def _split(config: EvaluateConfig, context: Context, judges: Judges, name: str) 
     return Split(
         name,
         pipeline.take(prompts, np.sort(draw_prompts(prompts, most, key, f"config.{context.name}.prompts"))),
-        held_out_texts([rows[number] for number in texts.tolist()], reference, context),
+        held_out_texts([rows[number] for number in texts.tolist()], reference, context.data),
         reference,
         make_scorer(judges.reward_model, reference, rows, context.data, context.runtime.inference_batch),
         None if judges.judge is None else judges.judge(reference, rows),
     )
+
+
+def _answers(method: Method, split: Split, config: EvaluateConfig, context: Context) -> Answers:
+    """Sample a method's answers with random keys specific to the method and split.
+
+    Raises RlhfError if the method's policy has another tokenizer than the reference.
+    """
+    policy = split.reference if method.source == config.reference else _policy(method, context)
+    if not same_tokenizer(policy.tokenizer, split.reference.tokenizer):
+        raise RlhfError(
+            f"config.{context.name}: {method.source} has another tokenizer than {config.reference}, so that their "
+            "prompts differ and their KL divergence is undefined: compare models with the same tokenizer"
+        )
+    return answer(
+        policy,
+        split,
+        context.key(f"samples: {method.name} {split.name}", method.seed - context.seed),
+        context.sampling(policy.tokenizer, config.temperature),
+        best_of=method.best_of,
+        batch_size=context.runtime.inference_batch,
+    )
+
+
+def _policy(method: Method, context: Context) -> Policy:
+    if method.source not in context.stages:
+        return context.policy(method.source)
+    find = context.workdir.find
+    return load_stage_policy(find(method.source), seed=method.seed, step=None, find=find, where=context.where)
 
 
 def _methods(config: EvaluateConfig, context: Context) -> list[Method]:

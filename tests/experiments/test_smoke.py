@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_jax import experiment
-from rlhf_jax.main import included_experiment, load_config
+from rlhf_jax.api import included_experiment, load_config
 from rlhf_jax.types import RlhfError
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"

@@ -98,7 +98,7 @@ def run(
     place = Workdir(Path(workdir), None if inputs is None else Path(inputs))
     console = Console(width=None if sys.stdout.isatty() else 120, force_jupyter=False)
     worked = experiment.run(experiment.parse(config), place, stage, console)
-    found = Run(place.root, place.inputs)
+    found = Run(place.root, place.inputs) if place.root.is_dir() or inputs is None else Run(inputs)
     if stage is not None:
         console.print(f"Stage {stage}: {place.find(stage)}")
         return found

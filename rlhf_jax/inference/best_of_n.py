@@ -13,7 +13,7 @@ from rlhf_jax.data.chat import naming_row
 from rlhf_jax.data.formats import checked_row
 from rlhf_jax.data.pipeline import Content
 from rlhf_jax.data.rows import numbered, shortest
-from rlhf_jax.inference.encoding import encode_prompts
+from rlhf_jax.inference.encoding import as_answers, encode_prompts
 from rlhf_jax.inference.score import function_scores, model_scores, scored_examples
 from rlhf_jax.loading.models import Policy, RewardModel
 from rlhf_jax.loading.samples import respond
@@ -161,10 +161,7 @@ def _sample(
         batch_size=min(ROWS, batch_size * n),
         first=first,
     )
-    answers = [
-        [text if isinstance(row.prompt, str) else [{"role": "assistant", "content": text}] for text in texts]
-        for row, texts in ((row, responses.texts[i * n : (i + 1) * n]) for i, row in enumerate(rows))
-    ]
+    answers = [as_answers(row.prompt, responses.texts[i * n : (i + 1) * n]) for i, row in enumerate(rows)]
     return answers, [responses.ended[i * n : (i + 1) * n] for i in range(len(rows))]
 
 

@@ -45,6 +45,13 @@ def encode_prompts(prompts: Sequence[Content], policy: Policy, max_prompt_tokens
     return encoded
 
 
+def as_answers(prompt: Content, texts: Sequence[str]) -> list[Content]:
+    """Give answers the form of their prompt: texts, or chats of one message."""
+    if isinstance(prompt, str):
+        return list(texts)
+    return [[{"role": "assistant", "content": text}] for text in texts]
+
+
 def require_room(policy: Policy, prompt: Sequence[int]) -> None:
     """Raise RlhfError if a prompt fills the model's context and leaves no room for an answer."""
     context = policy.network.config.context

@@ -10,11 +10,12 @@ import pandas as pd
 from rlhf_jax import config as configs
 from rlhf_jax.data.pipeline import Content
 from rlhf_jax.data.rows import limited
-from rlhf_jax.inference.encoding import encode_prompts
+from rlhf_jax.inference.encoding import as_answers, encode_prompts
+from rlhf_jax.inference.score import function_scores
 from rlhf_jax.loading.models import Policy
 from rlhf_jax.loading.samples import respond
 from rlhf_jax.rewards.scorers import make_scorer
-from rlhf_jax.rewards.sources import AnyReward, as_reward
+from rlhf_jax.rewards.sources import AnyReward, Reward, as_reward
 from rlhf_jax.sampling.batches import sequence_kl
 from rlhf_jax.sampling.options import SamplingOptions
 from rlhf_jax.types import RlhfError
@@ -89,12 +90,17 @@ def draw_responses(
     responses = respond(
         policy, ids, jax.random.key(seed), sampling, stops, samples=n, batch_size=batch_size, first=first
     )
-    rollout = responses.rollout
-    scores, kl = np.full((2, len(responses.texts)), np.nan)
-    if reward is not None:
+    rollout, texts = responses.rollout, responses.texts
+    scores, kl = np.full((2, len(texts)), np.nan)
+    judge = None if reward is None else as_reward(reward)
+    if isinstance(judge, Reward):
+        groups = [as_answers(prompt, texts[i * n : (i + 1) * n]) for i, prompt in enumerate(prompts)]
+        pairs = zip(prompts, groups, strict=True)
+        scores = np.concatenate([function_scores(judge, policy.tokenizer, *pair, {}) for pair in pairs])
+    elif judge is not None:
         rows = [{"prompt": prompt} for prompt in prompts]
-        data = limited(rollout.prompt.shape[1], rollout.response.shape[1])
-        scores = make_scorer(as_reward(reward), policy, rows, data, batch_size)(rollout)
+        lengths = limited(rollout.prompt.shape[1], rollout.response.shape[1])
+        scores = make_scorer(judge, policy, rows, lengths, batch_size)(rollout)
     if reference is not None:
         kl = sequence_kl(
             policy.network,

@@ -26,7 +26,7 @@ def load_policy(source: str | Path, *, dtype: DType = "float32") -> Policy:
 
 
 def load_reward_model(source: str | Path, *, dtype: DType = "float32") -> RewardModel:
-    """Load a reward model, a classifier with one label, with its tokenizer; sources as for `load_policy`.
+    """Load a reward model, a classifier with one label, with its tokenizer; source and dtype as for `load_policy`.
 
         reward_model = load_reward_model("path/to/classifier")
 

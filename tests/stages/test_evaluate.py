@@ -86,6 +86,7 @@ def evaluated(tmp_path_factory):
         stages = {
             "plain": section(model, reward_model, best_of=(2,), against=(other,)),
             "judged": section(model, reward_model, judge=judge, against=(other,), bootstrap_rounds=200),
+            "policy": section(model, reward_model, best_of=(2,), policies=(other,)),
         }
         workdir = experiments.run(directory / "run", data, stages)
         stages = {"http": section(model, reward_model, judge=http, against=(other,))}
@@ -117,6 +118,15 @@ def test_prompts_are_drawn_from_the_whole_file_and_the_same_for_all_methods(eval
     asked = [row["prompt"][0]["content"] for row in experiments.rows(evaluated[0].parent / "chats.jsonl")]
     late = set(asked[PROMPTS:]) - set(asked[:PROMPTS])  # a file may be sorted: the first rows are none like the others
     assert any(prompt.removesuffix(":") in late for prompt in prompts["reference"])
+
+
+def test_a_checkpoint_is_compared_as_a_policy(evaluated):
+    results = experiments.rows(evaluated[0] / "policy" / "results.jsonl")
+    assert [row["method"] for row in results] == ["reference", "best_of_2", "other"]
+    assert results[2]["kl"] > 0.01
+    against = table(evaluated[0] / "policy", "win_rates.jsonl")
+    assert set(against["against"]) == {"reference"}, "it is no opponent of the others"
+    assert set(table(evaluated[0] / "plain", "win_rates.jsonl")["against"]) == {"reference", "other"}
 
 
 def test_prompts_are_a_function_of_the_seed():

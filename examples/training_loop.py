@@ -4,7 +4,7 @@
 
 reads the SFT policy and the preferences of a run (of `rlhf-jax --config=quickstart:smoke --workdir=runs/smoke`, say),
 trains, compares the result with its start by the run's reward model, and writes it to runs/mine, which transformers
-loads and a config may name: `--config.evaluate.policies="('ppo', 'runs/mine')"`.
+loads and a config may name: `--config.evaluate.policies=ppo,runs/mine`.
 """
 
 import sys
@@ -47,7 +47,7 @@ def train_dpo(
         for first in range(0, len(pairs) - batch_size + 1, batch_size):
             batch = jax.tree.map(lambda leaf, which=order[first : first + batch_size]: leaf[which], arrays)
             params, state, value = step(params, state, batch)
-        print(f"epoch {epoch + 1}: loss {value:.4f}")
+            print(f"epoch {epoch + 1}, pairs {first + batch_size}: loss {value:.4f}")
     return start._replace(params=params)
 
 

@@ -12,43 +12,32 @@
 # ---
 
 # %% [markdown]
-# # Reading an experiment
+# # Running and reading an experiment
 #
-# An experiment leaves everything in its work directory, and `Run` reads it. This notebook runs the quickstart's smoke
-# variant (tiny networks, under a minute on two cores), so its numbers show how to look, not what is true. Point
-# `workdir` at `runs/quickstart`, after `make quickstart`, to look at the real ones.
+# `rlhf_jax.run` runs an experiment's stages and leaves all results in a work directory; `rlhf_jax.Run` reads it. This
+# notebook runs the quickstart's smoke variant (tiny networks, under a minute on two cores), so its numbers show how to
+# look, not what is true. After `make quickstart`, `rlhf_jax.Run("../runs/quickstart")` has the real ones.
 
 # %%
 # %matplotlib inline
-import os
-from pathlib import Path
-
-from rlhf_jax.data.fetch import fetch
-from rlhf_jax.main import main
-from rlhf_jax.reports import Run, draw
-
-if not Path("experiments").exists():
-    os.chdir("..")  # from notebooks/ to the project's root
-workdir = "runs/smoke"
+import rlhf_jax
 
 # %% [markdown]
-# The next cell is `rlhf-jax fetch movie_reviews` and `rlhf-jax --config=...:smoke --workdir=...`. What is complete is
-# not run again.
+# The next cell does what `rlhf-jax --config=quickstart:smoke --workdir=runs/smoke` does. Complete stages are not run
+# again, and an interrupted one goes on from its last checkpoint. `load_config` takes overrides by name, such as
+# `{"ppo.kl_coef": 0.05}`, as `--config.ppo.kl_coef=0.05` on the command line.
 
 # %%
-fetch("movie_reviews")
-assert main(["--config=experiments/movie_reviews/quickstart.py:smoke", f"--workdir={workdir}"]) == 0
-
-# %%
-run = Run(workdir)
+config = rlhf_jax.load_config("quickstart:smoke")
+run = rlhf_jax.run(config, "runs/smoke")
 run
 
 # %% [markdown]
 # ## The data the methods learn from
 #
-# The judge's correlation with people, and the pairs it labelled: the chosen answer is the one that it scores higher,
-# most of the time (it is as noisy as a person). Each summary also has a `provenance`: commit, packages, machine, seeds
-# and hashes of what the stage read.
+# The gold judge's correlation with the ratings, and the number of pairs that it labelled. In most pairs the chosen
+# answer has the higher score; the labels are as noisy as a person's. Each summary also has a `provenance`: commit,
+# packages, machine, seeds and hashes of the stage's inputs.
 
 # %%
 {
@@ -59,13 +48,13 @@ run
 # %% [markdown]
 # ## How the stages learned
 #
-# Metrics are tables, one row a step.
+# `metrics` is a DataFrame with one row per step.
 
 # %%
 run.metrics("ppo")[["step", "objective/scores", "objective/kl", "val/num_eos_tokens", "loss/value_avg"]].tail()
 
 # %%
-figures = draw(run)
+figures = rlhf_jax.draw(run)
 list(figures)
 
 # %%
@@ -81,9 +70,9 @@ figures["learning_dpo"]
 figures["learning_ppo"]
 
 # %% [markdown]
-# ## What they reached
+# ## Results
 #
-# Every method answers the same test prompts, and the gold judge, which nobody trained on, reads the answers.
+# Every method answers the same test prompts. The gold judge, on which no method was trained, scores the answers.
 
 # %%
 run.results()[["method", "gold_score", "gold_se", "win_rate", "win_low", "win_high", "reward_score", "kl", "length"]]
@@ -98,14 +87,23 @@ figures["win_rates"]
 figures["best_of_n"]
 
 # %% [markdown]
-# ## What they say
+# ## Answers
 #
-# `samples` has every answer of the evaluation; `sample` asks a policy for new ones.
+# `samples` has every answer of the evaluation.
 
 # %%
 run.samples("evaluate").query("step < 3")[["method", "prompt", "completion", "score", "gold", "kl"]].sort_values(
     "prompt"
 )
 
+# %% [markdown]
+# Policies and reward models can be loaded and used: `sample`, `best_of_n`, `logprobs`, `score`, `evaluate` and `export`
+# are functions of `rlhf_jax`.
+
 # %%
-run.sample(["the film", "a very"], stage="ppo", n=3)
+start, policy, reward_model = run.load_policy("sft"), run.load_policy("ppo"), run.load_reward_model("reward_model")
+prompts = ["the film", "a very", "this movie is"]
+rlhf_jax.sample(policy, prompts[:2], n=3, reward=reward_model, reference=start, max_new_tokens=16)
+
+# %%
+rlhf_jax.evaluate({"sft": start, "ppo": policy}, prompts * 20, reward_model, max_new_tokens=16).T

@@ -11,6 +11,7 @@ import re
 import shlex
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -206,14 +207,15 @@ def test_own_preferences_with_fields_set_in_the_text_and_the_python_snippet(mode
     flags += ["--config.data.max_prompt_tokens=32"]  # as much as the snippet's prompt needs
     call([*words, *flags], models, monkeypatch)
     (snippet,) = [body for language, body in BLOCKS if language == "python"]
-    known: dict = {}
+    known: dict[str, Any] = {}
+    values = []
     for statement in ast.parse(snippet).body:
         value = isinstance(statement, ast.Expr)
         code = compile(ast.unparse(statement), "README.md", "eval" if value else "exec")
-        known["_"] = eval(code, known) if value else exec(code, known)
-        if value:
-            assert isinstance(known["_"], pd.DataFrame) and len(known["_"])
-    assert known["policy"].network and known["policy"].params and known["policy"].tokenizer
+        values.append(eval(code, known) if value else exec(code, known))
+    tables = [value for value in values if isinstance(value, pd.DataFrame)]
+    assert len(tables) == 4 and all(len(table) for table in tables)
+    assert (place / "exported" / "model.safetensors").exists()
 
 
 @pytest.mark.nightly

@@ -111,4 +111,4 @@ def draw_responses(
             temperature=sampling_options.temperature,
         )
     repeated = [prompt for prompt in prompts for _ in range(n)]
-    return pd.DataFrame({"prompt": repeated, "completion": responses.texts, "score": scores, "kl": kl})
+    return pd.DataFrame({"prompt": repeated, "completion": texts, "score": scores, "kl": kl})

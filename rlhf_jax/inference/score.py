@@ -57,8 +57,9 @@ def score(
             for example in scored_examples(scorer, pair["prompt"], [pair["completion"]], [True], number)
         ]
         scores = model_scores(scorer, examples, batch_size) if examples else np.zeros(0, np.float32)
-        for number in 1 + np.flatnonzero(~np.isfinite(scores)):
-            raise RlhfError(f"row {number}: the reward model's score is {scores[number - 1]}")
+        if not np.isfinite(scores).all():
+            row = int(np.argmin(np.isfinite(scores)))
+            raise RlhfError(f"row {row + 1}: the reward model returned a non-finite score ({scores[row]})")
     return pd.DataFrame(columns).assign(score=shortest(scores))
 
 

@@ -1,5 +1,6 @@
-"""Progress on the terminal: a bar for the running stage, a line for each finished one."""
+"""Progress of an experiment: a bar for the running stage, or lines off a terminal; a line for each finished stage."""
 
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -8,6 +9,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.progress import TimeRemainingColumn as TimeRemaining
 from rich.table import Column
 from rich.text import Text
+
+INTERVAL = 30.0
+"""Seconds between lines of progress where there is no bar: in notebooks and log files."""
 
 MOST_BAR = 24
 """Columns of a bar where there is room; it is the part that shrinks."""
@@ -19,12 +23,15 @@ class Bar:
     def __init__(self, progress: Progress, task: TaskID, name: str) -> None:
         """Wraps a task of the progress display."""
         self._progress, self._task, self._name = progress, task, name
-        self._figures = ""
+        self._figures, self._printed = "", time.monotonic()
 
     def update(self, done: int, total: int, figures: Mapping[str, float]) -> None:
         """Shows how far the stage is, and its key figures."""
         self._figures = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
         self._progress.update(self._task, completed=done, total=total, figures=self._figures)
+        if not self._progress.console.is_terminal and time.monotonic() - self._printed >= INTERVAL and done < total:
+            self._printed = time.monotonic()
+            self.say(f"{self._name}: {done}/{total}  {self._figures}".rstrip())
 
     def warn(self, message: str) -> None:
         """Prints a warning above the bar."""

@@ -10,7 +10,7 @@ import pytest
 
 import rlhf_jax
 from rlhf_jax.loading.models import Policy, RewardModel
-from rlhf_jax.rewards.scorers import reads_same_tokens
+from rlhf_jax.rewards.scorers import same_tokenizer
 from tests.support import checkpoints, tokenizer_files, workdirs
 from tests.support.commands import best_of_n, jsonl, reads, succeeds
 from tests.support.trained_stages import assert_same_model
@@ -52,9 +52,9 @@ def trained(tmp_path_factory):
 
 
 def test_a_model_of_the_other_kind_is_refused(places):
-    with pytest.raises(rlhf_jax.RlhfError, match="is a reward model where a language model is needed"):
+    with pytest.raises(rlhf_jax.RlhfError, match="is a reward model, not a language model: use load_reward_model"):
         rlhf_jax.load_policy(places[1])
-    with pytest.raises(rlhf_jax.RlhfError, match="is a language model where a reward model is needed"):
+    with pytest.raises(rlhf_jax.RlhfError, match="is a language model, not a reward model: use load_policy"):
         rlhf_jax.load_reward_model(places[0])
     low = rlhf_jax.load_policy(places[0], dtype="bfloat16")
     assert {leaf.dtype.name for leaf in jax.tree.leaves(low.params)} == {"bfloat16"}
@@ -163,7 +163,7 @@ def test_a_comparison_that_means_nothing_is_refused(policy, tmp_path):
         ({"a": policy, "b": foreign}, TEXTS, {}, "b has another tokenizer"),
         ({"a": policy}, [], {}, "at least one policy and one prompt"),
         ({"a": policy}, TEXTS, {"stop": ["."]}, "leave stop out"),
-        ({"a": policy}, ["word " * 300], {}, "the model sees 256"),
+        ({"a": policy}, ["word " * 300], {}, "but the context is 256"),
     ]
     for policies, prompts, options, words in cases:
         with pytest.raises(rlhf_jax.RlhfError, match=words):
@@ -175,11 +175,11 @@ def test_an_exported_policy_comes_back_and_is_compared_with_its_start(trained, t
     assert rlhf_jax.export(policy, tmp_path / "out") == tmp_path / "out"
     back = rlhf_jax.load_policy(tmp_path / "out")
     jax.tree.map(np.testing.assert_array_equal, back.params, policy.params)
-    assert reads_same_tokens(back.tokenizer, policy.tokenizer)
+    assert same_tokenizer(back.tokenizer, policy.tokenizer)
     judge = trained.load_reward_model("reward_model")
     found = rlhf_jax.evaluate({"ppo": policy, "again": back}, ["a good", "film"], judge, max_new_tokens=6)
     np.testing.assert_allclose(found["kl"], 0, atol=1e-5)
-    with pytest.raises(rlhf_jax.RlhfError, match="is there already"):
+    with pytest.raises(rlhf_jax.RlhfError, match="already exists: choose a new directory"):
         rlhf_jax.export(policy, tmp_path / "out")
 
 

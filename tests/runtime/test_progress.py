@@ -6,6 +6,7 @@ import re
 import pytest
 from rich.console import Console
 
+from rlhf_jax.runtime import progress
 from rlhf_jax.runtime.progress import Display
 
 FIGURES = {"objective/scores": 2.3281, "objective/kl": 7.128, "val/num_eos_tokens": 93.0}
@@ -56,3 +57,15 @@ def test_off_a_terminal_there_is_a_line_a_stage():
     with display.running(), display.bar("sft") as bar:
         bar.update(1, 2, {"loss": 1.5})
     assert re.fullmatch(r"sft: \d+\.\d s  loss 1\.5\n", file.getvalue())
+
+
+def test_off_a_terminal_progress_is_a_line_now_and_then(monkeypatch):
+    file = io.StringIO()
+    display, clock = Display(Console(width=80, file=file)), iter([0.0, 29.0, 30.0, 30.0, 31.0, 90.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    with display.running(), display.bar("ppo") as bar:
+        for done in (1, 2, 3):
+            bar.update(done, 4, {"loss": done / 2})
+    first, last = file.getvalue().splitlines()
+    assert first == "ppo: 2/4  loss 1"
+    assert last.startswith("ppo: ") and last.endswith(" s  loss 1.5")

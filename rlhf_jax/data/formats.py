@@ -17,12 +17,12 @@ from typing import Any, Literal
 from rlhf_jax.data.readers import Row, read_file
 from rlhf_jax.types import RlhfError
 
-Kind = Literal[
+RowKind = Literal[
     "preference", "implicit_prompt_preference", "unpaired", "prompt_completion", "messages", "text", "ranked", "prompt"
 ]
 
 # The first match counts: a table may have more columns than its kind needs.
-KINDS: dict[Kind, tuple[str, ...]] = {
+COLUMNS: dict[RowKind, tuple[str, ...]] = {
     "preference": ("prompt", "chosen", "rejected"),
     "implicit_prompt_preference": ("chosen", "rejected"),
     "unpaired": ("prompt", "completion", "label"),
@@ -77,16 +77,16 @@ def file_hash(source: str) -> str:
         return hashlib.sha256("".join(f"{file.name} {_digest(file)}\n" for file in files).encode()).hexdigest()
 
 
-def kind_of(rows: Sequence[Row], source: str = "the table") -> Kind:
+def kind_of(rows: Sequence[Row], source: str = "the table") -> RowKind:
     """Determine which of TRL's column conventions a table follows, from its first row.
 
     Raises: RlhfError if it follows none.
     """
     columns = rows[0].keys()
-    for kind, needed in KINDS.items():
+    for kind, needed in COLUMNS.items():
         if columns >= set(needed):
             return kind
-    known = "; ".join(", ".join(needed) for needed in KINDS.values())
+    known = "; ".join(", ".join(needed) for needed in COLUMNS.values())
     raise RlhfError(f"{source} has the columns {', '.join(columns)}, which match no known format: name them {known}")
 
 
@@ -134,7 +134,7 @@ def preference_rows(rows: Sequence[Row], source: str) -> list[Row]:
     kind = kind_of(rows, source)
     if kind not in ("preference", "implicit_prompt_preference"):
         raise RlhfError(f"{source} is not preference data: it needs the columns chosen and rejected (and prompt)")
-    checked = checked_rows(rows, KINDS[kind], source)
+    checked = checked_rows(rows, COLUMNS[kind], source)
     for number, row in enumerate(checked, start=1):
         for column in ("chosen", "rejected"):
             if is_blank(row[column]):
@@ -170,7 +170,7 @@ def ranked_rows(rows: Sequence[Row], source: str) -> list[Row]:
 
     Raises: RlhfError, naming the row, if completions are not a list of texts or chats, or scores not one number each.
     """
-    require_columns(rows, KINDS["ranked"], source)
+    require_columns(rows, COLUMNS["ranked"], source)
     ranked_rows = []
     for number, row in enumerate(rows, start=1):
         where, completions = f"{source}, row {number}", row["completions"]

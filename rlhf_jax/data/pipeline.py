@@ -93,7 +93,7 @@ def load_rows(config: DataConfig, split: str) -> list[Row]:
         return pairs
     if kind in ("unpaired", "ranked"):
         return {"unpaired": formats.unpaired_rows, "ranked": formats.ranked_rows}[kind](rows, source)
-    return formats.checked_rows(rows, formats.KINDS[kind], source)
+    return formats.checked_rows(rows, formats.COLUMNS[kind], source)
 
 
 def training_texts(rows: list[Row]) -> list[str]:

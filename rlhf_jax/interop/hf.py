@@ -33,7 +33,7 @@ from rlhf_jax.types import RlhfError
 Place = Callable[[str, np.ndarray], jax.Array]
 """Function that places a parameter on its devices, given its path and its value in host memory."""
 
-Kind = Literal["policy", "reward"]
+Role = Literal["policy", "reward"]
 
 # Tables in some old checkpoints that are determined by the config.
 _BUFFERS = re.compile(r"(\.attn\.(masked_)?bias|\.attention\.(masked_bias|bias)|rotary_emb\.inv_freq)$")
@@ -43,7 +43,7 @@ _WEIGHTS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*
 class Pretrained(NamedTuple):
     """Model loaded from a transformers checkpoint, with its original config."""
 
-    kind: Kind
+    kind: Role
     config: ModelConfig
     vocab_size: int
     params: PyTree
@@ -127,7 +127,7 @@ def load_pretrained(
     return Pretrained(kind, config, vocab_size, _nested(params, kind), hf_config)
 
 
-def save_pretrained(directory: Path, kind: Kind, params: PyTree, hf_config: dict[str, Any]) -> None:
+def save_pretrained(directory: Path, kind: Role, params: PyTree, hf_config: dict[str, Any]) -> None:
     """Write `config.json` and `model.safetensors` for transformers; the tokenizer writes its own files.
 
     Tensors keep the dtypes of the parameters. Raises RlhfError if the directory exists and is not empty.
@@ -204,7 +204,7 @@ def network_of(pretrained: Pretrained) -> PolicyNetwork | ScalarNetwork:
     return _network(pretrained.kind, pretrained.config, pretrained.vocab_size)
 
 
-def _network(kind: Kind, config: ModelConfig, vocab_size: int) -> PolicyNetwork | ScalarNetwork:
+def _network(kind: Role, config: ModelConfig, vocab_size: int) -> PolicyNetwork | ScalarNetwork:
     if kind == "policy":
         return PolicyNetwork(config, vocab_size, ())
     return ScalarNetwork(config, vocab_size, "last", bias=False)
@@ -245,7 +245,7 @@ def _aligned(array: np.ndarray, dtype: Any) -> np.ndarray:
     return copy
 
 
-def _kind(hf_config: dict[str, Any], directory: Path) -> Kind:
+def _kind(hf_config: dict[str, Any], directory: Path) -> Role:
     architecture = (hf_config.get("architectures") or ["ForCausalLM"])[0]
     if architecture.endswith("ForSequenceClassification"):
         labels = len(hf_config.get("id2label") or {"LABEL_0": 0, "LABEL_1": 1})
@@ -257,19 +257,19 @@ def _kind(hf_config: dict[str, Any], directory: Path) -> Kind:
     raise RlhfError(f"{directory} is a {architecture}: give a ...ForCausalLM, or a ...ForSequenceClassification")
 
 
-def parameter_shapes(kind: Kind, config: ModelConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
+def parameter_shapes(kind: Role, config: ModelConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
     """Return the shape of every parameter of a network, by its path."""
     key = jax.eval_shape(lambda: jax.random.key(0))  # only its shape, to avoid compiling a program
     tree = jax.eval_shape(_network(kind, config, vocab_size).init, key)
     return {_path(path, kind): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def _path(path: tuple, kind: Kind) -> str:
+def _path(path: tuple, kind: Role) -> str:
     """Path of a parameter within the transformer; the reward model's head stays `head/kernel`."""
     return jax.tree_util.keystr(path, simple=True, separator="/").removeprefix("body/" if kind == "reward" else "")
 
 
-def _nested(params: dict[str, jax.Array], kind: Kind) -> PyTree:
+def _nested(params: dict[str, jax.Array], kind: Role) -> PyTree:
     tree: dict[str, Any] = {}
     for path, leaf in params.items():
         *names, last = path.split("/")

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from rlhf_jax.interop.families import Layout, Tensor, family_of, pack, tensors_of, unpack
-from rlhf_jax.interop.hf import Kind, Pretrained, classifier_config, find_checkpoint, network_of, refuse_bias
+from rlhf_jax.interop.hf import Pretrained, Role, classifier_config, find_checkpoint, network_of, refuse_bias
 from rlhf_jax.interop.tensor_files import (
     DTYPES,
     MODEL_FILES,
@@ -167,7 +167,7 @@ def load_adapter(source: str, pretrained: Pretrained) -> Loaded:
 
 
 def save_adapter(
-    directory: Path, kind: Kind, params: Adapted, config: LoraConfig, hf_config: dict[str, Any], *, base: str | None
+    directory: Path, kind: Role, params: Adapted, config: LoraConfig, hf_config: dict[str, Any], *, base: str | None
 ) -> None:
     """Write an adapter and its config for PEFT. Only the shapes of the base's parameters are used.
 
@@ -231,7 +231,7 @@ def _parse_config(file: Path) -> dict[str, Any]:
         raise RlhfError(f"{file} is not a PEFT config ({error}): save the adapter again") from error
 
 
-def _read_config(directory: Path, kind: Kind) -> dict[str, Any]:
+def _read_config(directory: Path, kind: Role) -> dict[str, Any]:
     file = directory / CONFIG_FILE
     config: dict[str, Any] = {"lora_dropout": 0.0} | _parse_config(file)
     missing = {"r", "lora_alpha", "target_modules"} - config.keys()

@@ -107,7 +107,7 @@ def checked_base(source: str, model: Policy | RewardModel) -> str:
     return str(Path(source).resolve()) if Path(source).is_dir() else source
 
 
-def _kind(model: Policy | RewardModel) -> hf.Kind:
+def _kind(model: Policy | RewardModel) -> hf.Role:
     return "policy" if isinstance(model, Policy) else "reward"
 
 

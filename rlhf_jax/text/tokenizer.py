@@ -21,7 +21,7 @@ NO_TEMPLATE = (
     "prompt and completion), or start from a checkpoint whose tokenizer has a template"
 )
 
-Kind = Literal["word", "byte_bpe"]
+Algorithm = Literal["word", "byte_bpe"]
 Messages: TypeAlias = list[dict[str, Any]]
 """A conversation: messages with `role`, `content` and any other keys that the template reads."""
 
@@ -30,7 +30,9 @@ Messages: TypeAlias = list[dict[str, Any]]
 class TokenizerConfig:
     """Tokenizer to train: `word` (lower-cased words and punctuation) or `byte_bpe` (any text, no unknown words)."""
 
-    kind: Kind  # algorithm: word (lower-cased words and punctuation) or byte_bpe (any text, without unknown tokens)
+    kind: (
+        Algorithm  # algorithm: word (lower-cased words and punctuation) or byte_bpe (any text, without unknown tokens)
+    )
     vocab_size: Count  # tokens in the vocabulary, special ones included
 
     def __post_init__(self) -> None:
@@ -202,7 +204,7 @@ def train_byte_bpe_tokenizer(texts: Iterable[str], vocab_size: int) -> tokenizer
     return tokenizer
 
 
-TRAINERS: dict[Kind, Callable[[Iterable[str], int], tokenizers.Tokenizer]] = {
+TRAINERS: dict[Algorithm, Callable[[Iterable[str], int], tokenizers.Tokenizer]] = {
     "word": train_word_tokenizer,
     "byte_bpe": train_byte_bpe_tokenizer,
 }

@@ -188,7 +188,7 @@ def test_a_critic_of_its_own_and_a_warm_up_on_several_devices(where):
 def test_two_seeds_from_bfloat16_checkpoints_with_a_critic_of_their_own_resume_exactly(tmp_path):
     """PPO as a stage: policy and critic are float32, the warm-up holds the policy, and a killed run goes on."""
     places = []
-    kinds: tuple[hf.Kind, ...] = ("policy", "reward")
+    kinds: tuple[hf.Role, ...] = ("policy", "reward")
     for kind, place in zip(kinds, map(Path, experiments.models(tmp_path)), strict=True):
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), hf.load_pretrained(str(place)).params)
         places.append(tmp_path / f"half {kind}")

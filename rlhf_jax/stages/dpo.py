@@ -42,7 +42,7 @@ class DPOConfig:
     loss: PreferenceLossConfig = SIGMOID
     # Move the reference towards the policy (TR-DPO); None: a fixed reference.
     reference_update: ReferenceUpdate | None = None
-    sample_temperature: NonNegative = 1.0  # temperature of these continuations; 0 is greedy
+    sample_temperature: NonNegative = 1.0  # temperature of continuations at evaluations; 0 is greedy
     cached_reference: bool = False  # compute the reference's log-probabilities once, and keep them on disk
 
     def __post_init__(self) -> None:

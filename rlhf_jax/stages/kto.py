@@ -73,7 +73,7 @@ class KTOConfig:
     loop: LoopConfig
     loss: UnpairedLossConfig = KTO
     tuning: Tuning = NO_CHANGES
-    sample_temperature: NonNegative = 1.0  # temperature of these continuations; 0 is greedy
+    sample_temperature: NonNegative = 1.0  # temperature of continuations at evaluations; 0 is greedy
 
     def __post_init__(self) -> None:
         refuse_float16(self.tuning, adapter=self.tuning.lora is not None)

@@ -43,7 +43,7 @@ class SFTConfig:
     sample_prompts: CountOrZero  # evaluation prompts continued at every evaluation
     eval_every: Count  # steps between evaluations
     loop: LoopConfig
-    sample_temperature: NonNegative = 1.0  # temperature of these continuations; 0 is greedy
+    sample_temperature: NonNegative = 1.0  # temperature of continuations at evaluations; 0 is greedy
     # Stage whose samples, or chosen responses, are the demonstrations; None: the experiment's data.
     demonstrations: StageName | None = None
 

@@ -34,10 +34,10 @@ PAIRWISE = ("bradley_terry", "margin", "raters")
 
 @dataclasses.dataclass(frozen=True)
 class RewardLossConfig:
-    """The loss of a reward model, and what is added to it.
+    """Loss of a reward model, with label smoothing and centring.
 
-    `margin` reads a column `margin`, `raters` a column `labels` (one a rater: 1 prefers chosen, 0 rejected, 0.5
-    neither); `k_wise` reads ranked rows, or pairs, those with one prompt as one element; `plackett_luce` ranked rows.
+    `margin` reads a column `margin`; `raters` a column `labels` (one entry per rater: 1 prefers chosen, 0 rejected, 0.5
+    neither); `k_wise` ranked rows, or pairs, which are grouped by prompt; `plackett_luce` ranked rows.
     """
 
     name: LossName = "bradley_terry"  # loss; `margin`, `raters`, `k_wise` and `plackett_luce` need columns of their own
@@ -49,7 +49,7 @@ class RewardLossConfig:
         check_ranges(self)
         if self.label_smoothing and self.name not in SMOOTHED:
             raise ValueError(
-                f"label_smoothing = {self.label_smoothing} is not read by name = {self.name!r}: set it to 0, or take "
+                f"label_smoothing = {self.label_smoothing} is not used by name = {self.name!r}: set it to 0, or use "
                 f"one of {', '.join(SMOOTHED)}"
             )
 
@@ -58,7 +58,7 @@ BRADLEY_TERRY = RewardLossConfig()
 
 
 def load_rows(config: RewardLossConfig, context: Context, stage: str | None) -> tuple[list[Row], list[Row]]:
-    """Training rows, as the loss reads them, and held-out pairs; a stage's, or the experiment's own data."""
+    """Load training rows for the loss, and held-out pairs, from a stage or the experiment's own data."""
     if config.name in PAIRWISE:
         return load_preferences(context, stage)
     if stage is not None:
@@ -73,14 +73,14 @@ def load_rows(config: RewardLossConfig, context: Context, stage: str | None) -> 
         return train, [pair for row in held_out for pair in pairs_of(row)]
     if config.name == "plackett_luce":
         raise RlhfError(
-            f"config.{context.name}.loss.name = 'plackett_luce' learns from rankings, and {sources[0]} has none: give "
-            "rows with prompt and completions (the best first), or take loss.name = 'k_wise'"
+            f"config.{context.name}.loss.name = 'plackett_luce' needs rankings, but {sources[0]} has none: give rows "
+            "with prompt and completions (best first), or use loss.name = 'k_wise'"
         )
     return load_preferences(context, stage)
 
 
 def pairs_of(row: Row) -> list[Row]:
-    """A ranked row's pairs, with their scores; ties are none."""
+    """Split a ranked row into pairs with their scores, dropping ties."""
     ranked = list(zip(row["completions"], row["scores"], strict=True))
     return [
         {
@@ -96,7 +96,7 @@ def pairs_of(row: Row) -> list[Row]:
 
 
 def make_batch(config: RewardLossConfig, rows: list[Row], tokenizer: Tokenizer, data: DataConfig) -> Batch:
-    """All training rows, padded. Raises RlhfError naming the row that lacks what the loss reads."""
+    """Tokenise and pad all training rows. Raises RlhfError naming a row without the columns that the loss reads."""
     if config.name not in PAIRWISE:
         return _comparisons(config, rows, tokenizer, data)
     pairs = pipeline.preferences(rows, tokenizer, data)
@@ -122,7 +122,7 @@ def loss(
     dropout_keys: Key[Array, "B"] | None,
     axes: tuple[str, ...],
 ) -> Result:
-    """The loss of a batch and its metrics, from one forward pass over all responses of all its rows."""
+    """Compute the loss and metrics of a batch, in one forward pass over all responses."""
     value, metrics, uncentred = LOSSES[config.name](config, network, params, batch, dropout_keys, axes)
     if not config.center_rewards_coefficient:
         return value, metrics
@@ -151,7 +151,7 @@ def tokens(batch: Batch, axes: tuple[str, ...]) -> Array:
 def _pair_scores(
     network: ScalarNetwork, params: PyTree, batch: Any, dropout_keys: Key[Array, "B"] | None
 ) -> tuple[Array, Array]:
-    if dropout_keys is not None:  # another mask for each of the two
+    if dropout_keys is not None:  # separate masks for chosen and rejected
         dropout_keys = jax.vmap(jax.random.split, out_axes=1)(dropout_keys).reshape(-1)
     pairs = PreferenceBatch(*batch[: len(PreferenceBatch._fields)])
     chosen, rejected = jnp.split(network.scores(params, both_responses(pairs), dropout_keys=dropout_keys), 2)
@@ -182,7 +182,7 @@ def _raters(config, network, params, batch, keys, axes):
 def _all_scores(
     network: ScalarNetwork, params: PyTree, batch: ComparisonBatch, dropout_keys: Key[Array, "B"] | None
 ) -> Float[Array, "B K"]:
-    """The scores of K responses to every prompt, from one forward pass of B * K rows."""
+    """Score K responses to every prompt, in one forward pass of B * K rows."""
     rows, count = batch.responses.shape[:2]
     if dropout_keys is not None:
         dropout_keys = jax.vmap(lambda key: jax.random.split(key, count))(dropout_keys).reshape(-1)
@@ -237,8 +237,8 @@ def _comparisons(config: RewardLossConfig, rows: list[Row], tokenizer: Tokenizer
         count = len(completions)
         if config.name == "plackett_luce" and not np.array_equal(wins, np.triu(np.ones((count, count), bool), 1)):
             raise RlhfError(
-                f"row {place + 1} of the rankings has ties, which loss.name = 'plackett_luce' does not know: break "
-                "them, or take loss.name = 'k_wise'"
+                f"row {place + 1} of the rankings has ties, which loss.name = 'plackett_luce' does not support: break "
+                "them, or use loss.name = 'k_wise'"
             )
         own = list(itertools.islice(examples, count))
         batch.prompt[place], batch.prompt_mask[place] = pad_left([own[0].prompt], data.max_prompt_tokens)
@@ -253,7 +253,7 @@ def _ranked(rows: Sequence[Row]) -> list[tuple[Any, list[Any], np.ndarray]]:
 
 
 def _grouped(rows: Sequence[Row]) -> list[tuple[Any, list[Any], np.ndarray]]:
-    """Pairs with one prompt as one group of responses, in the order in which prompts come first."""
+    """Group pairs by prompt, in the order of first occurrence."""
     found: dict[str, tuple[Any, list[Any], list[tuple[int, int]]]] = {}
     for row in rows:
         prompt, completions, pairs = found.setdefault(repr(row["prompt"]), (row["prompt"], [], []))
@@ -274,5 +274,5 @@ def _numbers(values: Any, place: int, column: str, low: float, high: float) -> l
     values = list(values) if isinstance(values, (list, tuple, np.ndarray)) else []
     if not values or not all(isinstance(x, (int, float)) and np.isfinite(x) and low <= x <= high for x in values):
         wanted = "a number" if column == "margin" else "a list of the raters' labels, each between 0 and 1"
-        raise RlhfError(f"row {place + 1} of the preferences, column {column}, is not {wanted}: mend the row")
+        raise RlhfError(f"row {place + 1} of the preferences, column {column}, is not {wanted}: correct the row")
     return [float(x) for x in values]

@@ -16,11 +16,11 @@ from rlhf_jax.sampling.batches import score_all
 from rlhf_jax.types import PreferenceBatch
 
 GROUPS, BINS, BARS = 5, 10, 30
-"""Groups of pairs whose accuracy is compared, intervals of the reliability figure, and those of the histograms."""
+"""Number of groups for accuracies, and of bins in the reliability diagram and the histograms."""
 
 
 class HeldOut(NamedTuple):
-    """Pairs that were not trained on, as tokens and as they stand in their table."""
+    """Held-out pairs, as tokens and as rows."""
 
     batch: PreferenceBatch
     rows: list[dict[str, Any]]
@@ -29,7 +29,7 @@ class HeldOut(NamedTuple):
 def evaluate(
     network: ScalarNetwork, params: PyTree, data: HeldOut, context: Context
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """`eval/accuracy` against the labels, `eval/judge_agreement` where there are a judge's scores, and some samples."""
+    """Compute `eval/accuracy`, `eval/judge_agreement` if the rows have a judge's scores, and some sample rows."""
     scores = _scores(network, params, data.batch, context)
     chosen, rejected = np.split(scores, 2)
     metrics = {"eval/accuracy": _agreement(chosen - rejected, np.ones(len(chosen)))}
@@ -53,12 +53,12 @@ def evaluate(
 
 
 def report(model: RewardModel, data: HeldOut, context: Context) -> dict[str, Any]:
-    """Writes `calibration.json`, of the held-out pairs, and returns the figures that stand for it in `summary.json`.
+    """Write `calibration.json` for the held-out pairs, and return its main numbers for `summary.json`.
 
-    Accuracy with Wilson's interval: of all pairs, and of groups of them by the difference of the scores (`by_margin`),
-    by that of their labels (`by_label_margin`: the column margin, or a judge's scores, where there are any) and by that
-    of lengths in tokens, chosen less rejected (`by_length`). Whether the probabilities that Bradley and Terry's model
-    gives come true: `reliability`, `ece`. Histograms of both scores.
+    Accuracies with Wilson's interval for all pairs and for groups by the difference of scores (`by_margin`), the label
+    margin (`by_label_margin`: the column margin or the difference of a judge's scores, if available) and the difference
+    of lengths in tokens, chosen minus rejected (`by_length`). Calibration of the Bradley-Terry probabilities:
+    `reliability`, `ece`. Histograms of the scores of chosen and rejected responses.
     """
     chosen, rejected = np.split(_scores(model.network, model.params, data.batch, context).astype(np.float64), 2)
     margins = chosen - rejected
@@ -77,11 +77,11 @@ def report(model: RewardModel, data: HeldOut, context: Context) -> dict[str, Any
     if labels is not None:
         found["by_label_margin"] = calibration.accuracy_by(np.abs(labels), correct, bins=GROUPS)
     write_json(context.directory / "calibration.json", found)
-    whole = found["all"]
+    overall = found["all"]
     return {
-        "accuracy": whole["accuracy"],
-        "accuracy_low": whole["low"],
-        "accuracy_high": whole["high"],
+        "accuracy": overall["accuracy"],
+        "accuracy_low": overall["low"],
+        "accuracy_high": overall["high"],
         "ece": found["ece"],
         "score_mean": float(np.mean([chosen, rejected])),
         "score_std": float(np.std([chosen, rejected])),
@@ -103,12 +103,12 @@ def _label_margins(rows: list[dict[str, Any]]) -> np.ndarray | None:
 
 
 def _shown(content: Any) -> str:
-    """A text as it is, a chat with the roles before what they say."""
+    """Format a text or chat for display, with roles before messages."""
     if isinstance(content, str):
         return content
     return "\n".join(f"{message['role']}: {message['content']}" for message in content)
 
 
 def _agreement(margins: np.ndarray, other: np.ndarray) -> float:
-    """Share of pairs that two margins order alike; a tie in either counts half."""
+    """Share of pairs for which two margins have the same sign; ties count half."""
     return float(np.mean(calibration.agreement(margins, other)))

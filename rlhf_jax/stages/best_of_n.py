@@ -1,8 +1,8 @@
-"""best_of_n: draws N answers and lets the reward model choose; every n up to N from one pool, without bias.
+"""best_of_n: sample a pool of N responses per prompt and estimate Best-of-n by the reward model for every n up to N.
 
-Figure 2 (left) of Gao et al. 2022 (arXiv:2210.10760): proxy and gold score against the root of the divergence.
-Every number is a mean over prompts of unbiased estimates, with its standard error and a 95 % bootstrap interval, both
-over prompts: pools are independent, so that the chance in a pool shows in the spread between prompts as well.
+Figure 2 (left) of Gao et al. 2022 (arXiv:2210.10760): proxy and gold score against the square root of the divergence.
+Every number is a mean over prompts of unbiased estimates, with a standard error and a 95 % bootstrap interval over
+prompts. Pools are independent, so the variation between prompts includes the randomness of the pools.
 """
 
 import dataclasses
@@ -37,17 +37,17 @@ from rlhf_jax.sampling.batches import response_logprobs_all, sample_all
 from rlhf_jax.types import Rollout
 
 ROUNDS = 1000  # of the bootstrap
-SOFT_DRAWS = 16  # how often the pool is cut into groups of n anew
+SOFT_DRAWS = 16  # number of random partitions of the pool into groups of n
 
 
 @dataclasses.dataclass(frozen=True)
 class BestOfNConfig:
-    """The policy that is sampled, the reward model that chooses, and the judge that is asked afterwards, if any."""
+    """Policy to sample from, reward model that selects, and optional gold judge."""
 
     kind: Literal["best_of_n"]
     policy: ModelSource  # policy to sample from
-    reward_model: RewardSource  # reward that chooses
-    judge: StageName | None  # gold stage that scores what was chosen; None: no judge
+    reward_model: RewardSource  # reward that selects
+    judge: StageName | None  # gold stage that scores the selected responses; None: no judge
     prompts: Count  # prompts of the test split
     pool: Count  # samples of each prompt; every power of two up to it is reported
     temperature: Positive  # temperature of the samples
@@ -59,7 +59,7 @@ class BestOfNConfig:
 
 
 class Pool(NamedTuple):
-    """The scores of every prompt's samples, [prompts, pool], and their log-probabilities where they were sampled."""
+    """Scores of every prompt's samples, [prompts, pool], and log-probabilities under the sampling distribution."""
 
     proxy: np.ndarray
     gold: np.ndarray | None
@@ -67,12 +67,12 @@ class Pool(NamedTuple):
 
 
 def run(config: BestOfNConfig, context: Context) -> dict[str, Any]:
-    """Writes `curve.jsonl` (a row for every n) and the chosen responses of a few prompts; with `soft`, `soft.jsonl`.
+    """Write `curve.jsonl` (one row per n), the selected responses of a few prompts, and with `soft` also `soft.jsonl`.
 
-    Columns of the curve: `n`; `kl`, the bound on the divergence, and `kl_estimate` from the probabilities of what is
-    chosen; `proxy` and `gold`; `win_rate` against one sample, by the gold score where there is a judge, and its bound.
-    Those of `soft.jsonl` are `temperature, n`, `kl`, the lower of two bounds, `proxy` and `gold`. Means over prompts
-    have columns that end in `_se`, `_low` and `_high` beside them.
+    Columns of the curve: `n`; `kl`, the upper bound on the divergence, and `kl_estimate` from the probabilities of the
+    selected responses; `proxy` and `gold`; `win_rate` against one sample (by the gold score if there is a judge) and
+    its bound. Columns of `soft.jsonl`: `temperature, n`; `kl`, the smaller of two bounds; `proxy` and `gold`. Means
+    over prompts also have columns with the suffixes `_se`, `_low` and `_high`.
     """
     policy, reward_model = context.policy(config.policy), find_reward(context, config.reward_model)
     table = pipeline.load_rows(context.data, "test")
@@ -118,7 +118,7 @@ def run(config: BestOfNConfig, context: Context) -> dict[str, Any]:
 
 
 def _logprobs(policy: Policy, rollout: Rollout, config: BestOfNConfig, context: Context) -> np.ndarray:
-    """Log-probabilities of whole responses where they were sampled, in nats."""
+    """Log-probabilities of responses under the sampling distribution, in nats."""
     tokens = response_logprobs_all(
         policy.network, policy.params, rollout, context.runtime.inference_batch, temperature=config.temperature
     )
@@ -127,7 +127,7 @@ def _logprobs(policy: Policy, rollout: Rollout, config: BestOfNConfig, context: 
 
 def _point(n: int, pool: Pool) -> dict[str, Any]:
     judged = pool.proxy if pool.gold is None else pool.gold
-    alone = n == pool.proxy.shape[1]  # no sample is left to compare with
+    alone = n == pool.proxy.shape[1]  # the pool has no further sample to compare with
     point: dict[str, Any] = {"n": n, "kl": float(best_of_n_kl(n))}
     point |= _mean("kl_estimate", best_of_n(pool.proxy, best_of_n_kl_estimate(pool.logprobs, n), n))
     point |= _mean("proxy", best_of_n(pool.proxy, pool.proxy, n))
@@ -149,10 +149,10 @@ def _soft_point(n: int, pool: Pool, temperature: float, seed: int) -> dict[str, 
 
 
 def _mean(name: str, estimates: np.ndarray | None) -> dict[str, float | None]:
-    """A mean over prompts, its standard error and its interval."""
+    """Mean over prompts with its standard error and interval."""
     if estimates is None:
         return {name: None, f"{name}_se": None, f"{name}_low": None, f"{name}_high": None}
-    low, high = bootstrap_interval(estimates, level=0.95, rounds=ROUNDS, seed=0)  # for every n the same prompts
+    low, high = bootstrap_interval(estimates, level=0.95, rounds=ROUNDS, seed=0)  # the same resamples for every n
     return {
         name: float(estimates.mean()),
         f"{name}_se": measured(standard_error(estimates)),
@@ -164,7 +164,7 @@ def _mean(name: str, estimates: np.ndarray | None) -> dict[str, float | None]:
 def _chosen(
     rows: list[dict[str, Any]], proxy: np.ndarray, sizes: list[int], seed: int, shown: int
 ) -> list[dict[str, Any]]:
-    """The best of the first n samples of a few prompts, for every n, with n in the place of the step."""
+    """Best of the first n samples of a few prompts, for every n; the column `step` is n."""
     return [
         {"step": n, "seed": seed, **rows[prompt * proxy.shape[1] + int(np.argmax(proxy[prompt, :n]))]}
         for n in sizes

@@ -1,7 +1,7 @@
-"""kto: tunes a policy on single responses, each labelled good or bad (Ethayarajh et al. 2024, arXiv:2402.01306).
+"""kto: train a policy on single responses labelled good or bad (Ethayarajh et al. 2024, arXiv:2402.01306).
 
-As a person would by prospect theory, the loss weighs a response against a reference point, the policy's divergence from
-its reference. That is estimated, as in the paper and in TRL, from the batch's responses, each put to another prompt.
+Following prospect theory, the loss compares each response with a reference point, the KL divergence of the policy from
+the reference. As in the paper and in TRL, the KL estimate pairs each response with another prompt of the batch.
 """
 
 import dataclasses
@@ -38,10 +38,10 @@ from rlhf_jax.types import RlhfError, Rollout, UnpairedBatch
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UnpairedLossConfig:
-    """`kto`, or `apo_zero_unpaired` without a reference point, and what a good and a bad response's loss count.
+    """Loss (`kto`, or `apo_zero_unpaired` without a reference point) and weights of good and bad responses.
 
-    TRL's advice, after eq. 8 of the paper: desirable_weight x good responses should be 1 to 4/3 times
-    undesirable_weight x bad responses. The stage's summary has both numbers.
+    TRL recommends, after eq. 8 of the paper, that desirable_weight x good responses be 1 to 4/3 times
+    undesirable_weight x bad responses. The stage's summary reports both counts.
     """
 
     # Loss: kto (eq. 7 of Ethayarajh et al. 2024, arXiv:2402.01306), or apo_zero_unpaired, without a reference point.
@@ -58,7 +58,7 @@ KTO = UnpairedLossConfig()
 
 @dataclasses.dataclass(frozen=True)
 class KTOConfig:
-    """The policy that is start and reference, the responses, and beta, how fast gains and losses saturate."""
+    """Initial policy (also the reference), responses, beta, and training hyperparameters."""
 
     kind: Literal["kto"]
     policy: ModelSource  # policy to start from, and the reference
@@ -80,7 +80,7 @@ class KTOConfig:
 
 
 def run(config: KTOConfig, context: Context) -> dict[str, Any]:
-    """Trains on the training responses; evaluates loss and implicit rewards on the held-out ones."""
+    """Train on the training responses; evaluate the loss and implicit rewards on held-out ones."""
     reference = begin_policy(config.policy, config.tuning, context)
     network, tokenizer = reference.network, reference.tokenizer
     rows, held_out = load_unpaired(context, config.preferences)
@@ -131,9 +131,9 @@ def make_step(
     axes: tuple[str, ...],
     loss_config: UnpairedLossConfig = KTO,
 ) -> Step:
-    """One update on an UnpairedBatch. `frozen` holds the reference, which is an adapter's base, and beta.
+    """Create the update step on an UnpairedBatch. `frozen` has the reference (the base of an adapter) and beta.
 
-    The reference point is the whole batch's, also where gradients are accumulated over micro-batches.
+    The reference point is that of the whole batch, even if gradients are accumulated over micro-batches.
     """
     optimizer, schedule = make_optimizer(config, steps), learning_rate(config, steps)
 
@@ -178,11 +178,11 @@ def to_other_prompts(batch: UnpairedBatch, axes: tuple[str, ...]) -> UnpairedBat
 
 
 def responses_of_others(first: Int[Array, "N"]) -> Int[Array, "N"]:
-    """Choose for each row the row whose response its prompt is paired with, in the estimate of the KL divergence.
+    """For the KL estimate, choose the row whose response each row's prompt is paired with.
 
-    Rows are sorted by prompt and turned by the size of the largest group with one prompt. So no row gets a response to
-    its own prompt, unless more than half of the rows have one prompt: then as few as possible do. Where all prompts
-    differ, row i gets row i - 1, the first the last, as in TRL.
+    Rows are sorted by prompt and rotated by the size of the largest group with equal prompts. No row is then paired
+    with a response to its own prompt, unless more than half of the rows share a prompt, and then as few as possible.
+    If all prompts differ, row i gets row i - 1 cyclically, as in TRL.
 
     Args: first is the number of the first row with the same prompt.
     """
@@ -196,7 +196,7 @@ def responses_of_others(first: Int[Array, "N"]) -> Int[Array, "N"]:
 def response_logprobs(
     network: PolicyNetwork, params: PyTree, batch: UnpairedBatch, dropout_keys: Key[Array, "B"] | None = None
 ) -> Float[Array, "B"]:
-    """Log-probabilities in nats of whole responses."""
+    """Log-probabilities of responses in nats."""
     rollout = Rollout(*batch[:4])
     stats = network.response_stats(params, rollout, temperature=1.0, dropout_keys=dropout_keys)
     return sequence_logprobs(stats.logprobs, rollout.response_mask)
@@ -212,7 +212,7 @@ def unpaired_loss(
     beta: float | Float[Array, ""],
     axes: tuple[str, ...],
 ) -> tuple[Float[Array, ""], dict[str, Metric]]:
-    """The chosen loss and its metrics; the baseline is None where it reads none."""
+    """Compute the configured loss and its metrics; baseline is None for a loss without a reference point."""
     weights = {"desirable_weight": config.desirable_weight, "undesirable_weight": config.undesirable_weight}
     if baseline is None:
         return apo_zero_unpaired_loss(own, reference, label, beta=beta, axes=axes, **weights)
@@ -249,12 +249,12 @@ def evaluate(
 
 
 def load_unpaired(context: Context, stage: str | None) -> tuple[list[dict], list[dict]]:
-    """Training and held-out rows (prompt, completion, label): a stage's pairs taken apart, or the experiment's own.
+    """Load training and held-out rows (prompt, completion, label), from pairs or from unpaired data.
 
-    Raises RlhfError where the rows are of another kind, or all have the same label.
+    Raises RlhfError if the rows are of another kind or all have the same label.
     """
     if stage is not None or "chosen" in pipeline.load_rows(context.data, "train")[0]:
-        tables = tuple(map(take_apart, load_preferences(context, stage)))
+        tables = tuple(map(unpair, load_preferences(context, stage)))
         places = (f"stage {stage}",) * 2
     else:
         tables = tuple(pipeline.load_rows(context.data, split) for split in ("train", "eval"))
@@ -266,15 +266,15 @@ def load_unpaired(context: Context, stage: str | None) -> tuple[list[dict], list
 
 
 def require_both_labels(rows: list[dict[str, Any]], source: str) -> None:
-    """Raises RlhfError where all rows have the same label."""
+    """Raise RlhfError if all rows have the same label."""
     if len({row["label"] for row in rows}) < 2:
         raise RlhfError(
-            f"{source}: all {len(rows)} rows have the label {str(rows[0]['label']).lower()}, of which KTO learns to "
-            "write more, or less, of anything: give good and bad completions"
+            f"{source}: all {len(rows)} rows have the label {str(rows[0]['label']).lower()}, but KTO needs both good "
+            "and bad completions"
         )
 
 
-def take_apart(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def unpair(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Split pairs into unpaired rows: chosen responses labelled good, rejected responses labelled bad."""
     return [
         {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}

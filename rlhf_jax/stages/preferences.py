@@ -1,8 +1,8 @@
-"""preferences: samples responses from a policy and has a judge, or a reward model, prefer one of two.
+"""preferences: sample responses from a policy and label pairs of them with a judge or a reward model.
 
-With a `label_beta` the label is a noisy person's (Bradley-Terry); without one, the higher score's. From another
-policy's samples at every turn, and with that policy as the start of `dpo`, these two stages in a row are iterative DPO
-(Xu et al. 2023, arXiv:2312.16682; Yuan et al. 2024, arXiv:2401.10020).
+With a `label_beta`, labels are noisy (Bradley-Terry); without one, the response with the higher score is chosen.
+Repeating `preferences` and `dpo`, each time starting from the latest policy, is iterative DPO (Xu et al. 2023,
+arXiv:2312.16682; Yuan et al. 2024, arXiv:2401.10020).
 """
 
 import dataclasses
@@ -33,22 +33,22 @@ from rlhf_jax.types import RlhfError, Rollout
 class PreferencesConfig:
     """Prompts, samples per prompt, the judge that labels pairs of samples, and the noise of the labels.
 
-    `label_beta` multiplies the difference of the scores, in standard deviations of the samples' scores, to give the
-    log-odds of the label. None: the higher score is chosen, and a pair with equal scores, which says nothing, is left
-    out. `pairs` are all of a prompt's, or its best sample with its worst. `margin`, where labels are not noisy, writes
-    the column `margin` that a reward model's loss may read: so many times the difference in standard deviations.
+    The log-odds of a label are `label_beta` times the difference of the scores, in standard deviations of the samples'
+    scores. If it is None, the higher score is chosen and ties are dropped. `pairs` selects all pairs of a prompt's
+    samples, or only the best with the worst. With noise-free labels, `margin` adds a column `margin` for reward-model
+    losses: this factor times the difference in standard deviations.
     """
 
     kind: Literal["preferences"]
     policy: ModelSource  # policy to sample from
-    judge: StageName | HTTPJudgeConfig | None  # gold stage, or judge over HTTP; None where reward_model chooses
+    judge: StageName | HTTPJudgeConfig | None  # gold stage, or judge over HTTP; None if reward_model is set
     prompts: Count  # prompts of the training split to sample for
     eval_prompts: Count  # of these prompts, those held out for evaluation
     samples_per_prompt: AtLeastTwo  # responses to each prompt
     # Log-odds of a label per standard deviation of the difference in score; None: the higher score wins, and ties are
     # dropped.
     label_beta: NonNegative | None
-    reward_model: RewardSource | None = None  # reward that chooses in place of a judge
+    reward_model: RewardSource | None = None  # reward that replaces the judge
     pairs: Literal["all", "best_worst"] = "all"  # all pairs of a prompt's responses, or its best with its worst
     # Write column `margin`: this times the difference in score, in standard deviations (needs label_beta = None).
     margin: Positive | None = None
@@ -66,25 +66,24 @@ class PreferencesConfig:
             for name, value in needing.items():
                 if getattr(self, name) != value:
                     raise ValueError(
-                        f"{name} = {getattr(self, name)!r} needs scores, and a judge over HTTP gives none: set it to "
-                        f"{value!r}"
+                        f"{name} = {getattr(self, name)!r} needs scores, but a judge over HTTP only compares answers: "
+                        f"set it to {value!r}"
                     )
         if not 0 < self.eval_prompts < self.prompts:
             raise ValueError(
-                f"eval_prompts = {self.eval_prompts} are held out of prompts = {self.prompts}: leave some for either"
+                f"eval_prompts = {self.eval_prompts} are held out of prompts = {self.prompts}: both parts need some"
             )
         if self.margin is not None and self.label_beta is not None:
             raise ValueError(
-                f"margin = {self.margin} needs label_beta = None: a noisy label's margin would tell how often it is "
-                "wrong"
+                f"margin = {self.margin} needs label_beta = None: with noisy labels, margins would reveal the noise"
             )
 
 
 def run(config: PreferencesConfig, context: Context) -> dict[str, Any]:
-    """Writes `preferences.jsonl` and `preferences_eval.jsonl` (prompt, chosen, rejected, and their scores, if any).
+    """Write `preferences.jsonl` and `preferences_eval.jsonl` (prompt, chosen, rejected, and scores if available).
 
-    Prompts that are chats stay chats, and their responses are the assistant's messages. A judge over HTTP is asked
-    about every pair in both orders; those that it cannot decide are left out.
+    If prompts are chats, responses are messages of the assistant. A judge over HTTP compares every pair in both orders;
+    ties are dropped.
     """
     policy = context.policy(config.policy)
     table = pipeline.load_rows(context.data, "train")
@@ -101,30 +100,30 @@ def run(config: PreferencesConfig, context: Context) -> dict[str, Any]:
         samples=config.samples_per_prompt,
         batch_size=context.runtime.inference_batch,
     )
-    asked: list[Any]
-    answers: list[Any]
-    asked, answers = read, written = texts(policy.tokenizer, rollout)
+    prompt_texts, answer_texts = texts(policy.tokenizer, rollout)
+    prompts: list[Any] = prompt_texts
+    answers: list[Any] = answer_texts
     if chats := _chats(table):
-        asked = [chats[i] for i in np.repeat(drawn, config.samples_per_prompt)]
+        prompts = [chats[i] for i in np.repeat(drawn, config.samples_per_prompt)]
         answers = [[{"role": "assistant", "content": answer}] for answer in answers]
     if isinstance(config.judge, HTTPJudgeConfig):
         http = make_http_judge(config.judge)
-        wins = _asked_about(http, config.samples_per_prompt, read, written, context)
-        each, figures = decided(wins, config.samples_per_prompt, asked, answers), http.summary()
+        wins = _compare(http, config.samples_per_prompt, prompt_texts, answer_texts, context)
+        each, figures = decided(wins, config.samples_per_prompt, prompts, answers), http.summary()
     else:
         scores = _scores(config, context, policy, table, rollout)
         if scores.std() == 0:
-            raise RlhfError(f"config.{context.name}: all {len(scores)} samples have the same score, which prefers none")
+            raise RlhfError(f"config.{context.name}: all {len(scores)} samples have the same score: no pair is left")
         rng = np.random.default_rng(np.asarray(jax.random.key_data(context.key("labels"))))
-        each = preferred(config, rng, asked, answers, scores)
+        each = preferred(config, rng, prompts, answers, scores)
         figures = {"judge_mean": float(scores.mean()), "judge_std": float(scores.std())}
     held_out = [row for rows in each[: config.eval_prompts] for row in rows]
     kept = [row for rows in each[config.eval_prompts :] for row in rows]
     for name, rows in ((PREFERENCES.eval, held_out), (PREFERENCES.train, kept)):
         if not rows:
             raise RlhfError(
-                f"config.{context.name}: no pair is left for {name}, because all are ties: draw more prompts, or more "
-                "samples a prompt"
+                f"config.{context.name}: no pair is left for {name}, because all are ties: use more prompts or more "
+                "samples per prompt"
             )
         write_rows(context.directory / name, rows)
     if "chosen_score" in kept[0]:
@@ -132,23 +131,23 @@ def run(config: PreferencesConfig, context: Context) -> dict[str, Any]:
         figures = {"label_agreement": float(agreement), **figures}
     shown = {name: figures[name] for name in ("label_agreement", "judge_cost") if name in figures}
     context.bar.update(1, 1, {"pairs": len(held_out + kept), **shown})
-    a_prompt = len(PAIRS[config.pairs](np.zeros(config.samples_per_prompt)))
+    pairs_per_prompt = len(PAIRS[config.pairs](np.zeros(config.samples_per_prompt)))
     return {
         "train_pairs": len(kept),
         "eval_pairs": len(held_out),
-        "ties_left_out": config.prompts * a_prompt - len(held_out + kept),
+        "ties_left_out": config.prompts * pairs_per_prompt - len(held_out + kept),
         **figures,
         "prompt_key": np.asarray(jax.random.key_data(prompt_key)).tolist(),
     }
 
 
 def all_pairs(scores: np.ndarray) -> list[tuple[int, int]]:
-    """Every two samples of one prompt."""
+    """Index pairs of all pairs of samples of one prompt."""
     return list(itertools.combinations(range(len(scores)), 2))
 
 
 def best_and_worst(scores: np.ndarray) -> list[tuple[int, int]]:
-    """The sample with the highest score and the one with the lowest: the first and the last where all are equal."""
+    """Index pair of the samples with the highest and the lowest score; the first and the last if all are equal."""
     return [(int(np.argmax(scores)), len(scores) - 1 - int(np.argmin(scores[::-1])))]
 
 
@@ -158,17 +157,17 @@ PAIRS = {"all": all_pairs, "best_worst": best_and_worst}
 def preferred(
     config: PreferencesConfig, rng: np.random.Generator, prompts: list[Any], completions: list[Any], scores: np.ndarray
 ) -> list[list[dict[str, Any]]]:
-    """The labelled pairs of each prompt. Args: `samples_per_prompt` rows for each prompt, in order, and scores [N]."""
+    """Label pairs of each prompt by scores. Args: `samples_per_prompt` rows per prompt, in order, and scores [N]."""
     std, each = scores.std(), []
     for first in range(0, len(prompts), config.samples_per_prompt):
-        own = scores[first : first + config.samples_per_prompt]
+        prompt_scores = scores[first : first + config.samples_per_prompt]
         rows = []
-        for a, b in PAIRS[config.pairs](own):
-            two = (completions[first + a], completions[first + b]), (own[a], own[b])
+        for a, b in PAIRS[config.pairs](prompt_scores):
+            pair = (completions[first + a], completions[first + b]), (prompt_scores[a], prompt_scores[b])
             if config.label_beta is not None:
-                rows.append(label(rng, prompts[first], *two, config.label_beta, std))
-            elif own[a] != own[b]:
-                row = higher(prompts[first], *two)
+                rows.append(label(rng, prompts[first], *pair, config.label_beta, std))
+            elif prompt_scores[a] != prompt_scores[b]:
+                row = higher(prompts[first], *pair)
                 if config.margin is not None:
                     row["margin"] = config.margin * (row["chosen_score"] - row["rejected_score"]) / float(std)
                 rows.append(row)
@@ -177,9 +176,10 @@ def preferred(
 
 
 def decided(wins: np.ndarray, samples: int, prompts: list[Any], completions: list[Any]) -> list[list[dict[str, Any]]]:
-    """The pairs of each prompt that a judge decided: 1 where it prefers the first, 0 the second, 1/2 a tie left out.
+    """Label pairs of each prompt by a judge's verdicts, dropping ties.
 
-    Args: wins of all pairs of each prompt, in the order of `all_pairs`.
+    Args: wins of all pairs of each prompt in the order of `all_pairs`: 1 if the first answer wins, 0 if the second
+    wins, 1/2 for a tie.
     """
     places, each = all_pairs(np.zeros(samples)), []
     for number, own in enumerate(wins.reshape(-1, len(places))):
@@ -203,14 +203,14 @@ def label(
     label_beta: float,
     std: float,
 ) -> dict[str, Any]:
-    r"""One preference: the first is chosen with probability $\sigma(c (s_1 - s_2) / \mathrm{std})$ (Bradley-Terry)."""
+    r"""Label a pair with noise: the first is chosen with probability $\sigma(\beta (s_1 - s_2) / \mathrm{std})$."""
     logit = label_beta * (scores[0] - scores[1]) / std
     first_wins = rng.random() < 1 / (1 + np.exp(-logit))
     return _preference(prompt, completions, scores, chosen=0 if first_wins else 1)
 
 
 def higher(prompt: Any, completions: tuple[Any, Any], scores: tuple[float, float]) -> dict[str, Any]:
-    """One preference: the higher score's."""
+    """Label a pair without noise: the higher score is chosen."""
     return _preference(prompt, completions, scores, chosen=0 if scores[0] > scores[1] else 1)
 
 
@@ -229,7 +229,7 @@ def _preference(
 def _scores(
     config: PreferencesConfig, context: Context, policy: Policy, table: list[dict[str, Any]], rollout: Rollout
 ) -> np.ndarray:
-    """The judge's scores of the texts, or the reward model's of the responses: [N]."""
+    """Scores of the gold judge or of the reward: [N]."""
     if config.judge is not None:
         assert isinstance(config.judge, str)
         judge = load_judge(context, config.judge)
@@ -241,7 +241,7 @@ def _scores(
     return np.asarray(make_scorer(reward_model, policy, table, context.data, batch_size)(rollout), np.float64)
 
 
-def _asked_about(
+def _compare(
     judge: HTTPJudge, samples: int, prompts: list[str], completions: list[str], context: Context
 ) -> np.ndarray:
     """Ask the judge about all pairs of each prompt's samples."""
@@ -254,7 +254,7 @@ def _asked_about(
 
 
 def _chats(table: list[dict[str, Any]]) -> list[Any] | None:
-    """The prompts of a table, where they are chats."""
+    """Prompts of a table if they are chats, otherwise None."""
     if "prompt" in table[0]:
         return [row["prompt"] for row in table] if isinstance(table[0]["prompt"], list) else None
     return [chat.question(row["messages"]) for row in table] if "messages" in table[0] else None

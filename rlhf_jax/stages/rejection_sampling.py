@@ -1,8 +1,9 @@
-"""rejection_sampling: samples answers, scores them by a reward model, and keeps the best as demonstrations for SFT.
+"""rejection_sampling: sample responses, score them with a reward model, and keep the best as demonstrations for SFT.
 
-Best-of-N's distillation. With the best answer a prompt, and SFT from the policy that was sampled, it is RAFT (Dong et
-al. 2023, arXiv:2304.06767), Llama 2's rejection sampling (Touvron et al. 2023, arXiv:2307.09288) and, stage after
-stage, expert iteration; with a threshold it is ReST (Gulcehre et al. 2023, arXiv:2308.08998), whose thresholds rise
+This distils Best-of-N. Keeping the best response per prompt and continuing SFT from the sampled policy gives RAFT (Dong
+et al. 2023, arXiv:2304.06767), Llama 2's rejection sampling (Touvron et al. 2023, arXiv:2307.09288) and, repeated,
+expert iteration. Keeping responses above a threshold gives ReST (Gulcehre et al. 2023, arXiv:2308.08998), whose
+thresholds increase from stage to stage:
 from one stage to the next. A round is two stages, and the next round samples what the last one trained:
 
     rejection_sampling (policy = sft) -> sft (model.init = sft, demonstrations = that) -> rejection_sampling ...
@@ -33,7 +34,7 @@ from rlhf_jax.types import RlhfError
 
 @dataclasses.dataclass(frozen=True)
 class KeepBest:
-    """The answers with the highest scores to each prompt."""
+    """Keep the responses with the highest scores for each prompt."""
 
     best: Count  # responses kept for each prompt
 
@@ -43,14 +44,14 @@ class KeepBest:
 
 @dataclasses.dataclass(frozen=True)
 class KeepAbove:
-    """Every answer with a higher score than this, however many to a prompt."""
+    """Keep every response with a score above a threshold, any number per prompt."""
 
     threshold: Finite  # lowest score, exclusive
 
 
 @dataclasses.dataclass(frozen=True)
 class KeepShare:
-    """The answers with the highest scores of all, whatever their prompts: this share of them."""
+    """Keep the share of all responses with the highest scores, regardless of their prompts."""
 
     share: Annotated[float, Range(above=0, at_most=1)]  # share of all responses to keep
 
@@ -60,7 +61,7 @@ class KeepShare:
 
 @dataclasses.dataclass(frozen=True)
 class KeepSoft:
-    """One answer to each prompt, with probability proportional to exp(score / temperature): soft Best-of-N."""
+    """Keep one response per prompt, with probability proportional to exp(score / temperature): Soft Best-of-N."""
 
     soft_temperature: Positive  # temperature, in units of the score
 
@@ -70,11 +71,11 @@ class KeepSoft:
 
 @dataclasses.dataclass(frozen=True)
 class RejectionSamplingConfig:
-    """The policy that is sampled, the reward model that decides, and which answers are kept."""
+    """Policy to sample from, reward model, and the rule that selects responses."""
 
     kind: Literal["rejection_sampling"]
     policy: ModelSource  # policy to sample from
-    reward_model: RewardSource  # reward that decides which responses are kept
+    reward_model: RewardSource  # reward that selects responses
     prompts: Count  # prompts of the training split to sample for
     eval_prompts: Count  # of these prompts, those whose responses are held out
     samples_per_prompt: Count  # responses to each prompt
@@ -85,8 +86,8 @@ class RejectionSamplingConfig:
         check_ranges(self)
         if not self.eval_prompts < self.prompts:
             raise ValueError(
-                f"eval_prompts = {self.eval_prompts} must be below prompts = {self.prompts}: some are "
-                "for training, and some for its evaluation"
+                f"eval_prompts = {self.eval_prompts} must be below prompts = {self.prompts}: the remaining prompts are "
+                "for training"
             )
         if isinstance(self.keep, KeepBest) and self.keep.best > self.samples_per_prompt:
             raise ValueError(
@@ -97,10 +98,9 @@ class RejectionSamplingConfig:
 
 
 def run(config: RejectionSamplingConfig, context: Context) -> dict[str, Any]:
-    """Writes `demonstrations.jsonl` and `demonstrations_eval.jsonl` (prompt, completion, score).
+    """Write `demonstrations.jsonl` and `demonstrations_eval.jsonl` (prompt, completion, score).
 
-    Prompts are as the data has them, chats among them; of plain texts they are the beginnings. An answer that was
-    sampled twice is kept twice.
+    Prompts are texts or chats as in the data, or the first tokens of plain texts. Duplicate responses are kept.
     """
     policy, reward_model = context.policy(config.policy), find_reward(context, config.reward_model)
     table = pipeline.load_rows(context.data, "train")
@@ -135,7 +135,7 @@ def run(config: RejectionSamplingConfig, context: Context) -> dict[str, Any]:
     held_out, train = (list(itertools.chain.from_iterable(part)) for part in parts)
     if not held_out or not train:
         raise RlhfError(
-            f"config.{context.name}.keep leaves {len(train)} answers for training and {len(held_out)} held out, of "
+            f"config.{context.name}.keep leaves {len(train)} responses for training and {len(held_out)} held out, with "
             f"scores from {scores.min():.3g} to {scores.max():.3g}: keep more, or sample more prompts"
         )
     write_rows(context.directory / DEMONSTRATIONS.eval, held_out)

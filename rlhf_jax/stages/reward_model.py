@@ -1,7 +1,7 @@
-"""reward_model: learns a score from preferences, by the Bradley-Terry likelihood or one of its relatives.
+"""reward_model: train a reward model on preferences, with the Bradley-Terry loss or a variant.
 
-One model, or an ensemble whose members are trained in one program, each with its own initialisation and its own order
-of the data (Coste et al. 2023, arXiv:2310.02743): member k is the single run with seed + k.
+Trains a single model, or an ensemble in one program with separate initialisations and data orders (Coste et al. 2023,
+arXiv:2310.02743). Member k equals a single run with seed + k.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ from rlhf_jax.types import RlhfError
 
 @dataclasses.dataclass(frozen=True)
 class NormaliseConfig:
-    """The policy on whose samples scores have mean 0 and variance 1, one sample to each prompt."""
+    """Policy on whose samples (one per prompt) scores are normalised to mean 0 and variance 1."""
 
     policy: ModelSource  # policy whose samples are scored
     prompts: AtLeastTwo  # prompts of the training split, drawn at random, one sample each
@@ -80,13 +80,13 @@ class RewardModelConfig:
     def __post_init__(self) -> None:
         refuse_float16(self.model, adapter=isinstance(self.model, Pretrained) and self.model.lora is not None)
         if (self.policy is None) != isinstance(self.model, Pretrained):
-            raise ValueError("policy names whose tokenizer a model from scratch reads; it is None with model.init")
+            raise ValueError("policy provides the tokenizer of a model from scratch, and must be None with model.init")
         if self.ensemble is not None and self.model.attention == "cudnn":
-            raise ValueError("model.attention = 'cudnn' does not serve several members at once: set it to 'xla'")
+            raise ValueError("model.attention = 'cudnn' does not support ensembles: set it to 'xla'")
 
 
 def run(config: RewardModelConfig, context: Context) -> dict[str, Any]:
-    """Trains on the training pairs; evaluates on the held-out pairs; writes `calibration.json`."""
+    """Train on the training pairs, evaluate on the held-out pairs, and write `calibration.json`."""
     members = 1 if config.ensemble is None else config.ensemble.members
     starts = [make_reward_model(config, context, member) for member in range(members)]
     tuning = config.model if isinstance(config.model, Pretrained) else None
@@ -136,7 +136,7 @@ def run(config: RewardModelConfig, context: Context) -> dict[str, Any]:
 
 
 def make_reward_model(config: RewardModelConfig, context: Context, member: int = 0) -> RewardModel:
-    """The reward model before the first step; members differ in what of it is drawn at random."""
+    """Initialise the reward model; ensemble members differ in their random weights."""
     if not isinstance(config.model, Pretrained):
         assert config.policy is not None
         policy = context.policy(config.policy)
@@ -146,8 +146,8 @@ def make_reward_model(config: RewardModelConfig, context: Context, member: int =
     start = found if isinstance(found, RewardModel) else as_reward_model(found, context.key("init", member))
     if start.network.ensemble is not None:
         raise RlhfError(
-            f"config.{context.name}.model.init = {config.model.init!r} is an ensemble, which no training starts from: "
-            "name a single model"
+            f"config.{context.name}.model.init = {config.model.init!r} is an ensemble: name a single model to start "
+            "from"
         )
     return start._replace(network=dataclasses.replace(start.network, pooling=config.pooling))
 
@@ -159,7 +159,7 @@ def make_step(
     axes: tuple[str, ...],
     loss_config: RewardLossConfig = BRADLEY_TERRY,
 ) -> Step:
-    """One update on a batch of `reward_loss`, a PreferenceBatch for the default loss."""
+    """Create the update step on a batch of `reward_loss` (a PreferenceBatch for the default loss)."""
     optimizer, schedule = make_optimizer(config, steps), learning_rate(config, steps)
 
     def step(state: TrainState, frozen: Any, batch: reward_loss.Batch, run_key: jax.Array) -> tuple:
@@ -194,9 +194,9 @@ def make_step(
 def score_moments(config: NormaliseConfig, model: RewardModel, context: Context) -> list[tuple[float, float]]:
     """Mean and standard deviation of the scores of a policy's samples, for every member of an ensemble.
 
-    Ziegler et al. 2019 (arXiv:1909.08593) shift and scale the reward so that these become 0 and 1 on the samples of the
-    policy that is tuned, and Stiennon et al. 2020 (arXiv:2009.01325) shift it; here `load_stage_reward_model` does.
-    Raises RlhfError where all samples have one score.
+    `load_stage_reward_model` uses them to shift and scale the reward to mean 0 and standard deviation 1 on samples of
+    the initial policy, as Ziegler et al. 2019 (arXiv:1909.08593) do; Stiennon et al. 2020 (arXiv:2009.01325) only shift
+    it. Raises RlhfError if all samples have the same score.
     """
     policy = context.policy(config.policy)
     rows = pipeline.load_rows(context.data, "train")
@@ -219,7 +219,7 @@ def score_moments(config: NormaliseConfig, model: RewardModel, context: Context)
         if not deviation > 0:
             raise RlhfError(
                 f"config.{context.name}.normalise: all {config.prompts} samples of {config.policy} have the score "
-                f"{mean:.4g}, which cannot be scaled: train the reward model for longer, or set normalise to None"
+                f"{mean:.4g} and cannot be scaled: train the reward model for longer, or set normalise to None"
             )
         moments.append((mean, deviation))
     return moments

@@ -1,4 +1,4 @@
-"""sft: trains a tokenizer and a language model on demonstrations, by maximum likelihood."""
+"""sft: train a language model (and a tokenizer, from scratch) on demonstrations by maximum likelihood."""
 
 import dataclasses
 from typing import Any, Literal
@@ -32,7 +32,7 @@ from rlhf_jax.types import TokenBatch
 
 @dataclasses.dataclass(frozen=True)
 class SFTConfig:
-    """The model, from scratch with its tokenizer or from a checkpoint with that one's, and how it is trained."""
+    """Model and tokenizer, from scratch or from a checkpoint, and training hyperparameters."""
 
     kind: Literal["sft"]
     tokenizer: TokenizerConfig | None  # tokenizer to train; None: the checkpoint's
@@ -50,11 +50,11 @@ class SFTConfig:
     def __post_init__(self) -> None:
         refuse_float16(self.model, adapter=isinstance(self.model, Pretrained) and self.model.lora is not None)
         if (self.tokenizer is None) != isinstance(self.model, Pretrained):
-            raise ValueError("tokenizer is to be trained for a model from scratch, and None for one with model.init")
+            raise ValueError("tokenizer is required for a model from scratch, and must be None with model.init")
 
 
 def run(config: SFTConfig, context: Context) -> dict[str, Any]:
-    """Trains on the training rows; evaluates loss and samples on the held-out ones."""
+    """Train on the training rows; evaluate the loss and sample on held-out rows."""
     rows, held_out = load_demonstrations(context, config.demonstrations)
     start = make_policy(config, rows, context)
     tuning = config.model if isinstance(config.model, Pretrained) else None
@@ -97,7 +97,7 @@ def run(config: SFTConfig, context: Context) -> dict[str, Any]:
 
 
 def make_policy(config: SFTConfig, rows: list[dict[str, Any]], context: Context) -> Policy:
-    """The policy before the first step."""
+    """Initialise the policy."""
     if isinstance(config.model, Pretrained):
         return context.policy(config.model.init, config.model)
     assert config.tokenizer is not None
@@ -107,7 +107,7 @@ def make_policy(config: SFTConfig, rows: list[dict[str, Any]], context: Context)
 
 
 def make_step(network: PolicyNetwork, config: OptimizerConfig, steps: int, axes: tuple[str, ...]) -> Step:
-    """One update on a TokenBatch."""
+    """Create the update step on a TokenBatch."""
     optimizer, schedule = make_optimizer(config, steps), learning_rate(config, steps)
 
     def step(state: TrainState, frozen: Any, batch: TokenBatch, run_key: jax.Array) -> tuple:
@@ -143,7 +143,7 @@ def sft_loss(
 ) -> tuple[jax.Array, dict[str, Metric]]:
     """Cross-entropy of the trained tokens, in nats per token, with `entropy` and `mean_token_accuracy`.
 
-    Args: keys of an adapter's dropout, one a row, or None for none.
+    Args: keys of an adapter's dropout, one per row; None disables it.
     """
     stats, trained = network.sequence_stats(params, batch, dropout_keys=keys), batch.loss_mask[:, 1:]
     return cross_entropy(stats.logprobs, trained, axes), {

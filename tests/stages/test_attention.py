@@ -41,7 +41,7 @@ def test_members_of_an_ensemble_do_without_it():
     fields |= {"optimizer": tiny.OPTIMIZER, "batch_size": 4, "epochs": 1.0, "eval_every": 1, "loop": tiny.LOOP}
     model = Pretrained(init=ModelSource("sft"), attention="cudnn")
     assert RewardModelConfig(**fields, model=model).ensemble is None
-    with pytest.raises(ValueError, match=r"model.attention = 'cudnn' does not serve several members at once"):
+    with pytest.raises(ValueError, match=r"model.attention = 'cudnn' does not support ensembles"):
         RewardModelConfig(**fields, model=model, ensemble=EnsembleConfig(members=2, combine="mean"))
 
 

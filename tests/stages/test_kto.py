@@ -249,7 +249,7 @@ def test_one_label_alone_is_refused():
 
 
 def test_pairs_are_taken_apart():
-    apart = kto.take_apart([{"prompt": "a", "chosen": "b", "rejected": "c", "margin": 1.0}])
+    apart = kto.unpair([{"prompt": "a", "chosen": "b", "rejected": "c", "margin": 1.0}])
     assert apart == [
         {"prompt": "a", "completion": "b", "label": True},
         {"prompt": "a", "completion": "c", "label": False},

@@ -182,7 +182,7 @@ def test_noisy_labels_are_bradley_terrys():
         ({"samples_per_prompt": 1}, "samples_per_prompt = 1 must be at least 2"),
         ({"eval_prompts": 4}, "eval_prompts = 4 are held out of prompts = 4"),
         ({"eval_prompts": 0}, "eval_prompts = 0 must be at least 1"),
-        ({**HTTP, "label_beta": 1.0}, "label_beta = 1.0 needs scores, and a judge over HTTP gives none"),
+        ({**HTTP, "label_beta": 1.0}, "label_beta = 1.0 needs scores, but a judge over HTTP only compares answers"),
         ({**HTTP, "pairs": "best_worst"}, "pairs = 'best_worst' needs scores"),
         ({**HTTP, "margin": 1.0}, "margin = 1.0 needs scores"),
         ({"margin": 1.0, "label_beta": 2.0}, "margin = 1.0 needs label_beta = None"),

@@ -237,7 +237,7 @@ def test_a_threshold_that_nothing_passes(finished, tmp_path):
     strict = build(policy="sft", keep={"threshold": 1e6})
     (tmp_path / "sft").mkdir()
     context = dataclasses.replace(context_of(tmp_path, planned), workdir=Workdir(tmp_path, workdir))
-    with pytest.raises(RlhfError, match=r"keep leaves 0 answers for training and 0 held out, of scores from"):
+    with pytest.raises(RlhfError, match=r"keep leaves 0 responses for training and 0 held out, with scores from"):
         stage.run(strict, context)
     assert not (tmp_path / "sft" / tables.DEMONSTRATIONS.train).exists()
 

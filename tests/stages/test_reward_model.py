@@ -170,7 +170,7 @@ def test_what_is_reported_of_held_out_pairs(ensemble):
 def test_an_ensemble_is_no_start_for_training(ensemble):
     stage = experiment.parse(_with_start(ensemble)).stages["again"]
     assert isinstance(stage, reward_model.RewardModelConfig)
-    with pytest.raises(RlhfError, match="is an ensemble, which no training starts from"):
+    with pytest.raises(RlhfError, match="is an ensemble: name a single model to start from"):
         reward_model.run(stage, dataclasses.replace(ensemble, name="again"))
 
 

@@ -32,7 +32,7 @@ from rlhf_jax.types import RlhfError
 
 @dataclasses.dataclass(frozen=True)
 class Common:
-    """Fields of a config that no stage owns."""
+    """Config fields shared by all stages."""
 
     seed: CountOrZero  # seed of all random numbers; run k of a stage with several runs uses seed + k
     seeds: Count  # runs that dpo, kto, online_dpo, ppo and group_rl train at once; other kinds train one
@@ -43,10 +43,10 @@ class Common:
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """One stage's surroundings. Run k of an online stage uses seed + k; other stages have one run."""
+    """Context of one stage. Run k of a stage with several runs uses seed + k."""
 
     workdir: Workdir
-    stages: tuple[str, ...]  # the experiment's, by which their names are told from checkpoints
+    stages: tuple[str, ...]  # of the experiment; any other model source is a checkpoint
     name: str
     seed: int
     seeds: int
@@ -60,28 +60,28 @@ class Context:
         return self.workdir.directory(self.name)
 
     def key(self, tag: str, seed_index: int = 0) -> PRNGKeyArray:
-        """The key for one purpose in run `seed_index`: the stage's name and a tag, derived from the run's seed."""
+        """Key for one purpose in run `seed_index`, derived from the run's seed, the stage's name and a tag."""
         return derive(derive(jax.random.key(self.seed + seed_index), self.name), tag)
 
     def placement(self, seeds: int = 1) -> Placement:
-        """The devices, for a stage with this many runs at once."""
+        """Devices for this many simultaneous runs."""
         return make_placement(self.runtime, seeds)
 
     @property
     def where(self) -> Where:
-        """On which devices each parameter of a model goes as it is loaded."""
+        """Function that gives the sharding of each parameter of a loaded model."""
         return self.placement().where
 
     def sampling(self, tokenizer: Tokenizer, temperature: float) -> Sampling:
-        """Responses of the length that the data has room for."""
+        """Sampling settings with data.max_response_tokens."""
         return Sampling(self.data.max_response_tokens, temperature, tokenizer.stop_ids)
 
     def policy(self, source: str, tuning: Tuning = NO_CHANGES) -> Policy:
-        """The policy that an earlier stage trained (the first seed's where there are several), or a checkpoint's."""
-        found = self.model(source, tuning)
-        if not isinstance(found, Policy):
+        """Load the policy of an earlier stage (its first seed) or of a checkpoint."""
+        model = self.model(source, tuning)
+        if not isinstance(model, Policy):
             raise RlhfError(f"config.{self.name}: {source} is a reward model where a language model is needed")
-        return found
+        return model
 
     def base(self, tuning: Tuning | None, source: str | None = None) -> Base | None:
         """Base of an adapter: the source, or the checkpoint of a `Pretrained` section; None without an adapter."""
@@ -92,14 +92,14 @@ class Context:
         return Base(name, name in self.stages)
 
     def reward_model(self, source: str) -> RewardModel:
-        """The reward model that an earlier stage trained, or a checkpoint's."""
-        found = self.model(source)
-        if not isinstance(found, RewardModel):
+        """Load the reward model of an earlier stage or of a checkpoint."""
+        model = self.model(source)
+        if not isinstance(model, RewardModel):
             raise RlhfError(f"config.{self.name}: {source} is a language model where a reward model is needed")
-        return found
+        return model
 
     def model(self, source: str, tuning: Tuning = NO_CHANGES) -> Policy | RewardModel:
-        """The model of an earlier stage or of a checkpoint, held as `tuning` says."""
+        """Load the model of an earlier stage or of a checkpoint, with the dtypes and options of `tuning`."""
         if source not in self.stages:
             found = load_checkpoint(source, tuning, where=self.where)
         else:
@@ -116,5 +116,5 @@ class Context:
 
 
 def steps_for(epochs: float, rows: int, batch_size: int, steps_per_call: int) -> int:
-    """Steps that see every row `epochs` times, rounded to whole calls, of which there is at least one."""
+    """Number of steps for `epochs` passes over the rows, rounded to a multiple of steps_per_call, at least one call."""
     return max(1, round(epochs * rows / batch_size / steps_per_call)) * steps_per_call

@@ -1,4 +1,4 @@
-"""Models as stages exchange them: from scratch, from an earlier stage, or from a checkpoint that others trained."""
+"""Models that stages exchange: save and load them, or load pretrained checkpoints."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -27,11 +27,11 @@ from rlhf_jax.types import RlhfError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tuning:
-    """Dtypes, memory and adapters of an existing model that is trained further. None keeps what its source has.
+    """Dtypes, memory options and adapter for fine-tuning an existing model. None keeps the setting of its source.
 
-    Trained parameters are float32 by default all the same, whatever dtype the source has, the values' too; what stays
-    frozen (the reference, an adapter's base) keeps its dtype. In 'bfloat16' they take less memory, or give faster
-    sampling: `optimizer.low_precision` says how small updates are kept, `runtime/rounding.py` the bytes a parameter.
+    Trained parameters, including a value function's, are float32 by default, whatever the dtype of the source; frozen
+    ones (the reference, an adapter's base) keep their dtype. 'bfloat16' saves memory or speeds up sampling:
+    `optimizer.low_precision` determines how small updates are preserved; see `runtime/rounding.py`.
     """
 
     # Dtype of trained parameters, or of the base of an adapter; None: float32, or the base's own.
@@ -48,18 +48,18 @@ NO_CHANGES = Tuning()
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pretrained(Tuning):
-    """A model's section where it does not start from scratch: the stage or the checkpoint that it starts from."""
+    """Config section of a model that starts from a stage or a checkpoint."""
 
     init: ModelSource  # stage or checkpoint to start from
 
 
 class Policy(NamedTuple):
-    """A language model one can use: its network, its parameters and its tokenizer."""
+    """Loaded language model: network, parameters and tokenizer."""
 
     network: PolicyNetwork
     params: PyTree
     tokenizer: Tokenizer
-    hf_config: dict[str, Any] | None = None  # of the checkpoint that it goes back to
+    hf_config: dict[str, Any] | None = None  # config.json of the original checkpoint
 
 
 class Base(NamedTuple):
@@ -70,7 +70,7 @@ class Base(NamedTuple):
 
 
 class RewardModel(NamedTuple):
-    """A reward model one can use; it reads the tokens of the tokenizer."""
+    """Loaded reward model: network, parameters and tokenizer."""
 
     network: ScalarNetwork
     params: PyTree
@@ -78,7 +78,7 @@ class RewardModel(NamedTuple):
     hf_config: dict[str, Any] | None = None
 
     def members(self) -> list["RewardModel"]:
-        """The members of an ensemble, or the model itself."""
+        """List the members of an ensemble, or the model itself."""
         ensemble = self.network.ensemble
         if ensemble is None:
             return [self]
@@ -87,13 +87,13 @@ class RewardModel(NamedTuple):
 
 
 Find = Callable[[str], Path]
-"""Where an experiment's stages are: a stage's name -> its directory."""
+"""Function from a stage's name to its directory."""
 
 
 def save_policy_spec(directory: Path, policy: Policy, seeds: range, *, base: Base | None = None) -> None:
-    """Writes what is needed beside the checkpoints to load a policy: `model.json`, `tokenizer/`.
+    """Write `model.json` and `tokenizer/`, which are needed to load a policy from its checkpoints.
 
-    Args: base is what the policy starts from, where only an adapter is trained.
+    Args: base is the base model if only an adapter is trained.
     """
     _save_spec(directory, policy, {"network": "policy", "seeds": [seeds.start, seeds.stop]}, base)
 
@@ -101,9 +101,9 @@ def save_policy_spec(directory: Path, policy: Policy, seeds: range, *, base: Bas
 def save_reward_spec(
     directory: Path, model: RewardModel, *, base: Base | None = None, moments: list[tuple[float, float]] | None = None
 ) -> None:
-    """Writes what is needed beside the checkpoints to load a reward model.
+    """Write `model.json` and `tokenizer/`, which are needed to load a reward model from its checkpoints.
 
-    Args: moments are the mean and the deviation of the scores that become 0 and 1, of every member of an ensemble.
+    Args: moments are the mean and standard deviation by which scores are normalised, for every ensemble member.
     """
     network = model.network
     more = {"network": "reward", "pooling": network.pooling, "bias": network.bias}
@@ -123,11 +123,11 @@ def load_stage(
 def load_stage_policy(
     directory: Path, *, seed: int, step: int | None, find: Find | None = None, where: Where | None = None
 ) -> Policy:
-    """A stage's policy: its parameters, or `Adapted` ones where the stage trained an adapter.
+    """Load a stage's policy, with `Adapted` parameters if the stage trained an adapter.
 
-    Args: find says where the stage is that an adapter's base comes from, by default beside this one; where, on which
-    devices each parameter goes, by default the first.
-    Raises RlhfError where the stage trains no policy, or has no such seed or checkpoint.
+    Args: find locates the stage of an adapter's base (default: next to this stage); where gives the sharding of each
+    parameter (default: the first device).
+    Raises RlhfError if the stage trains no policy, or has no such seed or checkpoint.
     """
     spec = _spec_of(directory, "policy")
     tokenizer = load_tokenizer(directory / "tokenizer")
@@ -135,7 +135,7 @@ def load_stage_policy(
     network = PolicyNetwork(config, spec["vocab_size"], tokenizer.suppressed, lora)
     first, stop = spec["seeds"]
     if not first <= seed < stop:
-        raise RlhfError(f"{directory} holds seeds {first} to {stop - 1}, not {seed}")
+        raise RlhfError(f"{directory} has seeds {first} to {stop - 1}, not {seed}")
     like = jax.eval_shape(network.init, jax.random.key(0))
     if lora is not None:
         like = jax.eval_shape(network.init_adapter, like, jax.random.key(0))
@@ -152,9 +152,9 @@ def load_stage_policy(
 
 
 def load_stage_reward_model(directory: Path, *, find: Find | None = None, where: Where | None = None) -> RewardModel:
-    """A stage's reward model, as `load_stage_policy` gives a policy. Raises RlhfError where the stage trains none.
+    """Load a stage's reward model; arguments as for `load_stage_policy`. Raises RlhfError if the stage trains none.
 
-    Scores that the stage normalised are so by the head that is given here. An ensemble's adapters are merged.
+    The normalisation of scores is folded into the head. An ensemble's adapters are merged.
     """
     spec = _spec_of(directory, "reward")
     config, lora = _model_config(spec, directory), _lora(spec, directory)
@@ -184,9 +184,9 @@ def load_stage_reward_model(directory: Path, *, find: Find | None = None, where:
 
 
 def normalised_head(head: PyTree, moments: Sequence[Sequence[float]], *, stacked: bool) -> PyTree:
-    """A head in float32 whose scores are (score - mean) / deviation; it has a bias, also where the given one has none.
+    """Fold the normalisation (score - mean) / deviation into a float32 head with a bias.
 
-    Args: stacked says that leaves have a first axis over an ensemble's members, each with moments of its own.
+    Args: stacked means that leaves have a leading axis over ensemble members, with separate moments.
     """
     kernel = head["kernel"].astype(jnp.float32)
     mean, deviation = (jnp.asarray(each, jnp.float32) for each in zip(*moments, strict=True))
@@ -196,7 +196,7 @@ def normalised_head(head: PyTree, moments: Sequence[Sequence[float]], *, stacked
 
 
 def merged(model: Policy | RewardModel) -> Policy | RewardModel:
-    """A model with plain parameters: those of an adapter added to its base."""
+    """Merge a model's adapter, if any, into its base."""
     if not isinstance(model.params, Adapted):
         return model
     params = model.network.merge(model.params)
@@ -206,39 +206,39 @@ def merged(model: Policy | RewardModel) -> Policy | RewardModel:
 
 
 def load_checkpoint(source: str, tuning: Tuning = NO_CHANGES, *, where: Where | None = None) -> Policy | RewardModel:
-    """A model that others trained: a Hugging Face directory, a GGUF file, or an id on the hub.
+    """Load a pretrained model from a Hugging Face directory, a GGUF file, or a Hub id.
 
-    Where there is an adapter of PEFT's instead of a whole model, it is merged into the base that it names. Each
-    parameter goes from its file straight to the devices that `where` says, by default the first.
-    Raises RlhfError where there is none, where it is of a family that is not covered, or has no tokenizer.
+    A PEFT adapter is merged into the base that it names. Each parameter is read directly to the devices given by
+    `where` (default: the first device).
+    Raises RlhfError if there is no model, its family is not supported, or it has no tokenizer.
     """
     directory = checkpoint_directory(source)
-    whole = base_directory(directory)
-    found = hf.load_pretrained(
-        str(whole),
+    base = base_directory(directory)
+    pretrained = hf.load_pretrained(
+        str(base),
         param_dtype=tuning.param_dtype,
         compute_dtype=tuning.compute_dtype or "float32",
         remat=bool(tuning.remat),
         attention=tuning.attention,
         place=None if where is None else lambda path, array: jax.device_put(array, where(path, array.shape)),
     )
-    tokenizer = checkpoint_tokenizer(directory, whole)
-    if whole != directory:
-        found = peft.with_adapter(directory, found, pad_id=tokenizer.pad_id)
-    if tokenizer.vocab_size > found.vocab_size:
+    tokenizer = checkpoint_tokenizer(directory, base)
+    if base != directory:
+        pretrained = peft.with_adapter(directory, pretrained, pad_id=tokenizer.pad_id)
+    if tokenizer.vocab_size > pretrained.vocab_size:
         raise RlhfError(
-            f"{source}: the tokenizer has {tokenizer.vocab_size} tokens, and the model {found.vocab_size}: they are "
-            "not of the same checkpoint"
+            f"{source}: the tokenizer has {tokenizer.vocab_size} tokens, but the model only {pretrained.vocab_size}: "
+            "they do not belong to the same checkpoint"
         )
-    network = hf.network_of(found)
+    network = hf.network_of(pretrained)
     if isinstance(network, PolicyNetwork):
         network = dataclasses.replace(network, suppressed=tokenizer.suppressed)
-        return Policy(network, found.params, tokenizer, found.hf_config)
-    return RewardModel(network, found.params, tokenizer, found.hf_config)
+        return Policy(network, pretrained.params, tokenizer, pretrained.hf_config)
+    return RewardModel(network, pretrained.params, tokenizer, pretrained.hf_config)
 
 
 def tuned(model: Policy | RewardModel, tuning: Tuning) -> Policy | RewardModel:
-    """A model with its parameters and its computations as asked for. Raises RlhfError where they cannot be so."""
+    """Apply the dtypes and options of `tuning` to a model. Raises RlhfError for an unsupported combination."""
     old = model.network.config
     try:
         config = dataclasses.replace(
@@ -257,38 +257,38 @@ def tuned(model: Policy | RewardModel, tuning: Tuning) -> Policy | RewardModel:
 
 
 def refuse_float16(config: Tuning | ModelConfig, *, adapter: bool) -> None:
-    """Raises ValueError where parameters are trained, or gradients computed, in float16.
+    """Raise ValueError if parameters would be trained, or gradients computed, in float16.
 
-    Gradients below 6e-8 are 0 there, and loss scaling, which would lift them, is not built in. With an adapter the
-    frozen base may be float16.
+    Gradients below 6e-8 underflow in float16, and loss scaling is not implemented. The frozen base of an adapter may
+    be float16.
     """
     for name in ("compute_dtype",) if adapter else ("param_dtype", "compute_dtype"):
         if getattr(config, name) == "float16":
             raise ValueError(
-                f"{name} = 'float16' is for inference alone, because small gradients vanish in it without loss scaling "
-                "(which is not built in): set it to 'bfloat16' or 'float32' to train"
+                f"{name} = 'float16' is for inference alone, because small gradients underflow without loss scaling "
+                "(which is not implemented): set it to 'bfloat16' or 'float32' to train"
             )
 
 
 def cast(params: PyTree, dtype: DType | None) -> PyTree:
-    """Parameters in another dtype, or as they are."""
+    """Cast parameters to a dtype; None leaves them unchanged."""
     return params if dtype is None else jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), params)
 
 
 def body_of(model: Policy | RewardModel) -> PyTree:
-    """A model's plain parameters without those of its head."""
+    """Plain parameters of a model without its head."""
     if isinstance(model, RewardModel):
         return model.params["body"]
     return {name: leaf for name, leaf in model.params.items() if name != "head"}
 
 
 def as_reward_model(policy: Policy, key: jax.Array) -> RewardModel:
-    """A reward model that starts as a policy's body, with a new head (Stiennon et al. 2020), read at the last token.
+    """Initialise a reward model from a policy's body and a new head (Stiennon et al. 2020) on the last token.
 
-    The head has no bias, so that transformers can load it as a classifier with one label.
+    The head has no bias, so that transformers can load the model as a classifier with one label.
     """
     network = ScalarNetwork(policy.network.config, policy.network.vocab_size, "last", bias=False)
-    head = jax.jit(lambda key: network.init(key)["head"])(key)  # nothing of the body is drawn
+    head = jax.jit(lambda key: network.init(key)["head"])(key)  # jit removes the unused body
     hf_config = policy.hf_config
     if hf_config is not None:
         hf_config = hf.classifier_config(hf_config, pad_id=policy.tokenizer.pad_id)
@@ -337,14 +337,14 @@ def _lora(spec: dict[str, Any], directory: Path) -> LoraConfig | None:
 
 
 def _load_base(directory: Path, find: Find | None, where: Where | None) -> Policy | RewardModel:
-    """The model that an adapter was trained beside: of a stage with several seeds, the first one's."""
+    """Load the base of a stage's adapter (of its first seed, if the base stage has several)."""
     base = base_of(directory)
     assert base is not None, directory
     if not base.is_stage:
         return load_checkpoint(base.name, where=where)
-    beside = directory.parent / base.name  # found first: elsewhere, a stage of that name may have been run anew
-    place = beside if find is None or (beside / "complete.json").exists() else find(base.name)
-    return merged(load_stage(place, seed=_read_spec(place).get("seeds", [0])[0], find=find, where=where))
+    sibling = directory.parent / base.name  # preferred: elsewhere, a stage of that name may have been rerun
+    source = sibling if find is None or (sibling / "complete.json").exists() else find(base.name)
+    return merged(load_stage(source, seed=_read_spec(source).get("seeds", [0])[0], find=find, where=where))
 
 
 def _model_config(spec: dict[str, Any], directory: Path) -> ModelConfig:

@@ -1,4 +1,4 @@
-"""Responses as people read them: rows of `samples.jsonl`."""
+"""Decoded responses, and rows of `samples.jsonl`."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from rlhf_jax.types import Rollout
 
 
 class Responses(NamedTuple):
-    """Responses of a model, a row each; the last token may complete a stop string, which the texts leave out."""
+    """Responses of a model, one per row. Texts exclude stop strings, which the last token may complete."""
 
     rollout: Rollout
     texts: list[str]
@@ -38,13 +38,13 @@ def respond(
     batch_size: int,
     first: int = 0,
 ) -> Responses:
-    """`samples` responses to each prompt, at most `batch_size` at once, up to a stop token or stop string.
+    """Sample `samples` responses to each prompt in batches of `batch_size`, up to a stop token or stop string.
 
-    Each is cut where the model's context ends. `first` prompts stand before these, for the random numbers.
+    Responses are also limited by the model's context. Args: first is the number of earlier prompts, for random keys.
     """
     network, context = policy.network, policy.network.config.context
     lengths = np.array([len(prompt) for prompt in prompts])
-    if context is not None:  # no more room than this is ever filled, whatever the prompts; few programs for many
+    if context is not None:  # independent of the prompts' lengths, for few programs
         sampling = dataclasses.replace(sampling, max_new_tokens=min(sampling.max_new_tokens, context))
     rollout = sample_all(
         network,
@@ -70,7 +70,7 @@ def respond(
 
 
 def texts(tokenizer: Tokenizer, rollout: Rollout) -> tuple[list[str], list[str]]:
-    """Prompts and completions of a rollout; a prompt and its completion joined are what a judge reads."""
+    """Decode the prompts and completions of a rollout; judges read their concatenation."""
     prompts, completions = [], []
     for prompt, prompt_mask, response, response_mask in zip(*map(np.asarray, rollout), strict=True):
         ids = prompt[prompt_mask].tolist()
@@ -82,7 +82,7 @@ def texts(tokenizer: Tokenizer, rollout: Rollout) -> tuple[list[str], list[str]]
 def sample_rows(
     tokenizer: Tokenizer, rollout: Rollout, score: Sequence[float | None], kl: Sequence[float | None]
 ) -> list[dict[str, Any]]:
-    """`prompt, completion, score, kl, length` for each row of a rollout."""
+    """Rows `prompt, completion, score, kl, length` of a rollout."""
     lengths = np.asarray(rollout.response_mask).sum(axis=1)
     return [
         {"prompt": prompt, "completion": completion, "score": _number(s), "kl": _number(k), "length": int(length)}
@@ -93,7 +93,7 @@ def sample_rows(
 def policy_samples(
     policy: Policy, prompts: Prompts, count: int, context: Context, temperature: float
 ) -> list[dict[str, Any]]:
-    """One sample to each of the first `count` prompts, without scores; the same random numbers at every call."""
+    """Sample one response to each of the first `count` prompts, without scores, with the same keys at every call."""
     if not count:
         return []
     first = take(prompts, np.arange(min(count, len(prompts.tokens))))

@@ -1,4 +1,4 @@
-"""Tables that one stage writes and a later one trains on: preferences and demonstrations."""
+"""Preferences and demonstrations that one stage writes and a later stage trains on."""
 
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ from rlhf_jax.types import RlhfError
 
 
 class Files(NamedTuple):
-    """The two files of a table, in the directory of the stage that wrote it."""
+    """Names of a table's training and evaluation files in a stage's directory."""
 
     train: str
     eval: str
@@ -19,7 +19,7 @@ DEMONSTRATIONS = Files("demonstrations.jsonl", "demonstrations_eval.jsonl")
 
 
 def load_preferences(context: Context, stage: str | None) -> tuple[list[dict], list[dict]]:
-    """Training and held-out pairs: those an earlier stage wrote, or the experiment's own data where stage is None."""
+    """Load training and held-out pairs of an earlier stage, or of the experiment's own data if stage is None."""
     if stage is not None:
         directory = context.workdir.find(stage)
         rows = [formats.read_table(str(directory / name)) for name in PREFERENCES]

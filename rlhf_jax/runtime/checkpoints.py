@@ -1,4 +1,4 @@
-"""Checkpoints of a training state: Orbax, asynchronous, one directory a step, one item a network."""
+"""Asynchronous Orbax checkpoints of training states, one directory per step with one item per network."""
 
 import contextlib
 import logging
@@ -27,7 +27,7 @@ class TrainState(NamedTuple):
 
 
 class _Repeated(logging.Filter):
-    """Stops asyncio's log of what other files' writers ran into: the first of them is raised, and reported."""
+    """Suppress asyncio's log of further exceptions of Orbax's writers; the first one is raised and reported."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         message = record.getMessage()
@@ -38,10 +38,10 @@ _REPEATED = _Repeated()
 
 
 class Checkpoints:
-    """The checkpoints of one stage. The newest `keep` steps stay."""
+    """Checkpoints of one stage; the newest `keep` are retained."""
 
     def __init__(self, directory: Path, keep: int) -> None:
-        """Opens a directory, making it where it is missing; what an interrupted save left there is removed."""
+        """Open or create a directory, and remove the remains of interrupted saves."""
         self._directory = directory
         logging.getLogger("asyncio").addFilter(_REPEATED)
         self._manager = ocp.CheckpointManager(
@@ -50,13 +50,13 @@ class Checkpoints:
         )
 
     def latest_step(self) -> int | None:
-        """The newest step with a whole checkpoint."""
+        """Newest step with a complete checkpoint, or None."""
         return self._manager.latest_step()
 
     def save(self, state: TrainState) -> None:
-        """Starts to save a state, under its step, and returns while files are still being written.
+        """Start saving a state under its step, and return before the files are written.
 
-        The state is copied first: on CPUs Orbax reads the arrays' own memory, which the next step reuses.
+        The state is copied first: on CPUs Orbax reads the arrays' memory, which the next step reuses.
         """
         copy = jax.tree.map(jnp.copy, state)
         items = {name: ocp.args.StandardSave(tree) for name, tree in copy.params.items()}
@@ -65,7 +65,7 @@ class Checkpoints:
             self._manager.save(int(np.ravel(state.step)[0]), args=ocp.args.Composite(rest=rest, **items))
 
     def restore(self, step: int, like: TrainState) -> TrainState:
-        """The state saved at a step, laid out as `like` is."""
+        """Restore the state saved at a step, with the shardings of `like`."""
         items = {name: ocp.args.StandardRestore(_abstract(tree)) for name, tree in like.params.items()}
         of_rest = ocp.args.StandardRestore(_abstract(_rest(like)))
         restored = self._manager.restore(step, args=ocp.args.Composite(rest=of_rest, **items))
@@ -74,24 +74,24 @@ class Checkpoints:
         return TrainState(rest["step"], params, rest["opt_state"], rest.get("controller", like.controller))
 
     def close(self) -> None:
-        """Waits for the last save, and reports what went wrong in it."""
+        """Wait for the last save and report its errors."""
         with _writing(self._directory):
             self._manager.wait_until_finished()
             self._manager.close()
 
 
 def steps_of(directory: Path) -> list[int]:
-    """The steps whose checkpoints are kept, in order."""
+    """Steps with a checkpoint, in ascending order."""
     with _reading(directory) as manager:
         return sorted(manager.all_steps())
 
 
 def load_params(directory: Path, network: str, like: PyTree, *, step: int | None, where: Where | None = None) -> PyTree:
-    """One network's parameters from a stage's checkpoints.
+    """Load one network's parameters from a stage's checkpoints.
 
-    Args: like gives the shapes (`jax.eval_shape` of the network's init, with the seeds' axis where there are several);
-    step is None for the newest; where says on which devices each parameter goes (None: the first). Raises RlhfError
-    where there is no such checkpoint.
+    Args: like has the shapes (`jax.eval_shape` of the network's init, with a leading seed axis if there are several);
+    step is None for the newest; where gives the sharding of each parameter (None: the first device).
+    Raises RlhfError if there is no such checkpoint.
     """
     with _reading(directory) as manager:
         steps = manager.all_steps()
@@ -125,8 +125,8 @@ def _writing(directory: Path) -> Iterator[None]:
     except Exception as error:  # what the writing threads raise depends on the file system
         reason = str(error).strip().split("\n")[0][:300]
         raise RlhfError(
-            f"a checkpoint could not be written to {directory} ({reason}): see that the disk has room, and run again; "
-            "the last whole checkpoint is kept"
+            f"a checkpoint could not be written to {directory} ({reason}): check the disk space and run again; the "
+            "last complete checkpoint is kept"
         ) from error
 
 

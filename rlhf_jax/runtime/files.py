@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and row files that can be cut back to a step."""
+"""Atomic file writes, and row files that can be truncated to a step."""
 
 import json
 import math
@@ -25,7 +25,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def measured(value: float) -> float | None:
-    """A number for a file, or None for NaN: what could not be measured, such as the standard error of one row."""
+    """Convert NaN (not measurable, such as the standard error of one row) to None for a file."""
     return None if math.isnan(value) else value
 
 
@@ -35,7 +35,7 @@ def write_json(path: Path, value: Json) -> None:
 
 
 def read_json(path: Path) -> Json:
-    """Reads JSON. Raises RlhfError naming the file where it is missing or broken."""
+    """Read JSON. Raises RlhfError naming the file if it is missing or malformed."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""The one training loop: call the program, write what it said, save, and start again where a killed run stopped."""
+"""The training loop: call the program, write metrics and samples, save checkpoints, and resume interrupted runs."""
 
 import contextlib
 import dataclasses
@@ -49,10 +49,10 @@ class Task:
     """Training task of a stage."""
 
     step: Step | HostSteps
-    state: TrainState  # at step 0; stacked over seeds where there are several
+    state: TrainState  # at step 0; stacked over seeds if there are several
     frozen: PyTree
-    batch_at: Callable[[int], PyTree]  # arrays [B, ...], or [seeds, B, ...], for the step that follows `step` steps
-    run_key: jax.Array  # a key, or one a seed
+    batch_at: Callable[[int], PyTree]  # arrays [B, ...], or [seeds, B, ...], of a step counted from 0
+    run_key: jax.Array  # one key, or one per seed
     total_steps: int
     key_figures: tuple[str, ...]  # metrics shown beside the bar
     evaluation: Evaluation | None
@@ -60,15 +60,15 @@ class Task:
 
 
 def train(task: Task, config: LoopConfig, placement: Placement, first_seed: int, directory: Path, bar: Bar) -> None:
-    """Runs a task to its last step, or what is left of it, into `metrics.jsonl`, `samples.jsonl` and `checkpoints/`.
+    """Run or resume a task, writing `metrics.jsonl`, `samples.jsonl` and `checkpoints/`.
 
-    Raises RlhfError where total_steps is no multiple of steps_per_call, and where a loss is not finite: the steps since
-    the last checkpoint are then not on disk.
+    Raises RlhfError unless total_steps is a multiple of steps_per_call, and for a non-finite loss, in which case the
+    steps since the last checkpoint are not on disk.
     """
     if task.total_steps % config.steps_per_call:
         raise RlhfError(
-            f"{directory.name}: {task.total_steps} steps are no multiple of steps_per_call = {config.steps_per_call}: "
-            "a shorter last call would compile a second program"
+            f"{directory.name}: {task.total_steps} steps are not a multiple of steps_per_call = "
+            f"{config.steps_per_call}: a shorter last call would compile a second program"
         )
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(directory / "checkpoints", config.keep)))
@@ -116,7 +116,7 @@ def train(task: Task, config: LoopConfig, placement: Placement, first_seed: int,
 
 
 class _Clock:
-    """Seconds this stage has taken, those before an interruption included, as `time/` figures."""
+    """Wall time of the stage, including the time before an interruption, as `time/` metrics."""
 
     def __init__(self, metrics: Path) -> None:
         rows = read_rows(metrics)
@@ -138,24 +138,25 @@ class _RoundingLoss:
     """Share of the updates so far that survived rounding, each update weighted by its learning rate."""
 
     def __init__(self) -> None:
-        self._kept, self._asked, self._updates, self._said = 0.0, 0.0, 0, False
+        self._kept, self._total, self._updates, self._warned = 0.0, 0.0, 0, False
 
     def after(self, rows: Rows, progress: float) -> str | None:
-        """A warning, once, where less than half was kept: of a tenth of the run and 20 steps, or of all there are.
+        """Return a warning, once, if less than half survived of the first tenth of the run and at least 20 steps.
 
-        The first rates of a schedule are small, and one step of stochastic rounding is noisy where weights are few.
+        Earlier shares are unreliable: warm-up rates are small, and stochastic rounding of few weights is noisy. At the
+        end of the run the warning does not need 20 steps.
         """
         for row in rows:
             share, rate = row.get("update_survived"), row.get("learning_rate")
             if share is not None and rate:
-                self._kept, self._asked = self._kept + rate * share, self._asked + rate
+                self._kept, self._total = self._kept + rate * share, self._total + rate
                 self._updates += 1
         early = progress < 1 and (progress < 0.1 or self._updates < 20)
-        if self._said or early or not self._asked or self._kept >= 0.5 * self._asked:
+        if self._warned or early or not self._total or self._kept >= 0.5 * self._total:
             return None
-        self._said = True
+        self._warned = True
         return (
-            f"{self._kept / self._asked:.0%} of the updates survived rounding (update_survived): this learning rate is "
+            f"{self._kept / self._total:.0%} of the updates survived rounding (update_survived): this learning rate is "
             "too small for the weights' dtype. Leave param_dtype out to train in float32, or set "
             "optimizer.low_precision to 'masters' or 'stochastic'; where weights are float32, raise the learning rate"
         )
@@ -189,7 +190,7 @@ def _sample_rows(
 
 
 def _number(value: np.ndarray | np.generic) -> float | None:
-    """None for what could not be measured, or overflowed: JSON has neither NaN nor infinities."""
+    """Convert to a Python number, or None if it is not finite, which JSON cannot represent."""
     return value.item() if np.isfinite(value) else None
 
 
@@ -202,7 +203,7 @@ def _check_finite(metrics: dict[str, np.ndarray], steps: range, stage: str) -> N
     if bad.any():
         step = steps[int(np.argwhere(bad)[0][0])]
         raise RlhfError(
-            f"{stage}: the loss is not finite at step {step + 1} (batch {step}): lower the learning rate, or look at "
+            f"{stage}: the loss is not finite at step {step + 1} (batch {step}): lower the learning rate or inspect "
             "that batch; the last checkpoint is kept"
         )
 

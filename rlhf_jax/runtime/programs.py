@@ -1,4 +1,4 @@
-"""The one place where a step becomes a compiled program: `jit` on a mesh of devices, or `pmap`.
+"""Compilation of steps to programs, by `jit` on a mesh of devices or by `pmap`.
 
 A step is `step(state, frozen, batch, run_key) -> (state, metrics, samples)`: pure, written for one device's rows and
 reducing over `placement.axes`. A program runs several of them in one call, with leading axes before the rows:
@@ -6,7 +6,7 @@ reducing over `placement.axes`. A program runs several of them in one call, with
     batches  [n, B, ...], or [n, seeds, B, ...]       metrics  [n], or [n, seeds]
     samples  [n, B, ...], or [n, seeds, B, ...]       state    as the step's, or stacked over [seeds]
 
-Metrics are equal on all devices (a step reduces them); every leaf of samples has rows as its first axis.
+Metrics are reduced by the step and equal on all devices; the first axis of every leaf of samples is the rows.
 """
 
 import dataclasses
@@ -99,7 +99,7 @@ class RuntimeConfig:
 
     @property
     def xla_flags(self) -> str:
-        """The compiler's flags, which count when they are set before the first computation."""
+        """Compiler flags, which must be set before the first computation."""
         flags = ["--xla_gpu_deterministic_ops=true"] if self.deterministic else []
         if self.compile_quickly:
             flags.append("--xla_backend_optimization_level=0")
@@ -115,25 +115,25 @@ class RuntimeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshPlacement:
-    """Programs compiled by `jit`, arrays laid over a mesh. With one device, plain `jit`."""
+    """Programs compiled by `jit` over a mesh of one or more devices."""
 
     mesh: Mesh
     seeds: int
     axes: tuple[str, ...] = ()
 
     def put_state(self, state: PyTree) -> PyTree:
-        """Lays a copy of a state out by the models' partition patterns: programs reuse its memory, not the caller's."""
+        """Shard a copy of a state by the models' partition patterns; programs donate only the copy."""
         # Copied first: a shard that device_put makes on the device its array is on may be that array, also where it is
         # told may_alias=False. The frozen reference often is the same array, and would be donated with the state.
         layout = shardings(state, self.mesh, leading_axes=int(self.seeds > 1))
         return jax.device_put(jax.tree.map(jnp.copy, state), layout)
 
     def put_frozen(self, frozen: PyTree) -> PyTree:
-        """Lays frozen parameters out by the same patterns; they are never stacked over seeds."""
+        """Shard frozen parameters by the same patterns; they are never stacked over seeds."""
         return jax.device_put(frozen, shardings(frozen, self.mesh, leading_axes=0))
 
     def compile(self, step: Step, state: PyTree) -> Program:
-        """A program whose state keeps the shardings of `state`, and whose old state's memory is reused."""
+        """Compile a program that keeps the shardings of `state` and donates the old state."""
         rows = NamedSharding(self.mesh, P(*([None] * _leading_axes(self.seeds)), *ROWS))
         compiled = jax.jit(
             _several(step, self.seeds),
@@ -150,15 +150,15 @@ class MeshPlacement:
         return program
 
     def whole(self, state: PyTree) -> PyTree:
-        """The state as checkpoints hold it."""
+        """State in the form of checkpoints."""
         return state
 
     def for_evaluation(self, params: PyTree) -> PyTree:
-        """Parameters where `where` puts loaded ones, so that evaluating both compiles nothing twice."""
+        """Place parameters as `where` places loaded ones, so that evaluating both uses the same programs."""
         return params if self._splits else jax.device_put(params, self.mesh.devices.flat[0])
 
     def where(self, path: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
-        """On which devices a loaded parameter belongs: in parts, so that it is whole on none; or else on the first."""
+        """Sharding of a loaded parameter: split over devices if the mesh splits weights, otherwise on the first."""
         if self._splits:
             return sharding_of(path, shape, self.mesh)
         return SingleDeviceSharding(self.mesh.devices.flat[0])
@@ -170,14 +170,14 @@ class MeshPlacement:
 
 @dataclasses.dataclass(frozen=True)
 class PmapPlacement:
-    """Programs compiled by `pmap`: every device has the whole state and its share of the rows."""
+    """Programs compiled by `pmap`: every device has a full copy of the state and its share of the rows."""
 
     devices: tuple[jax.Device, ...]
     seeds: int
     axes: tuple[str, ...] = (BATCH_AXIS,)
 
     def put_state(self, state: PyTree) -> PyTree:
-        """Replicates a state: every leaf gains a first axis over devices."""
+        """Replicate a state; every leaf gets a leading device axis."""
         mesh = Mesh(np.array(self.devices), (BATCH_AXIS,))
         count = len(self.devices)
 
@@ -188,12 +188,12 @@ class PmapPlacement:
         return jax.tree.map(replicate, state)
 
     def put_frozen(self, frozen: PyTree) -> PyTree:
-        """Replicates frozen parameters."""
+        """Replicate frozen parameters."""
         return self.put_state(frozen)
 
     def compile(self, step: Step, state: PyTree) -> Program:
-        """A program whose old state's memory is reused."""
-        del state  # replicated, whatever it is
+        """Compile a program that donates the old state."""
+        del state  # always replicated
         rows = _leading_axes(self.seeds)
         compiled = jax.pmap(
             _several(step, self.seeds),
@@ -219,15 +219,15 @@ class PmapPlacement:
         return program
 
     def whole(self, state: PyTree) -> PyTree:
-        """The state as checkpoints hold it: one device's copy."""
+        """State in the form of checkpoints: one device's copy."""
         return jax.tree.map(lambda leaf: leaf[0], state)
 
     def for_evaluation(self, params: PyTree) -> PyTree:
-        """The first device's copy."""
+        """Copy of the first device."""
         return jax.device_put(self.whole(params), self.devices[0])
 
     def where(self, path: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
-        """On which device a loaded parameter belongs: the first, from which `put_state` replicates it."""
+        """Sharding of a loaded parameter: the first device, from which `put_state` replicates it."""
         del path, shape
         return SingleDeviceSharding(self.devices[0])
 
@@ -236,12 +236,12 @@ Placement = MeshPlacement | PmapPlacement
 
 
 def make_placement(config: RuntimeConfig, seeds: int) -> Placement:
-    """Takes as many devices as the config asks for. Raises RlhfError where there are fewer."""
+    """Select the devices that the config requires. Raises RlhfError if there are fewer."""
     needed, present = config.data * config.fsdp * config.tensor, jax.devices()
     if needed > len(present):
         raise RlhfError(
-            f"config.runtime asks for {needed} devices (data={config.data}, fsdp={config.fsdp}, "
-            f"tensor={config.tensor}), and {len(present)} are present: lower them"
+            f"config.runtime requires {needed} devices (data={config.data}, fsdp={config.fsdp}, "
+            f"tensor={config.tensor}), but only {len(present)} are available: lower them"
         )
     devices = present[:needed]
     if config.strategy == "pmap":
@@ -252,7 +252,7 @@ def make_placement(config: RuntimeConfig, seeds: int) -> Placement:
 
 
 def compile_host_steps(placement: Placement, steps: HostSteps, state: PyTree) -> Program:
-    """A program that leaves the device once an iteration, with the rollouts of all seeds at once."""
+    """Create a program that scores the rollouts of all seeds on the host, once per iteration."""
     sample, learn = (placement.compile(step, state) for step in (steps.sample, steps.learn))
     leading = _leading_axes(placement.seeds) + 1
     split, collect = steps.rounds or (lambda batch: [batch], None)
@@ -290,9 +290,9 @@ def compile_host_steps(placement: Placement, steps: HostSteps, state: PyTree) ->
 
 
 def _logged(rounds: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Mean and deviation over the last axis of all rounds, of what is not NaN: as TRL logs `rewards/NAME`.
+    """Mean and sample standard deviation of the non-NaN values of all rounds, as TRL logs `rewards/NAME`.
 
-    The deviation is the sample's, with the count less one. Both are NaN where there is too little.
+    NaN if there are too few values.
     """
     metrics = {}
     for name in rounds[0]:
@@ -308,9 +308,9 @@ def _logged(rounds: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
 
 @functools.lru_cache
 def _several(step: Step, seeds: int) -> Program:
-    """Scans a step over batches; with several seeds, each step is mapped over them first.
+    """Scan a step over batches, mapped over seeds if there are several.
 
-    The same step gives the same function, for which JAX does not compile twice.
+    Cached, so that JAX compiles a step only once.
     """
     if seeds > 1:
         step = jax.vmap(step, in_axes=(0, None, 0, 0), axis_name=SEED_AXIS)

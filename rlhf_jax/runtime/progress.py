@@ -14,19 +14,19 @@ INTERVAL = 30.0
 """Seconds between lines of progress where there is no bar: in notebooks and log files."""
 
 MOST_BAR = 24
-"""Columns of a bar where there is room; it is the part that shrinks."""
+"""Maximum width of a bar in columns; narrow terminals shrink it."""
 
 
 class Bar:
-    """One stage's bar, and the line that stays when the stage has ended."""
+    """Progress bar of a stage, replaced by a line when the stage ends."""
 
     def __init__(self, progress: Progress, task: TaskID, name: str) -> None:
-        """Wraps a task of the progress display."""
+        """Wrap a task of the progress display."""
         self._progress, self._task, self._name = progress, task, name
         self._figures, self._printed = "", time.monotonic()
 
     def update(self, done: int, total: int, figures: Mapping[str, float]) -> None:
-        """Shows how far the stage is, and its key figures."""
+        """Show the progress of the stage and its key metrics."""
         self._figures = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
         self._progress.update(self._task, completed=done, total=total, figures=self._figures)
         if not self._progress.console.is_terminal and time.monotonic() - self._printed >= INTERVAL and done < total:
@@ -34,34 +34,34 @@ class Bar:
             self.say(f"{self._name}: {done}/{total}  {self._figures}".rstrip())
 
     def warn(self, message: str) -> None:
-        """Prints a warning above the bar."""
+        """Print a warning above the bar."""
         self._progress.console.print(
             f"Warning: {self._name}: {message}", style="yellow", highlight=False, soft_wrap=True
         )
 
     def say(self, *lines: RenderableType) -> None:
-        """Prints lines above the bar, which stay."""
+        """Print permanent lines above the bar."""
         for line in lines:
             self._progress.console.print(line, highlight=False)
 
     def finish(self) -> None:
-        """Replaces the bar by a line with the stage's time and key figures."""
+        """Replace the bar by a line with the stage's time and key metrics."""
         elapsed = self._progress.tasks[self._progress.task_ids.index(self._task)].elapsed or 0.0
         self._progress.remove_task(self._task)
         self._progress.console.print(f"{self._name}: {elapsed:.1f} s  {self._figures}".rstrip(), highlight=False)
 
 
 class Display:
-    """The console of an experiment, and a bar for each of its stages."""
+    """Console of an experiment, with a bar for each stage."""
 
     def __init__(self, console: Console) -> None:
-        """Draws on a console."""
+        """Create a display on a console."""
         self.console = console
         self.progress = _Progress(console)
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Shows the bar for as long as the context lasts; off a terminal there is nothing to redraw."""
+        """Show the bars within the context, if the console is a terminal."""
         if self.console.is_terminal:
             with self.progress:
                 yield
@@ -70,7 +70,7 @@ class Display:
 
     @contextmanager
     def bar(self, name: str) -> Iterator[Bar]:
-        """A bar for a stage, which a line replaces when the context ends well."""
+        """Yield a bar for a stage; it is replaced by a line if the context ends without an error."""
         task = self.progress.add_task(name, total=None, figures="")
         bar = Bar(self.progress, task, name)
         yield bar
@@ -91,7 +91,7 @@ class _Progress(Progress):
         )
 
     def get_renderables(self) -> Iterable[RenderableType]:
-        """The bar of each stage, then its figures, which wrap where they must."""
+        """Yield the bar of each stage and below it the metrics, wrapped if necessary."""
         for task in self.tasks:
             yield self.make_tasks_table([task])
             if task.fields["figures"]:

@@ -125,7 +125,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
 
 
 def test_steps_that_are_no_whole_calls_are_refused(tmp_path):
-    with pytest.raises(RlhfError, match="7 steps are no multiple of steps_per_call = 2"):
+    with pytest.raises(RlhfError, match="7 steps are not a multiple of steps_per_call = 2"):
         run(task(7), tmp_path)
 
 

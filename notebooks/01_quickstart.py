@@ -102,7 +102,7 @@ run.samples("evaluate").query("step < 3")[["method", "prompt", "completion", "sc
 
 # %%
 start, policy, reward_model = run.load_policy("sft"), run.load_policy("ppo"), run.load_reward_model("reward_model")
-prompts = ["the film", "a very", "this movie is"]
+prompts = ["the film", "this movie is", "the music"]
 rlhf_jax.sample(policy, prompts[:2], n=3, reward=reward_model, reference=start, max_new_tokens=16)
 
 # %%

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from rlhf_jax.reports.run import Run as Run
     from rlhf_jax.types import RlhfError as RlhfError
 
-_MODULES = {
+HOMES = {
     "rlhf_jax.api": ("fetch", "load_config", "run"),
     "rlhf_jax.core": ("advantages", "kl", "policy_losses", "preference_losses", "reward_losses", "unpaired_losses"),
     "rlhf_jax.core.logprobs": ("sequence_logprobs",),
@@ -64,15 +64,17 @@ _MODULES = {
     "rlhf_jax.reports.run": ("Run",),
     "rlhf_jax.types": ("RlhfError",),
 }
-_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+"""Public names by the module that each is defined in."""
 
-__all__ = ["__version__", *sorted(_HOMES)]
+_MODULE_OF = {name: module for module, names in HOMES.items() for name in names}
+
+__all__ = ["__version__", *sorted(_MODULE_OF)]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'rlhf_jax' has no attribute {name!r}")
-    home = _HOMES[name]
+    home = _MODULE_OF[name]
     if home == "rlhf_jax.core":
         return importlib.import_module(f"{home}.{name}")
     return getattr(importlib.import_module(home), name)

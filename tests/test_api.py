@@ -68,7 +68,7 @@ def test_type_checkers_are_told_the_same():
         assert isinstance(statement, ast.ImportFrom)
         (alias,) = statement.names
         named[alias.asname] = (statement.module, alias.name)
-    assert named == {name: (home, name) for home, names in rlhf_jax._MODULES.items() for name in names}
+    assert named == {name: (home, name) for home, names in rlhf_jax.HOMES.items() for name in names}
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -76,7 +76,7 @@ def test_every_argument_and_error_is_documented(name):
     function = getattr(rlhf_jax, name)
     documented, signature = inspect.getdoc(function) or "", inspect.signature(function)
     assert list(signature.parameters) == FUNCTIONS[name].split()
-    assert function.__module__ in rlhf_jax._MODULES
+    assert function.__module__ in rlhf_jax.HOMES
     if name in ("draw", "sequence_logprobs"):  # one line says all
         return
     for parameter in signature.parameters:

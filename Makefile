@@ -50,8 +50,10 @@ test: lint ## lint, type checks and the quick tests
 	.venv/bin/python $(PYTEST) $(ARGS)
 
 nightly: lint $(PARITY) ## every test: also the slow ones, those beside torch and TRL, and the other versions
-	.venv/bin/python $(PYTEST) -m "" $(ARGS)
-	.venv-parity/bin/python $(PYTEST) -m "" tests/parity $(ARGS)
+	@status=0; \
+	.venv/bin/python $(PYTEST) -m "" $(ARGS) || status=1; \
+	.venv-parity/bin/python $(PYTEST) -m "" tests/parity $(ARGS) || status=1; \
+	exit $$status
 	$(MAKE) versions
 
 versions: .venv-oldest/.ready .venv-newest/.ready ## the quick tests with the oldest and the newest supported versions

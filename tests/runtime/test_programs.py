@@ -106,6 +106,7 @@ def test_one_ppo_iteration_equals_one_device(name, ppo_on_one_device):
     assert_close(metrics, one_metrics)
 
 
+@pytest.mark.nightly  # tests of group_rl and online_dpo compare their halves with one program in the quick tier
 def test_scores_from_the_host_give_the_same_iterations():
     """Two iterations of two seeds, scored by the same network on the host between two programs, and within one."""
     seeds, frozen = 2, tiny.ppo_frozen()

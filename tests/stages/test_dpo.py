@@ -8,6 +8,7 @@ import pytest
 from tests.support import experiments
 
 
+@pytest.mark.nightly
 def test_seed_k_of_several_is_the_single_run_with_that_seed(tmp_path):
     model, _ = experiments.models(tmp_path)
     rng = np.random.default_rng(0)

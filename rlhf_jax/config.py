@@ -214,7 +214,7 @@ def describe(hint: Hint) -> str:
     if hint is ModelSource:
         return "the name of a stage, or a checkpoint's directory, GGUF file or hub id"
     if hint is FunctionSource:
-        return "a function, as package.module:function or path/file.py:function"
+        return "a name in a Python file or module, as path/file.py:NAME or package.module:NAME"
     if hint is types.NoneType:
         return "None"
     if origin is Annotated:

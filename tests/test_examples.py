@@ -3,13 +3,20 @@
 import json
 import shutil
 
+import jax
+import numpy as np
 import pytest
 
+from rlhf_jax.interop import hf
+from rlhf_jax.interop.families import USER_FAMILY
+from rlhf_jax.loading.export import export
+from rlhf_jax.loading.pretrained import load_policy
 from rlhf_jax.main import main
+from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.reports.run import Run
-from tests.support import checkpoints
+from tests.support import checkpoints, tokenizer_files
 from tests.support.commands import fails, succeeds
-from tests.support.own_data import PREFERENCES, ROOT, files
+from tests.support.own_data import PREFERENCES, ROOT, chat_arguments, files
 
 
 @pytest.fixture
@@ -55,3 +62,68 @@ def test_fields_of_a_stage_of_ones_own(place, capsys):
     )
     assert "\nmargin = 0.0   number >= 0\n      Smallest score of the chosen response less" in printed
     assert "is a function: make it a rlhf_jax.stages.kinds.Kind" in fails(capsys, "fields", "examples/stage.py:run")
+
+
+FAMILY = "examples/family.py:STARCODER2"
+
+
+@pytest.fixture
+def starcoder(place):
+    """A checkpoint of a family that the package does not cover."""
+    config = {
+        "architectures": ["Starcoder2ForCausalLM"],
+        "model_type": "starcoder2",
+        "vocab_size": 420,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "sliding_window": 8,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    ours = config | {USER_FAMILY: FAMILY}
+    shape, vocab_size = hf.read_shape(ours, param_dtype="float32", compute_dtype="float32")
+    params = PolicyNetwork(shape, vocab_size, ()).init(jax.random.key(0))
+    hf.save_pretrained(place / "coder", "policy", params, ours)
+    tokenizer_files.chatml(place / "coder")
+    return place
+
+
+def test_a_model_family_of_ones_own(starcoder, capsys):
+    flags = [*chat_arguments("coder", starcoder), "--workdir=run", "--stage=sft"]
+    message = fails(capsys, *flags)
+    assert "model_type = 'starcoder2' is not supported" in message and "write a Family as in" in message
+    flags += [f"--config.sft.model.family={FAMILY}"]
+    assert main(flags) == 0
+    policy = Run("run").load_policy("sft")
+    assert policy.network.config.norm == "layer" and policy.network.config.windows == (8, 8)
+    export(policy, "out")
+    written = json.loads((starcoder / "out" / "config.json").read_text())
+    assert written["model_type"] == "starcoder2" and USER_FAMILY not in written
+    again = load_policy("out", family=FAMILY)
+    assert jax.tree.all(jax.tree.map(np.array_equal, again.params, policy.params))
+
+    capsys.readouterr()
+    sample = ["sample", "--model=out", "--prompt=film", "--max-new-tokens=2"]
+    assert "is not supported" in fails(capsys, *sample)
+    assert succeeds(capsys, *sample, f"--family={FAMILY}")
+    file = starcoder / "examples" / "family.py"
+    file.write_text(file.read_text() + "\n# changed\n")
+    assert FAMILY in fails(capsys, *flags)
+
+
+def test_a_family_is_the_checkpoints_and_a_family(starcoder, capsys):
+    sample = ["sample", "--prompt=film"]
+    checkpoints.policy(starcoder / "llama")
+    assert "'llama', and examples" in fails(capsys, *sample, "--model=llama", f"--family={FAMILY}")
+    assert "is a function" in fails(capsys, *sample, "--model=coder", "--family=examples/family.py:fields")
+    assert "there is none: leave it out" in fails(capsys, *sample, "--workdir=run", f"--family={FAMILY}")
+
+
+def test_a_checkpoint_does_not_choose_the_code_that_reads_it(starcoder, capsys):
+    file = starcoder / "coder" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {USER_FAMILY: FAMILY}))
+    assert "is not supported" in fails(capsys, "sample", "--model=coder", "--prompt=film")

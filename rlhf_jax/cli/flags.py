@@ -44,6 +44,7 @@ def add_model_flags(parser: Parser) -> None:
         metavar="DIR",
         help="a directory with a Hugging Face checkpoint or a PEFT adapter, a GGUF file, or OWNER/NAME on the hub",
     )
+    group.add_argument("--family", metavar="FILE:NAME", help="your own family of models, by which to read --model")
     group.add_argument("--workdir", type=Path, metavar="DIR", help="work directory of an experiment")
     group.add_argument("--stage", metavar="NAME", help="stage whose model to load")
     group.add_argument("--inputs", type=Path, metavar="DIR", help="work directory of the stages the experiment reused")
@@ -63,6 +64,10 @@ def load_model(options: argparse.Namespace, tuning: Tuning) -> Policy | RewardMo
     """
     if options.dtype is not None:
         tuning = Tuning(param_dtype=options.dtype, compute_dtype=options.dtype)
+    if options.family is not None:
+        if options.model is None:
+            raise RlhfError("--family says how to read --model, and there is none: leave it out")
+        tuning = dataclasses.replace(tuning, family=FunctionSource(options.family))
     if options.model is not None:
         clashing = [
             name for name in ("workdir", "stage", "inputs", "policy_seed") if getattr(options, name) is not None

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from rlhf_jax import user_code
 from rlhf_jax.interop import family_configs
 from rlhf_jax.models.model_config import ModelConfig
 from rlhf_jax.types import RlhfError
@@ -29,17 +30,36 @@ class Tensor(NamedTuple):
 class Family(NamedTuple):
     """Mapping of one family to our transformer."""
 
+    name: str  # model_type in its config.json
     fields: Callable[[Any], dict[str, Any]]  # transformers' config -> fields of ModelConfig
     tensors: tuple[Tensor, ...]  # including those (biases, norms) that not every model has
     prefix: str  # of tensor names; some checkpoints omit it
 
 
+USER_FAMILY = "rlhf_jax_family"
+"""Key by which the config of a loaded model names a user's own family. Checkpoints on disk do not hold it."""
+
+
 def family_of(hf_config: dict[str, Any], where: str) -> Family:
     """Family of a config.json. Raises RlhfError for an unsupported model_type."""
+    if source := hf_config.get(USER_FAMILY):
+        return _load_family(source, hf_config, where)
     name = hf_config.get("model_type")
     if name not in FAMILIES:
-        raise RlhfError(f"{where}: model_type = {name!r} is not supported: it should be one of {', '.join(FAMILIES)}")
+        raise RlhfError(
+            f"{where}: model_type = {name!r} is not supported: it should be one of {', '.join(FAMILIES)}, or write a "
+            "Family as in examples/family.py and name it: family = 'mine.py:FAMILY' beside init, --family for a command"
+        )
     return FAMILIES[name]
+
+
+def _load_family(source: str, hf_config: dict[str, Any], where: str) -> Family:
+    family = user_code.load_object(source, "model family")
+    if not isinstance(family, Family):
+        raise RlhfError(f"model family {source} is a {type(family).__name__}: make it an interop.families.Family")
+    if family.name != hf_config.get("model_type"):
+        raise RlhfError(f"{where}: model_type = {hf_config.get('model_type')!r}, and {source} is for {family.name!r}")
+    return family
 
 
 def tensors_of(family: Family, layers: int, paths: Iterable[str]) -> list[Tensor]:
@@ -103,7 +123,7 @@ def _inputs(part: str, array: np.ndarray) -> int:
 # ---- tensors -------------------------------------------------------------------------------------------------------
 
 
-def _linear(name: str, *parts: str, layout: Layout = "out_in") -> tuple[Tensor, Tensor]:
+def linear(name: str, *parts: str, layout: Layout = "out_in") -> tuple[Tensor, Tensor]:
     """Weight and bias of a linear layer, which may combine several of our layers."""
     bias: Layout = "heads_qkv" if layout == "heads_qkv" else "flat"
     return (
@@ -112,15 +132,16 @@ def _linear(name: str, *parts: str, layout: Layout = "out_in") -> tuple[Tensor, 
     )
 
 
-def _norm(name: str, path: str) -> tuple[Tensor, Tensor]:
+def norm(name: str, path: str) -> tuple[Tensor, Tensor]:
+    """Name the scale and bias of a norm."""
     return Tensor(f"{name}.weight", (f"{path}/scale",)), Tensor(f"{name}.bias", (f"{path}/bias",))
 
 
-def _ends(embedding: str, norm: str, head: str = "lm_head.weight") -> tuple[Tensor, ...]:
+def ends(embedding: str, final_norm: str, head: str = "lm_head.weight") -> tuple[Tensor, ...]:
     """Tensors before and after the layers; `score` is the head of a reward model."""
     return (
         Tensor(embedding, ("embedding",)),
-        *_norm(norm, "final_norm"),
+        *norm(final_norm, "final_norm"),
         Tensor(head, ("head",)),
         Tensor("score.weight", ("head/kernel",), "out_in"),
     )
@@ -130,72 +151,71 @@ _QKV = ("attention/q", "attention/k", "attention/v")
 _LLAMA = "model.layers.{i}."
 
 
-def _llama_tensors(**norms: str) -> tuple[Tensor, ...]:
+def llama_tensors(**norms: str) -> tuple[Tensor, ...]:
     """Tensors with Llama's names. Args: norms maps the family's names of its norms to ours."""
     return (
-        *_ends("model.embed_tokens.weight", "model.norm"),
-        *(tensor for part in "qkvo" for tensor in _linear(f"{_LLAMA}self_attn.{part}_proj", f"attention/{part}")),
-        *_norm(f"{_LLAMA}self_attn.q_norm", "block_{i}/attention/q_norm"),
-        *_norm(f"{_LLAMA}self_attn.k_norm", "block_{i}/attention/k_norm"),
-        *(tensor for part in ("gate", "up", "down") for tensor in _linear(f"{_LLAMA}mlp.{part}_proj", part)),
-        *(tensor for name, path in norms.items() for tensor in _norm(_LLAMA + name, f"block_{{i}}/{path}")),
+        *ends("model.embed_tokens.weight", "model.norm"),
+        *(tensor for part in "qkvo" for tensor in linear(f"{_LLAMA}self_attn.{part}_proj", f"attention/{part}")),
+        *norm(f"{_LLAMA}self_attn.q_norm", "block_{i}/attention/q_norm"),
+        *norm(f"{_LLAMA}self_attn.k_norm", "block_{i}/attention/k_norm"),
+        *(tensor for part in ("gate", "up", "down") for tensor in linear(f"{_LLAMA}mlp.{part}_proj", part)),
+        *(tensor for name, path in norms.items() for tensor in norm(_LLAMA + name, f"block_{{i}}/{path}")),
     )
 
 
-_LLAMA_TENSORS = _llama_tensors(input_layernorm="attention_norm", post_attention_layernorm="mlp_norm")
-_GEMMA2_TENSORS = _llama_tensors(
+_LLAMA_TENSORS = llama_tensors(input_layernorm="attention_norm", post_attention_layernorm="mlp_norm")
+_GEMMA2_TENSORS = llama_tensors(
     input_layernorm="attention_norm",
     post_attention_layernorm="attention_out_norm",
     pre_feedforward_layernorm="mlp_norm",
     post_feedforward_layernorm="mlp_out_norm",
 )
-_OLMO2_TENSORS = _llama_tensors(
-    post_attention_layernorm="attention_out_norm", post_feedforward_layernorm="mlp_out_norm"
-)
+_OLMO2_TENSORS = llama_tensors(post_attention_layernorm="attention_out_norm", post_feedforward_layernorm="mlp_out_norm")
 _PHI3_TENSORS = (
-    *_ends("model.embed_tokens.weight", "model.norm"),
-    *_linear(f"{_LLAMA}self_attn.qkv_proj", *_QKV),
-    *_linear(f"{_LLAMA}self_attn.o_proj", "attention/o"),
-    *_linear(f"{_LLAMA}mlp.gate_up_proj", "gate", "up"),
-    *_linear(f"{_LLAMA}mlp.down_proj", "down"),
-    *_norm(f"{_LLAMA}input_layernorm", "block_{i}/attention_norm"),
-    *_norm(f"{_LLAMA}post_attention_layernorm", "block_{i}/mlp_norm"),
+    *ends("model.embed_tokens.weight", "model.norm"),
+    *linear(f"{_LLAMA}self_attn.qkv_proj", *_QKV),
+    *linear(f"{_LLAMA}self_attn.o_proj", "attention/o"),
+    *linear(f"{_LLAMA}mlp.gate_up_proj", "gate", "up"),
+    *linear(f"{_LLAMA}mlp.down_proj", "down"),
+    *norm(f"{_LLAMA}input_layernorm", "block_{i}/attention_norm"),
+    *norm(f"{_LLAMA}post_attention_layernorm", "block_{i}/mlp_norm"),
 )
 _GPT2_TENSORS = (
-    *_ends("transformer.wte.weight", "transformer.ln_f"),
+    *ends("transformer.wte.weight", "transformer.ln_f"),
     Tensor("transformer.wpe.weight", ("positions",)),
-    *_linear("transformer.h.{i}.attn.c_attn", *_QKV, layout="in_out"),
-    *_linear("transformer.h.{i}.attn.c_proj", "attention/o", layout="in_out"),
-    *_linear("transformer.h.{i}.mlp.c_fc", "up", layout="in_out"),
-    *_linear("transformer.h.{i}.mlp.c_proj", "down", layout="in_out"),
-    *_norm("transformer.h.{i}.ln_1", "block_{i}/attention_norm"),
-    *_norm("transformer.h.{i}.ln_2", "block_{i}/mlp_norm"),
+    *linear("transformer.h.{i}.attn.c_attn", *_QKV, layout="in_out"),
+    *linear("transformer.h.{i}.attn.c_proj", "attention/o", layout="in_out"),
+    *linear("transformer.h.{i}.mlp.c_fc", "up", layout="in_out"),
+    *linear("transformer.h.{i}.mlp.c_proj", "down", layout="in_out"),
+    *norm("transformer.h.{i}.ln_1", "block_{i}/attention_norm"),
+    *norm("transformer.h.{i}.ln_2", "block_{i}/mlp_norm"),
 )
 _NEOX = "gpt_neox.layers.{i}."
 _GPT_NEOX_TENSORS = (
-    *_ends("gpt_neox.embed_in.weight", "gpt_neox.final_layer_norm", head="embed_out.weight"),
-    *_linear(f"{_NEOX}attention.query_key_value", *_QKV, layout="heads_qkv"),
-    *_linear(f"{_NEOX}attention.dense", "attention/o"),
-    *_linear(f"{_NEOX}mlp.dense_h_to_4h", "up"),
-    *_linear(f"{_NEOX}mlp.dense_4h_to_h", "down"),
-    *_norm(f"{_NEOX}input_layernorm", "block_{i}/attention_norm"),
-    *_norm(f"{_NEOX}post_attention_layernorm", "block_{i}/mlp_norm"),
+    *ends("gpt_neox.embed_in.weight", "gpt_neox.final_layer_norm", head="embed_out.weight"),
+    *linear(f"{_NEOX}attention.query_key_value", *_QKV, layout="heads_qkv"),
+    *linear(f"{_NEOX}attention.dense", "attention/o"),
+    *linear(f"{_NEOX}mlp.dense_h_to_4h", "up"),
+    *linear(f"{_NEOX}mlp.dense_4h_to_h", "down"),
+    *norm(f"{_NEOX}input_layernorm", "block_{i}/attention_norm"),
+    *norm(f"{_NEOX}post_attention_layernorm", "block_{i}/mlp_norm"),
 )
 
-FAMILIES: dict[str, Family] = {
-    "arcee": Family(family_configs.arcee, _LLAMA_TENSORS, "model."),
-    "gpt2": Family(family_configs.gpt2, _GPT2_TENSORS, "transformer."),
-    "gpt_neox": Family(family_configs.gpt_neox, _GPT_NEOX_TENSORS, "gpt_neox."),
-    "llama": Family(family_configs.llama, _LLAMA_TENSORS, "model."),
-    "mistral": Family(family_configs.mistral, _LLAMA_TENSORS, "model."),
-    "qwen2": Family(family_configs.qwen2, _LLAMA_TENSORS, "model."),
-    "qwen3": Family(family_configs.qwen3, _LLAMA_TENSORS, "model."),
-    "gemma": Family(family_configs.gemma, _LLAMA_TENSORS, "model."),
-    "gemma2": Family(family_configs.gemma2, _GEMMA2_TENSORS, "model."),
-    "gemma3_text": Family(family_configs.gemma3, _GEMMA2_TENSORS, "model."),
-    "olmo2": Family(family_configs.olmo2, _OLMO2_TENSORS, "model."),
-    "phi3": Family(family_configs.phi3, _PHI3_TENSORS, "model."),
-}
+_ALL = (
+    Family("arcee", family_configs.arcee, _LLAMA_TENSORS, "model."),
+    Family("gpt2", family_configs.gpt2, _GPT2_TENSORS, "transformer."),
+    Family("gpt_neox", family_configs.gpt_neox, _GPT_NEOX_TENSORS, "gpt_neox."),
+    Family("llama", family_configs.llama, _LLAMA_TENSORS, "model."),
+    Family("mistral", family_configs.mistral, _LLAMA_TENSORS, "model."),
+    Family("qwen2", family_configs.qwen2, _LLAMA_TENSORS, "model."),
+    Family("qwen3", family_configs.qwen3, _LLAMA_TENSORS, "model."),
+    Family("gemma", family_configs.gemma, _LLAMA_TENSORS, "model."),
+    Family("gemma2", family_configs.gemma2, _GEMMA2_TENSORS, "model."),
+    Family("gemma3_text", family_configs.gemma3, _GEMMA2_TENSORS, "model."),
+    Family("olmo2", family_configs.olmo2, _OLMO2_TENSORS, "model."),
+    Family("phi3", family_configs.phi3, _PHI3_TENSORS, "model."),
+)
+FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
 
 
 def model_config(hf_config: Any, **dtypes: Any) -> ModelConfig:

@@ -13,7 +13,7 @@ import gguf
 import ml_dtypes
 import numpy as np
 
-from rlhf_jax.interop.gguf_families import FAMILIES, Family, Header, Sizes
+from rlhf_jax.interop.gguf_families import ARCHITECTURES, Architecture, Header, Sizes
 from rlhf_jax.interop.tensor_files import write_tensors
 from rlhf_jax.types import RlhfError
 
@@ -118,12 +118,12 @@ def _plan(header: Header) -> tuple[dict[str, Any], list[TensorPlan]]:
     Raises: RlhfError naming an unknown architecture or tensor, a missing key or tensor, or a shape that does not match
         the metadata.
     """
-    if header.architecture not in FAMILIES:
+    if header.architecture not in ARCHITECTURES:
         raise RlhfError(
             f"{header.path} has the unsupported architecture {header.architecture!r}: it must be one of "
-            f"{', '.join(FAMILIES)}"
+            f"{', '.join(ARCHITECTURES)}"
         )
-    family = FAMILIES[header.architecture]
+    family = ARCHITECTURES[header.architecture]
     sizes = _sizes(header, family)
     tied = "output.weight" not in header.shapes
     tensors = _tensors(family, sizes, header.number("block_count"), tied)
@@ -153,7 +153,7 @@ def _token_id(header: Header, kind: str) -> int | None:
     return header.metadata.get(f"tokenizer.ggml.{'padding' if kind == 'pad' else kind}_token_id")
 
 
-def _sizes(header: Header, family: Family) -> dict[str, int]:
+def _sizes(header: Header, family: Architecture) -> dict[str, int]:
     width, heads = header.number("embedding_length"), header.number("attention.head_count")
     kv_heads = header.number("attention.head_count_kv") if header.get("attention.head_count_kv") else heads
     rotated = None if family.partial else header.get("rope.dimension_count")
@@ -165,7 +165,7 @@ def _sizes(header: Header, family: Family) -> dict[str, int]:
     return sizes | {"A": (heads + 2 * kv_heads) * head_width, "G": 2 * inner}
 
 
-def _tensors(family: Family, sizes: Sizes, layers: int, tied: bool) -> list[TensorPlan]:
+def _tensors(family: Architecture, sizes: Sizes, layers: int, tied: bool) -> list[TensorPlan]:
     names = [(source, *rest) for source, rest in family.outside.items()]
     if not tied:
         names.append(("output.weight", family.head, "V D"))

@@ -43,7 +43,7 @@ class Header(NamedTuple):
         return value
 
 
-class Family(NamedTuple):
+class Architecture(NamedTuple):
     """Conversion tables of one architecture.
 
     The tables map names in the GGUF file to names on the Hub and a shape, given as letters: V vocabulary, D model
@@ -299,16 +299,16 @@ _GPT_NEOX_LAYER = _with_biases(
     ffn_down="mlp.dense_4h_to_h",
 )
 
-_LLAMA = Family("llama", "LlamaForCausalLM", _OUTSIDE, "model.layers", _LLAMA_LAYER, _llama, interleaved=True)
-_QWEN2 = Family("qwen2", "Qwen2ForCausalLM", _OUTSIDE, "model.layers", _LLAMA_LAYER | _QKV_BIAS, _qwen)
-_QWEN3 = Family("qwen3", "Qwen3ForCausalLM", _OUTSIDE, "model.layers", _LLAMA_LAYER | _QK_NORM, _qwen)
-_GEMMA = Family("gemma", "GemmaForCausalLM", _OUTSIDE, "model.layers", _LLAMA_LAYER, _gemma, norm_offset=1.0)
-_GEMMA2 = Family("gemma2", "Gemma2ForCausalLM", _OUTSIDE, "model.layers", _GEMMA2_LAYER, _gemma2, norm_offset=1.0)
+_LLAMA = Architecture("llama", "LlamaForCausalLM", _OUTSIDE, "model.layers", _LLAMA_LAYER, _llama, interleaved=True)
+_QWEN2 = Architecture("qwen2", "Qwen2ForCausalLM", _OUTSIDE, "model.layers", _LLAMA_LAYER | _QKV_BIAS, _qwen)
+_QWEN3 = Architecture("qwen3", "Qwen3ForCausalLM", _OUTSIDE, "model.layers", _LLAMA_LAYER | _QK_NORM, _qwen)
+_GEMMA = Architecture("gemma", "GemmaForCausalLM", _OUTSIDE, "model.layers", _LLAMA_LAYER, _gemma, norm_offset=1.0)
+_GEMMA2 = Architecture("gemma2", "Gemma2ForCausalLM", _OUTSIDE, "model.layers", _GEMMA2_LAYER, _gemma2, norm_offset=1.0)
 _GEMMA3 = _GEMMA2._replace(
     model_type="gemma3_text", model_class="Gemma3ForCausalLM", inside=_GEMMA2_LAYER | _QK_NORM, config=_gemma3
 )
-_GPT2 = Family("gpt2", "GPT2LMHeadModel", _GPT2_OUTSIDE, "transformer.h", _GPT2_LAYER, _gpt2, transposed=True)
-_GPT_NEOX = Family(
+_GPT2 = Architecture("gpt2", "GPT2LMHeadModel", _GPT2_OUTSIDE, "transformer.h", _GPT2_LAYER, _gpt2, transposed=True)
+_GPT_NEOX = Architecture(
     "gpt_neox",
     "GPTNeoXForCausalLM",
     _GPT_NEOX_OUTSIDE,
@@ -319,10 +319,10 @@ _GPT_NEOX = Family(
     by_head=True,
     partial=True,
 )
-_OLMO2 = Family("olmo2", "Olmo2ForCausalLM", _OUTSIDE, "model.layers", _OLMO2_LAYER, _olmo2)
-_PHI3 = Family("phi3", "Phi3ForCausalLM", _OUTSIDE, "model.layers", _PHI3_LAYER, _phi3)
+_OLMO2 = Architecture("olmo2", "Olmo2ForCausalLM", _OUTSIDE, "model.layers", _OLMO2_LAYER, _olmo2)
+_PHI3 = Architecture("phi3", "Phi3ForCausalLM", _OUTSIDE, "model.layers", _PHI3_LAYER, _phi3)
 
-FAMILIES: dict[str, Family] = {
+ARCHITECTURES: dict[str, Architecture] = {
     "llama": _LLAMA,
     "qwen2": _QWEN2,
     "qwen3": _QWEN3,

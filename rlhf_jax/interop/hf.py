@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from rlhf_jax.interop.families import family_of, model_config, pack, tensor_shape, tensors_of, unpack
+from rlhf_jax.interop.families import USER_FAMILY, family_of, pack, tensor_shape, tensors_of, unpack
 from rlhf_jax.interop.tensor_files import (
     ALIGNMENT,
     DTYPES,
@@ -87,29 +87,30 @@ def load_pretrained(
     remat: bool = False,
     attention: AttentionBy = "xla",
     place: Place | None = None,
+    family: str | None = None,
 ) -> Pretrained:
     """Load a causal language model, or a sequence classifier with one label as a reward model.
 
     Tensors are read and placed one at a time, so that no second copy of the model exists.
 
     Args: source is a directory or a hub id; param_dtype None keeps the stored dtypes; place puts a parameter on its
-    devices (default: the first device).
+    devices (default: the first device); family names a user's own family, as file.py:NAME.
     Raises RlhfError naming a tensor that is missing or unknown, or has an unsupported dtype or the wrong shape.
     """
     directory = find_checkpoint(source)
-    hf_config = read_config(directory)
+    hf_config = read_config(directory, family)
     kind = _kind(hf_config, directory)
     how = {"param_dtype": param_dtype or "float32", "compute_dtype": compute_dtype, "remat": remat}
     config, vocab_size = _read_shape(hf_config, directory, **how, attention=attention)
     shapes = parameter_shapes(kind, config, vocab_size)
     stored = find_tensors(directory)
-    family = family_of(hf_config, str(directory))
+    table = family_of(hf_config, str(directory))
     place = place or (lambda path, array: jax.device_put(array))
     params: dict[str, jax.Array] = {}
     known = set()
-    for tensor in tensors_of(family, config.n_layers, shapes):
+    for tensor in tensors_of(table, config.n_layers, shapes):
         wanted = [shapes[part] for part in tensor.parts]
-        spellings = (tensor.name, tensor.name.removeprefix(family.prefix))  # saved from the full model or its body
+        spellings = (tensor.name, tensor.name.removeprefix(table.prefix))  # saved from the full model or its body
         name = next((spelling for spelling in spellings if spelling in stored), None)
         if name is None:
             raise RlhfError(f"{directory} has no tensor {tensor.name}, which its config.json requires")
@@ -147,7 +148,8 @@ def save_pretrained(directory: Path, kind: Role, params: PyTree, hf_config: dict
         for name, tensor in tensors.items()
     ]
     dtype = np.dtype(next(leaf.dtype for path, leaf in flat.items() if path.endswith("embedding"))).name
-    hf_config = {name: value for name, value in hf_config.items() if name != "torch_dtype"} | {"dtype": dtype}
+    unsaved = ("torch_dtype", USER_FAMILY)
+    hf_config = {name: value for name, value in hf_config.items() if name not in unsaved} | {"dtype": dtype}
     with new_directory(directory) as partial:
         (partial / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n")
         write_tensors(partial / "model.safetensors", header, fetch)
@@ -175,7 +177,7 @@ def refuse_bias(bias: Any | None) -> None:
         )
 
 
-def read_config(directory: Path) -> dict[str, Any]:
+def read_config(directory: Path, family: str | None = None) -> dict[str, Any]:
     """Read a checkpoint's config.json. Raises RlhfError if it is missing or malformed, or its family is unknown."""
     file = directory / "config.json"
     try:
@@ -186,6 +188,9 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise RlhfError(f"{file} is not JSON ({error}): download it again") from error
     if not isinstance(config, dict):
         raise RlhfError(f"{file} is not a JSON object: download it again")
+    config.pop(USER_FAMILY, None)  # a checkpoint from elsewhere must not choose code that runs here
+    if family is not None:
+        config[USER_FAMILY] = family
     family_of(config, str(file))
     return config
 
@@ -226,12 +231,14 @@ def read_shape(hf_config: dict[str, Any], **how: Any) -> tuple[ModelConfig, int]
     # Silences transformers' warning that PyTorch was not found.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig  # takes two seconds; only needed for checkpoints
+    from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig  # takes two seconds
 
     try:
         # Adds fields missing in older checkpoints and converts them to the current form.
-        completed = AutoConfig.for_model(**hf_config)
-        return model_config(completed, **how), completed.vocab_size
+        known = hf_config["model_type"] in CONFIG_MAPPING
+        completed = AutoConfig.for_model(**hf_config) if known else PreTrainedConfig(**hf_config)
+        fields = family_of(hf_config, "config.json").fields(completed)
+        return ModelConfig(**fields, **how), completed.vocab_size
     except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
         raise RlhfError(str(error)) from error
 

@@ -102,6 +102,11 @@ class Context:
         """Load the model of an earlier stage or of a checkpoint, with the dtypes and options of `tuning`."""
         if source not in self.stages:
             found = load_checkpoint(source, tuning, where=self.where)
+        elif tuning.family is not None:
+            raise RlhfError(
+                f"config.{self.name}: family = {tuning.family!r} is for a checkpoint, and {source} is a stage: leave "
+                "it out"
+            )
         else:
             directory, find = self.workdir.find(source), self.workdir.find
             found = tuned(merged(load_stage(directory, seed=self.seed, find=find, where=self.where)), tuning)

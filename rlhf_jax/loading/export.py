@@ -99,7 +99,7 @@ def checked_base(source: str, model: Policy | RewardModel) -> str:
 
     Raises RlhfError unless they are the weights that the adapter was trained on.
     """
-    given = models.body_of(models.load_checkpoint(source))
+    given = models.body_of(models.load_checkpoint(source, models.same_family(model.hf_config)))
     trained = models.body_of(model._replace(params=model.params.base))
     shapes = jax.tree.map(jnp.shape, given) == jax.tree.map(jnp.shape, trained)
     if not shapes or not jax.tree.all(jax.tree.map(lambda a, b: jnp.array_equal(a, b.astype(a.dtype)), given, trained)):

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from rlhf_jax import config as configs
-from rlhf_jax.config import ModelSource
+from rlhf_jax.config import FunctionSource, ModelSource
 from rlhf_jax.interop import hf, peft
+from rlhf_jax.interop.families import USER_FAMILY
 from rlhf_jax.interop.hub import MODELS, base_directory, checkpoint_directory, checkpoint_tokenizer
 from rlhf_jax.models.lora import Adapted, LoraConfig
 from rlhf_jax.models.model_config import AttentionBy, DType, ModelConfig
@@ -40,6 +41,8 @@ class Tuning:
     compute_dtype: DType | None = None
     remat: bool | None = None  # recompute activations in the backward pass; None: as the source
     attention: AttentionBy = "xla"  # implementation of attention: XLA's, or cuDNN's on GPUs
+    # Family of a checkpoint that none here covers, as file.py:NAME (examples/family.py); None: by its config.json.
+    family: FunctionSource | None = None
     lora: LoraConfig | None = None  # adapter to train, while the model itself stays as it is; None: train the model
 
 
@@ -220,6 +223,7 @@ def load_checkpoint(source: str, tuning: Tuning = NO_CHANGES, *, where: Where | 
         compute_dtype=tuning.compute_dtype or "float32",
         remat=bool(tuning.remat),
         attention=tuning.attention,
+        family=tuning.family,
         place=None if where is None else lambda path, array: jax.device_put(array, where(path, array.shape)),
     )
     tokenizer = checkpoint_tokenizer(directory, base)
@@ -235,6 +239,12 @@ def load_checkpoint(source: str, tuning: Tuning = NO_CHANGES, *, where: Where | 
         network = dataclasses.replace(network, suppressed=tokenizer.suppressed)
         return Policy(network, pretrained.params, tokenizer, pretrained.hf_config)
     return RewardModel(network, pretrained.params, tokenizer, pretrained.hf_config)
+
+
+def same_family(hf_config: dict[str, Any] | None) -> Tuning:
+    """Return how to read another checkpoint of a model's family, which may be a user's own."""
+    source = (hf_config or {}).get(USER_FAMILY)
+    return NO_CHANGES if source is None else Tuning(family=source)
 
 
 def tuned(model: Policy | RewardModel, tuning: Tuning) -> Policy | RewardModel:
@@ -341,7 +351,7 @@ def _load_base(directory: Path, find: Find | None, where: Where | None) -> Polic
     base = base_of(directory)
     assert base is not None, directory
     if not base.is_stage:
-        return load_checkpoint(base.name, where=where)
+        return load_checkpoint(base.name, same_family(_read_spec(directory)["hf_config"]), where=where)
     sibling = directory.parent / base.name  # preferred: elsewhere, a stage of that name may have been rerun
     source = sibling if find is None or (sibling / "complete.json").exists() else find(base.name)
     return merged(load_stage(source, seed=_read_spec(source).get("seeds", [0])[0], find=find, where=where))

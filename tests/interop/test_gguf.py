@@ -12,8 +12,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from rlhf_jax.interop import hf
+from rlhf_jax.interop.families import FAMILIES
 from rlhf_jax.interop.gguf import read_gguf, write_checkpoint
-from rlhf_jax.interop.gguf_families import FAMILIES, Header
+from rlhf_jax.interop.gguf_families import ARCHITECTURES, Header
 from rlhf_jax.types import RlhfError
 from tests.support.gguf_files import (
     F32,
@@ -47,7 +48,7 @@ def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("architecture", FAMILIES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_tensor_comes_back_byte_for_byte(architecture: str, tied: bool, tmp_path: Path):
     tensors = hub_tensors(architecture, tied=tied)
     path = write_gguf(tmp_path / "model.gguf", architecture, FAMILY_KEYS[architecture], tensors)
@@ -329,6 +330,10 @@ def test_the_rotary_share_of_a_head_gives_back_its_channels(channels, heads):
         None,
     )
     sizes = {"D": 26, "F": 104, "K": 26 // heads, "C": 64, "heads": heads, "V": 9}
-    config = FAMILIES["gptneox"].config(header, sizes) | {"model_type": "gpt_neox", "vocab_size": 9}
+    config = ARCHITECTURES["gptneox"].config(header, sizes) | {"model_type": "gpt_neox", "vocab_size": 9}
     found, _ = hf.read_shape(config, param_dtype="float32", compute_dtype="float32")
     assert found.rope.channels(26 // heads) == channels
+
+
+def test_every_architecture_is_that_of_a_family():
+    assert {architecture.model_type for architecture in ARCHITECTURES.values()} <= FAMILIES.keys()

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from rlhf_jax.interop.gguf_families import FAMILIES
+from rlhf_jax.interop.gguf_families import ARCHITECTURES
 from rlhf_jax.interop.hub import convert_gguf
 from tests.support.gguf_files import CONTEXT, FAMILY_KEYS, HEADS, INNER, KV_HEADS, VOCABULARY, WIDTH, write_gguf
 
@@ -102,7 +102,7 @@ def load(directory: Path) -> Any:
     return model.eval()
 
 
-@pytest.mark.parametrize("architecture", FAMILIES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_model_that_comes_out_is_the_one_put_in(architecture: str, tmp_path: Path):
     model = random_model(CONFIGS[architecture])
     file = write_gguf(tmp_path / "model.gguf", architecture, FAMILY_KEYS[architecture], tensors_of(model))

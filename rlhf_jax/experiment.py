@@ -19,7 +19,7 @@ from rlhf_jax.data import formats
 from rlhf_jax.data.pipeline import DataConfig
 from rlhf_jax.interop.hub import MODELS, checkpoint_hash
 from rlhf_jax.loading.context import Common, Context
-from rlhf_jax.methods.online import OnlineConfig
+from rlhf_jax.methods.online_config import OnlineConfig
 from rlhf_jax.runtime import provenance
 from rlhf_jax.runtime.files import read_rows, write_json
 from rlhf_jax.runtime.programs import RuntimeConfig

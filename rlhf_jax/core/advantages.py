@@ -5,6 +5,7 @@
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -205,22 +206,23 @@ def reinforce_plus_plus_baseline(
     return masking.whiten(centred, response_mask, axes)
 
 
-CRITIC_FREE: dict[str, Callable[..., Array]] = {
-    "rloo": rloo,
-    "rloo_normalized": rloo_normalized,
-    "grpo": grpo,
-    "grpo_batch_std": grpo_batch_std,
-    "dr_grpo": dr_grpo,
-    "reinforce_plus_plus": reinforce_plus_plus,
-    "reinforce_plus_plus_baseline": reinforce_plus_plus_baseline,
+class AdvantageSpec(NamedTuple):
+    """An estimator of advantages: (rewards, response_mask, num_generations, axes) -> advantages."""
+
+    function: Callable[..., Array]
+    needs_groups: bool = True  # of several responses to a prompt
+    discounted: bool = False  # reads gamma too
+
+
+CRITIC_FREE: dict[str, AdvantageSpec] = {
+    "rloo": AdvantageSpec(rloo),
+    "rloo_normalized": AdvantageSpec(rloo_normalized),
+    "grpo": AdvantageSpec(grpo),
+    "grpo_batch_std": AdvantageSpec(grpo_batch_std),
+    "dr_grpo": AdvantageSpec(dr_grpo),
+    "reinforce_plus_plus": AdvantageSpec(reinforce_plus_plus, needs_groups=False, discounted=True),
+    "reinforce_plus_plus_baseline": AdvantageSpec(reinforce_plus_plus_baseline),
 }
-"""Name -> estimator: (rewards, response_mask, num_generations, axes) -> advantages."""
-
-DISCOUNTED = ("reinforce_plus_plus",)
-"""Estimators that read gamma besides."""
-
-WITHOUT_GROUPS = ("reinforce_plus_plus",)
-"""Estimators for which a prompt may have one response."""
 
 
 def groups_that_differ(scores: Float[Array, "B"], *, num_generations: int) -> Bool[Array, "G"]:

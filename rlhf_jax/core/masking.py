@@ -6,7 +6,7 @@ whole batch), `("batch",)` inside `pmap`.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 
 def total(x: Float[Array, "..."] | Int[Array, "..."], axes: tuple[str, ...]) -> Array:
@@ -20,7 +20,7 @@ def count(mask: Bool[Array, "..."], axes: tuple[str, ...]) -> Int[Array, ""]:
     return total(mask.astype(jnp.int32), axes)
 
 
-def rows(x: Float[Array, "B ..."] | Int[Array, "B ..."], axes: tuple[str, ...]) -> Int[Array, ""]:
+def rows(x: Shaped[Array, "B ..."], axes: tuple[str, ...]) -> Int[Array, ""]:
     """Number of rows of a batch, over all devices."""
     return total(jnp.ones(x.shape[0], jnp.int32), axes)
 
@@ -82,3 +82,9 @@ def own_rows(indices: Int[Array, "M"], axes: tuple[str, ...]) -> Int[Array, "m"]
         raise ValueError(f"{len(indices)} rows do not divide over {devices} devices")
     share = len(indices) // devices
     return jax.lax.dynamic_slice_in_dim(indices, jax.lax.axis_index(axes) * share, share)
+
+
+def take_rows(tree: PyTree, indices: Int[Array, "M"], axes: tuple[str, ...]) -> PyTree:
+    """This device's share of the rows of a whole batch with these global numbers."""
+    own = own_rows(indices, axes)
+    return jax.tree.map(lambda leaf: leaf[own], tree)

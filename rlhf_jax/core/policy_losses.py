@@ -6,7 +6,7 @@ e^30, and finite beyond.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -123,14 +123,23 @@ def reinforce(
     return TokenLosses(-advantages * logprobs, jnp.zeros(logprobs.shape, bool))
 
 
-POLICY_LOSSES: dict[str, tuple[Callable[..., TokenLosses], tuple[str, ...]]] = {
-    "ppo": (ppo_clip, ("clip_ratio", "clip_ratio_high", "dual_clip")),
-    "sequence": (sequence_clip, ("clip_ratio", "clip_ratio_high", "dual_clip")),
-    "gspo": (gspo, ("clip_ratio", "clip_ratio_high", "dual_clip")),
-    "cispo": (cispo, ("clip_ratio_high",)),
-    "reinforce": (reinforce, ()),
+class PolicyLossSpec(NamedTuple):
+    """A policy loss, and the options that it takes by keyword: fields of a stage's config."""
+
+    function: Callable[..., TokenLosses]
+    options: tuple[str, ...]
+    has_ratio: bool = True  # reads old_logprobs
+
+
+CLIP = ("clip_ratio", "clip_ratio_high", "dual_clip")
+
+POLICY_LOSSES: dict[str, PolicyLossSpec] = {
+    "ppo": PolicyLossSpec(ppo_clip, CLIP),
+    "sequence": PolicyLossSpec(sequence_clip, CLIP),
+    "gspo": PolicyLossSpec(gspo, CLIP),
+    "cispo": PolicyLossSpec(cispo, ("clip_ratio_high",)),
+    "reinforce": PolicyLossSpec(reinforce, (), has_ratio=False),
 }
-"""Name -> the loss of each token, and the bounds that it reads."""
 
 
 def _log_ratio(logprobs: Array, old_logprobs: Array, mask: Array) -> Array:
@@ -195,21 +204,19 @@ def constant(
     return masking.mean(jnp.sum(jnp.where(mask, x, 0), axis=1), axes) / max_tokens
 
 
-def _tokens(mask: Array, axes: tuple[str, ...]) -> Array:
-    return masking.count(mask, axes)
+class Aggregation(NamedTuple):
+    """Reduction of token losses to a number, and the count that it is a mean over: a micro-batch's weight."""
+
+    reduce: Callable[..., Array]
+    weight: Callable[[Bool[Array, "B T"], tuple[str, ...]], Array]
 
 
-def _responses(mask: Array, axes: tuple[str, ...]) -> Array:
-    return masking.rows(masking.lengths(mask), axes)
-
-
-AGGREGATIONS: dict[str, tuple[Callable[..., Array], Callable[[Any, tuple[str, ...]], Array]]] = {
-    "token": (token_mean, _tokens),
-    "sequence": (sequence_mean, _responses),
-    "sequence_sum": (sequence_sum, _responses),
-    "constant": (constant, _responses),
+AGGREGATIONS: dict[str, Aggregation] = {
+    "token": Aggregation(token_mean, masking.count),
+    "sequence": Aggregation(sequence_mean, masking.rows),
+    "sequence_sum": Aggregation(sequence_sum, masking.rows),
+    "constant": Aggregation(constant, masking.rows),
 }
-"""Name -> the aggregation, and of how much it is a mean: the weight of a micro-batch among others."""
 
 
 def ratio_metrics(

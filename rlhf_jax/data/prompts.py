@@ -54,25 +54,22 @@ def at_round(prompts: PromptBatch, number: int | Int[Array, ""]) -> PromptBatch:
     return PromptBatch(prompts.tokens[..., number, :], prompts.mask[..., number, :], prompts.rows[..., number])
 
 
-class MixedSource:
-    """Prompts of a PromptSource with demonstrations drawn at random with replacement."""
+class DemonstrationSource:
+    """Demonstrations drawn at random with replacement, as a function of key and step."""
 
-    def __init__(
-        self, prompts: PromptSource, data: TokenBatch, keys: tuple[PRNGKeyArray, ...], batch_size: int
-    ) -> None:
-        """Create a source with one key per seed; the keys must differ from those of the prompts."""
-        self._prompts, self._data, self._keys = prompts, data, keys
+    def __init__(self, data: TokenBatch, keys: tuple[PRNGKeyArray, ...], batch_size: int) -> None:
+        """Create a source with one key per seed. With one key a batch is [B, ...], with several [seeds, B, ...]."""
+        self._data, self._keys = data, keys
         self._draw = jax.jit(
             lambda key, step: jax.random.randint(
                 jax.random.fold_in(key, step), (batch_size,), 0, len(data.tokens), jnp.int32
             )
         )
 
-    def __call__(self, step: int) -> tuple[PromptBatch, TokenBatch]:
-        """Draw the prompts and demonstrations of iteration `step`, counted from 0."""
+    def __call__(self, step: int) -> TokenBatch:
+        """Draw the demonstrations of iteration `step`, counted from 0."""
         batches = []
         for key in self._keys:
             drawn = np.asarray(self._draw(key, step))
             batches.append(jax.tree.map(lambda leaf, rows=drawn: leaf[rows], self._data))
-        mixed = batches[0] if len(batches) == 1 else jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
-        return self._prompts(step), mixed
+        return batches[0] if len(batches) == 1 else jax.tree.map(lambda *leaves: np.stack(leaves), *batches)

@@ -1,94 +1,136 @@
-"""Shared config and driver of the online methods, with one run per seed."""
+"""Run of an online method: read its inputs, find where its reward is computed, and train one policy a seed."""
 
-import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import PRNGKeyArray, PyTree
+from jaxtyping import PRNGKeyArray
 
-from rlhf_jax.config import Count, CountOrZero, ModelSource, NonNegative, Positive, check_ranges
-from rlhf_jax.data.prompts import MixedSource, PromptSource
+from rlhf_jax.data import pipeline
+from rlhf_jax.data.prompts import DemonstrationSource, PromptSource
 from rlhf_jax.loading.context import Context
-from rlhf_jax.loading.models import NO_CHANGES, Policy, Tuning, refuse_float16
+from rlhf_jax.loading.data_report import report_prompts
+from rlhf_jax.loading.models import Policy, RewardModel
 from rlhf_jax.loading.samples import sample_rows
-from rlhf_jax.loading.trainable import stack
-from rlhf_jax.runtime.checkpoints import TrainState
-from rlhf_jax.runtime.loop import LoopConfig, Task, train
-from rlhf_jax.runtime.optimizers import OptimizerConfig
-from rlhf_jax.runtime.programs import HostSteps, Placement, Step
+from rlhf_jax.loading.trainable import begin_policy, stack
+from rlhf_jax.methods.online_config import OnlineConfig
+from rlhf_jax.methods.policy_gradient import Iteration
+from rlhf_jax.methods.policy_method import Method
+from rlhf_jax.methods.policy_parts import Networks, OnlineBatch, Params, Samples, ValueNetwork
+from rlhf_jax.rewards.scorers import HostScorer, joins_program, make_host_scorer
+from rlhf_jax.rewards.sources import Reward
+from rlhf_jax.runtime.loop import Task, train
+from rlhf_jax.runtime.programs import SEED_AXIS
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class OnlineConfig:
-    """Config fields of all online methods: the initial policy, which is also the reference, and the training length."""
+class Inputs(NamedTuple):
+    """Inputs of an online stage."""
 
-    policy: ModelSource  # policy to start from, and the reference
-    iterations: Count  # rounds of sampling and learning
-    batch_size: Count  # responses in an iteration, or pairs of them in online_dpo
-    minibatches: Count  # updates in a pass over an iteration's responses
-    epochs: Count  # passes over an iteration's responses
-    temperature: Positive  # temperature of the samples
-    optimizer: OptimizerConfig
-    samples_every: Count  # iterations between those whose samples are written
-    samples_written: CountOrZero  # samples written from such an iteration
-    loop: LoopConfig
-    missing_eos_penalty: NonNegative = 0.0  # penalty on the score of a response that was cut off
-    tuning: Tuning = NO_CHANGES
-
-    def __post_init__(self) -> None:
-        refuse_float16(self.tuning, adapter=self.tuning.lora is not None)
-        check_ranges(self)
-        if self.batch_size % self.minibatches:
-            raise ValueError(f"batch_size = {self.batch_size} does not divide into {self.minibatches} minibatches")
-
-    @property
-    def updates(self) -> int:
-        """Optimiser steps of the whole run."""
-        return self.iterations * self.epochs * self.minibatches
+    reference: Policy
+    rows: list[dict[str, Any]]
+    prompts: pipeline.Prompts
 
 
-def prompt_keys(context: Context) -> tuple[PRNGKeyArray, ...]:
-    """Keys that the prompts of `context.seeds` runs are drawn with."""
-    return tuple(context.key("prompts", k) for k in range(context.seeds))
+class DeviceReward(NamedTuple):
+    """Reward model that reads the policy's tokens, within the compiled iteration."""
+
+    model: RewardModel
+
+
+class HostReward(NamedTuple):
+    """Function of a rollout, called on the host between the two programs of an iteration."""
+
+    score: HostScorer
+
+
+OnlineReward = DeviceReward | HostReward
+
+
+def read_inputs(config: OnlineConfig, context: Context) -> Inputs:
+    """Load the policy and the prompts."""
+    reference = begin_policy(config.policy, config.tuning, context)
+    rows = pipeline.load_rows(context.data, "train")
+    prompts = pipeline.prompts(rows, reference.tokenizer, context.data)
+    report_prompts(context, reference.tokenizer, {"train": rows})
+    return Inputs(reference, rows, prompts)
+
+
+def place_reward(reward: RewardModel | Reward, inputs: Inputs, context: Context) -> OnlineReward:
+    """Keep a reward on the device if it is a model that reads the policy's tokens, and on the host otherwise."""
+    if joins_program(reward, inputs.reference):
+        return DeviceReward(reward)
+    batch_size = context.runtime.inference_batch
+    return HostReward(make_host_scorer(reward, inputs.reference, inputs.rows, context.data, batch_size))
 
 
 def train_online(
     config: OnlineConfig,
+    method: Method,
     context: Context,
-    placement: Placement,
-    policy: Policy,
+    inputs: Inputs,
+    reward: OnlineReward,
     *,
-    step: Step | HostSteps,
-    start: Callable[[PRNGKeyArray], TrainState],
-    frozen: dict[str, PyTree],
-    prompts: PromptSource | MixedSource,
+    prompts_each: int,
+    value: ValueNetwork,
+    init_params: Callable[[PRNGKeyArray], Params],
+    frozen: Params,
     key_figures: tuple[str, ...],
 ) -> dict[str, Any]:
-    """Trains `context.seeds` policies at once, each with its own prompts, samples and initial key.
+    """Train `context.seeds` policies at once, each with its own prompts, samples and initial key.
 
-    Args: start makes a run's first state with the key that new parameters are drawn with; step's samples have a
-    rollout, scores and divergences.
-    Returns what the summary says of how prompts were drawn.
+    Args: prompts_each is the number of prompts of an iteration, or of each of its rounds; init_params makes a run's
+    trained parameters with the key that new ones are drawn with; frozen has those of the value function's base, if it
+    has one.
+    Returns: the part of the summary about prompts.
     """
+    reference, placement = inputs.reference, context.placement(context.seeds)
+    networks = Networks(
+        policy=reference.network,
+        value=value,
+        stop_ids=reference.tokenizer.stop_ids,
+        max_new_tokens=context.data.max_response_tokens,
+    )
+    iteration = Iteration(networks, config, placement.axes, (SEED_AXIS,) if context.seeds > 1 else (), method)
+    frozen = {**frozen, "reference": reference.params}
+    if isinstance(reward, DeviceReward):
+        step = iteration.step(reward.model.network)
+        frozen["reward"] = reward.model.params
+    else:
+        step = iteration.host_steps(reward.score)
 
-    def describe(step: int, samples: Any) -> list[dict[str, Any]]:
+    seeds = range(context.seeds)
+    prompt_keys = tuple(context.key("prompts", k) for k in seeds)
+    rounds = method.dynamic_sampling.rounds if method.dynamic_sampling else 0
+    prompts = PromptSource(inputs.prompts, prompt_keys, prompts_each, rounds=rounds)
+    demonstrations = None
+    if method.ptx is not None:
+        data = pipeline.demonstrations(inputs.rows, reference.tokenizer, context.data)
+        keys = tuple(context.key("demonstrations", k) for k in seeds)
+        demonstrations = DemonstrationSource(data, keys, method.ptx.batch_size)
+
+    def batch_at(step: int) -> OnlineBatch:
+        return OnlineBatch(prompts(step), demonstrations(step) if demonstrations else None)
+
+    def describe(step: int, samples: Samples) -> list[dict[str, Any]]:
         if step % config.samples_every and step != 1:
             return []
         shown = jax.tree.map(lambda leaf: leaf[: config.samples_written], samples)
-        return sample_rows(policy.tokenizer, shown.rollout, shown.scores.tolist(), shown.kl.tolist())
+        return sample_rows(reference.tokenizer, shown.rollout, shown.scores.tolist(), shown.kl.tolist())
 
     task = Task(
         step=step,
-        state=stack([start(context.key("init", k)) for k in range(context.seeds)]),
+        state=stack([iteration.init_state(init_params(context.key("init", k))) for k in seeds]),
         frozen=frozen,
-        batch_at=prompts,
-        run_key=stack([context.key("run", k) for k in range(context.seeds)]),
+        batch_at=batch_at,
+        run_key=stack([context.key("run", k) for k in seeds]),
         total_steps=config.iterations,
         key_figures=key_figures,
         evaluation=None,
         describe=describe,
     )
     train(task, config.loop, placement, context.seed, context.directory, context.bar)
-    return {"prompt_key": [np.asarray(jax.random.key_data(key)).tolist() for key in prompt_keys(context)]}
+    return {
+        "prompts": len(inputs.prompts.tokens),
+        "prompt_key": [np.asarray(jax.random.key_data(key)).tolist() for key in prompt_keys],
+    }

@@ -1,267 +1,336 @@
-"""One iteration of every policy-gradient method: sample, score, estimate advantages, and all epochs of updates.
+"""One iteration of PPO, of its relatives without a critic, and of online DPO, from prompts to new parameters.
 
-A pure function of (state, frozen networks, prompts, key): see `make_step`. The halves of it are in `experience.py`,
-from scored responses to advantages, and `policy_update.py`, from advantages to parameters.
+    1. sample responses to a batch of prompts                                        Iteration.sample
+    2. score them, by a network here or on the host between two programs             Iteration.step, host_steps
+    3. old log-probabilities, the reference's, their KL divergence, shaped scores    Iteration.evaluate, old_policy
+    4. token rewards and advantages                                                  PolicyGradient.prepare
+    5. epochs of minibatches, one update each                                        Iteration.learn, optimise
+    6. loss of a minibatch: policy, values, KL, entropy                              PolicyGradient.loss
 
-Details of Huang et al. 2024 (arXiv:2403.17031, "N+") and of their study of Ziegler et al.'s code (2023, "N") that stand
-here: no dropout (N+), log-probabilities of logits over the temperature (N), old log-probabilities by the learner's own
-forward pass unless the config says otherwise, whole runs from one key a seed, of which no part is used twice.
+A method's own file passes in its loss and its advantages as functions: `stages/ppo.py` and `stages/group_rl.py`. Online
+DPO (`methods/online_pairs.py`) has steps 4 and 6 of its own. An iteration is a pure function of (state, frozen
+networks, batch, key): `runtime/programs.py` compiles it, over devices and seeds.
+
+Details of Huang et al. 2024 (arXiv:2403.17031, "N+") and of their study of Ziegler et al.'s code (2023, "N"): no
+dropout (N+), log-probabilities of logits over the temperature (N), the score on the last response token (N+), the KL
+penalty in the rewards (N), clipped losses of policy and values (N), minibatches of whole shuffled responses, in another
+order every epoch (N), Adam's epsilon of 1e-5 (N, by the optimizer's config).
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+import dataclasses
+from collections.abc import Callable
+from typing import Generic, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, PyTree
 
 from rlhf_jax.core import masking
+from rlhf_jax.core.advantages import token_rewards
+from rlhf_jax.core.importance import sampler_difference, weight_metrics
 from rlhf_jax.core.keys import derive
-from rlhf_jax.core.kl import adaptive_kl_coef
-from rlhf_jax.data import pipeline
-from rlhf_jax.data.prompts import MixedSource, PromptSource, at_round
-from rlhf_jax.loading.context import Context
-from rlhf_jax.loading.data_report import report_prompts
-from rlhf_jax.loading.models import Policy, RewardModel
-from rlhf_jax.loading.trainable import begin_policy, init_trainable, trainable
+from rlhf_jax.core.metrics import BeforeUpdates, Mean, masked_mean, over_updates
+from rlhf_jax.core.metrics import values as numbers_of
+from rlhf_jax.core.policy_losses import Aggregation, TokenLosses, explained_variance, ratio_metrics, value_loss
+from rlhf_jax.loading.trainable import dropout_keys
 from rlhf_jax.methods import policy_optimizer
-from rlhf_jax.methods.dynamic_sampling import collect, empty, fill, filled, is_full
-from rlhf_jax.methods.experience import gather_experience
-from rlhf_jax.methods.online import prompt_keys, train_online
-from rlhf_jax.methods.policy_method import Method, Networks, PolicyGradientConfig, Sampled, Samples
-from rlhf_jax.methods.policy_update import optimise
+from rlhf_jax.methods.dynamic_sampling import PartialBatch
+from rlhf_jax.methods.policy_method import KLEstimator, Method, Rows
+from rlhf_jax.methods.policy_metrics import objective_metrics, reference_divergence, score_metrics
+from rlhf_jax.methods.policy_parts import (
+    Advantages,
+    Coefficient,
+    Evaluated,
+    Experience,
+    Metrics,
+    Numbers,
+    OldPolicy,
+    OnlineBatch,
+    Params,
+    Responses,
+    Sampled,
+    Samples,
+    Setting,
+    ValueTargets,
+)
+from rlhf_jax.models.head import token_stats, token_stats_with_entropy
 from rlhf_jax.models.scalars import ScalarNetwork
-from rlhf_jax.rewards.scorers import HostScorer, joins_program, make_host_scorer
-from rlhf_jax.rewards.sources import find_reward
+from rlhf_jax.rewards.scorers import HostScorer
 from rlhf_jax.runtime.checkpoints import TrainState
-from rlhf_jax.runtime.programs import SEED_AXIS, HostSteps, Rounds, Step
+from rlhf_jax.runtime.optimizers import gradients, update
+from rlhf_jax.runtime.programs import HostSteps, Step
 from rlhf_jax.sampling.choice import Sampling
 from rlhf_jax.sampling.generate import generate
-from rlhf_jax.types import PromptBatch, TokenBatch
+
+AdvantageFunction = Callable[[Array, Array, Array, Array, tuple[str, ...]], Advantages]
+"""Function of token rewards, values (0 without a critic), the response mask, the mask of the losses, and the axes."""
+Learned = tuple[TrainState, Numbers, Samples]
+Updated = tuple[Metrics, Numbers]
 
 
-def make_step(
-    networks: Networks, config: PolicyGradientConfig, method: Method, axes: tuple[str, ...], loop_axes: tuple[str, ...]
-) -> Step:
-    """One iteration on a PromptBatch (with demonstrations beside it where there is a pretraining mix).
+class Indices(NamedTuple):
+    """Rows of each update, and its number."""
 
-    With dynamic sampling the batch has the prompts of all rounds, [B, rounds, P].
-
-    Args: axes are the mapped axes that rows are split over; loop_axes those of the seeds around the iteration.
-    """
-    reward = networks.reward
-    assert reward is not None
-    sample, learn = make_halves(networks, config, method, axes, loop_axes)
-
-    def scored(
-        state: TrainState, frozen: dict[str, PyTree], batch: Any, run_key: PRNGKeyArray
-    ) -> tuple[Sampled, jax.Array]:
-        _, _, sampled = sample(state, frozen, batch, run_key)
-        return sampled, reward.scores(frozen["reward"], sampled.rollout)
-
-    def step(
-        state: TrainState, frozen: dict[str, PyTree], batch: Any, run_key: PRNGKeyArray
-    ) -> tuple[TrainState, dict[str, jax.Array], Samples]:
-        return learn(state, frozen, scored(state, frozen, batch, run_key), run_key)
-
-    def dynamic_step(
-        state: TrainState, frozen: dict[str, PyTree], batch: Any, run_key: PRNGKeyArray
-    ) -> tuple[TrainState, dict[str, jax.Array], Samples]:
-        prompts, demonstrations = _parts(batch)
-
-        def draw(prompts: PromptBatch) -> tuple[Sampled, jax.Array]:
-            return scored(state, frozen, prompts, run_key)
-
-        filling = fill(config, method, draw, prompts, axes, loop_axes)
-        return learn(state, frozen, (filling, demonstrations), run_key)
-
-    return dynamic_step if method.dynamic_sampling_rounds else step
+    rows: Int[Array, "updates M"]
+    demonstrations: Int[Array, "updates M"] | None
+    number: Int[Array, "updates"]
 
 
-def make_halves(
-    networks: Networks, config: PolicyGradientConfig, method: Method, axes: tuple[str, ...], loop_axes: tuple[str, ...]
-) -> tuple[Step, Step]:
-    """An iteration in two steps, between which responses are scored: PromptBatch -> Sampled, and (Sampled, scores).
+@dataclasses.dataclass(frozen=True)
+class Iteration(Setting, Generic[Rows]):
+    """An iteration of one method, in one setting: networks, config, and the axes it is mapped over."""
 
-    With dynamic sampling the first is a round of it, and the second takes (PartialBatch, demonstrations).
-    """
+    method: Method[Rows]
 
-    def sample(
-        state: TrainState, frozen: dict[str, PyTree], batch: Any, run_key: PRNGKeyArray
-    ) -> tuple[TrainState, dict[str, jax.Array], Sampled]:
-        prompts, demonstrations = _parts(batch)
-        sampling = Sampling(networks.max_new_tokens, config.temperature, networks.stop_ids)
-        params = networks.full_params(state.params, frozen)["policy"]
+    def init_state(self, params: Params) -> TrainState:
+        """Make the state before the first iteration."""
+        optimizer = policy_optimizer.make_optimizer(self.config, self.method)
+        controller = {"kl_coef": jnp.float32(self.method.kl_coef)} if self.method.kl_controller else ()
+        return TrainState(jnp.int32(0), params, optimizer.init(params), controller)
+
+    def key(self, run_key: PRNGKeyArray, state: TrainState, purpose: str) -> PRNGKeyArray:
+        """Derive this iteration's key for one purpose: sample, order, dropout or rounding."""
+        return derive(jax.random.fold_in(run_key, state.step), purpose)
+
+    def sample(self, state: TrainState, frozen: Params, batch: OnlineBatch, run_key: PRNGKeyArray) -> Sampled:
+        """Sample responses to the prompts from the policy."""
         generation = generate(
-            networks.policy,
-            params,
-            prompts,
-            _keys(run_key, state)[0],
-            sampling,
-            samples=method.num_generations,
-            loop_axes=loop_axes,
+            self.networks.policy,
+            self.networks.full_params(state.params, frozen)["policy"],
+            batch.prompts,
+            self.key(run_key, state, "sample"),
+            Sampling(self.networks.max_new_tokens, self.config.temperature, self.networks.stop_ids),
+            samples=self.method.num_generations,
+            loop_axes=self.loop_axes,
         )
-        return state, {}, Sampled(generation.rollout, generation.logprobs, demonstrations)
+        return Sampled(generation.rollout, generation.logprobs, batch.demonstrations)
 
-    def learn(
-        state: TrainState, frozen: dict[str, PyTree], scored: tuple[Any, Any], run_key: PRNGKeyArray
-    ) -> tuple[TrainState, dict[str, jax.Array], Samples]:
-        if method.dynamic_sampling_rounds:
-            sampled, scores, useful, metrics = filled(method, *scored, axes)
-        else:
-            (sampled, scores), useful = scored, None
-            metrics = {
-                "reward": masking.mean(scores, axes),
-                "reward_std": jnp.sqrt(masking.masked_variance(scores, jnp.ones(scores.shape, bool), axes)),
-            }
-        kl_coef = state.controller["kl_coef"] if config.kl_controller else method.kl_coef
-        params, keys = networks.full_params(state.params, frozen), _keys(run_key, state)[1:]
-        batch, samples, found = gather_experience(
-            networks, config, method, params, frozen, sampled, scores, axes, kl_coef=kl_coef, useful=useful
-        )
-        state, updated = optimise(
-            networks, config, method, state, frozen, batch, sampled.demonstrations, keys, axes, kl_coef=kl_coef
-        )
-        if config.kl_controller is not None:
-            adapted = adaptive_kl_coef(
-                kl_coef,
-                found["objective/kl"],
-                target=config.kl_controller.target,
-                horizon=config.kl_controller.horizon,
-                episodes=config.batch_size,
-            )
+    def step(self, reward: ScalarNetwork) -> Step:
+        """Make the whole iteration, scored by a network that reads the policy's tokens: one program."""
+
+        def step(state: TrainState, frozen: Params, batch: OnlineBatch, run_key: PRNGKeyArray) -> Learned:
+            def draw(batch: OnlineBatch) -> tuple[Sampled, Array]:
+                sampled = self.sample(state, frozen, batch, run_key)
+                return sampled, reward.scores(frozen["reward"], sampled.rollout)
+
+            rounds = self.method.dynamic_sampling
+            found = rounds.fill(draw, batch, self.axes, self.loop_axes) if rounds else self.scored(*draw(batch))
+            return self.learn(state, frozen, found, run_key)
+
+        return step
+
+    def host_steps(self, score: HostScorer) -> HostSteps:
+        """Make the iteration in two programs, between which the host scores what the first one sampled."""
+
+        def sample(
+            state: TrainState, frozen: Params, batch: OnlineBatch, run_key: PRNGKeyArray
+        ) -> tuple[TrainState, Numbers, Sampled]:
+            return state, {}, self.sample(state, frozen, batch, run_key)
+
+        def learn(state: TrainState, frozen: Params, found: tuple[Sampled, Array], run_key: PRNGKeyArray) -> Learned:
+            return self.learn(state, frozen, self.scored(*found), run_key)
+
+        rounds = self.method.dynamic_sampling
+        if rounds is None:
+            return HostSteps(sample, lambda sampled: score(sampled.rollout), learn)
+
+        def learn_filled(state: TrainState, frozen: Params, found: PartialBatch, run_key: PRNGKeyArray) -> Learned:
+            return self.learn(state, frozen, rounds.responses(found, self.axes), run_key)
+
+        return HostSteps(sample, lambda sampled: score(sampled.rollout), learn_filled, rounds.on_host())
+
+    def scored(self, sampled: Sampled, scores: Float[Array, "B"]) -> Responses:
+        """Put the reward's scores beside responses, all of which are trained on."""
+        return Responses(sampled, scores, None, score_metrics(scores, self.axes))
+
+    def learn(self, state: TrainState, frozen: Params, responses: Responses, run_key: PRNGKeyArray) -> Learned:
+        """Go from scored responses to the next state: steps 3 to 6."""
+        controller, kl_coef = self.method.kl_controller, self.method.kl_coef
+        if controller:
+            kl_coef = state.controller["kl_coef"]
+        params = self.networks.full_params(state.params, frozen)
+        evaluated = self.evaluate(params, frozen, responses)
+        objective = objective_metrics(evaluated, kl_coef, self.axes)
+        rows, prepared = self.method.learner.prepare(self, evaluated, frozen, kl_coef)
+        state, updated = self.optimise(state, frozen, rows, responses.sampled, run_key, kl_coef)
+        if controller:
+            adapted = controller.next(kl_coef, objective["objective/kl"], self.config.batch_size)
             state = state._replace(controller={"kl_coef": adapted})
-        return state, found | metrics | updated, samples
+        logged = objective | numbers_of(evaluated.old.metrics) | prepared | responses.metrics | updated
+        return state, logged, Samples(evaluated.rollout, responses.scores, reference_divergence(evaluated))
 
-    return sample, learn
+    def evaluate(self, params: Params, frozen: Params, responses: Responses) -> Evaluated:
+        """Read the responses with the models, before the first update, and shape their scores.
+
+        The divergence that is logged is the one that is penalised: the sum over a response of the method's estimator.
+        """
+        rollout = responses.sampled.rollout
+        old = self.old_policy(params, responses.sampled)
+        reference = self.networks.policy.response_stats(
+            frozen["reference"], rollout, temperature=self.config.temperature
+        )
+        kl = self.method.kl_estimator(old.logprobs, reference.logprobs, old.logprobs)
+        ended, lengths = self.networks.has_ended(rollout), masking.lengths(rollout.response_mask)
+        scores = self.method.shaping(responses.scores, lengths, ended, max_tokens=self.networks.max_new_tokens)
+        return Evaluated(rollout, scores, ended, responses.useful, old, reference.logprobs, kl)
+
+    def old_policy(self, params: Params, sampled: Sampled) -> OldPolicy:
+        r"""Recompute old log-probabilities with the learner, so that the first ratio is 1 ("decoupled" in verl).
+
+        With `old_by_sampler` reuse the sampler's ("bypass" in verl): the ratio is $\pi_{learner} / \pi_{sampler}$ from
+        the first update on, and bounded by the loss. Entropy is then estimated from the sampled tokens, $-\log \pi$.
+        """
+        rollout, mask = sampled.rollout, sampled.rollout.response_mask
+        if self.method.old_by_sampler:
+            return OldPolicy(sampled.logprobs, -sampled.logprobs, self.networks.values(params, rollout), None, {})
+        stats, values = self.networks.forward(params, rollout, temperature=self.config.temperature)
+        metrics, weights = sampler_difference(stats.logprobs, sampled.logprobs, mask, self.axes), None
+        if self.method.importance:
+            weights = self.method.importance(stats.logprobs, sampled.logprobs, mask)
+            metrics |= weight_metrics(weights, mask, self.axes)
+        return OldPolicy(stats.logprobs, stats.entropy, values, weights, metrics)
+
+    def optimise(
+        self,
+        state: TrainState,
+        frozen: Params,
+        rows: Rows,
+        sampled: Sampled,
+        run_key: PRNGKeyArray,
+        kl_coef: Coefficient,
+    ) -> tuple[TrainState, Numbers]:
+        """Train on every epoch's minibatches, each epoch in another order; metrics are means over the updates."""
+        config, method, axes, learner = self.config, self.method, self.axes, self.method.learner
+        order, dropout, rounding = (self.key(run_key, state, name) for name in ("order", "dropout", "rounding"))
+        optimizer = policy_optimizer.make_optimizer(config, method)
+        rows, demonstrations = masking.gather_rows((rows, sampled.demonstrations), axes)
+        updates = config.epochs * config.minibatches
+
+        def shuffled(batch: PyTree, first: int) -> Int[Array, "updates M"]:
+            count = jax.tree.leaves(batch)[0].shape[0]
+            permute = jax.vmap(lambda epoch: jax.random.permutation(jax.random.fold_in(order, first + epoch), count))
+            return permute(jnp.arange(config.epochs)).reshape(updates, -1)
+
+        def update_minibatch(carry: tuple[Params, PyTree], given: Indices) -> tuple[tuple[Params, PyTree], Updated]:
+            params, opt_state = carry
+            minibatch = masking.take_rows(rows, given.rows, axes)
+            size = jax.tree.leaves(minibatch)[0].shape[0]
+            keys = dropout_keys(self.networks.policy, dropout, given.number, size, axes)
+
+            def loss_fn(params: Params, part: tuple[Rows, Key[Array, "B"] | None]) -> tuple[Array, Metrics]:
+                params = self.networks.full_params(params, frozen)
+                return learner.loss(self, params, part[0], part[1], whole=minibatch, kl_coef=kl_coef)
+
+            loss, metrics, grads = gradients(
+                config.optimizer,
+                loss_fn,
+                params,
+                (minibatch, keys),
+                lambda part: learner.weight(part[0], axes),
+                axes,
+            )
+            numbers = {}
+            if method.ptx and given.demonstrations is not None:
+                mixed = masking.take_rows(demonstrations, given.demonstrations, axes)
+                ptx_loss, ptx_grads = method.ptx.gradients(self.networks, config.optimizer, params, frozen, mixed, axes)
+                loss, numbers = loss + method.ptx.coef * ptx_loss, {"loss/ptx_avg": ptx_loss}
+                grads = jax.tree.map(lambda grad, ptx: grad + method.ptx.coef * ptx, grads, ptx_grads)
+            grads = policy_optimizer.hold_policy(grads, method, state.step)
+            key = jax.random.fold_in(rounding, given.number)
+            params, opt_state, norms = update(optimizer, grads, params, opt_state, axes, key=key)
+            return (params, opt_state), (metrics, {**numbers, "loss": loss, **norms})
+
+        of_demonstrations = None if demonstrations is None else shuffled(demonstrations, config.epochs)
+        given = Indices(shuffled(rows, 0), of_demonstrations, jnp.arange(updates))
+        start = (state.params, state.opt_state)
+        (params, opt_state), (metrics, numbers) = jax.lax.scan(update_minibatch, start, given)
+        logged = over_updates(metrics) | jax.tree.map(jnp.mean, numbers)
+        logged |= policy_optimizer.rates(config, method, state.step)
+        return state._replace(step=state.step + 1, params=params, opt_state=opt_state), logged
 
 
-def host_rounds(config: PolicyGradientConfig, method: Method) -> Rounds | None:
-    """Dynamic sampling between two halves, where there is some."""
-    if not method.dynamic_sampling_rounds:
-        return None
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PolicyGradient:
+    """The learner of PPO and of the group methods."""
 
-    def split(batch: Any) -> Iterator[Any]:
-        prompts, demonstrations = _parts(batch)
-        for number in range(method.dynamic_sampling_rounds):
-            one = at_round(prompts, number)
-            yield one if demonstrations is None else (one, demonstrations)
+    advantages: AdvantageFunction
+    policy_loss: Callable[[Array, Array, Array, Array], TokenLosses]  # of core/policy_losses.py, its options filled in
+    aggregation: Aggregation
+    loss_penalty: KLEstimator | None  # of the KL penalty as a term of the loss; None: it is in the token rewards
+    old_by_sampler: bool = False  # as in Method
+    entropy_coef: float = 0.0
+    vf_coef: float = 0.0
+    value_clip: float = 0.0
+    reject_truncated: bool = False  # responses that were cut off are left out of the losses
 
-    def collected(before: Any, new: tuple[Sampled, jax.Array]) -> tuple[Any, jax.Array]:
-        filling = empty(new[0], method.dynamic_sampling_rounds) if before is None else before[0]
-        filling = collect(config, method, filling, *new, ())
-        return (filling, new[0].demonstrations), is_full(filling, ())
+    def prepare(
+        self, at: Setting, evaluated: Evaluated, frozen: Params, kl_coef: Coefficient
+    ) -> tuple[Experience, Numbers]:
+        """Make token rewards of scores and the KL divergence, and of these advantages."""
+        del frozen
+        old, mask = evaluated.old, evaluated.rollout.response_mask
+        penalty = 0.0 if self.loss_penalty else kl_coef
+        rewards = token_rewards(evaluated.scores, evaluated.kl, mask, kl_coef=penalty)
+        trained = mask & evaluated.ended[:, None] if self.reject_truncated else mask
+        trained = trained if evaluated.useful is None else trained & evaluated.useful[:, None]
+        values = jnp.zeros_like(rewards) if old.values is None else old.values
+        advantages, returns = self.advantages(rewards, values, mask, trained, at.axes)
+        targets, numbers = None, {}
+        if old.values is not None and returns is not None:
+            targets = ValueTargets(old.values, returns)
+            numbers["val/explained_variance"] = explained_variance(old.values, returns, mask, at.axes)
+        ref_logprobs = evaluated.ref_logprobs if self.loss_penalty else None
+        rows = Experience(evaluated.rollout, old.logprobs, advantages, trained, targets, ref_logprobs, old.weights)
+        return rows, numbers
 
-    return Rounds(split, collected)
+    def loss(
+        self,
+        at: Setting,
+        params: Params,
+        rows: Experience,
+        dropout: Key[Array, "B"] | None,
+        *,
+        whole: Experience,
+        kl_coef: Coefficient,
+    ) -> tuple[Float[Array, ""], Metrics]:
+        """Add up the policy's loss and, where the method has them, the values', the divergence and the entropy.
 
+        All but the values' are aggregated as the method says, and the values' over tokens.
+        """
+        del dropout, whole  # dropout would move the first ratio away from 1
+        mask, axes = rows.loss_mask, at.axes
+        of_logits = token_stats_with_entropy if self.entropy_coef else token_stats
+        stats, values = at.networks.forward(
+            params, rows.rollout, temperature=at.config.temperature, of_logits=of_logits
+        )
 
-def _parts(batch: Any) -> tuple[PromptBatch, TokenBatch | None]:
-    """An iteration's prompts, and its demonstrations where there are some."""
-    return (batch, None) if isinstance(batch, PromptBatch) else batch
+        def aggregate(x: Float[Array, "B T"]) -> Float[Array, ""]:
+            return self.aggregation.reduce(x, mask, max_tokens=at.networks.max_new_tokens, axes=axes)
 
+        tokens = self.policy_loss(stats.logprobs, rows.logprobs, rows.advantages, mask)
+        loss = policy = aggregate(tokens.losses if rows.weights is None else rows.weights * tokens.losses)
+        count = self.weight(rows, axes)
+        metrics: Metrics = {
+            "loss/policy_avg": Mean(policy, count),
+            "policy/entropy_avg": masked_mean(stats.entropy, mask, axes),
+            **ratio_metrics(stats.logprobs, rows.logprobs, tokens.clipped, mask, axes),
+        }
+        if self.old_by_sampler:
+            sampler = sampler_difference(stats.logprobs, rows.logprobs, mask, axes)
+            metrics |= {name: BeforeUpdates(metric) for name, metric in sampler.items()}
+        if values is not None and rows.values is not None:
+            value, value_metrics = value_loss(values, *rows.values, mask, clip_range=self.value_clip, axes=axes)
+            loss = loss + self.vf_coef * value
+            metrics |= {"loss/value_avg": Mean(value, count), **value_metrics}
+        if self.loss_penalty and rows.ref_logprobs is not None:
+            three = (jnp.where(mask, x, 0) for x in (stats.logprobs, rows.ref_logprobs, rows.logprobs))
+            divergence = aggregate(self.loss_penalty(*three))
+            loss = loss + kl_coef * divergence
+            metrics["loss/kl_avg"] = Mean(divergence, count)
+        if self.entropy_coef:
+            loss = loss - self.entropy_coef * aggregate(stats.entropy)
+        return loss, metrics
 
-def _keys(run_key: PRNGKeyArray, state: TrainState) -> tuple[PRNGKeyArray, PRNGKeyArray, PRNGKeyArray]:
-    """An iteration's keys: for sampling, for the order of minibatches, and for stochastic rounding."""
-    key = jax.random.fold_in(run_key, state.step)
-    return derive(key, "sample"), derive(key, "order"), derive(key, "rounding")
-
-
-def init_state(params: dict[str, PyTree], config: PolicyGradientConfig, method: Method) -> TrainState:
-    """The state before the first iteration; an adaptive coefficient is part of it, and so one a seed."""
-    controller = {"kl_coef": jnp.float32(method.kl_coef)} if config.kl_controller else ()
-    return TrainState(jnp.int32(0), params, policy_optimizer.make_optimizer(config, method).init(params), controller)
-
-
-class Scoring(NamedTuple):
-    """Source of scores: a network inside the compiled iteration, or the host between its two halves."""
-
-    on_device: RewardModel | None
-    on_host: HostScorer | None
-
-
-def scoring(config: PolicyGradientConfig, context: Context, policy: Policy, rows: Sequence[dict[str, Any]]) -> Scoring:
-    """On the device where the reward is a model that reads the policy's tokens."""
-    reward_model = find_reward(context, config.reward_model)
-    if joins_program(reward_model, policy):
-        return Scoring(reward_model, None)
-    return Scoring(None, make_host_scorer(reward_model, policy, rows, context.data, context.runtime.inference_batch))
-
-
-class ValueStart(NamedTuple):
-    """A value function before the first iteration, without an adapter."""
-
-    network: Any  # as in Networks
-    params: PyTree
-
-
-StartValue = Callable[[Policy, RewardModel | None, PRNGKeyArray], ValueStart]
-
-
-def no_value(policy: Policy, reward_model: RewardModel | None, key: PRNGKeyArray) -> ValueStart:
-    """Methods without a critic."""
-    del policy, reward_model, key
-    return ValueStart(None, None)
-
-
-def run(config: PolicyGradientConfig, method: Method, start_value: StartValue, context: Context) -> dict[str, Any]:
-    """Trains `context.seeds` policies at once, each with its own prompts, samples and initial key."""
-    reference = begin_policy(config.policy, config.tuning, context)
-    rows = pipeline.load_rows(context.data, "train")
-    pool = pipeline.prompts(rows, reference.tokenizer, context.data)
-    report_prompts(context, reference.tokenizer, {"train": rows})
-    scores = scoring(config, context, reference, rows)
-
-    placement = context.placement(context.seeds)
-    reward_model = scores.on_device and scores.on_device.members()[0]
-    value = start_value(reference, reward_model, derive(context.key("init"), "value"))
-    separate = trainable(value.network, config.tuning) if isinstance(value.network, ScalarNetwork) else None
-    networks = Networks(
-        policy=reference.network,
-        value=separate or value.network,
-        reward=scores.on_device.network if scores.on_device else None,
-        stop_ids=reference.tokenizer.stop_ids,
-        max_new_tokens=context.data.max_response_tokens,
-    )
-    axes = (placement.axes, (SEED_AXIS,) if context.seeds > 1 else ())
-    frozen = {"reference": reference.params}
-    if scores.on_device:
-        step: Step | HostSteps = make_step(networks, config, method, *axes)
-        frozen["reward"] = scores.on_device.params
-    else:
-        on_host = scores.on_host
-        assert on_host is not None
-        sample, learn = make_halves(networks, config, method, *axes)
-        rounds = host_rounds(config, method)
-        step = HostSteps(sample, lambda sampled: on_host(sampled.rollout), learn, rounds)
-    if separate is not None:
-        frozen["value_base"] = value.params if config.tuning.lora else None
-
-    def start(key: PRNGKeyArray) -> TrainState:
-        adapter_key, value_key, value_adapter_key = (derive(key, tag) for tag in ("adapter", "value", "value adapter"))
-        params, own = {"policy": init_trainable(networks.policy, reference.params, adapter_key).trained}, value.params
-        if context.seeds > 1:
-            own = start_value(reference, reward_model, value_key).params
-        if separate is not None:
-            params["value"] = init_trainable(separate, own, value_adapter_key).trained
-        elif value.network == "shared":
-            params["value"] = own
-        return init_state(params, config, method)
-
-    groups = config.batch_size // method.num_generations
-    prompts = PromptSource(pool, prompt_keys(context), groups, rounds=method.dynamic_sampling_rounds)
-    if config.ptx is not None:
-        demonstrations = pipeline.demonstrations(rows, reference.tokenizer, context.data)
-        keys = tuple(context.key("demonstrations", k) for k in range(context.seeds))
-        prompts = MixedSource(prompts, demonstrations, keys, config.ptx.batch_size)
-    drawn = train_online(
-        config,
-        context,
-        placement,
-        reference,
-        step=step,
-        start=start,
-        frozen=frozen,
-        prompts=prompts,
-        key_figures=("objective/scores", "objective/kl", "val/num_eos_tokens"),
-    )
-    return {"prompts": len(pool.tokens), **drawn, "episodes": config.iterations * config.batch_size}
+    def weight(self, rows: Experience, axes: tuple[str, ...]) -> Int[Array, ""]:
+        """Count the tokens, or the responses, that the policy's loss is a mean over."""
+        return self.aggregation.weight(rows.loss_mask, axes)

@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rlhf_jax.methods.policy_method import Method, PolicyGradientConfig
+from rlhf_jax.methods.online_config import OnlineConfig
+from rlhf_jax.methods.policy_method import Method
+from rlhf_jax.methods.policy_parts import Params
 from rlhf_jax.runtime.optimizers import Optimizer, OptimizerConfig, algorithm, bound, finished, learning_rate
-
-__all__ = ["check_value_optimizer", "make_optimizer", "rates"]
 
 
 def check_value_optimizer(value: OptimizerConfig | None) -> None:
-    """Raises ValueError for a field that only the policy's optimiser reads, on behalf of both."""
+    """Raise ValueError for a field that `optimizer` alone has, for policy and values."""
     for name in ("micro_batch", "freeze", "low_precision"):
         if value is not None and getattr(value, name) != OptimizerConfig.__dataclass_fields__[name].default:
             raise ValueError(
@@ -27,8 +27,8 @@ def check_value_optimizer(value: OptimizerConfig | None) -> None:
             )
 
 
-def make_optimizer(config: PolicyGradientConfig, method: Method) -> Optimizer:
-    """The optimiser of `{"policy": ..., "value": ...}`, in which the policy's stands still during the values' warm-up.
+def make_optimizer(config: OnlineConfig, method: Method) -> Optimizer:
+    """Make the optimiser of `{"policy": ..., "value": ...}`, in which the policy waits for the values' warm-up.
 
     During the first `method.value_warmup` iterations the policy's moments, counts and schedule do not move, so that its
     first update is that of a run without warm-up; its schedule runs over the iterations that are left. A shared bound
@@ -52,8 +52,16 @@ def make_optimizer(config: PolicyGradientConfig, method: Method) -> Optimizer:
     return finished(own, each if value is not None else optax.chain(bound(own), each))
 
 
-def rates(config: PolicyGradientConfig, method: Method, step: jax.Array) -> dict[str, jax.Array]:
-    """The rates at the first update of an iteration: `learning_rate`, and the values' where theirs is another."""
+def hold_policy(grads: Params, method: Method, step: jax.Array) -> Params:
+    """Set the policy's gradient to 0 during the values' warm-up, so that a shared bound counts the values' alone."""
+    if not method.value_warmup:
+        return grads
+    warming = step < method.value_warmup
+    return {**grads, "policy": jax.tree.map(lambda grad: jnp.where(warming, 0, grad), grads["policy"])}
+
+
+def rates(config: OnlineConfig, method: Method, step: jax.Array) -> dict[str, jax.Array]:
+    """Rates at the first update of an iteration: `learning_rate`, and the values' if it differs."""
     warmup = _warmup_updates(config, method)
     done = step * (config.updates // config.iterations)
     own = jnp.asarray(learning_rate(config.optimizer, config.updates - warmup)(jnp.maximum(done - warmup, 0)))
@@ -63,5 +71,5 @@ def rates(config: PolicyGradientConfig, method: Method, step: jax.Array) -> dict
     return {"learning_rate": jnp.where(done < warmup, 0.0, own), "learning_rate/value": of_value}
 
 
-def _warmup_updates(config: PolicyGradientConfig, method: Method) -> int:
+def _warmup_updates(config: OnlineConfig, method: Method) -> int:
     return method.value_warmup * (config.updates // config.iterations)

@@ -10,26 +10,25 @@ import functools
 import math
 from typing import Any, Literal
 
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
 from rlhf_jax.config import Count, CountOrZero, NonNegative, Positive, Share
-from rlhf_jax.core.advantages import CRITIC_FREE, DISCOUNTED, WITHOUT_GROUPS
-from rlhf_jax.core.policy_losses import POLICY_LOSSES
+from rlhf_jax.core.advantages import CRITIC_FREE
+from rlhf_jax.core.policy_losses import AGGREGATIONS, POLICY_LOSSES
 from rlhf_jax.loading.context import Context
-from rlhf_jax.methods import policy_gradient
-from rlhf_jax.methods.policy_method import (
-    Advantages,
+from rlhf_jax.methods.dynamic_sampling import DynamicSampling
+from rlhf_jax.methods.policy_config import (
     Estimator,
-    Method,
-    Networks,
     OverlongBuffer,
     Place,
     PolicyGradientConfig,
     check_dual_clip,
     check_penalty,
+    make_method,
 )
-from rlhf_jax.runtime.checkpoints import TrainState
-from rlhf_jax.runtime.programs import Step
+from rlhf_jax.methods.policy_method import Method
+from rlhf_jax.methods.policy_parts import Advantages, Experience
+from rlhf_jax.methods.policy_training import no_value, train_policy
 
 Name = Literal[
     "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "grpo", "dr_grpo", "dapo", "gspo", "cispo"
@@ -120,10 +119,10 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 """Settings of each method. `rloo` and both `reinforce_plus_plus` leave `kl_coef` open."""
 
-OTHERWISE: dict[str, Any] = {"dual_clip": math.inf, "gamma": 1.0, "dynamic_sampling_rounds": 0, "overlong_buffer": 0.0}
+DEFAULTS: dict[str, Any] = {"dual_clip": math.inf, "gamma": 1.0, "dynamic_sampling_rounds": 0, "overlong_buffer": 0.0}
 """Defaults of fields that a method does not set."""
 
-OWN = (
+OVERRIDABLE = (
     "advantage",
     "policy_loss",
     "aggregation",
@@ -132,7 +131,7 @@ OWN = (
     "kl_coef",
     "kl_estimator",
     "kl_in",
-    *OTHERWISE,
+    *DEFAULTS,
 )
 
 
@@ -164,9 +163,10 @@ class GroupRLConfig(PolicyGradientConfig):
         fields = resolve(self)
         if fields.get("kl_coef") is None:
             raise ValueError(f"method = {self.method!r} leaves kl_coef to you: set it, 0 for no penalty")
-        if self.gamma is not None and fields["advantage"] not in DISCOUNTED:
+        estimator, loss = CRITIC_FREE[fields["advantage"]], POLICY_LOSSES[fields["policy_loss"]]
+        if self.gamma is not None and not estimator.discounted:
             raise ValueError(f"gamma is not read by advantage = {fields['advantage']!r}: leave it out")
-        least = 1 if fields["advantage"] in WITHOUT_GROUPS else 2
+        least = 2 if estimator.needs_groups else 1
         if self.num_generations < least:
             raise ValueError(
                 f"num_generations = {self.num_generations} must be at least {least}: advantage = "
@@ -177,13 +177,12 @@ class GroupRLConfig(PolicyGradientConfig):
                 f"batch_size = {self.batch_size} responses do not divide into groups of num_generations = "
                 f"{self.num_generations}"
             )
-        reads = POLICY_LOSSES[fields["policy_loss"]][1]
         for name in ("clip_ratio", "clip_ratio_high", "dual_clip"):
-            if getattr(self, name) is not None and name not in reads:
+            if getattr(self, name) is not None and name not in loss.options:
                 raise ValueError(f"{name} is not read by policy_loss = {fields['policy_loss']!r}: leave it out")
-            if name in reads and fields.get(name) is None:
+            if name in loss.options and fields.get(name) is None:
                 raise ValueError(f"policy_loss = {fields['policy_loss']!r} needs {name}: set it")
-        if self.old_logprobs == "sampler" and not reads:
+        if self.old_logprobs == "sampler" and not loss.has_ratio:
             raise ValueError(
                 f"policy_loss = {fields['policy_loss']!r} has no ratio, and does not read old_logprobs = 'sampler': "
                 "leave it out, or set policy_loss to 'cispo'"
@@ -195,53 +194,44 @@ class GroupRLConfig(PolicyGradientConfig):
             raise ValueError(
                 f"dynamic_sampling_rounds = {rounds} keeps groups whose scores differ: set num_generations to 2 or more"
             )
-        if "dual_clip" in reads:
+        if "dual_clip" in loss.options:
             check_dual_clip(fields["dual_clip"], fields["clip_ratio_high"])
         check_penalty(self, fields["kl_coef"], fields["kl_estimator"], fields["kl_in"])
 
 
 def resolve(config: GroupRLConfig) -> dict[str, Any]:
     """Values of all fields that presets set: the config's where given, else the preset's, else the default."""
-    given = {name: getattr(config, name) for name in OWN if getattr(config, name) is not None}
-    return OTHERWISE | METHODS[config.method] | given
+    given = {name: getattr(config, name) for name in OVERRIDABLE if getattr(config, name) is not None}
+    return DEFAULTS | METHODS[config.method] | given
 
 
-def method_of(config: GroupRLConfig) -> Method:
-    """The method of a config, with every field filled in."""
-    fields = resolve(config)
-    discount = {"gamma": fields["gamma"]} if fields["advantage"] in DISCOUNTED else {}
-    advantages = functools.partial(CRITIC_FREE[fields["advantage"]], num_generations=config.num_generations, **discount)
+def method_of(config: GroupRLConfig) -> Method[Experience]:
+    """Resolve a config into a method, with every field filled in."""
+    fields, size = resolve(config), config.num_generations
+    estimator, loss = CRITIC_FREE[fields["advantage"]], POLICY_LOSSES[fields["policy_loss"]]
+    discount = {"gamma": fields["gamma"]} if estimator.discounted else {}
+    rounds = fields["dynamic_sampling_rounds"]
 
-    def estimate(
-        rewards: Array, values: Array | None, mask: Array, trained: Array, axes: tuple[str, ...]
-    ) -> Advantages:
+    def advantages(rewards: Array, values: Array, mask: Array, trained: Array, axes: tuple[str, ...]) -> Advantages:
         del values, trained
-        return Advantages(advantages(rewards, mask, axes=axes), None)
+        return Advantages(estimator.function(rewards, mask, num_generations=size, axes=axes, **discount), None)
 
-    return Method(
-        policy_loss=fields["policy_loss"],
-        bounds={name: fields[name] for name in POLICY_LOSSES[fields["policy_loss"]][1]},
-        aggregation=fields["aggregation"],
+    return make_method(
+        config,
         kl_coef=fields["kl_coef"],
         kl_estimator=fields["kl_estimator"],
         kl_in=fields["kl_in"],
-        estimate=estimate,
-        num_generations=config.num_generations,
-        dynamic_sampling_rounds=fields["dynamic_sampling_rounds"],
         overlong_buffer=fields["overlong_buffer"],
+        learner={
+            "policy_loss": functools.partial(loss.function, **{name: fields[name] for name in loss.options}),
+            "advantages": advantages,
+            "aggregation": AGGREGATIONS[fields["aggregation"]],
+        },
+        num_generations=size,
+        dynamic_sampling=DynamicSampling(rounds, size, config.batch_size) if rounds else None,
     )
 
 
 def run(config: GroupRLConfig, context: Context) -> dict[str, Any]:
-    """Trains `context.seeds` policies at once, each with its own prompts, samples and initial key."""
-    return policy_gradient.run(config, method_of(config), policy_gradient.no_value, context)
-
-
-def init_state(params: dict[str, PyTree], config: GroupRLConfig) -> TrainState:
-    """The state before the first iteration."""
-    return policy_gradient.init_state(params, config, method_of(config))
-
-
-def make_step(networks: Networks, config: GroupRLConfig, axes: tuple[str, ...], loop_axes: tuple[str, ...]) -> Step:
-    """One iteration; see `policy_gradient.make_step`."""
-    return policy_gradient.make_step(networks, config, method_of(config), axes, loop_axes)
+    """Train `context.seeds` policies at once, each with its own prompts, samples and initial key."""
+    return train_policy(config, method_of(config), no_value, context)

@@ -1,10 +1,11 @@
-"""ppo: maximises the scores of a reward model with a clipped surrogate, a value function and a penalty on the KL.
+"""ppo: maximise a reward model's scores with a clipped surrogate, a value function and a KL penalty.
 
 The algorithm of Ziegler et al. 2019 (arXiv:1909.08593) and Stiennon et al. 2020 (arXiv:2009.01325), with the details of
 Huang et al. 2024 (arXiv:2403.17031): no dropout, the score on the last response token, less a penalty without EOS,
 whitened advantages, a value function that starts from the reward model, clipped values, Adam's epsilon 1e-5.
 
-PPO-specific parts: the value function, its initialisation, and GAE. The iteration is in `policy_gradient.py`.
+PPO-specific parts: the value function, its initialisation, GAE, and the choice of the loss. The whole iteration is in
+`methods/policy_gradient.py`.
 """
 
 import dataclasses
@@ -13,40 +14,36 @@ import math
 from typing import Any, Literal
 
 import jax
-from jaxtyping import Array, PRNGKeyArray, PyTree
+from jaxtyping import Array, PRNGKeyArray
 
 from rlhf_jax.config import CountOrZero, NonNegative, Positive, Share
 from rlhf_jax.core import masking
 from rlhf_jax.core.advantages import gae, whiten_rewards
 from rlhf_jax.core.keys import derive
+from rlhf_jax.core.policy_losses import AGGREGATIONS, ppo_clip
 from rlhf_jax.loading.context import Context
 from rlhf_jax.loading.models import Policy, RewardModel, as_reward_model
-from rlhf_jax.methods import policy_gradient
-from rlhf_jax.methods.policy_gradient import ValueStart
-from rlhf_jax.methods.policy_method import (
-    Advantages,
+from rlhf_jax.methods.policy_config import (
     Estimator,
-    Method,
-    Networks,
     OverlongBuffer,
     Place,
     PolicyGradientConfig,
     check_dual_clip,
     check_penalty,
+    make_method,
 )
+from rlhf_jax.methods.policy_method import Method
 from rlhf_jax.methods.policy_optimizer import check_value_optimizer
+from rlhf_jax.methods.policy_parts import Advantages, Experience
+from rlhf_jax.methods.policy_training import ValueStart, train_policy
 from rlhf_jax.models import value_head
-from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.runtime.optimizers import OptimizerConfig
-from rlhf_jax.runtime.programs import Step
 from rlhf_jax.types import RlhfError
-
-__all__ = ["Networks", "PPOConfig", "init_state", "make_halves", "make_step", "run"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PPOConfig(PolicyGradientConfig):
-    """The policy that is start and reference, the reward model, and the algorithm's numbers."""
+    """Config of PPO."""
 
     kind: Literal["ppo"]
     kl_coef: NonNegative  # coefficient of the KL penalty
@@ -90,39 +87,38 @@ class PPOConfig(PolicyGradientConfig):
 
     @property
     def upper_clip_ratio(self) -> float:
-        """The upper bound's distance from 1."""
+        """Distance of the upper bound from 1."""
         return self.clip_ratio if self.clip_ratio_high is None else self.clip_ratio_high
 
 
-def method_of(config: PPOConfig) -> Method:
-    """The method of a config: GAE, the clipped surrogate and the clipped value loss."""
+def method_of(config: PPOConfig) -> Method[Experience]:
+    """Resolve a config into PPO's method: GAE, the clipped surrogate and the clipped value loss."""
 
-    def estimate(
-        rewards: Array, values: Array | None, mask: Array, trained: Array, axes: tuple[str, ...]
-    ) -> Advantages:
-        assert values is not None
+    def advantages(rewards: Array, values: Array, mask: Array, trained: Array, axes: tuple[str, ...]) -> Advantages:
         if config.whiten_rewards:
             rewards = whiten_rewards(rewards, mask, axes)
-        advantages, returns = gae(rewards, values, mask, gamma=config.gamma, gae_lambda=config.gae_lambda)
-        return Advantages(
-            masking.whiten(advantages, trained, axes) if config.whiten_advantages else advantages, returns
-        )
+        found, returns = gae(rewards, values, mask, gamma=config.gamma, gae_lambda=config.gae_lambda)
+        return Advantages(masking.whiten(found, trained, axes) if config.whiten_advantages else found, returns)
 
-    return Method(
-        policy_loss="ppo",
-        bounds={
-            "clip_ratio": config.clip_ratio,
-            "clip_ratio_high": config.upper_clip_ratio,
-            "dual_clip": math.inf if config.dual_clip is None else config.dual_clip,
-        },
-        aggregation="token",
+    loss = functools.partial(
+        ppo_clip,
+        clip_ratio=config.clip_ratio,
+        clip_ratio_high=config.upper_clip_ratio,
+        dual_clip=math.inf if config.dual_clip is None else config.dual_clip,
+    )
+    return make_method(
+        config,
         kl_coef=config.kl_coef,
         kl_estimator=config.kl_estimator,
         kl_in=config.kl_in,
-        estimate=estimate,
         overlong_buffer=config.overlong_buffer,
-        vf_coef=config.vf_coef,
-        value_clip=math.inf if config.value_clip is None else config.value_clip,
+        learner={
+            "policy_loss": loss,
+            "advantages": advantages,
+            "aggregation": AGGREGATIONS["token"],
+            "vf_coef": config.vf_coef,
+            "value_clip": math.inf if config.value_clip is None else config.value_clip,
+        },
         value_warmup=config.value_warmup,
         value_optimizer=config.value_optimizer,
     )
@@ -130,16 +126,15 @@ def method_of(config: PPOConfig) -> Method:
 
 def run(config: PPOConfig, context: Context) -> dict[str, Any]:
     """Train `context.seeds` policies at once, each with its own prompts, samples and initial key."""
-    start = functools.partial(start_value, config)
-    return policy_gradient.run(config, method_of(config), start, context)
+    return train_policy(config, method_of(config), functools.partial(start_value, config), context)
 
 
 def start_value(config: PPOConfig, policy: Policy, reward_model: RewardModel | None, key: PRNGKeyArray) -> ValueStart:
-    """The value function before the first iteration.
+    """Make the value function before the first iteration.
 
-    Its trunk is the reward model's (Huang et al. 2024), or the policy's where the reward model has other tokens, a copy
-    of the policy's, or the policy's own. Its head says 0 (Ziegler et al. 2019), or is drawn from N(0, 1/(d+1)), or is
-    the reward model's (Huang et al. 2024).
+    `value_trunk` is a copy of the reward model's trunk (Huang et al. 2024; of the policy's if the reward model reads
+    other tokens), a copy of the policy's, or the policy's own. `value_head` gives values of 0 (Ziegler et al. 2019), is
+    drawn from N(0, 1/(d+1)), or is the reward model's (Huang et al. 2024).
     """
     if config.value_trunk == "shared":
         width = policy.network.config.d_model
@@ -157,20 +152,3 @@ def start_value(config: PPOConfig, policy: Policy, reward_model: RewardModel | N
         return ValueStart(model.network, model.network.init_value(model.params))
     head = jax.jit(lambda key: model.network.init(key)["head"])(derive(key, "head"))
     return ValueStart(model.network, {"body": model.params["body"], "head": head})
-
-
-def init_state(params: dict[str, PyTree], config: PPOConfig) -> TrainState:
-    """The state before the first iteration."""
-    return policy_gradient.init_state(params, config, method_of(config))
-
-
-def make_step(networks: Networks, config: PPOConfig, axes: tuple[str, ...], loop_axes: tuple[str, ...]) -> Step:
-    """One PPO iteration; see `policy_gradient.make_step`."""
-    return policy_gradient.make_step(networks, config, method_of(config), axes, loop_axes)
-
-
-def make_halves(
-    networks: Networks, config: PPOConfig, axes: tuple[str, ...], loop_axes: tuple[str, ...]
-) -> tuple[Step, Step]:
-    """An iteration in two steps; see `policy_gradient.make_halves`."""
-    return policy_gradient.make_halves(networks, config, method_of(config), axes, loop_axes)

@@ -64,7 +64,7 @@ FUNCTIONS: dict[str, Callable] = {
         b * advantages.reinforce_plus_plus(a * theta, mask, num_generations=2, axes=axes, gamma=0.9), axes
     ),
     **{
-        name: lambda theta, a, b, c, mask, s, axes, function=advantages.CRITIC_FREE[name]: masking.total(
+        name: lambda theta, a, b, c, mask, s, axes, function=advantages.CRITIC_FREE[name].function: masking.total(
             b * function(a * theta, mask, num_generations=2, axes=axes), axes
         )
         for name in ("rloo_normalized", "grpo_batch_std", "reinforce_plus_plus_baseline")

@@ -17,12 +17,12 @@ lengths_of_rows = st.lists(st.integers(1, WIDTH), min_size=ROWS, max_size=ROWS)
 
 
 def gamma_of(name, gamma=1.0):
-    return {"gamma": gamma} if name in advantages.DISCOUNTED else {}
+    return {"gamma": gamma} if advantages.CRITIC_FREE[name].discounted else {}
 
 
 COMPUTE = {
     name: jax.jit(functools.partial(function, num_generations=GROUP, axes=(), **gamma_of(name)))
-    for name, function in advantages.CRITIC_FREE.items()
+    for name, (function, *_) in advantages.CRITIC_FREE.items()
 }
 
 
@@ -148,7 +148,7 @@ MASKED = {
         name: lambda x, mask, name=name, function=function: function(
             x, mask, num_generations=5, axes=(), **gamma_of(name)
         )
-        for name, function in advantages.CRITIC_FREE.items()
+        for name, (function, *_) in advantages.CRITIC_FREE.items()
     },
 }
 

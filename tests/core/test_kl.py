@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf_jax.core import kl
-from rlhf_jax.methods import policy_method
+from rlhf_jax.methods import policy_config
 from tests.support.padded_arrays import normal, seeds
 
 VOCABULARY = 6
@@ -139,7 +139,7 @@ def test_the_table_of_gradients_in_the_fields_docstring_is_what_they_are():
             if row in (("k1", "reward"), ("k2", "loss"), ("k3+", "loss"), ("k3_weighted", "loss")):
                 np.testing.assert_allclose(gradient, true, rtol=1e-4, atol=1e-5)
     table = ["| " + " | ".join(f"{cell:<21}" for cell in (f"{row[0]}, {row[1]}", *cells[row])) + " |" for row in ROWS]
-    _, *documented = (line for line in inspect.getsource(policy_method).splitlines() if line.startswith("| k"))
+    _, *documented = (line for line in inspect.getsource(policy_config).splitlines() if line.startswith("| k"))
     assert documented == table, "\n".join(table)
 
 

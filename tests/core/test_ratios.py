@@ -35,7 +35,7 @@ MASK = jnp.ones((1, 2), bool)
 
 def value_and_gradient(name, log_ratio, advantage):
     """Inputs of a loss: two tokens whose log-ratios sum to log_ratio, or are log_ratio each for token ratios."""
-    function, reads = POLICY_LOSSES[name]
+    function, reads, _ = POLICY_LOSSES[name]
     each = log_ratio / 2 if name == "sequence" else log_ratio
     old, advantages = jnp.full((1, 2), -1.0), jnp.full((1, 2), advantage)
     bounds = {bound: BOUNDS[bound] for bound in reads}

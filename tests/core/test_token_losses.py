@@ -19,11 +19,11 @@ BOUNDS = {"clip_ratio": LOW, "clip_ratio_high": HIGH, "dual_clip": math.inf}
 
 
 def loss_of(name, aggregation):
-    function, reads = POLICY_LOSSES[name]
+    spec = POLICY_LOSSES[name]
 
     def loss(logprobs, old, advantages, mask):
-        tokens = function(logprobs, old, advantages, mask, **{bound: BOUNDS[bound] for bound in reads})
-        return AGGREGATIONS[aggregation][0](tokens.losses, mask, max_tokens=MOST, axes=()), tokens.clipped
+        tokens = spec.function(logprobs, old, advantages, mask, **{bound: BOUNDS[bound] for bound in spec.options})
+        return AGGREGATIONS[aggregation].reduce(tokens.losses, mask, max_tokens=MOST, axes=()), tokens.clipped
 
     return loss
 
@@ -141,7 +141,7 @@ def test_weighted_parts_make_the_whole(aggregation, seed, lengths):
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_an_aggregation_reads_no_padding(aggregation):
     x, mask = normal(0, ROWS, WIDTH), prefix_mask([WIDTH, 2, 1, 0, 3])
-    function = jax.jit(lambda x: AGGREGATIONS[aggregation][0](x, mask, max_tokens=MOST, axes=()))
+    function = jax.jit(lambda x: AGGREGATIONS[aggregation].reduce(x, mask, max_tokens=MOST, axes=()))
     assert function(jnp.where(mask, x, jnp.nan)) == function(jnp.where(mask, x, 0)) != 0
 
 
@@ -153,7 +153,7 @@ def test_a_second_clip_bounds_what_a_negative_advantage_can_do(name, seed, lengt
     logprobs, mask, c = old + 4 * (logprobs - old), prefix_mask(lengths), 1.5
 
     def losses(logprobs, dual_clip):
-        tokens = POLICY_LOSSES[name][0](logprobs, old, advantages, mask, **BOUNDS | {"dual_clip": dual_clip})
+        tokens = POLICY_LOSSES[name].function(logprobs, old, advantages, mask, **BOUNDS | {"dual_clip": dual_clip})
         return jnp.sum(jnp.where(mask, tokens.losses, 0)), tokens
 
     (_, single), _ = jax.value_and_grad(losses, has_aux=True)(logprobs, math.inf)
@@ -170,7 +170,7 @@ def test_some_ratios_reach_the_second_clip():
     """Else the test above would be of the first one alone."""
     old, mask = jnp.full((1, 2), -1.0), jnp.ones((1, 2), bool)
     for name in ("ppo", "sequence", "gspo"):
-        tokens = POLICY_LOSSES[name][0](old + 1, old, 0 * old - 2, mask, **BOUNDS | {"dual_clip": 1.5})
+        tokens = POLICY_LOSSES[name].function(old + 1, old, 0 * old - 2, mask, **BOUNDS | {"dual_clip": 1.5})
         np.testing.assert_allclose(tokens.losses, 3.0)
         assert tokens.clipped.all()
 

@@ -9,18 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.core import kl
+from rlhf_jax.core import kl, masking
 from rlhf_jax.core.metrics import values
 from rlhf_jax.core.policy_losses import AGGREGATIONS
 from rlhf_jax.loading.models import Policy, RewardModel
-from rlhf_jax.methods.experience import gather_experience, shaped_scores
-from rlhf_jax.methods.policy_method import AdaptiveKL, Experience, PretrainingMix, Sampled
-from rlhf_jax.methods.policy_update import minibatch_loss
+from rlhf_jax.methods.kl_controller import AdaptiveKL
+from rlhf_jax.methods.policy_metrics import objective_metrics
+from rlhf_jax.methods.policy_parts import Experience, OnlineBatch, Sampled
+from rlhf_jax.methods.pretraining_mix import PretrainingMix
 from rlhf_jax.models import value_head
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.runtime.checkpoints import Checkpoints
 from rlhf_jax.runtime.optimizers import gradients
-from rlhf_jax.stages import group_rl, ppo
 from rlhf_jax.stages.ppo import start_value
 from rlhf_jax.types import RlhfError, Rollout
 from tests.support import tiny
@@ -41,7 +41,9 @@ SCORES = jnp.array([0.5, -0.25, 3.0, 0.125])
 def score(**changes):
     config = tiny.with_config(missing_eos_penalty=0.0)
     config = dataclasses.replace(config, **changes)
-    return np.asarray(shaped_scores(tiny.NETWORKS, config, ppo.method_of(config), ROLLOUT, SCORES))
+    lengths, ended = masking.lengths(ROLLOUT.response_mask), tiny.NETWORKS.has_ended(ROLLOUT)
+    shaping = tiny.method_of(config).shaping
+    return np.asarray(shaping(SCORES, lengths, ended, max_tokens=tiny.RESPONSE))
 
 
 def test_scores_are_scaled_clipped_and_lowered():
@@ -53,30 +55,26 @@ def test_scores_are_scaled_clipped_and_lowered():
     np.testing.assert_allclose(score(overlong_buffer=0.5), SCORES - np.array([0, 1, 0, 2 / 3]), rtol=1e-6)
 
 
-def experience(config, networks=tiny.NETWORKS, **method_changes):
-    """Experience and metrics, with the rewards that advantages were made of in the place of the returns."""
-    method = dataclasses.replace(ppo.method_of(config), **method_changes)
+def experience(config, networks=tiny.NETWORKS):
+    """Experience, the rewards that its advantages were made of, and metrics."""
+    method = tiny.method_of(config)
 
-    def spy(rewards, values, mask, trained, axes):
-        return method.estimate(rewards, values, mask, trained, axes)._replace(returns=rewards)
+    def prepare(params, frozen):
+        rewards = []
+
+        def spy(*args):
+            rewards.append(args[0])
+            return method.learner.advantages(*args)
+
+        spied = dataclasses.replace(method, learner=dataclasses.replace(method.learner, advantages=spy))
+        at = tiny.iteration(config, networks=networks, method=spied)
+        responses = at.scored(Sampled(ROLLOUT, jnp.full(ROLLOUT.response.shape, -2.0), None), SCORES)
+        evaluated = at.evaluate(params, frozen, responses)
+        batch, _ = spied.learner.prepare(at, evaluated, frozen, method.kl_coef)
+        return batch, rewards[0], objective_metrics(evaluated, method.kl_coef, ()) | values(evaluated.old.metrics)
 
     value = value_head.init_normal(16, jax.random.key(0)) if networks.value == "shared" else tiny.reward_params()
-    params = {"policy": tiny.policy_params(), "value": value}
-    sampled = Sampled(ROLLOUT, jnp.full(ROLLOUT.response.shape, -2.0), None)
-    batch, _, metrics = jax.jit(
-        lambda params, frozen: gather_experience(
-            networks,
-            config,
-            dataclasses.replace(method, estimate=spy),
-            params,
-            frozen,
-            sampled,
-            SCORES,
-            (),
-            kl_coef=method.kl_coef,
-        )
-    )(params, tiny.ppo_frozen())
-    return jax.device_get((batch, metrics))
+    return jax.device_get(jax.jit(prepare)({"policy": tiny.policy_params(), "value": value}, tiny.ppo_frozen()))
 
 
 @functools.cache
@@ -90,15 +88,15 @@ def logprobs():
 def test_the_logged_divergence_is_the_penalised_one_and_the_score_is_on_the_last_token(estimator):
     config = tiny.with_config(kl_estimator=estimator, missing_eos_penalty=0.0, kl_coef=0.3, reject_truncated=True)
     config = dataclasses.replace(config, importance_cap=1.5)
-    batch, metrics = experience(config)
+    batch, rewards, metrics = experience(config)
     mask = np.asarray(ROLLOUT.response_mask)
     divergence = np.where(mask, kl.ESTIMATORS[estimator](*map(jnp.asarray, (*logprobs(), logprobs()[0]))), 0)
     assert abs(divergence).max() > 0.1
     expected = -0.3 * divergence
     for row, length in enumerate([3, 6, 2, 5]):
         expected[row, length - 1] += SCORES[row]
-    assert np.issubdtype(batch.returns.dtype, np.floating)  # a score added to integers would be rounded
-    np.testing.assert_allclose(batch.returns, expected, rtol=1e-4, atol=1e-5)
+    assert np.issubdtype(rewards.dtype, np.floating)  # a score added to integers would be rounded
+    np.testing.assert_allclose(rewards, expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(metrics["objective/kl"], divergence.sum(axis=1).mean(), rtol=1e-4)
     np.testing.assert_allclose(metrics["objective/rlhf_reward"], expected.sum(axis=1).mean(), rtol=1e-4)
     # What was cut off is left out of the losses, and of the whitening.
@@ -123,25 +121,24 @@ def test_the_samplers_logprobs_save_a_forward_pass_and_are_the_old_ones_everywhe
     def by(program, networks):
         config = tiny.with_config(old_logprobs=program, kl_coef=0.3, missing_eos_penalty=0.0)
         passes.clear()
-        batch, metrics = experience(config, networks)
-        return batch, metrics, len(passes)
+        return *experience(config, networks), len(passes)
 
-    batch, metrics, count = by("sampler", tiny.NETWORKS)
-    learners, _, with_learners = by("learner", tiny.NETWORKS)
+    batch, rewards, metrics, count = by("sampler", tiny.NETWORKS)
+    learners, _, _, with_learners = by("learner", tiny.NETWORKS)
     assert (count, with_learners) == (1, 2)  # the reference's is left
-    np.testing.assert_allclose(batch.values, learners.values, rtol=1e-6)
+    np.testing.assert_allclose(batch.values.old, learners.values.old, rtol=1e-6)
     mask, reference = np.asarray(ROLLOUT.response_mask), logprobs()[1]
     np.testing.assert_array_equal(batch.logprobs, np.full(mask.shape, -2.0))
     assert batch.weights is None
     penalty = np.where(mask, -0.3 * (-2 - reference), 0)
-    np.testing.assert_allclose(batch.returns.sum(axis=1), penalty.sum(axis=1) + SCORES, rtol=1e-5)
+    np.testing.assert_allclose(rewards.sum(axis=1), penalty.sum(axis=1) + SCORES, rtol=1e-5)
     np.testing.assert_allclose(metrics["objective/kl"], -penalty.sum(axis=1).mean() / 0.3, rtol=1e-5)
     np.testing.assert_allclose(metrics["objective/entropy"], 2 * mask.sum() / 4, rtol=1e-6)
     assert not any(name.startswith("sampling/") for name in metrics)  # the first minibatch has it
     # Values on the policy's own trunk need the pass all the same.
-    (batch, _, count), (learners, _, with_learners) = (by(program, SHARED) for program in ("sampler", "learner"))
+    (batch, _, _, count), (learners, _, _, with_learners) = (by(program, SHARED) for program in ("sampler", "learner"))
     assert count == with_learners == 2
-    np.testing.assert_allclose(batch.values, learners.values, rtol=1e-6)
+    np.testing.assert_allclose(batch.values.old, learners.values.old, rtol=1e-6)
 
 
 def random_batch(rows: int = 8) -> Experience:
@@ -153,22 +150,25 @@ def random_batch(rows: int = 8) -> Experience:
     response = rng.integers(4, tiny.VOCAB, mask.shape).astype(np.int32)
     rollout = Rollout(*map(jnp.asarray, (prompts.tokens, prompts.mask, response, mask)))
     weights = jnp.exp(0.1 * arrays[4])
-    return Experience(rollout, old, arrays[2], jnp.asarray(mask), None, None, ref, weights)
+    return Experience(rollout, old, arrays[2], jnp.asarray(mask), None, ref, weights)
 
 
 @functools.cache
-def loss_and_gradient(aggregation, micro_batch, entropy_coef=0.3, **changes):
-    networks = dataclasses.replace(tiny.NETWORKS, value=None)
-    config = tiny.with_config(entropy_coef=entropy_coef)
-    method = dataclasses.replace(ppo.method_of(config), aggregation=aggregation, kl_estimator="k3", **changes)
-
-    def loss(params, rows):
-        return minibatch_loss(params, networks, config, method, rows, (), kl_coef=0.5)
+def loss_and_gradient(aggregation, micro_batch, entropy_coef=0.3):
+    config = tiny.with_config(entropy_coef=entropy_coef, kl_in="loss", kl_estimator="k3")
+    method = tiny.method_of(config)
+    learner = dataclasses.replace(method.learner, aggregation=AGGREGATIONS[aggregation])
+    at = tiny.iteration(config, networks=tiny.CRITIC_FREE, method=dataclasses.replace(method, learner=learner))
 
     def run(params, batch):
-        weight = AGGREGATIONS[aggregation][1]
-        optimizer = with_micro_batch(micro_batch)
-        value, metrics, grads = gradients(optimizer, loss, params, batch, lambda x: weight(x.loss_mask, ()), ())
+        value, metrics, grads = gradients(
+            with_micro_batch(micro_batch),
+            lambda params, rows: learner.loss(at, params, rows, None, whole=batch, kl_coef=0.5),
+            params,
+            batch,
+            lambda rows: learner.weight(rows, ()),
+            (),
+        )
         return value, values(metrics), grads
 
     return jax.device_get(jax.jit(run)({"policy": tiny.policy_params()}, random_batch()))
@@ -206,7 +206,7 @@ def test_the_estimator_chooses_the_penaltys_value_and_gradient_and_reads_no_padd
 
     def found(estimator):
         config = tiny.group_config("grpo", kl_estimator=estimator, aggregation="token", kl_coef=0.5)
-        loss = functools.partial(tiny.given_loss, config, group_rl.method_of(config), batch=batch)
+        loss = functools.partial(tiny.given_loss, config, batch=batch)
         (_, metrics), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(jnp.where(mask, logprobs, 0))
         assert np.isfinite(gradient).all() and not np.asarray(gradient)[~np.asarray(mask)].any()
         return metrics["loss/kl_avg"], gradient
@@ -253,11 +253,13 @@ def test_warm_up_of_the_values_a_shared_trunk_and_the_pretraining_mix():
     )
     start = start_value(config, Policy(tiny.POLICY, tiny.policy_params(), None), None, jax.random.key(0))  # type: ignore[arg-type]
     assert start.network == "shared"
-    step = jax.jit(ppo.make_step(SHARED, config, (), ()))
-    state = ppo.init_state({"policy": tiny.policy_params(), "value": start.params}, config)
+    step = jax.jit(tiny.ppo_step(config, networks=SHARED))
+    state = tiny.iteration(config).init_state({"policy": tiny.policy_params(), "value": start.params})
     states, losses = [state], []
     for _ in range(8):
-        state, metrics, _ = step(state, tiny.ppo_frozen(), (tiny.prompts(16), demonstrations()), jax.random.key(0))
+        state, metrics, _ = step(
+            state, tiny.ppo_frozen(), OnlineBatch(tiny.prompts(16), demonstrations()), jax.random.key(0)
+        )
         states.append(state)
         losses.append(float(metrics["loss/ptx_avg"]))
 
@@ -318,12 +320,9 @@ def test_whitening_and_clipping_are_choices():
     assert np.abs(plain.advantages - white.advantages).max() > 1e-3
     raw = experience(tiny.with_config(whiten_advantages=False))[0]
     assert abs(raw.advantages[mask].mean()) > 0.1
-    assert ppo.method_of(tiny.with_config(value_clip=None)).value_clip == np.inf
-    assert ppo.method_of(tiny.with_config(clip_ratio_high=0.3)).bounds == {
-        "clip_ratio": 0.2,
-        "clip_ratio_high": 0.3,
-        "dual_clip": np.inf,
-    }
-    assert ppo.method_of(tiny.with_config(dual_clip=3.0)).bounds["dual_clip"] == 3.0
+    learner = tiny.method_of(tiny.with_config(clip_ratio_high=0.3, value_clip=None)).learner
+    assert learner.value_clip == np.inf
+    assert learner.policy_loss.keywords == {"clip_ratio": 0.2, "clip_ratio_high": 0.3, "dual_clip": np.inf}
+    assert tiny.method_of(tiny.with_config(dual_clip=3.0)).learner.policy_loss.keywords["dual_clip"] == 3.0
     with pytest.raises(ValueError, match=r"dual_clip = 1.25 bounds ratios that the clip at 1 \+ clip_ratio_high = 1.3"):
         tiny.with_config(dual_clip=1.25, clip_ratio_high=0.3)

@@ -28,7 +28,7 @@ def config_of(**changes) -> ppo.PPOConfig:
 
 
 def optimizer_of(config: ppo.PPOConfig):
-    return make_optimizer(config, ppo.method_of(config))
+    return make_optimizer(config, tiny.method_of(config))
 
 
 def normal(seed: int, scale: float = 1.0):
@@ -80,10 +80,10 @@ def test_after_a_warm_up_of_the_values_the_policys_optimiser_is_fresh(schedule, 
 def test_the_first_update_after_a_warm_up_has_the_size_of_adams_first_one():
     """Of every weight the rate, whatever its gradient; with spent bias corrections it was 0.55 of it here."""
     config = config_of(iterations=6, value_warmup=4, optimizer=dataclasses.replace(ADAM, weight_decay=0.0))
-    step, state = jax.jit(ppo.make_step(tiny.NETWORKS, config, (), ())), tiny.ppo_state(config)
+    step, state = jax.jit(tiny.ppo_step(config)), tiny.ppo_state(config)
     said = []
     for _ in range(5):
-        state, metrics, _ = step(state, tiny.ppo_frozen(), tiny.prompts(16), KEY)
+        state, metrics, _ = step(state, tiny.ppo_frozen(), tiny.online(16), KEY)
         said.append((float(metrics["learning_rate"]), float(metrics["grad_norm/policy"])))
     change = jax.tree.map(lambda a, b: np.abs(a - b).max(), tiny.policy_params(), state.params["policy"])
     np.testing.assert_allclose(max(jax.tree.leaves(change)), ADAM.learning_rate, rtol=0.01)
@@ -139,14 +139,14 @@ def test_a_large_gradient_of_the_values_shrinks_the_policys_update_only_where_th
 def test_both_rates_are_logged():
     value = dataclasses.replace(ADAM, learning_rate=0.5, schedule="linear")
     config = config_of(iterations=10, epochs=2, value_warmup=4, value_optimizer=value)
-    method = ppo.method_of(config)
+    method = tiny.method_of(config)
     for step, own in ((0, 0.0), (3, 0.0), (4, 1e-2), (9, 1e-2)):
         found = rates(config, method, jnp.int32(step))
         np.testing.assert_allclose(
             [found["learning_rate"], found["learning_rate/value"]], [own, 0.5 * (1 - step / 10)], rtol=1e-6
         )
     shared = config_of(iterations=10)
-    assert set(rates(shared, ppo.method_of(shared), jnp.int32(0))) == {"learning_rate"}
+    assert set(rates(shared, tiny.method_of(shared), jnp.int32(0))) == {"learning_rate"}
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from rlhf_jax.methods import dpo
 from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.runtime.optimizers import OptimizerConfig, gradients, make_optimizer
 from rlhf_jax.runtime.programs import make_placement
-from rlhf_jax.stages import ppo, reward_model, sft
+from rlhf_jax.stages import reward_model, sft
 from rlhf_jax.types import RlhfError
 from tests.support import tiny
 from tests.support.programs import PLACEMENTS, assert_close
@@ -30,8 +30,8 @@ def run(name: str, optimizer: OptimizerConfig, where=tiny.ONE_DEVICE):
     policy, reward = {"policy": tiny.policy_params()}, {"reward": tiny.reward_params()}
     if name == "ppo":
         config = tiny.with_config(optimizer=optimizer, minibatches=1)
-        step, state = ppo.make_step(tiny.NETWORKS, config, placement.axes, ()), tiny.ppo_state(config)
-        frozen, batch = tiny.ppo_frozen(), tiny.prompts(16)
+        step, state = tiny.ppo_step(config, placement.axes), tiny.ppo_state(config)
+        frozen, batch = tiny.ppo_frozen(), tiny.online(16)
     else:
         make, params, frozen, batch = {
             "sft": (sft.make_step, policy, (), demonstrations()),

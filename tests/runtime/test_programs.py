@@ -1,7 +1,5 @@
 """One step gives the same numbers on one device, on every mesh, and under pmap; several seeds are several runs."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +8,7 @@ import pytest
 
 from rlhf_jax.methods import dpo
 from rlhf_jax.runtime import optimizers
-from rlhf_jax.runtime.programs import SEED_AXIS, HostSteps, RuntimeConfig, Scored, compile_host_steps, make_placement
-from rlhf_jax.stages import ppo
+from rlhf_jax.runtime.programs import SEED_AXIS, RuntimeConfig, Scored, compile_host_steps, make_placement
 from rlhf_jax.types import RlhfError
 from tests.support import tiny
 from tests.support.compilations import compilations
@@ -113,13 +110,12 @@ def test_scores_from_the_host_give_the_same_iterations():
     placement = make_placement(tiny.ONE_DEVICE, seeds=seeds)
     axes = (placement.axes, (SEED_AXIS,))
     start = jax.tree.map(lambda leaf: jnp.stack([leaf] * seeds), tiny.ppo_state())
-    batches = tiny.several([tiny.prompts(16, seed) for seed in range(2)])
+    batches = tiny.several([tiny.online(16, seed) for seed in range(2)])
     batches = jax.tree.map(lambda leaf: np.stack([leaf] * seeds, axis=1), batches)
     keys = jnp.stack([jax.random.key(seed) for seed in range(seeds)])
     scored = []
 
-    def score(sampled):
-        rollout = sampled.rollout
+    def score(rollout):
         scored.append(len(rollout.response))
         assert isinstance(rollout.response, np.ndarray)
         return Scored(np.asarray(jax.jit(tiny.REWARD.scores)(frozen["reward"], rollout)), {})
@@ -129,9 +125,8 @@ def test_scores_from_the_host_give_the_same_iterations():
         state, metrics, samples = program(state)(state, placement.put_frozen(frozen), batches, keys)
         return jax.device_get((placement.whole(state).params, metrics, samples))
 
-    step = ppo.make_step(tiny.NETWORKS, tiny.PPO, *axes)
-    halves = ppo.make_halves(dataclasses.replace(tiny.NETWORKS, reward=None), tiny.PPO, *axes)
-    steps = HostSteps(halves[0], score, halves[1])
+    step = tiny.ppo_step(tiny.PPO, *axes)
+    steps = tiny.iteration(tiny.PPO, *axes).host_steps(score)
     assert_close(
         run(lambda state: compile_host_steps(placement, steps, state)),
         run(lambda state: placement.compile(step, state)),
@@ -168,10 +163,10 @@ def test_the_program_compiles_once_and_stays_on_the_device():
     placement = make_placement(tiny.ONE_DEVICE, seeds=1)
     state = placement.put_state(tiny.ppo_state())
     frozen = placement.put_frozen(tiny.ppo_frozen())
-    step = ppo.make_step(tiny.NETWORKS, tiny.PPO, placement.axes, ())
+    step = tiny.ppo_step(tiny.PPO, placement.axes)
     program = placement.compile(step, state)
     run_key = jax.random.key(0)
-    batches = [jax.device_put(tiny.several([tiny.prompts(16, 2 * i), tiny.prompts(16, 2 * i + 1)])) for i in range(3)]
+    batches = [jax.device_put(tiny.several([tiny.online(16, 2 * i), tiny.online(16, 2 * i + 1)])) for i in range(3)]
 
     with compilations() as compiled:
         text = program.compiled.lower(state, frozen, batches[0], run_key).compile().as_text()  # type: ignore[attr-defined]
@@ -199,9 +194,9 @@ def talks_to_host(compiled_text: str | None) -> bool:
 
 def test_scanned_iterations_equal_single_calls():
     placement = make_placement(tiny.ONE_DEVICE, seeds=1)
-    step = ppo.make_step(tiny.NETWORKS, tiny.PPO, placement.axes, ())
+    step = tiny.ppo_step(tiny.PPO, placement.axes)
     frozen = placement.put_frozen(tiny.ppo_frozen())
-    batches = [tiny.prompts(16, seed) for seed in range(3)]
+    batches = [tiny.online(16, seed) for seed in range(3)]
 
     together = placement.put_state(tiny.ppo_state())
     together, _, samples = placement.compile(step, together)(together, frozen, tiny.several(batches), jax.random.key(0))
@@ -217,10 +212,10 @@ def test_seed_k_of_several_is_the_single_run_with_that_seed():
     """Over 20 iterations: the same tokens, parameters within 1e-5."""
     seeds, iterations = 3, 20
     keys = [jax.random.key(100 + seed) for seed in range(seeds)]
-    batches = [[tiny.prompts(16, 1000 * seed + i) for i in range(iterations)] for seed in range(seeds)]
+    batches = [[tiny.online(16, 1000 * seed + i) for i in range(iterations)] for seed in range(seeds)]
 
     placement = make_placement(runtime("jit", data=2, fsdp=1, tensor=1), seeds=seeds)
-    step = ppo.make_step(tiny.NETWORKS, tiny.PPO, placement.axes, (SEED_AXIS,))
+    step = tiny.ppo_step(tiny.PPO, placement.axes, (SEED_AXIS,))
     state = placement.put_state(jax.tree.map(lambda leaf: jnp.stack([leaf] * seeds), tiny.ppo_state()))
     frozen = placement.put_frozen(tiny.ppo_frozen())
     per_iteration = tiny.several([tiny.several([batches[k][i] for k in range(seeds)]) for i in range(iterations)])
@@ -229,7 +224,7 @@ def test_seed_k_of_several_is_the_single_run_with_that_seed():
     assert not np.array_equal(samples.rollout.response[:, 0], samples.rollout.response[:, 1])
 
     alone = make_placement(tiny.ONE_DEVICE, seeds=1)
-    single_step = ppo.make_step(tiny.NETWORKS, tiny.PPO, alone.axes, ())
+    single_step = tiny.ppo_step(tiny.PPO, alone.axes)
     program = alone.compile(single_step, alone.put_state(tiny.ppo_state()))
     for k in range(seeds):
         one = alone.put_state(tiny.ppo_state())

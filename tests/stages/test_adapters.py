@@ -21,7 +21,7 @@ from rlhf_jax.reports import Run
 from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.runtime.optimizers import make_optimizer
 from rlhf_jax.runtime.programs import make_placement
-from rlhf_jax.stages import ppo, reward_model, sft
+from rlhf_jax.stages import reward_model, sft
 from tests.support import checkpoints, tiny
 from tests.support.own_data import chat_arguments
 from tests.support.programs import PLACEMENTS, QUICK, assert_close
@@ -44,8 +44,8 @@ def run(name, lora=LORA, where=tiny.ONE_DEVICE):
             "value": init_trainable(reward, judge, key).trained,
         }
         frozen = {"reference": base, "reward": judge, "value_base": judge}
-        step = ppo.make_step(networks, tiny.PPO, placement.axes, ())
-        state, batches = ppo.init_state(trained, tiny.PPO), [tiny.prompts(16, seed) for seed in range(2)]
+        step = tiny.ppo_step(tiny.PPO, placement.axes, networks=networks)
+        state, batches = tiny.iteration().init_state(trained), [tiny.online(16, seed) for seed in range(2)]
     else:
         cases: dict[str, Any] = {
             "sft": (sft.make_step, policy, {"policy": base}, {"base": base}, [demonstrations()] * 2),

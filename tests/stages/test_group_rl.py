@@ -10,12 +10,13 @@ import pytest
 from ml_collections import ConfigDict
 
 from rlhf_jax import config as configs
-from rlhf_jax.methods import policy_gradient
-from rlhf_jax.methods.dynamic_sampling import collect, empty, filled, is_full
-from rlhf_jax.methods.experience import by_learner
-from rlhf_jax.methods.policy_method import AdaptiveKL, Networks, Sampled
+from rlhf_jax.core.kl import ESTIMATORS
+from rlhf_jax.core.policy_losses import AGGREGATIONS
+from rlhf_jax.methods.dynamic_sampling import DynamicSampling
+from rlhf_jax.methods.kl_controller import AdaptiveKL
+from rlhf_jax.methods.policy_parts import Networks, OnlineBatch, Sampled
 from rlhf_jax.models.scalars import ScalarNetwork
-from rlhf_jax.runtime.programs import SEED_AXIS, HostSteps, Scored, compile_host_steps, make_placement
+from rlhf_jax.runtime.programs import SEED_AXIS, Scored, compile_host_steps, make_placement
 from rlhf_jax.stages import group_rl
 from rlhf_jax.types import RlhfError, Rollout
 from tests.support import tiny
@@ -23,7 +24,6 @@ from tests.support.programs import assert_close, runtime
 
 FIELDS = tiny.GROUP_RL
 ROWS, GROUP, ITERATIONS = FIELDS["batch_size"], FIELDS["num_generations"], FIELDS["iterations"]
-NETWORKS = Networks(tiny.POLICY, None, tiny.REWARD, (tiny.EOS,), tiny.RESPONSE)
 config_of = tiny.group_config
 
 
@@ -32,17 +32,17 @@ def frozen():
 
 
 def state_of(config):
-    return group_rl.init_state({"policy": tiny.policy_params()}, config)
+    return tiny.iteration(config).init_state({"policy": tiny.policy_params()})
 
 
-def halves(config):
-    return policy_gradient.make_halves(NETWORKS, config, group_rl.method_of(config), (), ())
+def host_steps(config):
+    return tiny.iteration(config).host_steps(lambda rollout: Scored(np.zeros(len(rollout.response)), {}))
 
 
 @functools.cache
 def sample_and_score():
-    """The first half is every method's, and compiled once."""
-    sample, reward = halves(config_of("grpo"))[0], tiny.REWARD.scores
+    """Sampling is every method's, and compiled once."""
+    sample, reward = host_steps(config_of("grpo")).sample, tiny.REWARD.scores
     return jax.jit(sample), jax.jit(reward)
 
 
@@ -50,12 +50,12 @@ def sample_and_score():
 def test_every_method_pleases_the_reward_model(method):
     config = config_of(method)
     state, networks = state_of(config), frozen()
-    (sample, reward), learn = sample_and_score(), jax.jit(halves(config)[1])
-    rounds = policy_gradient.host_rounds(config, group_rl.method_of(config))
+    (sample, reward), learn = sample_and_score(), jax.jit(host_steps(config).learn)
+    rounds = host_steps(config).rounds
     keep = jax.jit(rounds.collect) if rounds else None
     found, responses = [], []
     for _ in range(ITERATIONS):
-        state, _, sampled = sample(state, networks, tiny.prompts(ROWS // GROUP), jax.random.key(0))
+        state, _, sampled = sample(state, networks, tiny.online(ROWS // GROUP), jax.random.key(0))
         scored = (sampled, reward(networks["reward"], sampled.rollout))
         if keep is not None:
             scored, _ = keep(None, scored)  # one round, whatever it brings
@@ -79,7 +79,7 @@ def test_old_logprobs_are_the_learners_or_the_samplers_and_their_difference_is_l
     """A sampler whose log-probabilities are off by 0.3 nats: the ratio has them or not, and both say by how much."""
     state, networks = state_of(config_of("grpo")), frozen()
     sample, reward = sample_and_score()
-    sampled = sample(state, networks, tiny.prompts(ROWS // GROUP), jax.random.key(0))[2]
+    sampled = sample(state, networks, tiny.online(ROWS // GROUP), jax.random.key(0))[2]
     mask = np.asarray(sampled.rollout.response_mask)
     noise = 0.3 * np.random.default_rng(0).normal(size=mask.shape)
     off = sampled._replace(logprobs=jnp.where(mask, sampled.logprobs + noise, jnp.nan).astype(jnp.float32))
@@ -88,7 +88,7 @@ def test_old_logprobs_are_the_learners_or_the_samplers_and_their_difference_is_l
     found, params = {}, {}
     for program in ("learner", "sampler"):
         config = config_of("grpo", old_logprobs=program, epochs=2, optimizer=optimizer)
-        after, found[program], _ = jax.jit(halves(config)[1])(state, networks, scored, jax.random.key(0))
+        after, found[program], _ = jax.jit(host_steps(config).learn)(state, networks, scored, jax.random.key(0))
         params[program] = after.params
         difference = abs(np.where(mask, noise, 0))
         name = "sampling/sampling_logp_difference"
@@ -110,16 +110,16 @@ def fixed_groups(scores, first_row):
 
 
 def test_rounds_keep_the_first_groups_whose_scores_differ_until_there_are_enough():
-    config = config_of("dapo", batch_size=9, num_generations=3, overlong_buffer=0.0)
-    method = group_rl.method_of(config)
-    another = jax.jit(functools.partial(collect, config, method, axes=()))
+    sampling = DynamicSampling(rounds=4, num_generations=3, batch_size=9)
+    another = jax.jit(functools.partial(sampling.collect, axes=()))
 
     def after(*rounds):
-        filling = empty(fixed_groups([0.0] * 9, 0)[0], 4)
+        partial = sampling.empty(fixed_groups([0.0] * 9, 0)[0])
         for number, scores in enumerate(rounds):
-            filling = another(filling, *fixed_groups(scores, 10 * number))
-        sampled, scores, useful, metrics = filled(method, filling, None, ())
-        assert bool(is_full(filling, ())) == bool(useful.all())
+            partial = another(partial, *fixed_groups(scores, 10 * number))
+        sampled, scores, useful, metrics = sampling.responses(partial, ())
+        assert useful is not None
+        assert bool(partial.is_full(())) == bool(useful.all())
         names = ("rounds", "groups_missing", "groups_that_differ")
         rest = [float(metrics[f"dynamic_sampling/{name}"]) for name in names]
         return sampled.rollout.response[:, 0].tolist(), scores.tolist(), useful.tolist(), rest, metrics
@@ -148,16 +148,16 @@ def test_rounds_keep_the_first_groups_whose_scores_differ_until_there_are_enough
 def test_an_all_wrong_group_of_different_lengths_teaches_nothing():
     """The paper's condition is on correctness: a score that only length lowered is not a right answer."""
     config = config_of("dapo", batch_size=9, num_generations=3, missing_eos_penalty=0.5)
-    assert group_rl.method_of(config).overlong_buffer > 0
+    sampling = dataclasses.replace(tiny.method_of(config).dynamic_sampling, rounds=1)
+    assert tiny.method_of(config).shaping.overlong_buffer > 0
     sampled, scores = fixed_groups([0.0] * 3 + [0.0, 1.0, 0.0] + [1.0] * 3, 4)
     lengths = jnp.array([1, 6, 5, 6, 6, 6, 2, 4, 6])
     mask = jnp.arange(6)[None] < lengths[:, None]
     tokens = jnp.where(mask, jnp.tile(sampled.rollout.response[:, :1], 6), tiny.EOS)
     sampled = Sampled(Rollout(tokens, mask, tokens, mask), jnp.zeros((9, 6)), None)
-    filling = jax.jit(functools.partial(collect, config, group_rl.method_of(config), axes=()))(
-        empty(sampled, 1), sampled, scores
-    )
-    _, kept, useful, metrics = filled(group_rl.method_of(config), filling, None, ())
+    partial = jax.jit(functools.partial(sampling.collect, axes=()))(sampling.empty(sampled), sampled, scores)
+    _, kept, useful, metrics = sampling.responses(partial, ())
+    assert useful is not None
     assert kept.tolist() == [0, 1, 0, 0, 0, 0, 1, 1, 1]
     assert useful.tolist() == [True] * 3 + [False] * 6
     np.testing.assert_allclose(metrics["dynamic_sampling/groups_that_differ"], 1 / 3, rtol=1e-6)
@@ -185,12 +185,13 @@ def test_seeds_devices_and_the_host_give_the_same_iterations():
         old_logprobs="sampler",
     )
     reward = Rare(tiny.MODEL, tiny.VOCAB, "mean")
-    networks = dataclasses.replace(NETWORKS, reward=reward)
     keys = jnp.stack([jax.random.key(seed) for seed in (1, 2)])
 
     def prompts(seed):
         flat = tiny.prompts(groups * rounds, seed)
-        return jax.tree.map(lambda leaf: leaf.reshape(rounds, groups, *leaf.shape[1:]).swapaxes(0, 1), flat)
+        return OnlineBatch(
+            jax.tree.map(lambda leaf: leaf.reshape(rounds, groups, *leaf.shape[1:]).swapaxes(0, 1), flat)
+        )
 
     batches = [[prompts(10 * seed + i) for i in range(2)] for seed in (1, 2)]
     per_iteration = tiny.several([tiny.several([batches[k][i] for k in range(2)]) for i in range(2)])
@@ -203,27 +204,20 @@ def test_seeds_devices_and_the_host_give_the_same_iterations():
     devices, alone = (
         make_placement(where, seeds=2) for where in (runtime("pmap", data=2, fsdp=1, tensor=1), tiny.ONE_DEVICE)
     )
-    step = group_rl.make_step(networks, config, devices.axes, (SEED_AXIS,))
-    method = group_rl.method_of(config)
-    sample, learn = policy_gradient.make_halves(networks, config, method, (), (SEED_AXIS,))
+    step = tiny.iteration(config, devices.axes, (SEED_AXIS,)).step(reward)
 
-    def on_host(sampled):
-        scores = np.asarray(reward.scores((), sampled.rollout))
+    def on_host(rollout):
+        scores = np.asarray(reward.scores((), rollout))
         return Scored(scores, {"rewards/all": scores})
 
-    by_host = HostSteps(
-        sample,
-        on_host,
-        learn,
-        policy_gradient.host_rounds(config, method),
-    )
+    by_host = tiny.iteration(config, loop_axes=(SEED_AXIS,)).host_steps(on_host)
     found = [
         of_seeds(devices, lambda state: devices.compile(step, state)),
         of_seeds(alone, lambda state: compile_host_steps(alone, by_host, state)),
     ]
 
     alone = make_placement(tiny.ONE_DEVICE, seeds=1)
-    program = alone.compile(group_rl.make_step(networks, config, (), ()), alone.put_state(state_of(config)))
+    program = alone.compile(tiny.iteration(config).step(reward), alone.put_state(state_of(config)))
     for k in range(2):
         one = alone.put_state(state_of(config))
         one, expected, shown = program(one, frozen(), tiny.several(batches[k]), keys[k])
@@ -251,15 +245,22 @@ def parse(**changes):
 
 
 def test_a_method_sets_what_its_paper_sets_and_any_field_can_be_otherwise():
-    grpo, dapo = (group_rl.method_of(parse(method=name)) for name in ("grpo", "dapo"))
-    assert (grpo.aggregation, grpo.kl_in, grpo.kl_estimator, grpo.kl_coef) == ("sequence", "loss", "k3", 0.04)
-    assert dapo.bounds == {"clip_ratio": 0.2, "clip_ratio_high": 0.28, "dual_clip": np.inf}
-    assert (dapo.aggregation, dapo.dynamic_sampling_rounds, dapo.overlong_buffer) == ("token", 10, 0.2)
-    assert (dapo.kl_coef, grpo.dynamic_sampling_rounds) == (0.0, 0)
-    other = group_rl.method_of(parse(method="grpo", aggregation="token", kl_coef=0.0, clip_ratio=0.1))
-    assert (other.aggregation, other.kl_coef, other.bounds["clip_ratio"]) == ("token", 0.0, 0.1)
-    assert group_rl.method_of(parse(method="cispo")).bounds == {"clip_ratio_high": 4.0}
-    assert group_rl.method_of(parse(method="grpo", policy_loss="reinforce")).bounds == {}
+    grpo, dapo = (tiny.method_of(parse(method=name)) for name in ("grpo", "dapo"))
+    assert (grpo.learner.aggregation, grpo.kl_coef) == (AGGREGATIONS["sequence"], 0.04)
+    assert grpo.kl_estimator == grpo.learner.loss_penalty == ESTIMATORS["k3"]
+    assert dapo.learner.policy_loss.keywords == {"clip_ratio": 0.2, "clip_ratio_high": 0.28, "dual_clip": np.inf}
+    assert (dapo.learner.aggregation, dapo.shaping.overlong_buffer) == (AGGREGATIONS["token"], 0.2)
+    assert (dapo.dynamic_sampling, grpo.dynamic_sampling) == (DynamicSampling(10, GROUP, ROWS), None)
+    assert (dapo.kl_coef, dapo.learner.loss_penalty) == (0.0, None)
+    other = tiny.method_of(parse(method="grpo", aggregation="token", kl_coef=0.0, clip_ratio=0.1))
+    assert (other.learner.aggregation, other.kl_coef) == (AGGREGATIONS["token"], 0.0)
+    assert options(method="grpo", clip_ratio=0.1)["clip_ratio"] == 0.1
+    assert options(method="cispo") == {"clip_ratio_high": 4.0}
+    assert options(method="grpo", policy_loss="reinforce") == {}
+
+
+def options(**changes):
+    return tiny.method_of(parse(**changes)).learner.policy_loss.keywords
 
 
 @pytest.mark.parametrize(
@@ -313,26 +314,26 @@ def test_a_discount_and_a_second_clip_reach_the_method():
     rewards = jnp.zeros((ROWS, 5)).at[:, -1].set(jnp.arange(ROWS, dtype=jnp.float32))
 
     def of_rows(**changes):
-        method = group_rl.method_of(config_of("reinforce_plus_plus", **changes))
-        return np.asarray(method.estimate(rewards, None, mask, mask, ()).advantages)
+        method = tiny.method_of(config_of("reinforce_plus_plus", **changes))
+        return np.asarray(method.learner.advantages(rewards, 0 * rewards, mask, mask, ()).advantages)
 
     np.testing.assert_array_equal(of_rows(), of_rows(gamma=1.0))
     np.testing.assert_allclose(of_rows(), of_rows()[:, :1].repeat(5, axis=1), rtol=1e-5)
     discounted = 0.5 ** np.arange(4, -1, -1)[None] * np.arange(ROWS)[:, None]
     expected = (discounted - discounted.mean()) / discounted.std()
     np.testing.assert_allclose(of_rows(gamma=0.5), expected, rtol=1e-4, atol=1e-5)
-    assert group_rl.method_of(config_of("grpo", dual_clip=3.0)).bounds["dual_clip"] == 3.0
+    assert options(method="grpo", dual_clip=3.0)["dual_clip"] == 3.0
 
 
 def test_weights_for_the_sampler_are_those_of_the_mode():
     """By the function that makes them in training: two responses, whose sampler is off by 0.5 and 0.2 nats a token."""
-    networks = Networks(tiny.GivenPolicy(tiny.MODEL, tiny.VOCAB, tiny.SUPPRESSED), None, None, (tiny.EOS,), 2)
+    networks = Networks(tiny.GivenPolicy(tiny.MODEL, tiny.VOCAB, tiny.SUPPRESSED), None, (tiny.EOS,), 2)
     sampled, _ = fixed_groups([0.0, 0.0], 4)
     logprobs = sampled.logprobs - jnp.array([[-0.5], [0.2]])
 
     def weights(**changes):
         config = config_of("grpo", **changes)
-        old = by_learner(networks, config, {"policy": logprobs}, sampled, ())
+        old = tiny.iteration(config, networks=networks).old_policy({"policy": logprobs}, sampled)
         names = [f"sampling/importance_sampling_ratio/{name}" for name in ("min", "mean", "max")]
         assert (names[0] in old.metrics) == (old.weights is not None)
         if old.weights is None:

@@ -7,9 +7,8 @@ import numpy as np
 from rlhf_jax.data.pipeline import Prompts
 from rlhf_jax.data.prompts import PromptSource, at_round
 from rlhf_jax.methods import dpo
-from rlhf_jax.methods.experience import gather_experience
-from rlhf_jax.methods.policy_method import Sampled
-from rlhf_jax.stages import ppo, reward_model, sft
+from rlhf_jax.methods.policy_parts import Sampled
+from rlhf_jax.stages import reward_model, sft
 from rlhf_jax.types import Rollout, TokenBatch
 from tests.support import tiny
 from tests.support.programs import QUICK, learn
@@ -58,8 +57,8 @@ def test_ppo_pleases_the_reward_model_and_a_penalty_holds_it_back():
         config = tiny.with_config(kl_coef=kl_coef, optimizer=QUICK, iterations=40, missing_eos_penalty=0.0)
         params = {"policy": tiny.policy_params(), "value": tiny.REWARD.init_value(tiny.reward_params())}
         frozen = {"reference": tiny.policy_params(), "reward": tiny.reward_params()}
-        step = ppo.make_step(tiny.NETWORKS, config, (), ())
-        return learn(step, params, frozen, [tiny.prompts(16, seed) for seed in range(40)])
+        step = tiny.ppo_step(config)
+        return learn(step, params, frozen, [tiny.online(16, seed) for seed in range(40)])
 
     free, samples = train(0.0)
     held, _ = train(1.0)
@@ -85,18 +84,18 @@ def test_a_missing_eos_is_penalised_and_nothing_else():
     def scored(penalty: float):
         config = tiny.with_config(missing_eos_penalty=penalty, kl_coef=0.0, gae_lambda=1.0)
         scores = tiny.REWARD.scores(frozen["reward"], rollout)
-        sampled = Sampled(rollout, jnp.zeros(rollout.response.shape), None)
-        return gather_experience(
-            tiny.NETWORKS, config, ppo.method_of(config), params, frozen, sampled, scores, (), kl_coef=0.0
-        )
+        at = tiny.iteration(config)
+        responses = at.scored(Sampled(rollout, jnp.zeros(rollout.response.shape), None), scores)
+        evaluated = at.evaluate(params, frozen, responses)
+        batch, _ = at.method.learner.prepare(at, evaluated, frozen, 0.0)
+        assert evaluated.ended.sum() == 1
+        return batch.values.returns, scores
 
-    (plain, _, _), (batch, samples, metrics) = scored(0.0), scored(3.0)
-    assert plain.returns is not None and batch.returns is not None
+    (plain, scores), (lowered, _) = scored(0.0), scored(3.0)
     # The value function starts at 0, so returns are the rewards to go: the score, from the first token to the last.
-    np.testing.assert_allclose(plain.returns[0, :3], samples.scores[0], rtol=1e-5)
-    np.testing.assert_allclose(plain.returns[0, 3:], 0)
-    np.testing.assert_allclose(plain.returns - batch.returns, [[0.0] * 6, [3.0] * 6], atol=1e-5)
-    assert metrics["val/num_eos_tokens"] == 1
+    np.testing.assert_allclose(plain[0, :3], scores[0], rtol=1e-5)
+    np.testing.assert_allclose(plain[0, 3:], 0)
+    np.testing.assert_allclose(plain - lowered, [[0.0] * 6, [3.0] * 6], atol=1e-5)
 
 
 def test_prompts_are_drawn_by_key_and_step_alone():

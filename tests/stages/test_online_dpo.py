@@ -1,7 +1,6 @@
 """Online DPO: two samples a prompt, chosen by their scores, on one device and several, for one seed and several."""
 
 import dataclasses
-import functools
 import json
 
 import jax
@@ -10,11 +9,13 @@ import numpy as np
 import pytest
 
 from rlhf_jax.config import ModelSource, StageName
+from rlhf_jax.methods.online_pairs import choose
+from rlhf_jax.methods.policy_parts import Sampled
 from rlhf_jax.methods.preference_table import PreferenceLossConfig
 from rlhf_jax.reports import Run
 from rlhf_jax.rewards import judging, tfidf
 from rlhf_jax.rewards.tfidf import TfidfRidgeConfig
-from rlhf_jax.runtime.programs import SEED_AXIS, HostSteps, Scored, compile_host_steps, make_placement
+from rlhf_jax.runtime.programs import SEED_AXIS, Scored, compile_host_steps, make_placement
 from rlhf_jax.stages import online_dpo
 from rlhf_jax.text.tokenizer import TokenizerConfig, train_tokenizer
 from rlhf_jax.types import Rollout
@@ -39,20 +40,23 @@ CONFIG = online_dpo.OnlineDPOConfig(
     loop=tiny.LOOP,
 )
 MIXTURE = PreferenceLossConfig(losses=("sigmoid", "ipo"), loss_weights=(1.0, 1e-4))
-NETWORKS = online_dpo.Networks(tiny.POLICY, tiny.REWARD, (tiny.EOS,), tiny.RESPONSE)
 KEYS = jnp.stack([jax.random.key(seed) for seed in (5, 6)])
-BATCHES = [[tiny.prompts(16, 10 * seed + i) for i in range(CONFIG.iterations)] for seed in range(2)]
+BATCHES = [[tiny.online(16, 10 * seed + i) for i in range(CONFIG.iterations)] for seed in range(2)]
+
+
+def iteration(config=CONFIG, axes=(), loop_axes=()):
+    return tiny.iteration(config, axes, loop_axes, tiny.CRITIC_FREE, online_dpo.method_of(config))
 
 
 def start(config=CONFIG):
-    return online_dpo.init_state({"policy": tiny.policy_params()}, config)
+    return iteration(config).init_state({"policy": tiny.policy_params()})
 
 
 def run(where, config=CONFIG, seed=0):
     """Three iterations of one seed, from a policy that is far from its reference."""
     placement = make_placement(where, seeds=1)
     state, frozen = placement.put_state(start(config)), placement.put_frozen(tiny.ppo_frozen())
-    program = placement.compile(online_dpo.make_step(NETWORKS, config, placement.axes, ()), state)
+    program = placement.compile(iteration(config, placement.axes).step(tiny.REWARD), state)
     state, metrics, samples = program(state, frozen, tiny.several(BATCHES[seed]), KEYS[seed])
     return jax.device_get((placement.whole(state).params, metrics, samples))
 
@@ -64,10 +68,12 @@ def one_device():
 
 def test_a_seed_of_two_over_devices_and_scored_on_the_host_is_the_run_of_that_seed(one_device):
     placement, frozen = make_placement(dataclasses.replace(PLACEMENTS["pmap=8"], data=2), seeds=2), tiny.ppo_frozen()
-    networks = dataclasses.replace(NETWORKS, reward=None)
-    halves = online_dpo.make_halves(networks, CONFIG, placement.axes, (SEED_AXIS,))
     scores = jax.jit(tiny.REWARD.scores)
-    steps = HostSteps(halves[0], lambda rollout: Scored(np.asarray(scores(frozen["reward"], rollout)), {}), halves[1])
+
+    def on_host(rollout):
+        return Scored(np.asarray(scores(frozen["reward"], rollout)), {})
+
+    steps = iteration(CONFIG, placement.axes, (SEED_AXIS,)).host_steps(on_host)
     state = placement.put_state(jax.tree.map(lambda leaf: jnp.stack([leaf] * 2), start()))
     program = compile_host_steps(placement, steps, state)
     batches = tiny.several([tiny.several(list(pair)) for pair in zip(*BATCHES, strict=True)])
@@ -107,7 +113,7 @@ def test_metrics_are_those_of_the_samples(one_device):
 def test_the_higher_score_is_chosen_and_of_a_tie_the_first():
     rows = jnp.arange(8)
     rollout = Rollout(*(jnp.stack([rows, rows], axis=1) for _ in range(4)))
-    pairs, margins = online_dpo.choose(rollout, jnp.array([1.0, 2.0, 2.0, 1.0, 3.0, 3.0, -1.0, -2.0]))
+    pairs, margins = choose(rollout, jnp.array([1.0, 2.0, 2.0, 1.0, 3.0, 3.0, -1.0, -2.0]))
     np.testing.assert_array_equal(pairs.prompt[:, 0], [0, 2, 4, 6])
     np.testing.assert_array_equal(pairs.chosen[:, 0], [1, 2, 4, 6])
     np.testing.assert_array_equal(pairs.rejected[:, 0], [0, 3, 5, 7])
@@ -122,8 +128,8 @@ def test_it_pleases_the_reward_model():
         {"policy": tiny.policy_params()},
         {"reference": tiny.policy_params(), "reward": tiny.reward_params()},
     )
-    step = online_dpo.make_step(NETWORKS, config, (), ())
-    metrics, _ = learn(step, params, frozen, [tiny.prompts(16, seed) for seed in range(50)])
+    step = iteration(config).step(tiny.REWARD)
+    metrics, _ = learn(step, params, frozen, [tiny.online(16, seed) for seed in range(50)])
     scores = metrics["objective/scores"]
     np.testing.assert_allclose(metrics["objective/kl"][0], 0, atol=1e-5)  # the policy is still its reference
     first = (np.log(2), (1 / (2 * 0.02)) ** 2)
@@ -135,16 +141,21 @@ def test_it_pleases_the_reward_model():
 
 def test_a_loss_without_a_reference_needs_none_of_the_pairs():
     config = dataclasses.replace(CONFIG, loss=PreferenceLossConfig(losses=("simpo",)))
-    rollout = Rollout(*(jnp.asarray(leaf) for leaf in tiny.preferences(16)[:4]))
-    params = jax.eval_shape(tiny.POLICY.init, KEYS[0])
-    frozen = {"reference": params}
-    choose_pairs = functools.partial(online_dpo.choose_pairs, NETWORKS, config, axes=())
-    pairs, _, _ = jax.eval_shape(choose_pairs, {"policy": params}, frozen, rollout, jnp.zeros(16))
-    assert pairs[0].chosen.shape == (8, tiny.RESPONSE) and pairs[1] is None
-    optimise = functools.partial(online_dpo.optimise, NETWORKS, config, axes=())
-    state = jax.eval_shape(lambda params: online_dpo.init_state(params, config), {"policy": params})
     rows = jax.tree.map(jnp.asarray, tiny.preferences(16))
-    _, metrics = jax.eval_shape(optimise, state, frozen, (rows, None), tuple(jax.random.split(KEYS[0], 3)))
+    rollout = Rollout(rows.prompt, rows.prompt_mask, rows.chosen, rows.chosen_mask)
+    params = {"policy": jax.eval_shape(tiny.POLICY.init, KEYS[0])}
+    at, frozen = iteration(config), {"reference": params["policy"]}
+
+    def prepare(params, frozen):
+        responses = at.scored(Sampled(rollout, jnp.zeros(rollout.response.shape), None), jnp.zeros(16))
+        return at.method.learner.prepare(at, at.evaluate(params, frozen, responses), frozen, 0.1)
+
+    pairs, _ = jax.eval_shape(prepare, params, frozen)
+    assert pairs.pairs.chosen.shape == (8, tiny.RESPONSE) and pairs.reference is None
+    state, batch = jax.eval_shape(at.init_state, params), tiny.online(8)
+    _, metrics, _ = jax.eval_shape(
+        at.step(tiny.REWARD), state, frozen | {"reward": tiny.reward_params()}, batch, KEYS[0]
+    )
     assert {"loss", "grad_norm", "rewards/margins"} <= metrics.keys()
 
 
@@ -221,7 +232,7 @@ def test_an_experiment_with_two_seeds_by_a_reward_model_and_one_by_a_judge(tmp_p
                 "loss": PreferenceLossConfig(losses=("aot",)),
                 "optimizer": dataclasses.replace(tiny.OPTIMIZER, micro_batch=4),
             },
-            "aot sorts all pairs of a batch",
+            "aot uses statistics of the whole batch",
         ),
     ],
     ids=["minibatches", "temperature", "beta", "judge", "micro_batch"],

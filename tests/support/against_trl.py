@@ -16,7 +16,6 @@ from rlhf_jax.core import advantages, kl, logprobs, masking, policy_losses, rewa
 from rlhf_jax.methods import dpo
 from rlhf_jax.methods.preference_table import PreferenceLossConfig
 from rlhf_jax.models.head import TokenStats
-from rlhf_jax.stages import ppo
 from tests.support import tiny
 from tests.support.against_trl_online import ONLINE_CHECKS
 from tests.support.padded_arrays import with_values
@@ -158,7 +157,7 @@ def check_policy_loss(trl: Record, clip_ratio: float) -> None:
     batch = {name: jnp.asarray(trl[f"step_{theirs}"]) for name, theirs in names.items()}
 
     def loss(logprobs):
-        return tiny.given_loss(config, ppo.method_of(config), logprobs, batch)
+        return tiny.given_loss(config, logprobs, batch)
 
     (value, metrics), grad = jax.jit(jax.value_and_grad(loss, has_aux=True))(jnp.asarray(trl["step_new_logprobs"]))
     close(value, trl["step_pg_loss"])

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.core import advantages, importance, kl
-from rlhf_jax.stages import group_rl
 from tests.support import tiny
 
 close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
@@ -25,7 +24,7 @@ def check_group_advantages(trl: Mapping[str, np.ndarray], num_generations: int, 
         divergence = kl.k1(found["logprobs"], found["ref_logprobs"]) if in_reward else jnp.zeros(mask.shape)
         assert not in_reward or abs(np.asarray(divergence)[np.asarray(mask)]).max() > 0.05
         rewards = advantages.token_rewards(found["scores"], divergence, mask, kl_coef=kl_coef)
-        ours = advantages.CRITIC_FREE[name](rewards, mask, num_generations=num_generations, axes=())
+        ours = advantages.CRITIC_FREE[name].function(rewards, mask, num_generations=num_generations, axes=())
         close(ours, np.where(mask, trl[f"{name}_sampled/advantages"][:, None], 0), err_msg=name)
 
 
@@ -76,7 +75,7 @@ def check_group_losses(
             rows["ref_logprobs"] = jnp.asarray(trl["ref_logprobs"])
         if name == "grpo, weights":
             rows["weights"] = jnp.asarray(trl["weights"])
-        return tiny.given_loss(config, group_rl.method_of(config), logprobs, rows)
+        return tiny.given_loss(config, logprobs, rows)
 
     at = {name: trl["far_logprobs" if name == "grpo, dual_clip" else "logprobs"] for name in LOSSES}
 

@@ -1,7 +1,7 @@
 """Whole runs of PPO, GRPO and RLOO on given rollouts, to compare with those of TRL's trainers.
 
-Only the sampling half of an iteration is replaced: numpy draws the responses, so that both sides learn from the same
-ones. Scores, advantages and updates are the stage's.
+Only the first step of an iteration, sampling, is replaced: numpy draws the responses, so that both sides learn from
+the same ones. Scores, advantages and updates are the stage's.
 """
 
 import json
@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.methods import policy_gradient
-from rlhf_jax.methods.policy_method import Sampled
+from rlhf_jax.methods.policy_gradient import Iteration
+from rlhf_jax.methods.policy_parts import Sampled
 from rlhf_jax.types import Rollout
 from tests.support import curves, experiments
 from tests.support.curves import BATCH, EOS, MOST_PROMPT, MOST_RESPONSE, VOCABULARY, Curve, World
@@ -69,16 +69,13 @@ def run(name: str, world: World, directory: Path) -> Curve:
     data = directory / "prompts.jsonl"
     texts = [" ".join(f"w{token}" for token in row) for rows in given.prompts for row in rows[::GROUP]]
     data.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
-    halves, table = policy_gradient.make_halves, _padded(given)
+    table = _padded(given)
 
-    def make_halves(*args: Any) -> Any:
-        def sample(state: Any, frozen: Any, batch: Any, run_key: Any) -> Any:
-            rollout = jax.tree.map(lambda leaf: jnp.asarray(leaf)[state.step], table)
-            return state, {}, Sampled(rollout, jnp.zeros(rollout.response.shape), None)
+    def sample(self: Any, state: Any, frozen: Any, batch: Any, run_key: Any) -> Sampled:
+        rollout = jax.tree.map(lambda leaf: jnp.asarray(leaf)[state.step], table)
+        return Sampled(rollout, jnp.zeros(rollout.response.shape), None)
 
-        return sample, halves(*args)[1]
-
-    with mock.patch.object(policy_gradient, "make_halves", make_halves):
+    with mock.patch.object(Iteration, "sample", sample):
         place = experiments.run(directory / "run", data, {name: section(name, world)}).find(name)
     clipped = [row["policy/clipfrac_avg"] for row in experiments.rows(place / "metrics.jsonl")]
     assert 0 < max(clipped) < 1  # the bounds on the ratio are part of the run

@@ -18,17 +18,16 @@ from jax.flatten_util import ravel_pytree
 from rlhf_jax.config import ModelSource
 from rlhf_jax.core.logprobs import sequence_logprobs
 from rlhf_jax.data.padding import pad_right
-from rlhf_jax.methods import policy_gradient
-from rlhf_jax.methods.policy_method import Networks, Sampled
+from rlhf_jax.methods.policy_gradient import Iteration
+from rlhf_jax.methods.policy_parts import Networks, Sampled
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
 from rlhf_jax.runtime.loop import LoopConfig
 from rlhf_jax.runtime.optimizers import OptimizerConfig
-from rlhf_jax.stages import group_rl, ppo
 from rlhf_jax.stages.group_rl import GroupRLConfig
 from rlhf_jax.stages.ppo import PPOConfig
 from rlhf_jax.types import Rollout
-from tests.support import networks
+from tests.support import networks, tiny
 
 VOCAB, EOS = 4, 3
 MODEL = networks.config(d_model=8, n_layers=1, d_ff=16, activation="gelu")
@@ -212,19 +211,20 @@ def every_batch(
 @functools.cache
 def _learning(config: PPOConfig | GroupRLConfig, value: ScalarNetwork | None, changes: tuple) -> Callable[..., Any]:
     """One program for all worlds and values: the gradient and the mean ratio of every batch."""
-    method = ppo.method_of(config) if isinstance(config, PPOConfig) else group_rl.method_of(config)
+    method = tiny.method_of(config)
     method = dataclasses.replace(method, **dict(changes))
 
     def learn(world: World, value_params: Any, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
-        networks = Networks(POLICY, value, None, (EOS,), world.responses.response.shape[1])
-        _, second_half = policy_gradient.make_halves(networks, config, method, (), ())
+        networks = Networks(POLICY, value, (EOS,), world.responses.response.shape[1])
+        iteration = Iteration(networks, config, (), (), method)
         params = {"policy": world.policy} | ({} if value is None else {"value": value_params})
-        state = policy_gradient.init_state(params, config, method)
+        state = iteration.init_state(params)
         sampled = token_logprobs(world.sampler, world.responses)
 
         def of_batch(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
             batch = jax.tree.map(lambda leaf: leaf[rows], (Sampled(world.responses, sampled, None), world.scores))
-            after, metrics, _ = second_half(state, {"reference": world.reference}, batch, jax.random.key(0))
+            responses = iteration.scored(*batch)
+            after, metrics, _ = iteration.learn(state, {"reference": world.reference}, responses, jax.random.key(0))
             moved = jax.tree.map(jnp.subtract, world.policy, after.params["policy"])
             return ravel_pytree(moved)[0] / RATE, metrics["val/ratio"]
 

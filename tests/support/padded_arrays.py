@@ -42,7 +42,7 @@ def ppo_loss(
     axes: tuple[str, ...],
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """PPO's loss and metrics of the policy, put together of the parts that training puts together."""
-    tokens = POLICY_LOSSES["ppo"][0](
+    tokens = POLICY_LOSSES["ppo"].function(
         logprobs,
         old_logprobs,
         advantages,
@@ -51,7 +51,7 @@ def ppo_loss(
         clip_ratio_high=clip_ratio,
         dual_clip=math.inf,
     )
-    loss = AGGREGATIONS["token"][0](tokens.losses, response_mask, max_tokens=WIDTH, axes=axes)
+    loss = AGGREGATIONS["token"].reduce(tokens.losses, response_mask, max_tokens=WIDTH, axes=axes)
     return loss, values(ratio_metrics(logprobs, old_logprobs, tokens.clipped, response_mask, axes))
 
 

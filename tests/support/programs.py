@@ -29,10 +29,10 @@ PLACEMENTS = {
 def run_ppo(where: RuntimeConfig, config: ppo.PPOConfig = tiny.PPO, iterations: int = 1):
     """Parameters, metrics and samples of PPO iterations in one program."""
     placement = make_placement(where, seeds=1)
-    step = ppo.make_step(tiny.NETWORKS, config, placement.axes, ())
+    step = tiny.ppo_step(config, placement.axes)
     state = placement.put_state(tiny.ppo_state(config))
     frozen = placement.put_frozen(tiny.ppo_frozen())
-    batches = tiny.several([tiny.prompts(config.batch_size, seed) for seed in range(iterations)])
+    batches = tiny.several([tiny.online(config.batch_size, seed) for seed in range(iterations)])
     state, metrics, samples = placement.compile(step, state)(state, frozen, batches, jax.random.key(0))
     return jax.device_get((placement.whole(state).params, metrics, samples))
 

@@ -9,8 +9,8 @@ import numpy as np
 
 from rlhf_jax.config import ModelSource
 from rlhf_jax.core.metrics import values
-from rlhf_jax.methods.policy_method import Experience
-from rlhf_jax.methods.policy_update import minibatch_loss
+from rlhf_jax.methods.policy_gradient import Iteration
+from rlhf_jax.methods.policy_parts import Experience, Networks, OnlineBatch
 from rlhf_jax.models.head import TokenStats
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
@@ -51,17 +51,24 @@ class GivenPolicy(PolicyNetwork):
         return TokenStats(hidden, jnp.zeros_like(hidden), jnp.zeros(hidden.shape, bool), jnp.zeros_like(hidden))
 
 
-def given_loss(config, method, logprobs, batch: dict):
+def method_of(config) -> Any:
+    """The method that a config resolves to."""
+    return (ppo if isinstance(config, ppo.PPOConfig) else group_rl).method_of(config)
+
+
+def given_loss(config, logprobs, batch: dict):
     """Loss and metrics of one minibatch as training computes them, for log-probabilities [B, T] as they are given.
 
     Args: batch has some fields of Experience; loss_mask is the response mask.
     """
-    mask = batch["loss_mask"]
+    mask, method = batch["loss_mask"], method_of(config)
     rollout = Rollout(*(jnp.zeros(mask.shape, jnp.int32), mask) * 2)
-    networks = ppo.Networks(GivenPolicy(MODEL, VOCAB, SUPPRESSED), None, None, (EOS,), mask.shape[1])
+    networks = Networks(GivenPolicy(MODEL, VOCAB, SUPPRESSED), None, (EOS,), mask.shape[1])
     rows: dict[str, Any] = dict.fromkeys(Experience._fields) | batch | {"rollout": rollout}
-    loss, metrics = minibatch_loss(
-        {"policy": logprobs}, networks, config, method, Experience(**rows), (), kl_coef=method.kl_coef
+    experience = Experience(**rows)
+    at = Iteration(networks, config, (), (), method)
+    loss, metrics = method.learner.loss(
+        at, {"policy": logprobs}, experience, None, whole=experience, kl_coef=method.kl_coef
     )
     return loss, values(metrics)
 
@@ -102,7 +109,19 @@ GROUP_RL = {
     "samples_written": 4,
     "loop": LOOP,
 }
-NETWORKS = ppo.Networks(POLICY, REWARD, REWARD, (EOS,), RESPONSE)
+NETWORKS = Networks(POLICY, REWARD, (EOS,), RESPONSE)
+CRITIC_FREE = dataclasses.replace(NETWORKS, value=None)
+
+
+def iteration(config=PPO, axes=(), loop_axes=(), networks=None, method=None) -> Iteration:
+    """An iteration of the tiny networks: of PPO or a group method, with networks or a method of another kind."""
+    default = NETWORKS if isinstance(config, ppo.PPOConfig) else CRITIC_FREE
+    return Iteration(networks or default, config, axes, loop_axes, method or method_of(config))
+
+
+def ppo_step(config=PPO, axes=(), loop_axes=(), networks=None):
+    """A whole iteration, scored by the tiny reward model."""
+    return iteration(config, axes, loop_axes, networks).step(REWARD)
 
 
 def sharper(params):
@@ -120,7 +139,7 @@ def reward_params(seed: int = 1):
 
 def ppo_state(config: ppo.PPOConfig = PPO) -> TrainState:
     params = {"policy": policy_params(), "value": REWARD.init_value(reward_params())}
-    return ppo.init_state(params, config)
+    return iteration(config).init_state(params)
 
 
 def ppo_frozen():
@@ -144,6 +163,11 @@ def prompts(rows: int, seed: int = 0) -> PromptBatch:
         prefix_mask(rng, rows, PROMPT)[:, ::-1],
         np.arange(rows, dtype=np.int32),
     )
+
+
+def online(rows: int, seed: int = 0) -> OnlineBatch:
+    """Inputs of an online iteration."""
+    return OnlineBatch(prompts(rows, seed))
 
 
 def preferences(rows: int, seed: int = 0) -> PreferenceBatch:

@@ -1,0 +1,169 @@
+"""Config of every policy gradient, and the checks that PPO and the group methods share."""
+
+import dataclasses
+import functools
+import warnings
+from typing import Annotated, Any, Literal
+
+from rlhf_jax.config import Finite, NonNegative, Positive, Range
+from rlhf_jax.core.importance import WEIGHTS
+from rlhf_jax.core.kl import ESTIMATORS
+from rlhf_jax.methods.kl_controller import AdaptiveKL
+from rlhf_jax.methods.online_config import OnlineConfig
+from rlhf_jax.methods.policy_gradient import PolicyGradient
+from rlhf_jax.methods.policy_method import Method
+from rlhf_jax.methods.policy_parts import Experience, Shaping
+from rlhf_jax.methods.pretraining_mix import PretrainingMix
+from rlhf_jax.rewards.sources import RewardSource
+
+Estimator = Literal["k1", "k2", "k3", "k3+", "k3_weighted"]
+"""An estimator of the divergence from the reference, of `core/kl.py`; what it does depends on `kl_in`.
+
+Cosine between the exact gradient of each and that of the divergence, for a softmax over 20 tokens and samples of the
+policy itself: mean (5th to 95th percentile) over 200 pairs of policy and reference, at two divergences in nats a token.
+tests/core/test_kl.py computes them.
+
+| kl_estimator, kl_in   | KL = 0.05             | KL = 2.1              |
+|-----------------------|-----------------------|-----------------------|
+| k1, reward            | 1.00 (1.00 to 1.00)   | 1.00 (1.00 to 1.00)   |
+| k2, reward            | 0.24 (-0.53 to 0.82)  | 0.86 (0.73 to 0.96)   |
+| k3, reward            | 0.10 (-0.63 to 0.76)  | 0.55 (-0.06 to 0.94)  |
+| k1, loss              | no gradient           | no gradient           |
+| k2, loss              | 1.00 (1.00 to 1.00)   | 1.00 (1.00 to 1.00)   |
+| k3, loss              | 0.98 (0.96 to 1.00)   | 0.65 (0.21 to 0.93)   |
+| k3+, loss             | 1.00 (1.00 to 1.00)   | 1.00 (1.00 to 1.00)   |
+| k3_weighted, loss     | 1.00 (1.00 to 1.00)   | 1.00 (1.00 to 1.00)   |
+
+`k1` in the reward is PPO's and RLOO's; `k3` in the loss is GRPO's. `k2` and `k3` in the reward are another objective,
+and warn. `k1` in the loss is refused. Of a response of several tokens, only `k1` in the reward has the gradient of the
+whole divergence; the loss leaves out what a token does to later ones (`core/kl.py`). Once the policy has left the one
+that sampled, only `k3_weighted` stays exact. The metric `objective/kl` is the estimator's value: that of `k3` for all
+three.
+"""
+Place = Literal["reward", "loss"]
+"""Place of the KL penalty: in the token rewards, or as a term of the loss."""
+ImportanceMode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+"""Weights of tokens or of whole responses; a weight beyond a bound becomes the bound (truncate) or 0 (mask)."""
+OverlongBuffer = Annotated[float, Range(at_least=0, below=1)]
+"""The last share of the longest response, over which the score falls by 1 (`overlong_penalty`); 0 for none."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PolicyGradientConfig(OnlineConfig):
+    """Fields of every policy gradient: the reward model, the shaping of its scores, and terms of the loss."""
+
+    reward_model: RewardSource  # reward that scores responses
+    # Score of every response that was cut off (-1 in Huang et al. 2024); None: its own.
+    missing_eos_score: Finite | None = None
+    score_scale: Positive = 1.0  # factor of the scores, before clipping
+    score_clip: Positive | None = None  # largest absolute score; None: no bound
+    reject_truncated: bool = False  # leave responses that were cut off out of the losses
+    kl_controller: AdaptiveKL | None = None  # adapt the KL coefficient to a target; None: constant
+    entropy_coef: NonNegative = 0.0  # weight of a bonus on the entropy, in nats a token
+    # Old log-probabilities recomputed by the learner, or as the sampler gave them.
+    old_logprobs: Literal["learner", "sampler"] = "learner"
+    # Largest ratio of the learner's probability to the sampler's (core/importance.py; 3 in TRL); None: no weights.
+    importance_cap: Positive | None = None
+    importance_floor: NonNegative | None = None  # smallest ratio; None: 0
+    # Ratios of tokens or responses, truncated or masked at the bounds; None: token_truncate.
+    importance_mode: ImportanceMode | None = None
+    ptx: PretrainingMix | None = None  # add maximum likelihood on demonstrations (PPO-ptx); None: leave it out
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.tuning.lora is not None and self.tuning.lora.dropout:
+            raise ValueError("tuning.lora.dropout must be 0: with dropout the first ratio would not be 1")
+        if self.missing_eos_score is not None and self.missing_eos_penalty:
+            raise ValueError(
+                f"missing_eos_score = {self.missing_eos_score} takes the place of a score, from which "
+                f"missing_eos_penalty = {self.missing_eos_penalty} would be taken: set one of the two"
+            )
+        if self.old_logprobs == "sampler" and self.importance_cap is not None:
+            raise ValueError(
+                f"importance_cap = {self.importance_cap} bounds the learner's over the sampler's probabilities, which "
+                "old_logprobs = 'sampler' has in the ratio itself: leave one of the two out"
+            )
+        for name in ("importance_floor", "importance_mode"):
+            if getattr(self, name) is not None and self.importance_cap is None:
+                raise ValueError(f"{name} = {getattr(self, name)!r} is read with importance_cap alone: set that too")
+        if self.importance_cap is not None and (self.importance_floor or 0) >= self.importance_cap:
+            raise ValueError(
+                f"importance_floor = {self.importance_floor} must be below importance_cap = {self.importance_cap}"
+            )
+        if self.ptx is not None and self.ptx.batch_size % self.minibatches:
+            raise ValueError(
+                f"ptx.batch_size = {self.ptx.batch_size} does not divide into {self.minibatches} minibatches"
+            )
+
+
+def check_penalty(config: PolicyGradientConfig, kl_coef: float, estimator: Estimator, place: Place) -> None:
+    """Raises ValueError for a penalty that would not do what it says, and warns of one whose gradient is another's."""
+    if kl_coef and place == "loss" and estimator == "k1":
+        raise ValueError(
+            "kl_estimator = 'k1' in the loss has a gradient of mean 0: set kl_estimator to 'k2' or 'k3+', whose "
+            "gradient is the divergence's, or kl_in to 'reward'"
+        )
+    if kl_coef and place == "reward" and estimator in ("k3+", "k3_weighted"):
+        raise ValueError(
+            f"kl_estimator = {estimator!r} differs from 'k3' in its gradient, which a reward does not have: set kl_in "
+            "to 'loss', or kl_estimator to 'k1'"
+        )
+    if kl_coef and place == "reward" and estimator != "k1":
+        warnings.warn(
+            f"kl_estimator = {estimator!r} in the reward does not have the divergence's gradient, and may point away "
+            "from it: set kl_estimator to 'k1', or kl_in to 'loss'",
+            stacklevel=4,
+        )
+    if config.kl_controller is not None and kl_coef <= 0:
+        raise ValueError(f"kl_controller multiplies kl_coef = {kl_coef}, which would stay what it is: set it above 0")
+
+
+def check_dual_clip(dual_clip: float, clip_ratio_high: float) -> None:
+    """Raises ValueError unless the second bound is above the first one."""
+    if dual_clip <= 1 + clip_ratio_high:
+        raise ValueError(
+            f"dual_clip = {dual_clip} bounds ratios that the clip at 1 + clip_ratio_high = {1 + clip_ratio_high} "
+            "leaves alone: set it above that, or to None for no bound"
+        )
+
+
+def make_method(
+    config: PolicyGradientConfig,
+    *,
+    kl_coef: float,
+    kl_estimator: Estimator,
+    kl_in: Place,
+    overlong_buffer: float,
+    learner: dict[str, Any],
+    **own: Any,
+) -> Method[Experience]:
+    """Resolve a config into a method. Args: learner and own are further fields of PolicyGradient and of Method."""
+    estimator, by_sampler = ESTIMATORS[kl_estimator], config.old_logprobs == "sampler"
+    importance = None
+    if config.importance_cap is not None:
+        floor = 0.0 if config.importance_floor is None else config.importance_floor
+        weigh = WEIGHTS[config.importance_mode or "token_truncate"]
+        importance = functools.partial(weigh, cap=config.importance_cap, floor=floor)
+    return Method(
+        learner=PolicyGradient(
+            loss_penalty=estimator if kl_in == "loss" and kl_coef > 0 else None,
+            old_by_sampler=by_sampler,
+            entropy_coef=config.entropy_coef,
+            reject_truncated=config.reject_truncated,
+            **learner,
+        ),
+        kl_coef=kl_coef,
+        kl_estimator=estimator,
+        shaping=Shaping(
+            scale=config.score_scale,
+            clip=config.score_clip,
+            overlong_buffer=overlong_buffer,
+            missing_eos_score=config.missing_eos_score,
+            missing_eos_penalty=config.missing_eos_penalty,
+        ),
+        old_by_sampler=by_sampler,
+        importance=importance,
+        kl_controller=config.kl_controller,
+        ptx=config.ptx,
+        **own,
+    )

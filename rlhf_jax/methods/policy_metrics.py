@@ -1,0 +1,45 @@
+"""Numbers of an online iteration's responses and of its objective."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from rlhf_jax.core import masking
+from rlhf_jax.core.kl import k1
+from rlhf_jax.core.logprobs import sequence_logprobs
+from rlhf_jax.methods.policy_parts import Coefficient, Evaluated, Numbers
+
+
+def score_metrics(scores: Float[Array, "B"], axes: tuple[str, ...]) -> Numbers:
+    """Mean and deviation of the scores of the reward itself."""
+    everything = jnp.ones(scores.shape, bool)
+    return {
+        "reward": masking.mean(scores, axes),
+        "reward_std": jnp.sqrt(masking.masked_variance(scores, everything, axes)),
+    }
+
+
+def objective_metrics(evaluated: Evaluated, kl_coef: Coefficient, axes: tuple[str, ...]) -> Numbers:
+    """The objective and its parts, means over responses, in nats a response; and the responses' lengths."""
+    mask, scores = evaluated.rollout.response_mask, evaluated.scores
+    sequence_kl = sequence_logprobs(evaluated.kl, mask)
+    non_score, lengths = -kl_coef * sequence_kl, masking.lengths(mask)
+    length = lengths.astype(jnp.float32)
+    return {
+        "objective/scores": masking.mean(scores, axes),
+        "objective/kl": masking.mean(sequence_kl, axes),
+        "objective/entropy": masking.mean(sequence_logprobs(evaluated.old.entropy, mask), axes),
+        "objective/non_score_reward": masking.mean(non_score, axes),
+        "objective/rlhf_reward": masking.mean(scores + non_score, axes),
+        "objective/kl_coef": jnp.float32(kl_coef),
+        "completions/mean_length": masking.mean(length, axes),
+        "completions/min_length": jax.lax.pmin(jnp.min(length), axes) if axes else jnp.min(length),
+        "completions/max_length": jax.lax.pmax(jnp.max(length), axes) if axes else jnp.max(length),
+        "val/num_eos_tokens": masking.count(evaluated.ended, axes),
+        "num_tokens": masking.total(lengths, axes),
+    }
+
+
+def reference_divergence(evaluated: Evaluated) -> Float[Array, "B"]:
+    """Estimate the divergence from the reference of each response, by k1, in nats."""
+    return sequence_logprobs(k1(evaluated.old.logprobs, evaluated.ref_logprobs), evaluated.rollout.response_mask)

@@ -1,0 +1,73 @@
+"""Run of a policy gradient: an online method with a reward of its own, and a value function where it has one."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from jaxtyping import PRNGKeyArray, PyTree
+
+from rlhf_jax.core.keys import derive
+from rlhf_jax.loading.context import Context
+from rlhf_jax.loading.models import Policy, RewardModel
+from rlhf_jax.loading.trainable import init_trainable, trainable
+from rlhf_jax.methods.online import DeviceReward, place_reward, read_inputs, train_online
+from rlhf_jax.methods.policy_config import PolicyGradientConfig
+from rlhf_jax.methods.policy_method import Method
+from rlhf_jax.methods.policy_parts import Experience, Params, ValueNetwork
+from rlhf_jax.models.scalars import ScalarNetwork
+from rlhf_jax.rewards.sources import find_reward
+
+
+class ValueStart(NamedTuple):
+    """A value function before the first iteration, without an adapter."""
+
+    network: ValueNetwork
+    params: PyTree
+
+
+StartValue = Callable[[Policy, RewardModel | None, PRNGKeyArray], ValueStart]
+
+
+def no_value(policy: Policy, reward_model: RewardModel | None, key: PRNGKeyArray) -> ValueStart:
+    """Leave out the value function."""
+    del policy, reward_model, key
+    return ValueStart(None, None)
+
+
+def train_policy(
+    config: PolicyGradientConfig, method: Method[Experience], start_value: StartValue, context: Context
+) -> dict[str, Any]:
+    """Train `context.seeds` policies, with a value function each where start_value makes one. Returns the summary."""
+    inputs = read_inputs(config, context)
+    policy, base = inputs.reference.network, inputs.reference.params
+    reward = place_reward(find_reward(context, config.reward_model), inputs, context)
+    reward_model = reward.model.members()[0] if isinstance(reward, DeviceReward) else None
+    value = start_value(inputs.reference, reward_model, derive(context.key("init"), "value"))
+    network, frozen = value.network, {}
+    if isinstance(network, ScalarNetwork):
+        network = trainable(network, config.tuning)
+        frozen["value_base"] = value.params if config.tuning.lora else None
+
+    def init_params(key: PRNGKeyArray) -> Params:
+        adapter_key, value_key, value_adapter_key = (derive(key, tag) for tag in ("adapter", "value", "value adapter"))
+        params, own = {"policy": init_trainable(policy, base, adapter_key).trained}, value.params
+        if context.seeds > 1:
+            own = start_value(inputs.reference, reward_model, value_key).params
+        if isinstance(network, ScalarNetwork):
+            params["value"] = init_trainable(network, own, value_adapter_key).trained
+        elif network == "shared":
+            params["value"] = own
+        return params
+
+    summary = train_online(
+        config,
+        method,
+        context,
+        inputs,
+        reward,
+        prompts_each=config.batch_size // method.num_generations,
+        value=network,
+        init_params=init_params,
+        frozen=frozen,
+        key_figures=("objective/scores", "objective/kl", "val/num_eos_tokens"),
+    )
+    return {**summary, "episodes": config.iterations * config.batch_size}

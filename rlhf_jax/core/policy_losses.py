@@ -140,6 +140,8 @@ POLICY_LOSSES: dict[str, PolicyLossSpec] = {
     "cispo": PolicyLossSpec(cispo, ("clip_ratio_high",)),
     "reinforce": PolicyLossSpec(reinforce, (), has_ratio=False),
 }
+OPTIONS = tuple(dict.fromkeys(option for spec in POLICY_LOSSES.values() for option in spec.options))
+"""Options of all losses."""
 
 
 def _log_ratio(logprobs: Array, old_logprobs: Array, mask: Array) -> Array:

@@ -8,15 +8,16 @@ rollouts, scores, the penalty and the optimiser exist here as well.
 import dataclasses
 import functools
 import math
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from jaxtyping import Array
 
-from rlhf_jax.config import Count, CountOrZero, NonNegative, Positive, Share
+from rlhf_jax.config import Count, CountOrZero, FunctionSource, NonNegative, Positive, Share
 from rlhf_jax.core.advantages import CRITIC_FREE
-from rlhf_jax.core.policy_losses import AGGREGATIONS, POLICY_LOSSES
+from rlhf_jax.core.policy_losses import AGGREGATIONS, OPTIONS, POLICY_LOSSES
 from rlhf_jax.loading.context import Context
 from rlhf_jax.methods.dynamic_sampling import DynamicSampling
+from rlhf_jax.methods.own_functions import find_advantage, find_policy_loss
 from rlhf_jax.methods.policy_config import (
     Estimator,
     OverlongBuffer,
@@ -29,20 +30,6 @@ from rlhf_jax.methods.policy_config import (
 from rlhf_jax.methods.policy_method import Method
 from rlhf_jax.methods.policy_parts import Advantages, Experience
 from rlhf_jax.methods.policy_training import no_value, train_policy
-
-Name = Literal[
-    "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "grpo", "dr_grpo", "dapo", "gspo", "cispo"
-]
-Advantage = Literal[
-    "rloo",
-    "rloo_normalized",
-    "grpo",
-    "grpo_batch_std",
-    "dr_grpo",
-    "reinforce_plus_plus",
-    "reinforce_plus_plus_baseline",
-]
-"""An estimator of advantages, of `core/advantages.py`, each with its formula there."""
 
 # Of TRL and verl, where a paper names none of its own.
 PPO_BOUNDS = {"policy_loss": "ppo", "clip_ratio": 0.2, "clip_ratio_high": 0.2}
@@ -119,20 +106,17 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 """Settings of each method. `rloo` and both `reinforce_plus_plus` leave `kl_coef` open."""
 
+if TYPE_CHECKING:
+    Name = Advantage = PolicyLoss = str
+else:
+    Name = Literal[tuple(METHODS)]
+    Advantage = Literal[tuple(CRITIC_FREE)]
+    PolicyLoss = Literal[tuple(POLICY_LOSSES)]
+
 DEFAULTS: dict[str, Any] = {"dual_clip": math.inf, "gamma": 1.0, "dynamic_sampling_rounds": 0, "overlong_buffer": 0.0}
 """Defaults of fields that a method does not set."""
 
-OVERRIDABLE = (
-    "advantage",
-    "policy_loss",
-    "aggregation",
-    "clip_ratio",
-    "clip_ratio_high",
-    "kl_coef",
-    "kl_estimator",
-    "kl_in",
-    *DEFAULTS,
-)
+OVERRIDABLE = ("advantage", "policy_loss", "aggregation", "kl_coef", "kl_estimator", "kl_in", *OPTIONS, *DEFAULTS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,9 +126,9 @@ class GroupRLConfig(PolicyGradientConfig):
     kind: Literal["group_rl"]
     method: Name  # preset; fields below that are None keep its values
     num_generations: Count  # responses to a prompt, which form a group
-    advantage: Advantage | None = None  # advantage estimator
+    advantage: Advantage | FunctionSource | None = None  # advantage estimator; a user's own is 'mine.py:my_advantage'
     gamma: Share | None = None  # discount of a token (reinforce_plus_plus); None: 1
-    policy_loss: Literal["ppo", "sequence", "gspo", "cispo", "reinforce"] | None = None  # policy loss
+    policy_loss: PolicyLoss | FunctionSource | None = None  # policy loss; a user's own is 'mine.py:my_loss'
     # Average of the loss: over tokens, over responses' means or sums, or by a constant.
     aggregation: Literal["token", "sequence", "sequence_sum", "constant"] | None = None
     clip_ratio: Positive | None = None  # epsilon below 1
@@ -163,7 +147,7 @@ class GroupRLConfig(PolicyGradientConfig):
         fields = resolve(self)
         if fields.get("kl_coef") is None:
             raise ValueError(f"method = {self.method!r} leaves kl_coef to you: set it, 0 for no penalty")
-        estimator, loss = CRITIC_FREE[fields["advantage"]], POLICY_LOSSES[fields["policy_loss"]]
+        estimator, loss = find_advantage(fields["advantage"]), find_policy_loss(fields["policy_loss"])
         if self.gamma is not None and not estimator.discounted:
             raise ValueError(f"gamma is not read by advantage = {fields['advantage']!r}: leave it out")
         least = 2 if estimator.needs_groups else 1
@@ -177,7 +161,7 @@ class GroupRLConfig(PolicyGradientConfig):
                 f"batch_size = {self.batch_size} responses do not divide into groups of num_generations = "
                 f"{self.num_generations}"
             )
-        for name in ("clip_ratio", "clip_ratio_high", "dual_clip"):
+        for name in OPTIONS:
             if getattr(self, name) is not None and name not in loss.options:
                 raise ValueError(f"{name} is not read by policy_loss = {fields['policy_loss']!r}: leave it out")
             if name in loss.options and fields.get(name) is None:
@@ -194,7 +178,7 @@ class GroupRLConfig(PolicyGradientConfig):
             raise ValueError(
                 f"dynamic_sampling_rounds = {rounds} keeps groups whose scores differ: set num_generations to 2 or more"
             )
-        if "dual_clip" in loss.options:
+        if {"dual_clip", "clip_ratio_high"} <= set(loss.options):
             check_dual_clip(fields["dual_clip"], fields["clip_ratio_high"])
         check_penalty(self, fields["kl_coef"], fields["kl_estimator"], fields["kl_in"])
 
@@ -208,7 +192,7 @@ def resolve(config: GroupRLConfig) -> dict[str, Any]:
 def method_of(config: GroupRLConfig) -> Method[Experience]:
     """Resolve a config into a method, with every field filled in."""
     fields, size = resolve(config), config.num_generations
-    estimator, loss = CRITIC_FREE[fields["advantage"]], POLICY_LOSSES[fields["policy_loss"]]
+    estimator, loss = find_advantage(fields["advantage"]), find_policy_loss(fields["policy_loss"])
     discount = {"gamma": fields["gamma"]} if estimator.discounted else {}
     rounds = fields["dynamic_sampling_rounds"]
 

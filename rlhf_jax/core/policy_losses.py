@@ -123,6 +123,30 @@ def reinforce(
     return TokenLosses(-advantages * logprobs, jnp.zeros(logprobs.shape, bool))
 
 
+def sapo(
+    logprobs: Float[Array, "B T"],
+    old_logprobs: Float[Array, "B T"],
+    advantages: Float[Array, "B T"],
+    response_mask: Bool[Array, "B T"],
+    *,
+    sapo_temperature_pos: float,
+    sapo_temperature_neg: float,
+) -> TokenLosses:
+    r"""SAPO: $-\frac{4}{\tau} \sigma(\tau (r_t - 1)) A_t$, a soft gate on the ratio in the place of a clip.
+
+    Gao et al. 2025 (Soft Adaptive Policy Optimization, arXiv:2511.20347), as in TRL's GRPOTrainer and verl. The
+    gradient is that of $-r_t A_t$ times $4 p (1 - p)$ with $p = \sigma(\tau (r_t - 1))$: 1 at a ratio of 1, and
+    falling on both sides, the faster the higher the temperature. No bound is reached. Aggregated by `sequence`.
+
+    Args: sapo_temperature_pos is tau where the advantage is positive, sapo_temperature_neg elsewhere.
+    """
+    ratio = ratios.ratio(_log_ratio(logprobs, old_logprobs, response_mask))
+    advantages = jnp.where(response_mask, advantages, 0)
+    temperature = jnp.where(advantages > 0, sapo_temperature_pos, sapo_temperature_neg)
+    gate = 4 / temperature * jax.nn.sigmoid(temperature * (ratio - 1))
+    return TokenLosses(-gate * advantages, jnp.zeros(ratio.shape, bool))
+
+
 class PolicyLossSpec(NamedTuple):
     """A policy loss, and the options that it takes by keyword: fields of a stage's config."""
 
@@ -138,6 +162,7 @@ POLICY_LOSSES: dict[str, PolicyLossSpec] = {
     "sequence": PolicyLossSpec(sequence_clip, CLIP),
     "gspo": PolicyLossSpec(gspo, CLIP),
     "cispo": PolicyLossSpec(cispo, ("clip_ratio_high",)),
+    "sapo": PolicyLossSpec(sapo, ("sapo_temperature_pos", "sapo_temperature_neg")),
     "reinforce": PolicyLossSpec(reinforce, (), has_ratio=False),
 }
 OPTIONS = tuple(dict.fromkeys(option for spec in POLICY_LOSSES.values() for option in spec.options))

@@ -1,8 +1,8 @@
 """group_rl: policy gradients without a value function, whose baselines come from other responses.
 
-RLOO, REINFORCE++, GRPO, Dr. GRPO, DAPO, GSPO and CISPO are one iteration (`policy_gradient.py`) with other fields:
-`METHODS` has each paper's settings, or else the usual ones, and any of them can be overridden. PPO's fields for
-rollouts, scores, the penalty and the optimiser exist here as well.
+RLOO, REINFORCE++, GRPO, Dr. GRPO, DAPO, GSPO, CISPO and SAPO are one iteration (`methods/policy_gradient.py`) with
+different fields. `METHODS` has the settings of each paper, or the usual ones where a paper has none. Any of them can be
+overridden. PPO's fields for rollouts, scores, the penalty and the optimiser exist here too.
 """
 
 import dataclasses
@@ -31,13 +31,13 @@ from rlhf_jax.methods.policy_method import Method
 from rlhf_jax.methods.policy_parts import Advantages, Experience
 from rlhf_jax.methods.policy_training import no_value, train_policy
 
-# Of TRL and verl, where a paper names none of its own.
+# Defaults of TRL and verl, for papers that name no bounds.
 PPO_BOUNDS = {"policy_loss": "ppo", "clip_ratio": 0.2, "clip_ratio_high": 0.2}
 WITHOUT_PENALTY = {"kl_coef": 0.0, "kl_estimator": "k3", "kl_in": "loss"}
 
 METHODS: dict[str, dict[str, Any]] = {
-    # Ahmadian et al. 2024 (arXiv:2402.14740), a response being one action. Bounds as in TRL's RLOOTrainer: before the
-    # first update of an iteration they do nothing.
+    # Ahmadian et al. 2024 (arXiv:2402.14740): a response is one action. Bounds as in TRL's RLOOTrainer; they have no
+    # effect on the first update of an iteration.
     "rloo": {
         "advantage": "rloo",
         "policy_loss": "sequence",
@@ -47,8 +47,8 @@ METHODS: dict[str, dict[str, Any]] = {
         "kl_estimator": "k1",
         "kl_in": "reward",
     },
-    # Hu et al. 2025 (arXiv:2501.03262): for one response a prompt, and for several of which the mean is a baseline. The
-    # second has k2 in the loss, as in the authors' scripts (OpenRLHF): its gradient is the divergence's.
+    # Hu et al. 2025 (arXiv:2501.03262), for one response a prompt, and for groups whose mean is the baseline. The
+    # second has k2 in the loss, as in the authors' scripts (OpenRLHF); its gradient is that of the divergence.
     "reinforce_plus_plus": {
         **PPO_BOUNDS,
         "advantage": "reinforce_plus_plus",
@@ -63,7 +63,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "kl_estimator": "k2",
         "kl_in": "loss",
     },
-    # Shao et al. 2024 (DeepSeekMath, arXiv:2402.03300): the coefficient is that of their runs, section 4.2.
+    # Shao et al. 2024 (DeepSeekMath, arXiv:2402.03300), with the coefficient of section 4.2.
     "grpo": {
         **PPO_BOUNDS,
         "advantage": "grpo",
@@ -74,8 +74,8 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     # Liu et al. 2025 (arXiv:2503.20783), whose runs have no penalty.
     "dr_grpo": {**PPO_BOUNDS, **WITHOUT_PENALTY, "advantage": "dr_grpo", "aggregation": "constant"},
-    # Yu et al. 2025 (arXiv:2503.14476), section 4.1: L_cache is 4096 of 20480 tokens. The bound on the rounds is that
-    # of verl's description of DAPO, where the paper has none.
+    # Yu et al. 2025 (arXiv:2503.14476), section 4.1: L_cache is 4096 of 20480 tokens. The paper does not bound
+    # the number of rounds; the bound is from verl's description of DAPO.
     "dapo": {
         **PPO_BOUNDS,
         **WITHOUT_PENALTY,
@@ -94,14 +94,23 @@ METHODS: dict[str, dict[str, Any]] = {
         "clip_ratio": 3e-4,
         "clip_ratio_high": 4e-4,
     },
-    # Chen et al. 2025 (MiniMax-M1, arXiv:2506.13585), which names no bound; that of Khatri et al. 2025 (ScaleRL,
-    # arXiv:2510.13786): weights of at most 5.
+    # Chen et al. 2025 (MiniMax-M1, arXiv:2506.13585), which names no bound. Weights of at most 5 are those of Khatri et
+    # al. 2025 (ScaleRL, arXiv:2510.13786).
     "cispo": {
         **WITHOUT_PENALTY,
         "advantage": "grpo",
         "policy_loss": "cispo",
         "aggregation": "token",
         "clip_ratio_high": 4.0,
+    },
+    # Gao et al. 2025 (arXiv:2511.20347): the temperatures are theirs, and TRL's defaults.
+    "sapo": {
+        **WITHOUT_PENALTY,
+        "advantage": "grpo",
+        "policy_loss": "sapo",
+        "aggregation": "sequence",
+        "sapo_temperature_pos": 1.0,
+        "sapo_temperature_neg": 1.05,
     },
 }
 """Settings of each method. `rloo` and both `reinforce_plus_plus` leave `kl_coef` open."""
@@ -134,6 +143,8 @@ class GroupRLConfig(PolicyGradientConfig):
     clip_ratio: Positive | None = None  # epsilon below 1
     clip_ratio_high: Positive | None = None  # epsilon above 1
     dual_clip: Positive | None = None  # largest ratio of a token with a negative advantage (3 in verl); None: no bound
+    sapo_temperature_pos: Positive | None = None  # SAPO's temperature where the advantage is positive
+    sapo_temperature_neg: Positive | None = None  # SAPO's temperature where the advantage is negative
     kl_coef: NonNegative | None = None  # coefficient of the KL penalty
     kl_estimator: Estimator | None = None  # estimator of the KL divergence (core/kl.py)
     kl_in: Place | None = None  # place of the KL penalty: the rewards, or the loss
@@ -184,7 +195,7 @@ class GroupRLConfig(PolicyGradientConfig):
 
 
 def resolve(config: GroupRLConfig) -> dict[str, Any]:
-    """Values of all fields that presets set: the config's where given, else the preset's, else the default."""
+    """Return all fields that presets set, from the config if given there, else from the preset, else the default."""
     given = {name: getattr(config, name) for name in OVERRIDABLE if getattr(config, name) is not None}
     return DEFAULTS | METHODS[config.method] | given
 

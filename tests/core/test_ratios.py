@@ -11,6 +11,7 @@ from rlhf_jax.core import kl, policy_losses, ratios
 from rlhf_jax.core.policy_losses import POLICY_LOSSES
 
 BOUNDS = {"clip_ratio": 0.2, "clip_ratio_high": 0.3, "dual_clip": np.inf}
+BOUNDS |= {"sapo_temperature_pos": 1.0, "sapo_temperature_neg": 1.05}
 TOP = np.exp(ratios.LARGEST)
 FAR = [92.0, 1e4]
 
@@ -72,6 +73,16 @@ def test_an_unclipped_ratio_is_large_finite_and_keeps_the_sign_of_its_gradient(n
     assert np.isfinite(np.float32(np.sum(np.square(gradient))))
     value, gradient = value_and_gradient(name, -x, 1.5)  # towards 0, where it has no slope
     np.testing.assert_allclose(value, 0, atol=1e-30)
+    np.testing.assert_allclose(gradient, 0, atol=1e-30)
+
+
+@pytest.mark.parametrize("advantage", [1.5, -1.5])
+@pytest.mark.parametrize("x", [*FAR, -92.0, -1e4])
+def test_a_soft_gate_is_shut_however_far_the_ratio_is(x, advantage):
+    tau = 1.0 if advantage > 0 else 1.05
+    value, gradient = value_and_gradient("sapo", x, advantage)
+    gate = 1.0 if x > 0 else 1 / (1 + np.exp(tau))
+    np.testing.assert_allclose(value, -2 * 4 / tau * gate * advantage, rtol=1e-5)
     np.testing.assert_allclose(gradient, 0, atol=1e-30)
 
 

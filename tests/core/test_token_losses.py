@@ -15,7 +15,9 @@ from rlhf_jax.core.policy_losses import AGGREGATIONS, POLICY_LOSSES
 from tests.support.padded_arrays import ROWS, WIDTH, assert_padding_is_inert, normal, prefix_mask, row_lengths, seeds
 
 LOW, HIGH, MOST = 0.1, 0.3, 9
-BOUNDS = {"clip_ratio": LOW, "clip_ratio_high": HIGH, "dual_clip": math.inf}
+CLIP = {"clip_ratio": LOW, "clip_ratio_high": HIGH, "dual_clip": math.inf}
+TEMPERATURES = {"sapo_temperature_pos": 0.8, "sapo_temperature_neg": 2.5}
+BOUNDS = CLIP | TEMPERATURES
 
 
 def loss_of(name, aggregation):
@@ -39,6 +41,7 @@ PAIRS = [
     ("sequence", "sequence"),
     ("gspo", "sequence"),
     ("cispo", "token"),
+    ("sapo", "sequence"),
     ("reinforce", "sequence_sum"),
     ("reinforce", "sequence"),
 ]
@@ -68,6 +71,15 @@ def slow(name, aggregation, logprobs, old, advantages, lengths):
                 clipped[row, t] = np.exp(apart[t]) > 1 + HIGH and advantage > 0
                 loss += share * -weight * advantage * logprobs[row, t]
                 grad[row, t] += share * -weight * advantage
+                continue
+            if name == "sapo":
+                tau, ratio = (
+                    TEMPERATURES["sapo_temperature_pos" if advantage > 0 else "sapo_temperature_neg"],
+                    np.exp(apart[t]),
+                )
+                gate = 1 / (1 + np.exp(-tau * (ratio - 1)))
+                loss += share * -4 / tau * gate * advantage
+                grad[row, t] += share * -4 * gate * (1 - gate) * ratio * advantage
                 continue
             # What the ratio's logarithm is a sum over, and with which weight.
             which, weight = {
@@ -153,7 +165,7 @@ def test_a_second_clip_bounds_what_a_negative_advantage_can_do(name, seed, lengt
     logprobs, mask, c = old + 4 * (logprobs - old), prefix_mask(lengths), 1.5
 
     def losses(logprobs, dual_clip):
-        tokens = POLICY_LOSSES[name].function(logprobs, old, advantages, mask, **BOUNDS | {"dual_clip": dual_clip})
+        tokens = POLICY_LOSSES[name].function(logprobs, old, advantages, mask, **CLIP | {"dual_clip": dual_clip})
         return jnp.sum(jnp.where(mask, tokens.losses, 0)), tokens
 
     (_, single), _ = jax.value_and_grad(losses, has_aux=True)(logprobs, math.inf)
@@ -170,7 +182,7 @@ def test_some_ratios_reach_the_second_clip():
     """Else the test above would be of the first one alone."""
     old, mask = jnp.full((1, 2), -1.0), jnp.ones((1, 2), bool)
     for name in ("ppo", "sequence", "gspo"):
-        tokens = POLICY_LOSSES[name].function(old + 1, old, 0 * old - 2, mask, **BOUNDS | {"dual_clip": 1.5})
+        tokens = POLICY_LOSSES[name].function(old + 1, old, 0 * old - 2, mask, **CLIP | {"dual_clip": 1.5})
         np.testing.assert_allclose(tokens.losses, 3.0)
         assert tokens.clipped.all()
 

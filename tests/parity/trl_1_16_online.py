@@ -35,6 +35,7 @@ VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "dapo": ("dapo", "token", {}),
     "gspo": ("grpo", "sequence", {}),
     "cispo": ("cispo", "token", {}),
+    "sapo": ("sapo", "token", {}),
     "grpo, k3_weighted": ("grpo", "token", {"use_bias_correction_kl": True}),
     "grpo, dual_clip": ("grpo", "token", {"delta": SETTINGS["dual_clip"]}),
 }
@@ -66,6 +67,7 @@ def _trainer(kind: str, seed: int, **settings: Any) -> Any:
                 max_completion_length=WIDTH,
                 epsilon=SETTINGS["clip_ratio"],
                 epsilon_high=SETTINGS["clip_ratio_high"],
+                **({"sapo_temperature_pos": 0.9, "sapo_temperature_neg": 1.4} if kind == "grpo" else {}),
                 beta=SETTINGS["kl_coef"],
                 **settings,
             ),

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.core import advantages, importance, kl
+from rlhf_jax.stages import group_rl
 from tests.support import tiny
 
 close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
@@ -43,6 +44,7 @@ def check_importance_weights(trl: Mapping[str, np.ndarray], cap: float, floor: f
 # TRL's loss -> our method, and its fields that are set.
 LOSSES: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in ("rloo", "grpo", "dr_grpo", "dapo", "gspo", "cispo")},
+    "sapo": ("sapo", {"sapo_temperature_pos": 0.9, "sapo_temperature_neg": 1.4}),
     "grpo, k3_weighted": ("grpo", {"kl_estimator": "k3_weighted"}),
     "grpo, dual_clip": ("grpo", {"dual_clip": 1.35}),
     "grpo, weights": ("grpo", {}),
@@ -68,7 +70,8 @@ def check_group_losses(
 
     def loss(logprobs, name):
         method, changes = LOSSES[name]
-        bounds = {"clip_ratio_high": clip_ratio_high} | ({} if method == "cispo" else {"clip_ratio": clip_ratio})
+        every = {"clip_ratio": clip_ratio, "clip_ratio_high": clip_ratio_high}
+        bounds = {option: value for option, value in every.items() if option in group_rl.METHODS[method]}
         config = tiny.group_config(method, **bounds, **changes, kl_coef=kl_coef)
         rows = dict(batch)
         if method != "rloo":

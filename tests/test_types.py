@@ -14,15 +14,7 @@ ALLOWED: dict[str, tuple[int, str]] = {
 """Places that may stay, with the reason: ten at most."""
 
 TO_GO: dict[str, int] = {
-    "core/policy_losses.py": 1,
     "core/preference_losses.py": 1,
-    "methods/dynamic_sampling.py": 1,
-    "methods/experience.py": 1,
-    "methods/online.py": 3,
-    "methods/policy_gradient.py": 16,
-    "methods/policy_optimizer.py": 2,
-    "methods/policy_update.py": 5,
-    "methods/preference.py": 4,
     "methods/reward.py": 10,
     "methods/reward_report.py": 6,
 }

@@ -13,7 +13,7 @@ from rlhf_jax.methods.policy_parts import Coefficient
 class AdaptiveKL:
     """The controller of Ziegler et al. 2019, which adapts the coefficient until the divergence meets the target."""
 
-    target: Positive  # KL to reach, in nats a response
+    target: Positive  # KL to reach, in nats per response
     horizon: Positive  # episodes over which the coefficient adapts
 
     def next(self, kl_coef: Coefficient, kl: Float[Array, ""], episodes: int) -> Float[Array, ""]:

@@ -1,7 +1,7 @@
 """Run of an online method: read its inputs, find where its reward is computed, and train one policy a seed."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -22,13 +22,14 @@ from rlhf_jax.rewards.scorers import HostScorer, joins_program, make_host_scorer
 from rlhf_jax.rewards.sources import Reward
 from rlhf_jax.runtime.loop import Task, train
 from rlhf_jax.runtime.programs import SEED_AXIS
+from rlhf_jax.types import Json, Row
 
 
 class Inputs(NamedTuple):
     """Inputs of an online stage."""
 
     reference: Policy
-    rows: list[dict[str, Any]]
+    rows: list[Row]
     prompts: pipeline.Prompts
 
 
@@ -76,7 +77,7 @@ def train_online(
     init_params: Callable[[PRNGKeyArray], Params],
     frozen: Params,
     key_figures: tuple[str, ...],
-) -> dict[str, Any]:
+) -> dict[str, Json]:
     """Train `context.seeds` policies at once, each with its own prompts, samples and initial key.
 
     Args: prompts_each is the number of prompts of an iteration, or of each of its rounds; init_params makes a run's
@@ -112,7 +113,7 @@ def train_online(
     def batch_at(step: int) -> OnlineBatch:
         return OnlineBatch(prompts(step), demonstrations(step) if demonstrations else None)
 
-    def describe(step: int, samples: Samples) -> list[dict[str, Any]]:
+    def describe(step: int, samples: Samples) -> list[Row]:
         if step % config.samples_every and step != 1:
             return []
         shown = jax.tree.map(lambda leaf: leaf[: config.samples_written], samples)

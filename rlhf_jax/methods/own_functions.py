@@ -3,8 +3,6 @@
 Arrays are [B, T]: a row for each response, the responses to a prompt next to each other.
 """
 
-from typing import Any
-
 from jaxtyping import Array
 
 from rlhf_jax import user_code
@@ -57,7 +55,7 @@ def find_advantage(source: str) -> AdvantageSpec:
         options=("num_generations", "axes", "gamma"),
     )
 
-    def advantage(rewards: Array, response_mask: Array, **given: Any) -> Array:
+    def advantage(rewards: Array, response_mask: Array, **given: object) -> Array:
         found = function(rewards, response_mask, **{name: given[name] for name in options})
         if getattr(found, "shape", None) != rewards.shape:
             raise RlhfError(
@@ -69,6 +67,6 @@ def find_advantage(source: str) -> AdvantageSpec:
     return AdvantageSpec(advantage, needs_groups="num_generations" in options, discounted="gamma" in options)
 
 
-def _shape(found: Any) -> str:
+def _shape(found: object) -> str:
     shape = getattr(found, "shape", None)
     return f"a {type(found).__name__}" if shape is None else f"an array of shape {shape}"

@@ -3,11 +3,13 @@
 import dataclasses
 import functools
 import warnings
-from typing import Annotated, Any, Literal
+from collections.abc import Callable
+from typing import Annotated, Literal
 
 from rlhf_jax.config import Finite, NonNegative, Positive, Range
 from rlhf_jax.core.importance import WEIGHTS
 from rlhf_jax.core.kl import ESTIMATORS
+from rlhf_jax.methods.dynamic_sampling import DynamicSampling
 from rlhf_jax.methods.kl_controller import AdaptiveKL
 from rlhf_jax.methods.online_config import OnlineConfig
 from rlhf_jax.methods.policy_gradient import PolicyGradient
@@ -15,13 +17,14 @@ from rlhf_jax.methods.policy_method import Method
 from rlhf_jax.methods.policy_parts import Experience, Shaping
 from rlhf_jax.methods.pretraining_mix import PretrainingMix
 from rlhf_jax.rewards.sources import RewardSource
+from rlhf_jax.runtime.optimizers import OptimizerConfig
 
 Estimator = Literal["k1", "k2", "k3", "k3+", "k3_weighted"]
-"""An estimator of the divergence from the reference, of `core/kl.py`; what it does depends on `kl_in`.
+"""Estimator of the divergence from the reference, of `core/kl.py`; its gradient depends on `kl_in`.
 
 Cosine between the exact gradient of each and that of the divergence, for a softmax over 20 tokens and samples of the
-policy itself: mean (5th to 95th percentile) over 200 pairs of policy and reference, at two divergences in nats a token.
-tests/core/test_kl.py computes them.
+policy itself: mean (5th to 95th percentile) over 200 pairs of policy and reference, at two divergences in nats per
+token. tests/core/test_kl.py computes them.
 
 | kl_estimator, kl_in   | KL = 0.05             | KL = 2.1              |
 |-----------------------|-----------------------|-----------------------|
@@ -59,7 +62,7 @@ class PolicyGradientConfig(OnlineConfig):
     score_clip: Positive | None = None  # largest absolute score; None: no bound
     reject_truncated: bool = False  # leave responses that were cut off out of the losses
     kl_controller: AdaptiveKL | None = None  # adapt the KL coefficient to a target; None: constant
-    entropy_coef: NonNegative = 0.0  # weight of a bonus on the entropy, in nats a token
+    entropy_coef: NonNegative = 0.0  # weight of a bonus on the entropy, in nats per token
     # Old log-probabilities recomputed by the learner, or as the sampler gave them.
     old_logprobs: Literal["learner", "sampler"] = "learner"
     # Largest ratio of the learner's probability to the sampler's (core/importance.py; 3 in TRL); None: no weights.
@@ -97,7 +100,7 @@ class PolicyGradientConfig(OnlineConfig):
 
 
 def check_penalty(config: PolicyGradientConfig, kl_coef: float, estimator: Estimator, place: Place) -> None:
-    """Raises ValueError for a penalty that would not do what it says, and warns of one whose gradient is another's."""
+    """Raise ValueError for a penalty without the gradient it claims, and warn of one with another gradient."""
     if kl_coef and place == "loss" and estimator == "k1":
         raise ValueError(
             "kl_estimator = 'k1' in the loss has a gradient of mean 0: set kl_estimator to 'k2' or 'k3+', whose "
@@ -119,7 +122,7 @@ def check_penalty(config: PolicyGradientConfig, kl_coef: float, estimator: Estim
 
 
 def check_dual_clip(dual_clip: float, clip_ratio_high: float) -> None:
-    """Raises ValueError unless the second bound is above the first one."""
+    """Raise ValueError unless the second bound is above the first one."""
     if dual_clip <= 1 + clip_ratio_high:
         raise ValueError(
             f"dual_clip = {dual_clip} bounds ratios that the clip at 1 + clip_ratio_high = {1 + clip_ratio_high} "
@@ -129,15 +132,21 @@ def check_dual_clip(dual_clip: float, clip_ratio_high: float) -> None:
 
 def make_method(
     config: PolicyGradientConfig,
+    learner: Callable[..., PolicyGradient],
     *,
     kl_coef: float,
     kl_estimator: Estimator,
     kl_in: Place,
     overlong_buffer: float,
-    learner: dict[str, Any],
-    **own: Any,
+    num_generations: int = 1,
+    dynamic_sampling: DynamicSampling | None = None,
+    value_warmup: int = 0,
+    value_optimizer: OptimizerConfig | None = None,
 ) -> Method[Experience]:
-    """Resolve a config into a method. Args: learner and own are further fields of PolicyGradient and of Method."""
+    """Resolve a config into a method.
+
+    Args: learner is PolicyGradient with the loss, the advantages and their numbers filled in.
+    """
     estimator, by_sampler = ESTIMATORS[kl_estimator], config.old_logprobs == "sampler"
     importance = None
     if config.importance_cap is not None:
@@ -145,12 +154,11 @@ def make_method(
         weigh = WEIGHTS[config.importance_mode or "token_truncate"]
         importance = functools.partial(weigh, cap=config.importance_cap, floor=floor)
     return Method(
-        learner=PolicyGradient(
+        learner=learner(
             loss_penalty=estimator if kl_in == "loss" and kl_coef > 0 else None,
             old_by_sampler=by_sampler,
             entropy_coef=config.entropy_coef,
             reject_truncated=config.reject_truncated,
-            **learner,
         ),
         kl_coef=kl_coef,
         kl_estimator=estimator,
@@ -161,9 +169,12 @@ def make_method(
             missing_eos_score=config.missing_eos_score,
             missing_eos_penalty=config.missing_eos_penalty,
         ),
+        num_generations=num_generations,
         old_by_sampler=by_sampler,
         importance=importance,
+        dynamic_sampling=dynamic_sampling,
         kl_controller=config.kl_controller,
         ptx=config.ptx,
-        **own,
+        value_warmup=value_warmup,
+        value_optimizer=value_optimizer,
     )

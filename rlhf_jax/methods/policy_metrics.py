@@ -20,7 +20,7 @@ def score_metrics(scores: Float[Array, "B"], axes: tuple[str, ...]) -> Numbers:
 
 
 def objective_metrics(evaluated: Evaluated, kl_coef: Coefficient, axes: tuple[str, ...]) -> Numbers:
-    """The objective and its parts, means over responses, in nats a response; and the responses' lengths."""
+    """The objective and its parts, means over responses, in nats per response; and the responses' lengths."""
     mask, scores = evaluated.rollout.response_mask, evaluated.scores
     sequence_kl = sequence_logprobs(evaluated.kl, mask)
     non_score, lengths = -kl_coef * sequence_kl, masking.lengths(mask)

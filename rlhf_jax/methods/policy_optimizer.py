@@ -5,11 +5,11 @@ gradient of the values then scales the policy's down with it. With `value_optimi
 (`actor.optim` and `critic.optim`).
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
+from jaxtyping import PyTree
 
 from rlhf_jax.methods.online_config import OnlineConfig
 from rlhf_jax.methods.policy_method import Method
@@ -39,7 +39,7 @@ def make_optimizer(config: OnlineConfig, method: Method) -> Optimizer:
     if not warmup and value is None:
         return finished(own, optax.chain(bound(own), algorithm(own, updates)))
 
-    def is_over(step: Any, **_: Any) -> jax.Array:
+    def is_over(step: ArrayLike, **_: PyTree) -> jax.Array:
         return jnp.asarray(step) >= warmup
 
     policy = algorithm(own, updates - warmup)

@@ -60,7 +60,7 @@ class OldPolicy(NamedTuple):
     """Statistics of the responses before the first update."""
 
     logprobs: jax.Array  # [B, T]
-    entropy: jax.Array  # [B, T], nats a token
+    entropy: jax.Array  # [B, T], nats per token
     values: jax.Array | None  # [B, T]
     weights: jax.Array | None  # [B, T], importance weights
     metrics: Metrics

@@ -1,7 +1,7 @@
 """Run of a policy gradient: an online method with a reward of its own, and a value function where it has one."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jaxtyping import PRNGKeyArray, PyTree
 
@@ -15,6 +15,7 @@ from rlhf_jax.methods.policy_method import Method
 from rlhf_jax.methods.policy_parts import Experience, Params, ValueNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
 from rlhf_jax.rewards.sources import find_reward
+from rlhf_jax.types import Json
 
 
 class ValueStart(NamedTuple):
@@ -35,7 +36,7 @@ def no_value(policy: Policy, reward_model: RewardModel | None, key: PRNGKeyArray
 
 def train_policy(
     config: PolicyGradientConfig, method: Method[Experience], start_value: StartValue, context: Context
-) -> dict[str, Any]:
+) -> dict[str, Json]:
     """Train `context.seeds` policies, with a value function each where start_value makes one. Returns the summary."""
     inputs = read_inputs(config, context)
     policy, base = inputs.reference.network, inputs.reference.params

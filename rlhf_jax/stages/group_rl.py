@@ -27,6 +27,7 @@ from rlhf_jax.methods.policy_config import (
     check_penalty,
     make_method,
 )
+from rlhf_jax.methods.policy_gradient import PolicyGradient
 from rlhf_jax.methods.policy_method import Method
 from rlhf_jax.methods.policy_parts import Advantages, Experience
 from rlhf_jax.methods.policy_training import no_value, train_policy
@@ -211,17 +212,19 @@ def method_of(config: GroupRLConfig) -> Method[Experience]:
         del values, trained
         return Advantages(estimator.function(rewards, mask, num_generations=size, axes=axes, **discount), None)
 
+    learner = functools.partial(
+        PolicyGradient,
+        policy_loss=functools.partial(loss.function, **{name: fields[name] for name in loss.options}),
+        advantages=advantages,
+        aggregation=AGGREGATIONS[fields["aggregation"]],
+    )
     return make_method(
         config,
+        learner,
         kl_coef=fields["kl_coef"],
         kl_estimator=fields["kl_estimator"],
         kl_in=fields["kl_in"],
         overlong_buffer=fields["overlong_buffer"],
-        learner={
-            "policy_loss": functools.partial(loss.function, **{name: fields[name] for name in loss.options}),
-            "advantages": advantages,
-            "aggregation": AGGREGATIONS[fields["aggregation"]],
-        },
         num_generations=size,
         dynamic_sampling=DynamicSampling(rounds, size, config.batch_size) if rounds else None,
     )

@@ -32,6 +32,7 @@ from rlhf_jax.methods.policy_config import (
     check_penalty,
     make_method,
 )
+from rlhf_jax.methods.policy_gradient import PolicyGradient
 from rlhf_jax.methods.policy_method import Method
 from rlhf_jax.methods.policy_optimizer import check_value_optimizer
 from rlhf_jax.methods.policy_parts import Advantages, Experience
@@ -106,19 +107,21 @@ def method_of(config: PPOConfig) -> Method[Experience]:
         clip_ratio_high=config.upper_clip_ratio,
         dual_clip=math.inf if config.dual_clip is None else config.dual_clip,
     )
+    learner = functools.partial(
+        PolicyGradient,
+        policy_loss=loss,
+        advantages=advantages,
+        aggregation=AGGREGATIONS["token"],
+        vf_coef=config.vf_coef,
+        value_clip=math.inf if config.value_clip is None else config.value_clip,
+    )
     return make_method(
         config,
+        learner,
         kl_coef=config.kl_coef,
         kl_estimator=config.kl_estimator,
         kl_in=config.kl_in,
         overlong_buffer=config.overlong_buffer,
-        learner={
-            "policy_loss": loss,
-            "advantages": advantages,
-            "aggregation": AGGREGATIONS["token"],
-            "vf_coef": config.vf_coef,
-            "value_clip": math.inf if config.value_clip is None else config.value_clip,
-        },
         value_warmup=config.value_warmup,
         value_optimizer=config.value_optimizer,
     )

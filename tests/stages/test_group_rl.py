@@ -339,7 +339,9 @@ def test_weights_for_the_sampler_are_those_of_the_mode():
         if old.weights is None:
             return []
         np.testing.assert_allclose(
-            [old.metrics[name] for name in names], [old.weights.min(), old.weights.mean(), old.weights.max()], rtol=1e-6
+            [old.metrics[name].value for name in names],
+            [old.weights.min(), old.weights.mean(), old.weights.max()],
+            rtol=1e-6,
         )
         return old.weights[:, 0].tolist()
 

@@ -169,7 +169,7 @@ def test_what_is_cut_of_the_data_is_said_once_and_whole_on_80_columns(tmp_path):
     cut, same = data["warnings"]
     assert f"Warning: {cut}" in said and f"Warning: {same}" in said
     assert "data.max_response_tokens cuts" in cut
-    assert same == "1 of 64 rows (train) have the same answer as chosen and rejected, and prefer nothing."
+    assert same == "chosen and rejected are identical in 1 of 64 rows (train): no preference."
 
 
 def test_a_start_that_failed_on_a_row_leaves_no_lock(tmp_path, capsys):

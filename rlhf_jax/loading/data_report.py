@@ -1,4 +1,4 @@
-"""Data as a stage finds them: how long its rows are, and how many of them are cut."""
+"""Report on a stage's data: lengths of its rows, and shares that are truncated."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -29,28 +29,28 @@ def report_prompts(context: Context, tokenizer: Tokenizer, splits: Mapping[str, 
 
 
 def _of_equals(pairs: Mapping[str, Pairs], split: str) -> str | None:
-    """A sentence where chosen and rejected answers are the same in some rows."""
+    """Warning if chosen and rejected answers are identical in some rows; otherwise None."""
     if not {"chosen", "rejected"} <= pairs.keys():
         return None
     same = [one == other for one, other in zip(pairs["chosen"][1], pairs["rejected"][1], strict=True)]
     if not any(same):
         return None
-    return f"{sum(same)} of {len(same)} rows ({split}) have the same answer as chosen and rejected, and prefer nothing."
+    return f"chosen and rejected are identical in {sum(same)} of {len(same)} rows ({split}): no preference."
 
 
 def _report(context: Context, splits: dict[str, list[dict[str, Any]]], warnings: list[str]) -> None:
     """Write `data.json`, and print it with its warnings unless an earlier stage of the experiment printed the same."""
     splits = {name: figures for name, figures in splits.items() if figures}
-    said = {"splits": splits, "warnings": [*lengths.warnings(splits), *warnings]}
-    write_json(context.directory / FILE, said)
+    report = {"splits": splits, "warnings": [*lengths.warnings(splits), *warnings]}
+    write_json(context.directory / FILE, report)
     earlier = [context.workdir.directory(name) / FILE for name in context.stages[: context.stages.index(context.name)]]
-    if not splits or any(path.exists() and read_json(path) == said for path in earlier):
+    if not splits or any(path.exists() and read_json(path) == report for path in earlier):
         return
     table = Table(box=None, pad_edge=False, title=f"{context.name}: lengths in tokens", title_justify="left")
     table.add_column("split")
     for name in SHOWN:
         table.add_column(name, justify="left" if name == "column" else "right", no_wrap=True)
     for split, figures in splits.items():
-        for one in figures:
-            table.add_row(split, *(f"{one[name]:.0%}" if name == "cut" else str(one[name]) for name in SHOWN))
-    context.bar.say(table, *(Text(f"Warning: {warning}", style="yellow") for warning in said["warnings"]))
+        for row in figures:
+            table.add_row(split, *(f"{row[name]:.0%}" if name == "cut" else str(row[name]) for name in SHOWN))
+    context.bar.say(table, *(Text(f"Warning: {warning}", style="yellow") for warning in report["warnings"]))

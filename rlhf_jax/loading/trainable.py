@@ -27,14 +27,14 @@ class Start(NamedTuple):
     """Model before the first step, split into trained (and checkpointed) and frozen parameters."""
 
     trained: PyTree
-    base: PyTree  # None where everything is trained
+    base: PyTree  # None if all parameters are trained
 
 
 def trainable(network: N, tuning: Tuning | None) -> N:
-    """A network as it is trained: with its adapter, or with parameters in float32 unless `tuning` says otherwise.
+    """Configure a network for training: with an adapter, or with parameters in float32 or the dtype of `tuning`.
 
-    Args: tuning is None for a model from scratch, whose own config says how it is held.
-    Raises RlhfError where it would be trained in float16.
+    Args: tuning is None for a model from scratch, which keeps the dtype of its own config.
+    Raises RlhfError for training in float16.
     """
     if tuning is not None and tuning.lora is not None:
         network = dataclasses.replace(network, lora=tuning.lora)
@@ -49,13 +49,13 @@ def trainable(network: N, tuning: Tuning | None) -> N:
 
 
 def init_trainable(network: Network, params: PyTree, key: PRNGKeyArray) -> Start:
-    """All parameters where the network has no LoraConfig; else a new adapter, with which it starts as it is.
+    """Split parameters into trained and frozen ones, initialising an adapter if the network has a LoraConfig.
 
-    All parameters are cast to the dtypes that the network is trained in (`trainable`). What they are a copy of, such as
-    the frozen reference, keeps the dtype of its file: float32 holds the same numbers.
+    Without an adapter, all parameters are trained and cast to the training dtype (see `trainable`). The original, such
+    as the frozen reference, keeps its dtype; a copy in float32 has the same values.
     """
     if network.lora is None:
-        dtypes = jax.eval_shape(network.init, jax.random.key(0))  # a scalar head's is float32 in any case
+        dtypes = jax.eval_shape(network.init, jax.random.key(0))  # the dtypes to train in
         return Start(jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), params, dtypes), None)
     return Start(network.init_adapter(params, key), params)
 
@@ -68,7 +68,7 @@ def full_params(network: Network, trained: PyTree, frozen: PyTree, base: str) ->
 def dropout_keys(
     network: Network, run_key: PRNGKeyArray, step: Array, rows: int, axes: tuple[str, ...]
 ) -> Key[Array, "B"] | None:
-    """A key for each of a device's rows, by its number in the whole batch; None where the adapter has no dropout."""
+    """Dropout keys for a device's rows, by their numbers in the whole batch; None without dropout."""
     if network.lora is None or network.lora.dropout == 0:
         return None
     first = jax.lax.axis_index(axes) * rows if axes else 0
@@ -77,14 +77,11 @@ def dropout_keys(
 
 
 def begin_policy(source: ModelSource, tuning: Tuning, context: Context) -> Policy:
-    """The policy that a stage starts from, and compares with, under the functions that it is trained by.
-
-    What a reader of the stage's checkpoints must know of it is written down.
-    """
+    """Load a stage's initial policy, which is also its reference, configure it for training, and save its spec."""
     if tuning.attention == "cudnn" and context.seeds > 1:
         raise RlhfError(
-            f"config.{context.name}: attention = 'cudnn' does not serve several seeds at once (its masks are of one "
-            "run): set config.seeds to 1, or attention to 'xla'"
+            f"config.{context.name}: attention = 'cudnn' does not support several seeds at once: set config.seeds to "
+            "1, or attention to 'xla'"
         )
     policy = context.policy(source, tuning)
     policy = policy._replace(network=trainable(policy.network, tuning))
@@ -94,7 +91,7 @@ def begin_policy(source: ModelSource, tuning: Tuning, context: Context) -> Polic
 
 
 def stack(trees: Sequence[PyTree]) -> PyTree:
-    """One run's tree as it is, those of several seeds with a first axis over them."""
+    """Stack the trees of several seeds along a leading axis; a single tree is returned unchanged."""
     return trees[0] if len(trees) == 1 else jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
@@ -107,10 +104,9 @@ class Runs(NamedTuple):
 
 
 def over_seeds(context: Context, start: Callable[[PRNGKeyArray], TrainState], batches: Callable[[int], Any]) -> Runs:
-    """The runs of a stage that trains on a table: each has a key, and an order of the rows, of its own.
+    """Create the runs of a stage that trains on a table, each with its own key and order of the rows.
 
-    Args: start makes a run's first state with the key that new parameters are drawn with; batches are those of a seed,
-    by the step they follow.
+    Args: start creates a run's initial state from a key; batches maps a seed to its batches, indexed by step.
     """
     sources = [batches(context.seed + k) for k in range(context.seeds)]
 

@@ -48,13 +48,13 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a JSONL file that this package wrote; a last line without its end (a killed process) is left out."""
+    """Read the rows of a JSONL file, without an incomplete last line (of a killed process)."""
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     return [json.loads(line) for line in lines]
 
 
 def _encode(value: Json, path: Path, indent: int | None = None) -> str:
-    """JSON without NaN and infinities, which JSON has no words for and most readers refuse."""
+    """Encode as standard JSON. Raises RlhfError for NaN and infinities, which JSON cannot represent."""
     try:
         return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
     except ValueError as error:
@@ -68,7 +68,7 @@ def _encode(value: Json, path: Path, indent: int | None = None) -> str:
 
 
 def _not_finite(value: Json, place: str) -> Iterator[tuple[str, float]]:
-    """Every number in a JSON value that is NaN or infinite, with its path."""
+    """Yield every NaN or infinite number in a JSON value, with its path."""
     if isinstance(value, float) and not math.isfinite(value):
         yield place, value
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
@@ -77,26 +77,26 @@ def _not_finite(value: Json, place: str) -> Iterator[tuple[str, float]]:
 
 
 class RowWriter:
-    """Appends rows, each with a `step`, to a JSONL file; on opening, cuts off what is later than a step."""
+    """Writer that appends rows with a `step` to a JSONL file, and on opening removes rows after a given step."""
 
     def __init__(self, path: Path, after_step: int) -> None:
-        """Keeps the rows up to `after_step`, and an empty file where there are none."""
+        """Open a file, keeping only rows up to `after_step`."""
         self._path = path
         kept = [row for row in read_rows(path) if row["step"] <= after_step]
         write_rows(path, kept)
         self._file: TextIO = path.open("a", encoding="utf-8")
 
     def write(self, rows: Iterable[Row]) -> None:
-        """Adds rows to the buffer. Raises RlhfError for a number that is not finite."""
+        """Add rows to the buffer. Raises RlhfError for a number that is not finite."""
         for row in rows:
             self._file.write(_encode(row, self._path) + "\n")
 
     def flush(self) -> None:
-        """Puts all rows so far on disk, before the checkpoint that follows them."""
+        """Write all buffered rows to disk."""
         self._file.flush()
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Flushes and closes."""
+        """Flush and close the file."""
         self.flush()
         self._file.close()

@@ -111,9 +111,9 @@ def _lion(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def _adafactor(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Without the parameter's scale in the rate, so that a rate means what it does for the others.
+    """Adafactor without scaling by the parameter's size, so that learning rates compare with other optimisers.
 
-    transformers' `adafactor` sets scale_parameter = False likewise; matrices below 128 x 128 are not factored.
+    As transformers' `adafactor`, which sets scale_parameter = False. Matrices below 128 x 128 are not factored.
     """
     del config
     return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
@@ -138,7 +138,7 @@ ALGORITHMS: dict[str, Algorithm] = {
 
 
 def learning_rate(config: OptimizerConfig, updates: int) -> optax.Schedule:
-    """The rate at each of `updates` updates."""
+    """Learning-rate schedule over `updates` updates."""
     decay_steps = max(1, updates - config.warmup_steps)
     top, bottom = config.learning_rate, config.min_learning_rate
     after_warmup = {
@@ -157,18 +157,18 @@ class Optimizer(NamedTuple):
     low_precision: LowPrecision
 
     def init(self, params: PyTree) -> rounding.State:
-        """The state before the first update, in float32 whatever the parameters' dtype."""
+        """Initialise the state, which is float32 whatever the parameters' dtype."""
         masters = rounding.init_masters(self.low_precision, params)
         return rounding.State(self.transformation.init(rounding.float32(params)), masters)
 
 
 def make_optimizer(config: OptimizerConfig, updates: int) -> Optimizer:
-    """The optimiser for a run of `updates` updates."""
+    """Create the optimiser for a run of `updates` updates."""
     return finished(config, optax.chain(bound(config), algorithm(config, updates)))
 
 
 def bound(config: OptimizerConfig) -> optax.GradientTransformation:
-    """The bound on the gradient's norm."""
+    """Clip gradients by their global norm."""
     return optax.clip_by_global_norm(config.max_grad_norm)
 
 
@@ -183,7 +183,7 @@ def algorithm(config: OptimizerConfig, updates: int) -> optax.GradientTransforma
 
 
 def finished(config: OptimizerConfig, transformation: optax.GradientTransformation) -> Optimizer:
-    """An optimiser of a transformation: what the config freezes has no state, and stays as it is."""
+    """Complete a transformation to an optimiser that leaves frozen parameters unchanged and without state."""
     if config.freeze:
         labels = functools.partial(_frozen, config.freeze)
         transformation = optax.multi_transform({False: transformation, True: optax.set_to_zero()}, labels)

@@ -19,7 +19,7 @@ BEFORE_RESULTS = {"config.json", "environments.json", "model.json", "tokenizer",
 
 @dataclasses.dataclass(frozen=True)
 class Identity:
-    """All that a stage's result depends on: its section, what the experiment has in common, and its inputs."""
+    """Everything that a stage's result depends on: its section, the common config, and the hashes of its inputs."""
 
     section: dict[str, Json]
     common: dict[str, Json]
@@ -27,17 +27,17 @@ class Identity:
 
     @property
     def fingerprint(self) -> str:
-        """A hash that other stages refer to."""
+        """Hash by which other stages refer to this stage."""
         return hashlib.sha256(json.dumps(_without_places(self.as_json()), sort_keys=True).encode()).hexdigest()[:16]
 
     def as_json(self) -> dict[str, Json]:
-        """As `config.json` holds it."""
+        """Content of `config.json`."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
 
 @dataclasses.dataclass(frozen=True)
 class Workdir:
-    """The stages under `root`; those that are missing there may stand complete under `inputs`."""
+    """Work directory of an experiment; complete stages that are missing in `root` may be found in `inputs`."""
 
     root: Path
     inputs: Path | None = None
@@ -47,7 +47,7 @@ class Workdir:
         return self.root / stage
 
     def find(self, stage: str) -> Path:
-        """The directory of a complete stage, here or under `inputs`. Raises RlhfError where there is none."""
+        """Find the directory of a complete stage in `root` or `inputs`. Raises RlhfError if there is none."""
         for root in self._roots():
             if (root / stage / "complete.json").exists():
                 return root / stage
@@ -59,14 +59,14 @@ class Workdir:
         )
 
     def fingerprint(self, stage: str) -> str:
-        """The fingerprint of a complete stage."""
+        """Read the fingerprint of a complete stage."""
         return read_json(self.find(stage) / "complete.json")["fingerprint"]
 
     def status(self, stage: str, identity: Identity) -> Status:
         """Return what is left to do for a stage.
 
-        Raises RlhfError, naming the keys, where another config made what is here: a checkpoint, metrics, samples or any
-        other result.
+        Raises RlhfError, naming the differing keys, if the directory has results (checkpoints, metrics, samples or
+        others) of another config.
         """
         directory = self.directory(stage)
         if directory.exists() and not directory.is_dir():
@@ -83,7 +83,7 @@ class Workdir:
         return "new"
 
     def begin(self, stage: str, identity: Identity) -> Path:
-        """Makes a stage's directory and notes what it is made from; what a start without results left is removed."""
+        """Create a stage's directory with `config.json`, removing files of an earlier start without results."""
         directory = self.directory(stage)
         if self.status(stage, identity) == "again":
             shutil.rmtree(directory)
@@ -92,7 +92,7 @@ class Workdir:
         return directory
 
     def complete(self, stage: str, identity: Identity) -> None:
-        """Marks a stage complete; the marker is the last file that it writes."""
+        """Mark a stage complete; the marker is its last file."""
         write_json(self.directory(stage) / "complete.json", {"fingerprint": identity.fingerprint})
 
     def _roots(self) -> list[Path]:
@@ -108,7 +108,7 @@ class Workdir:
 
 
 def _has_results(directory: Path) -> bool:
-    """Return whether a stage has left a result; an empty file is none."""
+    """Return whether a stage has results; empty files do not count."""
     for path in directory.iterdir():
         if path.name == "checkpoints":
             if any(step.name.isdigit() for step in path.iterdir()):
@@ -119,7 +119,7 @@ def _has_results(directory: Path) -> bool:
 
 
 def _without_places(tree: dict[str, Json]) -> dict[str, Json]:
-    """A config without the places of the data's files, which are known by their hashes."""
+    """Remove the paths of data files from a config; the files are identified by their hashes."""
     common = dict(tree["common"])
     if "data" in common:
         places = ("train", "eval", "test")

@@ -52,5 +52,5 @@ def test_several_seeds_do_without_it(tmp_path):
     display = Display(Console(file=io.StringIO()))
     with display.running(), display.bar("ppo") as bar:
         context = Context(Workdir(tmp_path, None), ("ppo",), "ppo", 0, 2, data, tiny.ONE_DEVICE, bar)
-    with pytest.raises(RlhfError, match=r"config.ppo: attention = 'cudnn' does not serve several seeds at once"):
+    with pytest.raises(RlhfError, match=r"config.ppo: attention = 'cudnn' does not support several seeds at once"):
         begin_policy(ModelSource("sft"), Tuning(attention="cudnn"), context)

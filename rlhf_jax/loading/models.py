@@ -1,7 +1,7 @@
 """Models that stages exchange: save and load them, or load pretrained checkpoints."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from rlhf_jax.models.lora import Adapted, LoraConfig
 from rlhf_jax.models.model_config import AttentionBy, DType, ModelConfig
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.reward_ensemble import EnsembleConfig
-from rlhf_jax.models.scalars import ScalarNetwork
+from rlhf_jax.models.scalars import ScalarNetwork, normalised_head
 from rlhf_jax.models.sharding import Where
 from rlhf_jax.runtime.checkpoints import load_params
 from rlhf_jax.runtime.files import read_json, write_json
@@ -184,18 +184,6 @@ def load_stage_reward_model(directory: Path, *, find: Find | None = None, where:
             network = dataclasses.replace(network, lora=None)
     network = dataclasses.replace(network, ensemble=ensemble)
     return RewardModel(network, params, load_tokenizer(directory / "tokenizer"), spec["hf_config"])
-
-
-def normalised_head(head: PyTree, moments: Sequence[Sequence[float]], *, stacked: bool) -> PyTree:
-    """Fold the normalisation (score - mean) / deviation into a float32 head with a bias.
-
-    Args: stacked means that leaves have a leading axis over ensemble members, with separate moments.
-    """
-    kernel = head["kernel"].astype(jnp.float32)
-    mean, deviation = (jnp.asarray(each, jnp.float32) for each in zip(*moments, strict=True))
-    mean, deviation = (each.reshape(-1, 1) if stacked else each for each in (mean, deviation))
-    bias = head["bias"].astype(jnp.float32) if "bias" in head else jnp.zeros_like(mean)
-    return {"kernel": kernel / deviation[..., None], "bias": (bias - mean) / deviation}
 
 
 def merged(model: Policy | RewardModel) -> Policy | RewardModel:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -143,3 +144,15 @@ class ScalarNetwork:
 @functools.partial(jax.jit, static_argnums=0)  # compiled once per architecture
 def _init(module: ScalarTransformer, key: PRNGKeyArray) -> PyTree:
     return module.init(key, jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool), method="parameters")["params"]
+
+
+def normalised_head(head: PyTree, moments: Sequence[Sequence[float]], *, stacked: bool) -> PyTree:
+    """Fold the normalisation (score - mean) / deviation into a float32 head with a bias.
+
+    Args: stacked means that leaves have a leading axis over ensemble members, with separate moments.
+    """
+    kernel = head["kernel"].astype(jnp.float32)
+    mean, deviation = (jnp.asarray(each, jnp.float32) for each in zip(*moments, strict=True))
+    mean, deviation = (each.reshape(-1, 1) if stacked else each for each in (mean, deviation))
+    bias = head["bias"].astype(jnp.float32) if "bias" in head else jnp.zeros_like(mean)
+    return {"kernel": kernel / deviation[..., None], "bias": (bias - mean) / deviation}

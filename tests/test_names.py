@@ -1,0 +1,56 @@
+"""One name, one thing: names of modules and of public classes, and the map of the rooms in the README."""
+
+import ast
+import collections
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "rlhf_jax"
+
+MODULES = {
+    "best_of_n": "a command, the function behind it, and a stage kind",
+    "chat": "a command, and the data's chats",
+    "dpo": "a stage kind, and its method",
+    "export": "a command, and the function behind it",
+    "logprobs": "a command, the function behind it, and core's log-probabilities",
+    "rows": "rows of a command's input, and rows of data",
+    "sample": "a command, and the function behind it",
+    "ppo": "a stage kind, and its method",
+}
+"""Names that several modules may have, with the reason."""
+
+CLASSES = {
+    "Method": "to be renamed in inference/answers.py",
+    "Networks": "to go from stages/online_dpo.py",
+    "Samples": "to go from stages/online_dpo.py",
+    "Difference": "a metric, and a difference between two methods in a report",
+    "Pretrained": "a checkpoint's contents in interop/hf.py, and a config section",
+}
+"""Names that several public classes have, with the reason."""
+
+
+def modules() -> list[Path]:
+    """The package's modules, but for `__init__` and `__main__`."""
+    return [path for path in sorted(PACKAGE.rglob("*.py")) if not path.stem.startswith("__")]
+
+
+def test_modules_have_names_of_their_own():
+    counts = collections.Counter(path.stem for path in modules())
+    assert {name for name, count in counts.items() if count > 1} <= MODULES.keys()
+
+
+def test_public_classes_have_names_of_their_own():
+    trees = [ast.parse(path.read_text()) for path in modules()]
+    names = [node.name for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)]
+    counts = collections.Counter(name for name in names if not name.startswith("_"))
+    assert {name for name, count in counts.items() if count > 1} <= CLASSES.keys()
+
+
+def test_the_map_of_the_rooms_is_the_tree_on_disk():
+    readme = (ROOT / "README.md").read_text()
+    tree = readme.partition("## Code")[2].partition("```")[2].partition("```")[0]
+    named = set(re.findall(r"(?:^  |(?<= ))(\w+)/(?= )", tree, re.MULTILINE))
+    rooms = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
+    assert rooms <= named
+    assert named - rooms <= {path.name for path in ROOT.iterdir()} | {"parity", "support"}

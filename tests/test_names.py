@@ -22,8 +22,6 @@ MODULES = {
 
 CLASSES = {
     "Method": "to be renamed in inference/answers.py",
-    "Networks": "to go from stages/online_dpo.py",
-    "Samples": "to go from stages/online_dpo.py",
     "Difference": "a metric, and a difference between two methods in a report",
     "Pretrained": "a checkpoint's contents in interop/hf.py, and a config section",
 }

@@ -19,7 +19,7 @@ from rlhf_jax.text.tokenizer import Tokenizer
 from rlhf_jax.types import Rollout
 
 
-class Responses(NamedTuple):
+class SampledTexts(NamedTuple):
     """Responses of a model, one per row. Texts exclude stop strings, which the last token may complete."""
 
     rollout: Rollout
@@ -37,7 +37,7 @@ def respond(
     samples: int,
     batch_size: int,
     first: int = 0,
-) -> Responses:
+) -> SampledTexts:
     """Sample `samples` responses to each prompt in batches of `batch_size`, up to a stop token or stop string.
 
     Responses are also limited by the model's context. Args: first is the number of earlier prompts, for random keys.
@@ -66,7 +66,8 @@ def respond(
         written.append(text)
         stopped = bool(stops) and text != cut(policy.tokenizer, prompt, tokens, ())[1]
         ended.append(stopped or tokens[-1] in sampling.stop_ids)
-    return Responses(rollout._replace(response=np.where(mask, rollout.response, 0), response_mask=mask), written, ended)
+    rollout = rollout._replace(response=np.where(mask, rollout.response, 0), response_mask=mask)
+    return SampledTexts(rollout, written, ended)
 
 
 def texts(tokenizer: Tokenizer, rollout: Rollout) -> tuple[list[str], list[str]]:

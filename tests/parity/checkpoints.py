@@ -6,8 +6,14 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
+
+from rlhf_jax.interop import hf
+from rlhf_jax.models.transformer import Transformer
+
+LENGTH = 20
 
 SMALL = {
     "vocab_size": 64,
@@ -196,3 +202,15 @@ def make(name: str, directory: Path, *, labels: int | None = None) -> Checkpoint
             parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
     model.eval().save_pretrained(directory)
     return Checkpoint(model, directory)
+
+
+def tokens(rows: int, length: int = LENGTH) -> np.ndarray:
+    """Random tokens without special ones."""
+    return np.random.default_rng(0).integers(3, 64, (rows, length)).astype(np.int32)
+
+
+def logits_of(pretrained, params, tokens, mask):
+    """Logits of every position, by the body and the head that a policy uses."""
+    network = hf.network_of(pretrained)
+    hidden = Transformer(pretrained.config, pretrained.vocab_size).apply({"params": params}, tokens, mask)
+    return network.logits(params, hidden.reshape(-1, hidden.shape[-1])).reshape(*tokens.shape, -1)

@@ -18,27 +18,14 @@ from safetensors.numpy import load_file
 
 from rlhf_jax.interop import hf
 from rlhf_jax.interop.families import FAMILIES, tensor_shape, tensors_of
-from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.types import Rollout
 from tests.parity import checkpoints
-
-LENGTH = 20
+from tests.parity.checkpoints import logits_of, tokens
 
 
 @functools.cache
 def checkpoint(name: str, labels: int | None = None) -> checkpoints.Checkpoint:
     return checkpoints.make(name, Path(tempfile.mkdtemp()) / "model", labels=labels)
-
-
-def tokens(rows: int, length: int = LENGTH) -> np.ndarray:
-    return np.random.default_rng(0).integers(3, 64, (rows, length)).astype(np.int32)  # no special tokens
-
-
-def logits_of(pretrained, params, tokens, mask):
-    """Logits of every position, by the body and the head that a policy uses."""
-    network = hf.network_of(pretrained)
-    hidden = Transformer(pretrained.config, pretrained.vocab_size).apply({"params": params}, tokens, mask)
-    return network.logits(params, hidden.reshape(-1, hidden.shape[-1])).reshape(*tokens.shape, -1)
 
 
 @pytest.mark.parametrize("name", checkpoints.SHAPES)

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 from rlhf_jax.interop import hf
 from tests.parity import checkpoints
-from tests.parity.test_families import logits_of, tokens
+from tests.parity.checkpoints import logits_of, tokens
 
 FAMILY = f"{Path(__file__).parents[2] / 'examples' / 'family.py'}:STARCODER2"
 SHAPES: dict[str, dict[str, Any]] = {

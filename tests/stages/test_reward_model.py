@@ -17,6 +17,7 @@ from rich.console import Console
 from experiments import preferences
 from rlhf_jax import experiment
 from rlhf_jax.config import ModelSource
+from rlhf_jax.core.metrics import values
 from rlhf_jax.data.pipeline import DataConfig
 from rlhf_jax.loading.context import Context
 from rlhf_jax.loading.models import RewardModel, load_stage_reward_model
@@ -231,7 +232,7 @@ def test_k_answers_of_a_prompt_are_one_element(name, read):
     else:
         expected = -np.mean([sum(x - np.logaddexp.reduce(row[i:]) for i, x in enumerate(row)) for row in scores])
     np.testing.assert_allclose(value, expected + 0.5 * centering, rtol=1e-4)
-    np.testing.assert_allclose(metrics["centering"], centering, rtol=1e-4)
+    np.testing.assert_allclose(values(metrics)["centering"], centering, rtol=1e-4)
     assert reward_loss.weight(config, batch, ()) == 2
     assert reward_loss.tokens(batch, ()) == batch.response_mask.sum()
 
@@ -292,7 +293,7 @@ def test_margins_and_labels_are_read_from_their_columns(read):
     ("fields", "message"),
     [
         ({"label_smoothing": 0.5}, "label_smoothing = 0.5 must be"),
-        ({"name": "raters", "label_smoothing": 0.1}, "is not read by name = 'raters'"),
+        ({"name": "raters", "label_smoothing": 0.1}, "is not used by name = 'raters'"),
         ({"center_rewards_coefficient": -1.0}, "must be at least 0"),
     ],
 )

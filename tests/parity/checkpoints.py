@@ -1,5 +1,5 @@
 # torch and transformers are in .venv-parity only, where types are not checked.
-# pyrefly: ignore-errors[missing-import]
+# pyrefly: ignore-errors[missing-import, missing-attribute]
 """Checkpoints that transformers makes at random, of every family and in several shapes each."""
 
 import dataclasses

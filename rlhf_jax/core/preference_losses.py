@@ -215,6 +215,18 @@ def discopop_loss(
     return logistic + jnp.exp(jax.nn.log_sigmoid(margins / discopop_tau) - margins)
 
 
+def dpop_loss(
+    chosen_logratios: Float[Array, "B"], rejected_logratios: Float[Array, "B"], *, beta: Beta, dpop_lambda: float
+) -> Float[Array, "B"]:
+    r"""DPO-Positive: $-\log \sigma(\beta(\rho_w - \rho_l - \lambda \max(0, -\rho_w)))$.
+
+    $L_{DPOP}$ of Pal et al. 2024 (Smaug, arXiv:2402.13228). The penalty keeps the chosen response at least as likely as
+    under the reference.
+    """
+    penalty = jax.nn.relu(-chosen_logratios)
+    return -jax.nn.log_sigmoid(beta * (chosen_logratios - rejected_logratios - dpop_lambda * penalty))
+
+
 def smoothed(margins: Float[Array, "B"], label_smoothing: float) -> Float[Array, "B"]:
     r"""$-(1-\epsilon) \log \sigma(m) - \epsilon \log \sigma(-m)$ for margins m, with `label_smoothing` as epsilon."""
     kept, flipped = jax.nn.log_sigmoid(margins), jax.nn.log_sigmoid(-margins)

@@ -95,6 +95,7 @@ LOSSES: dict[str, LossSpec] = {
     "apo_zero": LossSpec(losses.apo_zero_loss, "APO-zero", 1.0),
     "apo_down": LossSpec(losses.apo_down_loss, "APO-down", 1.0),
     "discopop": LossSpec(losses.discopop_loss, "DiscoPOP", 0.5 + 0.5 * LOG_2, any_divergence=True),
+    "dpop": LossSpec(losses.dpop_loss, "DPOP", LOG_2),
     "sft": LossSpec(reference_free_losses.sft_loss, "SFT", any_divergence=True),  # reads no log-ratio
     "cpo": LossSpec(reference_free_losses.cpo_loss, "CPO"),
     "simpo": LossSpec(reference_free_losses.simpo_loss, "SimPO", per_token=True),
@@ -131,6 +132,7 @@ class PreferenceLossConfig:
     discopop_tau: Positive = 0.05  # tau of DiscoPOP's modulation (eq. 5 of Lu et al. 2024, arXiv:2406.08414)
     simpo_gamma: NonNegative = 0.5  # SimPO's target margin, in nats
     cpo_alpha: NonNegative = 1.0  # weight of CPO's likelihood
+    dpop_lambda: NonNegative = 50.0  # weight of DPOP's penalty on a chosen response below its reference likelihood
     # LD-DPO's weight of tokens beyond the shorter response; None: 1.
     ld_alpha: Annotated[float, Range(at_least=0, below=1)] | None = None
     use_weighting: bool = False  # WPO: weight pairs by how likely the policy is to write them

@@ -29,10 +29,17 @@ from tests.support.padded_arrays import (
 )
 from tests.support.pairs import loss_of
 
-PAIRS, BETA, EPSILON, GAMMA, ALPHA, TAU = 6, 0.3, 0.1, 0.4, 0.6, 0.2
-OPTIONS: dict[str, Any] = {"label_smoothing": EPSILON, "simpo_gamma": GAMMA, "cpo_alpha": ALPHA, "discopop_tau": TAU}
+PAIRS, BETA, EPSILON, GAMMA, ALPHA, TAU, LAMBDA = 6, 0.3, 0.1, 0.4, 0.6, 0.2, 0.7
+OPTIONS: dict[str, Any] = {
+    "label_smoothing": EPSILON,
+    "simpo_gamma": GAMMA,
+    "cpo_alpha": ALPHA,
+    "discopop_tau": TAU,
+    "dpop_lambda": LAMBDA,
+}
 SMOOTHED = ("cdpo", "robust", "exo_pair", "aot", "aot_unpaired", "cpo", "simpo")
 READ = {**{name: ["label_smoothing"] for name in SMOOTHED}, "discopop": ["discopop_tau"]}
+READ["dpop"] = ["dpop_lambda"]
 READ |= {"simpo": ["label_smoothing", "simpo_gamma"], "cpo": ["label_smoothing", "cpo_alpha"]}
 CONFIGS = {
     name: PreferenceLossConfig(losses=(name,), **{option: OPTIONS[option] for option in READ.get(name, ())})
@@ -101,6 +108,7 @@ def of_pair(name, w, l, ref_w, ref_l, n_w, n_l, n_mean):  # noqa: E741
         "apo_zero": lambda: 1 - sigmoid(BETA * rho_w) + sigmoid(BETA * rho_l),
         "apo_down": lambda: sigmoid(BETA * rho_w) + 1 - sigmoid(m),
         "discopop": lambda: -log_sigmoid(m) * (1 - sigmoid(m / TAU)) + math.exp(-m) * sigmoid(m / TAU),
+        "dpop": lambda: -log_sigmoid(m - BETA * LAMBDA * max(0.0, -rho_w)),
         "sft": lambda: -w / n_mean,
         "cpo": lambda: smoothed(BETA * (w - l)) - ALPHA * w / n_mean,
         "simpo": lambda: smoothed(BETA * (w / n_w - l / n_l) - GAMMA),

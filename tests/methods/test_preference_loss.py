@@ -29,6 +29,7 @@ CHANGES: dict[str, Any] = {
     "discopop_tau": 0.5,
     "simpo_gamma": 1.5,
     "cpo_alpha": 0.3,
+    "dpop_lambda": 3.0,
     "ld_alpha": 0.3,
     "use_weighting": True,
 }

@@ -1,0 +1,46 @@
+# torch is in .venv-parity only, where types are not checked.
+# pyrefly: ignore-errors[missing-import]
+"""Preference losses that TRL does not have, against their authors' code or equation in torch: values and gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from rlhf_jax.methods.preference_table import PreferenceLossConfig
+from tests.support.pairs import loss_of
+
+PAIRS, BETA = 8, 0.3
+
+
+def dpop(w, l, ref_w, ref_l, tokens):  # noqa: E741
+    """The loss of arXiv:2402.13228, with lambda = 2; the authors released no code."""
+    penalty = torch.clamp(ref_w - w, min=0)
+    return -functional.logsigmoid(BETA * ((w - ref_w) - (l - ref_l) - 2.0 * penalty)).mean()
+
+
+LOSSES = {
+    "dpop": (dpop, PreferenceLossConfig(losses=("dpop",), dpop_lambda=2.0)),
+}
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("name", LOSSES)
+def test_our_numbers_are_those_of_the_paper(name, seed):
+    theirs, config = LOSSES[name]
+    rng = np.random.default_rng(seed)
+    logps, tokens = rng.normal(-20, 3, (4, PAIRS)).astype(np.float32), rng.integers(3, 30, (2, PAIRS))
+    arguments = [torch.tensor(x, requires_grad=number < 2) for number, x in enumerate(logps)]
+    expected = theirs(*arguments, torch.tensor(tokens))
+    expected.backward()
+
+    def loss(own):
+        lengths = jnp.asarray(tokens[0], jnp.int32), jnp.asarray(tokens[1], jnp.int32)
+        return loss_of(config, (*own, *logps[2:]), lengths, beta=BETA)[0]
+
+    value, grads = jax.value_and_grad(loss)((jnp.asarray(logps[0]), jnp.asarray(logps[1])))
+    np.testing.assert_allclose(value, expected.detach().numpy(), rtol=1e-5)
+    for grad, argument in zip(grads, arguments[:2], strict=True):
+        np.testing.assert_allclose(grad, argument.grad.numpy(), rtol=1e-4, atol=1e-7)

@@ -227,6 +227,37 @@ def dpop_loss(
     return -jax.nn.log_sigmoid(beta * (chosen_logratios - rejected_logratios - dpop_lambda * penalty))
 
 
+def alpha_dpo_loss(
+    chosen_logps: Float[Array, "B"],
+    rejected_logps: Float[Array, "B"],
+    ref_chosen_logps: Float[Array, "B"],
+    ref_rejected_logps: Float[Array, "B"],
+    chosen_tokens: Int[Array, "B"],
+    rejected_tokens: Int[Array, "B"],
+    *,
+    beta: Beta,
+    label_smoothing: float,
+    simpo_gamma: float,
+    alpha_dpo_alpha: float,
+    axes: tuple[str, ...],
+) -> Float[Array, "B"]:
+    r"""Alpha-DPO: SimPO whose target margin is larger where the policy already beats the reference by more.
+
+    $-\log\sigma(\beta m - \gamma - \alpha \beta\,\mathrm{sg}[z])$ with the policy's margin
+    $m = \frac{\log\pi(y_w)}{|y_w|} - \frac{\log\pi(y_l)}{|y_l|}$ and z the z-score, over the whole batch, of m less the
+    reference's margin: Wu et al. 2024 (arXiv:2410.10148). No gradient passes through z. Labels are smoothed as in
+    `cdpo_loss`, and the deviation is divided by the count less one, as in the authors' code, which also averages mean
+    and deviation over past batches; we do not. The variance is stabilised by 1e-8: it is 0 before the first update.
+    """
+    policy = per_token(chosen_logps, chosen_tokens) - per_token(rejected_logps, rejected_tokens)
+    reference = per_token(ref_chosen_logps, chosen_tokens) - per_token(ref_rejected_logps, rejected_tokens)
+    centred = policy - reference - masking.mean(policy - reference, axes)
+    degrees = jnp.maximum(masking.rows(centred, axes) - 1, 1).astype(centred.dtype)
+    variance = masking.total(jnp.square(centred), axes) / degrees
+    z_scores = jax.lax.stop_gradient(centred * jax.lax.rsqrt(variance + 1e-8))
+    return smoothed(beta * (policy - alpha_dpo_alpha * z_scores) - simpo_gamma, label_smoothing)
+
+
 def smoothed(margins: Float[Array, "B"], label_smoothing: float) -> Float[Array, "B"]:
     r"""$-(1-\epsilon) \log \sigma(m) - \epsilon \log \sigma(-m)$ for margins m, with `label_smoothing` as epsilon."""
     kept, flipped = jax.nn.log_sigmoid(margins), jax.nn.log_sigmoid(-margins)

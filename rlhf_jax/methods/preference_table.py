@@ -96,6 +96,7 @@ LOSSES: dict[str, LossSpec] = {
     "apo_down": LossSpec(losses.apo_down_loss, "APO-down", 1.0),
     "discopop": LossSpec(losses.discopop_loss, "DiscoPOP", 0.5 + 0.5 * LOG_2, any_divergence=True),
     "dpop": LossSpec(losses.dpop_loss, "DPOP", LOG_2),
+    "alpha_dpo": LossSpec(losses.alpha_dpo_loss, "alpha-DPO"),
     "sft": LossSpec(reference_free_losses.sft_loss, "SFT", any_divergence=True),  # reads no log-ratio
     "cpo": LossSpec(reference_free_losses.cpo_loss, "CPO"),
     "simpo": LossSpec(reference_free_losses.simpo_loss, "SimPO", per_token=True),
@@ -130,9 +131,10 @@ class PreferenceLossConfig:
     # Alpha of the alpha-divergence, between 0 (reverse KL) and 1 (forward KL).
     divergence_alpha: Annotated[float, Range(above=0, below=1)] = 0.5
     discopop_tau: Positive = 0.05  # tau of DiscoPOP's modulation (eq. 5 of Lu et al. 2024, arXiv:2406.08414)
-    simpo_gamma: NonNegative = 0.5  # SimPO's target margin, in nats
+    simpo_gamma: NonNegative = 0.5  # target margin of SimPO and alpha-DPO, in nats
     cpo_alpha: NonNegative = 1.0  # weight of CPO's likelihood
     dpop_lambda: NonNegative = 50.0  # weight of DPOP's penalty on a chosen response below its reference likelihood
+    alpha_dpo_alpha: NonNegative = 0.2  # how much alpha-DPO's margin varies between pairs
     # LD-DPO's weight of tokens beyond the shorter response; None: 1.
     ld_alpha: Annotated[float, Range(at_least=0, below=1)] | None = None
     use_weighting: bool = False  # WPO: weight pairs by how likely the policy is to write them

@@ -28,8 +28,10 @@ def with_metrics(result: tuple[jax.Array, dict[str, Metric]]) -> dict[str, jax.A
     return {"loss": loss, **values(metrics)}
 
 
-# Two sort the rows of all devices, one divides by their mean number of tokens, and the last is alone.
-MIXTURE = PreferenceLossConfig(losses=("aot", "aot_unpaired", "sft", "sigmoid"), loss_weights=(1.0, 0.7, 0.1, 0.4))
+# Two sort the rows of all devices, one takes z-scores over them, and one divides by their mean number of tokens.
+MIXTURE = PreferenceLossConfig(
+    losses=("aot", "aot_unpaired", "alpha_dpo", "sft", "sigmoid"), loss_weights=(1.0, 0.7, 0.5, 0.1, 0.4)
+)
 
 
 def preference_loss(s: jax.Array, theta: jax.Array, axes: tuple[str, ...]) -> tuple[jax.Array, dict[str, Metric]]:

@@ -29,6 +29,7 @@ from tests.support.padded_arrays import (
 )
 from tests.support.pairs import loss_of
 
+OF_MARGINS = ("aot", "alpha_dpo")  # read margins of each model, not log-ratios
 PAIRS, BETA, EPSILON, GAMMA, ALPHA, TAU, LAMBDA = 6, 0.3, 0.1, 0.4, 0.6, 0.2, 0.7
 OPTIONS: dict[str, Any] = {
     "label_smoothing": EPSILON,
@@ -36,10 +37,11 @@ OPTIONS: dict[str, Any] = {
     "cpo_alpha": ALPHA,
     "discopop_tau": TAU,
     "dpop_lambda": LAMBDA,
+    "alpha_dpo_alpha": ALPHA,
 }
 SMOOTHED = ("cdpo", "robust", "exo_pair", "aot", "aot_unpaired", "cpo", "simpo")
 READ = {**{name: ["label_smoothing"] for name in SMOOTHED}, "discopop": ["discopop_tau"]}
-READ["dpop"] = ["dpop_lambda"]
+READ |= {"dpop": ["dpop_lambda"], "alpha_dpo": ["label_smoothing", "simpo_gamma", "alpha_dpo_alpha"]}
 READ |= {"simpo": ["label_smoothing", "simpo_gamma"], "cpo": ["label_smoothing", "cpo_alpha"]}
 CONFIGS = {
     name: PreferenceLossConfig(losses=(name,), **{option: OPTIONS[option] for option in READ.get(name, ())})
@@ -117,9 +119,15 @@ def of_pair(name, w, l, ref_w, ref_l, n_w, n_l, n_mean):  # noqa: E741
     return formulas[name]()
 
 
-def slowly(name, logprobs, tokens):
+def slowly(name, logprobs, tokens, constant=None):
+    """Args: constant are the log-probabilities of terms without a gradient; None: logprobs."""
     w, l, ref_w, ref_l = (np.asarray(x, np.float64) for x in logprobs)  # noqa: E741
     n_w, n_l = (np.asarray(x, np.float64) for x in tokens)
+    if name == "alpha_dpo":
+        c_w, c_l, c_ref_w, c_ref_l = (np.asarray(x, np.float64) for x in constant or logprobs)
+        gaps = (c_w - c_ref_w) / n_w - (c_l - c_ref_l) / n_l
+        z = (gaps - gaps.mean()) / gaps.std(ddof=1)
+        return np.mean([smoothed(BETA * x - GAMMA) for x in w / n_w - l / n_l - ALPHA * z])
     if name == "aot":
         return np.mean([smoothed(BETA * x) for x in np.sort(w - l) - np.sort(ref_w - ref_l)])
     if name == "aot_unpaired":
@@ -141,7 +149,12 @@ def test_every_gradient_is_that_of_its_formula(seed):
     direction = np.random.default_rng(seed).normal(size=(4, PAIRS))
     for name, (_, grads) in every_loss(logprobs, tokens).items():
         by_differences = [
-            slowly(name, [np.asarray(x, np.float64) + h * d for x, d in zip(logprobs, direction, strict=True)], tokens)
+            slowly(
+                name,
+                [np.asarray(x, np.float64) + h * d for x, d in zip(logprobs, direction, strict=True)],
+                tokens,
+                constant=logprobs,
+            )
             for h in (1e-6, -1e-6)
         ]
         expected = (by_differences[0] - by_differences[1]) / 2e-6
@@ -158,8 +171,7 @@ def test_shifts_cancel_where_they_must_and_nowhere_else(seed):
     both_responses = every_loss((w + shift, l + shift, ref_w, ref_l), tokens)
     for name in CONFIGS:
         same = functools.partial(np.isclose, before[name][0][0], rtol=1e-4, atol=1e-5)
-        # The optimal transport of "aot" sorts the margins of each model, and does not know whose they are.
-        assert same(both_models[name][0][0]) == (LOSSES[name].needs_reference and name != "aot"), name
+        assert same(both_models[name][0][0]) == (LOSSES[name].needs_reference and name not in OF_MARGINS), name
         difference = LOSSES[name].any_divergence or name == "aot"
         cancels = difference and name not in ("ipo", "sigmoid_norm", "sft")  # two divide by lengths, one reads no ratio
         assert same(both_responses[name][0][0]) == cancels, name
@@ -352,5 +364,5 @@ def test_the_table_says_what_each_loss_is_at_the_reference():
 
 def test_the_table_knows_what_each_loss_reads():
     assert {name for name, spec in LOSSES.items() if not spec.needs_reference} == {"sft", "cpo", "simpo", "orpo"}
-    assert {name for name, spec in LOSSES.items() if spec.whole_batch} == {"aot", "aot_unpaired"}
+    assert {name for name, spec in LOSSES.items() if spec.whole_batch} == {"aot", "aot_unpaired", "alpha_dpo"}
     assert {name for name, spec in LOSSES.items() if not spec.takes("ld_alpha")} == {"sft", "simpo", "orpo"}

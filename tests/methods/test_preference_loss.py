@@ -30,6 +30,7 @@ CHANGES: dict[str, Any] = {
     "simpo_gamma": 1.5,
     "cpo_alpha": 0.3,
     "dpop_lambda": 3.0,
+    "alpha_dpo_alpha": 2.0,
     "ld_alpha": 0.3,
     "use_weighting": True,
 }

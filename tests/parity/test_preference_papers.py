@@ -21,7 +21,33 @@ def dpop(w, l, ref_w, ref_l, tokens):  # noqa: E741
     return -functional.logsigmoid(BETA * ((w - ref_w) - (l - ref_l) - 2.0 * penalty)).mean()
 
 
+def alpha_dpo(w, l, ref_w, ref_l, tokens):  # noqa: E741
+    """`dpo_loss` with loss_type "alpha-dpo" of github.com/junkangwu/alpha-DPO, whose log-probabilities are per token.
+
+    Its running mean and deviation are those of this batch alone: `gamma_update` = 0.
+    """
+    alpha, gamma_beta_ratio, label_smoothing = 0.7, 0.4 / BETA, 0.1
+    w, ref_w, l, ref_l = w / tokens[0], ref_w / tokens[0], l / tokens[1], ref_l / tokens[1]  # noqa: E741
+    pi_logratios = w - l
+    ref_logratios = ref_w - ref_l
+    gap_pos_neg = pi_logratios - ref_logratios
+    constant_1, constant_2 = torch.mean(gap_pos_neg), torch.std(gap_pos_neg)
+    ref_logratios_normalized = (gap_pos_neg - constant_1) / constant_2
+    ref_logratios_scaled = ref_logratios_normalized * alpha + gamma_beta_ratio
+    constant_term = ref_logratios_scaled.detach()
+    logits = pi_logratios - constant_term
+    losses = (
+        -functional.logsigmoid(BETA * logits) * (1 - label_smoothing)
+        - functional.logsigmoid(-BETA * logits) * label_smoothing
+    )
+    return losses.mean()
+
+
 LOSSES = {
+    "alpha_dpo": (
+        alpha_dpo,
+        PreferenceLossConfig(losses=("alpha_dpo",), alpha_dpo_alpha=0.7, simpo_gamma=0.4, label_smoothing=0.1),
+    ),
     "dpop": (dpop, PreferenceLossConfig(losses=("dpop",), dpop_lambda=2.0)),
 }
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from rlhf_jax.core.divergences import alpha_divergence
 from rlhf_jax.core.preference_losses import Beta, per_token, smoothed
 
 
@@ -76,6 +77,28 @@ def orpo_loss(
     chosen, rejected = per_token(full_chosen_logps, chosen_tokens), per_token(full_rejected_logps, rejected_tokens)
     log_odds = _log_odds(chosen) - _log_odds(rejected)
     return sft_loss(full_chosen_logps, tokens_per_pair=tokens_per_pair) - beta * jax.nn.log_sigmoid(log_odds)
+
+
+def alphapo_loss(
+    full_chosen_logps: Float[Array, "B"],
+    full_rejected_logps: Float[Array, "B"],
+    chosen_tokens: Int[Array, "B"],
+    rejected_tokens: Int[Array, "B"],
+    *,
+    beta: Beta,
+    alphapo_alpha: float,
+    simpo_gamma: float,
+    label_smoothing: float,
+) -> Float[Array, "B"]:
+    r"""AlphaPO (Gupta et al. 2025, arXiv:2501.03884): SimPO with another shape of the reward.
+
+    $-\log\sigma(\beta r_w - \beta r_l - \gamma)$ with $r = \frac{1 - p^{-\alpha}}{\alpha}$, where p is the geometric
+    mean of a response's token probabilities; `simpo_loss` is the limit of alpha = 0. Labels are smoothed as in TRL. The
+    exponent is bounded, as in `divergences`.
+    """
+    chosen, rejected = per_token(full_chosen_logps, chosen_tokens), per_token(full_rejected_logps, rejected_tokens)
+    margins = alpha_divergence(chosen, alpha=alphapo_alpha) - alpha_divergence(rejected, alpha=alphapo_alpha)
+    return smoothed(beta * margins - simpo_gamma, label_smoothing)
 
 
 def _log_odds(logprobs: Array) -> Array:

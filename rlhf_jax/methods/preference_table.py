@@ -50,7 +50,7 @@ class LossSpec:
     any_divergence: bool = False  # reads log-ratios by their difference alone, so that constants cancel
     reorders: bool = False  # compares rows of different pairs, so that a pair has no loss of its own
     per_token: bool = False  # its implicit rewards are log-probabilities a token
-    above_zero: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)  # option -> usual value
+    nonzero: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)  # option -> usual value
 
     @functools.cached_property
     def reads(self) -> frozenset[str]:
@@ -86,7 +86,7 @@ LOSSES: dict[str, LossSpec] = {
     "hinge": LossSpec(losses.hinge_loss, "hinge", 1.0, any_divergence=True),
     "ipo": LossSpec(losses.ipo_loss, "IPO", any_divergence=True),
     "sigmoid_norm": LossSpec(losses.sigmoid_norm_loss, "length-normalised DPO", LOG_2, any_divergence=True),
-    "exo_pair": LossSpec(losses.exo_pair_loss, "EXO", any_divergence=True, above_zero={"label_smoothing": "0.001"}),
+    "exo_pair": LossSpec(losses.exo_pair_loss, "EXO", any_divergence=True, nonzero={"label_smoothing": "0.001"}),
     "nca_pair": LossSpec(losses.nca_pair_loss, "NCA", 2 * LOG_2),
     "bco_pair": LossSpec(losses.bco_pair_loss, "BCO", 2 * LOG_2),
     "sppo_hard": LossSpec(losses.sppo_hard_loss, "SPPO"),
@@ -100,6 +100,9 @@ LOSSES: dict[str, LossSpec] = {
     "sft": LossSpec(reference_free_losses.sft_loss, "SFT", any_divergence=True),  # reads no log-ratio
     "cpo": LossSpec(reference_free_losses.cpo_loss, "CPO"),
     "simpo": LossSpec(reference_free_losses.simpo_loss, "SimPO", per_token=True),
+    "alphapo": LossSpec(
+        reference_free_losses.alphapo_loss, "AlphaPO", per_token=True, nonzero={"alphapo_alpha": "0.25"}
+    ),
     "orpo": LossSpec(reference_free_losses.orpo_loss, "ORPO", per_token=True),
 }
 
@@ -131,10 +134,11 @@ class PreferenceLossConfig:
     # Alpha of the alpha-divergence, between 0 (reverse KL) and 1 (forward KL).
     divergence_alpha: Annotated[float, Range(above=0, below=1)] = 0.5
     discopop_tau: Positive = 0.05  # tau of DiscoPOP's modulation (eq. 5 of Lu et al. 2024, arXiv:2406.08414)
-    simpo_gamma: NonNegative = 0.5  # target margin of SimPO and alpha-DPO, in nats
+    simpo_gamma: NonNegative = 0.5  # target margin of SimPO, AlphaPO and alpha-DPO, in nats
     cpo_alpha: NonNegative = 1.0  # weight of CPO's likelihood
     dpop_lambda: NonNegative = 50.0  # weight of DPOP's penalty on a chosen response below its reference likelihood
     alpha_dpo_alpha: NonNegative = 0.2  # how much alpha-DPO's margin varies between pairs
+    alphapo_alpha: Finite = 0.25  # shape of AlphaPO's reward; towards 0 it is SimPO's
     # LD-DPO's weight of tokens beyond the shorter response; None: 1.
     ld_alpha: Annotated[float, Range(at_least=0, below=1)] | None = None
     use_weighting: bool = False  # WPO: weight pairs by how likely the policy is to write them
@@ -148,9 +152,11 @@ class PreferenceLossConfig:
             raise ValueError(f"loss_weights = {self.loss_weights} must have one weight for each of {self.losses}")
         check_ranges(self)
         for name, spec in zip(self.losses, self.specs, strict=True):
-            for option, usual in spec.above_zero.items():
+            for option, usual in spec.nonzero.items():
                 if getattr(self, option) == 0:
-                    raise ValueError(f"{name} needs {option} above 0: set it, for example to {usual}")
+                    raise ValueError(
+                        f"{name} divides by {option} or takes its logarithm: set it, for example to {usual}"
+                    )
         for field in dataclasses.fields(self):
             if field.name in (*OWN_OPTIONS, *INPUT_OPTIONS) and getattr(self, field.name) != field.default:
                 self._check_read(field.name)

@@ -30,7 +30,7 @@ from tests.support.padded_arrays import (
 from tests.support.pairs import loss_of
 
 OF_MARGINS = ("aot", "alpha_dpo")  # read margins of each model, not log-ratios
-PAIRS, BETA, EPSILON, GAMMA, ALPHA, TAU, LAMBDA = 6, 0.3, 0.1, 0.4, 0.6, 0.2, 0.7
+PAIRS, BETA, EPSILON, GAMMA, ALPHA, TAU, LAMBDA, SHAPE = 6, 0.3, 0.1, 0.4, 0.6, 0.2, 0.7, 0.05
 OPTIONS: dict[str, Any] = {
     "label_smoothing": EPSILON,
     "simpo_gamma": GAMMA,
@@ -38,10 +38,12 @@ OPTIONS: dict[str, Any] = {
     "discopop_tau": TAU,
     "dpop_lambda": LAMBDA,
     "alpha_dpo_alpha": ALPHA,
+    "alphapo_alpha": SHAPE,
 }
 SMOOTHED = ("cdpo", "robust", "exo_pair", "aot", "aot_unpaired", "cpo", "simpo")
 READ = {**{name: ["label_smoothing"] for name in SMOOTHED}, "discopop": ["discopop_tau"]}
 READ |= {"dpop": ["dpop_lambda"], "alpha_dpo": ["label_smoothing", "simpo_gamma", "alpha_dpo_alpha"]}
+READ["alphapo"] = ["label_smoothing", "simpo_gamma", "alphapo_alpha"]
 READ |= {"simpo": ["label_smoothing", "simpo_gamma"], "cpo": ["label_smoothing", "cpo_alpha"]}
 CONFIGS = {
     name: PreferenceLossConfig(losses=(name,), **{option: OPTIONS[option] for option in READ.get(name, ())})
@@ -114,6 +116,7 @@ def of_pair(name, w, l, ref_w, ref_l, n_w, n_l, n_mean):  # noqa: E741
         "sft": lambda: -w / n_mean,
         "cpo": lambda: smoothed(BETA * (w - l)) - ALPHA * w / n_mean,
         "simpo": lambda: smoothed(BETA * (w / n_w - l / n_l) - GAMMA),
+        "alphapo": lambda: smoothed(BETA * (math.exp(-SHAPE * l / n_l) - math.exp(-SHAPE * w / n_w)) / SHAPE - GAMMA),
         "orpo": lambda: -w / n_mean - BETA * log_sigmoid(math.log(odds(w / n_w) / odds(l / n_l))),
     }
     return formulas[name]()
@@ -165,7 +168,7 @@ def test_every_gradient_is_that_of_its_formula(seed):
 def test_shifts_cancel_where_they_must_and_nowhere_else(seed):
     """A number for each pair: added to policy and reference it says nothing, nor to both responses in a difference."""
     (w, l, ref_w, ref_l), tokens = case(seed)  # noqa: E741
-    shift = 3 * normal(seed + 9, PAIRS)
+    shift = 1 + jnp.abs(3 * normal(seed + 9, PAIRS))  # of one sign, so that no mean of them is 0 by chance
     before = every_loss((w, l, ref_w, ref_l), tokens)
     both_models = every_loss((w + shift, l, ref_w + shift, ref_l), tokens)
     both_responses = every_loss((w + shift, l + shift, ref_w, ref_l), tokens)
@@ -226,7 +229,7 @@ def test_metrics(seed):
     w, l, ref_w, ref_l = (np.asarray(x, np.float64) for x in logprobs)  # noqa: E741
     for name, ((_, metrics), _) in every_loss(logprobs, tokens).items():
         chosen, rejected = (w - ref_w, l - ref_l) if LOSSES[name].needs_reference else (w, l)
-        if name in ("simpo", "orpo"):
+        if LOSSES[name].per_token:
             chosen, rejected = chosen / np.asarray(tokens[0]), rejected / np.asarray(tokens[1])
         expected = {
             "rewards/chosen": np.mean(BETA * chosen),
@@ -363,6 +366,12 @@ def test_the_table_says_what_each_loss_is_at_the_reference():
 
 
 def test_the_table_knows_what_each_loss_reads():
-    assert {name for name, spec in LOSSES.items() if not spec.needs_reference} == {"sft", "cpo", "simpo", "orpo"}
+    assert {name for name, spec in LOSSES.items() if not spec.needs_reference} == {
+        "sft",
+        "cpo",
+        "simpo",
+        "alphapo",
+        "orpo",
+    }
     assert {name for name, spec in LOSSES.items() if spec.whole_batch} == {"aot", "aot_unpaired", "alpha_dpo"}
-    assert {name for name, spec in LOSSES.items() if not spec.takes("ld_alpha")} == {"sft", "simpo", "orpo"}
+    assert {name for name, spec in LOSSES.items() if not spec.takes("ld_alpha")} == {"sft", "simpo", "alphapo", "orpo"}

@@ -31,6 +31,7 @@ CHANGES: dict[str, Any] = {
     "cpo_alpha": 0.3,
     "dpop_lambda": 3.0,
     "alpha_dpo_alpha": 2.0,
+    "alphapo_alpha": -1.0,
     "ld_alpha": 0.3,
     "use_weighting": True,
 }
@@ -98,7 +99,7 @@ def test_every_option_matters_to_each_loss_that_reads_it_and_no_other_takes_it()
         ({"losses": ("dpo",)}, "losses = .*should be a list of one of 'sigmoid'"),
         ({"loss_weights": (1.0, 2.0)}, "loss_weights = .* one weight for each"),
         ({"label_smoothing": 0.5, "losses": ("robust",)}, "label_smoothing = 0.5 .*below 0.5"),
-        ({"losses": ("exo_pair",)}, "exo_pair needs label_smoothing above 0"),
+        ({"losses": ("exo_pair",)}, "exo_pair divides by label_smoothing or takes its logarithm"),
         ({"divergence_alpha": 0.2}, "divergence_alpha = 0.2 is not read with divergence = 'reverse_kl'"),
         ({"divergence": "alpha_divergence", "divergence_alpha": 1.0}, "divergence_alpha = 1.0 must be below 1"),
         ({"divergence": "forward_kl", "losses": ("sigmoid", "bco_pair")}, "divergence = .* is not read by bco_pair"),

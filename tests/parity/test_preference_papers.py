@@ -64,7 +64,7 @@ def test_our_numbers_are_those_of_the_paper(name, seed):
 
     def loss(own):
         lengths = jnp.asarray(tokens[0], jnp.int32), jnp.asarray(tokens[1], jnp.int32)
-        return loss_of(config, (*own, *logps[2:]), lengths, beta=BETA)[0]
+        return loss_of(config, (*own, *map(jnp.asarray, logps[2:])), lengths, beta=BETA)[0]
 
     value, grads = jax.value_and_grad(loss)((jnp.asarray(logps[0]), jnp.asarray(logps[1])))
     np.testing.assert_allclose(value, expected.detach().numpy(), rtol=1e-5)

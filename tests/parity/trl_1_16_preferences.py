@@ -42,6 +42,7 @@ DPO: dict[str, dict[str, Any]] = {
 CPO: dict[str, dict[str, Any]] = {
     "cpo": {"loss_type": "sigmoid", "cpo_alpha": 0.6},
     "cpo, smoothed": {"loss_type": "sigmoid", "label_smoothing": 0.1},
+    "alphapo": {"loss_type": "alphapo", "alpha": 0.7, "simpo_gamma": 0.4, "label_smoothing": 0.1},
     "simpo": {"loss_type": "simpo", "cpo_alpha": 0.0, "simpo_gamma": 0.4, "label_smoothing": 0.1},
 }
 KTO: dict[str, dict[str, Any]] = {

@@ -197,6 +197,7 @@ PREFERENCES: dict[str, PreferenceLossConfig] = {
     "mixture": Loss(losses=("sigmoid", "sft", "bco_pair"), loss_weights=(0.8, 1.0, 0.2)),
     "cpo": Loss(losses=("cpo",), cpo_alpha=0.6),
     "cpo, smoothed": Loss(losses=("cpo",), label_smoothing=0.1),
+    "alphapo": Loss(losses=("alphapo",), alphapo_alpha=0.7, simpo_gamma=0.4, label_smoothing=0.1),
     "simpo": Loss(losses=("simpo",), simpo_gamma=0.4, label_smoothing=0.1),
 }
 

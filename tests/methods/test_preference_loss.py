@@ -205,3 +205,77 @@ def test_likelihoods_accumulate_to_a_mean_over_tokens_and_need_no_reference():
     assert not loss.needs_reference
     whole = step(loss, tiny.OPTIMIZER, frozen)
     assert_close(step(loss, dataclasses.replace(tiny.OPTIMIZER, micro_batch=4), frozen), whole)
+
+
+OWN = """
+import jax
+
+def mine(chosen_logratios, rejected_logratios, *, beta, scale=1.0):
+    return -jax.nn.log_sigmoid(scale * beta * (chosen_logratios - rejected_logratios))
+
+def smoothed(chosen_logratios, *, beta, label_smoothing):
+    return (1 - label_smoothing) * jax.nn.sigmoid(-beta * chosen_logratios)
+
+def of_the_batch(chosen_logps, *, axes):
+    return chosen_logps
+
+def misspelt(chosen_logratio, *, beta):
+    return chosen_logratio
+"""
+
+
+@pytest.fixture
+def own(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(OWN)
+    return path
+
+
+def of_section(losses: list[str], **options: Any) -> PreferenceLossConfig:
+    return configs.build(PreferenceLossConfig, {"losses": losses, **options}, "config.dpo.loss")
+
+
+def test_a_loss_of_ones_own_is_mixed_with_weights_and_reads_options(own):
+    config = of_section([f"{own}:mine", f"{own}:smoothed", "sft"], loss_weights=[2.0, 1.0, 0.5], label_smoothing=0.2)
+    batch = jax.tree.map(jnp.asarray, tiny.preferences(8))
+    loss, metrics = preference_loss(config, batch)
+    policy, reference = (logps(config, batch, seed) for seed in (0, 1))
+    logratios = np.asarray(policy.chosen - reference.chosen), np.asarray(policy.rejected - reference.rejected)
+    mine = np.mean(np.log1p(np.exp(-0.3 * (logratios[0] - logratios[1]))))
+    smoothed = np.mean(0.8 / (1 + np.exp(0.3 * logratios[0])))
+    np.testing.assert_allclose(metrics[f"loss/{own}:mine"], mine, rtol=1e-5)
+    np.testing.assert_allclose(metrics[f"loss/{own}:smoothed"], smoothed, rtol=1e-5)
+    np.testing.assert_allclose(loss, 2 * mine + smoothed + 0.5 * metrics["loss/sft"], rtol=1e-5)
+
+
+def test_a_changed_file_is_another_step(own):
+    config = of_section([f"{own}:mine"])
+    before = dpo.make_step(tiny.POLICY, tiny.OPTIMIZER, 3, (), config)
+    assert dpo.make_step(tiny.POLICY, tiny.OPTIMIZER, 3, (), config) is before
+    own.write_text(OWN.replace("scale=1.0", "scale=2.0"))
+    assert dpo.make_step(tiny.POLICY, tiny.OPTIMIZER, 3, (), config) is not before
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        (
+            "misspelt",
+            {},
+            r"misspelt has the signature \(chosen_logratio, \*, beta\): write `def misspelt\(\*, \.\.\.\)`",
+        ),
+        ("missing", {}, "has no function 'missing'"),
+        ("mine", {"simpo_gamma": 1.0}, "simpo_gamma = 1.0 is not read by"),
+        ("mine", {"divergence": "forward_kl"}, "divergence = 'forward_kl' is not read by"),
+        ("of_the_batch", {"use_weighting": True}, "use_weighting = True is not read by"),
+    ],
+)
+def test_what_a_loss_of_ones_own_cannot_be_is_one_message(own, name, options, message):
+    with pytest.raises(RlhfError, match=message):
+        of_section([f"{own}:{name}"], **options)
+
+
+def test_a_loss_of_ones_own_with_statistics_of_the_batch_is_not_accumulated(own):
+    section = DPO | {"loss": {"losses": [f"{own}:of_the_batch"]}, "optimizer": DPO["optimizer"] | {"micro_batch": 4}}
+    with pytest.raises(RlhfError, match="of_the_batch uses statistics of the whole batch"):
+        configs.build(DPOConfig, section, "config.dpo")

@@ -1,12 +1,11 @@
 """Trainable parameters of a stage: all parameters of a model, or an adapter on a frozen base."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Sequence
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Key, PRNGKeyArray, PyTree
 
 from rlhf_jax.config import ModelSource
@@ -16,7 +15,6 @@ from rlhf_jax.loading.models import Policy, Tuning, refuse_float16, save_policy_
 from rlhf_jax.models.lora import Adapted
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
-from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.types import RlhfError
 
 Network = PolicyNetwork | ScalarNetwork
@@ -93,26 +91,3 @@ def begin_policy(source: ModelSource, tuning: Tuning, context: Context) -> Polic
 def stack(trees: Sequence[PyTree]) -> PyTree:
     """Stack the trees of several seeds along a leading axis; a single tree is returned unchanged."""
     return trees[0] if len(trees) == 1 else jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
-
-
-class Runs(NamedTuple):
-    """Per-run parts of a Task: those of a single run, or of several seeds stacked."""
-
-    state: TrainState
-    batch_at: Callable[[int], Any]
-    run_key: PRNGKeyArray
-
-
-def over_seeds(context: Context, start: Callable[[PRNGKeyArray], TrainState], batches: Callable[[int], Any]) -> Runs:
-    """Create the runs of a stage that trains on a table, each with its own key and order of the rows.
-
-    Args: start creates a run's initial state from a key; batches maps a seed to its batches, indexed by step.
-    """
-    sources = [batches(context.seed + k) for k in range(context.seeds)]
-
-    def batch_at(step: int) -> Any:
-        rows = [source[step] for source in sources]
-        return rows[0] if len(rows) == 1 else jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
-
-    states = [start(context.key("init", k)) for k in range(context.seeds)]
-    return Runs(stack(states), batch_at, stack([context.key("run", k) for k in range(context.seeds)]))

@@ -17,14 +17,13 @@ from rlhf_jax.config import Count, Range, check_ranges
 from rlhf_jax.core import logprobs, masking
 from rlhf_jax.core.metrics import Metric, mean, values
 from rlhf_jax.core.preference_losses import Beta, per_token
-from rlhf_jax.loading.trainable import dropout_keys, full_params
+from rlhf_jax.loading.trainable import full_params
+from rlhf_jax.methods.offline import Updates
 from rlhf_jax.methods.preference_table import DIVERGENCES, OWN_OPTIONS, LossSpec, PreferenceLossConfig
 from rlhf_jax.models.head import TokenStats
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.runtime.checkpoints import TrainState
-from rlhf_jax.runtime.optimizers import OptimizerConfig, gradients, learning_rate, make_optimizer, update
 from rlhf_jax.runtime.programs import Step
-from rlhf_jax.runtime.rounding import update_key
 from rlhf_jax.sampling.batches import map_batches
 from rlhf_jax.types import AnyArray, PreferenceBatch
 
@@ -264,10 +263,7 @@ def evaluate(
 
 
 def make_step(
-    network: PolicyNetwork,
-    config: OptimizerConfig,
-    steps: int,
-    axes: tuple[str, ...],
+    updates: Updates[PolicyNetwork],
     loss_config: PreferenceLossConfig = SIGMOID,
     reference_update: ReferenceUpdate | None = None,
 ) -> Step:
@@ -277,30 +273,27 @@ def make_step(
     the state's parameters instead, as a second adapter of the same base if the policy is an adapter. Beta is an array,
     so that runs which differ in beta alone share one compiled program.
     """
-    return _make_step(network, config, steps, axes, loss_config, reference_update, loss_config.specs)
+    return _make_step(updates, loss_config, reference_update, loss_config.specs)
 
 
 @functools.lru_cache  # by the specs too: a user's file may have changed since
 def _make_step(
-    network: PolicyNetwork,
-    config: OptimizerConfig,
-    steps: int,
-    axes: tuple[str, ...],
+    updates: Updates[PolicyNetwork],
     loss_config: PreferenceLossConfig,
     reference_update: ReferenceUpdate | None,
     specs: tuple[LossSpec, ...],
 ) -> Step:
-    optimizer, schedule = make_optimizer(config, steps), learning_rate(config, steps)
+    network, axes = updates.network, updates.axes
 
     def step(
         state: TrainState, frozen: dict[str, PyTree], batch: PreferenceBatch | ReferencedBatch, run_key: jax.Array
     ) -> tuple[TrainState, dict[str, Array], tuple]:
         rows = batch if isinstance(batch, ReferencedBatch) else ReferencedBatch(batch, None)
         whole_batch = tokens_per_pair(rows.pairs.chosen_mask, axes)
-        keys = dropout_keys(network, run_key, state.step, len(rows.pairs.prompt), axes)
 
-        def loss_fn(params: PyTree, given: tuple) -> tuple[Float[Array, ""], Metrics]:
-            rows, keys = given
+        def loss_fn(
+            params: PyTree, rows: ReferencedBatch, keys: Key[Array, "B"] | None
+        ) -> tuple[Float[Array, ""], Metrics]:
             if rows.reference is None and loss_config.needs_reference:
                 rows = rows._replace(reference=pair_logps(loss_config, network, reference_params(), rows.pairs))
             policy = full_params(network, params["policy"], frozen, "reference")
@@ -313,21 +306,15 @@ def _make_step(
                 return frozen["reference"]
             return full_params(network, state.params["reference"], frozen, "reference")
 
-        trained = {"policy": state.params["policy"]}
-        loss, metrics, grads = gradients(
-            config, loss_fn, trained, (rows, keys), lambda given: masking.rows(given[0].pairs.prompt, axes), axes
-        )
-        key = update_key(run_key, state.step)
-        params, opt_state, norms = update(optimizer, grads, trained, state.opt_state, axes, key=key)
+        def pairs(rows: ReferencedBatch) -> Array:
+            return masking.rows(rows.pairs.prompt, axes)
+
+        state, logged = updates.update(state, rows, run_key, loss_fn, weight=pairs, trained=("policy",))
         if reference_update:
-            reference = sync_reference(reference_update, state.params["reference"], params["policy"], state.step + 1)
-            params = {**params, "reference": reference}
-        logged = values(metrics) | {
-            "loss": loss,
-            **norms,
-            "learning_rate": jnp.asarray(schedule(state.step)),
-            "num_tokens": masking.count(rows.pairs.chosen_mask, axes) + masking.count(rows.pairs.rejected_mask, axes),
-        }
-        return TrainState(state.step + 1, params, opt_state), logged, ()
+            policy, reference = state.params["policy"], state.params["reference"]
+            reference = sync_reference(reference_update, reference, policy, state.step)
+            state = state._replace(params={"policy": policy, "reference": reference})
+        tokens = masking.count(rows.pairs.chosen_mask, axes) + masking.count(rows.pairs.rejected_mask, axes)
+        return state, logged | {"num_tokens": tokens}, ()
 
     return step

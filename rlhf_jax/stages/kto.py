@@ -11,27 +11,25 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int, Key, PyTree
 
-from rlhf_jax.config import AtLeastTwo, Count, CountOrZero, ModelSource, NonNegative, Positive, StageName, check_ranges
+from rlhf_jax.config import AtLeastTwo, CountOrZero, ModelSource, NonNegative, Positive, StageName, check_ranges
 from rlhf_jax.core import masking
 from rlhf_jax.core.logprobs import sequence_logprobs
 from rlhf_jax.core.metrics import Metric, values
 from rlhf_jax.core.unpaired_losses import apo_zero_unpaired_loss, kto_baseline, kto_loss
 from rlhf_jax.data import pipeline
 from rlhf_jax.data.lengths import answer_pairs
-from rlhf_jax.loading.context import Context, steps_for
+from rlhf_jax.loading.context import Context
 from rlhf_jax.loading.data_report import report_answers
 from rlhf_jax.loading.models import NO_CHANGES, Tuning, refuse_float16
 from rlhf_jax.loading.samples import policy_samples
 from rlhf_jax.loading.tables import load_preferences
-from rlhf_jax.loading.trainable import begin_policy, dropout_keys, full_params, init_trainable, over_seeds
+from rlhf_jax.loading.trainable import begin_policy, full_params, init_trainable
+from rlhf_jax.methods.offline import Method, OfflineConfig, Updates, train_offline
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.runtime.checkpoints import TrainState
-from rlhf_jax.runtime.loop import Evaluation, LoopConfig, Task, train
-from rlhf_jax.runtime.optimizers import OptimizerConfig, gradients, learning_rate, make_optimizer, update
 from rlhf_jax.runtime.programs import Step
-from rlhf_jax.runtime.rounding import update_key
 from rlhf_jax.sampling.batches import response_logprobs_all
 from rlhf_jax.types import RlhfError, Rollout, UnpairedBatch
 
@@ -56,26 +54,23 @@ class UnpairedLossConfig:
 KTO = UnpairedLossConfig()
 
 
-@dataclasses.dataclass(frozen=True)
-class KTOConfig:
-    """Initial policy (also the reference), responses, beta, and training hyperparameters."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KTOConfig(OfflineConfig):
+    """Initial policy (also the reference), responses and beta."""
 
     kind: Literal["kto"]
     policy: ModelSource  # policy to start from, and the reference
     # Stage whose pairs are split into good and bad responses; None: the experiment's data.
     preferences: StageName | None
     beta: Positive  # how fast gains and losses saturate
-    optimizer: OptimizerConfig
     batch_size: AtLeastTwo  # responses in an update; each is also paired with another prompt, to estimate KL
-    epochs: Positive  # passes over the responses
     sample_prompts: CountOrZero  # evaluation prompts continued at every evaluation
-    eval_every: Count  # steps between evaluations
-    loop: LoopConfig
     loss: UnpairedLossConfig = KTO
     tuning: Tuning = NO_CHANGES
     sample_temperature: NonNegative = 1.0  # temperature of continuations at evaluations; 0 is greedy
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         refuse_float16(self.tuning, adapter=self.tuning.lora is not None)
 
 
@@ -87,15 +82,10 @@ def run(config: KTOConfig, context: Context) -> dict[str, Any]:
     data, eval_data = (pipeline.unpaired(table, tokenizer, context.data) for table in (rows, held_out))
     eval_prompts = pipeline.prompts(pipeline.load_rows(context.data, "eval"), tokenizer, context.data)
     report_answers(context, tokenizer, {"train": answer_pairs(rows), "eval": answer_pairs(held_out)})
-    steps = steps_for(config.epochs, len(rows), config.batch_size, config.loop.steps_per_call)
-
-    def start(key: PRNGKeyArray) -> TrainState:
-        params = {"policy": init_trainable(network, reference.params, key).trained}
-        return TrainState(jnp.int32(0), params, make_optimizer(config.optimizer, steps).init(params))
-
-    placement = context.placement(context.seeds)
-    runs = over_seeds(context, start, lambda seed: pipeline.shuffled_batches(data, config.batch_size, seed))
     frozen = {"reference": reference.params, "beta": jnp.float32(config.beta)}
+
+    def start(updates: Updates[PolicyNetwork], run: int) -> TrainState:
+        return updates.init({"policy": init_trainable(network, reference.params, context.key("init", run)).trained})
 
     def evaluation(trained: PyTree) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         policy = reference._replace(params=full_params(network, trained["policy"], frozen, "reference"))
@@ -103,18 +93,14 @@ def run(config: KTOConfig, context: Context) -> dict[str, Any]:
         metrics = evaluate(config.loss, network, models, eval_data, config.beta, context.runtime.inference_batch)
         return metrics, policy_samples(policy, eval_prompts, config.sample_prompts, context, config.sample_temperature)
 
-    task = Task(
-        step=make_step(network, config.optimizer, steps, placement.axes, config.loss),
-        state=runs.state,
+    method = Method(
+        step=lambda updates: make_step(updates, config.loss),
+        start=start,
         frozen=frozen,
-        batch_at=runs.batch_at,
-        run_key=runs.run_key,
-        total_steps=steps,
+        evaluate=evaluation,
         key_figures=("loss", "rewards/margins", "kl"),
-        evaluation=Evaluation(config.eval_every, evaluation),
-        describe=lambda step, samples: [],
     )
-    train(task, config.loop, placement, context.seed, context.directory, context.bar)
+    steps = train_offline(config, context, network, data, method, runs=context.seeds)
     return {
         "desirable_rows": int(data.label.sum()),
         "undesirable_rows": int((~data.label).sum()),
@@ -124,20 +110,17 @@ def run(config: KTOConfig, context: Context) -> dict[str, Any]:
 
 
 @functools.lru_cache
-def make_step(
-    network: PolicyNetwork,
-    config: OptimizerConfig,
-    steps: int,
-    axes: tuple[str, ...],
-    loss_config: UnpairedLossConfig = KTO,
-) -> Step:
-    """Create the update step on an UnpairedBatch. `frozen` has the reference (the base of an adapter) and beta.
+def make_step(updates: Updates[PolicyNetwork], loss_config: UnpairedLossConfig = KTO) -> Step:
+    """Make the step: one update on an UnpairedBatch.
 
-    The reference point is that of the whole batch, even if gradients are accumulated over micro-batches.
+    `frozen` holds beta and the reference, which is also an adapter's base. The reference point is estimated on the
+    whole batch, also if gradients are accumulated over micro-batches.
     """
-    optimizer, schedule = make_optimizer(config, steps), learning_rate(config, steps)
+    network, axes = updates.network, updates.axes
 
-    def step(state: TrainState, frozen: dict[str, Any], batch: UnpairedBatch, run_key: jax.Array) -> tuple:
+    def step(
+        state: TrainState, frozen: dict[str, PyTree], batch: UnpairedBatch, run_key: jax.Array
+    ) -> tuple[TrainState, dict[str, Array], tuple]:
         baseline = None
         if loss_config.loss == "kto":
             others = to_other_prompts(batch, axes)
@@ -145,25 +128,17 @@ def make_step(
             own, reference = (response_logprobs(network, params, others) for params in (policy, frozen["reference"]))
             baseline = kto_baseline(own, reference, axes)
 
-        def loss_fn(params: PyTree, given: tuple) -> tuple[jax.Array, dict[str, Metric]]:
-            rows, keys = given
+        def loss_fn(
+            params: PyTree, rows: UnpairedBatch, keys: Key[Array, "B"] | None
+        ) -> tuple[Float[Array, ""], dict[str, Metric]]:
             reference = response_logprobs(network, frozen["reference"], rows)
             own = response_logprobs(network, full_params(network, params["policy"], frozen, "reference"), rows, keys)
             return unpaired_loss(loss_config, own, reference, rows.label, baseline, beta=frozen["beta"], axes=axes)
 
-        keys = dropout_keys(network, run_key, state.step, len(batch.prompt), axes)
-        loss, metrics, grads = gradients(
-            config, loss_fn, state.params, (batch, keys), lambda given: masking.rows(given[0].prompt, axes), axes
+        state, logged = updates.update(
+            state, batch, run_key, loss_fn, weight=lambda rows: masking.rows(rows.prompt, axes)
         )
-        key = update_key(run_key, state.step)
-        params, opt_state, norms = update(optimizer, grads, state.params, state.opt_state, axes, key=key)
-        logged = values(metrics) | {
-            "loss": loss,
-            **norms,
-            "learning_rate": schedule(state.step),
-            "num_tokens": masking.count(batch.response_mask, axes),
-        }
-        return TrainState(state.step + 1, params, opt_state), logged, ()
+        return state, logged | {"num_tokens": masking.count(batch.response_mask, axes)}, ()
 
     return step
 

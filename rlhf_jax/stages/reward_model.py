@@ -9,16 +9,15 @@ import functools
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Array, Key, PyTree
 
-from rlhf_jax.config import AtLeastTwo, Count, ModelSource, Positive, StageName, check_ranges
-from rlhf_jax.core.metrics import Metric, values
+from rlhf_jax.config import AtLeastTwo, ModelSource, Positive, StageName, check_ranges
+from rlhf_jax.core.metrics import Metric
 from rlhf_jax.data import pipeline
 from rlhf_jax.data.lengths import answer_pairs
 from rlhf_jax.data.prompts import draw_prompts
-from rlhf_jax.loading.context import Context, steps_for
+from rlhf_jax.loading.context import Context
 from rlhf_jax.loading.data_report import report_answers
 from rlhf_jax.loading.models import (
     Pretrained,
@@ -28,8 +27,9 @@ from rlhf_jax.loading.models import (
     refuse_float16,
     save_reward_spec,
 )
-from rlhf_jax.loading.trainable import dropout_keys, full_params, init_trainable, stack, trainable
+from rlhf_jax.loading.trainable import full_params, init_trainable, trainable
 from rlhf_jax.methods import reward as reward_loss
+from rlhf_jax.methods.offline import Method, OfflineConfig, Updates, train_offline
 from rlhf_jax.methods.reward import BRADLEY_TERRY, RewardLossConfig
 from rlhf_jax.methods.reward_report import HeldOut, evaluate, report
 from rlhf_jax.models.model_config import ModelConfig
@@ -37,10 +37,7 @@ from rlhf_jax.models.reward_ensemble import EnsembleConfig
 from rlhf_jax.models.scalars import Pooling, ScalarNetwork
 from rlhf_jax.rewards.scorers import make_scorer
 from rlhf_jax.runtime.checkpoints import TrainState
-from rlhf_jax.runtime.loop import Evaluation, LoopConfig, Task, train
-from rlhf_jax.runtime.optimizers import OptimizerConfig, gradients, learning_rate, make_optimizer, update
 from rlhf_jax.runtime.programs import Step
-from rlhf_jax.runtime.rounding import update_key
 from rlhf_jax.sampling.batches import sample_all
 from rlhf_jax.types import RlhfError
 
@@ -57,8 +54,8 @@ class NormaliseConfig:
         check_ranges(self)
 
 
-@dataclasses.dataclass(frozen=True)
-class RewardModelConfig:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RewardModelConfig(OfflineConfig):
     """The reward model: of its own shape and from scratch, or from a checkpoint or a stage of its own."""
 
     kind: Literal["reward_model"]
@@ -67,17 +64,13 @@ class RewardModelConfig:
     # Shape of a model from scratch, or the model to start from; of a language model, the body is used.
     model: ModelConfig | Pretrained
     pooling: Pooling  # tokens that the score is read from
-    optimizer: OptimizerConfig
-    batch_size: Count  # pairs in an update, or prompts where the loss reads rankings
-    epochs: Positive  # passes over the preferences
-    eval_every: Count  # steps between evaluations
-    loop: LoopConfig
     loss: RewardLossConfig = BRADLEY_TERRY
     ensemble: EnsembleConfig | None = None  # train several members at once; None: one model
     # Scale scores to mean 0 and variance 1 on samples of a policy; None: leave them.
     normalise: NormaliseConfig | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         refuse_float16(self.model, adapter=isinstance(self.model, Pretrained) and self.model.lora is not None)
         if (self.policy is None) != isinstance(self.model, Pretrained):
             raise ValueError("policy provides the tokenizer of a model from scratch, and must be None with model.init")
@@ -101,31 +94,19 @@ def run(config: RewardModelConfig, context: Context) -> dict[str, Any]:
     data = reward_loss.make_batch(config.loss, rows, model.tokenizer, context.data)
     eval_data = HeldOut(pipeline.preferences(held_out, model.tokenizer, context.data), held_out)
     report_answers(context, model.tokenizer, {"train": answer_pairs(rows), "eval": answer_pairs(held_out)})
-    orders = [pipeline.shuffled_batches(data, config.batch_size, context.seed + member) for member in range(members)]
-    steps = steps_for(config.epochs, len(data.prompt), config.batch_size, config.loop.steps_per_call)
-
-    placement = context.placement(members)
-    optimizer = make_optimizer(config.optimizer, steps)
-    states = [
-        TrainState(jnp.int32(0), params, optimizer.init(params)) for params in ({"reward": b.trained} for b in begun)
-    ]
     frozen = {"base": begun[0].base}
 
     def evaluation(trained: PyTree) -> tuple[dict[str, float], list[dict[str, Any]]]:
         return evaluate(network, full_params(network, trained["reward"], frozen, "base"), eval_data, context)
 
-    task = Task(
-        step=make_step(network, config.optimizer, steps, placement.axes, config.loss),
-        state=states[0] if members == 1 else jax.tree.map(lambda *leaves: jnp.stack(leaves), *states),
+    method = Method(
+        step=lambda updates: make_step(updates, config.loss),
+        start=lambda updates, member: updates.init({"reward": begun[member].trained}),
         frozen=frozen,
-        batch_at=lambda step: _stacked([order[step] for order in orders]),
-        run_key=stack([context.key("run", member) for member in range(members)]),
-        total_steps=steps,
+        evaluate=evaluation,
         key_figures=("loss", "accuracy", "eval/accuracy"),
-        evaluation=Evaluation(config.eval_every, evaluation),
-        describe=lambda step, samples: [],
     )
-    train(task, config.loop, placement, context.seed, context.directory, context.bar)
+    steps = train_offline(config, context, network, data, method, runs=members)
     load = functools.partial(load_stage_reward_model, context.directory, find=context.workdir.find, where=context.where)
     if config.normalise is not None:
         found = score_moments(config.normalise, load(), context)
@@ -152,41 +133,24 @@ def make_reward_model(config: RewardModelConfig, context: Context, member: int =
     return start._replace(network=dataclasses.replace(start.network, pooling=config.pooling))
 
 
-def make_step(
-    network: ScalarNetwork,
-    config: OptimizerConfig,
-    steps: int,
-    axes: tuple[str, ...],
-    loss_config: RewardLossConfig = BRADLEY_TERRY,
-) -> Step:
-    """Create the update step on a batch of `reward_loss` (a PreferenceBatch for the default loss)."""
-    optimizer, schedule = make_optimizer(config, steps), learning_rate(config, steps)
+def make_step(updates: Updates[ScalarNetwork], loss_config: RewardLossConfig = BRADLEY_TERRY) -> Step:
+    """Make the step: one update on the batch that the loss reads, a PreferenceBatch for the default loss."""
+    network, axes = updates.network, updates.axes
 
-    def step(state: TrainState, frozen: Any, batch: reward_loss.Batch, run_key: jax.Array) -> tuple:
-        keys = dropout_keys(network, run_key, state.step, len(batch.prompt), axes)
-
-        def loss_fn(params: PyTree, given: tuple) -> tuple[jax.Array, dict[str, Metric]]:
-            rows, keys = given
+    def step(
+        state: TrainState, frozen: PyTree, batch: reward_loss.Batch, run_key: jax.Array
+    ) -> tuple[TrainState, dict[str, Array], tuple]:
+        def loss_fn(
+            params: PyTree, rows: reward_loss.Batch, keys: Key[Array, "B"] | None
+        ) -> tuple[Array, dict[str, Metric]]:
             reward = full_params(network, params["reward"], frozen, "base")
             return reward_loss.loss(loss_config, network, reward, rows, dropout_keys=keys, axes=axes)
 
-        loss, metrics, grads = gradients(
-            config,
-            loss_fn,
-            state.params,
-            (batch, keys),
-            lambda given: reward_loss.weight(loss_config, given[0], axes),
-            axes,
-        )
-        key = update_key(run_key, state.step)
-        params, opt_state, norms = update(optimizer, grads, state.params, state.opt_state, axes, key=key)
-        logged = values(metrics) | {
-            "loss": loss,
-            **norms,
-            "learning_rate": schedule(state.step),
-            "num_tokens": reward_loss.tokens(batch, axes),
-        }
-        return TrainState(state.step + 1, params, opt_state), logged, ()
+        def weight(rows: reward_loss.Batch) -> Array:
+            return reward_loss.weight(loss_config, rows, axes)
+
+        state, logged = updates.update(state, batch, run_key, loss_fn, weight=weight)
+        return state, logged | {"num_tokens": reward_loss.tokens(batch, axes)}, ()
 
     return step
 
@@ -223,7 +187,3 @@ def score_moments(config: NormaliseConfig, model: RewardModel, context: Context)
             )
         moments.append((mean, deviation))
     return moments
-
-
-def _stacked(batches: list[Any]) -> Any:
-    return batches[0] if len(batches) == 1 else jax.tree.map(lambda *leaves: np.stack(leaves), *batches)

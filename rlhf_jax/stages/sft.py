@@ -4,50 +4,43 @@ import dataclasses
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Key, PyTree
 
-from rlhf_jax.config import Count, CountOrZero, NonNegative, Positive, StageName
+from rlhf_jax.config import CountOrZero, NonNegative, StageName
 from rlhf_jax.core import masking
 from rlhf_jax.core.logprobs import cross_entropy
-from rlhf_jax.core.metrics import Metric, masked_mean, values
+from rlhf_jax.core.metrics import Metric, masked_mean
 from rlhf_jax.data import pipeline
-from rlhf_jax.loading.context import Context, steps_for
+from rlhf_jax.loading.context import Context
 from rlhf_jax.loading.data_report import report_answers
 from rlhf_jax.loading.models import Policy, Pretrained, refuse_float16, save_policy_spec
 from rlhf_jax.loading.samples import policy_samples
 from rlhf_jax.loading.tables import load_demonstrations
-from rlhf_jax.loading.trainable import dropout_keys, full_params, init_trainable, trainable
+from rlhf_jax.loading.trainable import full_params, init_trainable, trainable
+from rlhf_jax.methods.offline import Method, OfflineConfig, Updates, train_offline
 from rlhf_jax.models.model_config import ModelConfig
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.runtime.checkpoints import TrainState
-from rlhf_jax.runtime.loop import Evaluation, LoopConfig, Task, train
-from rlhf_jax.runtime.optimizers import OptimizerConfig, gradients, learning_rate, make_optimizer, update
 from rlhf_jax.runtime.programs import Step
-from rlhf_jax.runtime.rounding import update_key
 from rlhf_jax.sampling.batches import sequence_stats_all
 from rlhf_jax.text.tokenizer import TokenizerConfig, train_tokenizer
 from rlhf_jax.types import TokenBatch
 
 
-@dataclasses.dataclass(frozen=True)
-class SFTConfig:
-    """Model and tokenizer, from scratch or from a checkpoint, and training hyperparameters."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SFTConfig(OfflineConfig):
+    """Model and tokenizer, from scratch or from a checkpoint."""
 
     kind: Literal["sft"]
     tokenizer: TokenizerConfig | None  # tokenizer to train; None: the checkpoint's
     model: ModelConfig | Pretrained  # shape of a model from scratch, or the model to start from
-    optimizer: OptimizerConfig
-    batch_size: Count  # demonstrations in an update
-    epochs: Positive  # passes over the demonstrations
     sample_prompts: CountOrZero  # evaluation prompts continued at every evaluation
-    eval_every: Count  # steps between evaluations
-    loop: LoopConfig
     sample_temperature: NonNegative = 1.0  # temperature of continuations at evaluations; 0 is greedy
     # Stage whose samples, or chosen responses, are the demonstrations; None: the experiment's data.
     demonstrations: StageName | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         refuse_float16(self.model, adapter=isinstance(self.model, Pretrained) and self.model.lora is not None)
         if (self.tokenizer is None) != isinstance(self.model, Pretrained):
             raise ValueError("tokenizer is required for a model from scratch, and must be None with model.init")
@@ -69,30 +62,21 @@ def run(config: SFTConfig, context: Context) -> dict[str, Any]:
     eval_prompts = pipeline.prompts(held_out, tokenizer, context.data)
     pairs = {"train": pipeline.demonstration_pairs(rows), "eval": pipeline.demonstration_pairs(held_out)}
     report_answers(context, tokenizer, {split: {"completion": found} for split, found in pairs.items()})
-    batches = pipeline.shuffled_batches(data, config.batch_size, context.seed)
-    steps = steps_for(config.epochs, len(rows), config.batch_size, config.loop.steps_per_call)
-
-    placement = context.placement()
-    optimizer = make_optimizer(config.optimizer, steps)
-    params, frozen = {"policy": trained}, {"base": base}
+    frozen = {"base": base}
 
     def evaluation(trained: PyTree) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         policy = start._replace(params=full_params(network, trained["policy"], frozen, "base"))
         metrics = evaluate(network, policy.params, eval_data, context.runtime.inference_batch)
         return metrics, policy_samples(policy, eval_prompts, config.sample_prompts, context, config.sample_temperature)
 
-    task = Task(
-        step=make_step(network, config.optimizer, steps, placement.axes),
-        state=TrainState(jnp.int32(0), params, optimizer.init(params)),
+    method = Method(
+        step=make_step,
+        start=lambda updates, run: updates.init({"policy": trained}),
         frozen=frozen,
-        batch_at=batches.__getitem__,
-        run_key=context.key("run"),
-        total_steps=steps,
+        evaluate=evaluation,
         key_figures=("loss", "eval/loss"),
-        evaluation=Evaluation(config.eval_every, evaluation),
-        describe=lambda step, samples: [],
     )
-    train(task, config.loop, placement, context.seed, context.directory, context.bar)
+    steps = train_offline(config, context, network, data, method, runs=1)
     return {"rows": len(rows), "steps": steps, "vocab_size": network.vocab_size}
 
 
@@ -106,30 +90,21 @@ def make_policy(config: SFTConfig, rows: list[dict[str, Any]], context: Context)
     return Policy(network, network.init(context.key("init")), tokenizer)
 
 
-def make_step(network: PolicyNetwork, config: OptimizerConfig, steps: int, axes: tuple[str, ...]) -> Step:
-    """Create the update step on a TokenBatch."""
-    optimizer, schedule = make_optimizer(config, steps), learning_rate(config, steps)
+def make_step(updates: Updates[PolicyNetwork]) -> Step:
+    """Make the step: one update on a TokenBatch."""
+    network, axes = updates.network, updates.axes
 
-    def step(state: TrainState, frozen: Any, batch: TokenBatch, run_key: jax.Array) -> tuple:
-        keys = dropout_keys(network, run_key, state.step, len(batch.tokens), axes)
-
-        def loss_fn(params: PyTree, given: tuple) -> tuple[jax.Array, dict[str, Metric]]:
-            rows, keys = given
+    def step(
+        state: TrainState, frozen: PyTree, batch: TokenBatch, run_key: jax.Array
+    ) -> tuple[TrainState, dict[str, Array], tuple]:
+        def loss_fn(params: PyTree, rows: TokenBatch, keys: Key[Array, "B"] | None) -> tuple[Array, dict[str, Metric]]:
             return sft_loss(network, full_params(network, params["policy"], frozen, "base"), rows, keys, axes)
 
-        def trained_tokens(given: tuple) -> jax.Array:
-            return masking.count(given[0].loss_mask[:, 1:], axes)
+        def trained_tokens(rows: TokenBatch) -> Array:
+            return masking.count(rows.loss_mask[:, 1:], axes)
 
-        loss, metrics, grads = gradients(config, loss_fn, state.params, (batch, keys), trained_tokens, axes)
-        key = update_key(run_key, state.step)
-        params, opt_state, norms = update(optimizer, grads, state.params, state.opt_state, axes, key=key)
-        logged = values(metrics) | {
-            "loss": loss,
-            **norms,
-            "learning_rate": schedule(state.step),
-            "num_tokens": masking.count(batch.loss_mask, axes),
-        }
-        return TrainState(state.step + 1, params, opt_state), logged, ()
+        state, logged = updates.update(state, batch, run_key, loss_fn, weight=trained_tokens)
+        return state, logged | {"num_tokens": masking.count(batch.loss_mask, axes)}, ()
 
     return step
 

@@ -58,8 +58,9 @@ def test_our_numbers_are_those_of_the_paper(name, seed):
     theirs, config = LOSSES[name]
     rng = np.random.default_rng(seed)
     logps, tokens = rng.normal(-20, 3, (4, PAIRS)).astype(np.float32), rng.integers(3, 30, (2, PAIRS))
-    arguments = [torch.tensor(x, requires_grad=number < 2) for number, x in enumerate(logps)]
-    expected = theirs(*arguments, torch.tensor(tokens))
+    w, l = (torch.tensor(x, requires_grad=True) for x in logps[:2])  # noqa: E741
+    ref_w, ref_l = map(torch.tensor, logps[2:])
+    expected = theirs(w, l, ref_w, ref_l, torch.tensor(tokens))
     expected.backward()
 
     def loss(own):
@@ -68,5 +69,5 @@ def test_our_numbers_are_those_of_the_paper(name, seed):
 
     value, grads = jax.value_and_grad(loss)((jnp.asarray(logps[0]), jnp.asarray(logps[1])))
     np.testing.assert_allclose(value, expected.detach().numpy(), rtol=1e-5)
-    for grad, argument in zip(grads, arguments[:2], strict=True):
+    for grad, argument in zip(grads, (w, l), strict=True):
         np.testing.assert_allclose(grad, argument.grad.numpy(), rtol=1e-4, atol=1e-7)

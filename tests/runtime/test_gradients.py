@@ -13,6 +13,7 @@ import pytest
 from rlhf_jax import config as configs
 from rlhf_jax.core import masking
 from rlhf_jax.methods import dpo
+from rlhf_jax.methods.offline import Updates
 from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.runtime.optimizers import OptimizerConfig, gradients, make_optimizer
 from rlhf_jax.runtime.programs import make_placement
@@ -33,7 +34,7 @@ def run(name: str, optimizer: OptimizerConfig, where=tiny.ONE_DEVICE):
         step, state = tiny.ppo_step(config, placement.axes), tiny.ppo_state(config)
         frozen, batch = tiny.ppo_frozen(), tiny.online(16)
     else:
-        make, params, frozen, batch = {
+        cases: dict[str, Any] = {
             "sft": (sft.make_step, policy, (), demonstrations()),
             "dpo": (
                 dpo.make_step,
@@ -42,9 +43,10 @@ def run(name: str, optimizer: OptimizerConfig, where=tiny.ONE_DEVICE):
                 tiny.preferences(16),
             ),
             "reward_model": (reward_model.make_step, reward, (), tiny.preferences(16)),
-        }[name]
+        }
+        make, params, frozen, batch = cases[name]
         network: Any = tiny.REWARD if name == "reward_model" else tiny.POLICY
-        step = make(network, optimizer, 3, placement.axes)
+        step = make(Updates(network, optimizer, 3, placement.axes))
         state = TrainState(jnp.int32(0), params, make_optimizer(optimizer, 3).init(params))
     state = placement.put_state(state)
     program = placement.compile(step, state)

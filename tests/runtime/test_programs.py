@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from rlhf_jax.methods import dpo
+from rlhf_jax.methods.offline import Updates
 from rlhf_jax.runtime import optimizers
 from rlhf_jax.runtime.programs import SEED_AXIS, RuntimeConfig, Scored, compile_host_steps, make_placement
 from rlhf_jax.types import RlhfError
@@ -18,7 +19,7 @@ from tests.support.programs import PLACEMENTS, assert_close, run_ppo, runtime
 def run_dpo(config: RuntimeConfig):
     """Three optimiser steps of DPO on three uneven batches."""
     placement = make_placement(config, seeds=1)
-    step = dpo.make_step(tiny.POLICY, tiny.OPTIMIZER, 3, placement.axes)
+    step = dpo.make_step(Updates(tiny.POLICY, tiny.OPTIMIZER, 3, placement.axes))
     state = placement.put_state(tiny.dpo_state())
     frozen = placement.put_frozen({"reference": tiny.policy_params(2), "beta": jnp.float32(0.1)})
     batches = tiny.several([tiny.preferences(16, seed) for seed in range(3)])
@@ -48,7 +49,7 @@ def test_a_policy_may_start_as_the_very_arrays_of_its_reference(name):
     start = tiny.dpo_state()
     state = placement.put_state(start)
     frozen = placement.put_frozen({"reference": start.params["policy"], "beta": jnp.float32(0.1)})
-    program = placement.compile(dpo.make_step(tiny.POLICY, tiny.OPTIMIZER, 3, placement.axes), state)
+    program = placement.compile(dpo.make_step(Updates(tiny.POLICY, tiny.OPTIMIZER, 3, placement.axes)), state)
     losses = []
     for seed in range(2):
         state, metrics, _ = program(state, frozen, tiny.several([tiny.preferences(16, seed)]), jax.random.key(0))

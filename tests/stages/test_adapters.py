@@ -16,6 +16,7 @@ from rlhf_jax.loading.trainable import init_trainable
 from rlhf_jax.main import main
 from rlhf_jax.methods import dpo
 from rlhf_jax.methods.dpo import ReferenceUpdate, pair_logps
+from rlhf_jax.methods.offline import Updates
 from rlhf_jax.models.lora import Adapted, LoraConfig, merge
 from rlhf_jax.reports import Run
 from rlhf_jax.runtime.checkpoints import TrainState
@@ -66,7 +67,7 @@ def run(name, lora=LORA, where=tiny.ONE_DEVICE):
         }
         make, network, trained, frozen, batches = cases[name]
         trained = {name: init_trainable(network, params, key).trained for name, params in trained.items()}
-        step = make(network, tiny.OPTIMIZER, 2, placement.axes)
+        step = make(Updates(network, tiny.OPTIMIZER, 2, placement.axes))
         state = TrainState(jnp.int32(0), trained, make_optimizer(tiny.OPTIMIZER, 2).init(trained))
     state = placement.put_state(state)
     program = placement.compile(step, state)
@@ -100,7 +101,7 @@ def test_a_reference_that_follows_an_adapter_is_another_adapter_of_the_same_base
         {"policy": adapter, "reference": adapter},
         make_optimizer(QUICK, 4).init({"policy": adapter}),
     )
-    step = jax.jit(dpo.make_step(POLICY, QUICK, 4, (), reference_update=soft))
+    step = jax.jit(dpo.make_step(Updates(POLICY, QUICK, 4, ()), reference_update=soft))
     logprob = jax.jit(lambda params, pairs: pair_logps(dpo.SIGMOID, tiny.POLICY, params, pairs).chosen)
     expected = jax.device_get(adapter)
     for number, pairs in enumerate(jax.tree.map(jnp.asarray, rows), start=1):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.core.metrics import values
+from rlhf_jax.methods.offline import Updates
 from rlhf_jax.runtime.programs import make_placement
 from rlhf_jax.stages import kto
 from rlhf_jax.types import RlhfError, UnpairedBatch
@@ -35,7 +36,7 @@ def make_update(config=WEIGHTED, where=tiny.ONE_DEVICE, micro_batch=None):
     placement = make_placement(where, seeds=1)
     optimizer = dataclasses.replace(tiny.OPTIMIZER, micro_batch=micro_batch)
     frozen = placement.put_frozen({"reference": tiny.policy_params(2), "beta": jnp.float32(BETA)})
-    step = kto.make_step(tiny.POLICY, optimizer, 3, placement.axes, config)
+    step = kto.make_step(Updates(tiny.POLICY, optimizer, 3, placement.axes), config)
     program = placement.compile(step, placement.put_state(tiny.dpo_state()))
 
     def update(seed):
@@ -156,7 +157,7 @@ def test_apo_zero_has_no_reference_point():
     loss, metrics = kto.unpaired_loss(APO, own, reference, batch.label, None, beta=BETA, axes=())
     assert_metrics(values(metrics) | {"loss": loss}, expected(APO, AHEAD)[1])
     frozen = {"reference": tiny.policy_params(2), "beta": jnp.float32(BETA)}
-    step = kto.make_step(tiny.POLICY, tiny.OPTIMIZER, 3, (), APO)
+    step = kto.make_step(Updates(tiny.POLICY, tiny.OPTIMIZER, 3, ()), APO)
     assert "kl" not in jax.eval_shape(step, tiny.dpo_state(), frozen, batch, jax.random.key(0))[1]
 
 
@@ -183,7 +184,7 @@ def good_endings(seed: int) -> UnpairedBatch:
 def test_kto_learns_what_is_good():
     params, frozen = {"policy": tiny.policy_params()}, {"reference": tiny.policy_params(), "beta": jnp.float32(0.1)}
     batches = [good_endings(seed % 4) for seed in range(60)]
-    metrics, _ = learn(kto.make_step(tiny.POLICY, QUICK, 60, ()), params, frozen, batches)
+    metrics, _ = learn(kto.make_step(Updates(tiny.POLICY, QUICK, 60, ())), params, frozen, batches)
     np.testing.assert_allclose(metrics["loss"][0], 0.5, atol=1e-6)  # the policy is still its reference
     np.testing.assert_allclose(metrics["kl"][0], 0, atol=1e-5)
     assert metrics["loss"][-4:].mean() < 0.4

@@ -7,6 +7,7 @@ import numpy as np
 from rlhf_jax.data.pipeline import Prompts
 from rlhf_jax.data.prompts import PromptSource, at_round
 from rlhf_jax.methods import dpo
+from rlhf_jax.methods.offline import Updates
 from rlhf_jax.methods.policy_parts import Sampled
 from rlhf_jax.stages import reward_model, sft
 from rlhf_jax.types import Rollout, TokenBatch
@@ -27,7 +28,9 @@ def test_sft_learns_a_sequence():
     tokens = np.tile(np.array([1, 4, 5, 6, 7, 8, 2, 0], np.int32), (16, 1))
     mask = tokens != 0
     batch = TokenBatch(tokens, mask, mask & (np.arange(8) > 0))
-    metrics, _ = learn(sft.make_step(tiny.POLICY, QUICK, 60, ()), {"policy": tiny.policy_params()}, (), [batch] * 60)
+    metrics, _ = learn(
+        sft.make_step(Updates(tiny.POLICY, QUICK, 60, ())), {"policy": tiny.policy_params()}, (), [batch] * 60
+    )
     assert metrics["loss"][0] > 1.5
     assert metrics["loss"][-1] < 0.1
     assert metrics["mean_token_accuracy"][-1] == 1
@@ -37,7 +40,7 @@ def test_sft_learns_a_sequence():
 def test_the_reward_model_learns_what_is_preferred():
     batches = [preferred_token_pairs(seed) for seed in range(60)]
     metrics, _ = learn(
-        reward_model.make_step(tiny.REWARD, QUICK, 60, ()), {"reward": tiny.reward_params()}, (), batches
+        reward_model.make_step(Updates(tiny.REWARD, QUICK, 60, ())), {"reward": tiny.reward_params()}, (), batches
     )
     assert metrics["accuracy"][:5].mean() < 0.9
     assert metrics["accuracy"][-5:].mean() > 0.95
@@ -46,7 +49,9 @@ def test_the_reward_model_learns_what_is_preferred():
 def test_dpo_learns_what_is_preferred():
     frozen = {"reference": tiny.policy_params(), "beta": jnp.float32(0.1)}
     batches = [preferred_token_pairs(seed % 4) for seed in range(100)]
-    metrics, _ = learn(dpo.make_step(tiny.POLICY, QUICK, 100, ()), {"policy": tiny.policy_params()}, frozen, batches)
+    metrics, _ = learn(
+        dpo.make_step(Updates(tiny.POLICY, QUICK, 100, ())), {"policy": tiny.policy_params()}, frozen, batches
+    )
     np.testing.assert_allclose(metrics["loss"][0], np.log(2), atol=1e-6)  # the policy is still its reference
     assert metrics["rewards/accuracies"][-5:].mean() > 0.95
     assert metrics["rewards/margins"][-1] > metrics["rewards/margins"][1] > 0

@@ -1,0 +1,127 @@
+"""Training on a fixed table: the update and the run that sft, reward_model, dpo and kto share."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Key, PRNGKeyArray, PyTree
+
+from rlhf_jax.config import Count, Positive, check_ranges
+from rlhf_jax.core.metrics import Metric, values
+from rlhf_jax.data import pipeline
+from rlhf_jax.loading.context import Context, steps_for
+from rlhf_jax.loading.trainable import N, dropout_keys, stack
+from rlhf_jax.runtime.checkpoints import TrainState
+from rlhf_jax.runtime.loop import Evaluation, LoopConfig, Rows, Task, train
+from rlhf_jax.runtime.optimizers import OptimizerConfig, gradients, learning_rate, make_optimizer, update
+from rlhf_jax.runtime.programs import Step
+from rlhf_jax.runtime.rounding import update_key
+
+Batch = TypeVar("Batch", bound=tuple)
+Loss = tuple[Array, dict[str, Metric]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Updates(Generic[N]):
+    """The updates of a run: `network` is the trained one, of whose adapter the dropout is."""
+
+    network: N
+    optimizer: OptimizerConfig
+    steps: int
+    axes: tuple[str, ...]
+
+    def init(self, params: dict[str, PyTree], **untrained: PyTree) -> TrainState:
+        """Make the state before the first step. Args: untrained are further parameters, which checkpoints hold too."""
+        return TrainState(jnp.int32(0), params | untrained, make_optimizer(self.optimizer, self.steps).init(params))
+
+    def update(
+        self,
+        state: TrainState,
+        batch: Batch,
+        run_key: PRNGKeyArray,
+        loss_fn: Callable[[PyTree, Batch, Key[Array, "B"] | None], Loss],
+        *,
+        weight: Callable[[Batch], Array],
+        trained: Sequence[str] | None = None,
+    ) -> tuple[TrainState, dict[str, Array]]:
+        """Take one step of the optimiser; return the new state and the numbers to log.
+
+        Args: loss_fn takes parameters, rows and their keys of an adapter's dropout; weight says how much it is a mean
+        over, as in `gradients`; trained are the names of the parameters to update (None: all).
+        """
+        rows = len(jax.tree.leaves(batch)[0])
+        keys = dropout_keys(self.network, run_key, state.step, rows, self.axes)
+        params = {name: state.params[name] for name in trained or state.params}
+        loss, metrics, grads = gradients(
+            self.optimizer,
+            lambda params, given: loss_fn(params, *given),
+            params,
+            (batch, keys),
+            lambda given: weight(given[0]),
+            self.axes,
+        )
+        optimizer, key = make_optimizer(self.optimizer, self.steps), update_key(run_key, state.step)
+        params, opt_state, norms = update(optimizer, grads, params, state.opt_state, self.axes, key=key)
+        rate = jnp.asarray(learning_rate(self.optimizer, self.steps)(state.step))
+        logged = values(metrics) | {"loss": loss, **norms, "learning_rate": rate}
+        return TrainState(state.step + 1, state.params | params, opt_state), logged
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OfflineConfig:
+    """Fields of every stage that trains on a table."""
+
+    optimizer: OptimizerConfig
+    batch_size: Count  # rows in an update: demonstrations, pairs, responses, or prompts with their ranked responses
+    epochs: Positive  # passes over the training rows
+    eval_every: Count  # steps between evaluations
+    loop: LoopConfig
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Method(Generic[N]):
+    """A method as `train_offline` runs it."""
+
+    step: Callable[[Updates[N]], Step]
+    start: Callable[[Updates[N], int], TrainState]  # run number -> its state before the first step
+    frozen: dict[str, PyTree]
+    evaluate: Callable[[PyTree], tuple[dict[str, Any], Rows]]  # one run's parameters -> metrics and sample rows
+    key_figures: tuple[str, ...]  # metrics shown beside the bar
+
+
+def train_offline(
+    config: OfflineConfig, context: Context, network: N, data: Batch, method: Method[N], *, runs: int
+) -> int:
+    """Train on a table and return the number of steps. Run k has its own keys and order of the rows, by seed + k.
+
+    Args: data are all training rows; runs train at once, in one program.
+    """
+    rows = len(jax.tree.leaves(data)[0])
+    steps = steps_for(config.epochs, rows, config.batch_size, config.loop.steps_per_call)
+    placement = context.placement(runs)
+    updates = Updates(network, config.optimizer, steps, placement.axes)
+    orders = [pipeline.shuffled_batches(data, config.batch_size, context.seed + k) for k in range(runs)]
+
+    def batch_at(step: int) -> PyTree:
+        batches = [order[step] for order in orders]
+        return batches[0] if runs == 1 else jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
+
+    task = Task(
+        step=method.step(updates),
+        state=stack([method.start(updates, k) for k in range(runs)]),
+        frozen=method.frozen,
+        batch_at=batch_at,
+        run_key=stack([context.key("run", k) for k in range(runs)]),
+        total_steps=steps,
+        key_figures=method.key_figures,
+        evaluation=Evaluation(config.eval_every, method.evaluate),
+        describe=lambda step, samples: [],
+    )
+    train(task, config.loop, placement, context.seed, context.directory, context.bar)
+    return steps

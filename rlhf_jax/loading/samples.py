@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from rlhf_jax.data import pipeline
 from rlhf_jax.data.padding import pad_left
 from rlhf_jax.data.pipeline import Prompts, take
+from rlhf_jax.data.prompts import draw_prompts
 from rlhf_jax.loading.context import Context
 from rlhf_jax.loading.models import Policy
 from rlhf_jax.sampling.batches import sample_all
@@ -68,6 +70,45 @@ def respond(
         ended.append(stopped or tokens[-1] in sampling.stop_ids)
     rollout = rollout._replace(response=np.where(mask, rollout.response, 0), response_mask=mask)
     return SampledTexts(rollout, written, ended)
+
+
+class Drawn(NamedTuple):
+    """Prompts drawn at random from a table, and the responses sampled to them, those to one prompt side by side."""
+
+    rows: np.ndarray  # int[prompts]: numbers of the prompts, as `data.pipeline.prompts` gives them
+    rollout: Rollout  # prompts x samples rows
+    key: list[int]  # random key that the prompts were drawn with, for the summary
+
+
+def draw_and_sample(
+    policy: Policy,
+    table: list[dict[str, Any]],
+    context: Context,
+    *,
+    prompts: int,
+    samples: int,
+    temperature: float,
+    field: str = "prompts",
+    purpose: str = "",
+) -> Drawn:
+    """Draw prompts from a table, and sample responses of a policy to each.
+
+    Args: prompts and samples are how many; field is the stage's field that says how many prompts, for messages; purpose
+    begins the tags of the random keys, for a stage that samples besides.
+    """
+    key = context.key(f"{purpose}prompts")
+    pool = pipeline.prompts(table, policy.tokenizer, context.data)
+    rows = draw_prompts(pool, prompts, key, f"config.{context.name}.{field}")
+    rollout = sample_all(
+        policy.network,
+        policy.params,
+        take(pool, rows),
+        context.key(f"{purpose}samples"),
+        context.sampling(policy.tokenizer, temperature),
+        samples=samples,
+        batch_size=context.runtime.inference_batch,
+    )
+    return Drawn(rows, rollout, np.asarray(jax.random.key_data(key)).tolist())
 
 
 def texts(tokenizer: Tokenizer, rollout: Rollout) -> tuple[list[str], list[str]]:

@@ -8,7 +8,6 @@ prompts. Pools are independent, so the variation between prompts includes the ra
 import dataclasses
 from typing import Any, Literal, NamedTuple
 
-import jax
 import numpy as np
 
 from rlhf_jax.config import Count, ModelSource, Positive, StageName, check_ranges
@@ -24,16 +23,15 @@ from rlhf_jax.core.selection import (
 )
 from rlhf_jax.core.statistics import bootstrap_interval, standard_error
 from rlhf_jax.data import pipeline
-from rlhf_jax.data.prompts import draw_prompts
 from rlhf_jax.loading.context import Context
 from rlhf_jax.loading.data_report import report_prompts
 from rlhf_jax.loading.models import Policy
-from rlhf_jax.loading.samples import sample_rows
+from rlhf_jax.loading.samples import draw_and_sample, sample_rows
 from rlhf_jax.rewards.judging import load_judge
 from rlhf_jax.rewards.scorers import make_scorer
 from rlhf_jax.rewards.sources import RewardSource, find_reward
 from rlhf_jax.runtime.files import measured, write_rows
-from rlhf_jax.sampling.batches import response_logprobs_all, sample_all
+from rlhf_jax.sampling.batches import response_logprobs_all
 from rlhf_jax.types import Rollout
 
 ROUNDS = 1000  # of the bootstrap
@@ -76,19 +74,16 @@ def run(config: BestOfNConfig, context: Context) -> dict[str, Any]:
     """
     policy, reward_model = context.policy(config.policy), find_reward(context, config.reward_model)
     table = pipeline.load_rows(context.data, "test")
-    prompts = pipeline.prompts(table, policy.tokenizer, context.data)
     report_prompts(context, policy.tokenizer, {"test": table})
-    prompt_key = context.key("prompts")
-    drawn = draw_prompts(prompts, config.prompts, prompt_key, f"config.{context.name}.prompts")
-    rollout = sample_all(
-        policy.network,
-        policy.params,
-        pipeline.take(prompts, drawn),
-        context.key("samples"),
-        context.sampling(policy.tokenizer, config.temperature),
+    drawn = draw_and_sample(
+        policy,
+        table,
+        context,
+        prompts=config.prompts,
         samples=config.pool,
-        batch_size=context.runtime.inference_batch,
+        temperature=config.temperature,
     )
+    rollout = drawn.rollout
     scores = make_scorer(reward_model, policy, table, context.data, context.runtime.inference_batch)(rollout)
     rows = sample_rows(policy.tokenizer, rollout, scores.tolist(), [None] * len(scores))
     shape = (config.prompts, config.pool)
@@ -104,7 +99,7 @@ def run(config: BestOfNConfig, context: Context) -> dict[str, Any]:
     summary = {
         "prompts": config.prompts,
         "pool": config.pool,
-        "prompt_key": np.asarray(jax.random.key_data(prompt_key)).tolist(),
+        "prompt_key": drawn.key,
         "curve": curve,
     }
     if config.soft is not None:

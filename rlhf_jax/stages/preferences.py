@@ -14,18 +14,16 @@ import numpy as np
 
 from rlhf_jax.config import AtLeastTwo, Count, ModelSource, NonNegative, Positive, StageName, check_ranges
 from rlhf_jax.data import chat, pipeline
-from rlhf_jax.data.prompts import draw_prompts
 from rlhf_jax.loading.context import Context
 from rlhf_jax.loading.data_report import report_prompts
 from rlhf_jax.loading.models import Policy
-from rlhf_jax.loading.samples import texts
+from rlhf_jax.loading.samples import draw_and_sample, texts
 from rlhf_jax.loading.tables import PREFERENCES
 from rlhf_jax.rewards.http_judge import HTTPJudge, HTTPJudgeConfig, Pair
 from rlhf_jax.rewards.judging import load_judge, make_http_judge
 from rlhf_jax.rewards.scorers import make_scorer
 from rlhf_jax.rewards.sources import RewardSource, find_reward
 from rlhf_jax.runtime.files import write_rows
-from rlhf_jax.sampling.batches import sample_all
 from rlhf_jax.types import RlhfError, Rollout
 
 
@@ -87,24 +85,21 @@ def run(config: PreferencesConfig, context: Context) -> dict[str, Any]:
     """
     policy = context.policy(config.policy)
     table = pipeline.load_rows(context.data, "train")
-    pool = pipeline.prompts(table, policy.tokenizer, context.data)
     report_prompts(context, policy.tokenizer, {"train": table})
-    prompt_key = context.key("prompts")
-    drawn = draw_prompts(pool, config.prompts, prompt_key, f"config.{context.name}.prompts")
-    rollout = sample_all(
-        policy.network,
-        policy.params,
-        pipeline.take(pool, drawn),
-        context.key("samples"),
-        context.sampling(policy.tokenizer, config.temperature),
+    drawn = draw_and_sample(
+        policy,
+        table,
+        context,
+        prompts=config.prompts,
         samples=config.samples_per_prompt,
-        batch_size=context.runtime.inference_batch,
+        temperature=config.temperature,
     )
+    rollout = drawn.rollout
     prompt_texts, answer_texts = texts(policy.tokenizer, rollout)
     prompts: list[Any] = prompt_texts
     answers: list[Any] = answer_texts
     if chats := _chats(table):
-        prompts = [chats[i] for i in np.repeat(drawn, config.samples_per_prompt)]
+        prompts = [chats[i] for i in np.repeat(drawn.rows, config.samples_per_prompt)]
         answers = [[{"role": "assistant", "content": answer}] for answer in answers]
     if isinstance(config.judge, HTTPJudgeConfig):
         http = make_http_judge(config.judge)
@@ -137,7 +132,7 @@ def run(config: PreferencesConfig, context: Context) -> dict[str, Any]:
         "eval_pairs": len(held_out),
         "ties_left_out": config.prompts * pairs_per_prompt - len(held_out + kept),
         **figures,
-        "prompt_key": np.asarray(jax.random.key_data(prompt_key)).tolist(),
+        "prompt_key": drawn.key,
     }
 
 

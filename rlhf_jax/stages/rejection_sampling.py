@@ -20,15 +20,13 @@ import numpy as np
 from rlhf_jax.config import Count, Finite, ModelSource, NonNegative, Positive, Range, check_ranges
 from rlhf_jax.core.selection import soft_choice
 from rlhf_jax.data import chat, pipeline
-from rlhf_jax.data.prompts import draw_prompts
 from rlhf_jax.loading.context import Context
 from rlhf_jax.loading.data_report import report_prompts
-from rlhf_jax.loading.samples import texts
+from rlhf_jax.loading.samples import draw_and_sample, texts
 from rlhf_jax.loading.tables import DEMONSTRATIONS
 from rlhf_jax.rewards.scorers import make_scorer
 from rlhf_jax.rewards.sources import RewardSource, find_reward
 from rlhf_jax.runtime.files import write_rows
-from rlhf_jax.sampling.batches import sample_all
 from rlhf_jax.types import RlhfError
 
 
@@ -104,19 +102,16 @@ def run(config: RejectionSamplingConfig, context: Context) -> dict[str, Any]:
     """
     policy, reward_model = context.policy(config.policy), find_reward(context, config.reward_model)
     table = pipeline.load_rows(context.data, "train")
-    pool = pipeline.prompts(table, policy.tokenizer, context.data)
     report_prompts(context, policy.tokenizer, {"train": table})
-    prompt_key = context.key("prompts")
-    drawn = draw_prompts(pool, config.prompts, prompt_key, f"config.{context.name}.prompts")
-    rollout = sample_all(
-        policy.network,
-        policy.params,
-        pipeline.take(pool, drawn),
-        context.key("samples"),
-        context.sampling(policy.tokenizer, config.temperature),
+    drawn = draw_and_sample(
+        policy,
+        table,
+        context,
+        prompts=config.prompts,
         samples=config.samples_per_prompt,
-        batch_size=context.runtime.inference_batch,
+        temperature=config.temperature,
     )
+    rollout = drawn.rollout
     shape = (config.prompts, config.samples_per_prompt)
     score = make_scorer(reward_model, policy, table, context.data, context.runtime.inference_batch)
     scores = score(rollout).reshape(shape)
@@ -129,7 +124,7 @@ def run(config: RejectionSamplingConfig, context: Context) -> dict[str, Any]:
             | {"score": float(scores[i, j])}
             for j in np.flatnonzero(kept[i])
         ]
-        for i, row in enumerate(drawn)
+        for i, row in enumerate(drawn.rows)
     ]
     parts = (rows[: config.eval_prompts], rows[config.eval_prompts :])
     held_out, train = (list(itertools.chain.from_iterable(part)) for part in parts)
@@ -148,7 +143,7 @@ def run(config: RejectionSamplingConfig, context: Context) -> dict[str, Any]:
         "kept_share": float(kept.mean()),
         "score_std": float(scores.std()),
         **figures,
-        "prompt_key": np.asarray(jax.random.key_data(prompt_key)).tolist(),
+        "prompt_key": drawn.key,
     }
 
 

@@ -16,7 +16,6 @@ from rlhf_jax.config import AtLeastTwo, ModelSource, Positive, StageName, check_
 from rlhf_jax.core.metrics import Metric
 from rlhf_jax.data import pipeline
 from rlhf_jax.data.lengths import answer_pairs
-from rlhf_jax.data.prompts import draw_prompts
 from rlhf_jax.loading.context import Context
 from rlhf_jax.loading.data_report import report_answers
 from rlhf_jax.loading.models import (
@@ -27,6 +26,7 @@ from rlhf_jax.loading.models import (
     refuse_float16,
     save_reward_spec,
 )
+from rlhf_jax.loading.samples import draw_and_sample
 from rlhf_jax.loading.trainable import full_params, init_trainable, trainable
 from rlhf_jax.methods import reward as reward_loss
 from rlhf_jax.methods.offline import Method, OfflineConfig, Updates, train_offline
@@ -38,7 +38,6 @@ from rlhf_jax.models.scalars import Pooling, ScalarNetwork
 from rlhf_jax.rewards.scorers import make_scorer
 from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.runtime.programs import Step
-from rlhf_jax.sampling.batches import sample_all
 from rlhf_jax.types import RlhfError
 
 
@@ -164,21 +163,19 @@ def score_moments(config: NormaliseConfig, model: RewardModel, context: Context)
     """
     policy = context.policy(config.policy)
     rows = pipeline.load_rows(context.data, "train")
-    pool = pipeline.prompts(rows, policy.tokenizer, context.data)
-    field = f"config.{context.name}.normalise.prompts"
-    drawn = draw_prompts(pool, config.prompts, context.key("normalise: prompts"), field)
-    rollout = sample_all(
-        policy.network,
-        policy.params,
-        pipeline.take(pool, drawn),
-        context.key("normalise: samples"),
-        context.sampling(policy.tokenizer, config.temperature),
+    drawn = draw_and_sample(
+        policy,
+        rows,
+        context,
+        prompts=config.prompts,
         samples=1,
-        batch_size=context.runtime.inference_batch,
+        temperature=config.temperature,
+        field="normalise.prompts",
+        purpose="normalise: ",
     )
     moments = []
     for member in model.members():
-        scores = make_scorer(member, policy, rows, context.data, context.runtime.inference_batch)(rollout)
+        scores = make_scorer(member, policy, rows, context.data, context.runtime.inference_batch)(drawn.rollout)
         mean, deviation = float(np.mean(scores, dtype=np.float64)), float(np.std(scores, dtype=np.float64))
         if not deviation > 0:
             raise RlhfError(

@@ -14,7 +14,8 @@ from rlhf_jax.loading.pretrained import load_policy
 from rlhf_jax.main import main
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.reports.run import Run
-from tests.support import checkpoints, tokenizer_files
+from rlhf_jax.types import RlhfError
+from tests.support import checkpoints, experiments, tokenizer_files
 from tests.support.commands import fails, succeeds
 from tests.support.own_data import PREFERENCES, ROOT, chat_arguments, files
 
@@ -127,3 +128,19 @@ def test_a_checkpoint_does_not_choose_the_code_that_reads_it(starcoder, capsys):
     file = starcoder / "coder" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {USER_FAMILY: FAMILY}))
     assert "is not supported" in fails(capsys, "sample", "--model=coder", "--prompt=film")
+
+
+def test_a_preference_loss_of_ones_own(place):
+    """In a sum with a built-in loss; at the first step the policy is the reference, and only the lengths differ."""
+    name = "examples/preference_loss.py:r_dpo"
+    loss = {"losses": [name, "sft"], "loss_weights": [2.0, 0.1]}
+    section = experiments.dpo_section(experiments.models(place / "models")[0], loss=loss, epochs=1.0)
+    data = experiments.preference_rows(place / "pairs.jsonl")
+    done = experiments.run(place / "run", data, {"dpo": section})
+    first = experiments.rows(done.find("dpo") / "metrics.jsonl")[0]
+    assert 1e-6 < abs(first[f"loss/{name}"] - np.log(2)) < 0.1
+    np.testing.assert_allclose(first["loss"], 2 * first[f"loss/{name}"] + 0.1 * first["loss/sft"], rtol=1e-5)
+    file = place / "examples" / "preference_loss.py"
+    file.write_text(file.read_text().replace("length_penalty: float = 0.01", "length_penalty: float = 0.02"))
+    with pytest.raises(RlhfError, match=r"examples/preference_loss\.py"):
+        experiments.run(place / "run", data, {"dpo": section})

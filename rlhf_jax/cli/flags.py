@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from rlhf_jax.config import FunctionSource
 from rlhf_jax.interop.hub import quantisation_note
-from rlhf_jax.loading import models
+from rlhf_jax.loading import models, pretrained
 from rlhf_jax.loading.models import Policy, RewardModel, Tuning
 from rlhf_jax.reports.run import Run
 from rlhf_jax.rewards.sources import Reward, RewardConfig, load_reward
@@ -74,7 +74,7 @@ def load_model(options: argparse.Namespace, tuning: Tuning) -> Policy | RewardMo
         ]
         if clashing:
             raise RlhfError(f"--model and --{clashing[0].replace('_', '-')} name two models: leave one out")
-        model = models.load_checkpoint(options.model, tuning)
+        model = pretrained.load_checkpoint(options.model, tuning)
         if note := quantisation_note(options.model, model.hf_config):
             print(note, file=sys.stderr)
         return model
@@ -140,7 +140,7 @@ def load_judge(options: argparse.Namespace) -> RewardModel | Reward | None:
         return Run(options.workdir, options.inputs).load_reward_model(options.reward_stage)
     if options.reward_model is None:
         return None
-    judge = models.load_checkpoint(options.reward_model, EXACT)
+    judge = pretrained.load_checkpoint(options.reward_model, EXACT)
     if not isinstance(judge, RewardModel):
         raise RlhfError(f"--reward-model={options.reward_model} is a language model: use a classifier with one label")
     return judge

@@ -9,18 +9,9 @@ from jaxtyping import PRNGKeyArray
 from rlhf_jax.config import Count, CountOrZero
 from rlhf_jax.core.keys import derive
 from rlhf_jax.data.pipeline import DataConfig
-from rlhf_jax.loading.models import (
-    NO_CHANGES,
-    Base,
-    Policy,
-    Pretrained,
-    RewardModel,
-    Tuning,
-    load_checkpoint,
-    load_stage,
-    merged,
-    tuned,
-)
+from rlhf_jax.loading.models import NO_CHANGES, Policy, Pretrained, RewardModel, Tuning, merged, tuned
+from rlhf_jax.loading.pretrained import load_checkpoint
+from rlhf_jax.loading.stage_models import Base, load_stage
 from rlhf_jax.models.sharding import Where
 from rlhf_jax.runtime.programs import Placement, RuntimeConfig, make_placement
 from rlhf_jax.runtime.progress import Bar

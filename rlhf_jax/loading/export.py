@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from rlhf_jax.interop import hf, peft
 from rlhf_jax.interop.description import describe
 from rlhf_jax.interop.hub import MODELS, checkpoint_directory
-from rlhf_jax.loading import models
+from rlhf_jax.loading import models, pretrained, stage_models
 from rlhf_jax.loading.models import Policy, RewardModel
 from rlhf_jax.models.lora import Adapted
 from rlhf_jax.text.hf_tokenizer import GENERATION_FILE, as_pretrained, suppression
@@ -76,7 +76,7 @@ def adapter_base(directory: Path) -> str:
 
     Raises RlhfError if the stage trained no adapter, or if PEFT cannot load the base.
     """
-    base = models.base_of(directory)
+    base = stage_models.base_of(directory)
     if base is None:
         raise RlhfError(f"stage {directory.name!r} trained no adapter: export the full model")
     if base.is_stage:
@@ -99,7 +99,7 @@ def checked_base(source: str, model: Policy | RewardModel) -> str:
 
     Raises RlhfError unless they are the weights that the adapter was trained on.
     """
-    given = models.body_of(models.load_checkpoint(source, models.same_family(model.hf_config)))
+    given = models.body_of(pretrained.load_checkpoint(source, pretrained.same_family(model.hf_config)))
     trained = models.body_of(model._replace(params=model.params.base))
     shapes = jax.tree.map(jnp.shape, given) == jax.tree.map(jnp.shape, trained)
     if not shapes or not jax.tree.all(jax.tree.map(lambda a, b: jnp.array_equal(a, b.astype(a.dtype)), given, trained)):

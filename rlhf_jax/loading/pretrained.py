@@ -1,10 +1,19 @@
-"""Load checkpoints of language models and reward models for use from Python, by default in float32."""
+"""Load checkpoints of language models and reward models from Hugging Face directories, GGUF files and the Hub."""
 
+import dataclasses
 from pathlib import Path
+from typing import Any
+
+import jax
 
 from rlhf_jax.config import FunctionSource
-from rlhf_jax.loading.models import Policy, RewardModel, Tuning, load_checkpoint
+from rlhf_jax.interop import hf, peft
+from rlhf_jax.interop.families import USER_FAMILY
+from rlhf_jax.interop.hub import base_directory, checkpoint_directory, checkpoint_tokenizer
+from rlhf_jax.loading.models import NO_CHANGES, Policy, RewardModel, Tuning
 from rlhf_jax.models.model_config import DType
+from rlhf_jax.models.policy import PolicyNetwork
+from rlhf_jax.models.sharding import Where
 from rlhf_jax.types import RlhfError
 
 
@@ -37,6 +46,45 @@ def load_reward_model(source: str | Path, *, dtype: DType = "float32", family: s
     if not isinstance(model, RewardModel):
         raise RlhfError(f"{source} is a language model, not a reward model: use load_policy")
     return model
+
+
+def load_checkpoint(source: str, tuning: Tuning = NO_CHANGES, *, where: Where | None = None) -> Policy | RewardModel:
+    """Load a pretrained model from a Hugging Face directory, a GGUF file, or a Hub id.
+
+    A PEFT adapter is merged into the base that it names. Each parameter is read directly to the devices given by
+    `where` (default: the first device).
+    Raises RlhfError if there is no model, its family is not supported, or it has no tokenizer.
+    """
+    directory = checkpoint_directory(source)
+    base = base_directory(directory)
+    pretrained = hf.load_pretrained(
+        str(base),
+        param_dtype=tuning.param_dtype,
+        compute_dtype=tuning.compute_dtype or "float32",
+        remat=bool(tuning.remat),
+        attention=tuning.attention,
+        family=tuning.family,
+        place=None if where is None else lambda path, array: jax.device_put(array, where(path, array.shape)),
+    )
+    tokenizer = checkpoint_tokenizer(directory, base)
+    if base != directory:
+        pretrained = peft.with_adapter(directory, pretrained, pad_id=tokenizer.pad_id)
+    if tokenizer.vocab_size > pretrained.vocab_size:
+        raise RlhfError(
+            f"{source}: the tokenizer has {tokenizer.vocab_size} tokens, but the model only {pretrained.vocab_size}: "
+            "they do not belong to the same checkpoint"
+        )
+    network = hf.network_of(pretrained)
+    if isinstance(network, PolicyNetwork):
+        network = dataclasses.replace(network, suppressed=tokenizer.suppressed)
+        return Policy(network, pretrained.params, tokenizer, pretrained.hf_config)
+    return RewardModel(network, pretrained.params, tokenizer, pretrained.hf_config)
+
+
+def same_family(hf_config: dict[str, Any] | None) -> Tuning:
+    """Return how to read another checkpoint of a model's family, which may be a user's own."""
+    source = (hf_config or {}).get(USER_FAMILY)
+    return NO_CHANGES if source is None else Tuning(family=source)
 
 
 def _tuning(dtype: DType, family: str | None) -> Tuning:

@@ -11,7 +11,8 @@ from jaxtyping import Array, Key, PRNGKeyArray, PyTree
 from rlhf_jax.config import ModelSource
 from rlhf_jax.core.keys import derive
 from rlhf_jax.loading.context import Context
-from rlhf_jax.loading.models import Policy, Tuning, refuse_float16, save_policy_spec
+from rlhf_jax.loading.models import Policy, Tuning, refuse_float16
+from rlhf_jax.loading.stage_models import save_policy_spec
 from rlhf_jax.models.lora import Adapted
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -91,7 +91,7 @@ class Method(Generic[N]):
     step: Callable[[Updates[N]], Step]
     start: Callable[[Updates[N], int], TrainState]  # run number -> its state before the first step
     frozen: dict[str, PyTree]
-    evaluate: Callable[[PyTree], tuple[dict[str, Any], Rows]]  # one run's parameters -> metrics and sample rows
+    evaluate: Callable[[PyTree], tuple[dict[str, float], Rows]]  # one run's parameters -> metrics and sample rows
     key_figures: tuple[str, ...]  # metrics shown beside the bar
 
 

@@ -9,7 +9,7 @@ import pandas as pd
 from rlhf_jax import config as configs
 from rlhf_jax.data.pipeline import Content, DataConfig
 from rlhf_jax.inference.sample import draw_responses
-from rlhf_jax.loading import models, pretrained
+from rlhf_jax.loading import pretrained, stage_models
 from rlhf_jax.loading.models import Policy, RewardModel
 from rlhf_jax.rewards import tfidf
 from rlhf_jax.rewards.judging import JUDGE_FILE
@@ -181,19 +181,19 @@ class Run:
 
     def load_policy(self, stage: str, seed: int | None = None, step: int | None = None) -> Policy:
         """Load a stage's policy, by default of its first seed and newest checkpoint."""
-        return models.load_stage_policy(
+        return stage_models.load_stage_policy(
             self.directory(stage), seed=self._seed(stage) if seed is None else seed, step=step, find=self.directory
         )
 
     def load_model(self, stage: str, seed: int | None = None) -> Policy | RewardModel:
         """Load the policy or reward model that a stage trained."""
-        return models.load_stage(
+        return stage_models.load_stage(
             self.directory(stage), seed=self._seed(stage) if seed is None else seed, find=self.directory
         )
 
     def load_reward_model(self, stage: str) -> RewardModel:
         """Load a stage's reward model."""
-        return models.load_stage_reward_model(self.directory(stage), find=self.directory)
+        return stage_models.load_stage_reward_model(self.directory(stage), find=self.directory)
 
     def load_judge(self) -> tfidf.TfidfJudge | None:
         """Load the gold judge of the evaluation, or else of the last stage that has a judge; None if there is none."""

@@ -22,6 +22,7 @@ from rlhf_jax.methods.preference_table import PreferenceLossConfig, check_micro_
 from rlhf_jax.methods.reference_cache import precomputed_ref_logps
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.runtime.checkpoints import TrainState
+from rlhf_jax.runtime.loop import Rows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,7 +77,7 @@ def run(config: DPOConfig, context: Context) -> dict[str, Any]:
         trained = init_trainable(network, reference.params, context.key("init", run)).trained
         return updates.init({"policy": trained}, **({"reference": trained} if config.reference_update else {}))
 
-    def evaluation(trained: PyTree) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    def evaluation(trained: PyTree) -> tuple[dict[str, float], Rows]:
         policy = reference._replace(params=full_params(network, trained["policy"], frozen, "reference"))
         logps, known = functools.partial(pair_logps_all, config.loss, network), eval_reference
         if config.reference_update:

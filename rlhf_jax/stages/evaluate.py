@@ -19,7 +19,8 @@ from rlhf_jax.data.prompts import draw_prompts
 from rlhf_jax.inference.answers import Answers, Method, Split, answer, held_out_texts, measures, win_rate
 from rlhf_jax.loading.context import Context
 from rlhf_jax.loading.data_report import report_prompts
-from rlhf_jax.loading.models import Policy, RewardModel, load_stage_policy
+from rlhf_jax.loading.models import Policy, RewardModel
+from rlhf_jax.loading.stage_models import load_stage_policy
 from rlhf_jax.rewards.http_judge import HTTPJudge, HTTPJudgeConfig
 from rlhf_jax.rewards.judging import TextScorer, make_http_judge, make_judge, preferred_by_asking, preferred_by_score
 from rlhf_jax.rewards.scorers import make_scorer, same_tokenizer

@@ -17,8 +17,9 @@ from rlhf_jax.data import pipeline
 from rlhf_jax.data.prompts import draw_prompts
 from rlhf_jax.loading.context import Context
 from rlhf_jax.loading.data_report import report_prompts
-from rlhf_jax.loading.models import Policy, load_stage_policy
+from rlhf_jax.loading.models import Policy
 from rlhf_jax.loading.samples import texts
+from rlhf_jax.loading.stage_models import load_stage_policy
 from rlhf_jax.rewards.http_judge import HTTPJudgeConfig
 from rlhf_jax.rewards.judging import TextScorer, make_judge
 from rlhf_jax.rewards.sources import RewardSource, name_of

@@ -29,6 +29,7 @@ from rlhf_jax.loading.trainable import begin_policy, full_params, init_trainable
 from rlhf_jax.methods.offline import Method, OfflineConfig, Updates, train_offline
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.runtime.checkpoints import TrainState
+from rlhf_jax.runtime.loop import Rows
 from rlhf_jax.runtime.programs import Step
 from rlhf_jax.sampling.batches import response_logprobs_all
 from rlhf_jax.types import RlhfError, Rollout, UnpairedBatch
@@ -87,7 +88,7 @@ def run(config: KTOConfig, context: Context) -> dict[str, Any]:
     def start(updates: Updates[PolicyNetwork], run: int) -> TrainState:
         return updates.init({"policy": init_trainable(network, reference.params, context.key("init", run)).trained})
 
-    def evaluation(trained: PyTree) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    def evaluation(trained: PyTree) -> tuple[dict[str, float], Rows]:
         policy = reference._replace(params=full_params(network, trained["policy"], frozen, "reference"))
         models = (policy.params, reference.params)
         metrics = evaluate(config.loss, network, models, eval_data, config.beta, context.runtime.inference_batch)

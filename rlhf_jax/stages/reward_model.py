@@ -18,15 +18,9 @@ from rlhf_jax.data import pipeline
 from rlhf_jax.data.lengths import answer_pairs
 from rlhf_jax.loading.context import Context
 from rlhf_jax.loading.data_report import report_answers
-from rlhf_jax.loading.models import (
-    Pretrained,
-    RewardModel,
-    as_reward_model,
-    load_stage_reward_model,
-    refuse_float16,
-    save_reward_spec,
-)
+from rlhf_jax.loading.models import Pretrained, RewardModel, as_reward_model, refuse_float16
 from rlhf_jax.loading.samples import draw_and_sample
+from rlhf_jax.loading.stage_models import load_stage_reward_model, save_reward_spec
 from rlhf_jax.loading.trainable import full_params, init_trainable, trainable
 from rlhf_jax.methods import reward as reward_loss
 from rlhf_jax.methods.offline import Method, OfflineConfig, Updates, train_offline
@@ -37,6 +31,7 @@ from rlhf_jax.models.reward_ensemble import EnsembleConfig
 from rlhf_jax.models.scalars import Pooling, ScalarNetwork
 from rlhf_jax.rewards.scorers import make_scorer
 from rlhf_jax.runtime.checkpoints import TrainState
+from rlhf_jax.runtime.loop import Rows
 from rlhf_jax.runtime.programs import Step
 from rlhf_jax.types import RlhfError
 
@@ -95,7 +90,7 @@ def run(config: RewardModelConfig, context: Context) -> dict[str, Any]:
     report_answers(context, model.tokenizer, {"train": answer_pairs(rows), "eval": answer_pairs(held_out)})
     frozen = {"base": begun[0].base}
 
-    def evaluation(trained: PyTree) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    def evaluation(trained: PyTree) -> tuple[dict[str, float], Rows]:
         return evaluate(network, full_params(network, trained["reward"], frozen, "base"), eval_data, context)
 
     method = Method(

@@ -13,14 +13,16 @@ from rlhf_jax.core.metrics import Metric, masked_mean
 from rlhf_jax.data import pipeline
 from rlhf_jax.loading.context import Context
 from rlhf_jax.loading.data_report import report_answers
-from rlhf_jax.loading.models import Policy, Pretrained, refuse_float16, save_policy_spec
+from rlhf_jax.loading.models import Policy, Pretrained, refuse_float16
 from rlhf_jax.loading.samples import policy_samples
+from rlhf_jax.loading.stage_models import save_policy_spec
 from rlhf_jax.loading.tables import load_demonstrations
 from rlhf_jax.loading.trainable import full_params, init_trainable, trainable
 from rlhf_jax.methods.offline import Method, OfflineConfig, Updates, train_offline
 from rlhf_jax.models.model_config import ModelConfig
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.runtime.checkpoints import TrainState
+from rlhf_jax.runtime.loop import Rows
 from rlhf_jax.runtime.programs import Step
 from rlhf_jax.sampling.batches import sequence_stats_all
 from rlhf_jax.text.tokenizer import TokenizerConfig, train_tokenizer
@@ -64,7 +66,7 @@ def run(config: SFTConfig, context: Context) -> dict[str, Any]:
     report_answers(context, tokenizer, {split: {"completion": found} for split, found in pairs.items()})
     frozen = {"base": base}
 
-    def evaluation(trained: PyTree) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    def evaluation(trained: PyTree) -> tuple[dict[str, float], Rows]:
         policy = start._replace(params=full_params(network, trained["policy"], frozen, "base"))
         metrics = evaluate(network, policy.params, eval_data, context.runtime.inference_batch)
         return metrics, policy_samples(policy, eval_prompts, config.sample_prompts, context, config.sample_temperature)

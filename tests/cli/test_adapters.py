@@ -10,7 +10,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from rlhf_jax.interop.hub import checkpoint_hash
-from rlhf_jax.loading.models import Base, Policy, RewardModel, as_reward_model, load_checkpoint, merged
+from rlhf_jax.loading.models import Policy, RewardModel, as_reward_model, merged
+from rlhf_jax.loading.pretrained import load_checkpoint
+from rlhf_jax.loading.stage_models import Base
 from tests.support import checkpoints, tokenizer_files
 from tests.support.commands import fails, succeeds
 from tests.support.trained_stages import adapted, assert_same_model, write_stage

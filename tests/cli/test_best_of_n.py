@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from rlhf_jax.data.padding import pad_left, pad_right
-from rlhf_jax.loading.models import Policy, RewardModel, load_checkpoint
+from rlhf_jax.loading.models import Policy, RewardModel
+from rlhf_jax.loading.pretrained import load_checkpoint
 from rlhf_jax.main import main
 from rlhf_jax.sampling.batches import score_all
 from rlhf_jax.sampling.choice import Sampling

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import pytest
 
 from rlhf_jax.cli.conversation import Answer, Conversation
-from rlhf_jax.loading.models import Policy, RewardModel, load_checkpoint
+from rlhf_jax.loading.models import Policy, RewardModel
+from rlhf_jax.loading.pretrained import load_checkpoint
 from rlhf_jax.loading.samples import respond
 from rlhf_jax.sampling.choice import Sampling
 from rlhf_jax.types import RlhfError, Rollout

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from rlhf_jax.interop import hf
-from rlhf_jax.loading import models
+from rlhf_jax.loading import pretrained
 from rlhf_jax.loading.export import export
-from rlhf_jax.loading.models import Base, Policy, RewardModel, load_checkpoint
+from rlhf_jax.loading.models import Policy, RewardModel
+from rlhf_jax.loading.pretrained import load_checkpoint
+from rlhf_jax.loading.stage_models import Base
 from rlhf_jax.models.lora import Adapted, LoraConfig
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
@@ -112,9 +114,7 @@ def test_a_shape_that_no_family_has_is_refused(tmp_path, capsys):
     tokenizer = train_tokenizer(TokenizerConfig("word", 16), ["the film was good"])
     shape = dataclasses.replace(tiny.MODEL, norm_placement="around")
     network = PolicyNetwork(shape, tokenizer.vocab_size, tokenizer.suppressed)
-    with pytest.raises(
-        RlhfError, match=r"the nearest is arcee, with norm_placement = 'before' in the place of 'around'\."
-    ):
+    with pytest.raises(RlhfError, match=r"the nearest is arcee, with norm_placement = 'before' instead of 'around'\."):
         export(Policy(network, network.init(jax.random.key(0)), tokenizer), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -135,7 +135,7 @@ def test_whole_or_not_at_all(tmp_path, capsys, monkeypatch):
 
 
 def test_a_reward_model_that_transformers_would_read_otherwise_is_refused(tmp_path):
-    model = models.load_checkpoint(str(checkpoints.reward_model(tmp_path / "judge")))
+    model = pretrained.load_checkpoint(str(checkpoints.reward_model(tmp_path / "judge")))
     assert isinstance(model, RewardModel)
     mean = model._replace(network=dataclasses.replace(model.network, pooling="mean"))
     with pytest.raises(RlhfError, match="pooling = 'mean'"):

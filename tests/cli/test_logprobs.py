@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.loading.models import Policy, load_checkpoint
+from rlhf_jax.loading.models import Policy
+from rlhf_jax.loading.pretrained import load_checkpoint
 from rlhf_jax.main import main
 from rlhf_jax.types import Rollout
 from tests.support import checkpoints, tokenizer_files

@@ -3,7 +3,8 @@
 import pytest
 
 from rlhf_jax.loading import samples
-from rlhf_jax.loading.models import Policy, load_checkpoint
+from rlhf_jax.loading.models import Policy
+from rlhf_jax.loading.pretrained import load_checkpoint
 from tests.support import checkpoints, tokenizer_files
 from tests.support.commands import fails, succeeds
 

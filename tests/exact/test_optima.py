@@ -23,7 +23,7 @@ import scipy.optimize
 
 from rlhf_jax.core.logprobs import sequence_logprobs
 from rlhf_jax.data.padding import pad_right
-from rlhf_jax.loading.models import load_stage_policy
+from rlhf_jax.loading.stage_models import load_stage_policy
 from rlhf_jax.types import Rollout
 from tests.support import experiments
 

@@ -16,7 +16,7 @@ SCRIPT = """
 import json, sys
 from huggingface_hub import constants
 from rlhf_jax.interop.hf import find_checkpoint
-from rlhf_jax.loading.models import load_checkpoint
+from rlhf_jax.loading.pretrained import load_checkpoint
 from rlhf_jax.types import RlhfError
 
 def said(name):

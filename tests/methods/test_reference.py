@@ -9,7 +9,8 @@ import pytest
 
 from rlhf_jax import config as configs
 from rlhf_jax.data import pipeline
-from rlhf_jax.loading.models import NO_CHANGES, load_checkpoint
+from rlhf_jax.loading.models import NO_CHANGES
+from rlhf_jax.loading.pretrained import load_checkpoint
 from rlhf_jax.methods import reference_cache
 from rlhf_jax.methods.dpo import PairLogps, ReferenceUpdate, pair_logps, sync_reference
 from rlhf_jax.methods.preference_table import PreferenceLossConfig

@@ -12,7 +12,8 @@ import transformers
 
 from rlhf_jax.data.padding import pad_left
 from rlhf_jax.interop.hub import fetch_model
-from rlhf_jax.loading.models import Policy, Tuning, load_checkpoint
+from rlhf_jax.loading.models import Policy, Tuning
+from rlhf_jax.loading.pretrained import load_checkpoint
 from rlhf_jax.sampling.batches import sample_all
 from rlhf_jax.sampling.choice import Sampling
 

@@ -13,7 +13,9 @@ import pytest
 import torch
 import transformers
 
-from rlhf_jax.loading.models import Base, Policy, RewardModel, as_reward_model, load_checkpoint
+from rlhf_jax.loading.models import Policy, RewardModel, as_reward_model
+from rlhf_jax.loading.pretrained import load_checkpoint
+from rlhf_jax.loading.stage_models import Base
 from rlhf_jax.types import Rollout
 from tests.support import checkpoints, tokenizer_files
 from tests.support.commands import reads, succeeds

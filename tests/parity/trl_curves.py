@@ -13,7 +13,7 @@ import transformers
 import trl
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
-from rlhf_jax.loading.models import load_checkpoint
+from rlhf_jax.loading.pretrained import load_checkpoint
 from tests.support import curves, experiments
 from tests.support.curves import BETA, SMOOTHING, Curve, World
 

@@ -40,7 +40,7 @@ def _run(world: World, order: np.ndarray) -> Curve:
     import trl
     from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
-    from rlhf_jax.loading.models import load_checkpoint
+    from rlhf_jax.loading.pretrained import load_checkpoint
 
     assert trl.__version__ == trl_1_12.VERSION
     given = online.rollouts("ppo")

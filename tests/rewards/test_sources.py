@@ -15,7 +15,9 @@ import pytest
 from rlhf_jax.config import FunctionSource, ModelSource
 from rlhf_jax.data import pipeline
 from rlhf_jax.data.padding import pad_right
-from rlhf_jax.loading.models import Policy, RewardModel, load_checkpoint, load_stage_policy, load_stage_reward_model
+from rlhf_jax.loading.models import Policy, RewardModel
+from rlhf_jax.loading.pretrained import load_checkpoint
+from rlhf_jax.loading.stage_models import load_stage_policy, load_stage_reward_model
 from rlhf_jax.models.reward_ensemble import EnsembleConfig
 from rlhf_jax.rewards.functions import load_function
 from rlhf_jax.rewards.scorers import joins_program, make_scorer
@@ -44,7 +46,7 @@ FUNCTIONS = """
 from rlhf_jax.data import pipeline
 from rlhf_jax.data.padding import pad_left, pad_right
 from rlhf_jax.sampling.batches import score_all
-from rlhf_jax.loading.models import load_checkpoint
+from rlhf_jax.loading.pretrained import load_checkpoint
 from rlhf_jax.types import Rollout
 from tests.support import experiments
 

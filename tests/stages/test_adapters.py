@@ -11,7 +11,7 @@ import pytest
 
 from rlhf_jax.interop import hf
 from rlhf_jax.interop.peft import save_adapter
-from rlhf_jax.loading.models import load_checkpoint
+from rlhf_jax.loading.pretrained import load_checkpoint
 from rlhf_jax.loading.trainable import init_trainable
 from rlhf_jax.main import main
 from rlhf_jax.methods import dpo

@@ -11,7 +11,8 @@ from rich.console import Console
 from rlhf_jax.config import ModelSource
 from rlhf_jax.data.pipeline import DataConfig
 from rlhf_jax.loading.context import Context
-from rlhf_jax.loading.models import Policy, Pretrained, Tuning, save_policy_spec, tuned
+from rlhf_jax.loading.models import Policy, Pretrained, Tuning, tuned
+from rlhf_jax.loading.stage_models import save_policy_spec
 from rlhf_jax.loading.trainable import begin_policy
 from rlhf_jax.models.reward_ensemble import EnsembleConfig
 from rlhf_jax.runtime.progress import Display

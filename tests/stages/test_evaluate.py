@@ -15,7 +15,8 @@ from rlhf_jax.data import pipeline
 from rlhf_jax.data.prompts import draw_prompts
 from rlhf_jax.inference import answers
 from rlhf_jax.interop import hf
-from rlhf_jax.loading.models import Policy, RewardModel, load_checkpoint
+from rlhf_jax.loading.models import Policy, RewardModel
+from rlhf_jax.loading.pretrained import load_checkpoint
 from rlhf_jax.reports import report
 from rlhf_jax.reports.run import FURTHER_COLUMNS, RESULT_COLUMNS, Run
 from rlhf_jax.rewards.http_judge import HTTPJudgeConfig

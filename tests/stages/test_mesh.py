@@ -8,7 +8,8 @@ import pytest
 
 from rlhf_jax import config as configs
 from rlhf_jax.loading.context import Context
-from rlhf_jax.loading.models import Policy, RewardModel, load_stage_policy
+from rlhf_jax.loading.models import Policy, RewardModel
+from rlhf_jax.loading.stage_models import load_stage_policy
 from rlhf_jax.models.sharding import shardings
 from rlhf_jax.runtime.programs import MeshPlacement, RuntimeConfig, make_placement
 from tests.support import experiments

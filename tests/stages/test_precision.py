@@ -15,7 +15,8 @@ import pytest
 
 from rlhf_jax import config as configs
 from rlhf_jax.interop import hf
-from rlhf_jax.loading.models import Tuning, load_checkpoint
+from rlhf_jax.loading.models import Tuning
+from rlhf_jax.loading.pretrained import load_checkpoint
 from rlhf_jax.loading.trainable import init_trainable, trainable
 from rlhf_jax.models.lora import LoraConfig
 from rlhf_jax.stages import dpo, kto, sft

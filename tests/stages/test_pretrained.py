@@ -15,7 +15,8 @@ from rlhf_jax.data import pipeline
 from rlhf_jax.data.padding import pad_right
 from rlhf_jax.interop import hf
 from rlhf_jax.interop.families import model_config
-from rlhf_jax.loading.models import Policy, RewardModel, body_of, load_checkpoint
+from rlhf_jax.loading.models import Policy, RewardModel, body_of
+from rlhf_jax.loading.pretrained import load_checkpoint
 from rlhf_jax.main import main
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.reports import Run

@@ -20,7 +20,8 @@ from rlhf_jax.config import ModelSource
 from rlhf_jax.core.metrics import values
 from rlhf_jax.data.pipeline import DataConfig
 from rlhf_jax.loading.context import Context
-from rlhf_jax.loading.models import RewardModel, load_stage_reward_model
+from rlhf_jax.loading.models import RewardModel
+from rlhf_jax.loading.stage_models import load_stage_reward_model
 from rlhf_jax.methods import reward as reward_loss
 from rlhf_jax.methods.reward import RewardLossConfig
 from rlhf_jax.models.reward_ensemble import EnsembleConfig

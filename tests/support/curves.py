@@ -14,7 +14,8 @@ from jaxtyping import PyTree
 
 from rlhf_jax.data import pipeline
 from rlhf_jax.interop import hf
-from rlhf_jax.loading.models import Policy, RewardModel, load_stage
+from rlhf_jax.loading.models import Policy, RewardModel
+from rlhf_jax.loading.stage_models import load_stage
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
 from tests.support import checkpoints, experiments, tokenizer_files

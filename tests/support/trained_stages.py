@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.loading import models
-from rlhf_jax.loading.models import Base, Policy, RewardModel
+from rlhf_jax.loading import stage_models
+from rlhf_jax.loading.models import Policy, RewardModel
+from rlhf_jax.loading.stage_models import Base
 from rlhf_jax.models.lora import Adapted, LoraConfig
 from rlhf_jax.runtime.checkpoints import Checkpoints, TrainState
 
@@ -29,9 +30,9 @@ def write_stage(directory, model: Policy | RewardModel, base: Base | None = None
     (directory / "config.json").write_text(json.dumps({"section": {"kind": "x"}, "common": {}, "inputs": {}}))
     kind = "policy" if isinstance(model, Policy) else "reward"
     if isinstance(model, Policy):
-        models.save_policy_spec(directory, model, seeds, base=base)
+        stage_models.save_policy_spec(directory, model, seeds, base=base)
     else:
-        models.save_reward_spec(directory, model, base=base)
+        stage_models.save_reward_spec(directory, model, base=base)
     params = model.params.adapter if isinstance(model.params, Adapted) else model.params
     if len(seeds) > 1:
         params = jax.tree.map(lambda leaf: jnp.stack([leaf] * len(seeds)), params)

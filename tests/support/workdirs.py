@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from rlhf_jax.loading.models import Policy, RewardModel, save_policy_spec, save_reward_spec
+from rlhf_jax.loading.models import Policy, RewardModel
+from rlhf_jax.loading.stage_models import save_policy_spec, save_reward_spec
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
 from rlhf_jax.reports import Run

@@ -1,7 +1,7 @@
-"""From one score a sequence to one advantage a token: how scores are shaped, and every estimator of advantages.
+"""Score shaping, token rewards and advantage estimators: from one score per response to one advantage per token.
 
-`gae` reads a value function. The others compare responses with each other, and stand in `CRITIC_FREE`: a group is
-`num_generations` rows in a row, the responses to one prompt.
+`gae` uses a value function. The estimators in `CRITIC_FREE` compare responses with each other instead. A group is
+`num_generations` consecutive rows: the responses to one prompt.
 """
 
 from collections.abc import Callable
@@ -14,8 +14,8 @@ from jaxtyping import Array, Bool, Float, Int
 from rlhf_jax.core import masking
 
 
-def score_clipped(scores: Float[Array, "B"], *, clip: float | None) -> Float[Array, "B"]:
-    """Scores within plus and minus `clip`, or as they are: a bound on what one response can do.
+def clip_scores(scores: Float[Array, "B"], *, clip: float | None) -> Float[Array, "B"]:
+    """Clip scores to [-clip, clip], which bounds the effect of a single response; None leaves them unchanged.
 
     Score clipping of Zheng et al. 2023 (Secrets of RLHF, arXiv:2307.04964), who normalise scores first.
     """
@@ -23,10 +23,10 @@ def score_clipped(scores: Float[Array, "B"], *, clip: float | None) -> Float[Arr
 
 
 def overlong_penalty(lengths: Int[Array, "B"], *, max_tokens: int, buffer: float) -> Float[Array, "B"]:
-    r"""Soft overlong punishment: 0 up to $L_{max} - L_{cache}$ tokens, from there falling to -1 at $L_{max}$.
+    r"""Soft overlong punishment: 0 up to $L_{max} - L_{cache}$ tokens, then falling linearly to -1 at $L_{max}$.
 
-    $((L_{max} - L_{cache}) - |y|) / L_{cache}$ in between: eq. 13 of Yu et al. 2025 (DAPO, arXiv:2503.14476). Nothing
-    here is longer than L_max, which eq. 13 gives -1 as well.
+    $((L_{max} - L_{cache}) - |y|) / L_{cache}$ in between: eq. 13 of Yu et al. 2025 (DAPO, arXiv:2503.14476). Eq. 13
+    gives -1 to longer responses too, but sampling stops at L_max.
 
     Args: max_tokens is L_max, buffer L_cache, both in tokens.
     """
@@ -42,7 +42,7 @@ def token_rewards(
 ) -> Float[Array, "B T"]:
     r"""Rewards $r_t = -\beta\, KL_t$, plus the score on the last response token.
 
-    Eq. 2 of Ziegler et al. 2019 (arXiv:1909.08593), with an estimate a token as KL_t. Padding gets 0.
+    Eq. 2 of Ziegler et al. 2019 (arXiv:1909.08593), where KL_t is estimated for each token. Padding gets 0.
 
     Args: scores of whole responses; kl in nats per token; kl_coef is beta.
     """
@@ -53,10 +53,10 @@ def token_rewards(
 def whiten_rewards(
     rewards: Float[Array, "B T"], response_mask: Bool[Array, "B T"], axes: tuple[str, ...]
 ) -> Float[Array, "B T"]:
-    """Token rewards with variance 1 over the whole batch, and the mean that they had; 0 on padding.
+    """Scale token rewards to variance 1 over the whole batch and keep their mean; 0 on padding.
 
-    Reward whitening of Huang et al. 2024 (arXiv:2403.17031): the mean is not shifted, or a reward on every token would
-    mean nothing.
+    Reward whitening of Huang et al. 2024 (arXiv:2403.17031). Shifting the mean to 0 would cancel a reward that every
+    token receives.
     """
     mean = masking.masked_mean(rewards, response_mask, axes)
     return jnp.where(response_mask, masking.whiten(rewards, response_mask, axes) + mean, 0)
@@ -100,9 +100,9 @@ def rloo(
 ) -> Float[Array, "B T"]:
     r"""$A_i = R_i - \frac{1}{k-1} \sum_{j \ne i} R_j$: the baseline is the mean of the group's other responses.
 
-    RLOO, Ahmadian et al. 2024 (arXiv:2402.14740). R is the sum of a response's token rewards, and every token of it has
-    the same advantage. Unbiased: the baseline does not depend on the response itself. Raises ValueError for groups of
-    one.
+    RLOO, Ahmadian et al. 2024 (arXiv:2402.14740). R is the sum of a response's token rewards, and all its tokens have
+    the same advantage. Unbiased, because the baseline does not depend on the response itself. Raises ValueError for
+    groups of one.
     """
     del axes
     return _on_tokens(_others_subtracted(_groups(rewards, response_mask, num_generations)), response_mask)
@@ -113,8 +113,8 @@ def rloo_normalized(
 ) -> Float[Array, "B T"]:
     r"""`rloo`, then $(A_i - \mathrm{mean}(A)) / \mathrm{std}(A)$ over the responses of the batch.
 
-    `normalize_advantages` of TRL's RLOOConfig: the variance is divided by the count less one, and 1e-4 is added to the
-    deviation. Responses count alike, whatever their lengths. Biased as `reinforce_plus_plus`.
+    `normalize_advantages` of TRL's RLOOConfig: the standard deviation is the sample's (n - 1), plus 1e-4. Every
+    response counts once, whatever its length. Biased for the same reason as `reinforce_plus_plus`.
     """
     groups = _others_subtracted(_groups(rewards, response_mask, num_generations))
     normalised = (groups - masking.mean(groups, axes)) / (_deviation(groups, axes) + 1e-4)
@@ -126,13 +126,13 @@ def grpo(
 ) -> Float[Array, "B T"]:
     r"""$A_i = (R_i - \mathrm{mean}(R)) / \mathrm{std}(R)$ over the group.
 
-    GRPO, Shao et al. 2024 (arXiv:2402.03300). As in TRL the variance is divided by the count less one, and 1e-4 is
-    added to the deviation. Otherwise as `rloo`.
+    GRPO, Shao et al. 2024 (arXiv:2402.03300). As in TRL, the standard deviation is the sample's (n - 1), plus 1e-4.
+    Otherwise as `rloo`.
 
-    Biased, because the deviation depends on the response itself. In groups of two only the sign of the difference is
-    left: the gradient is that of the chance to beat another response. With rewards of 0 and 1 it is the gradient of the
-    chance p to be right, times a factor: constant for groups of 2 and 3, $1/\sqrt{p(1-p)}$ for large ones, so that
-    prompts that are almost always or almost never answered right count more.
+    Biased, because the deviation depends on the response itself. In groups of two, only the sign of the difference
+    remains: the gradient is that of the probability of beating another response. With rewards of 0 and 1 it is the
+    gradient of the probability p of a correct response, times a factor. The factor is constant for groups of 2 and 3,
+    and $1/\sqrt{p(1-p)}$ for large groups, so that very easy and very hard prompts count more.
     """
     del axes
     groups = _groups(rewards, response_mask, num_generations)
@@ -146,9 +146,10 @@ def grpo_batch_std(
 ) -> Float[Array, "B T"]:
     r"""$A_i = (R_i - \mathrm{mean}_{group}(R)) / \mathrm{std}_{batch}(R)$.
 
-    `scale_rewards="batch"` of TRL's GRPOConfig, after Liu et al. 2025 (Lite PPO, arXiv:2508.08221): a group whose
-    scores hardly differ is not blown up. The deviation is that of the scores of all responses of the batch, not of
-    their differences from the groups' means. Biased as `reinforce_plus_plus`. Otherwise as `grpo`.
+    `scale_rewards="batch"` of TRL's GRPOConfig, after Liu et al. 2025 (Lite PPO, arXiv:2508.08221): small score
+    differences within a group are not amplified. The standard deviation is taken over the scores of all responses of
+    the batch, not over their differences from group means. Biased for the same reason as `reinforce_plus_plus`.
+    Otherwise as `grpo`.
     """
     groups = _groups(rewards, response_mask, num_generations)
     centred = groups - jnp.mean(groups, axis=1, keepdims=True)
@@ -160,9 +161,9 @@ def dr_grpo(
 ) -> Float[Array, "B T"]:
     r"""$A_i = R_i - \mathrm{mean}(R)$ over the group.
 
-    Dr. GRPO, Liu et al. 2025 (arXiv:2503.20783): without the deviation, which would give groups that are almost all
-    right or almost all wrong more weight. Otherwise as `rloo`, whose advantages are these times $k/(k-1)$ for k
-    responses: unbiased but for that factor.
+    Dr. GRPO, Liu et al. 2025 (arXiv:2503.20783): GRPO without the standard deviation, which gives more weight to groups
+    that are almost all right or almost all wrong. Otherwise as `rloo`, whose advantages for groups of k are these times
+    $k/(k-1)$: unbiased up to that factor.
     """
     del axes
     groups = _groups(rewards, response_mask, num_generations)
@@ -177,14 +178,14 @@ def reinforce_plus_plus(
     axes: tuple[str, ...],
     gamma: float,
 ) -> Float[Array, "B T"]:
-    r"""$A_t = \sum_{i \ge t} \gamma^{i-t} r_i$, whitened over all tokens of the batch: no group.
+    r"""$A_t = \sum_{i \ge t} \gamma^{i-t} r_i$, whitened over all tokens of the batch, without groups.
 
-    REINFORCE++, Hu et al. 2025 (arXiv:2501.03262), where $r_i$ is the score on the last token less the penalty on each;
-    the paper has gamma = 1, and verl's `compute_reinforce_plus_plus_outcome_advantage` any. As the means of groups,
-    those of the batch are of all that was sampled, trained on or not.
+    REINFORCE++, Hu et al. 2025 (arXiv:2501.03262), where $r_i$ is minus the KL penalty on each token, plus the score on
+    the last. The paper uses gamma = 1; verl's `compute_reinforce_plus_plus_outcome_advantage` takes any gamma. Like the
+    group means above, the mean and deviation here include responses that are left out of the loss.
 
-    Biased, because a response's own rewards are in the mean and in the deviation; the bias falls as one over the number
-    of responses in the batch.
+    Biased, because a response's own rewards enter the mean and the deviation; the bias is inversely proportional to the
+    number of responses in the batch.
     """
     del num_generations
     _, to_go = gae(rewards, jnp.zeros_like(rewards), response_mask, gamma=gamma, gae_lambda=1.0)
@@ -196,10 +197,10 @@ def reinforce_plus_plus_baseline(
 ) -> Float[Array, "B T"]:
     r"""$R_i - \mathrm{mean}(R)$ over the group, on every token, whitened over all tokens of the batch.
 
-    REINFORCE++ with baseline, Hu et al. 2025 (arXiv:2501.03262), as verl's
-    `compute_reinforce_plus_plus_baseline_outcome_advantage`. The batch's deviation takes the place of the group's,
-    which depends on the few responses that it scales. R is the sum of a response's token rewards. Biased as
-    `reinforce_plus_plus`.
+    REINFORCE++ with baseline, Hu et al. 2025 (arXiv:2501.03262), as in verl's
+    `compute_reinforce_plus_plus_baseline_outcome_advantage`. The standard deviation is that of the batch, because that
+    of a group depends strongly on each of its few responses. R is the sum of a response's token rewards. Biased for the
+    same reason as `reinforce_plus_plus`.
     """
     groups = _groups(rewards, response_mask, num_generations)
     centred = _on_tokens(groups - jnp.mean(groups, axis=1, keepdims=True), response_mask)
@@ -207,11 +208,11 @@ def reinforce_plus_plus_baseline(
 
 
 class AdvantageSpec(NamedTuple):
-    """An estimator of advantages: (rewards, response_mask, num_generations, axes) -> advantages."""
+    """An advantage estimator: (rewards, response_mask, num_generations, axes) -> advantages."""
 
     function: Callable[..., Array]
-    needs_groups: bool = True  # of several responses to a prompt
-    discounted: bool = False  # reads gamma too
+    needs_groups: bool = True  # needs several responses per prompt
+    discounted: bool = False  # also takes gamma
 
 
 CRITIC_FREE: dict[str, AdvantageSpec] = {
@@ -226,11 +227,11 @@ CRITIC_FREE: dict[str, AdvantageSpec] = {
 
 
 def groups_that_differ(scores: Float[Array, "B"], *, num_generations: int) -> Bool[Array, "G"]:
-    """Groups whose responses have different scores (by more than 1e-6): the others teach nothing.
+    """Mark the groups whose scores differ by more than 1e-6: the others have no gradient.
 
-    Dynamic sampling keeps them: eq. 11 of Yu et al. 2025 (DAPO, arXiv:2503.14476), for any score.
+    Dynamic sampling keeps the marked groups: eq. 11 of Yu et al. 2025 (DAPO, arXiv:2503.14476), for any score.
 
-    Args: scores are those of the reward, before anything is done to them.
+    Args: scores are the reward's own, before scaling, clipping and penalties.
     """
     groups = scores.reshape(-1, num_generations)
     return jnp.max(groups, axis=1) - jnp.min(groups, axis=1) > 1e-6
@@ -238,7 +239,7 @@ def groups_that_differ(scores: Float[Array, "B"], *, num_generations: int) -> Bo
 
 def _groups(rewards: Array, mask: Array, num_generations: int) -> Array:
     if num_generations < 2 or len(rewards) % num_generations:
-        raise ValueError(f"{len(rewards)} responses do not make groups of {num_generations}, of at least 2")
+        raise ValueError(f"{len(rewards)} responses cannot be split into groups of {num_generations}; 2 is the least")
     return jnp.sum(jnp.where(mask, rewards, 0), axis=1).reshape(-1, num_generations)
 
 
@@ -248,7 +249,7 @@ def _others_subtracted(groups: Array) -> Array:
 
 
 def _deviation(groups: Array, axes: tuple[str, ...]) -> Array:
-    """Standard deviation over all responses of all devices, with the count less one."""
+    """Sample standard deviation (n - 1) over the responses of all devices."""
     count = masking.rows(groups.reshape(-1), axes)
     squares = masking.total(jnp.square(groups - masking.mean(groups, axes)), axes)
     return jnp.sqrt(squares / (count - 1).astype(groups.dtype))

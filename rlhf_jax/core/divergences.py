@@ -1,7 +1,7 @@
 r"""Direct preference optimisation under divergences other than the reverse KL (Wang et al. 2023, arXiv:2309.16240).
 
 With an f-divergence as regulariser, the implicit reward of a response is $\beta f'(\pi(y) / \pi_{ref}(y))$ up to a
-constant of the prompt, which cancels between two responses: only losses of their difference can use it. The functions
+constant per prompt, which cancels between two responses: only losses of their difference can use it. The functions
 below are the derivatives $f'(e^\rho)$ at log-ratios $\rho$ in nats; for the reverse KL it is $\rho$ itself.
 """
 

@@ -1,13 +1,14 @@
-r"""Weights for samples of a program that is not quite the policy: the sampler rounds otherwise than the learner.
+r"""Importance weights for the mismatch between sampler and learner: one policy, rounded differently by two programs.
 
-The ratio is $\rho_t = \pi_{learner}(a_t) / \pi_{sampler}(a_t)$ of a token, or $\prod_t \rho_t$ of a whole response. A
-ratio above `cap` or below `floor` is truncated (set to the bound) or masked (set to 0). Token weights leave out what
-came before the token, a bias. A response's weight has no bias but that of its bounds, and a variance exponential in its
-length.
+The ratio is $\rho_t = \pi_{learner}(a_t) / \pi_{sampler}(a_t)$ for a token, or $\prod_t \rho_t$ for a whole response.
+A ratio above `cap` or below `floor` is truncated (set to the bound) or masked (set to 0). Token weights are biased,
+because they ignore the ratios of earlier tokens. Response weights are biased only by their bounds, but their variance
+grows exponentially with length.
 
-These are TRL's four values of `vllm_importance_sampling_mode`, with `cap` and `floor` its `vllm_importance_sampling_
-clip_max` and `_clip_min`. Truncation of tokens: Yao et al. 2025 ("Your efficient RL framework secretly brings you
-off-policy RL training"); of responses and masking: Liu et al. 2025 ("When speed kills stability").
+The four functions are the values of TRL's `vllm_importance_sampling_mode`; `cap` and `floor` are its
+`vllm_importance_sampling_clip_max` and `vllm_importance_sampling_clip_min`. Truncated token weights: Yao et al. 2025
+("Your efficient RL framework secretly brings you off-policy RL training"). Response weights and masking: Liu et al.
+2025 ("When speed kills stability").
 """
 
 from collections.abc import Callable
@@ -28,7 +29,7 @@ def token_truncate(
     cap: float,
     floor: float,
 ) -> Float[Array, "B T"]:
-    r"""$\mathrm{clip}(\rho_t, floor, cap)$ of each token. Args: log-probabilities in nats, by learner and sampler."""
+    r"""$\mathrm{clip}(\rho_t, floor, cap)$ for each token. Args: log-probabilities in nats, learner and sampler."""
     return _truncated(_token_ratios(logprobs, sampler_logprobs, response_mask), cap, floor)
 
 
@@ -40,7 +41,7 @@ def token_mask(
     cap: float,
     floor: float,
 ) -> Float[Array, "B T"]:
-    r"""$\rho_t$ of each token where it is from floor to cap, else 0. Args as `token_truncate`."""
+    r"""$\rho_t$ for each token if it lies between floor and cap, else 0. Args: as of `token_truncate`."""
     return _masked(_token_ratios(logprobs, sampler_logprobs, response_mask), cap, floor)
 
 
@@ -52,7 +53,7 @@ def sequence_truncate(
     cap: float,
     floor: float,
 ) -> Float[Array, "B T"]:
-    r"""$\mathrm{clip}(\prod_t \rho_t, floor, cap)$ of the response, on each of its tokens. Args as `token_truncate`."""
+    r"""$\mathrm{clip}(\prod_t \rho_t, floor, cap)$ for all tokens of a response. Args: as of `token_truncate`."""
     return _truncated(_sequence_ratios(logprobs, sampler_logprobs, response_mask), cap, floor)
 
 
@@ -64,9 +65,9 @@ def sequence_mask(
     cap: float,
     floor: float,
 ) -> Float[Array, "B T"]:
-    r"""$\prod_t \rho_t$ of the response, on each token, where it is from floor to cap, else 0.
+    r"""$\prod_t \rho_t$ for all tokens of a response if it lies between floor and cap, else 0.
 
-    Args as `token_truncate`.
+    Args: as of `token_truncate`.
     """
     return _masked(_sequence_ratios(logprobs, sampler_logprobs, response_mask), cap, floor)
 
@@ -77,7 +78,7 @@ WEIGHTS: dict[str, Callable[..., Array]] = {
     "sequence_truncate": sequence_truncate,
     "sequence_mask": sequence_mask,
 }
-"""Name -> weights: (logprobs, sampler_logprobs, response_mask, cap, floor) -> one weight a token."""
+"""Name -> weights: (logprobs, sampler_logprobs, response_mask, cap, floor) -> one weight per token."""
 
 
 def weight_metrics(
@@ -85,7 +86,7 @@ def weight_metrics(
 ) -> dict[str, Metric]:
     """`sampling/importance_sampling_ratio/{min,mean,max}`, TRL's name for the weights, over all tokens.
 
-    A minimum of 0 says that something was masked.
+    A minimum of 0 means that at least one token was masked.
     """
     return {
         "sampling/importance_sampling_ratio/min": metrics.smallest(jnp.where(response_mask, weights, jnp.inf), axes),
@@ -100,9 +101,9 @@ def sampler_difference(
     response_mask: Bool[Array, "B T"],
     axes: tuple[str, ...],
 ) -> dict[str, Metric]:
-    """`sampling/sampling_logp_difference/{mean,max}`: distance of the sampler from the learner, in nats per token.
+    """`sampling/sampling_logp_difference/{mean,max}`: absolute difference of log-probabilities, in nats per token.
 
-    The absolute difference of one policy's log-probabilities by two programs, as in TRL's GRPOTrainer.
+    The two programs, learner and sampler, compute them for the same policy. As in TRL's GRPOTrainer.
     """
     difference = jnp.abs(jnp.where(response_mask, logprobs - sampler_logprobs, 0))
     return {

@@ -85,6 +85,6 @@ def own_rows(indices: Int[Array, "M"], axes: tuple[str, ...]) -> Int[Array, "m"]
 
 
 def take_rows(tree: PyTree, indices: Int[Array, "M"], axes: tuple[str, ...]) -> PyTree:
-    """This device's share of the rows of a whole batch with these global numbers."""
+    """Take the rows with these numbers from a whole batch, and return this device's share of them."""
     own = own_rows(indices, axes)
     return jax.tree.map(lambda leaf: leaf[own], tree)

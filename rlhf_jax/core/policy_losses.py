@@ -1,8 +1,8 @@
-"""Policy losses, value losses, and how token losses become one number. Log-probabilities in, no model anywhere.
+"""Policy losses, the value loss, and the aggregation of token losses: functions of log-probabilities, without models.
 
-A policy loss is two arrays, [B, T]: the loss of each token, and where a bound was reached. An aggregation makes a
-scalar of the first. `POLICY_LOSSES` and `AGGREGATIONS` name them all. Ratios are those of `ratios.ratio`: exact up to
-e^30, and finite beyond.
+A policy loss returns two [B, T] arrays: the loss of each token, and where a bound on the ratio was reached. An
+aggregation reduces the losses to a scalar. `POLICY_LOSSES` and `AGGREGATIONS` list all of them. Ratios are computed by
+`ratios.ratio`: exact up to e^30, and finite above.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ class TokenLosses(NamedTuple):
     """A policy loss before it is aggregated."""
 
     losses: Array  # float[B, T]; 0 at padding
-    clipped: Array  # bool[B, T]: tokens whose ratio a bound kept out of the loss
+    clipped: Array  # bool[B, T]: True where a bound on the ratio changed the loss
 
 
 def ppo_clip(
@@ -35,13 +35,13 @@ def ppo_clip(
 ) -> TokenLosses:
     r"""PPO's clipped surrogate $-\min(r_t A_t, \mathrm{clip}(r_t, 1-\epsilon, 1+\epsilon_{high}) A_t)$ of each token.
 
-    $r_t = \pi(a_t) / \pi_{old}(a_t)$; eq. 7 of Schulman et al. 2017 (arXiv:1707.06347) where both bounds are one, and
-    with a higher upper one the clip-higher of DAPO (Yu et al. 2025, arXiv:2503.14476). The minimum leaves a negative
-    advantage unbounded where the ratio is high. Dual clip puts $\min(r_t, c)$ for $r_t$ there: eq. 5 of Ye et al. 2020
+    $r_t = \pi(a_t) / \pi_{old}(a_t)$; eq. 7 of Schulman et al. 2017 (arXiv:1707.06347) if both epsilons are equal;
+    a larger upper one is the clip-higher of DAPO (Yu et al. 2025, arXiv:2503.14476). For a negative advantage, the loss
+    grows without bound with the ratio. Dual clip replaces $r_t$ by $\min(r_t, c)$ there: eq. 5 of Ye et al. 2020
     (arXiv:1912.09729), `clip_ratio_c` in verl.
 
-    Args: logprobs in nats of the sampled tokens now and when they were sampled; clip_ratio is epsilon; dual_clip is
-    c, above 1 + clip_ratio_high, and infinite for none.
+    Args: log-probabilities of the sampled tokens, in nats, under the current and the old policy; clip_ratio is epsilon;
+    dual_clip is c, above 1 + clip_ratio_high, or infinity for no bound.
     """
     ratio = ratios.ratio(_log_ratio(logprobs, old_logprobs, response_mask))
     return _clipped(ratio, advantages, response_mask, clip_ratio, clip_ratio_high, dual_clip)
@@ -57,10 +57,10 @@ def sequence_clip(
     clip_ratio_high: float,
     dual_clip: float,
 ) -> TokenLosses:
-    r"""The clipped surrogate of whole responses: every token has $r = \pi(y|x) / \pi_{old}(y|x)$ as its ratio.
+    r"""Clipped surrogate of whole responses: the ratio of every token is $r = \pi(y|x) / \pi_{old}(y|x)$.
 
-    A response is one action (Ahmadian et al. 2024, arXiv:2402.14740), and its ratio the product of its tokens', clipped
-    as in TRL's RLOOTrainer. Aggregated by `sequence`.
+    A response is one action (Ahmadian et al. 2024, arXiv:2402.14740). Its ratio, the product over its tokens, is
+    clipped as in TRL's RLOOTrainer. Use it with the aggregation `sequence`.
     """
     log_ratio = jnp.sum(_log_ratio(logprobs, old_logprobs, response_mask), axis=1, keepdims=True)
     ratio = jnp.broadcast_to(ratios.ratio(log_ratio), logprobs.shape)
@@ -79,8 +79,8 @@ def gspo(
 ) -> TokenLosses:
     r"""GSPO: the clipped surrogate with $s = (\pi(y|x) / \pi_{old}(y|x))^{1/|y|}$ as the ratio of every token.
 
-    The geometric mean of the tokens' ratios: Zheng et al. 2025 (arXiv:2507.18071). Aggregated by `sequence`. Its
-    gradient has the bias by length of `sequence_mean`.
+    The ratio is the geometric mean over the tokens: Zheng et al. 2025 (arXiv:2507.18071). Use it with the aggregation
+    `sequence`. Its gradient has the length bias of `sequence_mean`.
     """
     lengths = jnp.maximum(masking.lengths(response_mask), 1).astype(logprobs.dtype)[:, None]
     log_ratio = jnp.sum(_log_ratio(logprobs, old_logprobs, response_mask), axis=1, keepdims=True) / lengths
@@ -98,8 +98,9 @@ def cispo(
 ) -> TokenLosses:
     r"""CISPO: $-\mathrm{sg}[\min(r_t, 1 + \epsilon_{high})] A_t \log \pi(a_t)$, in which every token keeps a gradient.
 
-    The importance weight is clipped, not the update, and has no gradient: eqs. 4 and 5 of MiniMax-M1 (Chen et al.
-    2025, arXiv:2506.13585). As in their runs, it has no lower bound.
+    The importance weight is clipped instead of the update, and has no gradient: eqs. 4 and 5 of MiniMax-M1 (Chen et al.
+    2025, arXiv:2506.13585). As in their runs, it has no lower bound. As in TRL, `clipped` marks the clipped weights of
+    positive advantages only.
     """
     ratio = ratios.ratio(_log_ratio(logprobs, old_logprobs, response_mask))
     weight = jax.lax.stop_gradient(jnp.minimum(ratio, 1 + clip_ratio_high))
@@ -113,10 +114,9 @@ def reinforce(
     advantages: Float[Array, "B T"],
     response_mask: Bool[Array, "B T"],
 ) -> TokenLosses:
-    r"""REINFORCE: $-A_t \log \pi(a_t)$ (Williams 1992); no ratio, and no bound.
+    r"""REINFORCE: $-A_t \log \pi(a_t)$ (Williams 1992), without a ratio or a bound.
 
-    Its gradient is that of the objective at the policy that sampled: one update an iteration is on-policy, and more of
-    them are not corrected for.
+    Only the first update of an iteration is on-policy. Later updates are off-policy without a correction.
     """
     del old_logprobs
     logprobs, advantages = (jnp.where(response_mask, x, 0) for x in (logprobs, advantages))
@@ -132,13 +132,14 @@ def sapo(
     sapo_temperature_pos: float,
     sapo_temperature_neg: float,
 ) -> TokenLosses:
-    r"""SAPO: $-\frac{4}{\tau} \sigma(\tau (r_t - 1)) A_t$, a soft gate on the ratio in the place of a clip.
+    r"""SAPO: $-\frac{4}{\tau} \sigma(\tau (r_t - 1)) A_t$, a soft gate on the ratio instead of a clip.
 
     Gao et al. 2025 (Soft Adaptive Policy Optimization, arXiv:2511.20347), as in TRL's GRPOTrainer and verl. The
     gradient is that of $-r_t A_t$ times $4 p (1 - p)$ with $p = \sigma(\tau (r_t - 1))$: 1 at a ratio of 1, and
-    falling on both sides, the faster the higher the temperature. No bound is reached. Aggregated by `sequence`.
+    decreasing on both sides, faster at a higher temperature. `clipped` is always False. Use it with the aggregation
+    `sequence`.
 
-    Args: sapo_temperature_pos is tau where the advantage is positive, sapo_temperature_neg elsewhere.
+    Args: sapo_temperature_pos is tau for positive advantages, sapo_temperature_neg for all others.
     """
     ratio = ratios.ratio(_log_ratio(logprobs, old_logprobs, response_mask))
     advantages = jnp.where(response_mask, advantages, 0)
@@ -148,7 +149,7 @@ def sapo(
 
 
 class PolicyLossSpec(NamedTuple):
-    """A policy loss, and the options that it takes by keyword: fields of a stage's config."""
+    """A policy loss, and its keyword options, which are fields of a stage's config."""
 
     function: Callable[..., TokenLosses]
     options: tuple[str, ...]
@@ -174,7 +175,7 @@ def _log_ratio(logprobs: Array, old_logprobs: Array, mask: Array) -> Array:
 
 
 def _clipped(ratio: Array, advantages: Array, mask: Array, low: float, high: float, dual: float) -> TokenLosses:
-    # First: 0 times a NaN in the padding would be a NaN in the gradient.
+    # Mask first: 0 times a NaN in the padding would be a NaN in the gradient.
     advantages = jnp.where(mask, advantages, 0)
     unclipped = -advantages * jnp.minimum(ratio, dual)
     clipped = -advantages * jnp.clip(ratio, 1 - low, 1 + high)
@@ -185,10 +186,10 @@ def _clipped(ratio: Array, advantages: Array, mask: Array, low: float, high: flo
 def token_mean(
     x: Float[Array, "B T"], mask: Bool[Array, "B T"], *, max_tokens: int, axes: tuple[str, ...]
 ) -> Float[Array, ""]:
-    r"""$\sum_{i,t} x_{it} / \sum_i |y_i|$: every token of the batch counts alike, as in DAPO (arXiv:2503.14476).
+    r"""$\sum_{i,t} x_{it} / \sum_i |y_i|$: all tokens of the batch count equally, as in DAPO (arXiv:2503.14476).
 
-    The gradient of a policy loss is that of `sequence_sum` over the mean length, with a bias that falls as one over the
-    number of responses: a batch's number of tokens depends on what was sampled.
+    The gradient of a policy loss is that of `sequence_sum` divided by the mean length. It has a bias inversely
+    proportional to the number of responses, because the number of tokens in the batch depends on the samples.
     """
     del max_tokens
     return masking.masked_mean(x, mask, axes)
@@ -197,11 +198,11 @@ def token_mean(
 def sequence_mean(
     x: Float[Array, "B T"], mask: Bool[Array, "B T"], *, max_tokens: int, axes: tuple[str, ...]
 ) -> Float[Array, ""]:
-    r"""$\frac1B \sum_i \frac1{|y_i|} \sum_t x_{it}$: every response counts alike, as in GRPO (arXiv:2402.03300).
+    r"""$\frac1B \sum_i \frac1{|y_i|} \sum_t x_{it}$: all responses count equally, as in GRPO (arXiv:2402.03300).
 
-    A response without a masked token counts as 0. The gradient of a policy loss is that of $\mathbb{E}[A / |y|]$: short
-    responses count more, the length bias of Liu et al. 2025 (arXiv:2503.20783). In `sequence_clip`, whose ratio is of
-    the whole response, the length cancels.
+    A response with an empty mask contributes 0. The gradient of a policy loss is that of $\mathbb{E}[A / |y|]$: short
+    responses count more, the length bias of Liu et al. 2025 (arXiv:2503.20783). With `sequence_clip`, whose ratio is
+    that of the whole response, the length cancels.
     """
     del max_tokens
     lengths = jnp.maximum(masking.lengths(mask), 1).astype(x.dtype)
@@ -211,9 +212,9 @@ def sequence_mean(
 def sequence_sum(
     x: Float[Array, "B T"], mask: Bool[Array, "B T"], *, max_tokens: int, axes: tuple[str, ...]
 ) -> Float[Array, ""]:
-    r"""$\frac1B \sum_i \sum_t x_{it}$: of log-probabilities, the mean of whole responses', as REINFORCE has it.
+    r"""$\frac1B \sum_i \sum_t x_{it}$: with log-probabilities, the mean over whole responses, as in REINFORCE.
 
-    No bias by length.
+    It has no length bias.
     """
     del max_tokens
     return masking.mean(jnp.sum(jnp.where(mask, x, 0), axis=1), axes)
@@ -224,7 +225,7 @@ def constant(
 ) -> Float[Array, ""]:
     r"""$\frac1{B T_{max}} \sum_{i,t} x_{it}$: no length in the denominator, as in Dr. GRPO (Liu et al. 2025).
 
-    arXiv:2503.20783. `sequence_sum` over a constant: no bias by length.
+    arXiv:2503.20783. It is `sequence_sum` divided by a constant, and has no length bias.
 
     Args: max_tokens is T_max, the most tokens that a response can have.
     """
@@ -232,7 +233,7 @@ def constant(
 
 
 class Aggregation(NamedTuple):
-    """Reduction of token losses to a number, and the count that it is a mean over: a micro-batch's weight."""
+    """Reduction of token losses to a scalar, and the number of items averaged, which weights a micro-batch."""
 
     reduce: Callable[..., Array]
     weight: Callable[[Bool[Array, "B T"], tuple[str, ...]], Array]
@@ -253,10 +254,11 @@ def ratio_metrics(
     response_mask: Bool[Array, "B T"],
     axes: tuple[str, ...],
 ) -> dict[str, Metric]:
-    """`policy/clipfrac_avg` (share of tokens where a bound was reached), `policy/approxkl_avg`, and the tokens' ratios.
+    """`policy/clipfrac_avg` (share of tokens with `clipped`), `policy/approxkl_avg`, `val/ratio` and `val/ratio_var`.
 
-    `policy/approxkl_avg` is k2 of old against new in nats per token; `val/ratio` and `val/ratio_var` are of tokens
-    whatever ratio the loss has, each at most e to the power of `ratios.LARGEST`. Padding counts in none of them.
+    `policy/approxkl_avg` is the estimate k2 of KL(old || new), in nats per token. `val/ratio` and `val/ratio_var` are
+    the mean and variance of token ratios, even if the loss uses ratios of whole responses; each ratio is at most e to
+    the power of `ratios.LARGEST`. All leave out padding.
     """
     log_ratio = _log_ratio(logprobs, old_logprobs, response_mask)
     ratio = jnp.exp(jnp.minimum(log_ratio, ratios.LARGEST))
@@ -284,7 +286,7 @@ def value_loss(
 
     Returns: the loss and `val/clipfrac_avg`, the share of tokens where the clipped branch was taken.
     """
-    # First: 0 times a NaN in the padding would be a NaN in the gradient.
+    # Mask first: 0 times a NaN in the padding would be a NaN in the gradient.
     values, old_values, returns = (jnp.where(response_mask, x, 0) for x in (values, old_values, returns))
     clipped_values = jnp.clip(values, old_values - clip_range, old_values + clip_range)
     error, clipped_error = jnp.square(values - returns), jnp.square(clipped_values - returns)

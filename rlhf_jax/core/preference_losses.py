@@ -1,10 +1,10 @@
-r"""Preference losses against a reference: log-probabilities of pairs in, one loss a pair out.
+r"""Preference losses with a reference: functions from the log-probabilities of pairs to one loss per pair.
 
 Throughout, $\rho_w = \log\frac{\pi(y_w)}{\pi_{ref}(y_w)}$ is the log-ratio of the chosen response under the policy and
 the reference, and $\rho_l$ that of the rejected one, in nats, summed over the response's tokens, EOS included.
 
 `methods.preference_table` passes each function its inputs by parameter name. Losses marked `any_divergence` there may
-receive the log-ratios as transformed by `core.divergences`. Beta may be an array.
+receive log-ratios transformed by `core.divergences`. Beta may be an array.
 """
 
 import math

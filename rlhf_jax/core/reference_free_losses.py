@@ -1,10 +1,10 @@
-r"""Preference losses without a reference: log-probabilities of pairs in, one loss a pair out.
+r"""Preference losses without a reference: functions from the log-probabilities of pairs to one loss per pair.
 
 `chosen_logps` and `rejected_logps` are $\log \pi(y_w)$ and $\log \pi(y_l)$ in nats, summed over the response's tokens,
-EOS included. With LD-DPO they are those of `logprobs.length_desensitised`, and `full_*_logps` the plain sums.
+EOS included. With LD-DPO they come from `logprobs.length_desensitised`; `full_*_logps` are always the plain sums.
 
-A likelihood term is a mean over tokens, as in TRL: each pair's is divided by `tokens_per_pair`, the mean number of
-chosen tokens over the pairs of the batch, so that the mean over pairs is the mean over all chosen tokens.
+Likelihood terms are means over tokens, as in TRL: each pair's log-probability is divided by `tokens_per_pair`, the mean
+number of chosen tokens per pair in the batch, so that the mean over pairs is the mean over all chosen tokens.
 """
 
 import jax
@@ -72,7 +72,8 @@ def orpo_loss(
 
     `sft_loss` plus $-\beta\log\sigma(\log\frac{p_w}{1-p_w}-\log\frac{p_l}{1-p_l})$, where p is the geometric mean of a
     response's token probabilities. The likelihood covers the response alone; TRL's also covers the prompt, as the
-    authors' code does by default. A certain response has infinite odds: log p is kept below -1e-6.
+    authors' code does by default. Log p is kept below -1e-6, because a response of
+    probability 1 has infinite odds.
     """
     chosen, rejected = per_token(full_chosen_logps, chosen_tokens), per_token(full_rejected_logps, rejected_tokens)
     log_odds = _log_odds(chosen) - _log_odds(rejected)

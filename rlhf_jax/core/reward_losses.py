@@ -11,7 +11,7 @@ from rlhf_jax.core.metrics import Mean, Metric
 def bradley_terry_loss(
     chosen_scores: Float[Array, "B"], rejected_scores: Float[Array, "B"], *, axes: tuple[str, ...]
 ) -> tuple[Float[Array, ""], dict[str, Metric]]:
-    r"""Negative log-likelihood of the preferences under Bradley and Terry's model, averaged over the whole batch.
+    r"""Negative log-likelihood of the preferences under the Bradley-Terry model, averaged over the whole batch.
 
     $L = -\mathbb{E}[\log \sigma(r(x, y_w) - r(x, y_l))]$, eq. 1 of Ouyang et al. 2022 (arXiv:2203.02155) for pairs.
 
@@ -28,12 +28,12 @@ def margin_loss(
     *,
     axes: tuple[str, ...],
 ) -> tuple[Float[Array, ""], dict[str, Metric]]:
-    r"""Bradley and Terry's likelihood with a margin by which the chosen response should win, given for each pair.
+    r"""Bradley-Terry loss with a given margin for each pair, by which the chosen response should win.
 
     $L = -\mathbb{E}[\log \sigma(r(x, y_w) - r(x, y_l) - m)]$, eq. 2 of Touvron et al. 2023 (arXiv:2307.09288), and
     TRL's RewardTrainer on data with a column `margin`.
 
-    Returns: as `bradley_terry_loss`; `margin` among the metrics is that of the scores.
+    Returns: as `bradley_terry_loss`; the metric `margin` is the difference of the scores, not the given margin.
     """
     loss = masking.mean(-jax.nn.log_sigmoid(chosen_scores - rejected_scores - margins), axes)
     return loss, _metrics(chosen_scores, rejected_scores, axes)
@@ -46,11 +46,11 @@ def smoothed_bradley_terry_loss(
     label_smoothing: float,
     axes: tuple[str, ...],
 ) -> tuple[Float[Array, ""], dict[str, Metric]]:
-    r"""The likelihood where a share $\epsilon$ of the labels is thought to be flipped.
+    r"""Bradley-Terry loss that assumes a share $\epsilon$ of the labels to be flipped.
 
     $L = -\mathbb{E}[(1 - \epsilon) \log \sigma(\Delta) + \epsilon \log \sigma(-\Delta)]$ with
-    $\Delta = r(x, y_w) - r(x, y_l)$, as in Wang et al. 2024 (arXiv:2401.06080). It is least at
-    $\sigma(\Delta) = 1 - \epsilon$, so that scores stay finite.
+    $\Delta = r(x, y_w) - r(x, y_l)$, as in Wang et al. 2024 (arXiv:2401.06080). Its minimum is
+    at $\sigma(\Delta) = 1 - \epsilon$, so that scores stay finite.
 
     Returns: as `bradley_terry_loss`.
     """
@@ -66,11 +66,11 @@ def raters_loss(
     *,
     axes: tuple[str, ...],
 ) -> tuple[Float[Array, ""], dict[str, Metric]]:
-    r"""Negative log-likelihood of every rater's own label, averaged over all labels of the batch.
+    r"""Negative log-likelihood of the labels of all raters, averaged over all labels of the batch.
 
     $L = -\sum_i [n_i^w \log \sigma(\Delta_i) + n_i^l \log \sigma(-\Delta_i)] / \sum_i (n_i^w + n_i^l)$: each label is
-    one Bernoulli observation under Bradley and Terry's model. It is the loss of as many rows as there are labels, at
-    the cost of one forward pass a pair; a pair that many have judged weighs more.
+    one Bernoulli observation under the Bradley-Terry model. The loss equals that of a table with one row per label, but
+    needs one forward pass per pair. A pair with more labels has more weight.
 
     Args: votes counts the raters who prefer the chosen response, and those who prefer the rejected one.
     Returns: as `bradley_terry_loss`, where `accuracy` is the share of labels that the scores agree with.
@@ -86,14 +86,14 @@ def raters_loss(
 def k_wise_loss(
     scores: Float[Array, "B K"], wins: Bool[Array, "B K K"], *, label_smoothing: float, axes: tuple[str, ...]
 ) -> tuple[Float[Array, ""], dict[str, Metric]]:
-    r"""All comparisons among the K responses to one prompt as one element of the batch.
+    r"""Bradley-Terry loss of all pairs among K responses, with each prompt as one element of the batch.
 
     $L = -\binom{K}{2}^{-1} \mathbb{E}[\log \sigma(r(x, y_w) - r(x, y_l))]$, eq. 1 of Ouyang et al. 2022
     (arXiv:2203.02155): the mean over a prompt's pairs, and then over prompts. A prompt with fewer responses, or with
-    ties, has the mean over the pairs that it has. Labels are smoothed as in `smoothed_bradley_terry_loss`.
+    ties, contributes the mean over the pairs that remain. Labels are smoothed as in `smoothed_bradley_terry_loss`.
 
-    Args: wins[b, i, j] says that response i is preferred to response j; scores of responses in no pair are not read.
-    Returns: as `bradley_terry_loss`, the metrics being means over prompts of means over pairs.
+    Args: wins[b, i, j] is True if response i is preferred to response j; responses in no pair are ignored.
+    Returns: as `bradley_terry_loss`; `accuracy` and `margin` are averaged over a prompt's pairs, then over prompts.
     """
     in_pairs = jnp.any(wins, axis=2) | jnp.any(wins, axis=1)
     scores = jnp.where(in_pairs, scores, 0)
@@ -111,19 +111,19 @@ def k_wise_loss(
 def plackett_luce_loss(
     scores: Float[Array, "B K"], mask: Bool[Array, "B K"], *, axes: tuple[str, ...]
 ) -> tuple[Float[Array, ""], dict[str, Metric]]:
-    r"""Negative log-likelihood of whole rankings under Plackett and Luce's model, averaged over prompts.
+    r"""Negative log-likelihood of whole rankings under the Plackett-Luce model, averaged over prompts.
 
     $L = -\mathbb{E}[\sum_{k=1}^{K} (r(x, y_k) - \log \sum_{j=k}^{K} \exp r(x, y_j))]$, the K-wise likelihood of Zhu et
-    al. 2023 (arXiv:2301.11270). For K = 2 it is Bradley and Terry's.
+    al. 2023 (arXiv:2301.11270). For K = 2 it is the Bradley-Terry loss.
 
-    Args: scores stand in the order of the ranking, the best response first; mask says which there are, a prefix.
+    Args: scores are in the order of the ranking, best first; mask marks the responses that exist, a prefix.
     Returns: as `k_wise_loss`.
     """
     order = jnp.arange(scores.shape[1])
     wins = (order[:, None] < order[None, :])[None] & mask[:, :, None] & mask[:, None, :]
     found = k_wise_loss(jax.lax.stop_gradient(scores), wins, label_smoothing=0.0, axes=axes)[1]
     scores = jnp.where(mask, scores, 0)
-    # A response that is not there is left to choose from itself: its term is 0, and no logarithm is of nothing.
+    # A missing response is compared with itself alone: its term is 0, and no logsumexp is over an empty set.
     left = (order[:, None] == order[None, :])[None] | wins
     rest = jax.scipy.special.logsumexp(jnp.broadcast_to(scores[:, None, :], left.shape), axis=2, where=left)
     each = jnp.sum(rest - scores, axis=1)
@@ -131,15 +131,16 @@ def plackett_luce_loss(
 
 
 def centering(chosen_scores: Float[Array, "B"], rejected_scores: Float[Array, "B"], *, axes: tuple[str, ...]) -> Mean:
-    r"""The penalty that keeps scores around 0, which preferences alone leave free: $\mathbb{E}[(r_w + r_l)^2]$.
+    r"""Penalty that centres scores at 0, a level that preferences do not determine: $\mathbb{E}[(r_w + r_l)^2]$.
 
-    Eq. 2 of Eisenstein et al. 2023 (arXiv:2312.09244), and TRL's, without its `center_rewards_coefficient`.
+    Eq. 2 of Eisenstein et al. 2023 (arXiv:2312.09244), as in TRL, before it is multiplied by
+    `center_rewards_coefficient`.
     """
     return metrics.mean(jnp.square(chosen_scores + rejected_scores), axes)
 
 
 def k_wise_centering(scores: Float[Array, "B K"], wins: Bool[Array, "B K K"], *, axes: tuple[str, ...]) -> Mean:
-    """The penalty of `centering` over the pairs of `k_wise_loss`."""
+    """Penalty of `centering` over the pairs of `k_wise_loss`."""
     scores = jnp.where(jnp.any(wins, axis=2) | jnp.any(wins, axis=1), scores, 0)
     return _over_pairs(jnp.square(scores[:, :, None] + scores[:, None, :]), wins, axes)
 
@@ -152,7 +153,7 @@ def _cross_entropy(
 
 
 def _over_pairs(x: Float[Array, "B K K"], wins: Bool[Array, "B K K"], axes: tuple[str, ...]) -> Mean:
-    """The mean over each prompt's pairs, and of these over the prompts that have any."""
+    """Mean over each prompt's pairs, then over the prompts that have at least one."""
     count = jnp.sum(wins, axis=(1, 2), dtype=jnp.int32)
     each = jnp.sum(jnp.where(wins, x, 0), axis=(1, 2)) / jnp.maximum(count, 1).astype(x.dtype)
     return metrics.masked_mean(each, count > 0, axes)

@@ -46,7 +46,7 @@ def best_of_n_kl_estimate(logprobs: ArrayLike, n: int) -> Float[np.ndarray, "...
     + (1 - (1-\epsilon)^n) \log \frac{1 - (1-\epsilon)^n}{\epsilon}$, the estimator of Beirami et al. 2024
     (arXiv:2401.01879), with $\epsilon$ the policy's probability of the chosen response. It is exact if the chosen
     response is the best possible and no other response repeats. They conjecture that its mean over chosen responses,
-    which `best_of_n` of a pool estimates, is at least the divergence; so it was in every distribution we enumerated.
+    which `best_of_n` of a pool estimates, is at least the divergence; this held for every distribution we enumerated.
 
     Args: logprobs are log-probabilities of chosen responses under the sampling distribution, in nats.
     """

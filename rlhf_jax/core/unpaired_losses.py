@@ -16,7 +16,7 @@ def kto_baseline(
     Ethayarajh et al. 2024 (arXiv:2402.01306). The responses $y'$ are those of other prompts of the batch, so that this
     is a biased estimate of the KL divergence to the reference. No gradient passes through it.
 
-    Args: log-probabilities in nats of whole responses, each after a prompt that it does not belong to.
+    Args: log-probabilities of whole responses in nats, each given another row's prompt.
     """
     return jax.lax.stop_gradient(jnp.maximum(masking.mean(logprobs - ref_logprobs, axes), 0))
 
@@ -35,12 +35,12 @@ def kto_loss(
     r"""Kahneman-Tversky optimisation, averaged over the responses of the whole batch.
 
     $\lambda_D (1 - \sigma(\beta (\rho - z_0)))$ for a desirable response and $\lambda_U (1 - \sigma(\beta (z_0 -
-    \rho)))$ for another, with $\rho = \log\frac{\pi(y|x)}{\pi_{ref}(y|x)}$: eq. 7 of Ethayarajh et al. 2024
+    \rho)))$ for an undesirable one, with $\rho = \log\frac{\pi(y|x)}{\pi_{ref}(y|x)}$: eq. 7 of Ethayarajh et al. 2024
     (arXiv:2402.01306).
 
-    Args: log-probabilities in nats of whole responses (summed over tokens); baseline is $z_0$, as `kto_baseline` gives
-    it; no gradient passes through it.
-    Returns: the loss, `kl` (the baseline) and what `label_metrics` returns.
+    Args: log-probabilities of whole responses in nats, summed over tokens; baseline is $z_0$ from `kto_baseline`, and
+    no gradient passes through it.
+    Returns: the loss, and the metrics: `kl` (the baseline) and those of `label_metrics`.
     """
     baseline = jax.lax.stop_gradient(baseline)
     logratios = logprobs - ref_logprobs
@@ -63,9 +63,9 @@ def apo_zero_unpaired_loss(
 ) -> tuple[Float[Array, ""], dict[str, Metric]]:
     r"""Anchored preference optimisation without pairs, averaged over the responses of the whole batch.
 
-    $\lambda_D (1 - \sigma(\beta \rho))$ for a desirable response, $\lambda_U \sigma(\beta \rho)$ for another: the two
-    terms of APO-zero (eq. 7 of D'Oosterlinck et al. 2024, arXiv:2408.06266), as TRL takes them apart. It is `kto_loss`
-    with a baseline of 0, and needs no responses to other prompts.
+    $\lambda_D (1 - \sigma(\beta \rho))$ for a desirable response, $\lambda_U \sigma(\beta \rho)$ for an undesirable
+    one: the two terms of APO-zero (eq. 7 of D'Oosterlinck et al. 2024, arXiv:2408.06266), separated as in TRL. It is
+    `kto_loss` with a baseline of 0, and needs no responses to other prompts.
     """
     logratios = logprobs - ref_logprobs
     weights = jnp.where(desirable, desirable_weight, undesirable_weight)
@@ -81,10 +81,10 @@ def label_metrics(
     beta: float | Float[Array, ""],
     axes: tuple[str, ...],
 ) -> dict[str, Metric]:
-    """Means over the desirable responses (chosen) and over the others (rejected): `rewards/*` and `logps/*`.
+    """Means over desirable responses (`chosen`) and undesirable ones (`rejected`): `rewards/*` and `logps/*`.
 
-    The implicit rewards are beta log(pi / pi_ref), and `rewards/margins` is the difference of their two means. The mean
-    of no response at all is 0.
+    The implicit rewards are beta log(pi / pi_ref), and `rewards/margins` is the difference of their two means. A mean
+    over no responses is 0.
     """
     rewards = beta * (logprobs - ref_logprobs)
     chosen, rejected = (metrics.masked_mean(rewards, mask, axes) for mask in (desirable, ~desirable))

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from rlhf_jax.core.advantages import overlong_penalty, score_clipped
+from rlhf_jax.core.advantages import clip_scores, overlong_penalty
 from rlhf_jax.core.metrics import Metric
 from rlhf_jax.loading.trainable import full_params
 from rlhf_jax.methods.online_config import OnlineConfig
@@ -192,7 +192,7 @@ class Shaping:
         """Scale and clip scores, and lower those of responses that are too long or were cut off."""
         if self.scale != 1:
             scores = scores * self.scale
-        scores = score_clipped(scores, clip=self.clip)
+        scores = clip_scores(scores, clip=self.clip)
         if self.overlong_buffer:
             buffer = self.overlong_buffer * max_tokens
             scores = scores + overlong_penalty(lengths, max_tokens=max_tokens, buffer=buffer)

@@ -116,7 +116,7 @@ def test_a_group_of_equals_teaches_nothing_and_is_finite():
 
 @pytest.mark.parametrize("rows, group", [(6, 4), (6, 1)])
 def test_groups_that_are_none_are_refused(rows, group):
-    with pytest.raises(ValueError, match=f"6 responses do not make groups of {group}"):
+    with pytest.raises(ValueError, match=f"6 responses cannot be split into groups of {group}"):
         advantages.rloo(jnp.zeros((rows, 2)), jnp.ones((rows, 2), bool), num_generations=group, axes=())
 
 
@@ -128,8 +128,8 @@ def test_overlong_responses_lose_up_to_one():
 
 def test_clipped_scores():
     scores = jnp.array([-3.0, 0.5, 9.0])
-    np.testing.assert_array_equal(advantages.score_clipped(scores, clip=None), scores)
-    np.testing.assert_array_equal(advantages.score_clipped(scores, clip=2.0), [-2.0, 0.5, 2.0])
+    np.testing.assert_array_equal(advantages.clip_scores(scores, clip=None), scores)
+    np.testing.assert_array_equal(advantages.clip_scores(scores, clip=2.0), [-2.0, 0.5, 2.0])
 
 
 @given(seed=seeds, lengths=lengths_of_rows)

@@ -1,4 +1,4 @@
-"""Experiments from Python: `load_config` and `run` do what `rlhf-jax run` does, `fetch` what its verb does."""
+"""Experiments from Python: `load_config` and `run` are `rlhf-jax run`, and `fetch` is `rlhf-jax fetch`."""
 
 import os
 import runpy
@@ -21,17 +21,17 @@ from rlhf_jax.types import RlhfError
 
 
 def load_config(source: str | Path, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
-    """Load an experiment's config and override fields of it.
+    """Load an experiment's config, and override some of its fields.
 
         config = load_config("quickstart:smoke", {"ppo.kl_coef": 0.05, "dpo_1.loss.losses": ("ipo",)})
 
     Args:
-        source: a file, or the name of an experiment that is installed with the package; `:ARG` is given to its
-            `get_config`.
-        overrides: values by dotted names, of any section's fields, in the file or not, as `--config.NAME=VALUE` on the
-            command line. Texts are read as they are there: "0.05" is a number where the field is one.
+        source: a file, or the name of an experiment that is installed with the package, optionally followed by `:ARG`,
+            the argument of its `get_config`.
+        overrides: values by dotted field name, like `--config.NAME=VALUE` on the command line. The file need not set
+            the field. Strings are parsed as on the command line: "0.05" becomes a number if the field is a number.
 
-    Raises RlhfError where the file does not load. `run` checks the fields.
+    Raises RlhfError if the file does not load. The fields are checked by `run`.
     """
     file, *variant = str(source).split(":", 1)
     if not os.path.isfile(file):
@@ -52,7 +52,7 @@ def included_experiment(name: str) -> str:
 
     Args: `name` is its dotted name, or the last parts of it: `rlhf_jax.experiments.movie_reviews.quickstart`,
         `movie_reviews.quickstart` and `quickstart` are the same.
-    Raises: RlhfError, with the names there are, unless there is exactly one.
+    Raises RlhfError, listing the available names, unless exactly one matches.
     """
     package = Path(__file__).parent
     places = (package / "experiments", package.parent / "experiments")  # installed; in a checkout
@@ -76,22 +76,22 @@ def run(
     stage: str | None = None,
     inputs: str | Path | None = None,
 ) -> Run:
-    """Run an experiment's stages, or the remaining ones, write the report and return the run.
+    """Run the stages of an experiment that are not complete, write the report and return the run.
 
         smoke = run("quickstart:smoke", "runs/smoke")
         smoke.results()
 
-    Complete stages are skipped, and a stage that was interrupted goes on from its last checkpoint, whether Python or
-    the command line started it. Progress is printed.
+    An interrupted stage continues from its last checkpoint, whether it was started from Python or from the command
+    line. Progress is printed.
 
     Args:
-        config: from `load_config`, or what `load_config` takes. Functions of the user's own, such as rewards, stand in
-            it as `path/file.py:name`, so that their file's hash is part of the stage's identity.
+        config: the result of `load_config`, or its argument `source`. It names your own functions, such as rewards, as
+            `path/file.py:name`, so that the hash of their file is part of the stage's identity.
         workdir: the directory for all results.
-        stage: runs this stage only, and writes no report.
-        inputs: a work directory that missing stages are read from.
+        stage: the only stage to run; no report is written.
+        inputs: a work directory from which missing stages are read.
 
-    Raises RlhfError for a bad config, bad data, and a work directory that another config made.
+    Raises RlhfError for a bad config, bad data, or a work directory with results of another config.
     """
     if not isinstance(config, ConfigDict):
         config = load_config(config)
@@ -115,10 +115,10 @@ def run(
 
 
 def fetch(name: str) -> Path:
-    """Fetch a data set or a model by name, unless it is there already, and return its directory.
+    """Download a data set or a model by name, unless it is already there, and return its path.
 
         fetch("movie_reviews")
 
-    Raises RlhfError for an unknown name, without a network, and for an altered download.
+    Raises RlhfError for an unknown name, if there is no network, or if the download has an unexpected hash.
     """
     return fetch_model(name) if name in MODELS else data_sets.fetch(name)

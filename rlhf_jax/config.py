@@ -18,7 +18,7 @@ from rlhf_jax.types import RlhfError
 T = TypeVar("T")
 
 Hint: TypeAlias = Any
-"""A type, or what `typing` makes of types, such as `Positive | None`."""
+"""A type or a `typing` construct, such as `Positive | None`."""
 
 
 @runtime_checkable
@@ -29,7 +29,7 @@ class Section(Protocol):
 
 
 StageName = NewType("StageName", str)
-"""Type of a field that names an earlier stage of the experiment, which becomes an input of this one."""
+"""Type of a field that names an earlier stage of the experiment, which becomes an input of this stage."""
 
 ModelSource = NewType("ModelSource", str)
 """Type of a field that names an earlier stage or a checkpoint: a directory, a GGUF file, or an id on the hub."""
@@ -55,7 +55,7 @@ class Range:
     infinite: bool = False
 
     def fault(self, value: float) -> str | None:
-        """Return the bound that a number violates, worded to follow "must be", or None."""
+        """Return the first bound that a number violates, worded to follow "must be"; None if it is within its range."""
         if math.isnan(value) or (math.isinf(value) and not self.infinite):
             return "a finite number"
         if self.at_least is not None and value < self.at_least:
@@ -73,10 +73,10 @@ Count = Annotated[int, Range(at_least=1, at_most=INT32_MAX)]
 """An integer of at least 1: rows, steps, layers."""
 
 AtLeastTwo = Annotated[int, Range(at_least=2, at_most=INT32_MAX)]
-"""An integer of at least 2, for things that are compared with one another."""
+"""An integer of at least 2, such as a number of responses to compare."""
 
 CountOrZero = Annotated[int, Range(at_least=0, at_most=INT32_MAX)]
-"""An integer of at least 0. Seeds too: grain, NumPy and JAX all accept these."""
+"""An integer of at least 0. Seeds too: grain, NumPy and JAX all accept this range."""
 
 Finite = Annotated[float, Range()]
 """Any finite number, such as a score."""
@@ -93,14 +93,14 @@ Share = Annotated[float, Range(at_least=0, at_most=1)]
 
 @dataclasses.dataclass(frozen=True)
 class Typed:
-    """A value as typed on the command line. `build` reads it once it knows the type of the field."""
+    """A value as typed on the command line. `build` parses it once it knows the type of the field."""
 
     text: str
 
     def read(self, hint: Hint) -> Any:
-        """Return the first reading that matches a type: a Python literal, a boolean, NaN or infinity, text, or names.
+        """Parse the text as a Python literal, boolean, NaN or infinity, string, or names: the first that fits the type.
 
-        Names are separated by commas, so that `sft,ppo` is a list; other texts with commas need to be Python literals.
+        Names are separated by commas, so that `sft,ppo` is a list. Any other list must be a Python literal.
         """
         literal = _literal(self.text)
         word = self.text.lower()
@@ -112,10 +112,10 @@ class Typed:
 
 
 def override(config: ConfigDict, path: str, value: Any) -> None:
-    """Set one field of a config; sections on the way to it are created, or replace a name or None.
+    """Set one field of a config, creating the sections on its path (a value in a section's place is replaced).
 
-    Args: path is dotted, such as `ppo.tuning.lora.rank`. A text becomes a value of the field's type, or a whole section
-    where it is a Python dict; any other value stands as it is.
+    Args: path is dotted, such as `ppo.tuning.lora.rank`. A string is later parsed as the field's type, or becomes a
+    section if it is a Python dict; any other value is set unchanged.
     """
     *sections, name = path.split(".")
     with config.unlocked(), config.ignore_type():
@@ -133,9 +133,9 @@ def override(config: ConfigDict, path: str, value: Any) -> None:
 def build(cls: type[T], section: Mapping[str, Any] | ConfigDict, path: str, default: T | None = None) -> T:
     """Build an instance of a dataclass from a config section.
 
-    Args: path names the section in messages, such as `config.ppo`; default fills the fields that the section leaves
-    out, in place of the dataclass's own defaults.
-    Raises RlhfError naming the key, its value, what was expected, and the closest known key.
+    Args: path names the section in messages, such as `config.ppo`; default, if given, supplies the fields that the
+    section omits, instead of the dataclass's own defaults.
+    Raises RlhfError naming the bad key, and its value and the expected type, or the closest known key.
     """
     hints = typing.get_type_hints(cls, include_extras=True)
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
@@ -157,9 +157,9 @@ def build(cls: type[T], section: Mapping[str, Any] | ConfigDict, path: str, defa
 
 
 def check_ranges(config: Section) -> None:
-    """Raise ValueError for the first number of a section that is out of its range. Nested sections check themselves.
+    """Raise ValueError for the first number in a section that is out of its range. Nested sections check themselves.
 
-    `build` checks values from a config; `__post_init__` calls this for sections that are made in Python.
+    `build` checks values from a config; `__post_init__` calls this for sections constructed in Python.
     """
     for name, hint in typing.get_type_hints(type(config), include_extras=True).items():
         value = getattr(config, name)
@@ -170,8 +170,7 @@ def check_ranges(config: Section) -> None:
 def input_stages(config: Section, known: Container[str]) -> tuple[str, ...]:
     """Names of the stages that a stage's config refers to, in the order of its fields.
 
-    Args: known are the experiment's stages; where a field may name a stage or a checkpoint, any other name is a
-    checkpoint.
+    Args: known are the experiment's stages. A `ModelSource` that is not one of them is a checkpoint, and left out.
     """
     return tuple(dict.fromkeys([*_named(config, StageName), *(x for x in _named(config, ModelSource) if x in known)]))
 
@@ -182,7 +181,7 @@ def checkpoints(config: Section, known: Container[str]) -> tuple[str, ...]:
 
 
 def functions(config: Section) -> tuple[str, ...]:
-    """Python objects that a stage's config names."""
+    """Sources of the Python objects that a stage's config names."""
     return tuple(dict.fromkeys(_named(config, FunctionSource)))
 
 
@@ -197,7 +196,7 @@ def _named(config: Section, kind: Hint) -> Iterator[str]:
 
 
 def _of_kind(hint: Hint, value: object, kind: Hint) -> Iterator[str]:
-    """Values of one kind of name within a field's value; of a union, the first type that matches counts."""
+    """Values of one kind of name within a field's value; in a union, the first type that matches decides."""
     hint = next((_bare(arm) for arm in _arms(hint) if _matches(arm, value)), None)
     if hint is kind and isinstance(value, str):
         yield value
@@ -207,7 +206,7 @@ def _of_kind(hint: Hint, value: object, kind: Hint) -> Iterator[str]:
 
 
 def describe(hint: Hint) -> str:
-    """Describe a type in the words of an error message."""
+    """Describe a type for an error message."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is StageName:
         return "the name of a stage"
@@ -228,7 +227,7 @@ def describe(hint: Hint) -> str:
     if origin is tuple:
         inner = [describe(arg) for arg in args if arg is not Ellipsis]
         return f"a list of {inner[0]}" if Ellipsis in args else f"a list ({', '.join(inner)})"
-    return {bool: "True or False", int: "an integer", float: "a number", str: "a text"}.get(hint, str(hint))
+    return {bool: "True or False", int: "an integer", float: "a number", str: "a string"}.get(hint, str(hint))
 
 
 def suggestion(key: str, known: list[str]) -> str:
@@ -238,9 +237,9 @@ def suggestion(key: str, known: list[str]) -> str:
 
 
 def convert(hint: Hint, value: object, path: str, default: object = None) -> Any:
-    """Check a value against a type with its ranges, and convert it: sections to dataclasses, lists to tuples.
+    """Check a value against a type and its range, and convert it: sections to dataclasses, lists to tuples.
 
-    Args: path names the value in messages; default is that of its field.
+    Args: path names the value in messages; default is the default of its field.
     Raises RlhfError, as `build` does.
     """
     if isinstance(value, Typed):
@@ -259,7 +258,7 @@ def convert(hint: Hint, value: object, path: str, default: object = None) -> Any
 
 
 def _fault(hint: Hint, value: object) -> str | None:
-    """The first bound that a number violates; in a list, any number of it."""
+    """Return the first bound that a number, or any number in a list, violates."""
     hint = next(arm for arm in _arms(hint) if _matches(arm, value))
     if typing.get_origin(hint) is Annotated and isinstance(value, (int, float)):
         ranges = [extra for extra in typing.get_args(hint)[1:] if isinstance(extra, Range)]
@@ -271,7 +270,7 @@ def _fault(hint: Hint, value: object) -> str | None:
 
 
 def _likeness(section: Hint, value: Iterable[str]) -> tuple[int, int]:
-    """Rank the members of a union: the one meant has the most of the keys, and lacks the fewest required ones."""
+    """Rank a member of a union by how many of the keys it has, then by how few required keys are missing."""
     fields = dataclasses.fields(section)
     needed = {field.name for field in fields if field.default is field.default_factory is dataclasses.MISSING}
     return sum(key in {field.name for field in fields} for key in value), -len(needed.difference(value))
@@ -286,17 +285,17 @@ def _cast(hint: Hint, value: object) -> Any:
 
 
 def _literal(text: str) -> Any:
-    """The value of a Python literal; the text itself where it is none."""
+    """Return the value of a Python literal, or the text itself if it is not a literal."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a regular expression may have escapes that Python does not know
+            warnings.simplefilter("ignore")  # a regular expression may have escapes that are invalid in Python strings
             return ast.literal_eval(text.strip())
     except (ValueError, SyntaxError, TypeError):
         return text
 
 
 def _bare(hint: Hint) -> Hint:
-    """A type without its range."""
+    """Strip the range from a type."""
     return typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
 
 

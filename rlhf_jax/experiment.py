@@ -34,16 +34,19 @@ COMMON = tuple(field.name for field in dataclasses.fields(Common))
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """A checked config, in which every key is a field that something reads."""
+    """A checked config: every key is a known field."""
 
     seed: int
     seeds: int
     data: DataConfig
     runtime: RuntimeConfig
-    stages: dict[str, StageConfig]  # configs by stage name, in the order of running
+    stages: dict[str, StageConfig]  # configs by stage name, in the order in which they run
 
     def identity(self, name: str, fingerprint: Callable[[str], str]) -> Identity:
-        """Return everything that a stage's result depends on. Args: fingerprint returns that of an earlier stage."""
+        """Return everything that a stage's result depends on.
+
+        Args: fingerprint returns the fingerprint of an earlier stage.
+        """
         stage = self.stages[name]
         data = dataclasses.asdict(self.data)
         hashes = {split: formats.file_hash(self.data.source(split)) for split in ("train", "eval", "test")}
@@ -61,9 +64,9 @@ class Experiment:
 
 
 def parse(config: ConfigDict) -> Experiment:
-    """Check a config, and convert it to an experiment.
+    """Check a config and convert it to an experiment.
 
-    Sections of stages that are not in `config.stages` are checked too. Raises RlhfError naming the first bad key.
+    Sections of stages that are not in `config.stages` are also checked. Raises RlhfError naming the first bad key.
     """
     for key in COMMON:
         if key not in config:
@@ -90,7 +93,7 @@ def parse(config: ConfigDict) -> Experiment:
 
 
 def run(experiment: Experiment, workdir: Workdir, only: str | None, console: Console) -> bool:
-    """Run the stages that are not complete, or only one; return whether there was anything to do."""
+    """Run the incomplete stages, or only one stage; return whether there was anything to do."""
     if only is not None and only not in experiment.stages:
         raise RlhfError(f"--stage={only} is not in config.stages = {tuple(experiment.stages)}")
     if workdir.root.exists() and not workdir.root.is_dir():
@@ -113,7 +116,7 @@ def _run_stage(
     if status in ("complete", "elsewhere"):
         return False
     if status == "again":
-        display.console.print(f"{name}: an earlier start with another config left no result; starting again.")
+        display.console.print(f"{name}: an earlier start with another config left no results; starting again.")
     directory = workdir.begin(name, identity)
     provenance.begin(directory, here())
     stage = experiment.stages[name]
@@ -140,7 +143,7 @@ def _run_stage(
 
 @contextlib.contextmanager
 def _timed(directory: Path) -> Iterator[list[float]]:
-    """Measure the seconds of a stage, including those that interrupted runs logged."""
+    """Measure the seconds that a stage takes, including the time that interrupted runs logged."""
     earlier = read_rows(directory / "metrics.jsonl")
     seconds = [earlier[-1]["time/elapsed"] if earlier else 0.0]
     start = time.perf_counter()
@@ -173,7 +176,7 @@ def _parse_stage(name: str, config: ConfigDict) -> StageConfig:
     if not isinstance(section, ConfigDict) or "kind" not in section:
         known = [*COMMON, *(other for other in config if isinstance(config[other], ConfigDict) and other != name)]
         raise RlhfError(
-            f"config.{name} is not the section of a stage, which has a kind.{configs.suggestion(name, known)}"
+            f"config.{name} is not the section of a stage: it has no kind.{configs.suggestion(name, known)}"
         )
     kind = configs.convert(str, section.kind, f"config.{name}.kind")
     return configs.build(find_kind(kind, f"config.{name}.kind").config, config[name], f"config.{name}")

@@ -1,4 +1,4 @@
-"""The command line: runs an experiment or a verb, and reports every error as one message."""
+"""The command line: run an experiment or another verb, and report every error as one message."""
 
 import argparse
 import re
@@ -29,8 +29,8 @@ rlhf-jax: learning from human preferences in JAX
 
   rlhf-jax [run] --config=FILE[:ARG] --workdir=DIR [--inputs=DIR]
                  [--stage=NAME] [--config.SECTION.FIELD=VALUE ...]
-      Run an experiment's stages, or the remaining ones, and report. FILE is a
-      Python file, or the name of an installed experiment: quickstart:smoke.
+      Run the stages of an experiment that are not complete, and report. FILE is
+      a Python file, or the name of an installed experiment: quickstart:smoke.
   rlhf-jax fields [KIND]
       List the kinds of stages, or the fields of one, with types, defaults and
       descriptions.
@@ -50,35 +50,35 @@ rlhf-jax: learning from human preferences in JAX
 MODEL is --model=DIR|FILE.gguf|OWNER/NAME, or --workdir=DIR --stage=NAME.
 REWARD is --reward-model=DIR, --reward-stage=NAME of --workdir, or
 --reward=FILE.py:FUNC. `rlhf-jax VERB --help` lists the flags of a verb. With
---debug, errors show their traceback.
+--debug, errors show a traceback.
 """
 
 RUN = """\
-Run an experiment's stages, or the remaining ones, and report.
+Run the stages of an experiment that are not complete, and report.
 
 --config.SECTION.FIELD=VALUE sets a field of any section, whether or not the
-file has it; `rlhf-jax fields` lists them. VALUE is a Python literal, a text, or
-names separated by commas:
+file has it; `rlhf-jax fields` lists them. VALUE is a Python literal, a string,
+or names separated by commas:
   --config.seeds=4  --config.stages=sft,ppo  --config.ppo.optimizer.b1=0.8"""
 
 
 def entry_point() -> None:
     """The console script."""
     if "--debug" not in sys.argv:
-        # `main` reports every exception. This hook would only repeat a failed checkpoint, from callbacks of the threads
-        # that were still writing it.
+        # `main` reports every exception. The default hook would print a failed checkpoint again, from the callbacks of
+        # the threads that were still writing it.
         sys.unraisablehook = lambda _: None
     sys.exit(main(sys.argv[1:]))
 
 
 def main(argv: list[str]) -> int:
-    """Run one command, and return its exit status: 0, or 1 with one message on stderr."""
+    """Run one command and return its exit status: 0, or 1 (130 if interrupted) with a message on stderr."""
     debug = "--debug" in argv
     arguments = [argument for argument in argv if argument != "--debug"]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(USAGE)
         return 0
-    absl.logging.set_verbosity(absl.logging.INFO if debug else absl.logging.FATAL)  # Orbax logs what it raises
+    absl.logging.set_verbosity(absl.logging.INFO if debug else absl.logging.FATAL)  # Orbax logs errors that it raises
     verb = "run" if arguments[0].startswith("-") else arguments.pop(0)
     try:
         if verb not in VERBS:
@@ -128,7 +128,7 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
 
 
 def parse_run_flags(arguments: list[str]) -> tuple[ConfigDict, argparse.Namespace]:
-    """Return the config with its overrides, and the other flags. Raises RlhfError for a flag or file that is wrong."""
+    """Return the config with its overrides, and the other flags. Raises RlhfError for a bad flag or file."""
     parser = Parser("rlhf-jax run", RUN)
     parser.add_argument(
         "--config", required=True, metavar="FILE[:ARG]", help="Python file with get_config(ARG), or an experiment"
@@ -155,5 +155,5 @@ def _message(error: Exception) -> str:
         return f"Error: {error}"
     if isinstance(error, OSError):
         place = f" ({error.filename})" if error.filename else ""
-        return f"Error: {error.strerror or error}{place}. What is complete is kept: remove the cause and run again."
+        return f"Error: {error.strerror or error}{place}. Complete results are kept: remove the cause and run again."
     return f"Error: {type(error).__name__}: {error}\nThis may be a bug in rlhf_jax: --debug shows the traceback."

@@ -1,4 +1,4 @@
-"""The dimension letters, the batches that travel between rooms, and the one error a user sees.
+"""Dimension letters, the batches that all packages share, and the error for bad input.
 
 Dimension letters, used in every jaxtyping annotation:
 
@@ -7,23 +7,23 @@ Dimension letters, used in every jaxtyping annotation:
     T  response tokens (right-padded) H  attention heads
     S  sequence tokens, S = P + T     K  width of one head
 
-Masks are boolean and positive: True counts. Batches are NamedTuples of arrays whose first axis is B.
+Masks are boolean and positive: True marks a token that counts. Batches are NamedTuples of arrays whose first axis is B.
 """
 
 from typing import Any, NamedTuple, TypeAlias
 
 AnyArray: TypeAlias = Any
-"""A `np.ndarray` on the host or a `jax.Array` on the device: batches are made on the one and used on the other."""
+"""A `np.ndarray` on the host or a `jax.Array` on the device: batches are made on the host and used on the device."""
 
 Json: TypeAlias = Any
-"""A value of a JSON file; its reader knows its form."""
+"""A value of a JSON file, of any form."""
 
 Row: TypeAlias = dict[str, Json]
-"""A row of a table of data, metrics or samples, by column."""
+"""A row of a table (data, metrics or samples): values by column name."""
 
 
 class RlhfError(Exception):
-    """Bad input: the message says what is wrong, where, and what to do. Printed without a traceback."""
+    """Error for bad input: the message says what is wrong, where, and what to do. Printed without a traceback."""
 
 
 class TokenBatch(NamedTuple):
@@ -43,7 +43,7 @@ class PromptBatch(NamedTuple):
 
 
 class Rollout(NamedTuple):
-    """Prompts with one sampled response each. The response mask is a prefix and includes EOS where there is one."""
+    """Prompts with one sampled response each. The response mask is a prefix and includes EOS if it was sampled."""
 
     prompt: AnyArray  # int32[B, P]
     prompt_mask: AnyArray  # bool[B, P]
@@ -52,7 +52,7 @@ class Rollout(NamedTuple):
 
 
 class PreferenceBatch(NamedTuple):
-    """Two responses to one prompt, the first preferred."""
+    """Prompts with two responses each, of which `chosen` is preferred."""
 
     prompt: AnyArray  # int32[B, P]
     prompt_mask: AnyArray  # bool[B, P]
@@ -63,7 +63,7 @@ class PreferenceBatch(NamedTuple):
 
 
 class UnpairedBatch(NamedTuple):
-    """Prompts with one response each, and whether it is a desirable one."""
+    """Prompts with one response each, labelled desirable (True) or undesirable."""
 
     prompt: AnyArray  # int32[B, P]
     prompt_mask: AnyArray  # bool[B, P]
@@ -73,7 +73,7 @@ class UnpairedBatch(NamedTuple):
 
 
 class LabelledPairs(NamedTuple):
-    """Pairs as in PreferenceBatch, and what is known of each beside its order."""
+    """Preference pairs, with margins and the votes of raters."""
 
     prompt: AnyArray  # int32[B, P]
     prompt_mask: AnyArray  # bool[B, P]
@@ -82,14 +82,14 @@ class LabelledPairs(NamedTuple):
     rejected: AnyArray  # int32[B, T]
     rejected_mask: AnyArray  # bool[B, T]
     margin: AnyArray  # float32[B]: by how much the chosen response should win
-    votes: AnyArray  # float32[B, 2]: raters who prefer the chosen response, and the rejected one
+    votes: AnyArray  # float32[B, 2]: numbers of raters who prefer the chosen and the rejected response
 
 
 class ComparisonBatch(NamedTuple):
-    """K responses to one prompt, those that it lacks having empty masks, and which of them is preferred to which."""
+    """Prompts with up to K responses each (missing ones have empty masks), and all preferences among them."""
 
     prompt: AnyArray  # int32[B, P]
     prompt_mask: AnyArray  # bool[B, P]
     responses: AnyArray  # int32[B, K, T]
     response_mask: AnyArray  # bool[B, K, T]
-    wins: AnyArray  # bool[B, K, K]: the first is preferred to the second
+    wins: AnyArray  # bool[B, K, K]: wins[b, i, j] if response i is preferred to response j

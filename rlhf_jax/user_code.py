@@ -1,6 +1,6 @@
-"""Functions and classes of a user's own, named `package.module:name` or `path/file.py:name` in a config.
+"""User-defined functions and classes, named `package.module:name` or `path/file.py:name` in a config.
 
-A relative path is read from the working directory. The file's hash is part of the identity of the stage that names it.
+Relative paths start at the working directory. The file's hash is part of the identity of the stage that names it.
 """
 
 import hashlib
@@ -20,8 +20,8 @@ from rlhf_jax.types import RlhfError
 def load(source: str, what: str) -> Callable[..., Any]:
     """Load the function or class that a source names.
 
-    Args: what names its role in messages, such as "reward function".
-    Raises RlhfError if the source names nothing, or its module does not load.
+    Args: what is its role, for messages, such as "reward function".
+    Raises RlhfError unless the source loads and is a function (not an async one) or a class.
     """
     found = load_object(source, what)
     if not callable(found):
@@ -33,7 +33,7 @@ def load(source: str, what: str) -> Callable[..., Any]:
 
 
 def load_object(source: str, what: str) -> object:
-    """Load the object that a source names. Args and errors as of `load`; None where the module has no such name."""
+    """Load the object that a source names, or return None if the module has no such name; otherwise as `load`."""
     place, name = _parts(source, what)
     try:
         module = _load_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
@@ -45,10 +45,10 @@ def load_object(source: str, what: str) -> object:
 def options_of(
     function: Callable[..., Any], source: str, what: str, *, arguments: Sequence[str], options: Sequence[str]
 ) -> tuple[str, ...]:
-    """Check a function's signature, and return the options that it reads, in its own order.
+    """Check a function's signature, and return the options that it accepts, in the order of its parameters.
 
-    Args: arguments are the names of its positional parameters, in order; options those of the parameters that it may
-    have besides, and is given by keyword. Any further parameter needs a default, and keeps it.
+    Args: arguments are the names that its positional parameters must have, in order; options are the names of further
+    parameters that it may have, passed by keyword. Any other parameter needs a default, and keeps it.
     Raises RlhfError with the expected signature.
     """
     try:
@@ -69,7 +69,7 @@ def options_of(
 
 
 def source_file(source: str, what: str) -> Path | None:
-    """Path of the file that holds the object that a source names, or None where there is no such file."""
+    """Return the path of the file that a source names, or None if there is no such file."""
     place, _ = _parts(source, what)
     file: str | None = place
     if not place.endswith(".py"):
@@ -82,11 +82,11 @@ def source_file(source: str, what: str) -> Path | None:
 
 
 def file_hash(source: str) -> str:
-    """SHA-256, in hex, of the file that holds the object that a source names, so that a changed file is noticed."""
+    """Compute the SHA-256, in hex, of the file that a source names. Raises RlhfError if there is no such file."""
     file = source_file(source, "function")
     if file is None:
         raise RlhfError(
-            f"{source}: there is no {source.rpartition(':')[0]}; a file is named from the working directory"
+            f"{source}: there is no {source.rpartition(':')[0]}; a relative path starts at the working directory"
         )
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
@@ -106,7 +106,7 @@ def _load_file(path: Path) -> ModuleType:
     loader = SourceFileLoader(name, str(path))
     module = importlib.util.module_from_spec(ModuleSpec(name, loader, origin=str(path)))
     module.__file__ = str(path)
-    sys.modules[name] = module  # dataclasses look their module up
+    sys.modules[name] = module  # dataclasses look up their module
     try:
         # Not exec_module, which may run stale bytecode: it compares size and modification second only.
         exec(loader.source_to_code(text, path), module.__dict__)

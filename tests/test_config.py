@@ -104,7 +104,7 @@ def test_missing_key_says_what_to_set_it_to():
         ("kl_coef", (0.1,), "a number"),
         ("whiten", 1, "True or False"),
         ("whiten", "no", "True or False"),
-        ("name", 3, "a text"),
+        ("name", 3, "a string"),
         ("policy", 3, "the name of a stage"),
         ("clip", "none", "a number or None"),
         ("clip", True, "a number or None"),

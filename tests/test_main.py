@@ -72,8 +72,8 @@ def test_every_kind_of_file_gives_the_same_run(tmp_path):
             "config.ppo.tuning.lora.rnk is not a field of LoraConfig. Did you mean 'rank'?",
         ),
         ("--config.ppo.tuning.lora.rank=8", "config.ppo.tuning.lora.alpha is missing: set it to a number."),
-        ("--config.nothing=3", "config.nothing is not the section of a stage, which has a kind. Known fields: seed,"),
-        ("--config.pppo.kl_coef=3", "config.pppo is not the section of a stage, which has a kind. Did you mean 'ppo'?"),
+        ("--config.nothing=3", "config.nothing is not the section of a stage: it has no kind. Known fields: seed,"),
+        ("--config.pppo.kl_coef=3", "config.pppo is not the section of a stage: it has no kind. Did you mean 'ppo'?"),
         ("--config.sed=3", "Did you mean 'seed'?"),
         ("--config.ppo=3", "config.ppo is not the section of a stage"),
         ("--config.sft.epochs", "--config.sft.epochs has no value: write --config.sft.epochs=VALUE"),
@@ -169,7 +169,7 @@ def test_what_is_cut_of_the_data_is_said_once_and_whole_on_80_columns(tmp_path):
     cut, same = data["warnings"]
     assert f"Warning: {cut}" in said and f"Warning: {same}" in said
     assert "data.max_response_tokens cuts" in cut
-    assert same == "chosen and rejected are identical in 1 of 64 rows (train): no preference."
+    assert same == "chosen and rejected are identical in 1 of 64 rows (train): these rows express no preference."
 
 
 def test_a_start_that_failed_on_a_row_leaves_no_lock(tmp_path, capsys):
@@ -182,7 +182,7 @@ def test_a_start_that_failed_on_a_row_leaves_no_lock(tmp_path, capsys):
     assert (tmp_path / "run" / "sft" / "config.json").exists()
     train.write_text(rows)
     assert main(arguments) == 0
-    assert "sft: an earlier start with another config left no result; starting again." in capsys.readouterr().out
+    assert "sft: an earlier start with another config left no results; starting again." in capsys.readouterr().out
     assert (tmp_path / "run" / "sft" / "complete.json").exists()
 
 

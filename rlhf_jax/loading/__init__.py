@@ -1,1 +1,1 @@
-"""Models of a stage or of a checkpoint, loaded as policies and reward models, and what a stage runs with."""
+"""Load models and data of earlier stages or checkpoints, export models, and hold the context that a stage runs in."""

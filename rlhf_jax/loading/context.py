@@ -34,10 +34,10 @@ class Common:
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """Context of one stage. Run k of a stage with several runs uses seed + k."""
+    """Everything that a stage runs with: its name and directory, seeds, data, devices, and earlier stages."""
 
     workdir: Workdir
-    stages: tuple[str, ...]  # of the experiment; any other model source is a checkpoint
+    stages: tuple[str, ...]  # all stages of the experiment; any other model source is a checkpoint
     name: str
     seed: int
     seeds: int
@@ -51,11 +51,11 @@ class Context:
         return self.workdir.directory(self.name)
 
     def key(self, tag: str, seed_index: int = 0) -> PRNGKeyArray:
-        """Key for one purpose in run `seed_index`, derived from the run's seed, the stage's name and a tag."""
+        """Derive the random key for one purpose, the tag, in run `seed_index` from its seed and the stage's name."""
         return derive(derive(jax.random.key(self.seed + seed_index), self.name), tag)
 
     def placement(self, seeds: int = 1) -> Placement:
-        """Devices for this many simultaneous runs."""
+        """Place this many simultaneous runs on the devices."""
         return make_placement(self.runtime, seeds)
 
     @property
@@ -64,11 +64,11 @@ class Context:
         return self.placement().where
 
     def sampling(self, tokenizer: Tokenizer, temperature: float) -> Sampling:
-        """Sampling settings with data.max_response_tokens."""
+        """Sampling settings with at most data.max_response_tokens new tokens."""
         return Sampling(self.data.max_response_tokens, temperature, tokenizer.stop_ids)
 
     def policy(self, source: str, tuning: Tuning = NO_CHANGES) -> Policy:
-        """Load the policy of an earlier stage (its first seed) or of a checkpoint."""
+        """Load the policy of an earlier stage (its first seed) or a checkpoint."""
         model = self.model(source, tuning)
         if not isinstance(model, Policy):
             raise RlhfError(f"config.{self.name}: {source} is a reward model where a language model is needed")
@@ -83,20 +83,20 @@ class Context:
         return Base(name, name in self.stages)
 
     def reward_model(self, source: str) -> RewardModel:
-        """Load the reward model of an earlier stage or of a checkpoint."""
+        """Load the reward model of an earlier stage or a checkpoint."""
         model = self.model(source)
         if not isinstance(model, RewardModel):
             raise RlhfError(f"config.{self.name}: {source} is a language model where a reward model is needed")
         return model
 
     def model(self, source: str, tuning: Tuning = NO_CHANGES) -> Policy | RewardModel:
-        """Load the model of an earlier stage or of a checkpoint, with the dtypes and options of `tuning`."""
+        """Load the model of an earlier stage or a checkpoint, with the dtypes and options of `tuning`."""
         if source not in self.stages:
             found = load_checkpoint(source, tuning, where=self.where)
         elif tuning.family is not None:
             raise RlhfError(
-                f"config.{self.name}: family = {tuning.family!r} is for a checkpoint, and {source} is a stage: leave "
-                "it out"
+                f"config.{self.name}: family = {tuning.family!r} only applies to a checkpoint, and {source} is a "
+                "stage: leave it out"
             )
         else:
             directory, find = self.workdir.find(source), self.workdir.find
@@ -105,12 +105,12 @@ class Context:
         positions = config.context if config.positions == "learned" else config.rope.limit
         if positions is not None and most > positions:
             raise RlhfError(
-                f"config.{self.name}: {source} has learnt {positions} positions, and data.max_prompt_tokens + "
+                f"config.{self.name}: {source} supports at most {positions} positions, but data.max_prompt_tokens + "
                 f"data.max_response_tokens = {most}: lower them"
             )
         return found
 
 
 def steps_for(epochs: float, rows: int, batch_size: int, steps_per_call: int) -> int:
-    """Number of steps for `epochs` passes over the rows, rounded to a multiple of steps_per_call, at least one call."""
+    """Number of steps for `epochs` passes over the rows, rounded to a whole number of calls, at least one."""
     return max(1, round(epochs * rows / batch_size / steps_per_call)) * steps_per_call

@@ -1,4 +1,4 @@
-"""Report on a stage's data: lengths of its rows, and shares that are truncated."""
+"""Report on a stage's data: the lengths of its rows, and the share of rows that are truncated."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,7 +20,7 @@ SHOWN = ("column", "rows", "median", "95 %", "longest", "limit", "cut")
 def report_answers(context: Context, tokenizer: Tokenizer, splits: Mapping[str, Mapping[str, Pairs]]) -> None:
     """Report the lengths of prompts and answers, by split and column; see `data.lengths`."""
     figures = {name: lengths.of_answers(pairs, tokenizer, context.data) for name, pairs in splits.items()}
-    _report(context, figures, [warning for name, pairs in splits.items() if (warning := _of_equals(pairs, name))])
+    _report(context, figures, [warning for name, pairs in splits.items() if (warning := _identical(pairs, name))])
 
 
 def report_prompts(context: Context, tokenizer: Tokenizer, splits: Mapping[str, list[Row]]) -> None:
@@ -28,14 +28,15 @@ def report_prompts(context: Context, tokenizer: Tokenizer, splits: Mapping[str, 
     _report(context, {name: lengths.of_prompts(rows, tokenizer, context.data) for name, rows in splits.items()}, [])
 
 
-def _of_equals(pairs: Mapping[str, Pairs], split: str) -> str | None:
-    """Warning if chosen and rejected answers are identical in some rows; otherwise None."""
+def _identical(pairs: Mapping[str, Pairs], split: str) -> str | None:
+    """Return a warning if the chosen and the rejected answer are identical in some rows, otherwise None."""
     if not {"chosen", "rejected"} <= pairs.keys():
         return None
     same = [one == other for one, other in zip(pairs["chosen"][1], pairs["rejected"][1], strict=True)]
     if not any(same):
         return None
-    return f"chosen and rejected are identical in {sum(same)} of {len(same)} rows ({split}): no preference."
+    count = f"{sum(same)} of {len(same)} rows ({split})"
+    return f"chosen and rejected are identical in {count}: these rows express no preference."
 
 
 def _report(context: Context, splits: dict[str, list[dict[str, Any]]], warnings: list[str]) -> None:

@@ -32,7 +32,7 @@ def export(model: Policy | RewardModel, directory: str | Path) -> Path:
     Returns: the directory, as a path.
 
     Raises RlhfError if the directory exists, if no family supports the architecture, or if transformers would compute
-    other scores with a reward model.
+    different scores with a reward model.
     """
     out = new_directory(directory)
     _check_exportable(model)
@@ -95,9 +95,9 @@ def adapter_base(directory: Path) -> str:
 
 
 def checked_base(source: str, model: Policy | RewardModel) -> str:
-    """Return the path or hub id of a base after comparing its weights, in the checkpoint's dtype.
+    """Return the path or hub id of a base, after checking that the adapter was trained on its weights.
 
-    Raises RlhfError unless they are the weights that the adapter was trained on.
+    Weights are compared in the dtype of the base's checkpoint. Raises RlhfError if they differ.
     """
     given = models.body_of(pretrained.load_checkpoint(source, pretrained.same_family(model.hf_config)))
     trained = models.body_of(model._replace(params=model.params.base))
@@ -134,7 +134,7 @@ def _check_exportable(model: Policy | RewardModel) -> None:
     if isinstance(model, RewardModel) and model.network.pooling != "last":
         raise RlhfError(
             f"the reward model has pooling = {model.network.pooling!r}, but transformers' classifiers score the last "
-            "token and would compute other scores: train it with pooling = 'last'"
+            "token and would compute different scores: train it with pooling = 'last'"
         )
 
 
@@ -154,7 +154,7 @@ def with_hf_config(model: Policy | RewardModel) -> tuple[Policy | RewardModel, d
 
 
 def _write_generation_config(policy: Policy, directory: Path) -> None:
-    """Write the stop tokens (chats may end with others than EOS) and the tokens that are never sampled."""
+    """Write the stop tokens (chats may end with a token other than EOS) and the tokens that are never sampled."""
     stops, start = policy.tokenizer.stop_ids, (policy.hf_config or {}).get("bos_token_id")
     content = {"eos_token_id": list(stops) if len(stops) > 1 else stops[0], "pad_token_id": policy.tokenizer.pad_id}
     content |= {} if start is None else {"bos_token_id": start}

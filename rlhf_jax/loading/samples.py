@@ -22,11 +22,11 @@ from rlhf_jax.types import Rollout
 
 
 class SampledTexts(NamedTuple):
-    """Responses of a model, one per row. Texts exclude stop strings, which the last token may complete."""
+    """Responses of a model, one per row. Texts end before a stop string, which the last token completes."""
 
     rollout: Rollout
     texts: list[str]
-    ended: list[bool]  # by a stop token or a stop string; the others were cut off
+    ended: list[bool]  # True if a stop token or stop string ended the response, False if it was cut off
 
 
 def respond(
@@ -42,11 +42,13 @@ def respond(
 ) -> SampledTexts:
     """Sample `samples` responses to each prompt in batches of `batch_size`, up to a stop token or stop string.
 
-    Responses are also limited by the model's context. Args: first is the number of earlier prompts, for random keys.
+    Responses are also limited by the model's context.
+
+    Args: first is the number of prompts sampled before these, so that each prompt of a data set has its own random key.
     """
     network, context = policy.network, policy.network.config.context
     lengths = np.array([len(prompt) for prompt in prompts])
-    if context is not None:  # independent of the prompts' lengths, for few programs
+    if context is not None:  # independent of the prompts' lengths, so that few programs are compiled
         sampling = dataclasses.replace(sampling, max_new_tokens=min(sampling.max_new_tokens, context))
     rollout = sample_all(
         network,
@@ -73,9 +75,9 @@ def respond(
 
 
 class Drawn(NamedTuple):
-    """Prompts drawn at random from a table, and the responses sampled to them, those to one prompt side by side."""
+    """Prompts drawn at random from a table, and sampled responses; the responses to one prompt are consecutive rows."""
 
-    rows: np.ndarray  # int[prompts]: numbers of the prompts, as `data.pipeline.prompts` gives them
+    rows: np.ndarray  # int[prompts]: indices of the drawn prompts in the result of `data.pipeline.prompts`
     rollout: Rollout  # prompts x samples rows
     key: list[int]  # random key that the prompts were drawn with, for the summary
 
@@ -93,8 +95,8 @@ def draw_and_sample(
 ) -> Drawn:
     """Draw prompts from a table, and sample responses of a policy to each.
 
-    Args: prompts and samples are how many; field is the stage's field that says how many prompts, for messages; purpose
-    begins the tags of the random keys, for a stage that samples besides.
+    Args: prompts is the number of prompts, and field the config field that sets it, for messages; samples is the number
+    of responses per prompt; purpose is a prefix of the random keys' tags, for a stage that also samples elsewhere.
     """
     key = context.key(f"{purpose}prompts")
     pool = pipeline.prompts(table, policy.tokenizer, context.data)
@@ -112,7 +114,7 @@ def draw_and_sample(
 
 
 def texts(tokenizer: Tokenizer, rollout: Rollout) -> tuple[list[str], list[str]]:
-    """Decode the prompts and completions of a rollout; judges read their concatenation."""
+    """Decode the prompts and completions of a rollout. Judges read their concatenation."""
     prompts, completions = [], []
     for prompt, prompt_mask, response, response_mask in zip(*map(np.asarray, rollout), strict=True):
         ids = prompt[prompt_mask].tolist()
@@ -124,7 +126,7 @@ def texts(tokenizer: Tokenizer, rollout: Rollout) -> tuple[list[str], list[str]]
 def sample_rows(
     tokenizer: Tokenizer, rollout: Rollout, score: Sequence[float | None], kl: Sequence[float | None]
 ) -> list[dict[str, Any]]:
-    """Rows `prompt, completion, score, kl, length` of a rollout."""
+    """Make rows with `prompt`, `completion`, `score`, `kl` and `length` from a rollout."""
     lengths = np.asarray(rollout.response_mask).sum(axis=1)
     return [
         {"prompt": prompt, "completion": completion, "score": _number(s), "kl": _number(k), "length": int(length)}
@@ -135,7 +137,7 @@ def sample_rows(
 def policy_samples(
     policy: Policy, prompts: Prompts, count: int, context: Context, temperature: float
 ) -> list[dict[str, Any]]:
-    """Sample one response to each of the first `count` prompts, without scores, with the same keys at every call."""
+    """Sample one response to each of the first `count` prompts, with the same random keys in every call; no scores."""
     if not count:
         return []
     first = take(prompts, np.arange(min(count, len(prompts.tokens))))

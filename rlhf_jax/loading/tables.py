@@ -19,7 +19,7 @@ DEMONSTRATIONS = Files("demonstrations.jsonl", "demonstrations_eval.jsonl")
 
 
 def load_preferences(context: Context, stage: str | None) -> tuple[list[dict], list[dict]]:
-    """Load training and held-out pairs of an earlier stage, or of the experiment's own data if stage is None."""
+    """Load training and held-out pairs from an earlier stage, or from the experiment's data if stage is None."""
     if stage is not None:
         directory = context.workdir.find(stage)
         rows = [formats.read_table(str(directory / name)) for name in PREFERENCES]
@@ -31,10 +31,10 @@ def load_preferences(context: Context, stage: str | None) -> tuple[list[dict], l
 
 
 def load_demonstrations(context: Context, stage: str | None) -> tuple[list[dict], list[dict]]:
-    """Training and held-out rows for SFT: the experiment's data where stage is None, or what a stage wrote.
+    """Load training and held-out rows for SFT from an earlier stage, or from the experiment's data if stage is None.
 
-    Of a stage that wrote preferences, SFT learns what was chosen ("Preferred-FT", the baseline of Rafailov et al. 2023,
-    arXiv:2305.18290). Raises RlhfError where the stage wrote neither.
+    If the stage wrote preferences, SFT trains on the chosen responses ("Preferred-FT", the baseline of Rafailov et al.
+    2023, arXiv:2305.18290). Raises RlhfError if it wrote neither preferences nor demonstrations.
     """
     if stage is None:
         return pipeline.load_rows(context.data, "train"), pipeline.load_rows(context.data, "eval")
@@ -43,7 +43,7 @@ def load_demonstrations(context: Context, stage: str | None) -> tuple[list[dict]
         return load_preferences(context, stage)
     if not (directory / DEMONSTRATIONS.train).exists():
         raise RlhfError(
-            f"config.{context.name}.demonstrations = {stage!r}, which wrote neither demonstrations nor preferences: "
+            f"config.{context.name}.demonstrations = {stage!r}, a stage that wrote no demonstrations or preferences: "
             "name a stage of kind rejection_sampling or preferences, or None for the experiment's data"
         )
     train, held_out = (formats.read_table(str(directory / name)) for name in DEMONSTRATIONS)

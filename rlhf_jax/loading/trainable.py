@@ -23,16 +23,16 @@ N = TypeVar("N", PolicyNetwork, ScalarNetwork)
 
 
 class Start(NamedTuple):
-    """Model before the first step, split into trained (and checkpointed) and frozen parameters."""
+    """Initial parameters of a model, split into trained ones, which are checkpointed, and frozen ones."""
 
     trained: PyTree
     base: PyTree  # None if all parameters are trained
 
 
 def trainable(network: N, tuning: Tuning | None) -> N:
-    """Configure a network for training: with an adapter, or with parameters in float32 or the dtype of `tuning`.
+    """Configure a network for training: with an adapter, or with parameters in the dtype of `tuning` (float32 if None).
 
-    Args: tuning is None for a model from scratch, which keeps the dtype of its own config.
+    Args: tuning is None for a model trained from scratch, which keeps the dtype of its own config.
     Raises RlhfError for training in float16.
     """
     if tuning is not None and tuning.lora is not None:
@@ -50,11 +50,11 @@ def trainable(network: N, tuning: Tuning | None) -> N:
 def init_trainable(network: Network, params: PyTree, key: PRNGKeyArray) -> Start:
     """Split parameters into trained and frozen ones, initialising an adapter if the network has a LoraConfig.
 
-    Without an adapter, all parameters are trained and cast to the training dtype (see `trainable`). The original, such
-    as the frozen reference, keeps its dtype; a copy in float32 has the same values.
+    Without an adapter, all parameters are trained and cast to the training dtype (see `trainable`). The original keeps
+    its dtype, for example as the frozen reference; a copy in float32 has the same values.
     """
     if network.lora is None:
-        dtypes = jax.eval_shape(network.init, jax.random.key(0))  # the dtypes to train in
+        dtypes = jax.eval_shape(network.init, jax.random.key(0))  # training dtypes
         return Start(jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), params, dtypes), None)
     return Start(network.init_adapter(params, key), params)
 
@@ -67,7 +67,7 @@ def full_params(network: Network, trained: PyTree, frozen: PyTree, base: str) ->
 def dropout_keys(
     network: Network, run_key: PRNGKeyArray, step: Array, rows: int, axes: tuple[str, ...]
 ) -> Key[Array, "B"] | None:
-    """Dropout keys for a device's rows, by their numbers in the whole batch; None without dropout."""
+    """Make a dropout key for each row of a device from its index in the global batch; None without dropout."""
     if network.lora is None or network.lora.dropout == 0:
         return None
     first = jax.lax.axis_index(axes) * rows if axes else 0
@@ -76,7 +76,7 @@ def dropout_keys(
 
 
 def begin_policy(source: ModelSource, tuning: Tuning, context: Context) -> Policy:
-    """Load a stage's initial policy, which is also its reference, configure it for training, and save its spec."""
+    """Load a stage's initial policy (also its reference), configure it for training, and save its spec."""
     if tuning.attention == "cudnn" and context.seeds > 1:
         raise RlhfError(
             f"config.{context.name}: attention = 'cudnn' does not support several seeds at once: set config.seeds to "

@@ -54,7 +54,7 @@ class LoraConfig:
             try:
                 re.compile(target)
             except re.error as error:
-                raise ValueError(f"targets: {target!r} is no regular expression ({error})") from error
+                raise ValueError(f"targets: {target!r} is not a regular expression ({error})") from error
 
     @property
     def scale(self) -> float:

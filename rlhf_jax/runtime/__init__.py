@@ -1,1 +1,1 @@
-"""Execution of pure steps: devices, compiled programs, checkpoints, the loop, metric files and progress."""
+"""Execution of training steps: devices, compiled programs, optimisers, checkpoints, the loop, files and progress."""

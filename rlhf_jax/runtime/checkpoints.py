@@ -20,14 +20,14 @@ from rlhf_jax.types import RlhfError
 class TrainState(NamedTuple):
     """Training state, donated to each step and checkpointed. With several seeds, leaves have a leading seed axis."""
 
-    step: jax.Array  # int32[]: steps done
-    params: dict[str, PyTree]  # of each trained network: policy, value, reward
+    step: jax.Array  # int32[]: number of completed steps
+    params: dict[str, PyTree]  # by trained network: policy, value, reward
     opt_state: PyTree
     controller: PyTree = ()  # further state, such as an adaptive coefficient
 
 
 class _Repeated(logging.Filter):
-    """Suppress asyncio's log of further exceptions of Orbax's writers; the first one is raised and reported."""
+    """Suppress asyncio's log of repeated exceptions in Orbax's writers; the first exception is raised and reported."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         message = record.getMessage()
@@ -56,7 +56,7 @@ class Checkpoints:
     def save(self, state: TrainState) -> None:
         """Start saving a state under its step, and return before the files are written.
 
-        The state is copied first: on CPUs Orbax reads the arrays' memory, which the next step reuses.
+        The state is copied first: on CPUs Orbax reads the memory of the arrays, which the next step overwrites.
         """
         copy = jax.tree.map(jnp.copy, state)
         items = {name: ocp.args.StandardSave(tree) for name, tree in copy.params.items()}
@@ -67,8 +67,8 @@ class Checkpoints:
     def restore(self, step: int, like: TrainState) -> TrainState:
         """Restore the state saved at a step, with the shardings of `like`."""
         items = {name: ocp.args.StandardRestore(_abstract(tree)) for name, tree in like.params.items()}
-        of_rest = ocp.args.StandardRestore(_abstract(_rest(like)))
-        restored = self._manager.restore(step, args=ocp.args.Composite(rest=of_rest, **items))
+        target = ocp.args.StandardRestore(_abstract(_rest(like)))
+        restored = self._manager.restore(step, args=ocp.args.Composite(rest=target, **items))
         params = {name: restored[name] for name in like.params}
         rest = restored["rest"]
         return TrainState(rest["step"], params, rest["opt_state"], rest.get("controller", like.controller))
@@ -81,7 +81,7 @@ class Checkpoints:
 
 
 def steps_of(directory: Path) -> list[int]:
-    """Steps with a checkpoint, in ascending order."""
+    """List the steps that have a checkpoint, in ascending order."""
     with _reading(directory) as manager:
         return sorted(manager.all_steps())
 
@@ -89,15 +89,15 @@ def steps_of(directory: Path) -> list[int]:
 def load_params(directory: Path, network: str, like: PyTree, *, step: int | None, where: Where | None = None) -> PyTree:
     """Load one network's parameters from a stage's checkpoints.
 
-    Args: like has the shapes (`jax.eval_shape` of the network's init, with a leading seed axis if there are several);
-    step is None for the newest; where gives the sharding of each parameter (None: the first device).
+    Args: like gives the shapes (`jax.eval_shape` of the network's init, with a leading axis for several seeds); step is
+    None for the newest checkpoint; where gives the sharding of each parameter (None: the first device).
     Raises RlhfError if there is no such checkpoint.
     """
     with _reading(directory) as manager:
         steps = manager.all_steps()
         if not steps or (step is not None and step not in steps):
             kept = ", ".join(map(str, sorted(steps))) or "none"
-            raise RlhfError(f"{directory} has no checkpoint{'' if step is None else f' of step {step}'} (kept: {kept})")
+            raise RlhfError(f"{directory} has no checkpoint{'' if step is None else f' at step {step}'} (kept: {kept})")
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         places = on_devices(like, where or (lambda path, shape: device))
         target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, places)
@@ -107,7 +107,7 @@ def load_params(directory: Path, network: str, like: PyTree, *, step: int | None
 
 @contextlib.contextmanager
 def _reading(directory: Path) -> Iterator[ocp.CheckpointManager]:
-    """Open checkpoints to read them, without Orbax's warnings that they are only read."""
+    """Open checkpoints for reading, without Orbax's warnings about read-only managers."""
     verbosity = absl.logging.get_verbosity()
     absl.logging.set_verbosity(min(verbosity, absl.logging.ERROR))
     try:
@@ -122,7 +122,7 @@ def _reading(directory: Path) -> Iterator[ocp.CheckpointManager]:
 def _writing(directory: Path) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # what the writing threads raise depends on the file system
+    except Exception as error:  # the exception type depends on the file system
         reason = str(error).strip().split("\n")[0][:300]
         raise RlhfError(
             f"a checkpoint could not be written to {directory} ({reason}): check the disk space and run again; the "
@@ -131,7 +131,7 @@ def _writing(directory: Path) -> Iterator[None]:
 
 
 def _rest(state: TrainState) -> dict[str, PyTree]:
-    """State saved next to the parameters; without an empty controller, so that older checkpoints stay readable."""
+    """State to save beside the parameters. An empty controller is omitted, as in older checkpoints."""
     rest = {"step": state.step, "opt_state": state.opt_state}
     return rest | ({"controller": state.controller} if jax.tree.leaves(state.controller) else {})
 

@@ -25,7 +25,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def measured(value: float) -> float | None:
-    """Convert NaN (not measurable, such as the standard error of one row) to None for a file."""
+    """Convert NaN, such as the standard error of a single row, to None, which JSON can represent."""
     return None if math.isnan(value) else value
 
 
@@ -48,7 +48,7 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Read the rows of a JSONL file, without an incomplete last line (of a killed process)."""
+    """Read the rows of a JSONL file; a last line that a killed process left incomplete is ignored."""
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     return [json.loads(line) for line in lines]
 
@@ -62,8 +62,8 @@ def _encode(value: Json, path: Path, indent: int | None = None) -> str:
         if not places:
             raise
         raise RlhfError(
-            f"{path.name}: {', '.join(places[:3])} is not finite, and JSON has no such number. A model's training has "
-            "diverged, or a reward is not finite"
+            f"{path.name}: {', '.join(places[:3])} is not finite and cannot be written as JSON. Either "
+            "training diverged or a reward is not finite"
         ) from error
 
 
@@ -77,7 +77,7 @@ def _not_finite(value: Json, place: str) -> Iterator[tuple[str, float]]:
 
 
 class RowWriter:
-    """Writer that appends rows with a `step` to a JSONL file, and on opening removes rows after a given step."""
+    """Writer that appends rows with a `step` to a JSONL file, after removing rows beyond a given step."""
 
     def __init__(self, path: Path, after_step: int) -> None:
         """Open a file, keeping only rows up to `after_step`."""

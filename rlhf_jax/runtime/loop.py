@@ -22,9 +22,9 @@ Rows = list[Row]
 
 @dataclasses.dataclass(frozen=True)
 class LoopConfig:
-    """Steps per device call and between checkpoints. Logging and checkpoints happen between calls."""
+    """Numbers of steps per device call and between checkpoints."""
 
-    steps_per_call: Count  # steps scanned in one call of the device; logs and checkpoints come between calls
+    steps_per_call: Count  # steps per device call; logging and checkpoints happen between calls
     checkpoint_every: Count  # steps between checkpoints
     keep: Count = 2  # number of newest checkpoints to keep
 
@@ -51,10 +51,10 @@ class Task:
     step: Step | HostSteps
     state: TrainState  # at step 0; stacked over seeds if there are several
     frozen: PyTree
-    batch_at: Callable[[int], PyTree]  # arrays [B, ...], or [seeds, B, ...], of a step counted from 0
+    batch_at: Callable[[int], PyTree]  # step, counted from 0 -> arrays [B, ...], or [seeds, B, ...]
     run_key: jax.Array  # one key, or one per seed
     total_steps: int
-    key_figures: tuple[str, ...]  # metrics shown beside the bar
+    key_figures: tuple[str, ...]  # metrics shown with the progress bar
     evaluation: Evaluation | None
     describe: Callable[[int, PyTree], Rows]  # step, one seed's samples -> sample rows
 
@@ -62,8 +62,8 @@ class Task:
 def train(task: Task, config: LoopConfig, placement: Placement, first_seed: int, directory: Path, bar: Bar) -> None:
     """Run or resume a task, writing `metrics.jsonl`, `samples.jsonl` and `checkpoints/`.
 
-    Raises RlhfError unless total_steps is a multiple of steps_per_call, and for a non-finite loss, in which case the
-    steps since the last checkpoint are not on disk.
+    Raises RlhfError unless total_steps is a multiple of steps_per_call, and if a loss is not finite. The steps since
+    the last checkpoint are then lost.
     """
     if task.total_steps % config.steps_per_call:
         raise RlhfError(
@@ -116,7 +116,7 @@ def train(task: Task, config: LoopConfig, placement: Placement, first_seed: int,
 
 
 class _Clock:
-    """Wall time of the stage, including the time before an interruption, as `time/` metrics."""
+    """Measure the wall time of the stage, including runs before an interruption, for the `time/` metrics."""
 
     def __init__(self, metrics: Path) -> None:
         rows = read_rows(metrics)
@@ -141,10 +141,10 @@ class _RoundingLoss:
         self._kept, self._total, self._updates, self._warned = 0.0, 0.0, 0, False
 
     def after(self, rows: Rows, progress: float) -> str | None:
-        """Return a warning, once, if less than half survived of the first tenth of the run and at least 20 steps.
+        """Return a warning, once, if less than half of the updates survived.
 
-        Earlier shares are unreliable: warm-up rates are small, and stochastic rounding of few weights is noisy. At the
-        end of the run the warning does not need 20 steps.
+        The warning waits for a tenth of the run and 20 updates, or for the end of the run. Earlier shares are
+        unreliable: learning rates are small during warm-up, and stochastic rounding of few weights is noisy.
         """
         for row in rows:
             share, rate = row.get("update_survived"), row.get("learning_rate")
@@ -157,8 +157,8 @@ class _RoundingLoss:
         self._warned = True
         return (
             f"{self._kept / self._total:.0%} of the updates survived rounding (update_survived): this learning rate is "
-            "too small for the weights' dtype. Leave param_dtype out to train in float32, or set "
-            "optimizer.low_precision to 'masters' or 'stochastic'; where weights are float32, raise the learning rate"
+            "too small for the weights' dtype. Omit param_dtype to train in float32, or set "
+            "optimizer.low_precision to 'masters' or 'stochastic'; with float32 weights, raise the learning rate"
         )
 
 

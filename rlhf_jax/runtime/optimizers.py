@@ -1,8 +1,8 @@
-"""Optimisers by config, all from optax: the choice, its numbers, its schedule, weight decay, and one update.
+"""Optimisers from optax: config, learning-rate schedule, weight decay, gradient accumulation, and one update.
 
-Each optimiser has the numbers of the implementation that papers used: torch's for `adamw`, `adam`, `rmsprop` and `sgd`,
-the authors' for `lion` (Chen et al. 2023, arXiv:2302.06675), transformers' for `adafactor` (Shazeer & Stern 2018,
-arXiv:1804.04235). The gradient's norm is bounded before the optimiser sees it, as in torch's training loops.
+Defaults are those of the implementation that papers used: torch's for `adamw`, `adam`, `rmsprop` and `sgd`, the
+authors' for `lion` (Chen et al. 2023, arXiv:2302.06675), transformers' for `adafactor` (Shazeer & Stern 2018,
+arXiv:1804.04235). The global gradient norm is clipped before the optimiser, as in torch's training loops.
 """
 
 import dataclasses
@@ -29,37 +29,38 @@ Rows = TypeVar("Rows")
 """A batch: a pytree whose leaves have rows as their first axis."""
 
 NORMS_AND_BIASES = r"(^|/)(scale|bias)$"
-"""Paths of the scales of norms, and of all biases."""
+"""Pattern for the paths of norm scales and of all biases."""
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """An optimiser: the rate rises linearly over `warmup_steps` updates, then follows the schedule.
+    """Optimiser settings. The learning rate rises linearly over `warmup_steps` updates, then follows the schedule.
 
-    Raises ValueError naming a field that the chosen optimiser or schedule does not read.
+    Raises ValueError naming a field that the chosen optimiser or schedule does not use.
     """
 
-    learning_rate: Positive  # learning rate after the warm-up
-    schedule: Schedule  # learning rate after the warm-up: constant, or falling to min_learning_rate at the last update
+    learning_rate: Positive  # peak learning rate, reached at the end of the warm-up
+    schedule: Schedule  # after the warm-up: constant, or decaying to min_learning_rate at the last update
     warmup_steps: CountOrZero  # updates over which the learning rate rises linearly from 0
-    # Decoupled decay: an update takes learning_rate x weight_decay of a weight (adamw, lion, adafactor). For adam,
-    # rmsprop and sgd as in torch: weight_decay x weight is added to the gradient, an L2 penalty.
+    # Decoupled for adamw, lion and adafactor: each update subtracts learning_rate x weight_decay x weight. For adam,
+    # rmsprop and sgd an L2 penalty as in torch: weight_decay x weight is added to the gradient.
     weight_decay: NonNegative
-    max_grad_norm: Positive  # largest global norm of a gradient; larger ones are scaled down to it
-    epsilon: Positive = 1e-8  # constant added to the root of the second moment (adamw, adam, rmsprop)
-    # Rows whose gradient is computed at one time, and accumulated; None: the whole batch.
+    max_grad_norm: Positive  # maximum global gradient norm; larger gradients are scaled down to it
+    epsilon: Positive = 1e-8  # constant added to the square root of the second moment (adamw, adam, rmsprop)
+    # Rows per micro-batch, over which gradients are accumulated; None: the whole batch at once.
     micro_batch: Count | None = None
-    # Regular expressions on paths (policy/block_0/attention/q/kernel) of parameters that are not trained.
+    # Regular expressions on parameter paths (policy/block_0/attention/q/kernel); matching parameters are not trained.
     freeze: tuple[str, ...] = ()
     name: OptimizerName = "adamw"  # optimiser
     b1: Decay | None = None  # decay of the first moment; None: 0.9 (adamw, adam, lion)
     b2: Decay | None = None  # decay of the second moment; None: 0.999 (adamw, adam), 0.99 (rmsprop's alpha, lion)
     momentum: Decay = 0.0  # momentum of rmsprop and sgd, as in torch (no dampening, no Nesterov)
     min_learning_rate: NonNegative = 0.0  # learning rate at the end of the linear and the cosine schedule
-    # Regular expressions on paths of parameters without weight decay. The default leaves out norms and biases, as
-    # transformers does (Trainer.get_decay_parameter_names); embeddings, heads and LoRA matrices are decayed.
+    # Regular expressions on parameter paths; matching parameters have no weight decay. The default excludes norms and
+    # biases, as transformers does (Trainer.get_decay_parameter_names); embeddings, heads and LoRA matrices decay.
     no_decay: tuple[str, ...] = (NORMS_AND_BIASES,)
-    # How bfloat16 weights keep updates smaller than their spacing: float32 masters, stochastic rounding, or not.
+    # How to update bfloat16 weights, whose precision may be coarser than an update: keep float32 master weights, round
+    # stochastically, or round to nearest, which loses small updates.
     low_precision: LowPrecision = "masters"
 
     def __post_init__(self) -> None:
@@ -68,7 +69,7 @@ class OptimizerConfig:
                 try:
                     re.compile(pattern)
                 except re.error as error:
-                    raise ValueError(f"{field}: {pattern!r} is no regular expression ({error})") from error
+                    raise ValueError(f"{field}: {pattern!r} is not a regular expression ({error})") from error
         spec = ALGORITHMS[self.name]
         for field in ("epsilon", "b1", "b2", "momentum"):
             value, default = getattr(self, field), self.__dataclass_fields__[field].default
@@ -89,10 +90,10 @@ class OptimizerConfig:
 
 
 class Algorithm(NamedTuple):
-    """One optimiser: its transformation of a bounded gradient before the rate is applied, and the fields it reads."""
+    """One optimiser: its transformation of the clipped gradient, without the learning rate, and the fields it uses."""
 
     scale: Callable[[OptimizerConfig], optax.GradientTransformation]
-    decoupled: bool  # weight decay is added to the scaled update, not to the gradient
+    decoupled: bool  # True: weight decay is added to the transformed update; False: to the gradient
     reads: tuple[str, ...]
 
 
@@ -101,7 +102,7 @@ def _adam(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def _rmsprop(config: OptimizerConfig) -> optax.GradientTransformation:
-    """torch.optim.RMSprop, which Rafailov et al. 2023 (arXiv:2305.18290) use: epsilon outside of the root."""
+    """torch.optim.RMSprop, which Rafailov et al. 2023 (arXiv:2305.18290) use: epsilon is outside the square root."""
     scale = optax.scale_by_rms(decay=_or(config.b2, 0.99), eps=config.epsilon, eps_in_sqrt=False)
     return optax.chain(scale, _momentum(config))
 
@@ -111,9 +112,9 @@ def _lion(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def _adafactor(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Adafactor without scaling by the parameter's size, so that learning rates compare with other optimisers.
+    """Adafactor without scaling by the parameter's size, so that learning rates are comparable with other optimisers.
 
-    As transformers' `adafactor`, which sets scale_parameter = False. Matrices below 128 x 128 are not factored.
+    Like transformers' `adafactor`, which sets scale_parameter = False. Matrices below 128 x 128 are not factored.
     """
     del config
     return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
@@ -138,7 +139,7 @@ ALGORITHMS: dict[str, Algorithm] = {
 
 
 def learning_rate(config: OptimizerConfig, updates: int) -> optax.Schedule:
-    """Learning-rate schedule over `updates` updates."""
+    """Make the learning-rate schedule of a run of `updates` updates."""
     decay_steps = max(1, updates - config.warmup_steps)
     top, bottom = config.learning_rate, config.min_learning_rate
     after_warmup = {
@@ -151,13 +152,13 @@ def learning_rate(config: OptimizerConfig, updates: int) -> optax.Schedule:
 
 
 class Optimizer(NamedTuple):
-    """An optax transformation, and how its updates are added to weights of less precision than float32."""
+    """An optax transformation, and the way in which its updates are added to low-precision weights."""
 
     transformation: optax.GradientTransformation
     low_precision: LowPrecision
 
     def init(self, params: PyTree) -> rounding.State:
-        """Initialise the state, which is float32 whatever the parameters' dtype."""
+        """Initialise the state, which is float32 for parameters of any dtype."""
         masters = rounding.init_masters(self.low_precision, params)
         return rounding.State(self.transformation.init(rounding.float32(params)), masters)
 
@@ -173,7 +174,7 @@ def bound(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def algorithm(config: OptimizerConfig, updates: int) -> optax.GradientTransformation:
-    """Make the config's optimiser with its weight decay and learning rate, without the bound on the gradient."""
+    """Make the config's optimiser with weight decay and learning rate, without gradient clipping."""
     chosen = ALGORITHMS[config.name]
     decay = optax.add_decayed_weights(config.weight_decay, functools.partial(decayed, config.no_decay))
     parts = [decay] if config.weight_decay else []
@@ -183,7 +184,7 @@ def algorithm(config: OptimizerConfig, updates: int) -> optax.GradientTransforma
 
 
 def finished(config: OptimizerConfig, transformation: optax.GradientTransformation) -> Optimizer:
-    """Complete a transformation to an optimiser that leaves frozen parameters unchanged and without state."""
+    """Make an optimiser of a transformation that leaves frozen parameters unchanged, without state for them."""
     if config.freeze:
         labels = functools.partial(_frozen, config.freeze)
         transformation = optax.multi_transform({False: transformation, True: optax.set_to_zero()}, labels)
@@ -200,21 +201,22 @@ def gradients(
 ) -> tuple[Array, dict[str, Metric], PyTree]:
     """Compute loss, metrics and gradient of a batch, at once or accumulated over micro-batches of its rows.
 
-    Args: loss_fn returns a mean over the rows it is given, and metrics; weight counts, over all devices, the tokens or
-    rows of that mean. Micro-batches are weighted by it, so that accumulation changes nothing but rounding.
-    The gradient is taken and accumulated in float32: the loss sees parameters of lower precision as float32 numbers.
+    Gradients are computed and accumulated in float32; low-precision parameters are cast to float32 before the loss.
+
+    Args: loss_fn returns a mean over its rows, and metrics; weight returns the denominator of that mean, the number of
+    tokens or rows on all devices. Micro-batches are weighted by it, so that accumulation only changes rounding.
     Raises RlhfError unless the rows divide into micro-batches.
     """
     params = rounding.float32(params)
     if config.freeze:
         frozen = _frozen(config.freeze, params)
 
-        def of_rows(params: PyTree, rows: Rows) -> tuple[Array, dict[str, Metric]]:
+        def masked_loss(params: PyTree, rows: Rows) -> tuple[Array, dict[str, Metric]]:
             held = jax.tree.map(lambda leaf, still: jax.lax.stop_gradient(leaf) if still else leaf, params, frozen)
             return loss_fn(held, rows)
     else:
-        of_rows = loss_fn
-    value_and_grad = jax.value_and_grad(of_rows, has_aux=True)
+        masked_loss = loss_fn
+    value_and_grad = jax.value_and_grad(masked_loss, has_aux=True)
     if config.micro_batch is None:
         (loss, metrics), grads = value_and_grad(params, batch)
         return loss, metrics, grads
@@ -241,13 +243,13 @@ def update(
     *,
     key: PRNGKeyArray,
 ) -> tuple[PyTree, rounding.State, dict[str, Array]]:
-    """One optimiser step: new parameters, new optimiser state, and metrics.
+    """Take one optimiser step: return new parameters, new optimiser state, and metrics.
 
-    Over mapped axes the gradient is the mean of the devices': losses reduce with `psum`, whose derivative sums the
-    devices' cotangents, so each device's gradient is its share times the number of devices.
+    Gradients are averaged over mapped axes: losses reduce with `psum`, whose derivative sums the devices' cotangents,
+    so that each device's gradient is its share of the total times the number of devices.
 
-    Args: key, equal on all devices, is read by stochastic rounding: `rounding.update_key`.
-    Returns: as metrics `grad_norm`, before it is bounded, also of each network where there are several, and
+    Args: key is the random key of stochastic rounding, from `rounding.update_key`, and equal on all devices.
+    Returns: the metrics are `grad_norm` before clipping, in total and per network if there are several, and
     `update_survived`.
     """
     if axes:
@@ -260,7 +262,7 @@ def update(
 
 
 def _micro_batches(batch: Rows, rows: int, axes: tuple[str, ...]) -> Rows:
-    """Split a batch with a stride into micro-batches [parts, rows, ...], so that each device holds a share of each."""
+    """Split a batch with a stride into micro-batches [parts, rows, ...], so that each device has a share of each."""
     local = jax.tree.leaves(batch)[0].shape[0]
     devices = jax.lax.axis_size(axes) if axes else 1
     parts = local * devices // rows
@@ -285,7 +287,7 @@ def _frozen(patterns: tuple[str, ...], params: PyTree) -> PyTree:
     ]
     for pattern in patterns:
         if not any(re.search(pattern, path) for path in paths):
-            raise RlhfError(f"optimizer.freeze: {pattern!r} matches no parameter; one of them is {paths[0]!r}")
+            raise RlhfError(f"optimizer.freeze: {pattern!r} matches no parameter; a parameter is {paths[0]!r}")
     if all(any(re.search(pattern, path) for pattern in patterns) for path in paths):
         raise RlhfError(f"optimizer.freeze = {patterns} leaves nothing to train")
     still = [any(re.search(pattern, path) for pattern in patterns) for path in paths]
@@ -293,7 +295,7 @@ def _frozen(patterns: tuple[str, ...], params: PyTree) -> PyTree:
 
 
 def decayed(patterns: tuple[str, ...], params: PyTree) -> PyTree:
-    """Mark the parameters that decay: those whose path matches no pattern."""
+    """Mask of the parameters with weight decay: their paths match no pattern."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: (
             not any(re.search(pattern, jax.tree_util.keystr(path, simple=True, separator="/")) for pattern in patterns)

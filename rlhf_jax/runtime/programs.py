@@ -1,12 +1,13 @@
 """Compilation of steps to programs, by `jit` on a mesh of devices or by `pmap`.
 
-A step is `step(state, frozen, batch, run_key) -> (state, metrics, samples)`: pure, written for one device's rows and
-reducing over `placement.axes`. A program runs several of them in one call, with leading axes before the rows:
+A step is a pure function `step(state, frozen, batch, run_key) -> (state, metrics, samples)`. It is written for the rows
+of one device, and reduces over `placement.axes`. A program runs several steps in one call, with leading axes before the
+rows:
 
     batches  [n, B, ...], or [n, seeds, B, ...]       metrics  [n], or [n, seeds]
-    samples  [n, B, ...], or [n, seeds, B, ...]       state    as the step's, or stacked over [seeds]
+    samples  [n, B, ...], or [n, seeds, B, ...]       state    like the step's, or stacked over [seeds]
 
-Metrics are reduced by the step and equal on all devices; the first axis of every leaf of samples is the rows.
+Metrics are reduced by the step and equal on all devices. The first axis of every leaf of a step's samples is the rows.
 """
 
 import dataclasses
@@ -56,24 +57,24 @@ class Program(Protocol[State, Frozen, Batch, Samples]):
 class Rounds(NamedTuple):
     """Rounds of sampling before an iteration learns, until every seed has enough rows."""
 
-    split: Callable[[PyTree], Iterable[PyTree]]  # a batch, with all its leading axes -> the batch of each round
-    # Pure, of one seed: rows kept so far (None at first) and (rollout, scores) -> rows kept, and whether they suffice
+    split: Callable[[PyTree], Iterable[PyTree]]  # batch, with all its leading axes -> the batch of each round
+    # Pure function for one seed: (rows kept so far or None, (rollout, scores)) -> (rows kept, whether they are enough)
     collect: Callable[[PyTree, PyTree], tuple[PyTree, jax.Array]]
 
 
 class Scored(NamedTuple):
-    """Scores of sampled rows from the host."""
+    """Scores of sampled rows, computed on the host."""
 
     scores: np.ndarray  # float32[rows]
-    logged: dict[str, np.ndarray]  # float[rows] each, logged as mean and deviation without NaNs
+    logged: dict[str, np.ndarray]  # float[rows] each; mean and standard deviation are logged, ignoring NaN
 
 
 class HostSteps(NamedTuple):
-    """An iteration in two steps, between which the host scores what the first one sampled."""
+    """An iteration of two steps: the host scores the samples of the first before the second learns from them."""
 
-    sample: Step  # -> its samples are a rollout
-    score: Callable[[PyTree], Scored]  # of a rollout of any number of rows, in NumPy
-    learn: Step  # on a batch (rollout, scores), or with rounds on what they kept
+    sample: Step  # step whose samples are a rollout
+    score: Callable[[PyTree], Scored]  # rollout with any number of rows, in NumPy -> scores
+    learn: Step  # step on a batch (rollout, scores), or on the rows that `rounds` kept
     rounds: Rounds | None = None
 
 
@@ -83,19 +84,16 @@ BATCH_AXIS = "batch"
 
 @dataclasses.dataclass(frozen=True)
 class RuntimeConfig:
-    """Devices, and what concerns speed: a result depends on these up to rounding.
-
-    `jit` runs over a mesh of data x fsdp x tensor devices, `pmap` with replicated weights over `data` devices.
-    """
+    """Devices and other settings of speed. They change results only by rounding."""
 
     # Parallelism: jit over a mesh of data x fsdp x tensor devices, or pmap over `data` devices with replicated weights.
     strategy: Literal["jit", "pmap"]
-    data: Count  # devices that batches are split over
-    fsdp: Count  # devices that batches and weights are split over (fully sharded data parallel)
-    tensor: Count  # devices that each layer is split over (tensor parallel)
-    inference_batch: Count  # rows in a call when sampling and scoring outside of training
-    deterministic: bool  # use XLA's deterministic operations on GPUs, so that a resumed run is the same bit for bit
-    compile_quickly: bool  # compile faster to slower programs, for runs of seconds
+    data: Count  # number of devices over which batches are split
+    fsdp: Count  # number of devices over which batches and weights are split (fully sharded data parallel)
+    tensor: Count  # number of devices over which each layer is split (tensor parallel)
+    inference_batch: Count  # rows per call when sampling and scoring outside of training
+    deterministic: bool  # use XLA's deterministic operations on GPUs, so that resumed runs are bitwise identical
+    compile_quickly: bool  # compile faster, to slower programs, for runs that take seconds
 
     @property
     def xla_flags(self) -> str:
@@ -103,7 +101,7 @@ class RuntimeConfig:
         flags = ["--xla_gpu_deterministic_ops=true"] if self.deterministic else []
         if self.compile_quickly:
             flags.append("--xla_backend_optimization_level=0")
-            if jax.__version_info__ < (0, 11):  # later releases do not know this flag, and stop at it
+            if jax.__version_info__ < (0, 11):  # later releases reject this flag
                 flags.append("--xla_cpu_use_fusion_emitters=false")
         return " ".join(flags)
 
@@ -123,13 +121,13 @@ class MeshPlacement:
 
     def put_state(self, state: PyTree) -> PyTree:
         """Shard a copy of a state by the models' partition patterns; programs donate only the copy."""
-        # Copied first: a shard that device_put makes on the device its array is on may be that array, also where it is
-        # told may_alias=False. The frozen reference often is the same array, and would be donated with the state.
+        # Copied first: device_put may return the original array for a shard on the same device, even with
+        # may_alias=False. The frozen reference is often that array, and would be donated with the state.
         layout = shardings(state, self.mesh, leading_axes=int(self.seeds > 1))
         return jax.device_put(jax.tree.map(jnp.copy, state), layout)
 
     def put_frozen(self, frozen: PyTree) -> PyTree:
-        """Shard frozen parameters by the same patterns; they are never stacked over seeds."""
+        """Shard frozen parameters by the same patterns. They have no seed axis."""
         return jax.device_put(frozen, shardings(frozen, self.mesh, leading_axes=0))
 
     def compile(self, step: Step, state: PyTree) -> Program:
@@ -150,11 +148,11 @@ class MeshPlacement:
         return program
 
     def whole(self, state: PyTree) -> PyTree:
-        """State in the form of checkpoints."""
+        """Convert a state to the form that checkpoints have: here the same."""
         return state
 
     def for_evaluation(self, params: PyTree) -> PyTree:
-        """Place parameters as `where` places loaded ones, so that evaluating both uses the same programs."""
+        """Place parameters as `where` places loaded ones, so that the same evaluation programs serve both."""
         return params if self._splits else jax.device_put(params, self.mesh.devices.flat[0])
 
     def where(self, path: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
@@ -219,15 +217,15 @@ class PmapPlacement:
         return program
 
     def whole(self, state: PyTree) -> PyTree:
-        """State in the form of checkpoints: one device's copy."""
+        """Convert a state to the form that checkpoints have: the copy of one device."""
         return jax.tree.map(lambda leaf: leaf[0], state)
 
     def for_evaluation(self, params: PyTree) -> PyTree:
-        """Copy of the first device."""
+        """Take the first device's copy of the parameters."""
         return jax.device_put(self.whole(params), self.devices[0])
 
     def where(self, path: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
-        """Sharding of a loaded parameter: the first device, from which `put_state` replicates it."""
+        """Sharding of a loaded parameter: on the first device; `put_state` replicates it."""
         del path, shape
         return SingleDeviceSharding(self.devices[0])
 
@@ -236,7 +234,7 @@ Placement = MeshPlacement | PmapPlacement
 
 
 def make_placement(config: RuntimeConfig, seeds: int) -> Placement:
-    """Select the devices that the config requires. Raises RlhfError if there are fewer."""
+    """Select the number of devices that the config requires. Raises RlhfError if there are fewer."""
     needed, present = config.data * config.fsdp * config.tensor, jax.devices()
     if needed > len(present):
         raise RlhfError(
@@ -275,7 +273,7 @@ def compile_host_steps(placement: Placement, steps: HostSteps, state: PyTree) ->
             kept, enough, logged = None, np.bool(False), []
             for batch in split(jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], batches)):
                 state, found, said = scored(state, frozen, batch, run_key)
-                lacking = ~np.asarray(enough)[..., None]  # a seed's own rounds, as it would be alone
+                lacking = ~np.asarray(enough)[..., None]  # omit rounds that a seed would not need alone
                 logged.append({name: np.where(lacking, values, np.nan) for name, values in said.items()})
                 kept, enough = (found, True) if collect is None else collect(kept, found)
                 if np.all(enough):
@@ -290,9 +288,9 @@ def compile_host_steps(placement: Placement, steps: HostSteps, state: PyTree) ->
 
 
 def _logged(rounds: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Mean and sample standard deviation of the non-NaN values of all rounds, as TRL logs `rewards/NAME`.
+    """Compute mean and sample standard deviation of the non-NaN values of all rounds, as TRL logs `rewards/NAME`.
 
-    NaN if there are too few values.
+    They are NaN if there are too few values.
     """
     metrics = {}
     for name in rounds[0]:
@@ -310,7 +308,7 @@ def _logged(rounds: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
 def _several(step: Step, seeds: int) -> Program:
     """Scan a step over batches, mapped over seeds if there are several.
 
-    Cached, so that JAX compiles a step only once.
+    The result is cached, so that JAX compiles a step only once.
     """
     if seeds > 1:
         step = jax.vmap(step, in_axes=(0, None, 0, 0), axis_name=SEED_AXIS)

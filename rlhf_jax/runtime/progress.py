@@ -1,4 +1,4 @@
-"""Progress of an experiment: a bar for the running stage, or lines off a terminal; a line for each finished stage."""
+"""Progress of an experiment: a bar for the running stage (lines without a terminal), a line per finished stage."""
 
 import time
 from collections.abc import Iterable, Iterator, Mapping

@@ -1,4 +1,4 @@
-"""Provenance of a stage's numbers: source code, packages, machine, data, seeds and the size of a batch."""
+"""Provenance of a stage's results: source code, packages, machine, data, seeds and effective batch size."""
 
 import functools
 import importlib.metadata
@@ -37,20 +37,20 @@ COMPUTE = (
     "jax-cuda13-plugin",
     "jax-cuda13-pjrt",
 )
-"""Distributions whose release may change a number; those that are not installed are left out of a record."""
+"""Distributions whose version may affect results; a record omits those that are not installed."""
 
 ENVIRONMENTS = "environments.json"
-"""In a stage's directory: one environment for each process that worked on the stage."""
+"""File in a stage's directory with the environment of each process that worked on the stage."""
 
 
 def source(package: Path = Path(rlhf_jax.__file__).parent) -> dict[str, Json]:
-    """Version of the package and, where it is imported from a git checkout, the commit and whether the tree is clean.
+    """Find the version of the package and, in a git checkout, the commit and whether the tree is clean.
 
-    A tree is clean when no tracked file differs from the commit, and the package's directory has no file that is
-    neither tracked nor ignored.
+    A tree is clean if no tracked file differs from the commit and no untracked file in the package's directory is
+    missing from .gitignore.
 
-    Returns: `version`, `origin` ("git checkout" or "installed package"), `commit`, `clean`, and `changed`, the paths
-    that keep the tree from being clean. The last three are None for an installed package, and where there is no git.
+    Returns: `version`, `origin` ("git checkout" or "installed package"), `commit`, `clean`, and `changed`, the paths of
+    changed and untracked files. The last three are None for an installed package or without git.
     """
     found: dict[str, Json] = {"version": rlhf_jax.__version__, "origin": "installed package"}
     unknown = {"commit": None, "clean": None, "changed": None}
@@ -71,7 +71,7 @@ def source(package: Path = Path(rlhf_jax.__file__).parent) -> dict[str, Json]:
 
 
 def packages() -> dict[str, str]:
-    """Versions of the installed distributions that compute."""
+    """Return the versions of the installed distributions in `COMPUTE`."""
     versions = {}
     for name in COMPUTE:
         try:
@@ -82,11 +82,10 @@ def packages() -> dict[str, str]:
 
 
 def machine() -> dict[str, Json]:
-    """Devices, and the processor with what XLA compiles for.
+    """Describe the devices, the processor and XLA's target, and the Python version.
 
-    Returns: `platform` (cpu, gpu, tpu), `platform_version`, `devices` (a kind each), `processor`, `cores` of the
-    machine, `threads` that this process may use, `cpu_target` (None on accelerators), the flags that are set in
-    XLA_FLAGS, and the release of Python.
+    Returns: `platform` (cpu, gpu, tpu), `platform_version`, `devices` (the kind of each), `processor`, `cores` of the
+    machine, `threads` that this process may use, `cpu_target` (None on accelerators), `xla_flags` and `python`.
     """
     client = jax.devices()[0].client
     return {
@@ -104,11 +103,10 @@ def machine() -> dict[str, Json]:
 
 @functools.cache
 def cpu_target() -> dict[str, Json] | None:
-    """Name and features of the processor that XLA's CPU compiler generates code for, as LLVM names them.
+    """Find the name and features, in LLVM's terms, of the processor for which XLA's CPU compiler generates code.
 
-    They are those of the host, unless `--xla_cpu_max_isa` among XLA_FLAGS allows fewer. A compiled program carries them
-    when it is serialised, beside its target triple; jax has no other way to ask. None where a release of jaxlib writes
-    them otherwise.
+    This is the host's processor, unless `--xla_cpu_max_isa` in XLA_FLAGS restricts the features. JAX has no API for it;
+    it is parsed from a serialised program. None if jaxlib's format of it has changed.
     """
     program = jax.jit(lambda x: x + 1).lower(jax.ShapeDtypeStruct((8,), jnp.float32)).compile()
     executable = program.runtime_executable()
@@ -116,7 +114,7 @@ def cpu_target() -> dict[str, Json] | None:
 
 
 def parse_cpu_target(serialised: bytes) -> dict[str, Json] | None:
-    """The processor's name and features in a serialised program: fields 2 and 3 of XLA's TargetMachineOptionsProto."""
+    """Parse the processor's name and features, fields 2 and 3 of XLA's TargetMachineOptionsProto, from a program."""
     found = re.search(rb"\x12[\x01-\x7f]([\w.\-]+)\x1a([\x80-\xff]*[\x00-\x7f])(?=[+-]\w)", serialised)
     if found is None:
         return None
@@ -126,24 +124,23 @@ def parse_cpu_target(serialised: bytes) -> dict[str, Json] | None:
 
 
 def environment() -> dict[str, Json]:
-    """All of the above, and the date."""
+    """Collect source, packages, machine and date."""
     return {"source": source(), "packages": packages(), "machine": machine(), "date": time.strftime("%Y-%m-%d")}
 
 
 def begin(directory: Path, here: dict[str, Json]) -> None:
-    """Adds the environment of this process to those that have worked on a stage; the first one for a new stage."""
+    """Add the environment of this process to the stage's list, or start the list for a new stage."""
     path = directory / ENVIRONMENTS
     resumed = path.exists() and any(entry.name not in ("config.json", ENVIRONMENTS) for entry in directory.iterdir())
     write_json(path, [*(read_json(path) if resumed else []), here])
 
 
 def record(directory: Path, identity: Identity, seeds: Iterable[int], batch: dict[str, Json] | None) -> dict[str, Json]:
-    """The `provenance` of a stage's summary.
+    """Make the `provenance` entry of a stage's summary.
 
-    Returns: the environment of the process that completed the stage; `earlier`, the environments of those that worked
-    on it before and differ in more than the date; `seeds`; `sha256` of the data's files; `inputs`, the hash of each
-    stage and file that was read; `config`, the hash of all of these and the stage's section; and `batch` where the
-    stage trains.
+    Returns: the environment of the process that completed the stage; `earlier`, the environments of earlier processes
+    that differ in more than the date; `seeds`; `sha256` of the data files; `inputs`, the fingerprints of earlier stages
+    and hashes of files; `config`, the stage's fingerprint; and `batch` if the stage trains.
     """
     *before, last = read_json(directory / ENVIRONMENTS)
     return {
@@ -162,12 +159,12 @@ def record(directory: Path, identity: Identity, seeds: Iterable[int], batch: dic
 def effective_batch(
     *, rows: int, unit: str, micro_batch: int | None, devices: int, tokens: Sequence[float]
 ) -> dict[str, Json]:
-    """The batch of one update, whatever it is cut into.
+    """Describe the batch of one update over all devices and micro-batches.
 
-    Args: rows of an update over all devices and micro-batches, each a `unit`; micro_batch as in the optimiser's
-    section; devices that share the rows; tokens of the responses in each update that was measured.
+    Args: rows per update, in total, and the name of one row, `unit`; micro_batch as in the optimiser's section; number
+    of devices that share the rows; response tokens of each logged update.
 
-    Returns: `rows`, `unit`, the numbers of `micro_batches` and `devices` that the rows are split over, and `tokens`,
+    Returns: `rows`, `unit`, the numbers of `micro_batches` and `devices` over which the rows are split, and `tokens`,
     the mean number of response tokens per update.
     """
     return {
@@ -180,8 +177,8 @@ def effective_batch(
 
 
 def _git(directory: Path, *arguments: str) -> str | None:
-    """Return the output of a git command; None if it fails, as outside of a checkout."""
-    own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # a hook's are of its own
+    """Return the output of a git command, or None if it fails, for example outside a checkout."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # a git hook sets its own
     command = ["git", "--no-optional-locks", "-C", str(directory), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=own)
     return done.stdout if done.returncode == 0 else None

@@ -1,14 +1,14 @@
-"""Updates of weights that are held in bfloat16: float32 masters, stochastic rounding, or plain rounding.
+"""Updates of bfloat16 weights: float32 master weights, stochastic rounding, or rounding to nearest.
 
-bfloat16 has 8 bits of significand: near 0.02 its numbers are 1.2e-4 apart, and an update of 1e-6 rounded to the nearest
-leaves a weight where it was. Bytes a parameter while training with Adam, whose moments and gradients are float32:
+bfloat16 has 8 bits of significand: near 0.02 its values are 1.2e-4 apart, so that an update of 1e-6, rounded to
+nearest, does not change a weight. Bytes per parameter while training with Adam, with float32 moments and gradients:
 
     float32 weights        4 weight           + 8 moments + 4 gradient = 16   (the default)
-    bfloat16, masters      2 weight + 4 master + 8 moments + 4 gradient = 18   exact; half the bytes read in sampling
+    bfloat16, masters      2 weight + 4 master + 8 moments + 4 gradient = 18   exact; sampling reads half the bytes
     bfloat16, stochastic   2 weight           + 8 moments + 4 gradient = 14   exact in expectation, with noise
     bfloat16, nearest      2 weight           + 8 moments + 4 gradient = 14   loses small updates
 
-`update_survived`, which every update logs, says how much of it the weights kept.
+Every update logs `update_survived`, the share of it that the weights kept.
 """
 
 from typing import Literal, NamedTuple
@@ -24,26 +24,26 @@ LowPrecision = Literal["masters", "stochastic", "nearest"]
 
 
 class State(NamedTuple):
-    """An optimiser's state: that of its transformation, and float32 masters."""
+    """State of an optimiser: the state of its transformation, and float32 masters."""
 
     inner: optax.OptState
-    masters: PyTree  # a MaskedNode for each parameter that is float32 itself; () where there are none
+    masters: PyTree  # MaskedNode in place of float32 parameters; () if there are no masters
 
 
 def float32(params: PyTree) -> PyTree:
-    """Parameters in float32; those that are so already are not copied."""
+    """Cast parameters to float32, without copying those that are already float32."""
     return jax.tree.map(lambda leaf: leaf if leaf.dtype == jnp.float32 else leaf.astype(jnp.float32), params)
 
 
 def init_masters(low_precision: LowPrecision, params: PyTree) -> PyTree:
-    """Float32 copies of the parameters that are not float32, where masters are asked for."""
+    """Make float32 copies of the low-precision parameters if `low_precision` is 'masters'."""
     if low_precision != "masters" or all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params)):
         return ()
     return jax.tree.map(lambda p: optax.MaskedNode() if p.dtype == jnp.float32 else p.astype(jnp.float32), params)
 
 
 def exact(params: PyTree, masters: PyTree) -> PyTree:
-    """The numbers that are trained, in float32: the masters where there are some, or else the parameters."""
+    """Return the trained values in float32: the masters if there are any, otherwise the parameters."""
     if masters == ():
         return float32(params)
     return jax.tree.map(
@@ -55,7 +55,7 @@ def exact(params: PyTree, masters: PyTree) -> PyTree:
 
 
 def update_key(run_key: PRNGKeyArray, number: int | Array) -> PRNGKeyArray:
-    """The key that an update's stochastic rounding draws with: a function of a run's key and the update's number."""
+    """Derive the random key of an update's stochastic rounding from the run's key and the number of the update."""
     return jax.random.fold_in(derive(run_key, "rounding"), number)
 
 
@@ -64,7 +64,7 @@ def apply(
 ) -> tuple[PyTree, PyTree, Float[Array, ""]]:
     """Add float32 updates to parameters of any dtype.
 
-    Returns: the parameters, the masters, and the share of the update that survived, see `survived`.
+    Returns: the parameters, the masters, and the share of the update that survived (see `survived`).
     """
     before = exact(params, masters)
     wanted = jax.tree.map(jnp.add, before, updates)
@@ -88,11 +88,11 @@ def apply(
 
 
 def stochastic_bfloat16(values: Float[Array, "*shape"], key: PRNGKeyArray) -> Float[Array, "*shape"]:
-    r"""Round float32 to one of the two nearest bfloat16, up with the probability that leaves the mean where it was.
+    r"""Round float32 to one of the two nearest bfloat16 values at random, such that the expectation is the value.
 
-    $P(\lceil x \rceil) = (x - \lfloor x \rfloor) / (\lceil x \rceil - \lfloor x \rfloor)$, as Gupta et al. 2015
-    (arXiv:1502.02551), section 3, eq. 1: 16 random bits are added below bfloat16's last bit, and the rest is cut off.
-    What is not finite stays as it is.
+    $P(\lceil x \rceil) = (x - \lfloor x \rfloor) / (\lceil x \rceil - \lfloor x \rfloor)$, as in Gupta et al. 2015
+    (arXiv:1502.02551), section 3, eq. 1: 16 random bits are added below bfloat16's last bit, and the lower 16 bits are
+    dropped. Non-finite values are kept.
     """
     bits = jax.lax.bitcast_convert_type(values, jnp.uint32)
     noise = jax.random.bits(key, values.shape, jnp.uint16).astype(jnp.uint32)
@@ -102,11 +102,11 @@ def stochastic_bfloat16(values: Float[Array, "*shape"], key: PRNGKeyArray) -> Fl
 
 
 def survived(before: dict[str, PyTree], after: dict[str, PyTree], updates: dict[str, PyTree]) -> Float[Array, ""]:
-    r"""The share of an update u that weights kept: $\langle w' - w, u \rangle / \langle u, u \rangle$.
+    r"""Share of an update u that the weights kept: $\langle w' - w, u \rangle / \langle u, u \rangle$.
 
-    The projection on the update, not the ratio of norms, which is above 1 where few weights jump much too far, as they
-    do when small updates are rounded. It is 1 in float32, 0 where no weight moved, and 1 in expectation under
-    stochastic rounding. Of several networks it is the least; NaN where no update was asked for.
+    It is 1 in float32, 0 if no weight changed, and 1 in expectation under stochastic rounding. It is a projection
+    rather than a ratio of norms, which would exceed 1 if rounding made a few weights jump much too far. With several
+    networks, it is their minimum; it is NaN if all updates are zero.
     """
 
     def dot(one: PyTree, other: PyTree) -> Float[Array, ""]:

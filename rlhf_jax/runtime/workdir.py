@@ -1,4 +1,4 @@
-"""A work directory: one directory a stage, what made it, and whether it is complete."""
+"""A work directory: one directory per stage, with the config that made it and a marker of completion."""
 
 import dataclasses
 import hashlib
@@ -11,10 +11,10 @@ from rlhf_jax.runtime.files import read_json, write_json
 from rlhf_jax.types import Json, RlhfError
 
 Status = Literal["new", "again", "half-done", "complete", "elsewhere"]
-"""Status of a stage; "again" if another config has begun it here and left no result."""
+"""Status of a stage. "again": started here with another config, without results; "elsewhere": complete in `inputs`."""
 
 BEFORE_RESULTS = {"config.json", "environments.json", "model.json", "tokenizer", "data.json"}
-"""Names in a stage's directory that are written before its first result."""
+"""Files in a stage's directory that are written before its first result."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Identity:
 
     @property
     def fingerprint(self) -> str:
-        """Hash by which other stages refer to this stage."""
+        """Hash that identifies this stage's result to other stages."""
         return hashlib.sha256(json.dumps(_without_places(self.as_json()), sort_keys=True).encode()).hexdigest()[:16]
 
     def as_json(self) -> dict[str, Json]:
@@ -55,7 +55,7 @@ class Workdir:
         begun = (self.directory(stage) / "config.json").exists()
         raise RlhfError(
             f"stage {stage!r} is {'not complete' if begun else 'missing'} in {places}: run it first "
-            f"(--stage={stage}), or name a work directory that has it with --inputs=DIR"
+            f"(--stage={stage}), or give a work directory that has it as --inputs=DIR"
         )
 
     def fingerprint(self, stage: str) -> str:
@@ -63,14 +63,14 @@ class Workdir:
         return read_json(self.find(stage) / "complete.json")["fingerprint"]
 
     def status(self, stage: str, identity: Identity) -> Status:
-        """Return what is left to do for a stage.
+        """Return the status of a stage.
 
-        Raises RlhfError, naming the differing keys, if the directory has results (checkpoints, metrics, samples or
+        Raises RlhfError, naming the keys that differ, if the directory has results (checkpoints, metrics, samples or
         others) of another config.
         """
         directory = self.directory(stage)
         if directory.exists() and not directory.is_dir():
-            raise RlhfError(f"{directory} is a file where stage {stage!r} needs a directory: move it away")
+            raise RlhfError(f"{directory} is a file, but stage {stage!r} needs a directory there: move it away")
         if (directory / "config.json").exists():
             differing = _differences(read_json(directory / "config.json"), identity.as_json())
             if differing and not _has_results(directory):
@@ -103,7 +103,7 @@ class Workdir:
             raise RlhfError(
                 f"stage {stage!r} in {self.root} was made from another config:\n"
                 + "".join(f"  {line}\n" for line in differing)
-                + f"Give a new --workdir (with --inputs={self.root} it reads the stages that did not change from here)."
+                + f"Give a new --workdir, with --inputs={self.root} to reuse the stages that did not change."
             )
 
 

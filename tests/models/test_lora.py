@@ -137,8 +137,8 @@ def test_gate_up_is_no_layer_where_the_mlp_has_no_gate():
         ({"dropout": 1.0}, r"dropout = 1\.0 must be below 1"),
         ({"dropout": -0.1}, r"dropout = -0\.1 must be"),
         ({"targets": ()}, "targets is empty"),
-        ({"targets": ("attention/[qv",)}, r"targets: 'attention/\[qv' is no regular expression"),
-        ({"targets": ("q)|(v",)}, r"targets: 'q\)\|\(v' is no regular expression"),
+        ({"targets": ("attention/[qv",)}, r"targets: 'attention/\[qv' is not a regular expression"),
+        ({"targets": ("q)|(v",)}, r"targets: 'q\)\|\(v' is not a regular expression"),
     ],
 )
 def test_configs_that_cannot_be_are_refused(change, message):

@@ -132,5 +132,5 @@ def test_patterns_that_match_nothing_or_everything_are_refused():
     for pattern, message in (("block_7/", "'block_7/' matches no parameter"), (".", "leaves nothing to train")):
         with pytest.raises(RlhfError, match=re.escape(message)):
             make_optimizer(dataclasses.replace(tiny.OPTIMIZER, freeze=(pattern,)), 3).init(params)
-    with pytest.raises(ValueError, match="is no regular expression"):
+    with pytest.raises(ValueError, match="is not a regular expression"):
         dataclasses.replace(tiny.OPTIMIZER, freeze=("(",))

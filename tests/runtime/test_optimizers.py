@@ -80,7 +80,7 @@ def test_what_is_not_decayed_is_a_field():
         after = paths_of(one_update(config, params, jax.tree.map(jnp.zeros_like, params)))
         still = {path for path, leaf in after.items() if np.all(leaf == 1)}
         assert still == {path for path in after if any(name in path for name in kept)}
-    with pytest.raises(ValueError, match="no_decay: '\\(' is no regular expression"):
+    with pytest.raises(ValueError, match="no_decay: '\\(' is not a regular expression"):
         dataclasses.replace(tiny.OPTIMIZER, no_decay=("(",))
 
 

@@ -150,7 +150,7 @@ def test_rounded_to_nearest_the_updates_are_lost_and_the_run_says_so(runs):
     assert apart(movement(half, stage), movement(half, run("float32").stage)) > 0.9
     assert metrics(stage, "update_survived").mean() < 0.1
     assert re.search(r"Warning: sft: [0-9]% of the updates survived rounding", said) and said.count("Warning") == 1
-    assert "Leave param_dtype out to train in float32, or set optimizer.low_precision to 'masters'" in said
+    assert "Omit param_dtype to train in float32, or set optimizer.low_precision to 'masters'" in said
 
 
 def test_rounded_stochastically_the_updates_survive_in_sum_and_a_killed_run_resumes_exactly(runs):

@@ -164,4 +164,4 @@ def test_more_tokens_than_learnt_positions_are_refused(tmp_path, capsys):
     tokenizer_files.chatml(tmp_path / "model")
     flags = [*chat_arguments(str(tmp_path / "model"), tmp_path), f"--workdir={tmp_path / 'run'}", "--stage=sft"]
     assert main(flags) == 1
-    assert "has learnt 40 positions" in capsys.readouterr().err
+    assert "supports at most 40 positions" in capsys.readouterr().err

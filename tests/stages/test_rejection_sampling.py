@@ -228,7 +228,7 @@ def test_preferences_are_demonstrations_of_what_was_chosen(finished, tmp_path):
     assert pipeline.training_texts(train) == ["the film is good."]
     assert tables.load_demonstrations(context, None)[0] == pipeline.load_rows(planned.data, "train")
     here = dataclasses.replace(context, workdir=Workdir(workdir))
-    with pytest.raises(RlhfError, match="'sft', which wrote neither demonstrations nor preferences"):
+    with pytest.raises(RlhfError, match="'sft', a stage that wrote no demonstrations or preferences"):
         tables.load_demonstrations(here, "sft")
 
 

@@ -1,11 +1,11 @@
-# `make` lists what there is to make.
+# `make` lists the targets.
 #
-# Every target sets up what it needs. What is up to date is left alone: the stamps inside .venv are newer than the files
-# they stand for. Variables one may give on the command line:
-#   PYTHON=python3.12   the interpreter .venv is made with (3.11 or newer); naming another version makes .venv anew
-#   DEVICE=tpu          cpu, cuda12 or tpu: which requirements file is installed; by default whatever this machine has
+# Every target installs what it needs, unless it is up to date: stamp files inside .venv are compared with the files that
+# they depend on. Variables for the command line:
+#   PYTHON=python3.12   interpreter for .venv (3.11 or newer); another version recreates .venv
+#   DEVICE=tpu          cpu, cuda12 or tpu: the requirements file to install; by default, what this machine has
 #   ARGS="-k kl -x"     further arguments: for pytest (test, parity) or for the experiment (quickstart)
-#   JOBS=2              pytest's workers
+#   JOBS=2              number of pytest workers
 
 ifeq ($(origin PYTHON),undefined)
 PYTHON := $(if $(wildcard .venv/.setup-*),.venv/bin/python,python3)
@@ -16,7 +16,7 @@ endif
 JOBS ?= 2
 ARGS ?=
 
-# The supported range of Python and jax has two ends; .venv, with the versions pinned for its Python, is between them.
+# The ends of the supported range of Python and jax. The versions pinned for .venv are in between.
 OLDEST_PYTHON := 3.11
 OLDEST_JAX := 0.10.0
 NEWEST_PYTHON := 3.12
@@ -42,28 +42,28 @@ help: ## list the targets
 setup: $(SETUP) ## install the package and its pinned dependencies into .venv
 	@echo ".venv is ready: Python $(VERSION), requirements-$(DEVICE).txt"
 
-quickstart: $(SETUP) ## real text through SFT, a reward model, Best-of-N, DPO and PPO, and a report
+quickstart: $(SETUP) ## run SFT, a reward model, Best-of-N, DPO and PPO on movie reviews, and write a report
 	.venv/bin/rlhf-jax fetch movie_reviews
 	.venv/bin/python -m rlhf_jax --config=experiments/movie_reviews/quickstart.py --workdir=runs/quickstart $(ARGS)
 
-test: lint ## lint, type checks and the quick tests
+test: lint ## run lint, type checks and the quick tests
 	.venv/bin/python $(PYTEST) $(ARGS)
 
-nightly: lint $(PARITY) ## every test: also the slow ones, those beside torch and TRL, and the other versions
+nightly: lint $(PARITY) ## run all tests: quick, slow, parity, and the oldest and newest versions
 	@status=0; \
 	.venv/bin/python $(PYTEST) -m "" $(ARGS) || status=1; \
 	.venv-parity/bin/python $(PYTEST) -m "" tests/parity $(ARGS) || status=1; \
 	exit $$status
 	$(MAKE) versions
 
-versions: .venv-oldest/.ready .venv-newest/.ready ## the quick tests with the oldest and the newest supported versions
+versions: .venv-oldest/.ready .venv-newest/.ready ## run the quick tests with the oldest and the newest supported Python and jax
 	.venv-oldest/bin/python $(PYTEST) $(ARGS)
 	.venv-newest/bin/python $(PYTEST) $(ARGS)
 
-mutation: $(DEV) ## does a test fail for each changed line of core/? ARGS="core/kl" names modules (minutes each)
+mutation: $(DEV) ## change core/ in one place at a time; print changes that no test notices (ARGS="core/kl")
 	.venv/bin/python -m tests.mutation --jobs=$(JOBS) $(ARGS)
 
-lint: $(DEV) ## formatting, lint, types and the direction of imports
+lint: $(DEV) ## check formatting, lint, types and the direction of imports
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/pyrefly check --python-interpreter-path .venv/bin/python
@@ -73,12 +73,12 @@ format: $(DEV) ## format the code, and fix what ruff can fix
 	.venv/bin/ruff check --fix-only .
 	.venv/bin/ruff format .
 
-dev: $(DEV) ## setup, and the tools for tests, lint and notebooks
+dev: $(DEV) ## setup, and install the tools for tests, lint and notebooks
 
-parity: $(PARITY) ## compare with torch, TRL and transformers (in .venv-parity; a large download)
+parity: $(PARITY) ## compare with torch, TRL, transformers and PEFT (in .venv-parity; a large download)
 	.venv-parity/bin/python $(PYTEST) tests/parity $(ARGS)
 
-requirements: $(LOCK) ## pin anew what pyproject.toml asks for; ARGS=--upgrade takes the newest releases
+requirements: $(LOCK) ## pin the dependencies of pyproject.toml; ARGS=--upgrade takes the newest releases
 	@set -e; \
 	compile() { .venv-requirements/bin/uv pip compile --quiet --universal --python-version 3.11 --no-annotate \
 	  --custom-compile-command 'make requirements' "$$@" pyproject.toml >/dev/null; }; \
@@ -91,15 +91,15 @@ requirements: $(LOCK) ## pin anew what pyproject.toml asks for; ARGS=--upgrade t
 	  mv $$all.new requirements-$$extra.txt; \
 	done; \
 	if grep -i '^torch' requirements-cpu.txt requirements-cuda12.txt requirements-tpu.txt requirements-dev.txt; then \
-	  echo 'torch is gigabytes, and only `make parity` may install it: see which dependency asks for it' >&2; exit 1; \
+	  echo 'torch takes gigabytes, and only `make parity` may install it: find the dependency that requires it' >&2; exit 1; \
 	fi
 
-clean: ## remove the environments and caches; runs/ is kept
+clean: ## remove the environments and caches, but not runs/
 	rm -rf .venv .venv-parity .venv-requirements .venv-oldest .venv-newest build dist *.egg-info
 	rm -rf .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find rlhf_jax experiments tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# An environment of the interpreter PYTHON names.
+# A virtual environment with the interpreter that PYTHON names.
 %/.python-$(VERSION):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	  echo 'rlhf_jax needs Python 3.11 or newer, and PYTHON=$(PYTHON) is $(or $(VERSION),no Python that runs here).' \
@@ -109,7 +109,7 @@ clean: ## remove the environments and caches; runs/ is kept
 	@touch $@
 
 $(SETUP): requirements-$(DEVICE).txt requirements-cpu.txt pyproject.toml | .venv/.python-$(VERSION)
-	@echo "Installing requirements-$(DEVICE).txt into .venv (the first time takes some minutes)"
+	@echo "Installing requirements-$(DEVICE).txt into .venv (minutes the first time)"
 	@.venv/bin/python $(PIP_INSTALL) -r requirements-$(DEVICE).txt
 	@.venv/bin/python $(PIP_INSTALL) --no-deps --editable .
 	@touch $@
@@ -119,7 +119,7 @@ $(DEV): requirements-dev.txt $(SETUP)
 	@.venv/bin/python $(PIP_INSTALL) -r requirements-dev.txt
 	@touch $@
 
-# torch first and alone, so that a package which merely asks for "torch" cannot choose another release.
+# torch first and alone, so that a package that requires any "torch" cannot choose another release.
 $(PARITY): requirements-parity.txt requirements-dev.txt requirements-cpu.txt pyproject.toml | .venv-parity/.python-$(VERSION)
 	@echo "Installing torch and requirements-parity.txt into .venv-parity"
 	@.venv-parity/bin/python $(PIP_INSTALL) torch==2.13.0

@@ -1,4 +1,4 @@
-"""A model family of one's own: StarCoder2 (Lozhkov et al. 2024, arXiv:2402.19173).
+"""Your own model family: StarCoder2 (Lozhkov et al. 2024, arXiv:2402.19173).
 
 A `Family` maps the fields of a checkpoint's config.json to `ModelConfig`, and its tensors to our parameters. Any
 architecture that `ModelConfig` can express needs no change to the package. In a config, beside its checkpoint:
@@ -9,7 +9,7 @@ and on the command line:
 
     rlhf-jax sample --model=bigcode/starcoder2-3b --family=examples/family.py:STARCODER2 --prompt="def fib(n):"
 
-A change to this file is noticed like a changed field. Checkpoints that the package writes load in transformers.
+A changed file counts as a changed config. Exported checkpoints load in transformers.
 """
 
 from typing import Any
@@ -22,7 +22,7 @@ from rlhf_jax.types import RlhfError
 def fields(config: Any) -> dict[str, Any]:
     """Map a config, completed by transformers, to fields of ModelConfig.
 
-    StarCoder2 has LayerNorm, grouped queries, rotary positions, a plain MLP, and biases in all of its layers.
+    StarCoder2 has LayerNorm, grouped queries, rotary positions, an MLP without a gate, and biases in all layers.
     """
     if config.hidden_act != "gelu_pytorch_tanh":
         raise RlhfError(f"hidden_act = {config.hidden_act!r} is not supported: it should be 'gelu_pytorch_tanh'")

@@ -1,10 +1,10 @@
-"""A preference loss of one's own: DPO with a penalty on length (R-DPO, Park et al. 2024, arXiv:2403.19159).
+"""Your own preference loss: DPO with a length penalty (R-DPO, Park et al. 2024, arXiv:2403.19159).
 
-    rlhf-jax --config=... "--config.dpo.loss.losses=('examples/preference_loss.py:r_dpo',)"
+    rlhf-jax run --config=EXPERIMENT.py --workdir=DIR --config.dpo.loss.losses=examples/preference_loss.py:r_dpo
 
-A loss gives one number a pair, in JAX, and names what it reads by its parameters: `rlhf_jax.methods.preference_table`
-lists the inputs (`INPUTS`) and the options of the config. Other parameters need a default, and keep it. It can be mixed
-with built-in losses, by `loss_weights`. A change to this file is noticed like a changed field.
+A loss returns one number per pair. The names of its parameters say what it reads: inputs (`INPUTS` in
+`rlhf_jax.methods.preference_table`) and options of the config. Any other parameter needs a default, which it keeps. A
+weighted sum with built-in losses is possible, with `loss_weights`. A changed file counts as a changed config.
 """
 
 import jax

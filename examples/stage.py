@@ -1,12 +1,12 @@
-"""A stage kind of one's own: keep the preference pairs whose labels a reward model confirms.
+"""Your own kind of stage: keep the preference pairs whose labels a reward model confirms.
 
-Pairs whose chosen response scores hardly higher than the rejected one, or lower, are often mislabelled. This stage
-scores both responses and keeps the pairs with a margin of at least `margin`. In a config:
+Pairs are often mislabelled if the chosen response does not score clearly higher than the rejected one. This stage
+scores both responses and keeps the pairs whose margin is at least `margin`. In a config:
 
     "confirmed": {"kind": "examples/stage.py:Confirm", "preferences": None, "reward_model": "reward_model"},
     "dpo": {..., "preferences": "confirmed"},
 
-`rlhf-jax fields examples/stage.py:Confirm` lists its fields. A change to this file is noticed like a changed field.
+`rlhf-jax fields examples/stage.py:Confirm` lists its fields. A changed file counts as a changed config.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ class ConfirmConfig:
     kind: str
     preferences: StageName | None  # stage that made the pairs; None: the experiment's data
     reward_model: ModelSource  # reward model that scores both responses
-    margin: NonNegative = 0.0  # smallest score of the chosen response less that of the rejected one
+    margin: NonNegative = 0.0  # least margin: score of the chosen response minus score of the rejected one
 
 
 def run(config: ConfirmConfig, context: Context) -> dict[str, Any]:

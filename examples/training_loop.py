@@ -1,10 +1,10 @@
-"""DPO in thirty lines: a training loop of one's own between a stage's policy and an export.
+"""Your own training loop: DPO in thirty lines, from a stage's policy to an export.
 
     python examples/training_loop.py runs/smoke runs/mine
 
-reads the SFT policy and the preferences of a run (of `rlhf-jax --config=quickstart:smoke --workdir=runs/smoke`, say),
-trains, compares the result with its start by the run's reward model, and writes it to runs/mine, which transformers
-loads and a config may name: `--config.evaluate.policies=ppo,runs/mine`.
+reads the SFT policy and the preferences of a run (for example, of `rlhf-jax --config=quickstart:smoke
+--workdir=runs/smoke`), trains, compares the result with the initial policy by the run's reward model, and writes it to
+runs/mine. transformers can load it, and a config can name it: `--config.evaluate.policies=ppo,runs/mine`.
 """
 
 import sys
@@ -20,7 +20,7 @@ from rlhf_jax import Policy, preference_losses, sequence_logprobs
 def train_dpo(
     start: Policy, pairs: pd.DataFrame, *, beta: float, learning_rate: float, batch_size: int, epochs: int
 ) -> Policy:
-    """Train a policy on pairs by direct preference optimisation (Rafailov et al. 2023), with its start as reference."""
+    """Train a policy on pairs with DPO (Rafailov et al. 2023); the initial policy is the reference."""
     arrays = rlhf_jax.encode_preferences(pairs, start.tokenizer, max_prompt_tokens=16, max_response_tokens=32)
     optimizer = optax.adam(learning_rate)
 
@@ -52,7 +52,7 @@ def train_dpo(
 
 
 def main(workdir: str, out: str) -> pd.DataFrame:
-    """Train, compare with the start, and export; return the comparison."""
+    """Train, export, and compare with the initial policy; return the comparison."""
     run = rlhf_jax.Run(workdir)
     start, reward_model = run.load_policy("sft"), run.load_reward_model("reward_model")
     pairs = run.pairs("preferences")

@@ -1,4 +1,4 @@
-"""Learning from human preferences in JAX: SFT, reward models, PPO, DPO and Best-of-N, as experiments one can rerun.
+"""Learning from human preferences in JAX: SFT, reward models, PPO, DPO and Best-of-N, in experiments that can be rerun.
 
 The functions of this module are those of the command line. Each name is imported when it is first used.
 
@@ -11,7 +11,7 @@ The functions of this module are those of the command line. Each name is importe
 Experiments: `load_config`, `run`, `Run`, `draw` (figures), `fetch`, `RlhfError`.
 Models: `load_policy`, `load_reward_model`, `Policy`, `RewardModel`, `export`.
 Use: `sample`, `logprobs`, `score`, `best_of_n`, `evaluate`.
-Training loops of one's own: `load_rows`, `encode_preferences`, `sequence_logprobs`, and the modules `advantages`, `kl`,
+For your own training loops: `load_rows`, `encode_preferences`, `sequence_logprobs`, and the modules `advantages`, `kl`,
 `policy_losses`, `preference_losses`, `reward_losses` and `unpaired_losses` of pure functions.
 """
 

@@ -61,7 +61,7 @@ def test_fields_of_a_stage_of_ones_own(place, capsys):
     assert printed.startswith(
         "examples/stage.py:Confirm: Keep the preference pairs whose labels a reward model\nconfirms"
     )
-    assert "\nmargin = 0.0   number >= 0\n      Smallest score of the chosen response less" in printed
+    assert "\nmargin = 0.0   number >= 0\n      Least margin: score of the chosen response minus" in printed
     assert "is a function: make it a rlhf_jax.stages.kinds.Kind" in fails(capsys, "fields", "examples/stage.py:run")
 
 

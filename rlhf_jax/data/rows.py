@@ -1,4 +1,4 @@
-"""Rows of data as Python code gives them, and their encoding for training loops of one's own."""
+"""Rows of data from Python code, and their encoding for your own training loops."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping

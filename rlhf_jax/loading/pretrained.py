@@ -24,8 +24,9 @@ def load_policy(source: str | Path, *, dtype: DType = "float32", family: str | N
 
     Args:
         source: a directory with a Hugging Face checkpoint, an exported model or a PEFT adapter (merged into its base),
-            a GGUF file, OWNER/NAME on the hub, or `smollm2`. For a stage's policy use `Run.load_policy`.
+            a GGUF file, OWNER/NAME on the Hub, or `smollm2`. For a stage's policy use `Run.load_policy`.
         dtype: dtype of parameters and computation.
+        family: your own model family with which to read the checkpoint, FILE.py:NAME (`examples/family.py`).
 
     Raises RlhfError if there is no model, its family is not supported, or it is a reward model.
     """

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_jax.cli import flags
-from rlhf_jax.cli.rows import RowFile, StandardOutput, read_objects
+from rlhf_jax.cli.json_lines import RowFile, StandardOutput, read_objects
 from rlhf_jax.inference.best_of_n import (
     ADDED,
     MAX_NEW_TOKENS,

@@ -4,7 +4,7 @@ import json
 import sys
 
 from rlhf_jax.cli import flags
-from rlhf_jax.cli.rows import read_objects
+from rlhf_jax.cli.json_lines import read_objects
 from rlhf_jax.inference.logprobs import BATCH, encode_rows, with_logprobs
 from rlhf_jax.types import RlhfError
 

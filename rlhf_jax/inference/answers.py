@@ -36,7 +36,7 @@ from rlhf_jax.types import Rollout, TokenBatch
 Z_95 = 1.959964
 
 
-class Method(NamedTuple):
+class EvaluatedMethod(NamedTuple):
     """Method in an evaluation: a policy with one answer per prompt, or Best-of-N by the reward model."""
 
     name: str

@@ -40,7 +40,7 @@ _BUFFERS = re.compile(r"(\.attn\.(masked_)?bias|\.attention\.(masked_bias|bias)|
 _WEIGHTS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
 
 
-class Pretrained(NamedTuple):
+class Checkpoint(NamedTuple):
     """Model loaded from a transformers checkpoint, with its original config."""
 
     kind: Role
@@ -88,7 +88,7 @@ def load_pretrained(
     attention: AttentionBy = "xla",
     place: Place | None = None,
     family: str | None = None,
-) -> Pretrained:
+) -> Checkpoint:
     """Load a causal language model, or a sequence classifier with one label as a reward model.
 
     Tensors are read and placed one at a time, so that no second copy of the model exists.
@@ -125,7 +125,7 @@ def load_pretrained(
     if param_dtype is None:
         dtype: Any = params[next(path for path in params if path.endswith("embedding"))].dtype.name
         config = dataclasses.replace(config, param_dtype=dtype)
-    return Pretrained(kind, config, vocab_size, _nested(params, kind), hf_config)
+    return Checkpoint(kind, config, vocab_size, _nested(params, kind), hf_config)
 
 
 def save_pretrained(directory: Path, kind: Role, params: PyTree, hf_config: dict[str, Any]) -> None:
@@ -204,7 +204,7 @@ def checkpoint_hash(directory: Path) -> str:
     return digest.hexdigest()
 
 
-def network_of(pretrained: Pretrained) -> PolicyNetwork | ScalarNetwork:
+def network_of(pretrained: Checkpoint) -> PolicyNetwork | ScalarNetwork:
     """Network of a loaded checkpoint."""
     return _network(pretrained.kind, pretrained.config, pretrained.vocab_size)
 

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from rlhf_jax.interop.families import Layout, Tensor, family_of, pack, tensors_of, unpack
-from rlhf_jax.interop.hf import Pretrained, Role, classifier_config, find_checkpoint, network_of, refuse_bias
+from rlhf_jax.interop.hf import Checkpoint, Role, classifier_config, find_checkpoint, network_of, refuse_bias
 from rlhf_jax.interop.tensor_files import (
     DTYPES,
     MODEL_FILES,
@@ -75,7 +75,7 @@ def base_of(directory: Path) -> str | None:
     return base
 
 
-def with_adapter(directory: Path, base: Pretrained, *, pad_id: int) -> Pretrained:
+def with_adapter(directory: Path, base: Checkpoint, *, pad_id: int) -> Checkpoint:
     """Merge the adapter in a directory into its base, as PEFT's merge_and_unload does.
 
     A classifier's adapter (task_type SEQ_CLS) on a language model gives a reward model with the adapter's head.
@@ -100,7 +100,7 @@ def with_adapter(directory: Path, base: Pretrained, *, pad_id: int) -> Pretraine
     return base._replace(params=network.merge(Adapted(base.params, loaded.adapter)))
 
 
-def load_adapter(source: str, pretrained: Pretrained) -> Loaded:
+def load_adapter(source: str, pretrained: Checkpoint) -> Loaded:
     """Load an adapter that PEFT saved, for the base that it was trained on.
 
     A reward model's adapter includes the head: the saved one if there is one, otherwise the base's.

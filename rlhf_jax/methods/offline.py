@@ -85,7 +85,7 @@ class OfflineConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Method(Generic[N]):
+class OfflineMethod(Generic[N]):
     """A method as `train_offline` runs it."""
 
     step: Callable[[Updates[N]], Step]
@@ -96,7 +96,7 @@ class Method(Generic[N]):
 
 
 def train_offline(
-    config: OfflineConfig, context: Context, network: N, data: Batch, method: Method[N], *, runs: int
+    config: OfflineConfig, context: Context, network: N, data: Batch, method: OfflineMethod[N], *, runs: int
 ) -> int:
     """Train on a table and return the number of steps. Run k has its own keys and order of the rows, by seed + k.
 

@@ -16,7 +16,7 @@ from rlhf_jax.loading.samples import sample_rows
 from rlhf_jax.loading.trainable import begin_policy, stack
 from rlhf_jax.methods.online_config import OnlineConfig
 from rlhf_jax.methods.policy_gradient import Iteration
-from rlhf_jax.methods.policy_method import Method
+from rlhf_jax.methods.policy_method import OnlineMethod
 from rlhf_jax.methods.policy_parts import Networks, OnlineBatch, Params, Samples, ValueNetwork
 from rlhf_jax.rewards.scorers import HostScorer, joins_program, make_host_scorer
 from rlhf_jax.rewards.sources import Reward
@@ -67,7 +67,7 @@ def place_reward(reward: RewardModel | Reward, inputs: Inputs, context: Context)
 
 def train_online(
     config: OnlineConfig,
-    method: Method,
+    method: OnlineMethod,
     context: Context,
     inputs: Inputs,
     reward: OnlineReward,

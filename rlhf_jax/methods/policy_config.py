@@ -13,7 +13,7 @@ from rlhf_jax.methods.dynamic_sampling import DynamicSampling
 from rlhf_jax.methods.kl_controller import AdaptiveKL
 from rlhf_jax.methods.online_config import OnlineConfig
 from rlhf_jax.methods.policy_gradient import PolicyGradient
-from rlhf_jax.methods.policy_method import Method
+from rlhf_jax.methods.policy_method import OnlineMethod
 from rlhf_jax.methods.policy_parts import Experience, Shaping
 from rlhf_jax.methods.pretraining_mix import PretrainingMix
 from rlhf_jax.rewards.sources import RewardSource
@@ -142,7 +142,7 @@ def make_method(
     dynamic_sampling: DynamicSampling | None = None,
     value_warmup: int = 0,
     value_optimizer: OptimizerConfig | None = None,
-) -> Method[Experience]:
+) -> OnlineMethod[Experience]:
     """Resolve a config into a method.
 
     Args: learner is PolicyGradient with the loss, the advantages and their numbers filled in.
@@ -153,7 +153,7 @@ def make_method(
         floor = 0.0 if config.importance_floor is None else config.importance_floor
         weigh = WEIGHTS[config.importance_mode or "token_truncate"]
         importance = functools.partial(weigh, cap=config.importance_cap, floor=floor)
-    return Method(
+    return OnlineMethod(
         learner=learner(
             loss_penalty=estimator if kl_in == "loss" and kl_coef > 0 else None,
             old_by_sampler=by_sampler,

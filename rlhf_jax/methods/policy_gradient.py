@@ -35,7 +35,7 @@ from rlhf_jax.core.policy_losses import Aggregation, TokenLosses, explained_vari
 from rlhf_jax.loading.trainable import dropout_keys
 from rlhf_jax.methods import policy_optimizer
 from rlhf_jax.methods.dynamic_sampling import PartialBatch
-from rlhf_jax.methods.policy_method import KLEstimator, Method, Rows
+from rlhf_jax.methods.policy_method import KLEstimator, OnlineMethod, Rows
 from rlhf_jax.methods.policy_metrics import objective_metrics, reference_divergence, score_metrics
 from rlhf_jax.methods.policy_parts import (
     Advantages,
@@ -80,7 +80,7 @@ class Indices(NamedTuple):
 class Iteration(Setting, Generic[Rows]):
     """An iteration of one method, in one setting: networks, config, and the axes it is mapped over."""
 
-    method: Method[Rows]
+    method: OnlineMethod[Rows]
 
     def init_state(self, params: Params) -> TrainState:
         """Make the state before the first iteration."""
@@ -257,7 +257,7 @@ class PolicyGradient:
     policy_loss: Callable[[Array, Array, Array, Array], TokenLosses]  # of core/policy_losses.py, its options filled in
     aggregation: Aggregation
     loss_penalty: KLEstimator | None  # of the KL penalty as a term of the loss; None: it is in the token rewards
-    old_by_sampler: bool = False  # as in Method
+    old_by_sampler: bool = False  # as in OnlineMethod
     entropy_coef: float = 0.0
     vf_coef: float = 0.0
     value_clip: float = 0.0

@@ -48,7 +48,7 @@ class Learner(Protocol[Rows]):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Method(Generic[Rows]):
+class OnlineMethod(Generic[Rows]):
     """Settings of an iteration beyond `OnlineConfig`, as a stage's config resolves them. Defaults switch extras off."""
 
     learner: Learner[Rows]

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from jaxtyping import PyTree
 
 from rlhf_jax.methods.online_config import OnlineConfig
-from rlhf_jax.methods.policy_method import Method
+from rlhf_jax.methods.policy_method import OnlineMethod
 from rlhf_jax.methods.policy_parts import Params
 from rlhf_jax.runtime.optimizers import Optimizer, OptimizerConfig, algorithm, bound, finished, learning_rate
 
@@ -27,7 +27,7 @@ def check_value_optimizer(value: OptimizerConfig | None) -> None:
             )
 
 
-def make_optimizer(config: OnlineConfig, method: Method) -> Optimizer:
+def make_optimizer(config: OnlineConfig, method: OnlineMethod) -> Optimizer:
     """Make the optimiser of `{"policy": ..., "value": ...}`, in which the policy waits for the values' warm-up.
 
     During the first `method.value_warmup` iterations the policy's moments, counts and schedule do not move, so that its
@@ -52,7 +52,7 @@ def make_optimizer(config: OnlineConfig, method: Method) -> Optimizer:
     return finished(own, each if value is not None else optax.chain(bound(own), each))
 
 
-def hold_policy(grads: Params, method: Method, step: jax.Array) -> Params:
+def hold_policy(grads: Params, method: OnlineMethod, step: jax.Array) -> Params:
     """Set the policy's gradient to 0 during the values' warm-up, so that a shared bound counts the values' alone."""
     if not method.value_warmup:
         return grads
@@ -60,7 +60,7 @@ def hold_policy(grads: Params, method: Method, step: jax.Array) -> Params:
     return {**grads, "policy": jax.tree.map(lambda grad: jnp.where(warming, 0, grad), grads["policy"])}
 
 
-def rates(config: OnlineConfig, method: Method, step: jax.Array) -> dict[str, jax.Array]:
+def rates(config: OnlineConfig, method: OnlineMethod, step: jax.Array) -> dict[str, jax.Array]:
     """Rates at the first update of an iteration: `learning_rate`, and the values' if it differs."""
     warmup = _warmup_updates(config, method)
     done = step * (config.updates // config.iterations)
@@ -71,5 +71,5 @@ def rates(config: OnlineConfig, method: Method, step: jax.Array) -> dict[str, ja
     return {"learning_rate": jnp.where(done < warmup, 0.0, own), "learning_rate/value": of_value}
 
 
-def _warmup_updates(config: OnlineConfig, method: Method) -> int:
+def _warmup_updates(config: OnlineConfig, method: OnlineMethod) -> int:
     return method.value_warmup * (config.updates // config.iterations)

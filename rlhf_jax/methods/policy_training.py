@@ -11,7 +11,7 @@ from rlhf_jax.loading.models import Policy, RewardModel
 from rlhf_jax.loading.trainable import init_trainable, trainable
 from rlhf_jax.methods.online import DeviceReward, place_reward, read_inputs, train_online
 from rlhf_jax.methods.policy_config import PolicyGradientConfig
-from rlhf_jax.methods.policy_method import Method
+from rlhf_jax.methods.policy_method import OnlineMethod
 from rlhf_jax.methods.policy_parts import Experience, Params, ValueNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
 from rlhf_jax.rewards.sources import find_reward
@@ -35,7 +35,7 @@ def no_value(policy: Policy, reward_model: RewardModel | None, key: PRNGKeyArray
 
 
 def train_policy(
-    config: PolicyGradientConfig, method: Method[Experience], start_value: StartValue, context: Context
+    config: PolicyGradientConfig, method: OnlineMethod[Experience], start_value: StartValue, context: Context
 ) -> dict[str, Json]:
     """Train `context.seeds` policies, with a value function each where start_value makes one. Returns the summary."""
     inputs = read_inputs(config, context)

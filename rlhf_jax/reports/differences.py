@@ -18,7 +18,7 @@ from rlhf_jax.reports.run import Run
 LEVEL = 0.95
 
 
-class Difference(NamedTuple):
+class PairedDifference(NamedTuple):
     """Mean difference of two methods' scores with its interval and number of seeds (1: interval over prompts)."""
 
     mean: float
@@ -27,7 +27,7 @@ class Difference(NamedTuple):
     seeds: int
 
 
-def over_seeds(own: pd.Series, other: pd.Series) -> Difference | None:
+def over_seeds(own: pd.Series, other: pd.Series) -> PairedDifference | None:
     """Mean difference of scores over seeds, paired on common seeds; None if fewer than two seeds can be compared.
 
     Args: own and other are the scores of two methods, indexed by seed.
@@ -42,7 +42,7 @@ def over_seeds(own: pd.Series, other: pd.Series) -> Difference | None:
     else:
         return None
     values = by_seed.to_numpy(np.float64)
-    return Difference(float(values.mean()), *t_interval(values, level=LEVEL), len(values))
+    return PairedDifference(float(values.mean()), *t_interval(values, level=LEVEL), len(values))
 
 
 def differences(run: Run) -> pd.DataFrame:
@@ -88,6 +88,6 @@ def at_equal_kl(scores: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["kl", "method", "against", "difference", "low", "high", "seeds"])
 
 
-def _over_prompts(values: np.ndarray) -> Difference:
+def _over_prompts(values: np.ndarray) -> PairedDifference:
     low, high = t_interval(values, level=LEVEL) if len(values) > 1 else (np.nan, np.nan)
-    return Difference(float(values.mean()), low, high, 1)
+    return PairedDifference(float(values.mean()), low, high, 1)

@@ -17,7 +17,7 @@ from rlhf_jax.loading.samples import policy_samples
 from rlhf_jax.loading.tables import load_preferences
 from rlhf_jax.loading.trainable import begin_policy, full_params, init_trainable
 from rlhf_jax.methods.dpo import SIGMOID, ReferencedBatch, ReferenceUpdate, evaluate, make_step, pair_logps_all
-from rlhf_jax.methods.offline import Method, OfflineConfig, Updates, train_offline
+from rlhf_jax.methods.offline import OfflineConfig, OfflineMethod, Updates, train_offline
 from rlhf_jax.methods.preference_table import PreferenceLossConfig, check_micro_batch
 from rlhf_jax.methods.reference_cache import precomputed_ref_logps
 from rlhf_jax.models.policy import PolicyNetwork
@@ -87,7 +87,7 @@ def run(config: DPOConfig, context: Context) -> dict[str, Any]:
         metrics = evaluate(config.loss, own, known, eval_data, config.beta)
         return metrics, policy_samples(policy, eval_prompts, config.sample_prompts, context, config.sample_temperature)
 
-    method = Method(
+    method = OfflineMethod(
         step=lambda updates: make_step(updates, config.loss, config.reference_update),
         start=start,
         frozen=frozen,

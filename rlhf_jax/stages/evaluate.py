@@ -16,7 +16,7 @@ from rlhf_jax.config import AtLeastTwo, Count, ModelSource, NonNegative, Range, 
 from rlhf_jax.core.statistics import standard_error
 from rlhf_jax.data import pipeline
 from rlhf_jax.data.prompts import draw_prompts
-from rlhf_jax.inference.answers import Answers, Method, Split, answer, held_out_texts, measures, win_rate
+from rlhf_jax.inference.answers import Answers, EvaluatedMethod, Split, answer, held_out_texts, measures, win_rate
 from rlhf_jax.loading.context import Context
 from rlhf_jax.loading.data_report import report_prompts
 from rlhf_jax.loading.models import Policy, RewardModel
@@ -95,7 +95,7 @@ def run(config: EvaluateConfig, context: Context) -> dict[str, Any]:
 
 
 def _compare(
-    config: EvaluateConfig, context: Context, methods: list[Method], judges: Judges, name: str
+    config: EvaluateConfig, context: Context, methods: list[EvaluatedMethod], judges: Judges, name: str
 ) -> tuple[Rows, Rows, Rows]:
     """Return the table of a split, win rates against every opponent, and the responses."""
     split, answers = _split(config, context, judges, name), []
@@ -134,7 +134,7 @@ def _compare(
 
 
 def result(
-    method: Method,
+    method: EvaluatedMethod,
     found: Answers,
     reference: Answers,
     wins: Float[np.ndarray, "N"],
@@ -196,7 +196,7 @@ def _split(config: EvaluateConfig, context: Context, judges: Judges, name: str) 
     )
 
 
-def _answers(method: Method, split: Split, config: EvaluateConfig, context: Context) -> Answers:
+def _answers(method: EvaluatedMethod, split: Split, config: EvaluateConfig, context: Context) -> Answers:
     """Sample a method's answers with random keys specific to the method and split.
 
     Raises RlhfError if the method's policy has another tokenizer than the reference.
@@ -217,30 +217,30 @@ def _answers(method: Method, split: Split, config: EvaluateConfig, context: Cont
     )
 
 
-def _policy(method: Method, context: Context) -> Policy:
+def _policy(method: EvaluatedMethod, context: Context) -> Policy:
     if method.source not in context.stages:
         return context.policy(method.source)
     find = context.workdir.find
     return load_stage_policy(find(method.source), seed=method.seed, step=None, find=find, where=context.where)
 
 
-def _methods(config: EvaluateConfig, context: Context) -> list[Method]:
+def _methods(config: EvaluateConfig, context: Context) -> list[EvaluatedMethod]:
     """Return the methods, the reference first; a stage with several seeds has one entry for each."""
     name = config.reference if config.reference in context.stages else "reference"
-    methods = [Method(name, config.reference, context.seed, 1)]
-    methods += [Method(f"best_of_{n}", config.reference, context.seed, n) for n in config.best_of]
+    methods = [EvaluatedMethod(name, config.reference, context.seed, 1)]
+    methods += [EvaluatedMethod(f"best_of_{n}", config.reference, context.seed, n) for n in config.best_of]
     for source in dict.fromkeys((*config.policies, *config.against)):
         if source in context.stages and source != config.reference:
             first, stop = read_json(context.workdir.find(source) / "model.json")["seeds"]
-            methods += [Method(source, source, seed, 1) for seed in range(first, stop)]
+            methods += [EvaluatedMethod(source, source, seed, 1) for seed in range(first, stop)]
         elif source != config.reference:
             taken = {method.name for method in methods} | set(context.stages)
             short = Path(source).name
-            methods.append(Method(source if short in taken else short, source, context.seed, 1))
+            methods.append(EvaluatedMethod(source if short in taken else short, source, context.seed, 1))
     return methods
 
 
-def opponent(source: str, method: Method, methods: list[Method]) -> int:
+def opponent(source: str, method: EvaluatedMethod, methods: list[EvaluatedMethod]) -> int:
     """Return the index of a source's method: with the same seed if there is one, else with the first."""
     numbers = {
         other.seed: number
@@ -250,7 +250,7 @@ def opponent(source: str, method: Method, methods: list[Method]) -> int:
     return numbers.get(method.seed, min(numbers.values()))
 
 
-def _seconds(method: Method, context: Context) -> float | None:
+def _seconds(method: EvaluatedMethod, context: Context) -> float | None:
     """Return the wall time of a method's stage; None for a checkpoint and for Best-of-N."""
     if method.best_of > 1 or method.name not in context.stages:
         return None

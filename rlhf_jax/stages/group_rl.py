@@ -28,7 +28,7 @@ from rlhf_jax.methods.policy_config import (
     make_method,
 )
 from rlhf_jax.methods.policy_gradient import PolicyGradient
-from rlhf_jax.methods.policy_method import Method
+from rlhf_jax.methods.policy_method import OnlineMethod
 from rlhf_jax.methods.policy_parts import Advantages, Experience
 from rlhf_jax.methods.policy_training import no_value, train_policy
 
@@ -201,7 +201,7 @@ def resolve(config: GroupRLConfig) -> dict[str, Any]:
     return DEFAULTS | METHODS[config.method] | given
 
 
-def method_of(config: GroupRLConfig) -> Method[Experience]:
+def method_of(config: GroupRLConfig) -> OnlineMethod[Experience]:
     """Resolve a config into a method, with every field filled in."""
     fields, size = resolve(config), config.num_generations
     estimator, loss = find_advantage(fields["advantage"]), find_policy_loss(fields["policy_loss"])

@@ -26,7 +26,7 @@ from rlhf_jax.loading.models import NO_CHANGES, Tuning, refuse_float16
 from rlhf_jax.loading.samples import policy_samples
 from rlhf_jax.loading.tables import load_preferences
 from rlhf_jax.loading.trainable import begin_policy, full_params, init_trainable
-from rlhf_jax.methods.offline import Method, OfflineConfig, Updates, train_offline
+from rlhf_jax.methods.offline import OfflineConfig, OfflineMethod, Updates, train_offline
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.runtime.loop import Rows
@@ -94,7 +94,7 @@ def run(config: KTOConfig, context: Context) -> dict[str, Any]:
         metrics = evaluate(config.loss, network, models, eval_data, config.beta, context.runtime.inference_batch)
         return metrics, policy_samples(policy, eval_prompts, config.sample_prompts, context, config.sample_temperature)
 
-    method = Method(
+    method = OfflineMethod(
         step=lambda updates: make_step(updates, config.loss),
         start=start,
         frozen=frozen,

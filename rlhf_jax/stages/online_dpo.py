@@ -21,7 +21,7 @@ from rlhf_jax.methods.dpo import SIGMOID, ReferencedBatch
 from rlhf_jax.methods.online import HostReward, place_reward, read_inputs, train_online
 from rlhf_jax.methods.online_config import OnlineConfig
 from rlhf_jax.methods.online_pairs import PairLearner
-from rlhf_jax.methods.policy_method import Method
+from rlhf_jax.methods.policy_method import OnlineMethod
 from rlhf_jax.methods.policy_parts import Params, Shaping
 from rlhf_jax.methods.preference_table import PreferenceLossConfig, check_micro_batch
 from rlhf_jax.rewards.http_judge import HTTPJudge, HTTPJudgeConfig
@@ -51,9 +51,9 @@ class OnlineDPOConfig(OnlineConfig):
         check_micro_batch(self.loss, self.optimizer.micro_batch)
 
 
-def method_of(config: OnlineDPOConfig) -> Method[ReferencedBatch]:
+def method_of(config: OnlineDPOConfig) -> OnlineMethod[ReferencedBatch]:
     """Resolve a config into a method: groups of two responses, of which pairs are made."""
-    return Method(
+    return OnlineMethod(
         learner=PairLearner(config.loss, config.beta),
         kl_coef=config.beta,
         kl_estimator=ESTIMATORS["k1"],

@@ -33,7 +33,7 @@ from rlhf_jax.methods.policy_config import (
     make_method,
 )
 from rlhf_jax.methods.policy_gradient import PolicyGradient
-from rlhf_jax.methods.policy_method import Method
+from rlhf_jax.methods.policy_method import OnlineMethod
 from rlhf_jax.methods.policy_optimizer import check_value_optimizer
 from rlhf_jax.methods.policy_parts import Advantages, Experience
 from rlhf_jax.methods.policy_training import ValueStart, train_policy
@@ -92,7 +92,7 @@ class PPOConfig(PolicyGradientConfig):
         return self.clip_ratio if self.clip_ratio_high is None else self.clip_ratio_high
 
 
-def method_of(config: PPOConfig) -> Method[Experience]:
+def method_of(config: PPOConfig) -> OnlineMethod[Experience]:
     """Resolve a config into PPO's method: GAE, the clipped surrogate and the clipped value loss."""
 
     def advantages(rewards: Array, values: Array, mask: Array, trained: Array, axes: tuple[str, ...]) -> Advantages:

@@ -23,7 +23,7 @@ from rlhf_jax.loading.samples import draw_and_sample
 from rlhf_jax.loading.stage_models import load_stage_reward_model, save_reward_spec
 from rlhf_jax.loading.trainable import full_params, init_trainable, trainable
 from rlhf_jax.methods import reward as reward_loss
-from rlhf_jax.methods.offline import Method, OfflineConfig, Updates, train_offline
+from rlhf_jax.methods.offline import OfflineConfig, OfflineMethod, Updates, train_offline
 from rlhf_jax.methods.reward import BRADLEY_TERRY, RewardLossConfig
 from rlhf_jax.methods.reward_report import HeldOut, evaluate, report
 from rlhf_jax.models.model_config import ModelConfig
@@ -93,7 +93,7 @@ def run(config: RewardModelConfig, context: Context) -> dict[str, Any]:
     def evaluation(trained: PyTree) -> tuple[dict[str, float], Rows]:
         return evaluate(network, full_params(network, trained["reward"], frozen, "base"), eval_data, context)
 
-    method = Method(
+    method = OfflineMethod(
         step=lambda updates: make_step(updates, config.loss),
         start=lambda updates, member: updates.init({"reward": begun[member].trained}),
         frozen=frozen,

@@ -18,7 +18,7 @@ from rlhf_jax.loading.samples import policy_samples
 from rlhf_jax.loading.stage_models import save_policy_spec
 from rlhf_jax.loading.tables import load_demonstrations
 from rlhf_jax.loading.trainable import full_params, init_trainable, trainable
-from rlhf_jax.methods.offline import Method, OfflineConfig, Updates, train_offline
+from rlhf_jax.methods.offline import OfflineConfig, OfflineMethod, Updates, train_offline
 from rlhf_jax.models.model_config import ModelConfig
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.runtime.checkpoints import TrainState
@@ -71,7 +71,7 @@ def run(config: SFTConfig, context: Context) -> dict[str, Any]:
         metrics = evaluate(network, policy.params, eval_data, context.runtime.inference_batch)
         return metrics, policy_samples(policy, eval_prompts, config.sample_prompts, context, config.sample_temperature)
 
-    method = Method(
+    method = OfflineMethod(
         step=make_step,
         start=lambda updates, run: updates.init({"policy": trained}),
         frozen=frozen,

@@ -66,11 +66,11 @@ def differences(
             return str(error).removeprefix(f"{directory / 'config.json'}: ")
 
 
-def _tokens(pretrained: hf.Pretrained) -> np.ndarray:
+def _tokens(pretrained: hf.Checkpoint) -> np.ndarray:
     return np.random.default_rng(0).integers(3, pretrained.vocab_size, (ROWS, LENGTH)).astype(np.int32)  # none special
 
 
-def _whole(model: Any, pretrained: hf.Pretrained, place: Path) -> dict[str, float]:
+def _whole(model: Any, pretrained: hf.Checkpoint, place: Path) -> dict[str, float]:
     """Sequences in one pass, without and with padding."""
     ids, rng, vocabulary = _tokens(pretrained), np.random.default_rng(1), pretrained.vocab_size
     weights = rng.normal(size=(ROWS, LENGTH, vocabulary)).astype(np.float32) / ids.size / vocabulary
@@ -94,7 +94,7 @@ def _whole(model: Any, pretrained: hf.Pretrained, place: Path) -> dict[str, floa
     return found
 
 
-def _logits_and_gradients(pretrained: hf.Pretrained, params: Any, ids: Any, mask: Any, weights: Any) -> Any:
+def _logits_and_gradients(pretrained: hf.Checkpoint, params: Any, ids: Any, mask: Any, weights: Any) -> Any:
     network = hf.network_of(pretrained)
 
     def loss(params: Any) -> tuple:
@@ -118,7 +118,7 @@ def _theirs(model: Any, ids: np.ndarray, mask: np.ndarray, cache: Any = None, se
     ).logits
 
 
-def _through_a_cache(model: Any, pretrained: hf.Pretrained) -> dict[str, float]:
+def _through_a_cache(model: Any, pretrained: hf.Checkpoint) -> dict[str, float]:
     """Left-padded prompts, several more tokens in one pass, then one at a time: beside transformers in one pass.
 
     transformers with a cache is compared with itself in one pass too: it keeps the last `sliding_window` tokens even

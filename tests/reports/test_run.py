@@ -167,7 +167,7 @@ def test_without_a_reward_model_there_is_no_score_and_every_seed_has_its_policy(
             lambda a, b: bool((a == b).all()), run.load_policy("ppo", 0).params, run.load_policy("ppo", 1).params
         )
     )
-    with pytest.raises(RlhfError, match="holds seeds 0 to 1, not 2"):
+    with pytest.raises(RlhfError, match="has seeds 0 to 1, not 2"):
         run.load_policy("ppo", seed=2)
 
 

@@ -279,8 +279,8 @@ def test_the_report_of_checkpoints_judged_over_http_names_them_and_the_judge(eva
 
 def test_runs_of_the_same_seed_meet_and_others_meet_the_first():
     seeds = [("sft", 3), ("dpo", 3), ("ppo", 3), ("ppo", 4), ("grpo", 3), ("grpo", 4), ("grpo", 5)]
-    methods = [answers.Method(name, name, seed, 1) for name, seed in seeds]
-    methods.insert(1, answers.Method("best_of_4", "sft", 3, 4))
+    methods = [answers.EvaluatedMethod(name, name, seed, 1) for name, seed in seeds]
+    methods.insert(1, answers.EvaluatedMethod("best_of_4", "sft", 3, 4))
     met = {source: [opponent(source, method, methods) for method in methods] for source in ("sft", "dpo", "ppo")}
     assert met == {"sft": [0] * 8, "dpo": [2] * 8, "ppo": [3, 3, 3, 3, 4, 3, 4, 3]}
 

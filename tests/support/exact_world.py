@@ -199,7 +199,7 @@ def every_batch(
 ) -> Batches:
     """Learns from each of the N ** batch_size batches, by the second half of an iteration.
 
-    Args: value is the value function where the method has one; method has fields of `Method` that are to be otherwise.
+    Args: value is the value function, if the method has one; method overrides fields of `OnlineMethod`.
     """
     rows = np.array(list(itertools.product(range(len(world.scores)), repeat=config.batch_size)))
     learn = _learning(config, value, tuple(sorted(method.items())))

@@ -32,8 +32,8 @@ rlhf-jax: learning from human preferences in JAX
       Run the stages of an experiment that are not complete, and report. FILE is
       a Python file, or the name of an installed experiment: quickstart:smoke.
   rlhf-jax fields [KIND]
-      List the kinds of stages, or the fields of one, with types, defaults and
-      descriptions.
+      List the kinds of stages, or the fields of one kind, with types, defaults
+      and descriptions.
   rlhf-jax fetch NAME
       Download a data set or a model.
   rlhf-jax sample MODEL --prompt=TEXT [--chat] [--n=4] [--temperature=1.0]
@@ -63,7 +63,7 @@ or names separated by commas:
 
 
 def entry_point() -> None:
-    """The console script."""
+    """Run the command of the console script, and exit with its status."""
     if "--debug" not in sys.argv:
         # `main` reports every exception. The default hook would print a failed checkpoint again, from the callbacks of
         # the threads that were still writing it.
@@ -105,7 +105,7 @@ def run_verb(arguments: list[str]) -> None:
 def fetch_verb(arguments: list[str]) -> None:
     """Download a data set or a model."""
     parser = Parser("rlhf-jax fetch", "Download a data set or a model.")
-    parser.add_argument("name", choices=[*DATASETS, *MODELS])
+    parser.add_argument("name", choices=[*DATASETS, *MODELS], help="data set or model")
     name = parser.parse_args(arguments).name
     place = fetch(name)
     print(place)
@@ -134,7 +134,9 @@ def parse_run_flags(arguments: list[str]) -> tuple[ConfigDict, argparse.Namespac
         "--config", required=True, metavar="FILE[:ARG]", help="Python file with get_config(ARG), or an experiment"
     )
     parser.add_argument("--workdir", type=Path, required=True, metavar="DIR", help="directory for all results")
-    parser.add_argument("--inputs", type=Path, metavar="DIR", help="work directory to read missing stages from")
+    parser.add_argument(
+        "--inputs", type=Path, metavar="DIR", help="earlier work directory to read unchanged stages from"
+    )
     parser.add_argument("--stage", metavar="NAME", help="run this stage only")
     options, overrides = parser.parse_known_args(arguments)
     config = load_config(options.config)

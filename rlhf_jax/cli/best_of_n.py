@@ -28,7 +28,7 @@ from rlhf_jax.types import RlhfError
 from rlhf_jax.user_code import file_hash
 
 DESCRIPTION = """\
-Reads JSON rows with a prompt from standard input, samples --n answers to each, and writes the rows in the same order
+Read JSON rows with a prompt from standard input, sample --n answers to each, and write the rows in the same order
 with four more columns:
 
   completion    the answer with the highest score; with --soft=LAMBDA, an answer drawn with probability proportional

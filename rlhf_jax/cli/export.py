@@ -9,7 +9,7 @@ from rlhf_jax.loading.models import NO_CHANGES
 from rlhf_jax.types import RlhfError
 
 DESCRIPTION = """\
-Writes a policy or reward model, with its tokenizer and chat template, for transformers' AutoModelForCausalLM (or
+Write a policy or reward model, with its tokenizer and chat template, for transformers' AutoModelForCausalLM (or
 AutoModelForSequenceClassification) and AutoTokenizer. The directory is created atomically. Weights keep their dtype
 unless --dtype is given.
 """
@@ -22,7 +22,7 @@ def export_verb(arguments: list[str]) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to create")
     parser.add_argument("--adapter", action="store_true", help="write only the stage's LoRA adapter, in PEFT's format")
     parser.add_argument(
-        "--base", metavar="DIR", help="with --adapter: base checkpoint that PEFT is to load the adapter on"
+        "--base", metavar="DIR", help="with --adapter: base checkpoint on which PEFT will load the adapter"
     )
     options = parser.parse_args(arguments)
     if options.adapter:

@@ -82,7 +82,7 @@ def _overview(columns: int) -> Iterator[str]:
     for name, kind in KINDS.items():
         yield from _wrapped(f"{name:<20}{kind.summary}", 2, columns, hanging=20)
     yield ""
-    yield "Fields outside of the stages, * where the config must set them:"
+    yield "Fields outside the stages (* must be set in the config):"
     yield ""
     yield from _fields(Common, 0, columns, {})
     sections = Counter(
@@ -93,14 +93,14 @@ def _overview(columns: int) -> Iterator[str]:
     )
     shared = sorted(field for field, count in sections.items() if count > 2)
     yield ""
-    yield from _wrapped(f"Sections of several kinds, listed with each of them: {', '.join(shared)}.", 0, columns)
+    yield from _wrapped(f"Sections that several kinds share, listed under each kind: {', '.join(shared)}.", 0, columns)
 
 
 def _kind(name: str, columns: int) -> Iterator[str]:
     kind = find_kind(name, "KIND")
     yield from _wrapped(f"{name}: {kind.summary}", 0, columns)
     yield ""
-    yield "Fields, * where the config must set them:"
+    yield "Fields (* must be set in the config):"
     yield ""
     yield from _fields(kind.config, 0, columns, {})
 

@@ -42,13 +42,15 @@ def add_model_flags(parser: Parser) -> None:
     group.add_argument(
         "--model",
         metavar="DIR",
-        help="a directory with a Hugging Face checkpoint or a PEFT adapter, a GGUF file, or OWNER/NAME on the hub",
+        help="a directory with a Hugging Face checkpoint or a PEFT adapter, a GGUF file, or OWNER/NAME on the Hub",
     )
-    group.add_argument("--family", metavar="FILE:NAME", help="your own family of models, by which to read --model")
+    group.add_argument("--family", metavar="FILE:NAME", help="your own model family with which to read --model")
     group.add_argument("--workdir", type=Path, metavar="DIR", help="work directory of an experiment")
     group.add_argument("--stage", metavar="NAME", help="stage whose model to load")
-    group.add_argument("--inputs", type=Path, metavar="DIR", help="work directory of the stages the experiment reused")
-    group.add_argument("--policy-seed", type=int, metavar="N", help="seed to load if the stage trained several (first)")
+    group.add_argument("--inputs", type=Path, metavar="DIR", help="work directory given to the experiment as --inputs")
+    group.add_argument(
+        "--policy-seed", type=int, metavar="N", help="seed to load if the stage trained several (default: the first)"
+    )
     group.add_argument(
         "--dtype",
         choices=["float32", "bfloat16"],

@@ -9,11 +9,11 @@ from rlhf_jax.inference.logprobs import BATCH, encode_rows, with_logprobs
 from rlhf_jax.types import RlhfError
 
 DESCRIPTION = """\
-Reads JSON rows with a prompt and a completion (texts, or lists of messages, which are rendered with the model's chat
-template) from standard input, and writes them in the same order with two more columns:
+Read JSON rows with a prompt and a completion (texts, or lists of messages, which are rendered with the model's chat
+template) from standard input, and write them in the same order with two more columns:
 
-  logprob          log-probability of the completion given the prompt, in nats: the sum of
-  token_logprobs   the log-probabilities of its tokens
+  logprob          log-probability of the completion given the prompt, in nats: the sum of token_logprobs
+  token_logprobs   log-probabilities of the completion's tokens
 
 As in training, the completion includes its stop token (EOS or the end-of-turn token); --no-eos leaves it out. Texts
 are not truncated. If a token would span the end of the prompt and the start of the completion, the two are encoded

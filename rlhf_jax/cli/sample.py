@@ -12,8 +12,8 @@ from rlhf_jax.types import RlhfError
 
 ROWS = 4 * BATCH  # responses sampled before they are printed
 DESCRIPTION = """\
-Samples continuations of plain-text prompts; with --chat, each prompt is a user message and the model's answer is
-printed. If the model is a stage of an experiment with a reward model, each line starts with the response's score.
+Sample continuations of plain-text prompts. With --chat, each prompt is a user message, which the model answers. If
+the model is a stage of an experiment with a reward model, each line starts with the response's score.
 """
 
 

@@ -32,9 +32,9 @@ class Tuning:
     compute_dtype: DType | None = None
     remat: bool | None = None  # recompute activations in the backward pass; None: as the source
     attention: AttentionBy = "xla"  # implementation of attention: XLA's, or cuDNN's on GPUs
-    # Family of a checkpoint that none here covers, as file.py:NAME (examples/family.py); None: by its config.json.
+    # Your own family for a checkpoint, file.py:NAME (examples/family.py); None: one of rlhf_jax, by its config.json.
     family: FunctionSource | None = None
-    lora: LoraConfig | None = None  # adapter to train, while the model itself stays as it is; None: train the model
+    lora: LoraConfig | None = None  # train this adapter and freeze the model; None: train the model
 
 
 NO_CHANGES = Tuning()

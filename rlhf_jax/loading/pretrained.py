@@ -37,10 +37,11 @@ def load_policy(source: str | Path, *, dtype: DType = "float32", family: str | N
 
 
 def load_reward_model(source: str | Path, *, dtype: DType = "float32", family: str | None = None) -> RewardModel:
-    """Load a reward model, a classifier with one label, with its tokenizer; arguments as for `load_policy`.
+    """Load a reward model, a classifier with one label, with its tokenizer.
 
         reward_model = load_reward_model("path/to/classifier")
 
+    Args: source, dtype and family as for `load_policy`.
     Raises RlhfError if there is no model, its family is not supported, or it is a language model.
     """
     model = load_checkpoint(str(source), _tuning(dtype, family))

@@ -103,9 +103,9 @@ class ReferencedBatch(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReferenceUpdate:
-    """TR-DPO: move the reference a share alpha of the way to the policy every so many steps."""
+    """TR-DPO: move the reference towards the policy every few steps."""
 
-    # Share of the way that the reference moves to the policy; 1: all of it.
+    # Weight of the policy in the new reference; 1: the reference becomes the policy.
     alpha: Annotated[float, Range(above=0, at_most=1)]
     every: Count  # steps between updates
 

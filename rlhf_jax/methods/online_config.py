@@ -10,19 +10,19 @@ from rlhf_jax.runtime.optimizers import OptimizerConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OnlineConfig:
-    """Fields of every online method: the policy, which is start and reference, and the length of training."""
+    """Fields of every online method: the initial policy, which is also the reference, and the length of training."""
 
-    policy: ModelSource  # policy to start from, and the reference
+    policy: ModelSource  # initial policy, and the reference
     iterations: Count  # rounds of sampling and learning
-    batch_size: Count  # responses in an iteration, or pairs of them in online_dpo
-    minibatches: Count  # updates in a pass over an iteration's responses
-    epochs: Count  # passes over an iteration's responses
+    batch_size: Count  # responses per iteration; for online_dpo, pairs of responses
+    minibatches: Count  # minibatches per epoch, with one update each
+    epochs: Count  # passes over each iteration's responses
     temperature: Positive  # temperature of the samples
     optimizer: OptimizerConfig
-    samples_every: Count  # iterations between those whose samples are written
-    samples_written: CountOrZero  # samples written from such an iteration
+    samples_every: Count  # write samples every so many iterations
+    samples_written: CountOrZero  # number of samples to write each time
     loop: LoopConfig
-    missing_eos_penalty: NonNegative = 0.0  # penalty on the score of a response that was cut off
+    missing_eos_penalty: NonNegative = 0.0  # subtracted from the score of a truncated response
     tuning: Tuning = NO_CHANGES
 
     def __post_init__(self) -> None:

@@ -56,19 +56,20 @@ class PolicyGradientConfig(OnlineConfig):
     """Fields of every policy gradient: the reward model, the shaping of its scores, and terms of the loss."""
 
     reward_model: RewardSource  # reward that scores responses
-    # Score of every response that was cut off (-1 in Huang et al. 2024); None: its own.
+    # Score that replaces the reward's for truncated responses (-1 in Huang et al. 2024); None: keep the reward's.
     missing_eos_score: Finite | None = None
-    score_scale: Positive = 1.0  # factor of the scores, before clipping
-    score_clip: Positive | None = None  # largest absolute score; None: no bound
-    reject_truncated: bool = False  # leave responses that were cut off out of the losses
+    score_scale: Positive = 1.0  # scores are multiplied by this, before clipping
+    score_clip: Positive | None = None  # scores are clipped to +- this; None: no clipping
+    reject_truncated: bool = False  # exclude truncated responses from the losses
     kl_controller: AdaptiveKL | None = None  # adapt the KL coefficient to a target; None: constant
-    entropy_coef: NonNegative = 0.0  # weight of a bonus on the entropy, in nats per token
-    # Old log-probabilities recomputed by the learner, or as the sampler gave them.
+    entropy_coef: NonNegative = 0.0  # coefficient of an entropy bonus, in nats per token
+    # Source of the old log-probabilities: recomputed by the learner, or the sampler's.
     old_logprobs: Literal["learner", "sampler"] = "learner"
-    # Largest ratio of the learner's probability to the sampler's (core/importance.py; 3 in TRL); None: no weights.
+    # Upper bound of importance weights, the learner's probability over the sampler's (core/importance.py; 3 in TRL);
+    # None: no weights.
     importance_cap: Positive | None = None
-    importance_floor: NonNegative | None = None  # smallest ratio; None: 0
-    # Ratios of tokens or responses, truncated or masked at the bounds; None: token_truncate.
+    importance_floor: NonNegative | None = None  # lower bound of importance weights; None: 0
+    # Weights of tokens or of responses, truncated or masked at the bounds; None: token_truncate.
     importance_mode: ImportanceMode | None = None
     ptx: PretrainingMix | None = None  # add maximum likelihood on demonstrations (PPO-ptx); None: leave it out
 

@@ -23,8 +23,8 @@ class Rope:
     theta: Positive = 10_000.0  # base of the frequencies
     # Share of a head's channels that are rotated, the first ones.
     fraction: Annotated[float, Range(above=0, at_most=1)] = 1.0
-    factors: tuple[Positive, ...] | None = None  # divisors of the frequencies, one a pair of channels; None: 1
-    # Divisors in sequences given more room than short_context (LongRoPE); None: factors.
+    factors: tuple[Positive, ...] | None = None  # divisors of the frequencies, one per pair of channels; None: 1
+    # Divisors for sequences that may be longer than short_context (LongRoPE); None: factors.
     long_factors: tuple[Positive, ...] | None = None
     short_context: Count | None = None  # tokens up to which factors apply; None: always
     amplitude: Positive = 1.0  # factor of queries and keys
@@ -68,7 +68,7 @@ class ModelConfig:
     # RMSNorm of queries and keys: none, over each head, or over all heads.
     qk_norm: Literal["none", "head", "all"] = "none"
     positions: Literal["rotary", "learned"] = "rotary"  # position encoding: rotary, or a learned table
-    # Most tokens in a sequence: the size of the table of learned positions; None: no bound.
+    # Maximum number of tokens in a sequence, and size of the table of learned positions; None: no bound.
     context: Count | None = None
     rope: Rope = Rope()  # rotary positions of all layers
     local_rope: Rope | None = None  # rotary positions of layers with a window; None: rope

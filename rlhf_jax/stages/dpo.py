@@ -32,7 +32,7 @@ class DPOConfig(OfflineConfig):
     kind: Literal["dpo"]
     policy: ModelSource  # policy to start from, and the reference
     preferences: StageName | None  # stage that made the preferences; None: the experiment's data
-    beta: Positive  # strength of the pull to the reference
+    beta: Positive  # strength of the regularisation towards the reference
     sample_prompts: CountOrZero  # evaluation prompts continued at every evaluation
     tuning: Tuning = NO_CHANGES
     loss: PreferenceLossConfig = SIGMOID

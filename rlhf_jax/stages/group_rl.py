@@ -131,27 +131,28 @@ OVERRIDABLE = ("advantage", "policy_loss", "aggregation", "kl_coef", "kl_estimat
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GroupRLConfig(PolicyGradientConfig):
-    """A preset and overrides: None keeps the preset's value."""
+    """Config of the group methods: a preset and overrides. None keeps the preset's value."""
 
     kind: Literal["group_rl"]
     method: Name  # preset; fields below that are None keep its values
-    num_generations: Count  # responses to a prompt, which form a group
-    advantage: Advantage | FunctionSource | None = None  # advantage estimator; a user's own is 'mine.py:my_advantage'
+    num_generations: Count  # group size: responses per prompt
+    advantage: Advantage | FunctionSource | None = None  # advantage estimator; your own: 'mine.py:my_advantage'
     gamma: Share | None = None  # discount of a token (reinforce_plus_plus); None: 1
-    policy_loss: PolicyLoss | FunctionSource | None = None  # policy loss; a user's own is 'mine.py:my_loss'
-    # Average of the loss: over tokens, over responses' means or sums, or by a constant.
+    policy_loss: PolicyLoss | FunctionSource | None = None  # policy loss; your own: 'mine.py:my_loss'
+    # Aggregation of token losses: mean over tokens, mean over responses' means or sums, or a constant denominator.
     aggregation: Literal["token", "sequence", "sequence_sum", "constant"] | None = None
     clip_ratio: Positive | None = None  # epsilon below 1
     clip_ratio_high: Positive | None = None  # epsilon above 1
-    dual_clip: Positive | None = None  # largest ratio of a token with a negative advantage (3 in verl); None: no bound
+    dual_clip: Positive | None = None  # upper bound of ratios with negative advantage (3 in verl); None: no bound
     sapo_temperature_pos: Positive | None = None  # SAPO's temperature where the advantage is positive
     sapo_temperature_neg: Positive | None = None  # SAPO's temperature where the advantage is negative
     kl_coef: NonNegative | None = None  # coefficient of the KL penalty
     kl_estimator: Estimator | None = None  # estimator of the KL divergence (core/kl.py)
     kl_in: Place | None = None  # place of the KL penalty: the rewards, or the loss
-    # Most rounds of sampling until every group has different scores (DAPO); 0: one round, kept as it is.
+    # Maximum rounds of sampling to fill a batch with groups of unequal scores (DAPO); 0: no dynamic sampling.
     dynamic_sampling_rounds: CountOrZero | None = None
-    # Share of the response's room in which length is penalised, linearly up to 1 (eq. 13 of DAPO, arXiv:2503.14476).
+    # Last share of the maximum response length, over which a penalty rises linearly to 1 (eq. 13 of DAPO,
+    # arXiv:2503.14476); 0: no penalty.
     overlong_buffer: OverlongBuffer | None = None
 
     def __post_init__(self) -> None:

@@ -132,7 +132,7 @@ KINDS = {
     "preferences": Kind(
         config=preferences.PreferencesConfig,
         run=preferences.run,
-        summary="Sample pairs of responses from a policy, and let a judge choose",
+        summary="Sample pairs of responses from a policy, and label them by a judge",
     ),
     "reward_model": Kind(
         config=reward_model.RewardModelConfig,
@@ -165,7 +165,7 @@ KINDS = {
     "best_of_n": Kind(
         config=best_of_n.BestOfNConfig,
         run=best_of_n.run,
-        summary="Sample N responses to a prompt, and let a reward model choose, for every N",
+        summary="Sample N responses to a prompt, and select by a reward model, for every N",
         colour="green",
     ),
     "rejection_sampling": Kind(
@@ -217,7 +217,7 @@ KINDS = {
     "online_dpo": Kind(
         config=online_dpo.OnlineDPOConfig,
         run=online_dpo.run,
-        summary="Train a policy on pairs of its own samples, labelled as they are drawn",
+        summary="Train a policy on pairs of its own samples, labelled during training",
         title="Online DPO",
         seeded=True,
         unit="pairs",

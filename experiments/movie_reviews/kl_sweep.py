@@ -15,7 +15,7 @@ KL_COEFS = {"ppo_04": 0.4, "ppo_02": 0.2, "ppo_01": 0.1, "ppo_005": 0.05}
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """The quickstart (or its smoke variant) with PPO at several coefficients in the place of all other methods."""
+    """Build the quickstart (or its smoke variant) with PPO at several coefficients instead of all other methods."""
     config = runpy.run_path(str(Path(__file__).with_name("quickstart.py")))["get_config"](arg)
     config.unlock()
     for name, kl_coef in KL_COEFS.items():

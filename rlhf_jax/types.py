@@ -75,12 +75,7 @@ class UnpairedBatch(NamedTuple):
 class LabelledPairs(NamedTuple):
     """Preference pairs, with margins and the votes of raters."""
 
-    prompt: AnyArray  # int32[B, P]
-    prompt_mask: AnyArray  # bool[B, P]
-    chosen: AnyArray  # int32[B, T]
-    chosen_mask: AnyArray  # bool[B, T]
-    rejected: AnyArray  # int32[B, T]
-    rejected_mask: AnyArray  # bool[B, T]
+    pairs: PreferenceBatch
     margin: AnyArray  # float32[B]: by how much the chosen response should win
     votes: AnyArray  # float32[B, 2]: numbers of raters who prefer the chosen and the rejected response
 

@@ -1,9 +1,15 @@
-"""Losses of reward models in configs, and the data that each loss reads."""
+"""The reward-model losses that a config may name: one table of specs, the data that they read, and their options.
+
+To add a loss, write a function in `core.reward_losses` and a row in `LOSSES`; an option of its own is a field of
+`RewardLossConfig`. A function names what it reads by its parameters: inputs of `INPUTS`, and options of the config.
+"""
 
 import dataclasses
+import functools
+import inspect
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,24 +18,83 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from rlhf_jax.config import NonNegative, Range, check_ranges
 from rlhf_jax.core import masking, reward_losses
-from rlhf_jax.core.metrics import Mean, Metric
+from rlhf_jax.core.metrics import Metric
 from rlhf_jax.data import formats, pipeline
 from rlhf_jax.data.padding import pad_left, pad_right
-from rlhf_jax.data.pipeline import DataConfig
+from rlhf_jax.data.pipeline import Content, DataConfig
 from rlhf_jax.loading.context import Context
 from rlhf_jax.loading.tables import PREFERENCES, load_preferences
 from rlhf_jax.models.policy import both_responses
 from rlhf_jax.models.scalars import ScalarNetwork
 from rlhf_jax.text.tokenizer import Tokenizer
-from rlhf_jax.types import ComparisonBatch, LabelledPairs, PreferenceBatch, RlhfError, Rollout
+from rlhf_jax.types import ComparisonBatch, Json, LabelledPairs, PreferenceBatch, RlhfError, Rollout, Row
 
-LossName = Literal["bradley_terry", "margin", "raters", "k_wise", "plackett_luce"]
 Batch = PreferenceBatch | LabelledPairs | ComparisonBatch
 Result = tuple[Float[Array, ""], dict[str, Metric]]
-Row = dict[str, Any]
 
-SMOOTHED = ("bradley_terry", "k_wise")
-PAIRWISE = ("bradley_terry", "margin", "raters")
+INPUTS = {
+    "chosen_scores": "score of the chosen response",
+    "rejected_scores": "score of the rejected response",
+    "margins": "the column margin of a pair",
+    "votes": "float32[B, 2]: numbers of raters for the chosen and the rejected response, from the column labels",
+    "scores": "float32[B, K]: scores of up to K responses to a prompt",
+    "wins": "bool[B, K, K]: wins[b, i, j] if response i is preferred to response j",
+    "mask": "bool[B, K]: responses that exist, a prefix",
+    "axes": "names of the device axes that rows are split over",
+}
+"""What a loss may read, float32[B] unless said otherwise: of pairs, or of all responses to a prompt."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardLossSpec:
+    """A reward-model loss: its function, and what cannot be read off its signature."""
+
+    function: Callable[..., Result]
+    ranked: bool = False  # needs each prompt's responses in a strict order, best first
+
+    @functools.cached_property
+    def reads(self) -> frozenset[str]:
+        """Names of the inputs and options that the function takes."""
+        return frozenset((*INPUTS, *OPTIONS)).intersection(inspect.signature(self.function).parameters)
+
+    @property
+    def pairwise(self) -> bool:
+        """True if a row is a pair, False if it is a prompt with all its responses."""
+        return "scores" not in self.reads
+
+    @property
+    def column(self) -> str | None:
+        """Column that the loss reads besides the responses of a pair."""
+        return "margin" if "margins" in self.reads else "labels" if "votes" in self.reads else None
+
+
+def _bradley_terry(
+    chosen_scores: Float[Array, "B"],
+    rejected_scores: Float[Array, "B"],
+    *,
+    label_smoothing: float,
+    axes: tuple[str, ...],
+) -> Result:
+    """Bradley-Terry loss, with smoothed labels if asked for."""
+    if label_smoothing:
+        return reward_losses.smoothed_bradley_terry_loss(
+            chosen_scores, rejected_scores, label_smoothing=label_smoothing, axes=axes
+        )
+    return reward_losses.bradley_terry_loss(chosen_scores, rejected_scores, axes=axes)
+
+
+LOSSES: dict[str, RewardLossSpec] = {
+    "bradley_terry": RewardLossSpec(_bradley_terry),
+    "margin": RewardLossSpec(reward_losses.margin_loss),
+    "raters": RewardLossSpec(reward_losses.raters_loss),
+    "k_wise": RewardLossSpec(reward_losses.k_wise_loss),
+    "plackett_luce": RewardLossSpec(reward_losses.plackett_luce_loss, ranked=True),
+}
+
+if TYPE_CHECKING:
+    LossName = str
+else:
+    LossName = Literal[tuple(LOSSES)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,19 +112,33 @@ class RewardLossConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        if self.label_smoothing and self.name not in SMOOTHED:
-            raise ValueError(
-                f"label_smoothing = {self.label_smoothing} is not used by name = {self.name!r}: set it to 0, or use "
-                f"one of {', '.join(SMOOTHED)}"
-            )
+        for option in OPTIONS:
+            if getattr(self, option) and option not in self.spec.reads:
+                readers = [name for name, spec in LOSSES.items() if option in spec.reads]
+                raise ValueError(
+                    f"{option} = {getattr(self, option)} is not read by name = {self.name!r}: set it to 0, or use one "
+                    f"of {', '.join(readers)}"
+                )
 
+    @property
+    def spec(self) -> RewardLossSpec:
+        """The chosen loss."""
+        return LOSSES[self.name]
+
+
+OPTIONS = tuple(
+    field.name
+    for field in dataclasses.fields(RewardLossConfig)
+    if field.name not in ("name", "center_rewards_coefficient")
+)
+"""Options that losses read by name."""
 
 BRADLEY_TERRY = RewardLossConfig()
 
 
 def load_rows(config: RewardLossConfig, context: Context, stage: str | None) -> tuple[list[Row], list[Row]]:
     """Load training rows for the loss, and held-out pairs, from a stage or the experiment's own data."""
-    if config.name in PAIRWISE:
+    if config.spec.pairwise:
         return load_preferences(context, stage)
     if stage is not None:
         directory = context.workdir.find(stage)
@@ -71,9 +150,9 @@ def load_rows(config: RewardLossConfig, context: Context, stage: str | None) -> 
     if "completions" in rows[0][0]:
         train, held_out = (formats.ranked_rows(table, source) for table, source in zip(rows, sources, strict=True))
         return train, [pair for row in held_out for pair in pairs_of(row)]
-    if config.name == "plackett_luce":
+    if config.spec.ranked:
         raise RlhfError(
-            f"config.{context.name}.loss.name = 'plackett_luce' needs rankings, but {sources[0]} has none: give rows "
+            f"config.{context.name}.loss.name = {config.name!r} needs rankings, but {sources[0]} has none: give rows "
             "with prompt and completions (best first), or use loss.name = 'k_wise'"
         )
     return load_preferences(context, stage)
@@ -97,20 +176,21 @@ def pairs_of(row: Row) -> list[Row]:
 
 def make_batch(config: RewardLossConfig, rows: list[Row], tokenizer: Tokenizer, data: DataConfig) -> Batch:
     """Tokenise and pad all training rows. Raises RlhfError naming a row without the columns that the loss reads."""
-    if config.name not in PAIRWISE:
+    spec = config.spec
+    if not spec.pairwise:
         return _comparisons(config, rows, tokenizer, data)
     pairs = pipeline.preferences(rows, tokenizer, data)
-    if config.name == "bradley_terry":
+    if spec.column is None:
         return pairs
     margin, votes = np.zeros(len(rows), np.float32), np.tile(np.array([1, 0], np.float32), (len(rows), 1))
-    formats.require_columns(rows, ["margin" if config.name == "margin" else "labels"], "the preferences")
+    formats.require_columns(rows, [spec.column], "the preferences")
     for place, row in enumerate(rows):
-        if config.name == "margin":
+        if spec.column == "margin":
             margin[place] = _numbers([row["margin"]], place, "margin", -np.inf, np.inf)[0]
         else:
             labels = _numbers(row["labels"], place, "labels", 0, 1)
             votes[place] = sum(labels), len(labels) - sum(labels)
-    return LabelledPairs(*pairs, margin, votes)
+    return LabelledPairs(pairs, margin, votes)
 
 
 def loss(
@@ -123,7 +203,18 @@ def loss(
     axes: tuple[str, ...],
 ) -> Result:
     """Compute the loss and metrics of a batch, in one forward pass over all responses."""
-    value, metrics, uncentred = LOSSES[config.name](config, network, params, batch, dropout_keys, axes)
+    available = {name: getattr(config, name) for name in OPTIONS} | {"axes": axes}
+    if isinstance(batch, ComparisonBatch):
+        scores = _all_scores(network, params, batch, dropout_keys)
+        available |= {"scores": scores, "wins": batch.wins, "mask": jnp.any(batch.response_mask, axis=2)}
+        uncentred = reward_losses.k_wise_centering(scores, batch.wins, axes=axes)
+    else:
+        chosen, rejected = _pair_scores(network, params, _pairs(batch), dropout_keys)
+        available |= {"chosen_scores": chosen, "rejected_scores": rejected}
+        if isinstance(batch, LabelledPairs):
+            available |= {"margins": batch.margin, "votes": batch.votes}
+        uncentred = reward_losses.centering(chosen, rejected, axes=axes)
+    value, metrics = config.spec.function(**{name: available[name] for name in config.spec.reads})
     if not config.center_rewards_coefficient:
         return value, metrics
     return value + config.center_rewards_coefficient * uncentred.value, metrics | {"centering": uncentred}
@@ -133,50 +224,30 @@ def weight(config: RewardLossConfig, batch: Batch, axes: tuple[str, ...]) -> Arr
     """Number of items that the loss averages over: pairs, raters' labels, or prompts with at least one pair."""
     if isinstance(batch, ComparisonBatch):
         return masking.count(jnp.any(batch.wins, axis=(1, 2)), axes)
-    if isinstance(batch, LabelledPairs) and config.name == "raters":
+    if isinstance(batch, LabelledPairs) and "votes" in config.spec.reads:
         return masking.total(batch.votes, axes)
-    return masking.rows(batch.prompt, axes)
+    return masking.rows(_pairs(batch).prompt, axes)
 
 
 def tokens(batch: Batch, axes: tuple[str, ...]) -> Array:
     """Number of response tokens of a batch."""
     if isinstance(batch, ComparisonBatch):
         return masking.count(batch.response_mask, axes)
-    return masking.count(batch.chosen_mask, axes) + masking.count(batch.rejected_mask, axes)
+    pairs = _pairs(batch)
+    return masking.count(pairs.chosen_mask, axes) + masking.count(pairs.rejected_mask, axes)
 
 
-# ---- the losses: scores of a batch -> value, metrics, and the centring penalty before its coefficient ----------------
+def _pairs(batch: PreferenceBatch | LabelledPairs) -> PreferenceBatch:
+    return batch.pairs if isinstance(batch, LabelledPairs) else batch
 
 
 def _pair_scores(
-    network: ScalarNetwork, params: PyTree, batch: Any, dropout_keys: Key[Array, "B"] | None
+    network: ScalarNetwork, params: PyTree, pairs: PreferenceBatch, dropout_keys: Key[Array, "B"] | None
 ) -> tuple[Array, Array]:
     if dropout_keys is not None:  # separate masks for chosen and rejected
         dropout_keys = jax.vmap(jax.random.split, out_axes=1)(dropout_keys).reshape(-1)
-    pairs = PreferenceBatch(*batch[: len(PreferenceBatch._fields)])
     chosen, rejected = jnp.split(network.scores(params, both_responses(pairs), dropout_keys=dropout_keys), 2)
     return chosen, rejected
-
-
-def _bradley_terry(config, network, params, batch, keys, axes):
-    pair = _pair_scores(network, params, batch, keys)
-    if config.label_smoothing:
-        result = reward_losses.smoothed_bradley_terry_loss(*pair, label_smoothing=config.label_smoothing, axes=axes)
-    else:
-        result = reward_losses.bradley_terry_loss(*pair, axes=axes)
-    return *result, reward_losses.centering(*pair, axes=axes)
-
-
-def _margin(config, network, params, batch, keys, axes):
-    pair = _pair_scores(network, params, batch, keys)
-    result = reward_losses.margin_loss(*pair, batch.margin, axes=axes)
-    return *result, reward_losses.centering(*pair, axes=axes)
-
-
-def _raters(config, network, params, batch, keys, axes):
-    pair = _pair_scores(network, params, batch, keys)
-    result = reward_losses.raters_loss(*pair, batch.votes, axes=axes)
-    return *result, reward_losses.centering(*pair, axes=axes)
 
 
 def _all_scores(
@@ -193,27 +264,6 @@ def _all_scores(
         batch.response_mask.reshape(rows * count, -1),
     )
     return network.scores(params, rollout, dropout_keys=dropout_keys).reshape(rows, count)
-
-
-def _k_wise(config, network, params, batch, keys, axes):
-    scores = _all_scores(network, params, batch, keys)
-    result = reward_losses.k_wise_loss(scores, batch.wins, label_smoothing=config.label_smoothing, axes=axes)
-    return *result, reward_losses.k_wise_centering(scores, batch.wins, axes=axes)
-
-
-def _plackett_luce(config, network, params, batch, keys, axes):
-    scores = _all_scores(network, params, batch, keys)
-    result = reward_losses.plackett_luce_loss(scores, jnp.any(batch.response_mask, axis=2), axes=axes)
-    return *result, reward_losses.k_wise_centering(scores, batch.wins, axes=axes)
-
-
-LOSSES: dict[LossName, Callable[..., tuple[Array, dict[str, Metric], Mean]]] = {
-    "bradley_terry": _bradley_terry,
-    "margin": _margin,
-    "raters": _raters,
-    "k_wise": _k_wise,
-    "plackett_luce": _plackett_luce,
-}
 
 
 # ---- tables --------------------------------------------------------------------------------------------------------
@@ -235,10 +285,10 @@ def _comparisons(config: RewardLossConfig, rows: list[Row], tokenizer: Tokenizer
     )
     for place, (_, completions, wins) in enumerate(groups):
         count = len(completions)
-        if config.name == "plackett_luce" and not np.array_equal(wins, np.triu(np.ones((count, count), bool), 1)):
+        if config.spec.ranked and not np.array_equal(wins, np.triu(np.ones((count, count), bool), 1)):
             raise RlhfError(
-                f"row {place + 1} of the rankings has ties, which loss.name = 'plackett_luce' does not support: break "
-                "them, or use loss.name = 'k_wise'"
+                f"row {place + 1} of the rankings has ties, which loss.name = {config.name!r} does not support: "
+                "break them, or use loss.name = 'k_wise'"
             )
         own = list(itertools.islice(examples, count))
         batch.prompt[place], batch.prompt_mask[place] = pad_left([own[0].prompt], data.max_prompt_tokens)
@@ -248,13 +298,13 @@ def _comparisons(config: RewardLossConfig, rows: list[Row], tokenizer: Tokenizer
     return batch
 
 
-def _ranked(rows: Sequence[Row]) -> list[tuple[Any, list[Any], np.ndarray]]:
+def _ranked(rows: Sequence[Row]) -> list[tuple[Content, list[Content], np.ndarray]]:
     return [(row["prompt"], row["completions"], np.greater.outer(row["scores"], row["scores"])) for row in rows]
 
 
-def _grouped(rows: Sequence[Row]) -> list[tuple[Any, list[Any], np.ndarray]]:
+def _grouped(rows: Sequence[Row]) -> list[tuple[Content, list[Content], np.ndarray]]:
     """Group pairs by prompt, in the order of first occurrence."""
-    found: dict[str, tuple[Any, list[Any], list[tuple[int, int]]]] = {}
+    found: dict[str, tuple[Content, list[Content], list[tuple[int, int]]]] = {}
     for row in rows:
         prompt, completions, pairs = found.setdefault(repr(row["prompt"]), (row["prompt"], [], []))
         for completion in (row["chosen"], row["rejected"]):
@@ -270,7 +320,7 @@ def _grouped(rows: Sequence[Row]) -> list[tuple[Any, list[Any], np.ndarray]]:
     return groups
 
 
-def _numbers(values: Any, place: int, column: str, low: float, high: float) -> list[float]:
+def _numbers(values: Json, place: int, column: str, low: float, high: float) -> list[float]:
     values = list(values) if isinstance(values, (list, tuple, np.ndarray)) else []
     if not values or not all(isinstance(x, (int, float)) and np.isfinite(x) and low <= x <= high for x in values):
         wanted = "a number" if column == "margin" else "a list of the raters' labels, each between 0 and 1"

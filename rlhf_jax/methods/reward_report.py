@@ -1,19 +1,20 @@
 """Evaluation of reward models: metrics on held-out pairs during training, and calibration at the end."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import PyTree
 
 from rlhf_jax.core import calibration
+from rlhf_jax.data.pipeline import Content
 from rlhf_jax.loading.context import Context
 from rlhf_jax.loading.models import RewardModel
 from rlhf_jax.models.policy import both_responses
 from rlhf_jax.models.scalars import ScalarNetwork
 from rlhf_jax.runtime.files import write_json
 from rlhf_jax.sampling.batches import score_all
-from rlhf_jax.types import PreferenceBatch
+from rlhf_jax.types import Json, PreferenceBatch, Row
 
 GROUPS, BINS, BARS = 5, 10, 30
 """Number of groups for accuracies, and of bins in the reliability diagram and the histograms."""
@@ -23,12 +24,12 @@ class HeldOut(NamedTuple):
     """Held-out pairs, as tokens and as rows."""
 
     batch: PreferenceBatch
-    rows: list[dict[str, Any]]
+    rows: list[Row]
 
 
 def evaluate(
     network: ScalarNetwork, params: PyTree, data: HeldOut, context: Context
-) -> tuple[dict[str, float], list[dict[str, Any]]]:
+) -> tuple[dict[str, float], list[Row]]:
     """Compute `eval/accuracy`, `eval/judge_agreement` if the rows have a judge's scores, and some sample rows."""
     scores = _scores(network, params, data.batch, context)
     chosen, rejected = np.split(scores, 2)
@@ -52,7 +53,7 @@ def evaluate(
     return metrics, samples
 
 
-def report(model: RewardModel, data: HeldOut, context: Context) -> dict[str, Any]:
+def report(model: RewardModel, data: HeldOut, context: Context) -> dict[str, float]:
     """Write `calibration.json` for the held-out pairs, and return its main numbers for `summary.json`.
 
     Accuracies with Wilson's interval for all pairs and for groups by the difference of scores (`by_margin`), the label
@@ -65,7 +66,7 @@ def report(model: RewardModel, data: HeldOut, context: Context) -> dict[str, Any
     correct = calibration.agreement(margins, np.ones(len(margins)))
     lengths = [np.sum(mask, axis=1) for mask in (data.batch.chosen_mask, data.batch.rejected_mask)]
     reliability = calibration.reliability(1 / (1 + np.exp(-margins)), np.ones(len(margins)), bins=BINS)
-    found: dict[str, Any] = {
+    found: dict[str, Json] = {
         "all": calibration.accuracy(correct),
         "by_margin": calibration.accuracy_by(np.abs(margins), correct, bins=GROUPS),
         "by_length": calibration.accuracy_by(lengths[0] - lengths[1], correct, bins=GROUPS),
@@ -94,7 +95,7 @@ def _scores(network: ScalarNetwork, params: PyTree, batch: PreferenceBatch, cont
     return score_all(network, params, both, context.runtime.inference_batch)
 
 
-def _label_margins(rows: list[dict[str, Any]]) -> np.ndarray | None:
+def _label_margins(rows: list[Row]) -> np.ndarray | None:
     if all(isinstance(row.get("margin"), (int, float)) for row in rows):
         return np.array([row["margin"] for row in rows], np.float64)
     if all("chosen_score" in row for row in rows):
@@ -102,7 +103,7 @@ def _label_margins(rows: list[dict[str, Any]]) -> np.ndarray | None:
     return None
 
 
-def _shown(content: Any) -> str:
+def _shown(content: Content) -> str:
     """Format a text or chat for display, with roles before messages."""
     if isinstance(content, str):
         return content

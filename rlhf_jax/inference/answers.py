@@ -1,4 +1,4 @@
-"""Answers of one method to the prompts of a split, and their metrics that need no other method."""
+"""Answers of one method to the prompts of a split, their metrics, and win rates against another method."""
 
 from typing import Any, NamedTuple
 
@@ -46,13 +46,13 @@ class EvaluatedMethod(NamedTuple):
 
 
 class Split(NamedTuple):
-    """Prompts of a split, with the reference, reward model and judge that its answers are evaluated by."""
+    """Prompts of a split, with the reference, reward model and judge that evaluate its answers."""
 
     name: str
     prompts: pipeline.Prompts
     texts: TokenBatch | None  # held-out texts, if the data has any
     reference: Policy
-    score: Scorer  # the reward model's
+    score: Scorer  # score of the reward model
     judge: TextScorer | None
 
 
@@ -65,19 +65,19 @@ class Answers(NamedTuple):
     text_nll: float | None
 
     def judged(self) -> np.ndarray:
-        """Scores for comparing answers: the judge's, or the reward model's if no judge gives scores."""
+        """Scores for comparing answers: from the judge, or from the reward model if no judge gives scores."""
         column = "score" if self.rows[0]["gold"] is None else "gold"
         return np.array([row[column] for row in self.rows])
 
     def lengths(self) -> np.ndarray:
-        """Tokens of each answer, including EOS."""
+        """Number of tokens of each answer, including EOS."""
         return np.array([row["length"] for row in self.rows])
 
 
 def answer(
     policy: Policy, split: Split, key: PRNGKeyArray, sampling: Sampling, *, best_of: int, batch_size: int
 ) -> Answers:
-    """Draw one answer of a policy to each prompt, or the best of several by the reward model, and measure it."""
+    """Sample one answer of a policy to each prompt, or the best of several by the reward model, and measure it."""
     rollout = sample_all(
         policy.network, policy.params, split.prompts, key, sampling, samples=best_of, batch_size=batch_size
     )
@@ -108,7 +108,7 @@ def answer(
 
 
 def measures(answers: Answers, best_of: int) -> dict[str, Any]:
-    """Compute the columns of a method that need no other method; None if not measured."""
+    """Compute the metrics of a method that need no other method; None if not measured."""
     judged = answers.judged() if answers.rows[0]["gold"] is not None else None
     texts = [row["prompt"] + row["completion"] for row in answers.rows]
     words = [row["completion"].split() for row in answers.rows]
@@ -135,10 +135,11 @@ def measures(answers: Answers, best_of: int) -> dict[str, Any]:
 def win_rate(
     wins: Float[np.ndarray, "N"], own: Answers, other: Answers, *, rounds: int, seed: int
 ) -> dict[str, float | None]:
-    """Compute the share of pairs won, ties counted half, with Wilson's interval and the bootstrap's over prompts.
+    """Compute the win rate, in which ties count half, with 95 % intervals: Wilson, and bootstrap over prompts.
 
-    Beside it stand the share of ties and the rate at equal lengths. Args: `rounds` and `seed` are the bootstrap's; with
-    one seed every method's bootstrap draws the same prompts.
+    The result also has the share of ties and the length-controlled win rate.
+
+    Args: rounds and seed are those of the bootstrap; with the same seed, it draws the same prompts for every method.
     """
     low, high = wilson_interval(float(wins.sum()), len(wins), z=Z_95)
     boot_low, boot_high = bootstrap_interval(wins, level=0.95, rounds=rounds, seed=seed)

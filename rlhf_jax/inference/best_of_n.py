@@ -30,11 +30,11 @@ ROWS = 128
 """Answers per decoding or scoring batch."""
 
 QUEUE = 4
-"""By default QUEUE * ROWS answers are queued together, so that few slots of the decoding batch are idle."""
+"""Default number of answers queued together, in multiples of ROWS, so that few decoding slots are idle."""
 
 
 class Row(NamedTuple):
-    """Row with its number, its columns, and its prompt, a text or a chat."""
+    """Row with its number, columns and prompt (a text or a chat)."""
 
     number: int
     columns: dict[str, Any]
@@ -93,13 +93,13 @@ def best_of_n(
 
 
 def check_choice(n: int, batch_size: int, soft: float | None, temperature: float) -> None:
-    """Raise RlhfError for values out of range."""
+    """Raise RlhfError if a value is out of range."""
     if n < 1:
         raise RlhfError(f"n = {n} must be at least 1")
     if batch_size < 1:
         raise RlhfError(f"batch_size = {batch_size} must be at least 1")
     if soft is not None and not soft > 0:
-        raise RlhfError(f"soft = {soft:g} must be above 0: leave it out to choose the answer with the highest score")
+        raise RlhfError(f"soft = {soft:g} must be above 0: omit it to choose the answer with the highest score")
     if n > 1 and temperature == 0:
         raise RlhfError(f"temperature = 0 gives the same answer {n} times: use a positive one, or n = 1")
 

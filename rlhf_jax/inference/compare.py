@@ -36,38 +36,39 @@ def evaluate(
     batch_size: int = BATCH,
     **options: Any,
 ) -> pd.DataFrame:
-    """Compare policies with the first of them, the reference, by one answer each to the same prompts.
+    """Compare policies with the first one, the reference, on one answer each to the same prompts.
 
         evaluate({"sft": start, "mine": policy}, prompts, reward_model, max_new_tokens=32)
 
-    The stage `evaluate` measures the same of an experiment's stages, with held-out texts, Best-of-N and seeds.
+    The stage `evaluate` compares the stages of an experiment in the same way, and adds held-out texts, Best-of-N and
+    several seeds.
 
     Args:
-        policies: by name, all with the reference's tokenizer.
+        policies: policies by name, all with the reference's tokenizer.
         prompts: all texts or all chats.
-        judge: a reward model or a function, as for `score`. A policy trained against it is flattered by it.
-        seed: of the random numbers.
-        batch_size: answers at once.
-        options: fields of `SamplingOptions` but stop, as for `sample`.
+        judge: a reward model or a function, as for `score`. It overrates policies that were trained on it.
+        seed: random seed.
+        batch_size: answers per batch.
+        options: fields of `SamplingOptions` except stop, as for `sample`.
 
-    Returns: a row a policy: `n_prompts`; the judge's mean `score`, and `gain` over the reference, with standard errors
-    over prompts (`_se`); `win_rate` against the reference with 95 % intervals (`win_low`, `win_high` by Wilson,
-    `boot_low`, `boot_high` by bootstrap), ties, and the rate at equal lengths (`lc_win_rate`); `kl` from the reference
-    (nats), mean `length` (tokens), and further columns as in an experiment's results.
+    Returns: one row per policy: `n_prompts`; the judge's mean `score` and its `gain` over the reference, with standard
+    errors over prompts (`_se`); `win_rate` against the reference with 95 % intervals (`win_low`, `win_high` by Wilson,
+    `boot_low`, `boot_high` by bootstrap), `tie_rate`, and the length-controlled `lc_win_rate`; `kl` from the reference
+    (nats); mean `length` (tokens); and further columns of an experiment's results.
 
-    Raises RlhfError where tokenizers differ, where a prompt cannot be read or leaves no room, and for a bad option.
+    Raises RlhfError if tokenizers differ, a prompt cannot be encoded or fills the context, or an option is invalid.
     """
     how = configs.build(SamplingOptions, options, "evaluate")
     if how.stop:
-        raise RlhfError("evaluate.stop: divergences are those of whole answers: leave stop out")
+        raise RlhfError("evaluate.stop is not supported, because divergences are measured on complete answers: omit it")
     if not policies or not prompts:
         raise RlhfError("evaluate needs at least one policy and one prompt")
     if len({isinstance(prompt, list) for prompt in prompts}) > 1:
-        raise RlhfError("some prompts are texts and some are chats: give all of one kind")
+        raise RlhfError("some prompts are texts and some are chats: give one kind only")
     reference = next(iter(policies.values()))
     for name, policy in policies.items():
         if not same_tokenizer(policy.tokenizer, reference.tokenizer):
-            raise RlhfError(f"{name} has another tokenizer than the reference: compare models of one tokenizer")
+            raise RlhfError(f"{name} and the reference have different tokenizers: compare models with one tokenizer")
     ids = encode_prompts(prompts, reference)
     sampling = how.sampling(reference.tokenizer.stop_ids, MAX_NEW_TOKENS)
     sampling = within_context(reference, max(ids, key=len), sampling)

@@ -46,7 +46,7 @@ def encode_prompts(prompts: Sequence[Content], policy: Policy, max_prompt_tokens
 
 
 def as_answers(prompt: Content, texts: Sequence[str]) -> list[Content]:
-    """Give answers the form of their prompt: texts, or chats of one message."""
+    """Convert answers to the form of their prompt: texts, or chats with one message."""
     if isinstance(prompt, str):
         return list(texts)
     return [[{"role": "assistant", "content": text}] for text in texts]

@@ -49,7 +49,7 @@ def sample(
         reward: reward model, or function as for `score`, that scores the responses.
         reference: policy for `kl`, the log-ratio of each response.
         options: fields of `SamplingOptions`: temperature (default 1; 0 is greedy), top_k, top_p, min_p, max_new_tokens
-            (default 128) and stop (texts that end a response).
+            (default 128) and stop (strings that end a response).
 
     Returns: `prompt, completion, score, kl`, n rows per prompt. The score is NaN without a reward. `kl` is
     log pi(y|x) - log pi_ref(y|x) in nats, EOS included, both at the sampling temperature (1 if it is 0) without top_k,
@@ -76,7 +76,8 @@ def draw_responses(
 ) -> pd.DataFrame:
     """Sample as `sample` does, with validated options and length limits.
 
-    Args: first is the number of prompts before these, for the random keys; max_new_tokens is the option's default.
+    Args: first is the number of prompts sampled before these, for the random keys; max_new_tokens is the default of the
+    option.
     """
     if n < 1:
         raise RlhfError(f"n = {n} must be at least 1")

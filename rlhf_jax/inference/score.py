@@ -25,7 +25,7 @@ BATCH = 128
 def score(
     reward: AnyReward, rows: pd.DataFrame | Iterable[Mapping[str, Any]], *, batch_size: int = BATCH
 ) -> pd.DataFrame:
-    """Add a reward's score of each completion.
+    """Add the score that a reward gives to each completion.
 
         score(reward_model, [{"prompt": "The film", "completion": " was good."}])
         score(lambda prompts, completions, **columns: [-len(text) for text in completions], rows)
@@ -68,7 +68,7 @@ def scored_examples(
 ) -> list[Example]:
     """Encode completions of one prompt for a reward model, without EOS after completions that were cut off.
 
-    Raises RlhfError, naming the row, for a chat if there is no template, and for a text that is too long.
+    Raises RlhfError, naming the row, for a chat if the model has no chat template, and if a row exceeds its context.
     """
     if isinstance(prompt, list) and model.tokenizer.chat_template is None:
         raise RlhfError(

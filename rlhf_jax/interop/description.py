@@ -12,10 +12,10 @@ _ACTIVATIONS = {"relu": "relu", "relu2": "relu2", "gelu": "gelu_pytorch_tanh", "
 
 
 def describe(config: ModelConfig, vocab_size: int, **tokens: int) -> dict[str, Any]:
-    """Write the config.json of the first family that, read back, gives exactly this architecture.
+    """Make the config.json of the first family that expresses exactly this architecture, checked by reading it back.
 
     Args: tokens are the ids of special tokens, by their names in config.json.
-    Raises RlhfError if there is none, naming the nearest family and the fields that differ.
+    Raises RlhfError if no family does, naming the nearest one and the fields that differ.
     """
     differing = {}
     for family, (name, fields) in _FAMILIES.items():
@@ -32,19 +32,19 @@ def describe(config: ModelConfig, vocab_size: int, **tokens: int) -> dict[str, A
     nearest = min(differing, key=lambda family: len(differing[family]))
     raise RlhfError(
         "no transformers family supports the architecture of this model, which was trained from scratch; the nearest "
-        f"is {nearest}, with {', '.join(differing[nearest])}. Train a model with that architecture to export it"
+        f"is {nearest}, with {', '.join(differing[nearest])}. To export a model, train one with that architecture"
     )
 
 
 def _differences(config: ModelConfig, parsed: ModelConfig) -> list[str]:
     own, other = _filled(config), _filled(parsed)
-    if config.positions == "rotary" and config.context is None:  # unlimited, whatever the family's default
+    if config.positions == "rotary" and config.context is None:  # unlimited; ignore the default of the family
         other["context"] = None
     return [f"{name} = {other[name]!r} instead of {own[name]!r}" for name in own if own[name] != other[name]]
 
 
 def _filled(config: ModelConfig) -> dict[str, Any]:
-    """Fields with explicit values in place of None."""
+    """Return the fields, with None replaced by explicit values."""
     filled = dataclasses.replace(config, n_kv_heads=config.kv_heads, head_dim=config.head_width)
     return vars(filled) | ({"rope": Rope()} if config.positions == "learned" else {})
 

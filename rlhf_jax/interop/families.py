@@ -32,23 +32,23 @@ class Family(NamedTuple):
 
     name: str  # model_type in its config.json
     fields: Callable[[Any], dict[str, Any]]  # transformers' config -> fields of ModelConfig
-    tensors: tuple[Tensor, ...]  # including those (biases, norms) that not every model has
+    tensors: tuple[Tensor, ...]  # all tensors, including those (biases, norms) that not every model has
     prefix: str  # of tensor names; some checkpoints omit it
 
 
 USER_FAMILY = "rlhf_jax_family"
-"""Key by which the config of a loaded model names a user's own family. Checkpoints on disk do not hold it."""
+"""Key under which a loaded model's config names a user-defined family. It is never stored in checkpoints."""
 
 
 def family_of(hf_config: dict[str, Any], where: str) -> Family:
-    """Family of a config.json. Raises RlhfError for an unsupported model_type."""
+    """Find the family of a config.json. Raises RlhfError for an unsupported model_type."""
     if source := hf_config.get(USER_FAMILY):
         return _load_family(source, hf_config, where)
     name = hf_config.get("model_type")
     if name not in FAMILIES:
         raise RlhfError(
-            f"{where}: model_type = {name!r} is not supported: it should be one of {', '.join(FAMILIES)}, or write a "
-            "Family as in examples/family.py and name it: family = 'mine.py:FAMILY' beside init, --family for a command"
+            f"{where}: model_type = {name!r} is not supported: it should be one of {', '.join(FAMILIES)}. For another "
+            "one, write a Family as in examples/family.py, and set family = 'mine.py:FAMILY' beside init, or --family"
         )
     return FAMILIES[name]
 
@@ -56,9 +56,9 @@ def family_of(hf_config: dict[str, Any], where: str) -> Family:
 def _load_family(source: str, hf_config: dict[str, Any], where: str) -> Family:
     family = user_code.load_object(source, "model family")
     if not isinstance(family, Family):
-        raise RlhfError(f"model family {source} is a {type(family).__name__}: make it an interop.families.Family")
+        raise RlhfError(f"model family {source} is a {type(family).__name__}: it must be an interop.families.Family")
     if family.name != hf_config.get("model_type"):
-        raise RlhfError(f"{where}: model_type = {hf_config.get('model_type')!r}, and {source} is for {family.name!r}")
+        raise RlhfError(f"{where}: model_type = {hf_config.get('model_type')!r}, but {source} is for {family.name!r}")
     return family
 
 
@@ -116,7 +116,7 @@ def tensor_shape(tensor: Tensor, shapes: list[tuple[int, ...]]) -> tuple[int, ..
 
 
 def _inputs(part: str, array: np.ndarray) -> int:
-    """Input size of a kernel: of two axes for the attention's output projection, otherwise of one."""
+    """Compute the input size of a kernel: the attention's output projection has two input axes, others have one."""
     return math.prod(array.shape[: 2 if part.endswith("attention/o/kernel") else 1])
 
 

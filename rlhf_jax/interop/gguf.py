@@ -25,7 +25,7 @@ ORIGIN = "dequantised_from"
 
 _FLOATS = {gguf.GGMLQuantizationType[name] for name in ("F64", "F32", "F16", "BF16")}
 CHUNK = 1 << 22
-"""Weights that are dequantised at a time: 16 MB of float32."""
+"""Number of weights dequantised at a time: 16 MB of float32."""
 
 
 class TensorPlan(NamedTuple):
@@ -47,7 +47,7 @@ class GgufFile(NamedTuple):
     """Validated GGUF file; its tensors are read from disk on demand."""
 
     path: Path
-    metadata: dict[str, Any]  # as Python values
+    metadata: dict[str, Any]  # converted to Python values
     stored: dict[str, gguf.ReaderTensor]
     config: dict[str, Any]  # config.json
     generation_config: dict[str, Any]
@@ -71,7 +71,7 @@ def read_gguf(path: Path) -> GgufFile:
     if metadata.get("split.count", 1) > 1:
         raise RlhfError(f"{path} is one of {metadata['split.count']} parts: join them with llama-gguf-split --merge")
     if reader.byte_order != "I":
-        raise RlhfError(f"{path} has another byte order than this machine: download a file for this byte order")
+        raise RlhfError(f"{path} has a different byte order from this machine: download a file with the right one")
     stored = {tensor.name: tensor for tensor in reader.tensors}
     shapes = {name: tuple(reversed(tensor.shape.tolist())) for name, tensor in stored.items()}
     factors = stored.get("rope_freqs.weight")
@@ -136,7 +136,7 @@ def _plan(header: Header) -> tuple[dict[str, Any], list[TensorPlan]]:
         if header.shapes[tensor.source] != tensor.shape:
             raise RlhfError(
                 f"{header.path}: tensor {tensor.source} has the shape {header.shapes[tensor.source]}, but the file's "
-                f"metadata require {tensor.shape}"
+                f"metadata requires {tensor.shape}"
             )
     config = {
         "architectures": [family.model_class],
@@ -198,7 +198,7 @@ def _half_rotation(heads: int, head_width: int) -> np.ndarray:
 
 
 def _heads_together(heads: int, head_width: int) -> np.ndarray:
-    """Row permutation of fused q, k, v from all heads' q, then k, then v, to q, k, v of each head together."""
+    """Row permutation of a fused qkv matrix from all q, all k, all v to q, k, v of each head in turn."""
     return np.arange(3 * heads * head_width).reshape(3, heads, head_width).swapaxes(0, 1).reshape(-1)
 
 

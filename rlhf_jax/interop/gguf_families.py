@@ -1,7 +1,7 @@
 """Hugging Face names of the metadata and tensors of GGUF files, one table per architecture.
 
-GGUF names are llama.cpp's (gguf-py/gguf/constants.py). The changes that its conversion (conversion/*.py) makes to
-values are undone.
+GGUF names are those of llama.cpp (gguf-py/gguf/constants.py). The import undoes the changes that llama.cpp's conversion
+(conversion/*.py) makes to values.
 """
 
 import math
@@ -47,7 +47,7 @@ class Architecture(NamedTuple):
     """Conversion tables of one architecture.
 
     The tables map names in the GGUF file to names on the Hub and a shape, given as letters: V vocabulary, D model
-    width, F feed-forward width, Q and J all query and all key heads together, K one head, C context, A and G the fused
+    width, F feed-forward width, Q all query heads, J all key heads, K one head, C context, A and G the fused
     sizes Q + 2 J and 2 F.
     """
 
@@ -207,7 +207,7 @@ def _gpt_neox(header: Header, sizes: Sizes) -> dict[str, Any]:
 
 
 def _share(channels: int, width: int) -> float:
-    """Fraction with int(width * fraction) == channels in floating point (int(26 * (15 / 26)) would be 14)."""
+    """Compute the fraction for which int(width * fraction) == channels; int(26 * (15 / 26)) would be 14."""
     share = channels / width
     return share if int(width * share) == channels else math.nextafter(share, 2)
 

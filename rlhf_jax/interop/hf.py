@@ -35,7 +35,7 @@ Place = Callable[[str, np.ndarray], jax.Array]
 
 Role = Literal["policy", "reward"]
 
-# Tables in some old checkpoints that are determined by the config.
+# Buffers that some old checkpoints contain and that follow from the config.
 _BUFFERS = re.compile(r"(\.attn\.(masked_)?bias|\.attention\.(masked_bias|bias)|rotary_emb\.inv_freq)$")
 _WEIGHTS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
 
@@ -94,7 +94,7 @@ def load_pretrained(
     Tensors are read and placed one at a time, so that no second copy of the model exists.
 
     Args: source is a directory or a hub id; param_dtype None keeps the stored dtypes; place puts a parameter on its
-    devices (default: the first device); family names a user's own family, as file.py:NAME.
+    devices (default: the first device); family names a user-defined family, as file.py:NAME.
     Raises RlhfError naming a tensor that is missing or unknown, or has an unsupported dtype or the wrong shape.
     """
     directory = find_checkpoint(source)
@@ -156,7 +156,7 @@ def save_pretrained(directory: Path, kind: Role, params: PyTree, hf_config: dict
 
 
 def classifier_config(hf_config: dict[str, Any], *, pad_id: int) -> dict[str, Any]:
-    """Convert a language model's config.json to that of a classifier with one label."""
+    """Convert a language model's config.json to the config.json of a classifier with one label."""
     name = (hf_config.get("architectures") or ["ForCausalLM"])[0]
     base = name.removesuffix("LMHeadModel").removesuffix("ForCausalLM")
     return hf_config | {
@@ -196,7 +196,7 @@ def read_config(directory: Path, family: str | None = None) -> dict[str, Any]:
 
 
 def checkpoint_hash(directory: Path) -> str:
-    """Hash to detect a changed checkpoint, over names, sizes and first megabytes of its JSON and weight files."""
+    """Hash names, sizes and first megabytes of a checkpoint's JSON and weight files, to detect changes."""
     digest = hashlib.sha256()
     for file in sorted([*directory.glob("*.json"), *directory.glob("*.safetensors")]):
         with open(file, "rb") as content:
@@ -205,7 +205,7 @@ def checkpoint_hash(directory: Path) -> str:
 
 
 def network_of(pretrained: Checkpoint) -> PolicyNetwork | ScalarNetwork:
-    """Network of a loaded checkpoint."""
+    """Make the network of a loaded checkpoint."""
     return _network(pretrained.kind, pretrained.config, pretrained.vocab_size)
 
 
@@ -223,7 +223,7 @@ def _read_shape(hf_config: dict[str, Any], directory: Path, **how: Any) -> tuple
 
 
 def read_shape(hf_config: dict[str, Any], **how: Any) -> tuple[ModelConfig, int]:
-    """Architecture and vocabulary size described by a config.json; missing fields get transformers' defaults.
+    """Read architecture and vocabulary size from a config.json; missing fields get transformers' defaults.
 
     Args: how are the fields of ModelConfig that config.json does not have: dtypes, remat, attention.
     Raises RlhfError if the config is invalid or not supported.
@@ -244,7 +244,7 @@ def read_shape(hf_config: dict[str, Any], **how: Any) -> tuple[ModelConfig, int]
 
 
 def _aligned(array: np.ndarray, dtype: Any) -> np.ndarray:
-    """Array with this dtype at an address that is a multiple of ALIGNMENT, which JAX can use without a copy on CPUs."""
+    """Convert an array to a dtype and an aligned address, so that JAX can use it without a copy on CPUs."""
     if array.dtype == dtype and array.flags.c_contiguous and array.ctypes.data % ALIGNMENT == 0:
         return array
     copy = empty(array.shape, np.dtype(dtype))

@@ -60,7 +60,7 @@ def converted(path: Path) -> Path:
 
 
 def fetch_model(name: str) -> Path:
-    """Fetch a model unless it exists, and return its directory.
+    """Download a model unless it is already there, and return its directory.
 
     Raises: RlhfError for an unknown name, and as `data.fetch.obtain` does.
     """
@@ -81,14 +81,14 @@ def quantisation_note(name: str, hf_config: dict[str, Any] | None) -> str | None
 
 
 def checkpoint_directory(source: str) -> Path:
-    """Hugging Face directory of a checkpoint: local, fetched, converted from GGUF, or downloaded from the Hub."""
+    """Find the Hugging Face directory of a checkpoint: local, fetched, converted from GGUF, or from the Hub."""
     if source in MODELS:
         return fetch_model(source)
     return converted(Path(source)) if source.endswith(".gguf") else hf.find_checkpoint(source)
 
 
 def base_directory(directory: Path) -> Path:
-    """Directory of the full model's weights: the directory itself, or that of an adapter's base.
+    """Find the directory of the full model's weights: the directory itself, or the base of an adapter.
 
     Raises RlhfError if the base is not found or is itself an adapter.
     """
@@ -117,7 +117,7 @@ def checkpoint_tokenizer(directory: Path, base: Path) -> Tokenizer:
 
 
 def checkpoint_hash(source: str) -> str:
-    """Hash to detect a changed checkpoint, including the base of an adapter."""
+    """Hash a checkpoint, including the base of an adapter, to detect changes."""
     directory = checkpoint_directory(source)
     hashes = [hf.checkpoint_hash(each) for each in dict.fromkeys([directory, base_directory(directory)])]
     return " ".join(hashes)

@@ -59,9 +59,9 @@ class Loaded(NamedTuple):
 
 
 def base_of(directory: Path) -> str | None:
-    """Base model named by the adapter in a directory; None if it has no adapter or also a full model's weights.
+    """Return the base named by the adapter in a directory; None without an adapter, or with a full model's weights.
 
-    Raises RlhfError if the adapter's config is malformed or names no base.
+    Raises RlhfError if the adapter's config is malformed or does not name a base.
     """
     file = directory / CONFIG_FILE
     if not file.exists() or any((directory / name).exists() for name in MODEL_FILES):
@@ -103,7 +103,7 @@ def with_adapter(directory: Path, base: Checkpoint, *, pad_id: int) -> Checkpoin
 def load_adapter(source: str, pretrained: Checkpoint) -> Loaded:
     """Load an adapter that PEFT saved, for the base that it was trained on.
 
-    A reward model's adapter includes the head: the saved one if there is one, otherwise the base's.
+    A reward model's adapter includes a head: the one saved with the adapter, if any, otherwise the base's.
 
     Args: source is a directory or a hub id.
     Raises RlhfError for an unsupported feature of PEFT, and for a tensor that is missing, unknown, or of the wrong
@@ -262,7 +262,7 @@ def _is_target(module: str, config: dict[str, Any]) -> bool:
 
 
 def _target_modules(adapted: list[str], modules: list[str]) -> list[str]:
-    """Shortest names that PEFT matches with exactly these layers."""
+    """Find the shortest names that match exactly these layers in PEFT."""
     chosen = set()
     for module in adapted:
         names = module.split(".")
@@ -273,7 +273,7 @@ def _target_modules(adapted: list[str], modules: list[str]) -> list[str]:
 
 
 def _targets(groups: list[str], shapes: dict[str, tuple[int, ...]]) -> tuple[str, ...]:
-    """Targets of a LoraConfig that match exactly these layers."""
+    """Find the targets of a LoraConfig that match exactly these layers."""
     blocks = {path.split("/")[0] for path in shapes if path.startswith("block_")}
     kinds = {group.split("/", 1)[1] for group in groups}
     everywhere = {kind for kind in kinds if {f"{block}/{kind}" for block in blocks} <= set(groups)}
@@ -286,7 +286,7 @@ _B = ("B",)  # a part with a single input axis, the rank
 
 
 def _modules(hf_config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """The family's linear layers by name."""
+    """Return the family's linear layers by name."""
     blocks = len({path.split("/")[0] for path in shapes if path.startswith("block_")})
     return {
         tensor.name.removesuffix(".weight"): tensor
@@ -301,7 +301,7 @@ def _layout(tensor: Tensor) -> Layout:
 
 
 def _group(tensor: Tensor) -> str:
-    """Path in our adapter of the A that belongs to a layer of the family."""
+    """Return the path in our adapter of the A matrix for one of the family's layers."""
     parts = [part.removesuffix("/kernel") for part in tensor.parts]
     if len(parts) == 1:
         return parts[0]

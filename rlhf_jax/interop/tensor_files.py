@@ -1,7 +1,7 @@
 """Read and write safetensors files, one tensor at a time.
 
 The safetensors package maps files into memory, so that a model would occupy memory twice while it is loaded. The format
-is simple: the header's length in 8 bytes, the header in JSON, the tensors.
+is simple: 8 bytes with the length of the header, the header in JSON, and the tensors.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ import numpy as np
 from rlhf_jax.types import RlhfError
 
 MODEL_FILES = ("model.safetensors", "model.safetensors.index.json")
-"""A directory with a full model's tensors has one of these files."""
+"""Files of which a directory with a full model has at least one."""
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 ALIGNMENT = 64
@@ -74,7 +74,7 @@ def write_tensors(
 ) -> None:
     """Write a safetensors file.
 
-    Args: tensors are names, shapes and dtypes; fetch returns a tensor by name when it is written.
+    Args: tensors are names, shapes and dtypes; fetch returns a tensor by name, just before it is written.
     """
     names = {dtype: name for name, dtype in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -132,6 +132,6 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             continue
         start, end = (8 + length + offset for offset in entry["data_offsets"])
         if end > size:
-            raise RlhfError(f"{file} is truncated: tensor {name} ends beyond it. Download it again")
+            raise RlhfError(f"{file} is truncated: tensor {name} extends beyond its end. Download it again")
         tensors[name] = StoredTensor(file, entry["dtype"], tuple(entry["shape"]), start, end - start)
     return tensors

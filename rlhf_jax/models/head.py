@@ -1,4 +1,4 @@
-"""Language-model head: logits, and token statistics computed slice by slice so that full logits never exist."""
+"""Language-model head: logits, and token statistics computed slice by slice to limit the memory of logits."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -12,8 +12,8 @@ LOGIT_SLICE = 2**26
 """Maximum number of logits in memory (256 MB); larger batches are computed in slices of the time axis."""
 
 FEW_ROWS = 32
-"""For up to this many rows of one token, CPUs multiply with the embedding as the left factor, which is then read in
-place; as the right factor it would first be copied into another layout, which takes as long as the product."""
+"""Maximum number of single-token rows for which CPUs use the embedding as the left factor of the product and read it in
+place. As the right factor, it would first be copied into another layout, which takes as long as the product."""
 
 RULED_OUT = float(jnp.finfo(jnp.float32).min / 2)
 """Logit of suppressed tokens: half the lowest float32, so that subtracting a maximum does not overflow."""
@@ -24,8 +24,8 @@ class TokenStats(NamedTuple):
 
     logprobs: Array  # float32[B, T], nats
     entropy: Array  # float32[B, T], nats; differentiable only from `token_stats_with_entropy`
-    correct: Array  # bool[B, T]: the token is the most likely one
-    log_sum_sq_probs: Array  # float32[B, T]: log of the sum of squared probabilities; no gradient; 0 if not allowed
+    correct: Array  # bool[B, T]: whether the token is the most likely one
+    log_sum_sq_probs: Array  # float32[B, T]: log sum of squared probabilities; no gradient; 0 for tokens not allowed
 
 
 def logits(
@@ -62,9 +62,9 @@ def token_stats(
 ) -> TokenStats:
     """Statistics of tokens under softmax(logits / temperature); tokens that are not allowed get log-probability 0.
 
-    Equal to `core.logprobs.token_logprobs` and `entropy` of the full logits. The product with the embedding is computed
-    in the dtype of `hidden`; the embedding's gradient is accumulated in float32 over all tokens and rounded once, to
-    the embedding's dtype. With several slices, the backward pass recomputes the logits of each slice.
+    They equal `core.logprobs.token_logprobs` and `entropy` of the full logits. The product with the embedding is
+    computed in the dtype of `hidden`. The embedding's gradient is accumulated in float32 over all tokens and cast once,
+    to the embedding's dtype. With several slices, the backward pass recomputes the logits of each slice.
 
     Raises ValueError unless temperature > 0.
     """
@@ -95,7 +95,7 @@ class _Softmax(NamedTuple):
     """Softmax of a slice's logits, saved for the backward pass."""
 
     shifted: Array  # float32[B, T, V]: logits / temperature minus their maximum
-    most: Array  # float32[B, T, 1]: that maximum
+    most: Array  # float32[B, T, 1]: the maximum
     normaliser: Array  # float32[B, T]: sum of exp(shifted)
 
 

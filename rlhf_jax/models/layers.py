@@ -22,7 +22,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 class Place(NamedTuple):
-    """Positions of new tokens, as one layer's attention needs them."""
+    """Positions of new tokens, in the form that one layer's attention needs."""
 
     sin: Array | None  # [B, S, pairs], or None without rotary positions
     cos: Array | None
@@ -67,6 +67,7 @@ def attend(
 ) -> Float[Array, "B S H K"]:
     """Attention of S queries to C slots; each of G key-value heads serves H / G query heads.
 
+    Sizes that cuDNN does not support (`cudnn_takes`) fall back to XLA, and a soft cap is computed without either.
     Raises RlhfError if cuDNN is requested without a GPU.
     """
     if by == "cudnn" and jax.default_backend() != "gpu":

@@ -42,8 +42,8 @@ class LoraConfig:
     targets: tuple[str, ...]  # regular expressions on names of the layers to adapt, such as 'attention/[qv]'
     # Dropout of the adapters' inputs, in losses that support it.
     dropout: Annotated[float, Range(at_least=0, below=1)] = 0.0
-    # Rank-stabilised scale (Kalajdzievski 2023, arXiv:2312.03732, theorem 3.2), as in PEFT: with alpha / rank, what an
-    # adapter learns shrinks as the rank grows.
+    # Rank-stabilised scale (Kalajdzievski 2023, arXiv:2312.03732, theorem 3.2), as in PEFT: with alpha / rank, the
+    # adapter's learned output shrinks as the rank grows.
     use_rslora: bool = False
 
     def __post_init__(self) -> None:
@@ -58,12 +58,12 @@ class LoraConfig:
 
     @property
     def scale(self) -> float:
-        r"""Scale of the product A B: $\alpha / r$, or $\alpha / \sqrt{r}$ with use_rslora."""
+        r"""Scale s of the product A B: $\alpha / r$, or $\alpha / \sqrt{r}$ with use_rslora."""
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
 
 class Adapted(NamedTuple):
-    """Base parameters with an adapter; accepted wherever plain parameters are."""
+    """Base parameters with an adapter; networks accept it in place of plain parameters."""
 
     base: PyTree
     adapter: PyTree
@@ -74,7 +74,7 @@ class Layer(NamedTuple):
 
     a: Array  # [*inputs, rank]
     b: Array  # [rank, *outputs]
-    group: str  # path of its A: the layer's own path, or that of the group that shares it
+    group: str  # path of its A: the path of the layer, or of the group that shares A
 
 
 def required(config: LoraConfig | None) -> LoraConfig:
@@ -145,8 +145,8 @@ def apply(
 ) -> Any:
     r"""Apply a module's method with plain or `Adapted` parameters.
 
-    Each adapted layer computes $y + s B A x$ (eq. 3) with the config's scale s, in the layer's compute dtype and
-    without forming the product of A and B.
+    Each adapted layer computes $y + s \, x A B$ (eq. 3, with our order of axes) with the config's scale s, in the
+    layer's compute dtype and without forming the product A B.
 
     Args: dropout_keys, one per row, enable the adapters' dropout; a row's mask does not depend on other rows.
     """
@@ -182,8 +182,8 @@ def _layers(tree: dict[str, Any], path: str) -> Iterator[tuple[str, Layer]]:
         if "A" not in node:
             yield from _layers(node, f"{path}{name}/")
             continue
-        of_parts = node["B"] if isinstance(node["B"], dict) else {name: node["B"]}
-        for part, b in of_parts.items():
+        matrices = node["B"] if isinstance(node["B"], dict) else {name: node["B"]}
+        for part, b in matrices.items():
             yield path + part, Layer(node["A"], b, path + name)
 
 

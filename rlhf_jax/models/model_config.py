@@ -14,21 +14,21 @@ AttentionBy = Literal["xla", "cudnn"]
 class Rope:
     """Rotary positions (Su et al. 2021, arXiv:2104.09864): rotated channels and their frequencies.
 
-    Of a head's K channels, `int(fraction * K)` are rotated in pairs (i, i + pairs). Pair i has the frequency
+    The first `int(fraction * K)` of a head's K channels are rotated in pairs (i, i + pairs). Pair i has the frequency
     `theta ** (-2 i / channels) / factors[i]`. An odd number of channels is rounded up to full pairs, but the exponents
     use the odd number, as in transformers: 3 channels of GPT-NeoX become 4 with exponents over 3. If sequences may grow
     beyond `short_context` tokens, `long_factors` replace `factors` (LongRoPE, Ding et al. 2024, arXiv:2402.13753).
     """
 
     theta: Positive = 10_000.0  # base of the frequencies
-    # Share of a head's channels that are rotated, the first ones.
+    # Fraction of a head's channels that are rotated; the others are unchanged.
     fraction: Annotated[float, Range(above=0, at_most=1)] = 1.0
     factors: tuple[Positive, ...] | None = None  # divisors of the frequencies, one per pair of channels; None: 1
     # Divisors for sequences that may be longer than short_context (LongRoPE); None: factors.
     long_factors: tuple[Positive, ...] | None = None
-    short_context: Count | None = None  # tokens up to which factors apply; None: always
-    amplitude: Positive = 1.0  # factor of queries and keys
-    limit: Count | None = None  # most tokens that a sequence may grow to; None: no bound
+    short_context: Count | None = None  # maximum sequence length for factors; None: no maximum
+    amplitude: Positive = 1.0  # factor of the rotated queries and keys
+    limit: Count | None = None  # maximum sequence length; None: unlimited
 
     def channels(self, head_width: int) -> int:
         """Number of rotated channels of a head, before rounding up to pairs."""
@@ -41,22 +41,22 @@ class Rope:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Architecture of a decoder-only transformer; default: pre-norm with RMSNorm, rotary positions, plain MLP."""
+    """Architecture of a decoder-only transformer. Defaults: pre-norm with RMSNorm, rotary positions, plain MLP."""
 
     d_model: Count  # width of the residual stream
     n_layers: Count  # number of blocks
-    n_heads: Count  # query heads of a block
+    n_heads: Count  # query heads per block
     d_ff: Count  # hidden width of the MLP
     # Activation of the MLP; gelu is the tanh approximation.
     activation: Literal["relu", "relu2", "gelu", "gelu_exact", "silu"]
     param_dtype: DType  # dtype of the parameters
     compute_dtype: DType  # dtype of the matrix products
-    remat: bool = False  # keep only the layers' inputs for the backward pass, and recompute the rest
+    remat: bool = False  # store only the inputs of blocks for the backward pass, and recompute the rest
     attention: AttentionBy = "xla"  # implementation of attention: XLA's, or cuDNN's on GPUs
-    n_kv_heads: Count | None = None  # heads of keys and values, shared by groups of query heads; None: n_heads
-    head_dim: Count | None = None  # channels of a head; None: d_model / n_heads
-    gated: bool = False  # multiply the MLP's activation by a second projection (GLU)
-    parallel: bool = False  # let attention and MLP read the same stream (GPT-NeoX)
+    n_kv_heads: Count | None = None  # key-value heads, shared by groups of query heads; None: n_heads
+    head_dim: Count | None = None  # channels per head; None: d_model / n_heads
+    gated: bool = False  # multiply the activation by a second projection (GLU)
+    parallel: bool = False  # give attention and MLP the same input (GPT-NeoX)
     qkv_bias: bool = False  # biases in the projections to queries, keys and values
     out_bias: bool = False  # bias in attention's output projection
     mlp_bias: bool = False  # biases in the MLP
@@ -72,13 +72,13 @@ class ModelConfig:
     context: Count | None = None
     rope: Rope = Rope()  # rotary positions of all layers
     local_rope: Rope | None = None  # rotary positions of layers with a window; None: rope
-    # For each layer, tokens back that it sees, itself included, or None for all; None: all in every layer.
+    # Attention window of each layer in tokens, including the token itself (None: unlimited); None: no windows.
     windows: tuple[Count | None, ...] | None = None
     query_scale: Positive | None = None  # factor of the attention logits; None: head_dim ** -0.5
-    # Cap c of attention logits, which become c tanh(logits / c) (Gemma 2); None: none.
+    # Soft cap c of the attention logits, which become c tanh(logits / c) (Gemma 2); None: no cap.
     attention_softcap: Positive | None = None
-    logit_softcap: Positive | None = None  # cap c of the output logits, likewise; None: none
-    embedding_scale: Positive = 1.0  # factor of the embeddings (Gemma: the root of d_model)
+    logit_softcap: Positive | None = None  # soft cap of the output logits; None: no cap
+    embedding_scale: Positive = 1.0  # factor of the embeddings (Gemma: square root of d_model)
     tied: bool = True  # use the transposed embedding as the head
 
     def __post_init__(self) -> None:

@@ -21,7 +21,7 @@ from rlhf_jax.types import PreferenceBatch, Rollout, TokenBatch
 class PolicyNetwork:
     """Language model that assigns probability 0 to its suppressed tokens (padding, BOS, unknown).
 
-    If a text contains a suppressed token all the same (such as an unknown word), its log-probability is reported as 0,
+    If a text nevertheless contains a suppressed token (such as an unknown word), its log-probability is reported as 0,
     so that it does not affect losses.
 
     Parameters are plain, or `Adapted` if the network has a LoraConfig. `dropout_keys`, one per row, enable the
@@ -48,7 +48,7 @@ class PolicyNetwork:
     def sequence_stats(
         self, params: PyTree, batch: TokenBatch, *, dropout_keys: Key[Array, "B"] | None = None
     ) -> TokenStats:
-        """Statistics of tokens 1 .. S-1 of each sequence, given the tokens before: arrays [B, S-1]."""
+        """Statistics of tokens 1 .. S-1 of each sequence, given the tokens before it: arrays [B, S-1]."""
         hidden = self.apply(params, batch.tokens, batch.mask, dropout_keys=dropout_keys)
         return self.hidden_stats(params, hidden[:, :-1], batch.tokens[:, 1:], temperature=1.0)
 
@@ -74,8 +74,8 @@ class PolicyNetwork:
     def pair_stats(
         self, params: PyTree, batch: PreferenceBatch, *, dropout_keys: Key[Array, "B"] | None = None
     ) -> tuple[TokenStats, TokenStats]:
-        """Statistics of each token of the chosen and of the rejected responses, in one forward pass: arrays [B, T]."""
-        if dropout_keys is not None:  # another mask for each of the two
+        """Statistics of each token of the chosen and the rejected responses, in one forward pass: arrays [B, T]."""
+        if dropout_keys is not None:  # separate masks for chosen and rejected
             dropout_keys = jax.vmap(jax.random.split, out_axes=1)(dropout_keys).reshape(-1)
         stats = self.response_stats(params, both_responses(batch), temperature=1.0, dropout_keys=dropout_keys)
         chosen, rejected = zip(*(jnp.split(leaf, 2) for leaf in stats), strict=True)
@@ -129,7 +129,7 @@ class PolicyNetwork:
     def apply(
         self, params: PyTree, *args: Any, method: str | None = None, dropout_keys: Key[Array, "B"] | None = None
     ) -> Any:
-        """Run the body, with the adapter where there is one: hidden states, and the cache if `method` keeps one."""
+        """Run the transformer body with the adapter, if any: hidden states, and the cache if `method` is "extend"."""
         return lora.apply(self._body, params, self.lora, *args, method=method, dropout_keys=dropout_keys)
 
     @property
@@ -138,7 +138,7 @@ class PolicyNetwork:
         return jnp.ones(self.vocab_size, bool).at[jnp.array(self.suppressed, jnp.int32)].set(False)
 
     def logits(self, params: PyTree, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
-        """Logits of hidden states; those of suppressed tokens are minus infinity."""
+        """Logits of hidden states; suppressed tokens get `head.RULED_OUT`, so that their probability is 0."""
         weights = self._head(params).astype(self.config.compute_dtype)
         return head.logits(hidden, weights, self.allowed, softcap=self.config.logit_softcap)
 

@@ -1,4 +1,4 @@
-"""Ensembles of reward models: number of members, and how their scores are combined."""
+"""Ensembles of reward models: the number of members, and the combination of their scores."""
 
 import dataclasses
 import functools
@@ -15,7 +15,7 @@ Combine = Literal["mean", "wco", "uwo"]
 
 @dataclasses.dataclass(frozen=True)
 class EnsembleConfig:
-    """Number of members, and how their scores are combined."""
+    """Number of members of an ensemble, and the combination of their scores."""
 
     members: AtLeastTwo  # reward models trained at once, from different initialisations
     combine: Combine  # score of the ensemble: mean, worst case (wco), or mean minus variance (uwo)
@@ -28,7 +28,7 @@ class EnsembleConfig:
 
 
 def check_combination(combine: Combine | None, variance_coefficient: float | None) -> None:
-    """Raise ValueError unless there is a coefficient for uwo, and for uwo only."""
+    """Raise ValueError unless a coefficient is given exactly for uwo."""
     if (combine == "uwo") != (variance_coefficient is not None):
         raise ValueError(
             f"variance_coefficient = {variance_coefficient} with combine = {combine!r}: uwo requires it (Coste et al. "

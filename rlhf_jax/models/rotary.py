@@ -1,4 +1,4 @@
-"""Rotary positions: what a config's `rope_parameters` ask for, and how queries and keys are turned by it."""
+"""Rotary positions: conversion of a config's `rope_parameters`, and rotation of queries and keys."""
 
 import dataclasses
 import math
@@ -32,8 +32,8 @@ def _linear(rope: Rope, parameters: dict[str, Any], width: int, context: int) ->
 def _dynamic(rope: Rope, parameters: dict[str, Any], width: int, context: int) -> Rope:
     """NTK-aware scaling by the sequence length, which has no effect up to max_position_embeddings.
 
-    Beyond that length transformers is inconsistent: with a cache it rotates a key by the sequence length at the time of
-    writing, in a full pass by the final length. We therefore reject longer sequences.
+    Beyond that length transformers is inconsistent: with a cache it scales a key's rotation by the sequence length when
+    the key is written, and in a full forward pass by the final length. We therefore reject longer sequences.
     """
     return dataclasses.replace(rope, limit=context)
 
@@ -63,7 +63,7 @@ def _longrope(rope: Rope, parameters: dict[str, Any], width: int, context: int) 
 
 
 def _yarn(rope: Rope, parameters: dict[str, Any], width: int, context: int) -> Rope:
-    """YaRN (Peng et al. 2023, arXiv:2309.00071): as Llama 3.1, with another ramp and an amplitude.
+    """YaRN (Peng et al. 2023, arXiv:2309.00071): like Llama 3.1, with another ramp and an amplitude.
 
     The ramp is linear in the index of a pair, as in the authors' code; in the paper it is linear in the number of
     rotations within the context.
@@ -106,10 +106,10 @@ _KINDS = {
 
 
 def rope_angles(rope: Rope, head_width: int, positions: Int[Array, "B S"], room: int) -> tuple[Array, Array]:
-    """Sine and cosine of every pair's angle at every position, [B, S, pairs] each, in float32.
+    """Sine and cosine of every pair's angle at every position, times the amplitude: float32[B, S, pairs] each.
 
     Args: room is the maximum sequence length, which selects short or long factors.
-    Raises RlhfError if it exceeds the limit of these positions.
+    Raises RlhfError if it exceeds the limit of `rope`.
     """
     if rope.limit is not None and room > rope.limit:
         raise RlhfError(
@@ -134,5 +134,5 @@ def rotate(
     pairs = sin.shape[-1]
     sin, cos = sin[:, :, None].astype(x.dtype), cos[:, :, None].astype(x.dtype)
     first, second, rest = x[..., :pairs], x[..., pairs : 2 * pairs], x[..., 2 * pairs :]
-    turned = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate([*turned, rest] if rest.shape[-1] else turned, axis=-1)
+    rotated = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate([*rotated, rest] if rest.shape[-1] else rotated, axis=-1)

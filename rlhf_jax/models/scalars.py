@@ -42,7 +42,7 @@ class ScalarTransformer(nn.Module):
         return self.head(hidden)[..., 0]
 
     def parameters(self, tokens: Array, mask: Array) -> Array:
-        """Use every parameter, for initialisation."""
+        """Run body and head, so that initialisation creates every parameter."""
         return self(self.hidden(tokens, mask))
 
 
@@ -98,7 +98,7 @@ class ScalarNetwork:
     def scores(
         self, params: PyTree, rollout: Rollout, *, dropout_keys: Key[Array, "B"] | None = None
     ) -> Float[Array, "B"]:
-        """Score each response from the mean hidden state of prompt and response, or from that of the last token.
+        """Score each response from the mean hidden state of prompt and response, or the hidden state of the last token.
 
         For an ensemble, returns the combined score of its members.
         """

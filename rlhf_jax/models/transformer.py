@@ -34,7 +34,7 @@ def empty_cache(config: ModelConfig, batch: int, slots: int) -> KVCache:
 
 
 class Transformer(nn.Module):
-    """Transformer body: embedding, layers, final norm. Positions count masked tokens only, not padding."""
+    """Transformer body: embedding, layers, final norm. Positions count only tokens whose mask is True."""
 
     config: ModelConfig
     vocab_size: int
@@ -53,7 +53,7 @@ class Transformer(nn.Module):
         self.final_norm = Norm(config, config.norm)
 
     def __call__(self, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"]) -> Float[Array, "B S D"]:
-        """Hidden states of full sequences with padding anywhere; arbitrary at padding."""
+        """Hidden states of full sequences, which may have padding anywhere; arbitrary at padding."""
         positions = jnp.where(mask, _positions(mask), EMPTY)
         hidden, _ = self._layers(tokens, positions, positions, [None] * self.config.n_layers, 0, tokens.shape[1])
         return hidden
@@ -86,13 +86,13 @@ class Transformer(nn.Module):
         slot: Array | int,
         room: int,
     ) -> tuple[Array, list]:
-        """Run the layers on S tokens at `positions` (EMPTY for padding), attending to `known` ones up to their own."""
+        """Run the layers on S tokens at `positions` (EMPTY: padding); each sees `known` positions up to its own."""
         config, present = self.config, jnp.maximum(positions, 0)
         x = jnp.take(self.embedding, tokens, axis=0).astype(config.compute_dtype)
         if config.embedding_scale != 1:
             x = x * jnp.array(config.embedding_scale, x.dtype)
         if config.positions == "learned":
-            # Positions beyond the table give NaN, which no attention mask removes: callers must avoid them.
+            # Positions beyond the table give NaN, which attention masks do not remove: callers must avoid them.
             x = x + jnp.take(self.position_table, present, axis=0).astype(config.compute_dtype)
         angles: dict[Rope, tuple[Array | None, Array | None]] = {}
         masks: dict[int | None, Array] = {}

@@ -1,4 +1,4 @@
-"""Value head on a policy's hidden states: a linear unit on a shared trunk."""
+"""Value head on a policy's hidden states: a linear unit on a body shared with the policy."""
 
 import jax
 import jax.numpy as jnp

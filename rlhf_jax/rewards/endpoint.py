@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from rlhf_jax.types import RlhfError
 
 TRANSIENT = (408, 409, 425, 429, 500, 502, 503, 504, 529)
-"""HTTP statuses after which the same request may succeed."""
+"""HTTP status codes after which the same request may succeed later."""
 
 LONGEST_WAIT = 60.0  # maximum seconds between two attempts, unless the server asks for more
 SHOWN = 300  # maximum number of characters of a server's response in an error message
@@ -33,7 +33,7 @@ class Reply(NamedTuple):
 
 
 class Stopped(Exception):
-    """Request that was not sent, or not retried, because another request failed for good."""
+    """Raised for a request that was not sent or retried because another request failed permanently."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Endpoint:
             content = ""
         if error.code in TRANSIENT and "insufficient_quota" not in content:
             return _TransientError(f"HTTP {error.code} {content}", _retry_after(error.headers.get("Retry-After")))
-        if error.code in (401, 403):  # the content is not shown: it may repeat a part of the key
+        if error.code in (401, 403):  # the content is not shown, because it may include a part of the key
             return RlhfError(
                 f"{self.url} rejects the API key (HTTP {error.code}): set the environment variable that api_key_env "
                 "names to a valid key"

@@ -21,7 +21,7 @@ class RewardFunction:
     function: Callable[..., Any]
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, list]) -> np.ndarray:
-        """Score completions, float64[N]; NaN where the function returns None or NaN, i.e. does not apply.
+        """Score completions: float64[N], with NaN where the function returns None or NaN because it does not apply.
 
         A function with `**kwargs` receives every column, any other function the columns that it names.
 
@@ -77,7 +77,7 @@ class RewardFunction:
 
 
 def load_function(source: str) -> RewardFunction:
-    """Load the reward function that a source names. Raises RlhfError if there is none, or its module does not load."""
+    """Load the reward function that a source names. Raises RlhfError if there is none or it does not load."""
     return RewardFunction(source, user_code.load(source, "reward function"))
 
 
@@ -88,7 +88,7 @@ def weighted_sum(
     prompts: Sequence[Any],
     completions: Sequence[Any],
 ) -> np.ndarray:
-    """Weighted sum float32[N] of rewards float64[N, parts], ignoring NaN entries, as in TRL's GRPOTrainer.
+    """Compute the weighted sum of rewards, [N, parts] -> float32[N], ignoring NaN entries, as in TRL's GRPOTrainer.
 
     Raises RlhfError, naming prompt and completion, if all parts are NaN. TRL warns and trains on the rest of the
     group; here every response needs a score, for example for the value function.

@@ -1,4 +1,4 @@
-"""Language model as a judge of pairs, over HTTP: Zheng et al. 2023 (arXiv:2306.05685).
+"""Judge of pairs that asks a language model over HTTP: Zheng et al. 2023 (arXiv:2306.05685).
 
 Each pair is judged in both orders, and an answer wins only if it is preferred in both, because judges have a position
 bias (section 3.4 of the paper). Replies are stored on disk as they arrive, so that no request is paid for twice.

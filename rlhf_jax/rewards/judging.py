@@ -44,7 +44,7 @@ def load_judge(context: Context, stage: str) -> TfidfJudge:
 def make_judge(source: RewardSource, context: Context) -> Callable[[Policy, Sequence[dict[str, Any]]], TextScorer]:
     """Create a judge from a gold stage or from any reward, such as a larger reward model than the one trained on.
 
-    Returns: a function that takes a policy and the rows of its prompts and returns the scorer of its answers.
+    Returns: a function that takes a policy and the rows of its prompts, and returns a scorer of the policy's answers.
     """
     if isinstance(source, str) and source in context.stages and has_judge(context, source):
         judge = load_judge(context, source)

@@ -39,7 +39,7 @@ def same_tokenizer(first: Tokenizer, second: Tokenizer) -> bool:
 
 
 def _encoder(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Describe a tokenizer without its post-processor, whose prefix is compared apart: exports spell it otherwise."""
+    """Describe a tokenizer without its post-processor, which exports write differently; prefixes are compared."""
     return json.loads(tokenizer.backend.to_str()) | {"post_processor": None}
 
 
@@ -57,8 +57,8 @@ def make_scorer(
 ) -> Scorer:
     """Create a scorer of the policy's responses, float32[N].
 
-    A reward model with the policy's tokenizer scores the tokens; one with another tokenizer encodes their texts. In
-    both cases a response that was cut off has no EOS.
+    A reward model with the policy's tokenizer scores the tokens themselves; any other one encodes the decoded texts. In
+    both cases, responses that were cut off have no EOS.
 
     Args: rows are the rows of the prompts. Their chats are rendered with the reward model's template, and Python
     functions receive their columns.
@@ -96,7 +96,7 @@ def make_host_scorer(
     data: DataConfig,
     batch_size: int,
 ) -> HostScorer:
-    """Create a scorer as `make_scorer` does that also returns a reward's parts, for the metrics `rewards/NAME`."""
+    """Create a scorer like `make_scorer`, which also returns a reward's parts, for the metrics `rewards/NAME`."""
     if isinstance(reward_model, Reward):
         return _make_sum(reward_model, policy, rows, data, batch_size)
     score = make_scorer(reward_model, policy, rows, data, batch_size)
@@ -126,7 +126,7 @@ def _make_sum(
 
 
 def _finite(scores: np.ndarray, prompts: list[Any], completions: list[Any]) -> np.ndarray:
-    """Convert scores to float64[N]. Raises RlhfError for non-finite ones; NaN would read as "not applicable"."""
+    """Convert scores to float64[N]. Raises RlhfError for non-finite scores; NaN would mean "not applicable"."""
     bad = np.flatnonzero(~np.isfinite(scores))
     if len(bad):
         raise RlhfError(

@@ -33,7 +33,7 @@ class RewardConfig:
     # Python functions (prompts, completions, **columns) -> list[float | None].
     functions: tuple[FunctionSource, ...] = ()
     model: ModelSource | None = None  # reward model: a stage or a checkpoint; None: only functions
-    weights: tuple[Finite, ...] | None = None  # weights in the sum, of the model (if any) first; None: 1 each
+    weights: tuple[Finite, ...] | None = None  # weights in the sum, with the model (if any) first; None: 1 each
     combine: Combine | None = None  # how to combine the members of an ensemble; None: as in training
     # Coefficient of the members' variance, which uwo subtracts from their mean.
     variance_coefficient: NonNegative | None = None
@@ -64,8 +64,8 @@ class Reward(NamedTuple):
 
     model: RewardModel | None
     functions: tuple[RewardFunction, ...]
-    weights: tuple[float, ...]  # of the model first
-    names: tuple[str, ...]  # of the model first
+    weights: tuple[float, ...]  # with the model first
+    names: tuple[str, ...]  # with the model first
 
 
 RewardCallable = Callable[..., Sequence[float | None]]
@@ -76,7 +76,7 @@ AnyReward = RewardModel | Reward | RewardCallable
 
 
 def as_reward(reward: AnyReward) -> RewardModel | Reward:
-    """Wrap a Python function as a reward of one part."""
+    """Wrap a Python function as a reward with one part. Raises RlhfError for anything else that is not a reward."""
     if isinstance(reward, RewardModel | Reward):
         return reward
     if not callable(reward):
@@ -86,7 +86,7 @@ def as_reward(reward: AnyReward) -> RewardModel | Reward:
 
 
 def find_reward(context: Context, source: RewardSource) -> RewardModel | Reward:
-    """Load the reward that a stage's config names. A section with only a model of weight 1 gives that model."""
+    """Load the reward that a stage's config names. A section with only a model of weight 1 returns that model."""
     if not isinstance(source, RewardConfig):
         return context.reward_model(source)
     model = None
@@ -103,7 +103,7 @@ def load_reward(source: RewardConfig, model: RewardModel | None) -> Reward:
 
 
 def names_of(source: RewardConfig) -> tuple[str, ...]:
-    """Names of a reward's parts in metrics: the function's name, as in TRL, or its full source if names coincide."""
+    """Names of a reward's parts in metrics: the function's name, as in TRL, or its full source if names clash."""
     full = [*([source.model] if source.model else []), *source.functions]
     short = [
         *([Path(source.model).name] if source.model else []),

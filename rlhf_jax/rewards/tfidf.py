@@ -1,6 +1,6 @@
 """Judges of texts fitted to human ratings or labels: linear models on TF-IDF unigrams and bigrams.
 
-They replace human judgement, as the gold reward model does in Gao et al. 2022 (arXiv:2210.10760) and the sentiment
+They stand in for human judges, like the gold reward model in Gao et al. 2022 (arXiv:2210.10760) and the sentiment
 classifier in Rafailov et al. 2023 (arXiv:2305.18290, section 6.1).
 """
 
@@ -25,7 +25,7 @@ class TfidfRidgeConfig:
     """Ridge regression on ratings: penalty, and minimum document frequency of unigrams and bigrams."""
 
     alpha: NonNegative  # L2 penalty
-    min_df: Count  # fewest texts that a word or pair of words must occur in
+    min_df: Count  # minimum number of texts that contain a unigram or bigram
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,7 @@ class TfidfLogisticConfig:
     """Logistic regression on two labels: inverse penalty, and minimum document frequency."""
 
     inverse_penalty: Positive  # inverse of the L2 penalty (scikit-learn's C)
-    min_df: Count  # fewest texts that a word or pair of words must occur in
+    min_df: Count  # minimum number of texts that contain a unigram or bigram
 
 
 class TfidfJudge:

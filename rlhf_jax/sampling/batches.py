@@ -32,7 +32,9 @@ Rows = TypeVar("Rows")
 def map_batches(function: Callable[[Rows], PyTree], arrays: Rows, batch_size: int, *, each: int = 1) -> PyTree:
     """Apply a function to all rows in batches of `batch_size` and concatenate the results as NumPy arrays.
 
-    The last batch is filled up with copies of the last row. Args: each is the number of output rows per input row.
+    The last batch is padded with copies of the last row.
+
+    Args: each is the number of output rows per input row.
     """
     count = len(jax.tree.leaves(arrays)[0])
     parts = []
@@ -59,7 +61,7 @@ def sample_all(
     limits: np.ndarray | None = None,
     stop_strings: np.ndarray | None = None,
 ) -> Rollout:
-    """Sample `samples` responses to each of N left-padded prompts (tokens and mask); a Rollout of N * samples rows.
+    """Sample `samples` responses to each of N left-padded prompts (tokens and mask): a Rollout of N * samples rows.
 
     Row i * samples + j is sample j of prompt i. Its random key is that of row (first + i) * samples + j, independent of
     the batch size. The samples of a prompt share its prefill if they fit into a batch.
@@ -93,14 +95,14 @@ def sample_all(
         part, most = _rows(rest, slice(start, start + size))
         count = len(most)
         filled = _rows(part, np.minimum(np.arange(size), count - 1))
-        most = np.pad(most, (0, size - count))  # nothing is sampled at a limit of 0
+        most = np.pad(most, (0, size - count))  # limit 0: no tokens are sampled
         rollout = sample_queue(policy, params, filled, most, key, sampling, shared, stop_strings, slots)
         parts.append(_rows(jax.device_get(rollout), slice(count * shared)))
     return _concatenate(parts)
 
 
 def _uneven(rollout: Rollout) -> bool:
-    """Return whether lengths vary enough for continuous batching; on two CPU cores it pays below a ratio of 0.7."""
+    """Return whether continuous batching pays, by mean / maximum length; on two CPU cores it does below about 0.7."""
     lengths = rollout.response_mask.sum(axis=1)
     return bool(lengths.mean() < 2 / 3 * lengths.max())
 
@@ -205,7 +207,7 @@ def _scores(network, params, rollout):
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def logprobs_of(policy, params, rollout, temperature):
-    """Log-probabilities of the response tokens, of one batch in one compiled program."""
+    """Log-probabilities of the response tokens of one batch, in one compiled program."""
     return policy.response_stats(params, rollout, temperature=temperature).logprobs
 
 

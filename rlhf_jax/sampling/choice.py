@@ -43,7 +43,7 @@ class Sampling:
 
 
 def stated_temperature(temperature: float) -> float:
-    """Temperature at which log-probabilities of samples are reported: the sampling temperature, or 1 if it is 0.
+    """Return the temperature for reporting log-probabilities of samples: the sampling temperature, or 1 if it is 0.
 
     Greedy decoding puts all mass on one response, so that its KL to another policy would be infinite or 0.
     """
@@ -96,7 +96,7 @@ def _logprob(logits: Float[Array, "B V"], token: Int[Array, "B"]) -> Float[Array
 def row_uniforms(key: PRNGKeyArray, rows: Int[Array, "B"], length: int) -> Float[Array, "B T"]:
     """Uniform numbers in [0, 1) from keys `fold_in(fold_in(key, row), position)`.
 
-    They depend only on the key, the row's global number and the token's position, so that a row's text does not depend
+    They depend only on the key, the row's global index and the token's position, so that a row's text does not depend
     on how the batch is split or padded.
     """
     return jax.vmap(lambda row: jax.vmap(lambda t: uniform_at(key, row, t))(jnp.arange(length)))(rows)

@@ -1,7 +1,7 @@
-"""Continuous batching: a fixed number of decoding slots, each of which takes the next prompt as soon as it is free.
+"""Continuous batching: a fixed number of decoding slots; a free slot takes the next prompt from the queue.
 
 The KV cache is a ring. All slots write the keys and values of their next token at the same ring index, the step count
-modulo the ring's length, as if all had started together; a new prompt is written to the indices just before. No
+modulo the ring's length, as if all had started together; a new prompt is written to the indices just before it. No
 sequence is longer than the ring, so none overwrites itself, and attention depends only on the positions of tokens.
 Decoding steps are therefore the same as without a queue.
 """
@@ -27,10 +27,10 @@ class _Slots(NamedTuple):
     """
 
     time: Array  # int32: the next token's ring index is `time` modulo the ring's length
-    queue: Array  # int32: prompts taken so far
-    row: Array  # int32[slots]: number of the response; N if the slot is free
+    queue: Array  # int32: number of prompts taken so far
+    row: Array  # int32[slots]: index of the response; N if the slot is free
     last: Array  # int32[slots]: last token
-    length: Array  # int32[slots]: response tokens written
+    length: Array  # int32[slots]: number of response tokens written
     progress: Array  # int32[slots]: state of the stop-string automaton
     cache: KVCache
     response: Array  # int32[N, T]
@@ -61,9 +61,9 @@ def generate_queue(
     """Generate the same responses as `generate` with at most `slots` rows in memory at a time.
 
     Args: refill is the number of prompts per prefill, which starts as soon as enough slots are free for their samples
-    (or for those of all remaining prompts); limits are maximum tokens per prompt. Prompts with limit 0 get no response
-    at no cost; they must come last, and serve to use one program for several numbers of prompts. Do not use this under
-    `vmap`, where every step would execute both branches of a refill.
+    (or for those of all remaining prompts); limits are maximum tokens per prompt. Prompts with limit 0 get no
+    response and cost nothing; they must come last, and pad the queue so that one program serves several lengths of it.
+    Do not use this under `vmap`, where every step would execute both branches of a refill.
     Returns: the responses in the order of the prompts, and the number of decoding steps.
     Raises ValueError if there are fewer slots than samples per prompt, which share a prefill.
     """
@@ -87,7 +87,7 @@ def generate_queue(
         return whole.at[index].set(part, mode="drop", unique_indices=True)
 
     def write(state: _Slots, rows: Array, slot: Array, length: Array, progress: Array, logits: Array) -> _Slots:
-        """Draw the next token of some slots from its logits; `rows` are the numbers of their responses."""
+        """Draw the next token of some slots from logits; `rows` are the indices of their responses."""
         uniforms = jax.vmap(lambda number, t: uniform_at(key, number, t))(numbers[rows], length)
         token, logprob, model_logprob = draw(logits, uniforms, sampling)
         going = rows < count
@@ -106,7 +106,7 @@ def generate_queue(
         )
 
     def take(state: _Slots) -> _Slots:
-        """Prefill of the next prompts, for slots that are free."""
+        """Prefill free slots with the next prompts."""
         free = state.row == count
         begun = jnp.minimum(jnp.minimum(jnp.sum(free, dtype=jnp.int32) // samples, refill), total - state.queue)
         offset = jnp.arange(refill * samples, dtype=jnp.int32)
@@ -134,7 +134,7 @@ def generate_queue(
         return write(state._replace(cache=cache, queue=state.queue + begun), rows, slot, fresh, fresh, logits)
 
     def decode(state: _Slots) -> _Slots:
-        """Decode one token in every busy slot; free slots must not advance beyond the model's positions."""
+        """Decode one token in every busy slot; free slots do not advance, which could exceed the model's positions."""
         going = state.row < count
         logits, cache = policy.step(params, state.last, state.cache, state.time % ring, going)
         state = state._replace(cache=cache, time=state.time + 1, steps=state.steps + 1)

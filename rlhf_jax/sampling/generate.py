@@ -25,7 +25,7 @@ class Generation(NamedTuple):
 class Decoding(NamedTuple):
     """State of the decode loop."""
 
-    t: Array  # int32: response tokens written so far
+    t: Array  # int32: number of response tokens written so far
     response: Array  # int32[B, T]
     response_mask: Array  # bool[B, T]
     logprobs: Array  # float32[B, T]
@@ -50,7 +50,7 @@ def generate(
     """Sample responses to each prompt, up to and including a stop token, the end of a stop string, or the limit.
 
     Args:
-        samples: responses per prompt. They are adjacent rows, share a prefill, and have numbers `row * samples + i`.
+        samples: responses per prompt. They are adjacent rows, share a prefill, and have indices `row * samples + i`.
         limits: maximum tokens per prompt, at most `max_new_tokens` (the default).
         stop_strings: a `stop_table`; the token that completes a stop string is the last of its response.
         loop_axes: names of the `vmap` axes around this call. The loop's predicate is reduced over them: a batched
@@ -132,7 +132,7 @@ def ends_response(
 
 
 def sample_numbers(prompts: PromptBatch, samples: int) -> Int[Array, "N"]:
-    """Global number of every sample, N = B * samples, from which its random key is derived."""
+    """Global index of each of the N = B * samples responses; its random key is derived from it."""
     return (prompts.rows[:, None] * samples + jnp.arange(samples, dtype=jnp.int32)[None, :]).reshape(-1)
 
 

@@ -25,7 +25,7 @@ class SamplingOptions:
 
     def __post_init__(self) -> None:
         if "" in self.stop:
-            raise ValueError("stop = '' is empty and would end every answer at once: give a non-empty text")
+            raise ValueError("stop = '' is empty and would end every answer at once: give a non-empty string")
         self.sampling((), 1)
 
     def sampling(self, stop_ids: tuple[int, ...], max_new_tokens: int) -> Sampling:

@@ -1,4 +1,4 @@
-"""Streaming generation: one response at a time, token by token, with a cache kept between prompts."""
+"""Streaming generation: one response at a time, token by token, with a KV cache kept between prompts."""
 
 import dataclasses
 import functools
@@ -18,14 +18,14 @@ from rlhf_jax.sampling.choice import Sampling, draw, uniform_at
 
 
 class Stream:
-    """Token stream for one response after another, as in a conversation.
+    """Token stream of successive responses, as in a conversation.
 
     Keys and values of the common prefix of a prompt and the preceding tokens (earlier responses included) are reused,
     unless the required cache size changes. Cache sizes are powers of two, so that each token of a growing conversation
     is processed about twice in total.
 
-    Programs are compiled per bucket of prompt and cache lengths. Drawing a token is a separate program, so that
-    another temperature recompiles only that.
+    Programs are compiled per bucket of prompt and cache lengths. Drawing a token is a separate program, the only
+    one that a new temperature recompiles.
     """
 
     def __init__(self, policy: PolicyNetwork, params: PyTree) -> None:
@@ -35,7 +35,7 @@ class Stream:
         self._cache: KVCache | None = None
 
     def respond(self, prompt: Sequence[int], key: PRNGKeyArray, sampling: Sampling, *, row: int) -> Iterator[int]:
-        """Yield the tokens that `generate` samples for the row with this number, including the stop token.
+        """Yield the tokens that `generate` samples for the row with this index, including the stop token.
 
         The response ends early if the caller stops iterating.
         """
@@ -71,19 +71,19 @@ class Stream:
 
 @functools.partial(jax.jit, static_argnums=0)
 def extend(policy, params, tokens, mask, cache, kept):
-    """Read tokens after the first `kept` ones in the cache, and forget what followed those."""
+    """Write tokens to the cache after its first `kept` tokens, and discard the tokens that followed those."""
     known = jnp.arange(cache.positions.shape[1], dtype=jnp.int32)[None, :] < kept
     return policy.extend(params, tokens, mask, cache._replace(positions=jnp.where(known, cache.positions, EMPTY)), kept)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
 def decode_token(policy, params, tokens, cache, slot):
-    """Logits of the token after one more, which goes into the cache at `slot`."""
+    """Write one token to the cache at `slot`, and return the logits of the next one."""
     return policy.step(params, tokens, cache, slot)
 
 
 @functools.partial(jax.jit, static_argnums=4)
 def choose_token(logits, key, rows, t, sampling):
-    """Draw one token a row."""
+    """Draw one token per row."""
     uniforms = jax.vmap(lambda row: uniform_at(key, row, t))(jnp.asarray(rows))
     return draw(logits, uniforms, sampling)[0]

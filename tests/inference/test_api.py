@@ -160,9 +160,9 @@ def test_policies_are_compared_by_the_judge(policy):
 def test_a_comparison_that_means_nothing_is_refused(policy, tmp_path):
     foreign = rlhf_jax.load_policy(checkpoints.policy(tmp_path / "gpt2", tokenizer_files.gpt2))
     cases: list[tuple[dict[str, Policy], list[str], dict[str, Any], str]] = [
-        ({"a": policy, "b": foreign}, TEXTS, {}, "b has another tokenizer"),
+        ({"a": policy, "b": foreign}, TEXTS, {}, "b and the reference have different tokenizers"),
         ({"a": policy}, [], {}, "at least one policy and one prompt"),
-        ({"a": policy}, TEXTS, {"stop": ["."]}, "leave stop out"),
+        ({"a": policy}, TEXTS, {"stop": ["."]}, "evaluate.stop is not supported"),
         ({"a": policy}, ["word " * 300], {}, "but the context is 256"),
     ]
     for policies, prompts, options, words in cases:

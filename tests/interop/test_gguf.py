@@ -249,7 +249,7 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "no key": (lambda here: without_key(here, "context_length"), "no number under llama.context_length"),
     "shape": (
         lambda here: with_keys(here, feed_forward_length=128),
-        r"blk.0.ffn_gate.weight has the shape \(96, 64\), but the file's metadata require \(128, 64\)",
+        r"blk.0.ffn_gate.weight has the shape \(96, 64\), but the file's metadata requires \(128, 64\)",
     ),
     "unknown tensor": (
         lambda here: with_keys(here, {"blk.0.attn_q.bias": np.zeros(64, np.float32)}),

@@ -72,5 +72,8 @@ def test_only_functions_of_the_user_are_inputs_of_a_stage():
 
 
 def test_a_misspelt_name_is_no_function():
-    with pytest.raises(RlhfError, match=r"config.rl.loss = 'pppo' should be one of 'ppo', 'gspo' or a function, as"):
+    with pytest.raises(
+        RlhfError,
+        match=r"config.rl.loss = 'pppo' should be one of 'ppo', 'gspo' or a name in a Python file or module, as",
+    ):
         config.build(Stage, ConfigDict({"loss": "pppo"}), "config.rl")

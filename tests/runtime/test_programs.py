@@ -235,7 +235,7 @@ def test_seed_k_of_several_is_the_single_run_with_that_seed():
 
 
 def test_too_few_devices_and_rows_that_do_not_divide_are_named():
-    with pytest.raises(RlhfError, match=r"asks for 16 devices.*8 are present"):
+    with pytest.raises(RlhfError, match=r"requires 16 devices.*only 8 are available"):
         make_placement(runtime("jit", data=16, fsdp=1, tensor=1), seeds=1)
     with pytest.raises(RlhfError, match="12 rows does not divide over 8 devices"):
         run_ppo(PLACEMENTS["pmap=8"], tiny.with_config(batch_size=12))

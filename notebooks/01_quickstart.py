@@ -14,18 +14,18 @@
 # %% [markdown]
 # # Running and reading an experiment
 #
-# `rlhf_jax.run` runs an experiment's stages and leaves all results in a work directory; `rlhf_jax.Run` reads it. This
-# notebook runs the quickstart's smoke variant (tiny networks, under a minute on two cores), so its numbers show how to
-# look, not what is true. After `make quickstart`, `rlhf_jax.Run("../runs/quickstart")` has the real ones.
+# `rlhf_jax.run` runs an experiment's stages and writes all results into a work directory; `rlhf_jax.Run` reads it. This
+# notebook runs the quickstart's smoke variant (tiny networks, under a minute on two cores), whose numbers mean nothing.
+# After `make quickstart`, `rlhf_jax.Run("../runs/quickstart")` has meaningful ones.
 
 # %%
 # %matplotlib inline
 import rlhf_jax
 
 # %% [markdown]
-# The next cell does what `rlhf-jax --config=quickstart:smoke --workdir=runs/smoke` does. Complete stages are not run
-# again, and an interrupted one goes on from its last checkpoint. `load_config` takes overrides by name, such as
-# `{"ppo.kl_coef": 0.05}`, as `--config.ppo.kl_coef=0.05` on the command line.
+# The next cell is equivalent to `rlhf-jax --config=quickstart:smoke --workdir=runs/smoke`. Complete stages are skipped,
+# and an interrupted one resumes from its last checkpoint. `load_config` takes overrides by name:
+# `{"ppo.kl_coef": 0.05}` is `--config.ppo.kl_coef=0.05` on the command line.
 
 # %%
 config = rlhf_jax.load_config("quickstart:smoke")
@@ -33,11 +33,11 @@ run = rlhf_jax.run(config, "runs/smoke")
 run
 
 # %% [markdown]
-# ## The data the methods learn from
+# ## Training data
 #
-# The gold judge's correlation with the ratings, and the number of pairs that it labelled. In most pairs the chosen
-# answer has the higher score; the labels are as noisy as a person's. Each summary also has a `provenance`: commit,
-# packages, machine, seeds and hashes of the stage's inputs.
+# The summaries have the gold judge's correlation with the ratings and the number of pairs that it labelled. The labels
+# are noisy, as a person's would be, so that the chosen answer has the higher score in most pairs, but not in all. Each
+# summary also has a `provenance`: commit, packages, machine, seeds and hashes of the stage's inputs.
 
 # %%
 {
@@ -46,7 +46,7 @@ run
 }
 
 # %% [markdown]
-# ## How the stages learned
+# ## Learning curves
 #
 # `metrics` is a DataFrame with one row per step.
 
@@ -89,7 +89,7 @@ figures["best_of_n"]
 # %% [markdown]
 # ## Answers
 #
-# `samples` has every answer of the evaluation.
+# `samples` contains every answer of the evaluation.
 
 # %%
 run.samples("evaluate").query("step < 3")[["method", "prompt", "completion", "score", "gold", "kl"]].sort_values(
@@ -97,8 +97,8 @@ run.samples("evaluate").query("step < 3")[["method", "prompt", "completion", "sc
 )
 
 # %% [markdown]
-# Policies and reward models can be loaded and used: `sample`, `best_of_n`, `logprobs`, `score`, `evaluate` and `export`
-# are functions of `rlhf_jax`.
+# Policies and reward models can be loaded and used with the functions `sample`, `best_of_n`, `logprobs`, `score`,
+# `evaluate` and `export` of `rlhf_jax`.
 
 # %%
 start, policy, reward_model = run.load_policy("sft"), run.load_policy("ppo"), run.load_reward_model("reward_model")

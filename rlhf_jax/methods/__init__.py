@@ -1,1 +1,1 @@
-"""The algorithms: each a page of pure functions, readable top to bottom as its paper's algorithm box."""
+"""The algorithms as pure functions: each can be read from top to bottom, like the algorithm box of its paper."""

@@ -1,8 +1,8 @@
-"""The preference losses that a config may name: one table of specs, and the options that they read.
+"""Table of the preference losses that a config may name, and their options.
 
-To add a loss, write a function in `core` and a row in `LOSSES`; an option of its own is a field of
-`PreferenceLossConfig`. A function names what it reads by its parameters: inputs of `INPUTS`, and options of the config.
-A user's own, `file.py:name`, follows the same rule.
+To add a loss, write a function in `core` and a row in `LOSSES`; a new option is a field of `PreferenceLossConfig`. The
+parameters of the function say what it reads: inputs of `INPUTS`, and options of the config. The same holds for a user's
+own loss, `file.py:name`.
 """
 
 import dataclasses
@@ -21,35 +21,35 @@ from rlhf_jax.core import preference_losses as losses
 
 INPUTS = {
     "chosen_logps": "log-probability of the chosen response under the policy",
-    "rejected_logps": "that of the rejected response",
+    "rejected_logps": "log-probability of the rejected response under the policy",
     "ref_chosen_logps": "log-probability of the chosen response under the reference",
-    "ref_rejected_logps": "that of the rejected response",
+    "ref_rejected_logps": "log-probability of the rejected response under the reference",
     "chosen_logratios": "chosen_logps - ref_chosen_logps",
     "rejected_logratios": "rejected_logps - ref_rejected_logps",
     "full_chosen_logps": "chosen_logps with every token counted once, also with LD-DPO",
-    "full_rejected_logps": "the same for the rejected response",
+    "full_rejected_logps": "rejected_logps with every token counted once, also with LD-DPO",
     "chosen_tokens": "length of the chosen response, int32",
     "rejected_tokens": "length of the rejected response, int32",
     "tokens_per_pair": "mean length of the chosen responses of the batch, a scalar",
     "beta": "the stage's beta, a scalar",
     "axes": "names of the device axes that rows are split over; a loss that reads them uses statistics of the batch",
 }
-"""What a loss may read: float32[B] unless said otherwise, nats, summed over a response's tokens, EOS included."""
+"""Inputs of losses: by default float32[B], in nats, summed over the tokens of a response, including EOS."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LossSpec:
-    """A preference loss: its function, with one loss a pair as its result, and what cannot be read off its signature.
+    """Preference loss: a function that returns one loss per pair, and properties that its signature does not show.
 
-    `at_reference` is the loss where the policy equals the reference, drawn as a level in learning curves.
+    `at_reference` is the loss if the policy equals the reference, if it does not depend on the pair.
     """
 
     function: Callable[..., Array]
     label: str  # in tables and legends
     at_reference: float | None = None
-    any_divergence: bool = False  # reads log-ratios by their difference alone, so that constants cancel
-    reorders: bool = False  # compares rows of different pairs, so that a pair has no loss of its own
-    per_token: bool = False  # its implicit rewards are log-probabilities a token
+    any_divergence: bool = False  # depends only on the difference of log-ratios, so that constants cancel
+    reorders: bool = False  # compares responses of different pairs, so that single pairs have no loss
+    per_token: bool = False  # implicit rewards are log-probabilities per token
     nonzero: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)  # option -> usual value
 
     @functools.cached_property
@@ -137,11 +137,11 @@ class PreferenceLossConfig:
     simpo_gamma: NonNegative = 0.5  # target margin of SimPO, AlphaPO and alpha-DPO, in nats
     cpo_alpha: NonNegative = 1.0  # weight of CPO's likelihood
     dpop_lambda: NonNegative = 50.0  # weight of DPOP's penalty on a chosen response below its reference likelihood
-    alpha_dpo_alpha: NonNegative = 0.2  # how much alpha-DPO's margin varies between pairs
-    alphapo_alpha: Finite = 0.25  # shape of AlphaPO's reward; towards 0 it is SimPO's
+    alpha_dpo_alpha: NonNegative = 0.2  # coefficient of the per-pair part of alpha-DPO's margin
+    alphapo_alpha: Finite = 0.25  # shape of AlphaPO's reward; in the limit 0, SimPO's
     # LD-DPO's weight of tokens beyond the shorter response; None: 1.
     ld_alpha: Annotated[float, Range(at_least=0, below=1)] | None = None
-    use_weighting: bool = False  # WPO: weight pairs by how likely the policy is to write them
+    use_weighting: bool = False  # WPO: weight pairs by their likelihood under the policy
 
     def __post_init__(self) -> None:
         if not self.losses:
@@ -176,7 +176,7 @@ class PreferenceLossConfig:
 
     @property
     def specs(self) -> tuple[LossSpec, ...]:
-        """The chosen losses."""
+        """Specs of the configured losses."""
         return tuple(map(spec_of, self.losses))
 
     @property

@@ -45,7 +45,7 @@ class LossSpec:
     """
 
     function: Callable[..., Array]
-    label: str  # in tables and legends
+    label: str  # usual name, such as SimPO
     at_reference: float | None = None
     any_divergence: bool = False  # depends only on the difference of log-ratios, so that constants cancel
     reorders: bool = False  # compares responses of different pairs, so that single pairs have no loss

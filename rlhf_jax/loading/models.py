@@ -32,7 +32,7 @@ class Tuning:
     compute_dtype: DType | None = None
     remat: bool | None = None  # recompute activations in the backward pass; None: as the source
     attention: AttentionBy = "xla"  # implementation of attention: XLA's, or cuDNN's on GPUs
-    # Your own family for a checkpoint, file.py:NAME (examples/family.py); None: one of rlhf_jax, by its config.json.
+    # User-defined family of a checkpoint, file.py:NAME (examples/family.py); None: built-in, found by config.json.
     family: FunctionSource | None = None
     lora: LoraConfig | None = None  # train this adapter and freeze the model; None: train the model
 
@@ -136,6 +136,6 @@ def refuse_float16(config: Tuning | ModelConfig, *, adapter: bool) -> None:
     for name in ("compute_dtype",) if adapter else ("param_dtype", "compute_dtype"):
         if getattr(config, name) == "float16":
             raise ValueError(
-                f"{name} = 'float16' is for inference alone, because small gradients underflow without loss scaling "
+                f"{name} = 'float16' is for inference only, because small gradients underflow without loss scaling "
                 "(which is not implemented): set it to 'bfloat16' or 'float32' to train"
             )

@@ -84,7 +84,7 @@ def load_checkpoint(source: str, tuning: Tuning = NO_CHANGES, *, where: Where | 
 
 
 def same_family(hf_config: dict[str, Any] | None) -> Tuning:
-    """Return how to read another checkpoint of a model's family, which may be a user's own."""
+    """Return settings for reading another checkpoint of a model's family, which may be user-defined."""
     source = (hf_config or {}).get(USER_FAMILY)
     return NO_CHANGES if source is None else Tuning(family=source)
 

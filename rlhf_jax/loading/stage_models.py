@@ -1,4 +1,4 @@
-"""Save a stage's model with what is needed to load it, and load it in later stages."""
+"""Save the description of a stage's model, and load the model in later stages."""
 
 import dataclasses
 from collections.abc import Callable
@@ -132,7 +132,7 @@ def base_of(directory: Path) -> Base | None:
     name, is_stage = spec["base"], spec.get("base_is_stage")
     if name is None or spec["lora"] is None:
         return None
-    if is_stage is None:  # workdirs of earlier versions do not say
+    if is_stage is None:  # missing in workdirs of earlier versions
         is_stage = not (name in MODELS or "/" in name or name.endswith(".gguf"))
     return Base(name, is_stage)
 
@@ -141,7 +141,7 @@ def _save_spec(directory: Path, model: Policy | RewardModel, more: dict[str, Any
     model.tokenizer.save(directory / "tokenizer")
     network = model.network
     lora = None if network.lora is None else dataclasses.asdict(network.lora)
-    config = dataclasses.replace(network.config, attention="xla")  # others read the model on other machines
+    config = dataclasses.replace(network.config, attention="xla")  # the model may be loaded on other hardware
     spec = {"config": dataclasses.asdict(config), "vocab_size": network.vocab_size, "lora": lora}
     of_base = {"base": None} if base is None else {"base": base.name, "base_is_stage": base.is_stage}
     write_json(directory / "model.json", {**spec, "hf_config": model.hf_config, **more, **of_base})
@@ -149,8 +149,8 @@ def _save_spec(directory: Path, model: Policy | RewardModel, more: dict[str, Any
 
 def _read_spec(directory: Path) -> dict[str, Any]:
     if not (directory / "model.json").exists():
-        raise RlhfError(f"stage {directory.name!r} in {directory.parent} trains no model: name one that does")
-    earlier = {"lora": None, "hf_config": None, "base": None, "ensemble": None, "moments": None}  # versions have none
+        raise RlhfError(f"stage {directory.name!r} in {directory.parent} trains no model: name a stage that does")
+    earlier = {"lora": None, "hf_config": None, "base": None, "ensemble": None, "moments": None}  # not in older files
     return earlier | read_json(directory / "model.json")
 
 
@@ -171,10 +171,10 @@ def _load_base(directory: Path, find: Find | None, where: Where | None) -> Polic
     """Load the base of a stage's adapter (of its first seed, if the base stage has several)."""
     base = base_of(directory)
     if base is None:
-        raise RlhfError(f"{directory / 'model.json'} names no base for its adapter")
+        raise RlhfError(f"{directory / 'model.json'} does not name the base of its adapter")
     if not base.is_stage:
         return load_checkpoint(base.name, same_family(_read_spec(directory)["hf_config"]), where=where)
-    sibling = directory.parent / base.name  # preferred: elsewhere, a stage of that name may have been rerun
+    sibling = directory.parent / base.name  # preferred, because a stage of that name may have been rerun elsewhere
     source = sibling if find is None or (sibling / "complete.json").exists() else find(base.name)
     return merged(load_stage(source, seed=_read_spec(source).get("seeds", [0])[0], find=find, where=where))
 

@@ -193,7 +193,7 @@ def dtypes(tree: Any) -> set[str]:
 
 
 def test_float16_is_refused_for_what_is_trained_and_serves_inference(runs, tmp_path):
-    message = "dtype = 'float16' is for inference alone"
+    message = "dtype = 'float16' is for inference only"
     lora = {"rank": 2, "alpha": 4.0, "targets": ("up",)}
     for held in ({"param_dtype": "float16"}, {"compute_dtype": "float16"}, {"compute_dtype": "float16", "lora": lora}):
         for kind, section in (

@@ -18,6 +18,7 @@ from rlhf_jax import user_code
 from rlhf_jax.config import Finite, FunctionSource, NonNegative, Positive, Range, check_ranges
 from rlhf_jax.core import divergences, reference_free_losses
 from rlhf_jax.core import preference_losses as losses
+from rlhf_jax.types import Row
 
 INPUTS = {
     "chosen_logps": "log-probability of the chosen response under the policy",
@@ -119,8 +120,24 @@ def spec_of(name: str) -> LossSpec:
         return LOSSES[name]
     function = user_code.load(name, "preference loss")
     user_code.options_of(function, name, "preference loss", arguments=(), options=(*INPUTS, *OWN_OPTIONS))
-    spec = LossSpec(function, name.rpartition(":")[2])
+    spec = LossSpec(function, label_of(name))
     return dataclasses.replace(spec, reorders=spec.whole_batch)  # it may: only the built-in ones are known not to
+
+
+def label_of(name: str) -> str:
+    """Name of a loss in tables and legends; a user's own is named after its function."""
+    return LOSSES[name].label if name in LOSSES else name.rpartition(":")[2]
+
+
+def level_at_reference(loss: Row) -> float | None:
+    """Value of a config's loss where the policy equals the reference; None if it depends on data or is unknown.
+
+    Args: loss holds the fields of a `PreferenceLossConfig`, as in a work directory; a user's own loss is not loaded.
+    """
+    levels = [LOSSES[name].at_reference if name in LOSSES else None for name in loss["losses"]]
+    weights = loss["loss_weights"] or [1.0] * len(levels)
+    terms = [weight * level for weight, level in zip(weights, levels, strict=True) if level is not None]
+    return None if loss["use_weighting"] or len(terms) < len(levels) else sum(terms)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rlhf_jax.core.statistics import t_interval
+from rlhf_jax.reports.frames import Training
 from rlhf_jax.reports.style import (
     INK,
     MUTED,
@@ -24,21 +25,22 @@ from rlhf_jax.reports.style import (
     shades,
 )
 from rlhf_jax.stages.kinds import Kind, Panel, Series
+from rlhf_jax.types import Row
 
 
-def learning_curves(kind: Kind, stages: Mapping[str, pd.DataFrame]) -> Figure:
+def learning_curves(kind: Kind, stages: Mapping[str, Training]) -> Figure:
     """Learning curves of all stages of one kind: smoothed lines and, for a single stage, faint unsmoothed ones.
 
-    Args: stages maps labels to metrics, drawn from the lightest line to the darkest. With several seeds, the line is
+    Args: stages maps labels to trainings, drawn from the lightest line to the darkest. With several seeds, the line is
     the mean over seeds and the band is one standard deviation.
     """
-    shown = [panel for panel in kind.curves if any(_has(table, panel) for table in stages.values())]
+    shown = [panel for panel in kind.curves if any(_has(stage.metrics, panel) for stage in stages.values())]
     with context():
         figure, axes = panels(len(shown), 2.5)
         for panel, ax in zip(shown, axes, strict=True):
             ends = []
             colors = shades(len(stages), PALETTE[kind.colour])
-            for color, (label, table) in zip(colors, stages.items(), strict=True):
+            for color, (label, (table, _)) in zip(colors, stages.items(), strict=True):
                 for series in panel.series:
                     color = colour(series.kind) if series.kind else color
                     end = _curve(ax, table, series, color, alone=len(stages) == 1)
@@ -46,8 +48,11 @@ def learning_curves(kind: Kind, stages: Mapping[str, pd.DataFrame]) -> Figure:
                     text = " ".join(filter(None, (label if len(stages) > 1 else "", series.name)))
                     if end is not None and labelled and text:
                         ends.append(EndLabel(end, text, color))
-            if panel.chance is not None:
-                ax.axhline(panel.chance, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
+            levels = [_level(panel, stage.section) for stage in stages.values()]
+            shared = len(set(levels)) == 1
+            for color, level in zip([MUTED] if shared else colors, levels, strict=False):
+                if level is not None:
+                    ax.axhline(level, color=color, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
             ax.set_title(panel.title)
             ax.set_ylabel(panel.unit)
             ax.set_xlabel(kind.step)
@@ -170,6 +175,10 @@ def win_rates(results: pd.DataFrame, *, judge: str, start: str) -> Figure:
 
 def _has(table: pd.DataFrame, panel: Panel) -> bool:
     return any(series.column in table and table[series.column].notna().any() for series in panel.series)
+
+
+def _level(panel: Panel, section: Row) -> float | None:
+    return panel.chance(section) if callable(panel.chance) else panel.chance
 
 
 def _curve(ax: Axes, table: pd.DataFrame, series: Series, color: str, *, alone: bool) -> float | None:

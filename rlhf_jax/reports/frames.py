@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -11,8 +11,16 @@ from rlhf_jax.core.statistics import standard_error
 from rlhf_jax.reports.run import Run
 from rlhf_jax.rewards.tfidf import TfidfJudge
 from rlhf_jax.stages.kinds import KINDS, Kind, shown_kind
+from rlhf_jax.types import Row
 
 GOLD = "gold judge"
+
+
+class Training(NamedTuple):
+    """A stage's metrics during training, and its section of the config."""
+
+    metrics: pd.DataFrame
+    section: Row
 
 
 def comparison(run: Run) -> pd.DataFrame:
@@ -96,13 +104,15 @@ def learning_figure(kind: str) -> str:
     return "learning_" + re.sub(r"\W+", "_", kind)
 
 
-def curves(run: Run, kind: str) -> dict[str, pd.DataFrame]:
-    """Metrics of all stages of a kind that have started training, by label; DPO stages by ascending beta."""
+def curves(run: Run, kind: str) -> dict[str, Training]:
+    """All stages of a kind that have started training, by label; DPO stages by ascending beta."""
     names = sorted(run.of_kind(kind), key=lambda name: -_strength(run, name))
     labels = stage_labels(run, names)
     started = [name for name in names if (run.directory(name) / "metrics.jsonl").exists()]
-    tables = {labels[name].removeprefix("DPO "): run.metrics(name) for name in started}
-    return {label: table for label, table in tables.items() if len(table)}
+    found = {
+        labels[name].removeprefix("DPO "): Training(run.metrics(name), run.config(name)["section"]) for name in started
+    }
+    return {label: training for label, training in found.items() if len(training.metrics)}
 
 
 def best_of_n_points(run: Run, *, gold: bool) -> pd.DataFrame | None:
@@ -185,7 +195,9 @@ def _label(run: Run, method: str) -> str:
     section = run.config(method)["section"]
     distilled = section.get("demonstrations") is not None  # trained on a stage's samples, as in rejection sampling
     kind = shown_kind(section["kind"])
-    return method if kind is None or kind.label is None or distilled else kind.label.format(**section)
+    if kind is None or kind.label is None or distilled:
+        return method
+    return kind.label.format(**section) if isinstance(kind.label, str) else kind.label(section)
 
 
 def _reward_errors(run: Run, table: pd.DataFrame) -> list[float]:

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 from rlhf_jax import user_code
 from rlhf_jax.config import Section
 from rlhf_jax.loading.context import Context
+from rlhf_jax.methods import preference_table
 from rlhf_jax.stages import (
     best_of_n,
     dpo,
@@ -29,7 +30,7 @@ from rlhf_jax.stages import (
     reward_model,
     sft,
 )
-from rlhf_jax.types import RlhfError
+from rlhf_jax.types import RlhfError, Row
 
 Colour = Literal["grey", "amber", "pink", "green", "blue", "orange", "sky", "violet", "brown"]
 
@@ -57,7 +58,8 @@ class Panel(NamedTuple):
     title: str
     unit: str
     series: tuple[Series, ...]
-    chance: float | None = None  # a level to compare with, drawn dashed
+    # A level to compare with, drawn dashed; a function computes it from the stage's section of the config.
+    chance: float | Callable[[Row], float | None] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,9 +75,9 @@ class Kind:
     run: Callable[[Any, Context], dict[str, Any]]
     summary: str  # one line: what the stage does
     title: str = ""  # heading of its learning curves
-    label: str | None = (
-        None  # name of its policy in figures, formatted with the config's fields; None: the stage's name
-    )
+    # Name of its policy in figures: formatted with the config's fields, or a function of the stage's section of the
+    # config; None: the stage's name.
+    label: str | Callable[[Row], str] | None = None
     seeded: bool = False  # trains `seeds` runs at once; other kinds train one, with `seed`
     unit: str | None = None  # what a row of a batch is, for kinds that train with `batch_size` and `optimizer`
     curves: tuple[Panel, ...] = ()  # learning curves: lines for training batches, dots for held-out data
@@ -88,7 +90,8 @@ class Kind:
             raise ValueError("config must be a dataclass, and run a function (config, context) -> dict")
         fields = {field.name for field in dataclasses.fields(self.config)}
         needed = {"kind", *(("batch_size", "optimizer") if self.unit else ())}
-        needed |= {name for _, name, _, _ in string.Formatter().parse(self.label or "") if name}
+        if isinstance(self.label, str):
+            needed |= {name for _, name, _, _ in string.Formatter().parse(self.label) if name}
         if missing := needed - fields:
             raise ValueError(f"{self.config.__name__} has no field {', '.join(sorted(missing))}")
         if self.colour not in typing.get_args(Colour):
@@ -101,6 +104,18 @@ SAMPLING = (
     Panel("Length", "tokens per response", (Series("completions/mean_length", ""),)),
 )
 """Learning curves of the kinds that sample from the policy they train."""
+
+
+def _pair_loss(*series: Series) -> Panel:
+    return Panel(
+        "Loss", "nats per pair", series, chance=lambda section: preference_table.level_at_reference(section["loss"])
+    )
+
+
+def _loss_and_beta(section: Row) -> str:
+    losses = " + ".join(map(preference_table.label_of, section["loss"]["losses"]))
+    return f"{losses} β = {section['beta']:g}"
+
 
 MARGIN = Panel(
     "Reward margin", "β × nats", (Series("rewards/margins", ""), Series("eval/rewards/margins", "")), chance=0.0
@@ -178,11 +193,11 @@ KINDS = {
         run=dpo.run,
         summary="Train a policy on preference pairs, with DPO or a related loss",
         title="DPO",
-        label="DPO β = {beta:g}",
+        label=_loss_and_beta,
         seeded=True,
         unit="pairs",
         curves=(
-            Panel("Loss", "nats per pair", (Series("loss", ""), Series("eval/loss", "")), chance=math.log(2)),
+            _pair_loss(Series("loss", ""), Series("eval/loss", "")),
             Panel(
                 "Pairs ranked correctly",
                 "share of pairs",
@@ -191,7 +206,7 @@ KINDS = {
             ),
             MARGIN,
         ),
-        caption="Dashed: where every policy starts.",
+        caption="Dashed: where the policy equals the reference.",
         colour="blue",
     ),
     "kto": Kind(
@@ -219,9 +234,11 @@ KINDS = {
         run=online_dpo.run,
         summary="Train a policy on pairs of its own samples, labelled during training",
         title="Online DPO",
+        label=lambda section: f"online {_loss_and_beta(section)}",
         seeded=True,
         unit="pairs",
-        curves=SAMPLING,
+        curves=(*SAMPLING, _pair_loss(Series("loss", ""))),
+        caption="Dashed: where the policy equals the reference.",
         step="iteration",
         colour="violet",
     ),

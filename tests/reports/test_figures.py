@@ -10,7 +10,7 @@ from matplotlib.text import Annotation
 
 from rlhf_jax.reports import figures, frames, html, report
 from rlhf_jax.reports.run import Run
-from rlhf_jax.reports.style import PointLabel, context, label_points, panels, spread
+from rlhf_jax.reports.style import MUTED, PointLabel, context, label_points, panels, spread
 from rlhf_jax.runtime.files import read_rows, write_rows
 from rlhf_jax.stages.kinds import KINDS
 from tests.support import workdirs
@@ -201,8 +201,49 @@ def test_win_rates_lie_on_their_intervals_which_are_over_seeds_where_there_are_s
     assert sum(isinstance(text, Annotation) and "[" in text.get_text() for text in axes.texts) == 4
 
 
+@pytest.mark.parametrize("kind", ["dpo", "online_dpo"])
+@pytest.mark.parametrize(
+    ("loss", "label", "level"),
+    [
+        (workdirs.preference_loss(), "DPO", math.log(2)),
+        (workdirs.preference_loss("hinge"), "hinge", 1),
+        (workdirs.preference_loss("apo_zero", "nca_pair"), "APO-zero + NCA", 1 + 2 * math.log(2)),
+        (workdirs.preference_loss("hinge", "sigmoid", loss_weights=[0.5, 2.0]), "hinge + DPO", 0.5 + 2 * math.log(2)),
+        (workdirs.preference_loss("ipo"), "IPO", None),
+        (workdirs.preference_loss("sigmoid", "sft"), "DPO + SFT", None),
+        (workdirs.preference_loss("gone.py:mine"), "mine", None),
+        (workdirs.preference_loss("sigmoid", use_weighting=True), "DPO", None),
+    ],
+)
+def test_the_losses_of_a_stage_name_it_and_set_the_level_of_its_loss(tmp_path, kind, loss, label, level):
+    files = {"metrics.jsonl": workdirs.metric_rows({"loss": (0.9, 0.2)})}
+    workdirs.write_stage(tmp_path, "mine", {"kind": kind, "beta": 0.1, "loss": loss}, files=files)
+    run = Run(tmp_path)
+    name = f"{label} β = 0.1" if kind == "dpo" else f"online {label} β = 0.1"
+    assert frames.stage_labels(run, ["mine"]) == {"mine": name}
+    (axes,) = report.draw(run)[f"learning_{kind}"].axes
+    assert dashed(axes) == ([] if level is None else [(pytest.approx(level), MUTED)])
+
+
+def test_stages_with_different_losses_have_levels_of_their_own_colours(tmp_path):
+    for name, loss, beta in (("a", "sigmoid", 1.0), ("b", "hinge", 0.5), ("c", "ipo", 0.1)):
+        section = {"kind": "dpo", "beta": beta, "loss": workdirs.preference_loss(loss)}
+        files = {"metrics.jsonl": workdirs.metric_rows({"loss": (beta, 0.1)})}
+        workdirs.write_stage(tmp_path, name, section, files=files)
+    (axes,) = report.draw(Run(tmp_path))["learning_dpo"].axes
+    colors = {text.get_text(): text.get_color() for text in axes.texts if text.get_text()}
+    assert set(colors) == {"β = 1", "hinge β = 0.5", "IPO β = 0.1"} and len(set(colors.values())) == 3
+    assert sorted(dashed(axes)) == [(pytest.approx(math.log(2)), colors["β = 1"]), (1, colors["hinge β = 0.5"])]
+
+
+def dashed(axes):
+    """Levels of the horizontal lines across the axes, with their colours."""
+    across = [line for line in axes.lines if line.get_transform() == axes.get_yaxis_transform(which="grid")]
+    return [(line.get_ydata()[0], line.get_color()) for line in across]
+
+
 def test_a_name_with_dollars_is_no_formula(run):
-    table = run.metrics("sft")
+    table = frames.Training(run.metrics("sft"), {})
     figure = figures.learning_curves(KINDS["sft"], {"a $x_$": table, "b": table})
     figure.canvas.draw()
     assert "a $x_$ train" in texts(figure.axes[0])

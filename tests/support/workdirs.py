@@ -1,5 +1,6 @@
 """Small work directories as an experiment would leave them, written with the package's own functions."""
 
+import dataclasses
 import io
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from rich.console import Console
 
 from rlhf_jax.loading.models import Policy, RewardModel
 from rlhf_jax.loading.stage_models import save_policy_spec, save_reward_spec
+from rlhf_jax.methods.preference_table import PreferenceLossConfig
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
 from rlhf_jax.reports import Run
@@ -176,7 +178,7 @@ def write_training(root: Path, *, seeds: int = 1) -> None:
             "rewards/margins": (0, beta),
             "eval/loss": (0.69, 0.6),
         }
-        section = {"kind": "dpo", "policy": "sft", "beta": beta}
+        section = {"kind": "dpo", "policy": "sft", "beta": beta, "loss": preference_loss()}
         write_stage(root, name, section, inputs=inputs, files={"metrics.jsonl": metric_rows(names)})
     ppo = metric_rows(
         {"objective/scores": (0.1, 2), "objective/kl": (0, 6), "completions/mean_length": (11, 14)}, seeds=seeds
@@ -190,6 +192,11 @@ def write_training(root: Path, *, seeds: int = 1) -> None:
     section = {"kind": "ppo", "policy": "sft", "reward_model": "reward_model"}
     inputs, files = ("sft", "reward_model"), {"metrics.jsonl": ppo, "samples.jsonl": path}
     write_stage(root, "ppo", section, inputs=inputs, files=files, seeds=seeds)
+
+
+def preference_loss(*losses: str, **options: Any) -> dict[str, Any]:
+    """Section `loss` of a stage's config, as experiments write it; without names, DPO's."""
+    return dataclasses.asdict(PreferenceLossConfig()) | ({"losses": list(losses)} if losses else {}) | options
 
 
 def write_best_of_n(root: Path, *, gold: bool) -> None:

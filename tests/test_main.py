@@ -80,7 +80,7 @@ def test_every_kind_of_file_gives_the_same_run(tmp_path):
         ("--config.ppo.optimizer.b1=1.5", "config.ppo.optimizer.b1 = 1.5 must be below 1"),
         ("--config.seed=abc", "abc"),
         ("--config.ppo.kl_coef=high", "high"),
-        ("--config.ppo.minibatches=3", "does not divide into 3 minibatches"),
+        ("--config.ppo.minibatches=3", "is not a multiple of minibatches = 3"),
         ("--config.sft.model.n_heads=3", "d_model = 16 must be a multiple"),
         ("--config.sft.model.activation=tanh", "one of 'relu', 'relu2', 'gelu', 'gelu_exact', 'silu'"),
         ("--config.dpo.policy=nobody", "'nobody'"),

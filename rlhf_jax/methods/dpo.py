@@ -1,8 +1,8 @@
-"""Direct preference optimisation and its relatives, from top to bottom: one step on a batch of pairs.
+"""DPO (Rafailov et al. 2023, arXiv:2305.18290) and related methods: one step on a batch of pairs.
 
-Log-probabilities of both responses under the policy and the reference, the loss on them, its metrics, and the update
-(Rafailov et al. 2023, arXiv:2305.18290). `preference_table` has the losses, `reference_cache` a reference that is
-computed once, `stages.online_dpo` pairs that the policy samples itself.
+In order: log-probabilities of both responses under the policy and the reference, the loss, its metrics, and the update.
+The losses are in `preference_table`. `reference_cache` stores the reference's log-probabilities; `stages.online_dpo`
+trains on pairs sampled from the policy.
 """
 
 import dataclasses
@@ -36,13 +36,13 @@ Lengths = tuple[Int[Array, "B"], Int[Array, "B"]]
 
 
 class PairLogps(NamedTuple):
-    """Log-probabilities of the responses of B pairs under one model: nats, summed over tokens, EOS included."""
+    """Log-probabilities of B pairs of responses under one model, in nats, summed over tokens, EOS included."""
 
     chosen: AnyArray  # float32[B]
     rejected: AnyArray  # float32[B]
-    full_chosen: AnyArray  # float32[B]: every token counts once, also with LD-DPO
+    full_chosen: AnyArray  # float32[B]: the plain sum, without LD-DPO's weights
     full_rejected: AnyArray  # float32[B]
-    weights: AnyArray | None = None  # float32[B]: WPO's weights of the pairs
+    weights: AnyArray | None = None  # float32[B]: WPO's weight of each pair
 
 
 def pair_logps(
@@ -64,7 +64,7 @@ def sum_tokens(
     chosen_mask: Bool[Array, "B T"],
     rejected_mask: Bool[Array, "B T"],
 ) -> PairLogps:
-    """Sum the log-probabilities of tokens, with LD-DPO's weights and WPO's weights of pairs if the config has them."""
+    """Sum the tokens' log-probabilities, with the LD-DPO and WPO weights that the config enables."""
     sides = ((chosen, chosen_mask), (rejected, rejected_mask))
     full = counted = [logprobs.sequence_logprobs(stats.logprobs, mask) for stats, mask in sides]
     if config.ld_alpha is not None:
@@ -80,7 +80,7 @@ def sum_tokens(
 def pair_logps_all(
     config: PreferenceLossConfig, network: PolicyNetwork, params: PyTree, data: PreferenceBatch, batch_size: int
 ) -> PairLogps:
-    """Compute `pair_logps` of any number of pairs, in NumPy."""
+    """Compute `pair_logps` of a whole data set, batch by batch; returns NumPy arrays."""
     return map_batches(lambda batch: _compiled_logps(config, network, params, batch), data, batch_size)
 
 
@@ -95,7 +95,7 @@ def _compiled_logps(
 
 
 class ReferencedBatch(NamedTuple):
-    """Pairs, and their log-probabilities under the reference if these are known beforehand."""
+    """Pairs, and their log-probabilities under the reference if they are precomputed."""
 
     pairs: PreferenceBatch
     reference: PairLogps | None
@@ -116,10 +116,10 @@ class ReferenceUpdate:
 def sync_reference(config: ReferenceUpdate, reference: PyTree, policy: PyTree, step: Int[Array, ""]) -> PyTree:
     r"""Update the reference's parameters to $\alpha \pi + (1 - \alpha) \pi_{ref}$ if an update is due after `step`.
 
-    Gorbatovski et al. 2024 (TR-DPO, arXiv:2404.09656): the soft update, and with alpha = 1 the hard one. The parameters
-    are the trained ones. An adapter's A and B are averaged separately: both start as the policy's, and a hard update
-    makes the two models equal; after a soft one their product is not the mean of the two products, which an adapter of
-    this rank may be unable to represent.
+    Gorbatovski et al. 2024 (TR-DPO, arXiv:2404.09656): the soft update; alpha = 1 is the hard one. Only trained
+    parameters are updated. For adapters, A and B are averaged separately. After a soft update, the product of the
+    averages is not the average of the products, which may need a higher rank; after a hard update, both models are
+    equal.
     """
     due = step % config.every == 0
 
@@ -148,11 +148,12 @@ def preference_loss(
     axes: tuple[str, ...],
     tokens_per_pair: Float[Array, ""],
 ) -> tuple[Float[Array, ""], Metrics]:
-    """Weighted sum of the chosen losses, each averaged over the pairs of the batch.
+    """Weighted sum of the configured losses, each averaged over the pairs of the batch.
 
-    Args: reference is None if no chosen loss reads it; tokens are the lengths of the chosen and rejected responses;
-    tokens_per_pair is that of the whole batch, so that likelihoods of micro-batches accumulate to a mean over tokens.
-    Returns: the loss, and the metrics of `reward_metrics`; for several losses, each one as `loss/NAME`.
+    Args: reference is None if no configured loss reads it; tokens are the lengths of chosen and rejected responses;
+    tokens_per_pair is computed on the whole batch, so that likelihood terms of micro-batches add up to a mean over
+    tokens.
+    Returns: the loss, and the metrics of `reward_metrics`; with several losses, also each one as `loss/NAME`.
     """
     inputs = loss_inputs(config, policy, reference, tokens, beta, tokens_per_pair, axes)
     losses: Metrics = {}
@@ -177,7 +178,7 @@ def pair_loss(
     axes: tuple[str, ...],
     tokens_per_pair: Float[Array, ""],
 ) -> tuple[Float[Array, ""], Metrics]:
-    """`preference_loss` of a policy with these parameters on pairs whose reference is known, if a loss reads it."""
+    """Compute `preference_loss` of pairs from the policy's parameters and the reference's log-probabilities."""
     policy = pair_logps(config, network, params, batch.pairs, dropout_keys)
     tokens = masking.lengths(batch.pairs.chosen_mask), masking.lengths(batch.pairs.rejected_mask)
     return preference_loss(
@@ -194,7 +195,7 @@ def loss_inputs(
     tokens_per_pair: Float[Array, ""],
     axes: tuple[str, ...],
 ) -> dict[str, object]:
-    """Everything that losses read, by the names of `preference_table.INPUTS` and of the config's options."""
+    """All inputs and options that a loss may read, by their names in `preference_table.INPUTS` and in the config."""
     inputs: dict[str, object] = {name: getattr(config, name) for name in OWN_OPTIONS} | {
         "chosen_logps": policy.chosen,
         "rejected_logps": policy.rejected,
@@ -227,8 +228,8 @@ def reward_metrics(
 ) -> Metrics:
     """Mean implicit rewards as `rewards/{chosen,rejected,margins,accuracies}`, and `logps/{chosen,rejected}`.
 
-    The reward of a response is beta log(pi / pi_ref); without a reference it is beta log pi, a token if the first loss
-    is per token. A tie counts as half right.
+    The implicit reward of a response is beta log(pi / pi_ref). Without a reference it is beta log pi, divided by the
+    length if the first loss is `per_token`. A tie counts half in the accuracy.
     """
     if reference is not None:
         logratios = policy.chosen - reference.chosen, policy.rejected - reference.rejected
@@ -251,7 +252,7 @@ def reward_metrics(
 def evaluate(
     config: PreferenceLossConfig, policy: PairLogps, reference: PairLogps | None, data: PreferenceBatch, beta: float
 ) -> dict[str, float]:
-    """Loss and metrics on all held-out pairs at once, under `eval/`."""
+    """Compute the loss and metrics on all held-out pairs as one batch, with the prefix `eval/`."""
     policy, reference, data = jax.tree.map(jnp.asarray, (policy, reference, data))
     tokens = masking.lengths(data.chosen_mask), masking.lengths(data.rejected_mask)
     whole = tokens_per_pair(data.chosen_mask, ())
@@ -270,13 +271,13 @@ def make_step(
     """Make the step: one update on a PreferenceBatch or a ReferencedBatch.
 
     `frozen` holds beta and the reference, which is also an adapter's base. With `reference_update` the reference is in
-    the state's parameters instead, as a second adapter of the same base if the policy is an adapter. Beta is an array,
-    so that runs which differ in beta alone share one compiled program.
+    the state's parameters instead; if the policy is an adapter, the reference is a second adapter of the same base.
+    Beta is an array, so that runs that differ only in beta share one compiled program.
     """
     return _make_step(updates, loss_config, reference_update, loss_config.specs)
 
 
-@functools.lru_cache  # by the specs too: a user's file may have changed since
+@functools.lru_cache  # specs are part of the key, because a user's file may have changed
 def _make_step(
     updates: Updates[PolicyNetwork],
     loss_config: PreferenceLossConfig,

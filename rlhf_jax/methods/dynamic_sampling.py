@@ -1,14 +1,14 @@
-"""Dynamic sampling: rounds of new prompts until a batch is full of groups with different scores.
+"""Dynamic sampling: sample rounds of new prompts until the batch is full of groups whose scores differ.
 
 Section 3.2 of Yu et al. 2025 (DAPO, arXiv:2503.14476): a group whose responses all have the same score has no gradient,
-and is left out. The score is the reward's own, before it is scaled, clipped or lowered for length or a missing EOS:
-eq. 11 of the paper, and verl's filter, are on correctness. A round samples as many groups as a batch has. The paper
-bounds the number of rounds by nothing. Here a batch that is not full after the last round is completed with other
-groups, which are masked out of the losses.
+and is dropped. The comparison uses the reward's scores before scaling, clipping and penalties, because eq. 11 of the
+paper and verl's filter compare correctness. A round samples as many groups as the batch holds. The paper does not bound
+the number of rounds; here a batch that is not full after the last round is filled up with groups of equal scores, which
+are masked out of the losses.
 
-Every array has one shape whatever the number of rounds, and a round's prompts and random numbers are a function of the
-seed, the step and the round. Several seeds go on until all are full, and each keeps its own first groups: its batch and
-the metrics of its rounds are those of a run of that seed alone.
+Array shapes do not depend on the number of rounds used, and a round's prompts and random numbers are a function of the
+seed, the step and the round. When several seeds train at once, rounds continue until all batches are full, but a full
+batch no longer changes: each seed's batch and metrics are those of a run of that seed alone.
 """
 
 import dataclasses
@@ -27,47 +27,47 @@ from rlhf_jax.runtime.programs import Rounds
 from rlhf_jax.types import Rollout, TokenBatch
 
 DIFFERS, ALIKE, EMPTY = 0, 1, 2
-"""Row status, best first: a response of a group whose scores differ, one of another group, no response yet."""
+"""Row status, best first: response of a group whose scores differ, of a group with equal scores, no response yet."""
 
 Draw = Callable[[OnlineBatch], tuple[Sampled, Array]]
-"""Function that samples and scores a round's prompts."""
+"""Function that samples and scores responses to a round's prompts."""
 
 
 class Kept(NamedTuple):
     """The responses kept so far."""
 
     rollout: Rollout
-    logprobs: Array  # [B, T], by the sampler
+    logprobs: Array  # [B, T], as computed by the sampler
     scores: Array  # [B]
     rank: Array  # int[B]
 
 
 class PartialBatch(NamedTuple):
-    """A batch between two rounds. Every leaf has rows first, so that devices share it as they share the rows."""
+    """A batch between two rounds. Rows are the first axis of every leaf, so that devices share all leaves alike."""
 
     kept: Kept
-    rounds: Array  # int[B]: number of rounds needed so far, the same in all rows
-    # Of every round that was needed, whatever was kept of it:
+    rounds: Array  # int[B], number of rounds used so far, the same in all rows
+    # For all responses sampled in the rounds used, kept or not:
     all_scores: Array  # [B, rounds]
     all_lengths: Array  # int[B, rounds], tokens
-    all_differ: Array  # bool[B, rounds], of a row's group
+    all_differ: Array  # bool[B, rounds], True if the scores of the row's group differ
     demonstrations: TokenBatch | None = None
 
     def is_full(self, axes: tuple[str, ...]) -> Bool[Array, ""]:
-        """True if every row is of a group whose scores differ."""
+        """True if every row belongs to a group whose scores differ."""
         return masking.count(self.kept.rank == DIFFERS, axes) == masking.rows(self.kept.rank, axes)
 
 
 @dataclasses.dataclass(frozen=True)
 class DynamicSampling:
-    """Rounds of sampling, at most, and the sizes of a group and of a batch in responses."""
+    """Maximum number of rounds, and the sizes of a group and of a batch in responses."""
 
     rounds: int
     num_generations: int
     batch_size: int
 
     def empty(self, sampled: Sampled) -> PartialBatch:
-        """Make room for the rows of a round. Args: sampled has arrays, or their shapes."""
+        """Make an empty batch. Args: sampled holds a round's arrays, or their shapes."""
         rollout, logprobs = jax.tree.map(
             lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (sampled.rollout, sampled.logprobs)
         )
@@ -84,9 +84,9 @@ class DynamicSampling:
     def collect(
         self, partial: PartialBatch, sampled: Sampled, scores: Float[Array, "B"], axes: tuple[str, ...]
     ) -> PartialBatch:
-        """Add a round: keep the first groups whose scores differ, and others where these are too few.
+        """Add a round: keep the first groups whose scores differ, and fill up with other groups if they are too few.
 
-        A full batch stays as it is.
+        A full batch does not change.
         """
         size, groups = self.num_generations, self.batch_size // self.num_generations
         full = partial.is_full(axes)
@@ -110,10 +110,10 @@ class DynamicSampling:
         )
 
     def fill(self, draw: Draw, batch: OnlineBatch, axes: tuple[str, ...], loop_axes: tuple[str, ...]) -> Responses:
-        """Run rounds within one program, until every seed's batch is full or the prompts are used up.
+        """Run rounds within one program until every seed's batch is full, or all rounds are used.
 
-        Args: batch has the prompts of all rounds, [B, rounds, P]. axes are the mapped axes that rows are split over;
-        loop_axes those of the seeds around this call.
+        Args: batch has the prompts of all rounds, [B, rounds, P]; rows are split over the mapped axes `axes`, and seeds
+        over `loop_axes`.
         """
 
         def draw_round(number: int | Array) -> tuple[Sampled, Array]:
@@ -136,7 +136,7 @@ class DynamicSampling:
         return self.responses(partial._replace(demonstrations=batch.demonstrations), axes)
 
     def on_host(self) -> Rounds:
-        """Make the rounds between the two programs of an iteration that the host scores."""
+        """Make the rounds of an iteration whose responses the host scores, between its two programs."""
 
         def split(batch: OnlineBatch) -> Iterator[OnlineBatch]:
             for number in range(self.rounds):
@@ -149,10 +149,11 @@ class DynamicSampling:
         return Rounds(split, collect)
 
     def responses(self, partial: PartialBatch, axes: tuple[str, ...]) -> Responses:
-        """Make the batch after its last round, with the mask of the responses to train on and metrics of the rounds.
+        """Return the batch after its last round, with the mask of responses to train on and metrics of the rounds.
 
-        `reward` and `num_tokens` are of all responses that were sampled; `dynamic_sampling/groups_that_differ` is a
-        share of their groups, `dynamic_sampling/groups_missing` the number of the batch's groups that are masked.
+        `reward`, `reward_std` and `num_tokens` cover all sampled responses; `dynamic_sampling/groups_that_differ` is
+        the share of sampled groups whose scores differ, `dynamic_sampling/groups_missing` the number of the batch's
+        groups that are masked.
         """
         useful = partial.kept.rank == DIFFERS
         seen = jnp.arange(self.rounds)[None, :] < partial.rounds[:, None]

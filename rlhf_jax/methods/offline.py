@@ -1,4 +1,4 @@
-"""Training on a fixed table: the update and the run that sft, reward_model, dpo and kto share."""
+"""Training on a fixed table: the update and the training run shared by sft, reward_model, dpo and kto."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ Loss = tuple[Array, dict[str, Metric]]
 
 @dataclasses.dataclass(frozen=True)
 class Updates(Generic[N]):
-    """The updates of a run: `network` is the trained one, of whose adapter the dropout is."""
+    """The updates of a run. `network` is the trained network; its adapter, if any, sets the dropout."""
 
     network: N
     optimizer: OptimizerConfig
@@ -34,7 +34,7 @@ class Updates(Generic[N]):
     axes: tuple[str, ...]
 
     def init(self, params: dict[str, PyTree], **untrained: PyTree) -> TrainState:
-        """Make the state before the first step. Args: untrained are further parameters, which checkpoints hold too."""
+        """Make the state before the first step. Args: untrained parameters are saved in checkpoints too."""
         return TrainState(jnp.int32(0), params | untrained, make_optimizer(self.optimizer, self.steps).init(params))
 
     def update(
@@ -49,8 +49,8 @@ class Updates(Generic[N]):
     ) -> tuple[TrainState, dict[str, Array]]:
         """Take one step of the optimiser; return the new state and the numbers to log.
 
-        Args: loss_fn takes parameters, rows and their keys of an adapter's dropout; weight says how much it is a mean
-        over, as in `gradients`; trained are the names of the parameters to update (None: all).
+        Args: loss_fn takes parameters, rows, and the rows' keys for adapter dropout; weight counts the items that the
+        loss averages over, as in `gradients`; trained are the names of the parameters to update (None: all).
         """
         rows = len(jax.tree.leaves(batch)[0])
         keys = dropout_keys(self.network, run_key, state.step, rows, self.axes)
@@ -86,10 +86,10 @@ class OfflineConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OfflineMethod(Generic[N]):
-    """A method as `train_offline` runs it."""
+    """Functions and frozen parameters of a method, for `train_offline`."""
 
     step: Callable[[Updates[N]], Step]
-    start: Callable[[Updates[N], int], TrainState]  # run number -> its state before the first step
+    start: Callable[[Updates[N], int], TrainState]  # run number -> state before the first step
     frozen: dict[str, PyTree]
     evaluate: Callable[[PyTree], tuple[dict[str, float], Rows]]  # one run's parameters -> metrics and sample rows
     key_figures: tuple[str, ...]  # metrics shown beside the bar
@@ -98,9 +98,10 @@ class OfflineMethod(Generic[N]):
 def train_offline(
     config: OfflineConfig, context: Context, network: N, data: Batch, method: OfflineMethod[N], *, runs: int
 ) -> int:
-    """Train on a table and return the number of steps. Run k has its own keys and order of the rows, by seed + k.
+    """Train on a table and return the number of steps.
 
-    Args: data are all training rows; runs train at once, in one program.
+    Args: data holds all training rows; runs is the number of runs, trained at once in one program. The row order of run
+    k comes from seed + k, and each run has its own random keys.
     """
     rows = len(jax.tree.leaves(data)[0])
     steps = steps_for(config.epochs, rows, config.batch_size, config.loop.steps_per_call)

@@ -1,4 +1,4 @@
-"""Run of an online method: read its inputs, find where its reward is computed, and train one policy a seed."""
+"""Training of an online method: load its inputs, place its reward on device or host, and train a policy per seed."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -34,13 +34,13 @@ class Inputs(NamedTuple):
 
 
 class DeviceReward(NamedTuple):
-    """Reward model that reads the policy's tokens, within the compiled iteration."""
+    """Reward model that reads the policy's tokens, as part of the compiled iteration."""
 
     model: RewardModel
 
 
 class HostReward(NamedTuple):
-    """Function of a rollout, called on the host between the two programs of an iteration."""
+    """Function that scores a rollout on the host, between the two programs of an iteration."""
 
     score: HostScorer
 
@@ -58,7 +58,7 @@ def read_inputs(config: OnlineConfig, context: Context) -> Inputs:
 
 
 def place_reward(reward: RewardModel | Reward, inputs: Inputs, context: Context) -> OnlineReward:
-    """Keep a reward on the device if it is a model that reads the policy's tokens, and on the host otherwise."""
+    """Place a reward on the device if it is a model that reads the policy's tokens, otherwise on the host."""
     if joins_program(reward, inputs.reference):
         return DeviceReward(reward)
     batch_size = context.runtime.inference_batch
@@ -80,10 +80,10 @@ def train_online(
 ) -> dict[str, Json]:
     """Train `context.seeds` policies at once, each with its own prompts, samples and initial key.
 
-    Args: prompts_each is the number of prompts of an iteration, or of each of its rounds; init_params makes a run's
-    trained parameters with the key that new ones are drawn with; frozen has those of the value function's base, if it
-    has one.
-    Returns: the part of the summary about prompts.
+    Args: prompts_each is the number of prompts per iteration, or per round of dynamic sampling; init_params makes a
+    run's trained parameters, given the key for random initialisation; frozen holds frozen parameters besides those of
+    the reference and the reward.
+    Returns: the summary's fields about prompts.
     """
     reference, placement = inputs.reference, context.placement(context.seeds)
     networks = Networks(

@@ -1,4 +1,4 @@
-"""Config that all online methods share: PPO, the group methods and online DPO."""
+"""Config fields that all online methods share: PPO, the group methods and online DPO."""
 
 import dataclasses
 
@@ -29,7 +29,7 @@ class OnlineConfig:
         refuse_float16(self.tuning, adapter=self.tuning.lora is not None)
         check_ranges(self)
         if self.batch_size % self.minibatches:
-            raise ValueError(f"batch_size = {self.batch_size} does not divide into {self.minibatches} minibatches")
+            raise ValueError(f"batch_size = {self.batch_size} is not a multiple of minibatches = {self.minibatches}")
 
     @property
     def updates(self) -> int:

@@ -1,7 +1,7 @@
-"""Pairs of an online iteration: the learner of online DPO.
+"""The learner of online DPO: steps 4 and 6 of an iteration in `policy_gradient.py`.
 
-Steps 4 and 6 of `policy_gradient.py`: of two responses to a prompt the one with the higher score is chosen over the
-other, and a preference loss (`dpo.py`) is taken of the pairs.
+Of two responses to a prompt, the one with the higher score is chosen and the other rejected; the loss is a preference
+loss of these pairs (`dpo.py`).
 """
 
 import dataclasses
@@ -18,29 +18,29 @@ from rlhf_jax.types import PreferenceBatch, Rollout
 
 @dataclasses.dataclass(frozen=True)
 class PairLearner:
-    """A preference loss on the policy's own pairs, whose models are read at temperature 1."""
+    """A preference loss on pairs of the policy's samples; its log-probabilities are at temperature 1."""
 
     loss_config: PreferenceLossConfig
     beta: float
 
     def prepare(
-        self, at: Setting, evaluated: Evaluated, frozen: Params, kl_coef: Coefficient
+        self, setting: Setting, evaluated: Evaluated, frozen: Params, kl_coef: Coefficient
     ) -> tuple[ReferencedBatch, Numbers]:
-        """Choose pairs by their scores, and read them with the reference if the loss does."""
+        """Make pairs by score, with the reference's log-probabilities if the loss reads them."""
         del kl_coef
         pairs, margins = choose(evaluated.rollout, evaluated.scores)
         reference = None
         if self.loss_config.needs_reference:
-            reference = pair_logps(self.loss_config, at.networks.policy, frozen["reference"], pairs)
+            reference = pair_logps(self.loss_config, setting.networks.policy, frozen["reference"], pairs)
         metrics = {
-            "objective/scores_margin": masking.mean(margins, at.axes),
-            "objective/ties": masking.mean((margins == 0).astype(jnp.float32), at.axes),
+            "objective/scores_margin": masking.mean(margins, setting.axes),
+            "objective/ties": masking.mean((margins == 0).astype(jnp.float32), setting.axes),
         }
         return ReferencedBatch(pairs, reference), metrics
 
     def loss(
         self,
-        at: Setting,
+        setting: Setting,
         params: Params,
         rows: ReferencedBatch,
         dropout: Key[Array, "B"] | None,
@@ -48,17 +48,17 @@ class PairLearner:
         whole: ReferencedBatch,
         kl_coef: Coefficient,
     ) -> tuple[Float[Array, ""], Metrics]:
-        """Compute the preference loss of pairs; the mean length of a pair is the whole minibatch's."""
+        """Compute the preference loss of pairs; likelihoods are divided by the mean length in the whole minibatch."""
         del kl_coef
         return pair_loss(
             self.loss_config,
-            at.networks.policy,
+            setting.networks.policy,
             params["policy"],
             rows,
             dropout,
             beta=self.beta,
-            axes=at.axes,
-            tokens_per_pair=tokens_per_pair(whole.pairs.chosen_mask, at.axes),
+            axes=setting.axes,
+            tokens_per_pair=tokens_per_pair(whole.pairs.chosen_mask, setting.axes),
         )
 
     def weight(self, rows: ReferencedBatch, axes: tuple[str, ...]) -> Int[Array, ""]:
@@ -67,10 +67,10 @@ class PairLearner:
 
 
 def choose(rollout: Rollout, scores: Float[Array, "N"]) -> tuple[PreferenceBatch, Float[Array, "B"]]:
-    """Make a pair of every two rows, the one with the higher score as chosen (of a tie the first), and its margin.
+    """Make a pair of every two consecutive rows: the one with the higher score is chosen, or the first if they tie.
 
-    Two samples to one prompt are exchangeable: given that they tie, either is as likely to be the first, so that a tie
-    pulls towards neither of two answers (and two equal answers have no margin at all). TRL chooses the first as well.
+    Ties do not bias the policy: two samples for one prompt are exchangeable, so that either is equally likely to come
+    first. TRL also chooses the first. Returns: the pairs, and the absolute difference of their scores.
     """
     first, second = scores.reshape(-1, 2).T
     rows = 2 * jnp.arange(len(first))

@@ -1,6 +1,6 @@
-"""Policy losses and advantage estimators: those of `core`, by name, and a user's own, from a file or a module.
+"""Policy losses and advantage estimators by name: those of `core`, and functions from a user's file or module.
 
-Arrays are [B, T]: a row for each response, the responses to a prompt next to each other.
+Arrays are [B, T], with one row per response; the responses to one prompt are consecutive.
 """
 
 from jaxtyping import Array
@@ -14,8 +14,8 @@ from rlhf_jax.types import RlhfError
 def find_policy_loss(source: str) -> PolicyLossSpec:
     """Look up a loss of `POLICY_LOSSES`, or load `my_loss(logprobs, old_logprobs, advantages, response_mask, *, ...)`.
 
-    A user's loss returns `TokenLosses`. It may have any option of the losses in `POLICY_LOSSES` as a keyword parameter
-    (`clip_ratio`, ...), and is then given the config's. Raises RlhfError for another signature.
+    A user's loss returns `TokenLosses`. Its keyword parameters may be any options of the losses in `POLICY_LOSSES`
+    (`clip_ratio`, ...); their values come from the config. Raises RlhfError for another signature.
     """
     if source in POLICY_LOSSES:
         return POLICY_LOSSES[source]
@@ -30,7 +30,7 @@ def find_policy_loss(source: str) -> PolicyLossSpec:
         if not isinstance(found, TokenLosses) or any(part.shape != logprobs.shape for part in found):
             raise RlhfError(
                 f"policy loss {source} returned {_shape(found)} for log-probabilities of shape {logprobs.shape}: "
-                "return TokenLosses(losses, clipped), of rlhf_jax.core.policy_losses, two arrays of that shape"
+                "return rlhf_jax.core.policy_losses.TokenLosses(losses, clipped), two arrays of that shape"
             )
         return found
 
@@ -40,9 +40,9 @@ def find_policy_loss(source: str) -> PolicyLossSpec:
 def find_advantage(source: str) -> AdvantageSpec:
     """Look up an estimator of `CRITIC_FREE`, or load a user's `my_advantage(rewards, response_mask, *, ...)`.
 
-    It returns one advantage a token. As keyword parameters it may have `num_generations`, for which groups must have
-    two responses or more, `axes`, the mapped axes that rows are split over, and `gamma`. Raises RlhfError for another
-    signature.
+    A user's estimator returns one advantage per token. It may have the keyword parameters `num_generations` (groups
+    must then have at least two responses), `axes` (the mapped axes that rows are split over) and `gamma`. Raises
+    RlhfError for another signature.
     """
     if source in CRITIC_FREE:
         return CRITIC_FREE[source]

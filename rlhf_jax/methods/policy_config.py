@@ -1,4 +1,4 @@
-"""Config of every policy gradient, and the checks that PPO and the group methods share."""
+"""Config fields and checks that PPO and the group methods share."""
 
 import dataclasses
 import functools
@@ -20,11 +20,11 @@ from rlhf_jax.rewards.sources import RewardSource
 from rlhf_jax.runtime.optimizers import OptimizerConfig
 
 Estimator = Literal["k1", "k2", "k3", "k3+", "k3_weighted"]
-"""Estimator of the divergence from the reference, of `core/kl.py`; its gradient depends on `kl_in`.
+"""Estimator of the KL divergence from the reference, from `core/kl.py`; its gradient depends on `kl_in`.
 
-Cosine between the exact gradient of each and that of the divergence, for a softmax over 20 tokens and samples of the
-policy itself: mean (5th to 95th percentile) over 200 pairs of policy and reference, at two divergences in nats per
-token. tests/core/test_kl.py computes them.
+The table shows the cosine between each estimator's expected gradient and the gradient of the divergence, for a softmax
+over 20 tokens sampled from the policy itself: mean (5th to 95th percentile) over 200 pairs of policy and reference, at
+two divergences in nats per token. tests/core/test_kl.py computes it.
 
 | kl_estimator, kl_in   | KL = 0.05             | KL = 2.1              |
 |-----------------------|-----------------------|-----------------------|
@@ -37,23 +37,23 @@ token. tests/core/test_kl.py computes them.
 | k3+, loss             | 1.00 (1.00 to 1.00)   | 1.00 (1.00 to 1.00)   |
 | k3_weighted, loss     | 1.00 (1.00 to 1.00)   | 1.00 (1.00 to 1.00)   |
 
-`k1` in the reward is PPO's and RLOO's; `k3` in the loss is GRPO's. `k2` and `k3` in the reward are another objective,
-and warn. `k1` in the loss is refused. Of a response of several tokens, only `k1` in the reward has the gradient of the
-whole divergence; the loss leaves out what a token does to later ones (`core/kl.py`). Once the policy has left the one
-that sampled, only `k3_weighted` stays exact. The metric `objective/kl` is the estimator's value: that of `k3` for all
-three.
+PPO and RLOO use `k1` in the reward, GRPO `k3` in the loss. `k2` and `k3` in the reward optimise another objective and
+give a warning. `k1` in the loss is an error. For responses of several tokens, only `k1` in the reward has the gradient
+of the whole divergence; in the loss, an estimate ignores the effect of a token on later ones (`core/kl.py`). After the
+first update of an iteration, only `k3_weighted` remains exact in the loss. The metric `objective/kl` is the value of
+the estimator, which is the same for `k3`, `k3+` and `k3_weighted`.
 """
 Place = Literal["reward", "loss"]
 """Place of the KL penalty: in the token rewards, or as a term of the loss."""
 ImportanceMode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
-"""Weights of tokens or of whole responses; a weight beyond a bound becomes the bound (truncate) or 0 (mask)."""
+"""Importance weights per token or per response; a weight beyond a bound becomes the bound (truncate) or 0 (mask)."""
 OverlongBuffer = Annotated[float, Range(at_least=0, below=1)]
-"""The last share of the longest response, over which the score falls by 1 (`overlong_penalty`); 0 for none."""
+"""Share of the maximum length, at its end, over which the score falls by 1 (`overlong_penalty`); 0: no penalty."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PolicyGradientConfig(OnlineConfig):
-    """Fields of every policy gradient: the reward model, the shaping of its scores, and terms of the loss."""
+    """Fields of PPO and the group methods: the reward model, score shaping, and terms of the loss."""
 
     reward_model: RewardSource  # reward that scores responses
     # Score that replaces the reward's for truncated responses (-1 in Huang et al. 2024); None: keep the reward's.
@@ -71,7 +71,7 @@ class PolicyGradientConfig(OnlineConfig):
     importance_floor: NonNegative | None = None  # lower bound of importance weights; None: 0
     # Weights of tokens or of responses, truncated or masked at the bounds; None: token_truncate.
     importance_mode: ImportanceMode | None = None
-    ptx: PretrainingMix | None = None  # add maximum likelihood on demonstrations (PPO-ptx); None: leave it out
+    ptx: PretrainingMix | None = None  # add maximum likelihood on demonstrations (PPO-ptx); None: no mix
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,55 +79,55 @@ class PolicyGradientConfig(OnlineConfig):
             raise ValueError("tuning.lora.dropout must be 0: with dropout the first ratio would not be 1")
         if self.missing_eos_score is not None and self.missing_eos_penalty:
             raise ValueError(
-                f"missing_eos_score = {self.missing_eos_score} takes the place of a score, from which "
-                f"missing_eos_penalty = {self.missing_eos_penalty} would be taken: set one of the two"
+                f"missing_eos_score = {self.missing_eos_score} replaces the score that missing_eos_penalty = "
+                f"{self.missing_eos_penalty} would lower: set only one of the two"
             )
         if self.old_logprobs == "sampler" and self.importance_cap is not None:
             raise ValueError(
-                f"importance_cap = {self.importance_cap} bounds the learner's over the sampler's probabilities, which "
-                "old_logprobs = 'sampler' has in the ratio itself: leave one of the two out"
+                f"importance_cap = {self.importance_cap} corrects for the sampler, as the ratio of the loss does with "
+                "old_logprobs = 'sampler': set only one of the two"
             )
         for name in ("importance_floor", "importance_mode"):
             if getattr(self, name) is not None and self.importance_cap is None:
-                raise ValueError(f"{name} = {getattr(self, name)!r} is read with importance_cap alone: set that too")
+                raise ValueError(f"{name} = {getattr(self, name)!r} needs importance_cap: set it too")
         if self.importance_cap is not None and (self.importance_floor or 0) >= self.importance_cap:
             raise ValueError(
                 f"importance_floor = {self.importance_floor} must be below importance_cap = {self.importance_cap}"
             )
         if self.ptx is not None and self.ptx.batch_size % self.minibatches:
             raise ValueError(
-                f"ptx.batch_size = {self.ptx.batch_size} does not divide into {self.minibatches} minibatches"
+                f"ptx.batch_size = {self.ptx.batch_size} is not a multiple of minibatches = {self.minibatches}"
             )
 
 
 def check_penalty(config: PolicyGradientConfig, kl_coef: float, estimator: Estimator, place: Place) -> None:
-    """Raise ValueError for a penalty without the gradient it claims, and warn of one with another gradient."""
+    """Raise ValueError for a KL penalty without the intended effect, and warn if its gradient is not that of KL."""
     if kl_coef and place == "loss" and estimator == "k1":
         raise ValueError(
-            "kl_estimator = 'k1' in the loss has a gradient of mean 0: set kl_estimator to 'k2' or 'k3+', whose "
-            "gradient is the divergence's, or kl_in to 'reward'"
+            "kl_estimator = 'k1' in the loss has an expected gradient of 0: set kl_estimator to 'k2' or 'k3+', which "
+            "have the gradient of the divergence, or kl_in to 'reward'"
         )
     if kl_coef and place == "reward" and estimator in ("k3+", "k3_weighted"):
         raise ValueError(
-            f"kl_estimator = {estimator!r} differs from 'k3' in its gradient, which a reward does not have: set kl_in "
-            "to 'loss', or kl_estimator to 'k1'"
+            f"kl_estimator = {estimator!r} differs from 'k3' only in its gradient, which is not used in a reward: set "
+            "kl_in to 'loss', or kl_estimator to 'k1'"
         )
     if kl_coef and place == "reward" and estimator != "k1":
         warnings.warn(
-            f"kl_estimator = {estimator!r} in the reward does not have the divergence's gradient, and may point away "
-            "from it: set kl_estimator to 'k1', or kl_in to 'loss'",
+            f"kl_estimator = {estimator!r} in the reward does not have the gradient of the divergence, and may "
+            "point the other way: set kl_estimator to 'k1', or kl_in to 'loss'",
             stacklevel=4,
         )
     if config.kl_controller is not None and kl_coef <= 0:
-        raise ValueError(f"kl_controller multiplies kl_coef = {kl_coef}, which would stay what it is: set it above 0")
+        raise ValueError(f"kl_controller multiplies kl_coef = {kl_coef}, which would stay 0: set it above 0")
 
 
 def check_dual_clip(dual_clip: float, clip_ratio_high: float) -> None:
-    """Raise ValueError unless the second bound is above the first one."""
+    """Raise ValueError unless `dual_clip` is above the upper bound of the clip."""
     if dual_clip <= 1 + clip_ratio_high:
         raise ValueError(
-            f"dual_clip = {dual_clip} bounds ratios that the clip at 1 + clip_ratio_high = {1 + clip_ratio_high} "
-            "leaves alone: set it above that, or to None for no bound"
+            f"dual_clip = {dual_clip} must be above 1 + clip_ratio_high = {1 + clip_ratio_high}: raise it, or set "
+            "None for no bound"
         )
 
 
@@ -144,11 +144,11 @@ def make_method(
     value_warmup: int = 0,
     value_optimizer: OptimizerConfig | None = None,
 ) -> OnlineMethod[Experience]:
-    """Resolve a config into a method.
+    """Make a method from a config.
 
-    Args: learner is PolicyGradient with the loss, the advantages and their numbers filled in.
+    Args: learner is a partial PolicyGradient with the policy loss, the advantage function and their coefficients.
     """
-    estimator, by_sampler = ESTIMATORS[kl_estimator], config.old_logprobs == "sampler"
+    estimator, from_sampler = ESTIMATORS[kl_estimator], config.old_logprobs == "sampler"
     importance = None
     if config.importance_cap is not None:
         floor = 0.0 if config.importance_floor is None else config.importance_floor
@@ -157,7 +157,7 @@ def make_method(
     return OnlineMethod(
         learner=learner(
             loss_penalty=estimator if kl_in == "loss" and kl_coef > 0 else None,
-            old_by_sampler=by_sampler,
+            use_sampler_logprobs=from_sampler,
             entropy_coef=config.entropy_coef,
             reject_truncated=config.reject_truncated,
         ),
@@ -171,7 +171,7 @@ def make_method(
             missing_eos_penalty=config.missing_eos_penalty,
         ),
         num_generations=num_generations,
-        old_by_sampler=by_sampler,
+        use_sampler_logprobs=from_sampler,
         importance=importance,
         dynamic_sampling=dynamic_sampling,
         kl_controller=config.kl_controller,

@@ -1,20 +1,20 @@
-"""One iteration of PPO, of its relatives without a critic, and of online DPO, from prompts to new parameters.
+"""One iteration of PPO, of the group methods and of online DPO, from prompts to new parameters.
 
     1. sample responses to a batch of prompts                                        Iteration.sample
-    2. score them, by a network here or on the host between two programs             Iteration.step, host_steps
-    3. old log-probabilities, the reference's, their KL divergence, shaped scores    Iteration.evaluate, old_policy
+    2. score them, with a network in this program or with a function on the host     Iteration.step, host_steps
+    3. old and reference log-probabilities, KL divergence, shaped scores             Iteration.evaluate, old_policy
     4. token rewards and advantages                                                  PolicyGradient.prepare
     5. epochs of minibatches, one update each                                        Iteration.learn, optimise
     6. loss of a minibatch: policy, values, KL, entropy                              PolicyGradient.loss
 
-A method's own file passes in its loss and its advantages as functions: `stages/ppo.py` and `stages/group_rl.py`. Online
-DPO (`methods/online_pairs.py`) has steps 4 and 6 of its own. An iteration is a pure function of (state, frozen
-networks, batch, key): `runtime/programs.py` compiles it, over devices and seeds.
+`stages/ppo.py` and `stages/group_rl.py` pass in the policy loss and the advantages as functions. Online DPO replaces
+steps 4 and 6 by those of `methods/online_pairs.py`. An iteration is a pure function of (state, frozen networks, batch,
+key); `runtime/programs.py` compiles it for devices and seeds.
 
-Details of Huang et al. 2024 (arXiv:2403.17031, "N+") and of their study of Ziegler et al.'s code (2023, "N"): no
-dropout (N+), log-probabilities of logits over the temperature (N), the score on the last response token (N+), the KL
-penalty in the rewards (N), clipped losses of policy and values (N), minibatches of whole shuffled responses, in another
-order every epoch (N), Adam's epsilon of 1e-5 (N, by the optimizer's config).
+Implementation details from Huang et al. 2024 (arXiv:2403.17031, "N+") and from their study of Ziegler et al.'s code
+(2023, "N"): no dropout (N+), logits divided by the temperature before log-probabilities (N), the score on the last
+response token (N+), the KL penalty in the rewards (N), clipped policy and value losses (N), minibatches of whole
+responses, reshuffled every epoch (N), Adam's epsilon of 1e-5 (N, set in the optimizer's config).
 """
 
 import dataclasses
@@ -63,13 +63,13 @@ from rlhf_jax.sampling.choice import Sampling
 from rlhf_jax.sampling.generate import generate
 
 AdvantageFunction = Callable[[Array, Array, Array, Array, tuple[str, ...]], Advantages]
-"""Function of token rewards, values (0 without a critic), the response mask, the mask of the losses, and the axes."""
+"""Function of token rewards, values (0 without a value function), response mask, loss mask and axes."""
 Learned = tuple[TrainState, Numbers, Samples]
 Updated = tuple[Metrics, Numbers]
 
 
 class Indices(NamedTuple):
-    """Rows of each update, and its number."""
+    """Number of each update, and the rows of its minibatch."""
 
     rows: Int[Array, "updates M"]
     demonstrations: Int[Array, "updates M"] | None
@@ -78,7 +78,7 @@ class Indices(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Iteration(Setting, Generic[Rows]):
-    """An iteration of one method, in one setting: networks, config, and the axes it is mapped over."""
+    """An iteration of one method in one setting."""
 
     method: OnlineMethod[Rows]
 
@@ -106,7 +106,7 @@ class Iteration(Setting, Generic[Rows]):
         return Sampled(generation.rollout, generation.logprobs, batch.demonstrations)
 
     def step(self, reward: ScalarNetwork) -> Step:
-        """Make the whole iteration, scored by a network that reads the policy's tokens: one program."""
+        """Make the iteration as one program, with a reward network that reads the policy's tokens."""
 
         def step(state: TrainState, frozen: Params, batch: OnlineBatch, run_key: PRNGKeyArray) -> Learned:
             def draw(batch: OnlineBatch) -> tuple[Sampled, Array]:
@@ -120,7 +120,7 @@ class Iteration(Setting, Generic[Rows]):
         return step
 
     def host_steps(self, score: HostScorer) -> HostSteps:
-        """Make the iteration in two programs, between which the host scores what the first one sampled."""
+        """Make the iteration as two programs; between them, the host scores the samples."""
 
         def sample(
             state: TrainState, frozen: Params, batch: OnlineBatch, run_key: PRNGKeyArray
@@ -140,11 +140,11 @@ class Iteration(Setting, Generic[Rows]):
         return HostSteps(sample, lambda sampled: score(sampled.rollout), learn_filled, rounds.on_host())
 
     def scored(self, sampled: Sampled, scores: Float[Array, "B"]) -> Responses:
-        """Put the reward's scores beside responses, all of which are trained on."""
+        """Combine responses with the reward's scores; all of them are trained on."""
         return Responses(sampled, scores, None, score_metrics(scores, self.axes))
 
     def learn(self, state: TrainState, frozen: Params, responses: Responses, run_key: PRNGKeyArray) -> Learned:
-        """Go from scored responses to the next state: steps 3 to 6."""
+        """Compute the next state from scored responses: steps 3 to 6."""
         controller, kl_coef = self.method.kl_controller, self.method.kl_coef
         if controller:
             kl_coef = state.controller["kl_coef"]
@@ -160,9 +160,9 @@ class Iteration(Setting, Generic[Rows]):
         return state, logged, Samples(evaluated.rollout, responses.scores, reference_divergence(evaluated))
 
     def evaluate(self, params: Params, frozen: Params, responses: Responses) -> Evaluated:
-        """Read the responses with the models, before the first update, and shape their scores.
+        """Compute log-probabilities and values before the first update, and shape the scores.
 
-        The divergence that is logged is the one that is penalised: the sum over a response of the method's estimator.
+        The logged KL divergence is the sum of the method's own estimator over a response.
         """
         rollout = responses.sampled.rollout
         old = self.old_policy(params, responses.sampled)
@@ -177,11 +177,12 @@ class Iteration(Setting, Generic[Rows]):
     def old_policy(self, params: Params, sampled: Sampled) -> OldPolicy:
         r"""Recompute old log-probabilities with the learner, so that the first ratio is 1 ("decoupled" in verl).
 
-        With `old_by_sampler` reuse the sampler's ("bypass" in verl): the ratio is $\pi_{learner} / \pi_{sampler}$ from
-        the first update on, and bounded by the loss. Entropy is then estimated from the sampled tokens, $-\log \pi$.
+        With `use_sampler_logprobs`, reuse the sampler's ("bypass" in verl): the ratio $\pi_{learner} / \pi_{sampler}$
+        may differ from 1 from the first update on, and the loss clips it. Entropy is then estimated by $-\log \pi$ of
+        the sampled tokens.
         """
         rollout, mask = sampled.rollout, sampled.rollout.response_mask
-        if self.method.old_by_sampler:
+        if self.method.use_sampler_logprobs:
             return OldPolicy(sampled.logprobs, -sampled.logprobs, self.networks.values(params, rollout), None, {})
         stats, values = self.networks.forward(params, rollout, temperature=self.config.temperature)
         metrics, weights = sampler_difference(stats.logprobs, sampled.logprobs, mask, self.axes), None
@@ -199,7 +200,7 @@ class Iteration(Setting, Generic[Rows]):
         run_key: PRNGKeyArray,
         kl_coef: Coefficient,
     ) -> tuple[TrainState, Numbers]:
-        """Train on every epoch's minibatches, each epoch in another order; metrics are means over the updates."""
+        """Train on minibatches, reshuffled every epoch; metrics are means over the updates."""
         config, method, axes, learner = self.config, self.method, self.axes, self.method.learner
         order, dropout, rounding = (self.key(run_key, state, name) for name in ("order", "dropout", "rounding"))
         optimizer = policy_optimizer.make_optimizer(config, method)
@@ -235,17 +236,17 @@ class Iteration(Setting, Generic[Rows]):
                 ptx_loss, ptx_grads = method.ptx.gradients(self.networks, config.optimizer, params, frozen, mixed, axes)
                 loss, numbers = loss + method.ptx.coef * ptx_loss, {"loss/ptx_avg": ptx_loss}
                 grads = jax.tree.map(lambda grad, ptx: grad + method.ptx.coef * ptx, grads, ptx_grads)
-            grads = policy_optimizer.hold_policy(grads, method, state.step)
+            grads = policy_optimizer.freeze_policy(grads, method, state.step)
             key = jax.random.fold_in(rounding, given.number)
             params, opt_state, norms = update(optimizer, grads, params, opt_state, axes, key=key)
             return (params, opt_state), (metrics, {**numbers, "loss": loss, **norms})
 
-        of_demonstrations = None if demonstrations is None else shuffled(demonstrations, config.epochs)
-        given = Indices(shuffled(rows, 0), of_demonstrations, jnp.arange(updates))
+        demonstration_rows = None if demonstrations is None else shuffled(demonstrations, config.epochs)
+        given = Indices(shuffled(rows, 0), demonstration_rows, jnp.arange(updates))
         start = (state.params, state.opt_state)
         (params, opt_state), (metrics, numbers) = jax.lax.scan(update_minibatch, start, given)
         logged = over_updates(metrics) | jax.tree.map(jnp.mean, numbers)
-        logged |= policy_optimizer.rates(config, method, state.step)
+        logged |= policy_optimizer.learning_rates(config, method, state.step)
         return state._replace(step=state.step + 1, params=params, opt_state=opt_state), logged
 
 
@@ -254,19 +255,19 @@ class PolicyGradient:
     """The learner of PPO and of the group methods."""
 
     advantages: AdvantageFunction
-    policy_loss: Callable[[Array, Array, Array, Array], TokenLosses]  # of core/policy_losses.py, its options filled in
+    policy_loss: Callable[[Array, Array, Array, Array], TokenLosses]  # a loss of core/policy_losses.py, options bound
     aggregation: Aggregation
-    loss_penalty: KLEstimator | None  # of the KL penalty as a term of the loss; None: it is in the token rewards
-    old_by_sampler: bool = False  # as in OnlineMethod
+    loss_penalty: KLEstimator | None  # estimator of the KL penalty in the loss; None: the penalty is in the rewards
+    use_sampler_logprobs: bool = False  # as in OnlineMethod
     entropy_coef: float = 0.0
     vf_coef: float = 0.0
     value_clip: float = 0.0
-    reject_truncated: bool = False  # responses that were cut off are left out of the losses
+    reject_truncated: bool = False  # leave responses without EOS out of the losses
 
     def prepare(
-        self, at: Setting, evaluated: Evaluated, frozen: Params, kl_coef: Coefficient
+        self, setting: Setting, evaluated: Evaluated, frozen: Params, kl_coef: Coefficient
     ) -> tuple[Experience, Numbers]:
-        """Make token rewards of scores and the KL divergence, and of these advantages."""
+        """Compute token rewards from scores and KL divergence, and from these the advantages."""
         del frozen
         old, mask = evaluated.old, evaluated.rollout.response_mask
         penalty = 0.0 if self.loss_penalty else kl_coef
@@ -274,18 +275,18 @@ class PolicyGradient:
         trained = mask & evaluated.ended[:, None] if self.reject_truncated else mask
         trained = trained if evaluated.useful is None else trained & evaluated.useful[:, None]
         values = jnp.zeros_like(rewards) if old.values is None else old.values
-        advantages, returns = self.advantages(rewards, values, mask, trained, at.axes)
+        advantages, returns = self.advantages(rewards, values, mask, trained, setting.axes)
         targets, numbers = None, {}
         if old.values is not None and returns is not None:
             targets = ValueTargets(old.values, returns)
-            numbers["val/explained_variance"] = explained_variance(old.values, returns, mask, at.axes)
+            numbers["val/explained_variance"] = explained_variance(old.values, returns, mask, setting.axes)
         ref_logprobs = evaluated.ref_logprobs if self.loss_penalty else None
         rows = Experience(evaluated.rollout, old.logprobs, advantages, trained, targets, ref_logprobs, old.weights)
         return rows, numbers
 
     def loss(
         self,
-        at: Setting,
+        setting: Setting,
         params: Params,
         rows: Experience,
         dropout: Key[Array, "B"] | None,
@@ -293,19 +294,19 @@ class PolicyGradient:
         whole: Experience,
         kl_coef: Coefficient,
     ) -> tuple[Float[Array, ""], Metrics]:
-        """Add up the policy's loss and, where the method has them, the values', the divergence and the entropy.
+        """Sum the policy loss and the method's other terms: value loss, KL penalty, entropy bonus.
 
-        All but the values' are aggregated as the method says, and the values' over tokens.
+        The value loss is a mean over tokens; the other terms use the method's aggregation.
         """
-        del dropout, whole  # dropout would move the first ratio away from 1
-        mask, axes = rows.loss_mask, at.axes
-        of_logits = token_stats_with_entropy if self.entropy_coef else token_stats
-        stats, values = at.networks.forward(
-            params, rows.rollout, temperature=at.config.temperature, of_logits=of_logits
+        del dropout, whole  # with dropout, the first ratio would not be 1
+        mask, axes = rows.loss_mask, setting.axes
+        stats_fn = token_stats_with_entropy if self.entropy_coef else token_stats
+        stats, values = setting.networks.forward(
+            params, rows.rollout, temperature=setting.config.temperature, stats_fn=stats_fn
         )
 
         def aggregate(x: Float[Array, "B T"]) -> Float[Array, ""]:
-            return self.aggregation.reduce(x, mask, max_tokens=at.networks.max_new_tokens, axes=axes)
+            return self.aggregation.reduce(x, mask, max_tokens=setting.networks.max_new_tokens, axes=axes)
 
         tokens = self.policy_loss(stats.logprobs, rows.logprobs, rows.advantages, mask)
         loss = policy = aggregate(tokens.losses if rows.weights is None else rows.weights * tokens.losses)
@@ -315,7 +316,7 @@ class PolicyGradient:
             "policy/entropy_avg": masked_mean(stats.entropy, mask, axes),
             **ratio_metrics(stats.logprobs, rows.logprobs, tokens.clipped, mask, axes),
         }
-        if self.old_by_sampler:
+        if self.use_sampler_logprobs:
             sampler = sampler_difference(stats.logprobs, rows.logprobs, mask, axes)
             metrics |= {name: BeforeUpdates(metric) for name, metric in sampler.items()}
         if values is not None and rows.values is not None:
@@ -332,5 +333,5 @@ class PolicyGradient:
         return loss, metrics
 
     def weight(self, rows: Experience, axes: tuple[str, ...]) -> Int[Array, ""]:
-        """Count the tokens, or the responses, that the policy's loss is a mean over."""
+        """Count the tokens or responses that the policy loss averages over."""
         return self.aggregation.weight(rows.loss_mask, axes)

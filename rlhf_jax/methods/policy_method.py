@@ -1,4 +1,4 @@
-"""Settings of a method, by which `policy_gradient.py` runs it.
+"""Settings of an online method, as `policy_gradient.py` reads them.
 
 `stages/ppo.py`, `stages/group_rl.py` and `stages/online_dpo.py` make them from their configs.
 """
@@ -18,20 +18,22 @@ from rlhf_jax.runtime.optimizers import OptimizerConfig
 Rows = TypeVar("Rows")
 """Batch that the epochs train on: `Experience`, or online DPO's pairs."""
 KLEstimator = Callable[[Array, Array, Array], Array]
-"""Function of the log-probabilities of policy, reference and old policy, as in `core/kl.py`."""
+"""Function of the log-probabilities under the policy, the reference and the old policy, as in `core/kl.py`."""
 
 
 @runtime_checkable
 class Learner(Protocol[Rows]):
-    """Steps 4 and 6: what the epochs train on, and its loss."""
+    """Steps 4 and 6 of an iteration: the batch that the epochs train on, and the loss of a minibatch."""
 
-    def prepare(self, at: Setting, evaluated: Evaluated, frozen: Params, kl_coef: Coefficient) -> tuple[Rows, Numbers]:
+    def prepare(
+        self, setting: Setting, evaluated: Evaluated, frozen: Params, kl_coef: Coefficient
+    ) -> tuple[Rows, Numbers]:
         """Make the batch that the epochs train on."""
         ...
 
     def loss(
         self,
-        at: Setting,
+        setting: Setting,
         params: Params,
         rows: Rows,
         dropout: Key[Array, "B"] | None,
@@ -39,27 +41,27 @@ class Learner(Protocol[Rows]):
         whole: Rows,
         kl_coef: Coefficient,
     ) -> tuple[Float[Array, ""], Metrics]:
-        """Compute the mean loss of rows of a minibatch: the whole of it, or a part where gradients are accumulated."""
+        """Compute the mean loss of `rows`: the minibatch `whole`, or a micro-batch of it if gradients accumulate."""
         ...
 
     def weight(self, rows: Rows, axes: tuple[str, ...]) -> Int[Array, ""]:
-        """Count what the loss is a mean over."""
+        """Count the items that the loss averages over: tokens, responses or pairs."""
         ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OnlineMethod(Generic[Rows]):
-    """Settings of an iteration beyond `OnlineConfig`, as a stage's config resolves them. Defaults switch extras off."""
+    """Settings of an iteration beyond `OnlineConfig`; the defaults disable optional features."""
 
     learner: Learner[Rows]
     kl_coef: float
     kl_estimator: KLEstimator
     shaping: Shaping
     num_generations: int = 1  # responses to a prompt
-    old_by_sampler: bool = False  # old log-probabilities are the sampler's: no forward pass of the learner
-    importance: Callable[[Array, Array, Array], Array] | None = None  # core/importance.py: weights of tokens
+    use_sampler_logprobs: bool = False  # use the sampler's old log-probabilities, without a forward pass of the learner
+    importance: Callable[[Array, Array, Array], Array] | None = None  # weights of tokens (core/importance.py)
     dynamic_sampling: DynamicSampling | None = None
     kl_controller: AdaptiveKL | None = None
     ptx: PretrainingMix | None = None
-    value_warmup: int = 0  # iterations in which the policy stays as it is
-    value_optimizer: OptimizerConfig | None = None  # None: policy and values share one
+    value_warmup: int = 0  # first iterations, which train only the value function
+    value_optimizer: OptimizerConfig | None = None  # None: policy and value function share one

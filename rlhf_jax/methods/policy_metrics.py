@@ -1,4 +1,4 @@
-"""Numbers of an online iteration's responses and of its objective."""
+"""Metrics of an online iteration's responses and of its objective."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from rlhf_jax.methods.policy_parts import Coefficient, Evaluated, Numbers
 
 
 def score_metrics(scores: Float[Array, "B"], axes: tuple[str, ...]) -> Numbers:
-    """Mean and deviation of the scores of the reward itself."""
+    """Mean and standard deviation of the reward's scores, before shaping."""
     everything = jnp.ones(scores.shape, bool)
     return {
         "reward": masking.mean(scores, axes),
@@ -20,7 +20,7 @@ def score_metrics(scores: Float[Array, "B"], axes: tuple[str, ...]) -> Numbers:
 
 
 def objective_metrics(evaluated: Evaluated, kl_coef: Coefficient, axes: tuple[str, ...]) -> Numbers:
-    """The objective and its parts, means over responses, in nats per response; and the responses' lengths."""
+    """The objective and its terms, as means over responses, and the responses' lengths."""
     mask, scores = evaluated.rollout.response_mask, evaluated.scores
     sequence_kl = sequence_logprobs(evaluated.kl, mask)
     non_score, lengths = -kl_coef * sequence_kl, masking.lengths(mask)
@@ -41,5 +41,5 @@ def objective_metrics(evaluated: Evaluated, kl_coef: Coefficient, axes: tuple[st
 
 
 def reference_divergence(evaluated: Evaluated) -> Float[Array, "B"]:
-    """Estimate the divergence from the reference of each response, by k1, in nats."""
+    """Estimate each response's KL divergence from the reference with k1, in nats."""
     return sequence_logprobs(k1(evaluated.old.logprobs, evaluated.ref_logprobs), evaluated.rollout.response_mask)

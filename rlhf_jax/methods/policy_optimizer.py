@@ -1,8 +1,8 @@
-"""The optimiser of a policy-gradient method: one for policy and values, or one each, and the values' warm-up.
+"""The optimiser of a policy-gradient method: shared by policy and value function or one for each, and value warm-up.
 
-By default policy and values share one optimiser, rate and bound on the gradient's norm, as in TRL's PPOTrainer. A large
-gradient of the values then scales the policy's down with it. With `value_optimizer` each has its own, as in verl
-(`actor.optim` and `critic.optim`).
+By default, policy and value function share one optimiser, learning rate and gradient-norm clipping, as in TRL's
+PPOTrainer: a large value gradient then also scales down the policy's. With `value_optimizer` each has its own, as in
+verl (`actor.optim` and `critic.optim`).
 """
 
 import jax
@@ -18,21 +18,21 @@ from rlhf_jax.runtime.optimizers import Optimizer, OptimizerConfig, algorithm, b
 
 
 def check_value_optimizer(value: OptimizerConfig | None) -> None:
-    """Raise ValueError for a field that `optimizer` alone has, for policy and values."""
+    """Raise ValueError for a field that can only be set in `optimizer`, for policy and value function together."""
     for name in ("micro_batch", "freeze", "low_precision"):
         if value is not None and getattr(value, name) != OptimizerConfig.__dataclass_fields__[name].default:
             raise ValueError(
-                f"value_optimizer.{name} = {getattr(value, name)!r} is not read: optimizer.{name} serves policy and "
-                "values"
+                f"value_optimizer.{name} = {getattr(value, name)!r} is not read: optimizer.{name} applies to policy "
+                "and value function"
             )
 
 
 def make_optimizer(config: OnlineConfig, method: OnlineMethod) -> Optimizer:
-    """Make the optimiser of `{"policy": ..., "value": ...}`, in which the policy waits for the values' warm-up.
+    """Make the optimiser of `{"policy": ..., "value": ...}`, which holds the policy fixed during value warm-up.
 
-    During the first `method.value_warmup` iterations the policy's moments, counts and schedule do not move, so that its
-    first update is that of a run without warm-up; its schedule runs over the iterations that are left. A shared bound
-    is on the norm of both gradients, of which the policy's is 0 in the warm-up.
+    During the first `method.value_warmup` iterations the policy's moments, step count and schedule do not change, so
+    that its first update equals that of a run without warm-up; its schedule covers the remaining iterations. Shared
+    clipping uses the norm of both gradients; the policy's is 0 during warm-up.
     """
     warmup, value = _warmup_updates(config, method), method.value_optimizer
     own, updates = config.optimizer, config.updates
@@ -47,28 +47,28 @@ def make_optimizer(config: OnlineConfig, method: OnlineMethod) -> Optimizer:
         policy = optax.chain(bound(own), policy)
     if warmup:
         policy = optax.conditionally_mask(policy, is_over)
-    of_value = algorithm(own, updates) if value is None else optax.chain(bound(value), algorithm(value, updates))
-    each = optax.partition({"policy": policy, "value": of_value}, lambda params: {name: name for name in params})
+    value_part = algorithm(own, updates) if value is None else optax.chain(bound(value), algorithm(value, updates))
+    each = optax.partition({"policy": policy, "value": value_part}, lambda params: {name: name for name in params})
     return finished(own, each if value is not None else optax.chain(bound(own), each))
 
 
-def hold_policy(grads: Params, method: OnlineMethod, step: jax.Array) -> Params:
-    """Set the policy's gradient to 0 during the values' warm-up, so that a shared bound counts the values' alone."""
+def freeze_policy(grads: Params, method: OnlineMethod, step: jax.Array) -> Params:
+    """Set the policy's gradient to 0 during value warm-up, so that shared clipping sees only the value gradient."""
     if not method.value_warmup:
         return grads
     warming = step < method.value_warmup
     return {**grads, "policy": jax.tree.map(lambda grad: jnp.where(warming, 0, grad), grads["policy"])}
 
 
-def rates(config: OnlineConfig, method: OnlineMethod, step: jax.Array) -> dict[str, jax.Array]:
-    """Rates at the first update of an iteration: `learning_rate`, and the values' if it differs."""
+def learning_rates(config: OnlineConfig, method: OnlineMethod, step: jax.Array) -> dict[str, jax.Array]:
+    """Learning rates at an iteration's first update: `learning_rate`, and `learning_rate/value` if it may differ."""
     warmup = _warmup_updates(config, method)
     done = step * (config.updates // config.iterations)
     own = jnp.asarray(learning_rate(config.optimizer, config.updates - warmup)(jnp.maximum(done - warmup, 0)))
     if not warmup and method.value_optimizer is None:
         return {"learning_rate": own}
-    of_value = jnp.asarray(learning_rate(method.value_optimizer or config.optimizer, config.updates)(done))
-    return {"learning_rate": jnp.where(done < warmup, 0.0, own), "learning_rate/value": of_value}
+    value_rate = jnp.asarray(learning_rate(method.value_optimizer or config.optimizer, config.updates)(done))
+    return {"learning_rate": jnp.where(done < warmup, 0.0, own), "learning_rate/value": value_rate}
 
 
 def _warmup_updates(config: OnlineConfig, method: OnlineMethod) -> int:

@@ -1,6 +1,6 @@
-"""Networks of an online iteration, the batches that its steps pass on, and the shaping of scores.
+"""Networks of an online iteration, the batches passed between its steps, and score shaping.
 
-`policy_gradient.py` has the steps.
+The steps are in `policy_gradient.py`.
 """
 
 import dataclasses
@@ -24,35 +24,35 @@ from rlhf_jax.types import PromptBatch, Rollout, TokenBatch
 
 SharedTrunk = Literal["shared"]
 ValueNetwork = ScalarNetwork | SharedTrunk | None
-"""A network of its own, a head on the policy's own trunk, or no value function."""
+"""A separate network, a head on the policy's trunk (`shared`), or no value function."""
 Metrics = dict[str, Metric]
 Numbers = dict[str, jax.Array]
 Params = dict[str, PyTree]
 Coefficient = float | Float[Array, ""]
-"""A number, or the state of a controller."""
+"""A constant, or the current value of an adaptive controller."""
 
 
 class OnlineBatch(NamedTuple):
     """Inputs of an iteration."""
 
-    prompts: PromptBatch  # with dynamic sampling those of all rounds, [B, rounds, P]
-    demonstrations: TokenBatch | None = None  # of the pretraining mix
+    prompts: PromptBatch  # with dynamic sampling the prompts of all rounds, [B, rounds, P]
+    demonstrations: TokenBatch | None = None  # for the pretraining mix
 
 
 class Sampled(NamedTuple):
     """Responses before they are scored."""
 
     rollout: Rollout
-    logprobs: jax.Array  # [B, T], by the sampler's own forward passes
+    logprobs: jax.Array  # [B, T], as computed by the sampler
     demonstrations: TokenBatch | None
 
 
 class Responses(NamedTuple):
-    """Responses with the scores of the reward itself."""
+    """Responses with the reward's scores, before shaping."""
 
     sampled: Sampled
     scores: jax.Array  # [B]
-    useful: jax.Array | None  # bool[B], the responses to train on; None: all of them
+    useful: jax.Array | None  # bool[B], responses to train on; None: all
     metrics: Numbers  # of the scores
 
 
@@ -67,11 +67,11 @@ class OldPolicy(NamedTuple):
 
 
 class Evaluated(NamedTuple):
-    """Responses with everything that token rewards are made of."""
+    """Responses with all inputs of the token rewards."""
 
     rollout: Rollout
     scores: jax.Array  # [B], shaped
-    ended: jax.Array  # bool[B], has a stop token; the others were cut off
+    ended: jax.Array  # bool[B], True if the response has a stop token
     useful: jax.Array | None  # as in Responses
     old: OldPolicy
     ref_logprobs: jax.Array  # [B, T]
@@ -79,7 +79,7 @@ class Evaluated(NamedTuple):
 
 
 class Advantages(NamedTuple):
-    """Advantages, and the targets of the value function where there is one."""
+    """Advantages, and the value function's targets, None without one."""
 
     advantages: jax.Array  # [B, T]
     returns: jax.Array | None  # [B, T]
@@ -88,24 +88,24 @@ class Advantages(NamedTuple):
 class ValueTargets(NamedTuple):
     """Inputs of the value loss."""
 
-    old: jax.Array  # [B, T], the values before the first update
+    old: jax.Array  # [B, T], values before the first update
     returns: jax.Array  # [B, T]
 
 
 class Experience(NamedTuple):
-    """A scored rollout with advantages, on which every epoch trains."""
+    """Rollout with advantages: the batch that every epoch trains on."""
 
     rollout: Rollout
-    logprobs: jax.Array  # [B, T], of the old policy
+    logprobs: jax.Array  # [B, T], under the old policy
     advantages: jax.Array  # [B, T]
-    loss_mask: jax.Array  # [B, T]: the response tokens that are trained on
+    loss_mask: jax.Array  # [B, T], response tokens to train on
     values: ValueTargets | None
-    ref_logprobs: jax.Array | None  # [B, T], where the penalty is in the loss
+    ref_logprobs: jax.Array | None  # [B, T]; None unless the KL penalty is in the loss
     weights: jax.Array | None  # [B, T], importance weights
 
 
 class Samples(NamedTuple):
-    """Responses of an iteration for `samples.jsonl`."""
+    """Responses of an iteration, for `samples.jsonl`."""
 
     rollout: Rollout
     scores: jax.Array  # [B]
@@ -114,9 +114,10 @@ class Samples(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Networks:
-    """The networks' functions. Parameters: state has `policy` and `value`, frozen has `reference` and `reward`.
+    """Policy and value networks, without their parameters.
 
-    Where the policy and the value are adapters, their bases are frozen's `reference` and `value_base`.
+    Trained parameters are `policy` and `value`, frozen ones `reference` and `reward`. For adapters, the frozen base is
+    `reference` for the policy and `value_base` for the value function.
     """
 
     policy: PolicyNetwork
@@ -139,19 +140,19 @@ class Networks:
         rollout: Rollout,
         *,
         temperature: float,
-        of_logits: Callable[..., TokenStats] = token_stats,
+        stats_fn: Callable[..., TokenStats] = token_stats,
     ) -> tuple[TokenStats, Float[Array, "B T"] | None]:
-        """Compute statistics of the response tokens under the policy, and the values before them if there are any."""
+        """Compute the policy's statistics of the response tokens, and the values (None without a value function)."""
         hidden = self.policy.response_hidden(params["policy"], rollout)
         stats = self.policy.hidden_stats(
-            params["policy"], hidden, rollout.response, temperature=temperature, of_logits=of_logits
+            params["policy"], hidden, rollout.response, temperature=temperature, stats_fn=stats_fn
         )
         if self.value == "shared":
             return stats, value_head.values(params["value"], hidden)
         return stats, self.values(params, rollout)
 
     def values(self, params: Params, rollout: Rollout) -> Float[Array, "B T"] | None:
-        """Compute the values before the response tokens; None without a value function."""
+        """Compute the value of the state before each response token; None without a value function."""
         if self.value is None:
             return None
         if self.value == "shared":
@@ -159,37 +160,38 @@ class Networks:
         return self.value.values(params["value"], rollout)
 
     def has_ended(self, rollout: Rollout) -> Bool[Array, "B"]:
-        """Mark the responses with a stop token: the others were cut off."""
+        """Mark the responses that contain a stop token; the others were cut off."""
         return jnp.any(is_stop(rollout.response, self.stop_ids) & rollout.response_mask, axis=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """Networks, the config that every online method has, and the axes that an iteration is mapped over."""
+    """Networks, the config shared by all online methods, and the axes that an iteration is mapped over."""
 
     networks: Networks
     config: OnlineConfig
-    axes: tuple[str, ...]  # that rows are split over
-    loop_axes: tuple[str, ...]  # of the seeds around the iteration
+    axes: tuple[str, ...]  # axes that rows are split over
+    loop_axes: tuple[str, ...]  # axes of the seeds, outside the iteration
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shaping:
-    """Changes to scores before the KL penalty, in the order of the fields.
+    """Changes to scores before the KL penalty, applied in the order of the fields.
 
-    The EOS trick is N+'s `missing_eos_score` (-1 there), or TRL's `missing_eos_penalty`.
+    A response without EOS gets a fixed score (`missing_eos_score`; -1 in Huang et al. 2024), or a penalty as in TRL
+    (`missing_eos_penalty`).
     """
 
     scale: float = 1.0
-    clip: float | None = None  # scores are held within plus and minus this
-    overlong_buffer: float = 0.0  # the last share of the longest response, over which the score falls by 1
-    missing_eos_score: float | None = None  # score of a response that was cut off, in the place of its own
+    clip: float | None = None  # largest absolute score
+    overlong_buffer: float = 0.0  # share of the maximum length over which the score falls by 1
+    missing_eos_score: float | None = None  # replaces the score of a response without EOS
     missing_eos_penalty: float = 0.0
 
     def __call__(
         self, scores: Float[Array, "B"], lengths: Int[Array, "B"], ended: Bool[Array, "B"], *, max_tokens: int
     ) -> Float[Array, "B"]:
-        """Scale and clip scores, and lower those of responses that are too long or were cut off."""
+        """Scale and clip scores, and penalise responses that are too long or have no EOS."""
         if self.scale != 1:
             scores = scores * self.scale
         scores = clip_scores(scores, clip=self.clip)

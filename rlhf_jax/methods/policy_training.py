@@ -1,4 +1,4 @@
-"""Run of a policy gradient: an online method with a reward of its own, and a value function where it has one."""
+"""Training of PPO and the group methods: load the reward, make the value function, and run the iterations."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from rlhf_jax.types import Json
 
 
 class ValueStart(NamedTuple):
-    """A value function before the first iteration, without an adapter."""
+    """A value function before the first iteration, without its adapter."""
 
     network: ValueNetwork
     params: PyTree
@@ -29,7 +29,7 @@ StartValue = Callable[[Policy, RewardModel | None, PRNGKeyArray], ValueStart]
 
 
 def no_value(policy: Policy, reward_model: RewardModel | None, key: PRNGKeyArray) -> ValueStart:
-    """Leave out the value function."""
+    """Return no value function."""
     del policy, reward_model, key
     return ValueStart(None, None)
 
@@ -37,7 +37,7 @@ def no_value(policy: Policy, reward_model: RewardModel | None, key: PRNGKeyArray
 def train_policy(
     config: PolicyGradientConfig, method: OnlineMethod[Experience], start_value: StartValue, context: Context
 ) -> dict[str, Json]:
-    """Train `context.seeds` policies, with a value function each where start_value makes one. Returns the summary."""
+    """Train `context.seeds` policies, each with its own value function from `start_value`. Returns the summary."""
     inputs = read_inputs(config, context)
     policy, base = inputs.reference.network, inputs.reference.params
     reward = place_reward(find_reward(context, config.reward_model), inputs, context)

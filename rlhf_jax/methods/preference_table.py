@@ -69,7 +69,7 @@ class LossSpec:
         return "axes" in self.reads
 
     def takes(self, option: str) -> bool:
-        """Return whether the loss reads an option of the config."""
+        """True if the loss reads this option of the config."""
         if option == "divergence":
             return self.any_divergence
         if option == "use_weighting":
@@ -142,9 +142,9 @@ def level_at_reference(loss: Row) -> float | None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PreferenceLossConfig:
-    """A preference loss, or a weighted sum of several. An option that no chosen loss reads must keep its default."""
+    """A preference loss, or a weighted sum of several. An option that none of them reads must keep its default."""
 
-    losses: tuple[LossName | FunctionSource, ...] = ("sigmoid",)  # losses, which are summed
+    losses: tuple[LossName | FunctionSource, ...] = ("sigmoid",)  # losses to sum
     loss_weights: tuple[Finite, ...] | None = None  # weights in the sum; None: 1 each
     label_smoothing: Annotated[float, Range(at_least=0, below=0.5)] = 0.0  # assumed share of flipped labels
     divergence: Divergence = "reverse_kl"  # divergence from the reference
@@ -208,7 +208,7 @@ class PreferenceLossConfig:
 
 
 INPUT_OPTIONS = ("divergence", "ld_alpha", "use_weighting")
-"""Options that change the inputs or the weights of losses."""
+"""Options that change the inputs of losses, or weight pairs."""
 
 OWN_OPTIONS = tuple(
     field.name
@@ -234,10 +234,10 @@ DIVERGENCES: dict[str, Callable[[Array, PreferenceLossConfig], Array]] = {
 
 
 def check_micro_batch(config: PreferenceLossConfig, micro_batch: int | None) -> None:
-    """Raise ValueError if gradients of a loss that uses statistics of the whole batch would be accumulated."""
+    """Raise ValueError if gradients are accumulated for a loss that uses statistics of the whole batch."""
     whole = [name for name, spec in zip(config.losses, config.specs, strict=True) if spec.whole_batch]
     if micro_batch is not None and whole:
         raise ValueError(
-            f"optimizer.micro_batch = {micro_batch}, and {' and '.join(whole)} uses statistics of the whole batch, "
-            "which a part of it does not have: set micro_batch = None"
+            f"optimizer.micro_batch = {micro_batch} does not work with {' and '.join(whole)}, which uses statistics of "
+            "the whole batch: set micro_batch = None"
         )

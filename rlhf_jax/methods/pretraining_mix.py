@@ -1,4 +1,4 @@
-"""Pretraining mix of InstructGPT: maximum likelihood on demonstrations in every update of a policy gradient."""
+"""Pretraining mix of InstructGPT: a maximum-likelihood term on demonstrations in every policy-gradient update."""
 
 import dataclasses
 
@@ -18,7 +18,7 @@ class PretrainingMix:
     """PPO-ptx, eq. 2 of Ouyang et al. 2022 (arXiv:2203.02155)."""
 
     coef: Positive  # weight of the likelihood (gamma in the paper)
-    batch_size: Count  # demonstrations in an iteration, from the experiment's data
+    batch_size: Count  # demonstrations per iteration, from the experiment's data
 
     def gradients(
         self,
@@ -29,7 +29,7 @@ class PretrainingMix:
         batch: TokenBatch,
         axes: tuple[str, ...],
     ) -> tuple[Float[Array, ""], Params]:
-        """Compute the loss of demonstrations and its gradient, a micro-batch at a time where there are several."""
+        """Compute the loss of demonstrations and its gradient, accumulated over micro-batches if configured."""
 
         def loss_fn(params: Params, rows: TokenBatch) -> tuple[Float[Array, ""], Metrics]:
             stats = networks.policy.sequence_stats(networks.full_params(params, frozen)["policy"], rows)

@@ -1,4 +1,4 @@
-"""Log-probabilities of pairs under a fixed reference: computed once and kept on disk for later runs."""
+"""Disk cache of the log-probabilities of pairs under a fixed reference."""
 
 import dataclasses
 import hashlib
@@ -20,7 +20,7 @@ from rlhf_jax.types import PreferenceBatch, RlhfError
 def precomputed_ref_logps(
     config: PreferenceLossConfig, network: PolicyNetwork, params: PyTree, data: PreferenceBatch, batch_size: int
 ) -> PairLogps:
-    """Read the reference's log-probabilities of all pairs from disk, after computing them if they are not there.
+    """Read the reference's log-probabilities of all pairs from disk; compute and write them if the file is missing.
 
     Raises RlhfError if the file cannot be written or read.
     """
@@ -39,9 +39,9 @@ def precomputed_ref_logps(
 
 
 def cache_path(config: PreferenceLossConfig, network: PolicyNetwork, params: PyTree, data: PreferenceBatch) -> Path:
-    """Name the file by a hash of everything that the log-probabilities depend on.
+    """Return the file's path, named by a hash of everything that the log-probabilities depend on.
 
-    These are the network, its parameters, LD-DPO's alpha, and the tokens of every pair, which depend on the rows, the
+    The hash covers the network, its parameters, LD-DPO's alpha, and the tokens of every pair, and thereby the rows, the
     tokenizer, its template and the length limits.
     """
     digest = hashlib.sha256(
@@ -55,7 +55,7 @@ def cache_path(config: PreferenceLossConfig, network: PolicyNetwork, params: PyT
 
 
 def _write(path: Path, logps: PairLogps) -> None:
-    """Write the whole file or nothing, also if several processes write it at once."""
+    """Write the file atomically, even if several processes write it at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(prefix=".partial-", dir=path.parent)
     try:

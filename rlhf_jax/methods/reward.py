@@ -105,7 +105,7 @@ class RewardLossConfig:
     neither); `k_wise` ranked rows, or pairs, which are grouped by prompt; `plackett_luce` ranked rows.
     """
 
-    name: LossName = "bradley_terry"  # loss; `margin`, `raters`, `k_wise` and `plackett_luce` need columns of their own
+    name: LossName = "bradley_terry"  # loss; `margin`, `raters`, `k_wise` and `plackett_luce` need special columns
     label_smoothing: Annotated[float, Range(at_least=0, below=0.5)] = 0.0  # assumed share of flipped labels
     # Weight of centring: the squared sum of a pair's scores (eq. 2 of Eisenstein et al. 2023, arXiv:2312.09244).
     center_rewards_coefficient: NonNegative = 0.0

@@ -149,13 +149,13 @@ class PolicyNetwork:
         tokens: Int[Array, "B T"],
         *,
         temperature: float,
-        of_logits: Callable[..., TokenStats] = head.token_stats,
+        stats_fn: Callable[..., TokenStats] = head.token_stats,
     ) -> TokenStats:
         """Statistics of tokens, from the hidden states that predict them.
 
-        Args: of_logits is `head.token_stats`, or `head.token_stats_with_entropy` for losses with an entropy term.
+        Args: stats_fn is `head.token_stats`, or `head.token_stats_with_entropy` for losses with an entropy term.
         """
-        return of_logits(
+        return stats_fn(
             hidden,
             self._head(params),
             self.allowed,

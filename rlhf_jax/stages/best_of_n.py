@@ -47,7 +47,7 @@ class BestOfNConfig:
     reward_model: RewardSource  # reward that selects
     judge: StageName | None  # gold stage that scores the selected responses; None: no judge
     prompts: Count  # prompts of the test split
-    pool: Count  # samples of each prompt; every power of two up to it is reported
+    pool: Count  # samples per prompt; N is every power of two up to this
     temperature: Positive  # temperature of the samples
     # Temperatures of soft Best-of-N, in units of the score; None: hard Best-of-N only.
     soft: tuple[Positive, ...] | None = None

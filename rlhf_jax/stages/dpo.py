@@ -39,7 +39,7 @@ class DPOConfig(OfflineConfig):
     # Move the reference towards the policy (TR-DPO); None: a fixed reference.
     reference_update: ReferenceUpdate | None = None
     sample_temperature: NonNegative = 1.0  # temperature of continuations at evaluations; 0 is greedy
-    cached_reference: bool = False  # compute the reference's log-probabilities once, and keep them on disk
+    cached_reference: bool = False  # compute the reference's log-probabilities once and cache them on disk
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,7 +53,7 @@ class DPOConfig(OfflineConfig):
 
 
 def run(config: DPOConfig, context: Context) -> dict[str, Any]:
-    """Train `context.seeds` policies at once, each on its own order of the pairs; evaluate on the held-out pairs."""
+    """Train `context.seeds` policies at once, each with its own order of the pairs; evaluate on held-out pairs."""
     reference = begin_policy(config.policy, config.tuning, context)
     network, tokenizer = reference.network, reference.tokenizer
     rows, held_out = load_preferences(context, config.preferences)

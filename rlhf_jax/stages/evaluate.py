@@ -1,6 +1,7 @@
-"""evaluate: compare methods by one response to each prompt, against the reference and further opponents.
+"""evaluate: compare methods by one response to each prompt, with win rates against the reference and other opponents.
 
-The validation split chooses among stages of one kind (such as DPO's beta); the table is computed on the test split.
+Stages of one kind (such as DPO with different betas) are selected on the validation split; the table is computed on the
+test split.
 """
 
 import dataclasses
@@ -42,11 +43,13 @@ class EvaluateConfig:
     reward_model: RewardSource  # reward that scores responses and chooses Best-of-N's
     # Gold stage, reward or judge over HTTP that decides pairs; None: reward_model.
     judge: RewardSource | HTTPJudgeConfig | None
-    prompts: Count  # most prompts of the test split, drawn by the seed, the same for every method
-    selection_prompts: Count  # most prompts of the validation split, drawn likewise, on which methods are chosen
+    prompts: Count  # maximum number of test prompts, drawn at random, the same for every method
+    selection_prompts: Count  # maximum number of validation prompts, on which stages are selected
     # Temperature of the responses; 0 is greedy, and then KL is the mean log-ratio at temperature 1.
     temperature: NonNegative
-    against: tuple[ModelSource, ...] = ()  # further opponents beside the reference, each with a row of its own
+    against: tuple[
+        ModelSource, ...
+    ] = ()  # further opponents in addition to the reference, each also a row of the table
     # Resamples of the bootstrap intervals over prompts.
     bootstrap_rounds: Annotated[int, Range(at_least=100, at_most=1_000_000)] = 1000
 
@@ -64,7 +67,7 @@ class Judges(NamedTuple):
 
 
 def run(config: EvaluateConfig, context: Context) -> dict[str, Any]:
-    """Write the table of the test split, that of the validation split, win rates and all responses.
+    """Write the tables of the test and validation splits, win rates and all responses.
 
     `results.jsonl` has a row for each method with its win rate against the reference; `selection.jsonl` has the same
     columns for the validation split; `win_rates.jsonl` has win rates against every opponent; `samples.jsonl` has the

@@ -1,4 +1,4 @@
-"""frontier: score against KL along the runs of many methods, and each method's score at equal KL.
+"""frontier: score against KL along the runs of several methods, and the methods' scores at equal KL.
 
 The end of a run depends on its learning rate, KL coefficient and length, so methods are compared along their runs: each
 checkpoint is scored, and each run is interpolated to given values of KL. The axes are those of figure 1 of Gao et al.
@@ -58,9 +58,9 @@ class FrontierConfig:
 def run(config: FrontierConfig, context: Context) -> dict[str, Any]:
     """Write `points.jsonl`, `at_kl.jsonl` and `matched.jsonl`.
 
-    Their rows are checkpoints of each seed; seeds at each target KL; and methods at each target KL. The score is in the
-    column `gold`, whichever judge gave it; the summary names the judge. Each point is written when it is measured, and
-    an interrupted run keeps its points.
+    Their rows are, in this order: checkpoints of each seed, seeds at each target KL, and methods at each target KL. The
+    score is in the column `gold`, whichever judge gave it; the summary names the judge. Each point is written as soon
+    as it is measured, so that an interrupted run keeps its points.
     """
     assert not isinstance(config.judge, HTTPJudgeConfig)
     reference = context.policy(config.reference)

@@ -1,8 +1,8 @@
-"""group_rl: policy gradients without a value function, whose baselines come from other responses.
+"""group_rl: policy gradients without a value function; the baselines come from other responses.
 
 RLOO, REINFORCE++, GRPO, Dr. GRPO, DAPO, GSPO, CISPO and SAPO are one iteration (`methods/policy_gradient.py`) with
-different fields. `METHODS` has the settings of each paper, or the usual ones where a paper has none. Any of them can be
-overridden. PPO's fields for rollouts, scores, the penalty and the optimiser exist here too.
+different fields. `METHODS` holds each paper's settings, or common defaults where a paper gives none; any of them can be
+overridden. Fields for sampling, scores, KL penalty and optimiser are the same as in PPO.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ from rlhf_jax.methods.policy_method import OnlineMethod
 from rlhf_jax.methods.policy_parts import Advantages, Experience
 from rlhf_jax.methods.policy_training import no_value, train_policy
 
-# Defaults of TRL and verl, for papers that name no bounds.
+# Defaults of TRL and verl, for papers that give no bounds.
 PPO_BOUNDS = {"policy_loss": "ppo", "clip_ratio": 0.2, "clip_ratio_high": 0.2}
 WITHOUT_PENALTY = {"kl_coef": 0.0, "kl_estimator": "k3", "kl_in": "loss"}
 
@@ -48,8 +48,8 @@ METHODS: dict[str, dict[str, Any]] = {
         "kl_estimator": "k1",
         "kl_in": "reward",
     },
-    # Hu et al. 2025 (arXiv:2501.03262), for one response a prompt, and for groups whose mean is the baseline. The
-    # second has k2 in the loss, as in the authors' scripts (OpenRLHF); its gradient is that of the divergence.
+    # Hu et al. 2025 (arXiv:2501.03262): first for one response per prompt, then for groups whose mean is the baseline.
+    # The second has k2 in the loss, as in the authors' scripts (OpenRLHF); its gradient is that of the divergence.
     "reinforce_plus_plus": {
         **PPO_BOUNDS,
         "advantage": "reinforce_plus_plus",
@@ -114,7 +114,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "sapo_temperature_neg": 1.05,
     },
 }
-"""Settings of each method. `rloo` and both `reinforce_plus_plus` leave `kl_coef` open."""
+"""Settings of each method. `rloo` and both `reinforce_plus_plus` have no default for `kl_coef`."""
 
 if TYPE_CHECKING:
     Name = Advantage = PolicyLoss = str
@@ -197,13 +197,13 @@ class GroupRLConfig(PolicyGradientConfig):
 
 
 def resolve(config: GroupRLConfig) -> dict[str, Any]:
-    """Return all fields that presets set, from the config if given there, else from the preset, else the default."""
+    """Return all fields of a method: from the config if set, else from METHODS, else from DEFAULTS."""
     given = {name: getattr(config, name) for name in OVERRIDABLE if getattr(config, name) is not None}
     return DEFAULTS | METHODS[config.method] | given
 
 
 def method_of(config: GroupRLConfig) -> OnlineMethod[Experience]:
-    """Resolve a config into a method, with every field filled in."""
+    """Make the method from a config."""
     fields, size = resolve(config), config.num_generations
     estimator, loss = find_advantage(fields["advantage"]), find_policy_loss(fields["policy_loss"])
     discount = {"gamma": fields["gamma"]} if estimator.discounted else {}

@@ -1,4 +1,4 @@
-"""Table of the kinds of stages: one row holds all that experiments, the command line and reports know about a kind.
+"""Table of the kinds of stages: one row per kind, read by experiments, the command line and reports.
 
 A new kind is one file in this directory and one row of `KINDS`. A user's own kind is a `Kind` in a Python file, and
 `kind = "path/file.py:NAME"` in a config; `examples/stage.py` shows one.
@@ -49,7 +49,7 @@ class Series(NamedTuple):
 
     column: str
     name: str
-    kind: str | None = None  # take the colour of this kind; None: of the stage's own
+    kind: str | None = None  # kind whose colour is used; None: the stage's own
 
 
 class Panel(NamedTuple):
@@ -67,8 +67,8 @@ class Kind:
     """A kind of stage: its config, the function that runs it, and how reports show it.
 
     `config` is a frozen dataclass whose field `kind: str` names the kind. `run(config, context)` reads the outputs of
-    earlier stages through the `Context`, writes into `context.directory`, and returns what summary.json shall hold.
-    Raises ValueError for a row that does not fit together.
+    earlier stages through the `Context`, writes into `context.directory`, and returns the contents of summary.json.
+    Raises ValueError if the fields of a row are inconsistent.
     """
 
     config: type
@@ -79,7 +79,7 @@ class Kind:
     # config; None: the stage's name.
     label: str | Callable[[Row], str] | None = None
     seeded: bool = False  # trains `seeds` runs at once; other kinds train one, with `seed`
-    unit: str | None = None  # what a row of a batch is, for kinds that train with `batch_size` and `optimizer`
+    unit: str | None = None  # plural name of a batch's rows, for kinds that train with `batch_size` and `optimizer`
     curves: tuple[Panel, ...] = ()  # learning curves: lines for training batches, dots for held-out data
     caption: str = ""  # below the learning curves
     step: str = "step"  # what a row of metrics.jsonl counts
@@ -103,7 +103,7 @@ SAMPLING = (
     Panel("KL from the start", "nats per response", (Series("objective/kl", ""),), chance=0.0),
     Panel("Length", "tokens per response", (Series("completions/mean_length", ""),)),
 )
-"""Learning curves of the kinds that sample from the policy they train."""
+"""Learning curves of kinds that sample from the policy during training."""
 
 
 def _pair_loss(*series: Series) -> Panel:
@@ -276,11 +276,11 @@ KINDS = {
         summary="Score checkpoints along runs, and compare methods at equal KL",
     ),
 }
-"""Kinds by their names in configs, in the order of figures."""
+"""Kinds by their names in configs, in the order of the figures."""
 
 
 def find_kind(name: str, path: str) -> Kind:
-    """Return the kind that a config names: of the table, or of a user's file.
+    """Return the kind that a config names, from the table or from a user's file.
 
     Args: path names the config's field in messages, such as `config.ppo.kind`.
     Raises RlhfError for an unknown name, and for an object that is not a `Kind`.
@@ -301,7 +301,7 @@ def find_kind(name: str, path: str) -> Kind:
 
 
 def shown_kind(name: str) -> Kind | None:
-    """Return the kind that reports show a stage as; None for a method without a stage, or where the file is gone."""
+    """Return a stage's kind for reports; None for a method without a stage, or if the user's file no longer exists."""
     if ":" not in name:
         return KINDS.get(name)
     return find_kind(name, "kind") if user_code.source_file(name, "stage kind") else None

@@ -115,7 +115,7 @@ def make_step(updates: Updates[PolicyNetwork], loss_config: UnpairedLossConfig =
     """Make the step: one update on an UnpairedBatch.
 
     `frozen` holds beta and the reference, which is also an adapter's base. The reference point is estimated on the
-    whole batch, also if gradients are accumulated over micro-batches.
+    whole batch, even if gradients are accumulated over micro-batches.
     """
     network, axes = updates.network, updates.axes
 
@@ -203,7 +203,7 @@ def evaluate(
     beta: float,
     batch_size: int,
 ) -> dict[str, float]:
-    """Loss and implicit rewards on all held-out rows at once, under `eval/`. Args: params of policy and reference."""
+    """Compute the loss and implicit rewards on all held-out rows, as `eval/*`. Args: params of policy and reference."""
 
     def logprobs(params: PyTree, responses: tuple[np.ndarray, np.ndarray]) -> jax.Array:
         rollout = Rollout(data.prompt, data.prompt_mask, *responses)

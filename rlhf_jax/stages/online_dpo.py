@@ -1,10 +1,10 @@
-"""online_dpo: preference optimisation on the policy's own pairs, which are labelled as they are sampled.
+"""online_dpo: preference optimisation on pairs of the policy's own samples, labelled during training.
 
-Guo et al. 2024 (OAIF, arXiv:2402.04792): two responses are sampled to each prompt, the one with the higher score is
-chosen over the other, and a preference loss takes a step. The annotator is a reward model, as in TRL's
-OnlineDPOTrainer, or a judge, as in the paper a language model. Any loss of the `dpo` stage can be taken.
+Guo et al. 2024 (OAIF, arXiv:2402.04792): sample two responses to each prompt, choose the one with the higher score, and
+update the policy with a preference loss. The annotator is a reward model, as in TRL's OnlineDPOTrainer, or a judge; in
+the paper it is a language model. Any loss of the `dpo` stage can be used.
 
-The iteration is that of `methods/policy_gradient.py`, with the pairs of `methods/online_pairs.py`.
+The iteration is in `methods/policy_gradient.py`, its pairs and loss in `methods/online_pairs.py`.
 """
 
 import dataclasses
@@ -32,27 +32,27 @@ from rlhf_jax.rewards.tfidf import TfidfJudge
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OnlineDPOConfig(OnlineConfig):
-    """The reward model or else the judge, and the loss. Losses read the policy as it is, whatever the temperature."""
+    """The annotator (reward model or judge) and the loss, whose log-probabilities are at temperature 1."""
 
     kind: Literal["online_dpo"]
     reward_model: RewardSource | None  # reward that chooses between two responses; None: the judge
     beta: Positive  # strength of the regularisation towards the reference
     loss: PreferenceLossConfig = SIGMOID
-    # Gold stage, or judge over HTTP, that chooses; None: the reward model.
+    # Gold stage or judge over HTTP that labels pairs; None: the reward model.
     judge: StageName | HTTPJudgeConfig | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if (self.judge is None) == (self.reward_model is None):
             raise ValueError(
-                f"judge = {self.judge!r} and reward_model = {self.reward_model!r}: exactly one of them chooses, "
-                "and the other is None"
+                f"judge = {self.judge!r} and reward_model = {self.reward_model!r}: exactly one of them labels "
+                "pairs, and the other is None"
             )
         check_micro_batch(self.loss, self.optimizer.micro_batch)
 
 
 def method_of(config: OnlineDPOConfig) -> OnlineMethod[ReferencedBatch]:
-    """Resolve a config into a method: groups of two responses, of which pairs are made."""
+    """Make the method from a config: two responses per prompt, which form a pair."""
     return OnlineMethod(
         learner=PairLearner(config.loss, config.beta),
         kl_coef=config.beta,
@@ -63,7 +63,7 @@ def method_of(config: OnlineDPOConfig) -> OnlineMethod[ReferencedBatch]:
 
 
 def find_annotator(config: OnlineDPOConfig, context: Context) -> RewardModel | Reward | TfidfJudge | HTTPJudge:
-    """Find what chooses between two responses."""
+    """Load the reward or judge that labels pairs."""
     if config.reward_model is not None:
         return find_reward(context, config.reward_model)
     if isinstance(config.judge, HTTPJudgeConfig):

@@ -1,11 +1,12 @@
 """ppo: maximise a reward model's scores with a clipped surrogate, a value function and a KL penalty.
 
 The algorithm of Ziegler et al. 2019 (arXiv:1909.08593) and Stiennon et al. 2020 (arXiv:2009.01325), with the details of
-Huang et al. 2024 (arXiv:2403.17031): no dropout, the score on the last response token, less a penalty without EOS,
-whitened advantages, a value function that starts from the reward model, clipped values, Adam's epsilon 1e-5.
+Huang et al. 2024 (arXiv:2403.17031): no dropout, the score on the last response token, a penalty for responses
+without EOS, whitened advantages, a value function initialised from the reward model, clipped values, Adam's epsilon of
+1e-5.
 
-PPO-specific parts: the value function, its initialisation, GAE, and the choice of the loss. The whole iteration is in
-`methods/policy_gradient.py`.
+This file has the PPO-specific parts: the value function, its initialisation, GAE, and the choice of the loss. The
+iteration is in `methods/policy_gradient.py`.
 """
 
 import dataclasses
@@ -63,7 +64,7 @@ class PPOConfig(PolicyGradientConfig):
     # Last share of the maximum response length, over which a penalty rises linearly to 1 (eq. 13 of DAPO,
     # arXiv:2503.14476); 0: no penalty.
     overlong_buffer: OverlongBuffer = 0.0
-    # Network below the value head: the reward model's, a copy of the policy's, or the policy's own.
+    # Network below the value head: a copy of the reward model's, a copy of the policy's, or the policy itself.
     value_trunk: Literal["reward_model", "policy", "shared"] = "reward_model"
     value_head: Literal["zero", "normal", "reward_model"] = "zero"  # initialisation of the value head
     value_warmup: CountOrZero = 0  # initial iterations that train only the value function
@@ -94,7 +95,7 @@ class PPOConfig(PolicyGradientConfig):
 
 
 def method_of(config: PPOConfig) -> OnlineMethod[Experience]:
-    """Resolve a config into PPO's method: GAE, the clipped surrogate and the clipped value loss."""
+    """Make PPO's method from a config: GAE, the clipped surrogate and the clipped value loss."""
 
     def advantages(rewards: Array, values: Array, mask: Array, trained: Array, axes: tuple[str, ...]) -> Advantages:
         if config.whiten_rewards:
@@ -136,9 +137,9 @@ def run(config: PPOConfig, context: Context) -> dict[str, Any]:
 def start_value(config: PPOConfig, policy: Policy, reward_model: RewardModel | None, key: PRNGKeyArray) -> ValueStart:
     """Make the value function before the first iteration.
 
-    `value_trunk` is a copy of the reward model's trunk (Huang et al. 2024; of the policy's if the reward model reads
-    other tokens), a copy of the policy's, or the policy's own. `value_head` gives values of 0 (Ziegler et al. 2019), is
-    drawn from N(0, 1/(d+1)), or is the reward model's (Huang et al. 2024).
+    `value_trunk` selects a copy of the reward model's trunk (Huang et al. 2024; of the policy's if the reward model
+    reads other tokens), a copy of the policy's, or the policy's trunk itself. `value_head` gives values of 0 (Ziegler
+    et al. 2019), is drawn from N(0, 1/(d+1)), or is a copy of the reward model's (Huang et al. 2024).
     """
     if config.value_trunk == "shared":
         width = policy.network.config.d_model

@@ -31,24 +31,26 @@ from rlhf_jax.types import RlhfError, Rollout
 class PreferencesConfig:
     """Prompts, samples per prompt, the judge that labels pairs of samples, and the noise of the labels.
 
-    The log-odds of a label are `label_beta` times the difference of the scores, in standard deviations of the samples'
-    scores. If it is None, the higher score is chosen and ties are dropped. `pairs` selects all pairs of a prompt's
-    samples, or only the best with the worst. With noise-free labels, `margin` adds a column `margin` for reward-model
-    losses: this factor times the difference in standard deviations.
+    The log-odds of a label are `label_beta` times the difference of the scores, in standard deviations of all samples'
+    scores. If it is None, the response with the higher score is chosen and ties are dropped. `pairs` selects all pairs
+    of a prompt's samples, or only the best with the worst. With noise-free labels, `margin` adds a column `margin` for
+    reward-model losses: this factor times the difference in standard deviations.
     """
 
     kind: Literal["preferences"]
     policy: ModelSource  # policy to sample from
     judge: StageName | HTTPJudgeConfig | None  # gold stage, or judge over HTTP; None if reward_model is set
     prompts: Count  # prompts of the training split to sample for
-    eval_prompts: Count  # of these prompts, those held out for evaluation
+    eval_prompts: Count  # how many of these prompts are held out for evaluation
     samples_per_prompt: AtLeastTwo  # responses to each prompt
-    # Log-odds of a label per standard deviation of the difference in score; None: the higher score wins, and ties are
-    # dropped.
+    # Log-odds of a label if scores differ by one standard deviation of all scores; None: the higher score wins, and
+    # ties are dropped.
     label_beta: NonNegative | None
     reward_model: RewardSource | None = None  # reward that replaces the judge
-    pairs: Literal["all", "best_worst"] = "all"  # all pairs of a prompt's responses, or its best with its worst
-    # Write column `margin`: this times the difference in score, in standard deviations (needs label_beta = None).
+    pairs: Literal["all", "best_worst"] = (
+        "all"  # pairs to label: all of a prompt's responses, or its best with its worst
+    )
+    # Factor of the column `margin`, times the score difference in standard deviations (needs label_beta = None).
     margin: Positive | None = None
     temperature: Positive = 1.0  # temperature of the samples
 

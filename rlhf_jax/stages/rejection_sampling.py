@@ -3,10 +3,9 @@
 This distils Best-of-N. Keeping the best response per prompt and continuing SFT from the sampled policy gives RAFT (Dong
 et al. 2023, arXiv:2304.06767), Llama 2's rejection sampling (Touvron et al. 2023, arXiv:2307.09288) and, repeated,
 expert iteration. Keeping responses above a threshold gives ReST (Gulcehre et al. 2023, arXiv:2308.08998), whose
-thresholds increase from stage to stage:
-from one stage to the next. A round is two stages, and the next round samples what the last one trained:
+thresholds increase from round to round. A round is two stages, and the next round samples from the policy just trained:
 
-    rejection_sampling (policy = sft) -> sft (model.init = sft, demonstrations = that) -> rejection_sampling ...
+    rejection_sampling (policy = sft) -> sft (model.init = sft, demonstrations = the former) -> rejection_sampling ...
 """
 
 import dataclasses
@@ -179,14 +178,13 @@ KEEP: dict[type, Callable[[Any, np.ndarray, np.random.Generator], np.ndarray]] =
 
 
 def demonstration(prompt: Any, completion: str) -> dict[str, Any]:
-    """A row to learn from: in answer to a chat, the completion is a message."""
+    """Make a row for SFT; if the prompt is a chat, the completion is a message of the assistant."""
     said = [{"role": "assistant", "content": completion}] if isinstance(prompt, list) else completion
     return {"prompt": prompt, "completion": said}
 
 
 def original_prompt(table: list[dict[str, Any]], row: int, shown: str) -> Any:
-    """Return the prompt as its row has it: a chat, or the text that was shown."""
-    """A prompt as its row has it; those of plain texts are beginnings, and shorter texts give none."""
+    """Return the prompt of a row: its column `prompt`, the chat before the last answer, or the text `shown`."""
     if "prompt" in table[0]:
         return table[row]["prompt"]
     return chat.question(table[row]["messages"]) if "messages" in table[0] else shown

@@ -42,7 +42,7 @@ class NormaliseConfig:
 
     policy: ModelSource  # policy whose samples are scored
     prompts: AtLeastTwo  # prompts of the training split, drawn at random, one sample each
-    temperature: Positive = 1.0  # temperature of the samples: that of the later fine-tuning
+    temperature: Positive = 1.0  # temperature of the samples; use that of the later fine-tuning
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -50,17 +50,17 @@ class NormaliseConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RewardModelConfig(OfflineConfig):
-    """The reward model: of its own shape and from scratch, or from a checkpoint or a stage of its own."""
+    """The reward model, from scratch or from a checkpoint or stage, and its loss."""
 
     kind: Literal["reward_model"]
     policy: ModelSource | None  # policy whose tokenizer a model from scratch uses
     preferences: StageName | None  # stage that made the preferences; None: the experiment's data
-    # Shape of a model from scratch, or the model to start from; of a language model, the body is used.
+    # Shape of a model from scratch, or the model to start from; a language model's head is replaced.
     model: ModelConfig | Pretrained
     pooling: Pooling  # tokens that the score is read from
     loss: RewardLossConfig = BRADLEY_TERRY
     ensemble: EnsembleConfig | None = None  # train several members at once; None: one model
-    # Scale scores to mean 0 and variance 1 on samples of a policy; None: leave them.
+    # Scale scores to mean 0 and variance 1 on samples of a policy; None: do not scale.
     normalise: NormaliseConfig | None = None
 
     def __post_init__(self) -> None:

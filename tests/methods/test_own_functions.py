@@ -120,7 +120,7 @@ def test_a_wrong_function_is_one_message_with_what_it_should_be(own):
         tiny.group_config("grpo", policy_loss=own("discounted"))
     logprobs, old, advantages, mask = arrays()
     with pytest.raises(
-        RlhfError, match=r"mine.py:summed returned an array of shape \(\) for .* \(6, 6\): return Token"
+        RlhfError, match=r"mine.py:summed returned an array of shape \(\) for .* \(6, 6\): return .*\.TokenLosses"
     ):
         find_policy_loss(own("summed")).function(logprobs, old, advantages, mask)
     with pytest.raises(RlhfError, match=r"mine.py:a_response returned an array of shape \(6,\) for rewards of shape"):

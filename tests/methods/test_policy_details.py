@@ -324,5 +324,5 @@ def test_whitening_and_clipping_are_choices():
     assert learner.value_clip == np.inf
     assert learner.policy_loss.keywords == {"clip_ratio": 0.2, "clip_ratio_high": 0.3, "dual_clip": np.inf}
     assert tiny.method_of(tiny.with_config(dual_clip=3.0)).learner.policy_loss.keywords["dual_clip"] == 3.0
-    with pytest.raises(ValueError, match=r"dual_clip = 1.25 bounds ratios that the clip at 1 \+ clip_ratio_high = 1.3"):
+    with pytest.raises(ValueError, match=r"dual_clip = 1.25 must be above 1 \+ clip_ratio_high = 1.3"):
         tiny.with_config(dual_clip=1.25, clip_ratio_high=0.3)

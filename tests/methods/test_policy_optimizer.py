@@ -13,7 +13,7 @@ import optax
 import pytest
 
 from rlhf_jax.interop import hf
-from rlhf_jax.methods.policy_optimizer import make_optimizer, rates
+from rlhf_jax.methods.policy_optimizer import learning_rates, make_optimizer
 from rlhf_jax.runtime.optimizers import NORMS_AND_BIASES, learning_rate, update
 from rlhf_jax.stages import ppo
 from tests.support import experiments, tiny
@@ -141,12 +141,12 @@ def test_both_rates_are_logged():
     config = config_of(iterations=10, epochs=2, value_warmup=4, value_optimizer=value)
     method = tiny.method_of(config)
     for step, own in ((0, 0.0), (3, 0.0), (4, 1e-2), (9, 1e-2)):
-        found = rates(config, method, jnp.int32(step))
+        found = learning_rates(config, method, jnp.int32(step))
         np.testing.assert_allclose(
             [found["learning_rate"], found["learning_rate/value"]], [own, 0.5 * (1 - step / 10)], rtol=1e-6
         )
     shared = config_of(iterations=10)
-    assert set(rates(shared, tiny.method_of(shared), jnp.int32(0))) == {"learning_rate"}
+    assert set(learning_rates(shared, tiny.method_of(shared), jnp.int32(0))) == {"learning_rate"}
 
 
 @pytest.mark.parametrize(

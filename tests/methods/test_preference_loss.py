@@ -174,7 +174,7 @@ DPO: dict[str, Any] = {
         ({"beta": 0.0}, "beta = 0.0 must be above 0"),
         (
             {"optimizer": DPO["optimizer"] | {"micro_batch": 4}, "loss": {"losses": ["sft", "aot"]}},
-            "optimizer.micro_batch = 4, and aot uses statistics",
+            "optimizer.micro_batch = 4 does not work with aot",
         ),
     ],
     ids=["beta", "micro_batch"],
@@ -278,5 +278,5 @@ def test_what_a_loss_of_ones_own_cannot_be_is_one_message(own, name, options, me
 
 def test_a_loss_of_ones_own_with_statistics_of_the_batch_is_not_accumulated(own):
     section = DPO | {"loss": {"losses": [f"{own}:of_the_batch"]}, "optimizer": DPO["optimizer"] | {"micro_batch": 4}}
-    with pytest.raises(RlhfError, match="of_the_batch uses statistics of the whole batch"):
+    with pytest.raises(RlhfError, match="of_the_batch, which uses statistics of the whole batch"):
         configs.build(DPOConfig, section, "config.dpo")

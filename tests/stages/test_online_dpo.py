@@ -223,16 +223,16 @@ def test_an_experiment_with_two_seeds_by_a_reward_model_and_one_by_a_judge(tmp_p
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"minibatches": 3}, "batch_size = 16 does not divide into 3 minibatches"),
+        ({"minibatches": 3}, "batch_size = 16 is not a multiple of minibatches = 3"),
         ({"temperature": 0.0}, "temperature = 0.0 must be above 0"),
         ({"beta": 0.0}, "beta = 0.0 must be above 0"),
-        ({"judge": StageName("gold")}, "exactly one of them chooses"),
+        ({"judge": StageName("gold")}, "exactly one of them labels"),
         (
             {
                 "loss": PreferenceLossConfig(losses=("aot",)),
                 "optimizer": dataclasses.replace(tiny.OPTIMIZER, micro_batch=4),
             },
-            "aot uses statistics of the whole batch",
+            "aot, which uses statistics of the whole batch",
         ),
     ],
     ids=["minibatches", "temperature", "beta", "judge", "micro_batch"],

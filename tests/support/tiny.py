@@ -45,9 +45,9 @@ class GivenPolicy(PolicyNetwork):
         del rollout, dropout_keys
         return params
 
-    def hidden_stats(self, params, hidden, tokens, *, temperature, of_logits=None):
+    def hidden_stats(self, params, hidden, tokens, *, temperature, stats_fn=None):
         """The parameters, with 0 for what is not a log-probability."""
-        del params, tokens, temperature, of_logits
+        del params, tokens, temperature, stats_fn
         return TokenStats(hidden, jnp.zeros_like(hidden), jnp.zeros(hidden.shape, bool), jnp.zeros_like(hidden))
 
 

@@ -10,10 +10,15 @@ Dimension letters, used in every jaxtyping annotation:
 Masks are boolean and positive: True marks a token that counts. Batches are NamedTuples of arrays whose first axis is B.
 """
 
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Generic, NamedTuple, TypeAlias
 
-AnyArray: TypeAlias = Any
-"""A `np.ndarray` on the host or a `jax.Array` on the device: batches are made on the host and used on the device."""
+import jax
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from typing_extensions import TypeVar
+
+A = TypeVar("A", jax.Array, np.ndarray, default=jax.Array)
+"""Arrays of a batch: `Rollout` is on the device, `Rollout[np.ndarray]` on the host."""
 
 Json: TypeAlias = Any
 """A value of a JSON file, of any form."""
@@ -26,65 +31,65 @@ class RlhfError(Exception):
     """Error for bad input: the message says what is wrong, where, and what to do. Printed without a traceback."""
 
 
-class TokenBatch(NamedTuple):
+class TokenBatch(NamedTuple, Generic[A]):
     """Right-padded sequences for next-token training."""
 
-    tokens: AnyArray  # int32[B, S]
-    mask: AnyArray  # bool[B, S]: a token, not padding
-    loss_mask: AnyArray  # bool[B, S]: a token whose prediction is trained (never the first)
+    tokens: Int[A, "B S"]
+    mask: Bool[A, "B S"]  # a token, not padding
+    loss_mask: Bool[A, "B S"]  # a token whose prediction is trained (never the first)
 
 
-class PromptBatch(NamedTuple):
+class PromptBatch(NamedTuple, Generic[A]):
     """Left-padded prompts; `rows` numbers them within the global batch, so that each row has its own random key."""
 
-    tokens: AnyArray  # int32[B, P]
-    mask: AnyArray  # bool[B, P]
-    rows: AnyArray  # int32[B]
+    tokens: Int[A, "B P"]
+    mask: Bool[A, "B P"]
+    rows: Int[A, "B"]
 
 
-class Rollout(NamedTuple):
+class Rollout(NamedTuple, Generic[A]):
     """Prompts with one sampled response each. The response mask is a prefix and includes EOS if it was sampled."""
 
-    prompt: AnyArray  # int32[B, P]
-    prompt_mask: AnyArray  # bool[B, P]
-    response: AnyArray  # int32[B, T]
-    response_mask: AnyArray  # bool[B, T]
+    prompt: Int[A, "B P"]
+    prompt_mask: Bool[A, "B P"]
+    response: Int[A, "B T"]
+    response_mask: Bool[A, "B T"]
 
 
-class PreferenceBatch(NamedTuple):
+class PreferenceBatch(NamedTuple, Generic[A]):
     """Prompts with two responses each, of which `chosen` is preferred."""
 
-    prompt: AnyArray  # int32[B, P]
-    prompt_mask: AnyArray  # bool[B, P]
-    chosen: AnyArray  # int32[B, T]
-    chosen_mask: AnyArray  # bool[B, T]
-    rejected: AnyArray  # int32[B, T]
-    rejected_mask: AnyArray  # bool[B, T]
+    prompt: Int[A, "B P"]
+    prompt_mask: Bool[A, "B P"]
+    chosen: Int[A, "B T"]
+    chosen_mask: Bool[A, "B T"]
+    rejected: Int[A, "B T"]
+    rejected_mask: Bool[A, "B T"]
 
 
-class UnpairedBatch(NamedTuple):
+class UnpairedBatch(NamedTuple, Generic[A]):
     """Prompts with one response each, labelled desirable (True) or undesirable."""
 
-    prompt: AnyArray  # int32[B, P]
-    prompt_mask: AnyArray  # bool[B, P]
-    response: AnyArray  # int32[B, T]
-    response_mask: AnyArray  # bool[B, T]
-    label: AnyArray  # bool[B]
+    prompt: Int[A, "B P"]
+    prompt_mask: Bool[A, "B P"]
+    response: Int[A, "B T"]
+    response_mask: Bool[A, "B T"]
+    label: Bool[A, "B"]
 
 
-class LabelledPairs(NamedTuple):
+class LabelledPairs(NamedTuple, Generic[A]):
     """Preference pairs, with margins and the votes of raters."""
 
-    pairs: PreferenceBatch
-    margin: AnyArray  # float32[B]: by how much the chosen response should win
-    votes: AnyArray  # float32[B, 2]: numbers of raters who prefer the chosen and the rejected response
+    pairs: PreferenceBatch[A]
+    margin: Float[A, "B"]  # by how much the chosen response should win
+    votes: Float[A, "B 2"]  # numbers of raters who prefer the chosen and the rejected response
 
 
-class ComparisonBatch(NamedTuple):
+class ComparisonBatch(NamedTuple, Generic[A]):
     """Prompts with up to K responses each (missing ones have empty masks), and all preferences among them."""
 
-    prompt: AnyArray  # int32[B, P]
-    prompt_mask: AnyArray  # bool[B, P]
-    responses: AnyArray  # int32[B, K, T]
-    response_mask: AnyArray  # bool[B, K, T]
-    wins: AnyArray  # bool[B, K, K]: wins[b, i, j] if response i is preferred to response j
+    prompt: Int[A, "B P"]
+    prompt_mask: Bool[A, "B P"]
+    responses: Int[A, "B K T"]
+    response_mask: Bool[A, "B K T"]
+    wins: Bool[A, "B K K"]  # wins[b, i, j] if response i is preferred to response j

@@ -7,7 +7,7 @@ import os
 from contextlib import nullcontext
 from pathlib import Path
 
-from tests.support import xla_flags
+from tests.support import shapes, xla_flags
 
 # Before JAX is imported, here and in the processes that tests start.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -20,9 +20,8 @@ import jax
 import jaxtyping
 import pytest
 
-# Before rlhf_jax is imported. An int passes for a float, as it does for the static checker.
-CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
-jaxtyping.install_import_hook("rlhf_jax", CHECKER)
+# Before rlhf_jax is imported.
+jaxtyping.install_import_hook("rlhf_jax", f"{shapes.__name__}.{shapes.checked.__name__}")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Hundreds of small programs: with all of them kept, the second run of tests/core takes half the time it does with 0.3.

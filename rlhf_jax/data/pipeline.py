@@ -107,7 +107,7 @@ def training_texts(rows: list[Row]) -> list[str]:
     return [(prompt or "") + completion for prompt, completion in zip(prompts, completions, strict=True)]
 
 
-def demonstrations(rows: list[Row], tokenizer: Tokenizer, config: DataConfig) -> TokenBatch:
+def demonstrations(rows: list[Row], tokenizer: Tokenizer, config: DataConfig) -> TokenBatch[np.ndarray]:
     """Right-padded sequences for SFT; the loss is on completions, or on all tokens of a plain text.
 
     With `loss_on = "assistant"` the loss is on all messages of the assistant. Unknown words have no loss, because a
@@ -161,7 +161,7 @@ def prompts(rows: list[Row], tokenizer: Tokenizer, config: DataConfig) -> Prompt
     return Prompts(*pad_left(prompt_ids, config.max_prompt_tokens))
 
 
-def preferences(rows: list[Row], tokenizer: Tokenizer, config: DataConfig) -> PreferenceBatch:
+def preferences(rows: list[Row], tokenizer: Tokenizer, config: DataConfig) -> PreferenceBatch[np.ndarray]:
     """Tokenise and pad all preference pairs."""
     prompts = [row["prompt"] for row in rows]
     chosen = tokenise(prompts, [row["chosen"] for row in rows], tokenizer, config)
@@ -173,7 +173,7 @@ def preferences(rows: list[Row], tokenizer: Tokenizer, config: DataConfig) -> Pr
     )
 
 
-def unpaired(rows: list[Row], tokenizer: Tokenizer, config: DataConfig) -> UnpairedBatch:
+def unpaired(rows: list[Row], tokenizer: Tokenizer, config: DataConfig) -> UnpairedBatch[np.ndarray]:
     """Tokenise and pad all labelled completions."""
     examples = tokenise([row["prompt"] for row in rows], [row["completion"] for row in rows], tokenizer, config)
     return UnpairedBatch(

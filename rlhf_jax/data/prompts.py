@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from rlhf_jax.data import pipeline
-from rlhf_jax.types import PromptBatch, RlhfError, TokenBatch
+from rlhf_jax.types import A, PromptBatch, RlhfError, TokenBatch
 
 
 def draw_prompts(pool: pipeline.Prompts, count: int, key: PRNGKeyArray, field: str) -> np.ndarray:
@@ -40,24 +40,25 @@ class PromptSource:
             )
         )
 
-    def __call__(self, step: int) -> PromptBatch:
+    def __call__(self, step: int) -> PromptBatch[np.ndarray]:
         """Draw the prompts of iteration `step`, counted from 0."""
-        batches = []
+        batches: list[PromptBatch[np.ndarray]] = []
         for key in self._keys:
             drawn = np.asarray(self._draw(key, step))[self._rows]
             batches.append(PromptBatch(self._pool.tokens[drawn], self._pool.mask[drawn], self._rows))
         return batches[0] if len(batches) == 1 else jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
 
 
-def at_round(prompts: PromptBatch, number: int | Int[Array, ""]) -> PromptBatch:
+def at_round(prompts: PromptBatch[A], number: int | Int[Array, ""]) -> PromptBatch[A]:
     """Select the prompts of one round, [..., B, P], from all rounds, [..., B, rounds, P]."""
-    return PromptBatch(prompts.tokens[..., number, :], prompts.mask[..., number, :], prompts.rows[..., number])
+    row, token = (..., number), (..., number, slice(None))
+    return jax.tree.map(lambda leaf, place: leaf[place], prompts, PromptBatch._make([token, token, row]))
 
 
 class DemonstrationSource:
     """Demonstrations drawn at random with replacement, as a function of key and step."""
 
-    def __init__(self, data: TokenBatch, keys: tuple[PRNGKeyArray, ...], batch_size: int) -> None:
+    def __init__(self, data: TokenBatch[np.ndarray], keys: tuple[PRNGKeyArray, ...], batch_size: int) -> None:
         """Create a source with one key per seed. With one key a batch is [B, ...], with several [seeds, B, ...]."""
         self._data, self._keys = data, keys
         self._draw = jax.jit(
@@ -66,7 +67,7 @@ class DemonstrationSource:
             )
         )
 
-    def __call__(self, step: int) -> TokenBatch:
+    def __call__(self, step: int) -> TokenBatch[np.ndarray]:
         """Draw the demonstrations of iteration `step`, counted from 0."""
         batches = []
         for key in self._keys:

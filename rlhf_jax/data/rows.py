@@ -42,7 +42,7 @@ def encode_preferences(
     *,
     max_prompt_tokens: int,
     max_response_tokens: int,
-) -> PreferenceBatch:
+) -> PreferenceBatch[np.ndarray]:
     """Encode pairs as padded arrays: prompts int32[N, P] on the left, responses int32[N, T] on the right, with masks.
 
         batch = encode_preferences(rows, policy.tokenizer, max_prompt_tokens=64, max_response_tokens=64)

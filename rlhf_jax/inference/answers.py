@@ -50,7 +50,7 @@ class Split(NamedTuple):
 
     name: str
     prompts: pipeline.Prompts
-    texts: TokenBatch | None  # held-out texts, if the data has any
+    texts: TokenBatch[np.ndarray] | None  # held-out texts, if the data has any
     reference: Policy
     score: Scorer  # score of the reward model
     judge: TextScorer | None
@@ -156,20 +156,20 @@ def win_rate(
     }
 
 
-def held_out_texts(rows: list[dict[str, Any]], policy: Policy, data: DataConfig) -> TokenBatch | None:
+def held_out_texts(rows: list[dict[str, Any]], policy: Policy, data: DataConfig) -> TokenBatch[np.ndarray] | None:
     """Tokenise the completions or plain texts of the rows as SFT would; None if the rows are not demonstrations."""
     if formats.kind_of(rows) in ("prompt", "unpaired", "ranked"):
         return None
     return pipeline.demonstrations(rows, policy.tokenizer, data)
 
 
-def answers_nll(reference: Policy, rollout: Rollout, batch_size: int) -> float:
+def answers_nll(reference: Policy, rollout: Rollout[np.ndarray], batch_size: int) -> float:
     """Log-perplexity of answers under the reference, nats per token."""
     logprobs = response_logprobs_all(reference.network, reference.params, rollout, batch_size)
-    return _mean_nll(logprobs, np.asarray(rollout.response_mask))
+    return _mean_nll(logprobs, rollout.response_mask)
 
 
-def texts_nll(policy: Policy, texts: TokenBatch | None, batch_size: int) -> float | None:
+def texts_nll(policy: Policy, texts: TokenBatch[np.ndarray] | None, batch_size: int) -> float | None:
     """Log-perplexity of held-out texts under a policy, nats per token; None without texts."""
     if texts is None:
         return None

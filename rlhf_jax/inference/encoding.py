@@ -3,6 +3,8 @@
 import dataclasses
 from collections.abc import Sequence
 
+import numpy as np
+
 from rlhf_jax.data.padding import pad_left, pad_right
 from rlhf_jax.data.pipeline import Content, Example
 from rlhf_jax.loading.models import Policy
@@ -68,7 +70,7 @@ def within_context(policy: Policy, prompt: Sequence[int], sampling: Sampling) ->
     return dataclasses.replace(sampling, max_new_tokens=min(sampling.max_new_tokens, context - len(prompt)))
 
 
-def pad_examples(examples: Sequence[Example]) -> Rollout:
+def pad_examples(examples: Sequence[Example]) -> Rollout[np.ndarray]:
     """Pad prompts on the left and responses on the right to bucketed lengths: int32[N, P] and int32[N, T]."""
     prompts, responses = zip(*examples, strict=True)
     return Rollout(

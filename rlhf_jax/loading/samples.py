@@ -24,7 +24,7 @@ from rlhf_jax.types import Rollout
 class SampledTexts(NamedTuple):
     """Responses of a model, one per row. Texts end before a stop string, which the last token completes."""
 
-    rollout: Rollout
+    rollout: Rollout[np.ndarray]
     texts: list[str]
     ended: list[bool]  # True if a stop token or stop string ended the response, False if it was cut off
 
@@ -78,7 +78,7 @@ class Drawn(NamedTuple):
     """Prompts drawn at random from a table, and sampled responses; the responses to one prompt are consecutive rows."""
 
     rows: np.ndarray  # int[prompts]: indices of the drawn prompts in the result of `data.pipeline.prompts`
-    rollout: Rollout  # prompts x samples rows
+    rollout: Rollout[np.ndarray]  # prompts x samples rows
     key: list[int]  # random key that the prompts were drawn with, for the summary
 
 
@@ -113,7 +113,7 @@ def draw_and_sample(
     return Drawn(rows, rollout, np.asarray(jax.random.key_data(key)).tolist())
 
 
-def texts(tokenizer: Tokenizer, rollout: Rollout) -> tuple[list[str], list[str]]:
+def texts(tokenizer: Tokenizer, rollout: Rollout[np.ndarray]) -> tuple[list[str], list[str]]:
     """Decode the prompts and completions of a rollout. Judges read their concatenation."""
     prompts, completions = [], []
     for prompt, prompt_mask, response, response_mask in zip(*map(np.asarray, rollout), strict=True):
@@ -124,7 +124,7 @@ def texts(tokenizer: Tokenizer, rollout: Rollout) -> tuple[list[str], list[str]]
 
 
 def sample_rows(
-    tokenizer: Tokenizer, rollout: Rollout, score: Sequence[float | None], kl: Sequence[float | None]
+    tokenizer: Tokenizer, rollout: Rollout[np.ndarray], score: Sequence[float | None], kl: Sequence[float | None]
 ) -> list[dict[str, Any]]:
     """Make rows with `prompt`, `completion`, `score`, `kl` and `length` from a rollout."""
     lengths = np.asarray(rollout.response_mask).sum(axis=1)

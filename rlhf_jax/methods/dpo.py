@@ -7,10 +7,11 @@ trains on pairs sampled from the policy.
 
 import dataclasses
 import functools
-from typing import Annotated, NamedTuple
+from typing import Annotated, Generic, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from rlhf_jax.config import Count, Range, check_ranges
@@ -25,7 +26,7 @@ from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.runtime.programs import Step
 from rlhf_jax.sampling.batches import map_batches
-from rlhf_jax.types import AnyArray, PreferenceBatch
+from rlhf_jax.types import A, PreferenceBatch
 
 SIGMOID = PreferenceLossConfig()
 Metrics = dict[str, Metric]
@@ -35,14 +36,14 @@ Lengths = tuple[Int[Array, "B"], Int[Array, "B"]]
 # ---- log-probabilities of pairs -------------------------------------------------------------------------------------
 
 
-class PairLogps(NamedTuple):
+class PairLogps(NamedTuple, Generic[A]):
     """Log-probabilities of B pairs of responses under one model, in nats, summed over tokens, EOS included."""
 
-    chosen: AnyArray  # float32[B]
-    rejected: AnyArray  # float32[B]
-    full_chosen: AnyArray  # float32[B]: the plain sum, without LD-DPO's weights
-    full_rejected: AnyArray  # float32[B]
-    weights: AnyArray | None = None  # float32[B]: WPO's weight of each pair
+    chosen: Float[A, "B"]
+    rejected: Float[A, "B"]
+    full_chosen: Float[A, "B"]  # the plain sum, without LD-DPO's weights
+    full_rejected: Float[A, "B"]
+    weights: Float[A, "B"] | None = None  # WPO's weight of each pair
 
 
 def pair_logps(
@@ -78,8 +79,12 @@ def sum_tokens(
 
 
 def pair_logps_all(
-    config: PreferenceLossConfig, network: PolicyNetwork, params: PyTree, data: PreferenceBatch, batch_size: int
-) -> PairLogps:
+    config: PreferenceLossConfig,
+    network: PolicyNetwork,
+    params: PyTree,
+    data: PreferenceBatch[np.ndarray],
+    batch_size: int,
+) -> PairLogps[np.ndarray]:
     """Compute `pair_logps` of a whole data set, batch by batch; returns NumPy arrays."""
     return map_batches(lambda batch: _compiled_logps(config, network, params, batch), data, batch_size)
 
@@ -94,11 +99,11 @@ def _compiled_logps(
 # ---- the reference --------------------------------------------------------------------------------------------------
 
 
-class ReferencedBatch(NamedTuple):
+class ReferencedBatch(NamedTuple, Generic[A]):
     """Pairs, and their log-probabilities under the reference if they are precomputed."""
 
-    pairs: PreferenceBatch
-    reference: PairLogps | None
+    pairs: PreferenceBatch[A]
+    reference: PairLogps[A] | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -250,7 +255,11 @@ def reward_metrics(
 
 
 def evaluate(
-    config: PreferenceLossConfig, policy: PairLogps, reference: PairLogps | None, data: PreferenceBatch, beta: float
+    config: PreferenceLossConfig,
+    policy: PairLogps[np.ndarray],
+    reference: PairLogps[np.ndarray] | None,
+    data: PreferenceBatch[np.ndarray],
+    beta: float,
 ) -> dict[str, float]:
     """Compute the loss and metrics on all held-out pairs as one batch, with the prefix `eval/`."""
     policy, reference, data = jax.tree.map(jnp.asarray, (policy, reference, data))

@@ -110,7 +110,7 @@ def train_online(
         keys = tuple(context.key("demonstrations", k) for k in seeds)
         demonstrations = DemonstrationSource(data, keys, method.ptx.batch_size)
 
-    def batch_at(step: int) -> OnlineBatch:
+    def batch_at(step: int) -> OnlineBatch[np.ndarray]:
         return OnlineBatch(prompts(step), demonstrations(step) if demonstrations else None)
 
     def describe(step: int, samples: Samples) -> list[Row]:

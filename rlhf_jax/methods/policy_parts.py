@@ -5,7 +5,7 @@ The steps are in `policy_gradient.py`.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Generic, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from rlhf_jax.models.head import TokenStats, token_stats
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
 from rlhf_jax.sampling.generate import is_stop
-from rlhf_jax.types import PromptBatch, Rollout, TokenBatch
+from rlhf_jax.types import A, PromptBatch, Rollout, TokenBatch
 
 SharedTrunk = Literal["shared"]
 ValueNetwork = ScalarNetwork | SharedTrunk | None
@@ -32,11 +32,11 @@ Coefficient = float | Float[Array, ""]
 """A constant, or the current value of an adaptive controller."""
 
 
-class OnlineBatch(NamedTuple):
+class OnlineBatch(NamedTuple, Generic[A]):
     """Inputs of an iteration."""
 
-    prompts: PromptBatch  # with dynamic sampling the prompts of all rounds, [B, rounds, P]
-    demonstrations: TokenBatch | None = None  # for the pretraining mix
+    prompts: PromptBatch[A]  # with dynamic sampling the prompts of all rounds, [B, rounds, P]
+    demonstrations: TokenBatch[A] | None = None  # for the pretraining mix
 
 
 class Sampled(NamedTuple):

@@ -18,8 +18,12 @@ from rlhf_jax.types import PreferenceBatch, RlhfError
 
 
 def precomputed_ref_logps(
-    config: PreferenceLossConfig, network: PolicyNetwork, params: PyTree, data: PreferenceBatch, batch_size: int
-) -> PairLogps:
+    config: PreferenceLossConfig,
+    network: PolicyNetwork,
+    params: PyTree,
+    data: PreferenceBatch[np.ndarray],
+    batch_size: int,
+) -> PairLogps[np.ndarray]:
     """Read the reference's log-probabilities of all pairs from disk; compute and write them if the file is missing.
 
     Raises RlhfError if the file cannot be written or read.
@@ -38,7 +42,9 @@ def precomputed_ref_logps(
     return PairLogps(chosen, rejected, full_chosen, full_rejected)
 
 
-def cache_path(config: PreferenceLossConfig, network: PolicyNetwork, params: PyTree, data: PreferenceBatch) -> Path:
+def cache_path(
+    config: PreferenceLossConfig, network: PolicyNetwork, params: PyTree, data: PreferenceBatch[np.ndarray]
+) -> Path:
     """Return the file's path, named by a hash of everything that the log-probabilities depend on.
 
     The hash covers the network, its parameters, LD-DPO's alpha, and the tokens of every pair, and thereby the rows, the
@@ -54,7 +60,7 @@ def cache_path(config: PreferenceLossConfig, network: PolicyNetwork, params: PyT
     return data_dir() / "reference_logprobs" / f"{digest.hexdigest()[:32]}.npy"
 
 
-def _write(path: Path, logps: PairLogps) -> None:
+def _write(path: Path, logps: PairLogps[np.ndarray]) -> None:
     """Write the file atomically, even if several processes write it at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(prefix=".partial-", dir=path.parent)

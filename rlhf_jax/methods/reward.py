@@ -27,9 +27,9 @@ from rlhf_jax.loading.tables import PREFERENCES, load_preferences
 from rlhf_jax.models.policy import both_responses
 from rlhf_jax.models.scalars import ScalarNetwork
 from rlhf_jax.text.tokenizer import Tokenizer
-from rlhf_jax.types import ComparisonBatch, Json, LabelledPairs, PreferenceBatch, RlhfError, Rollout, Row
+from rlhf_jax.types import A, ComparisonBatch, Json, LabelledPairs, PreferenceBatch, RlhfError, Rollout, Row
 
-Batch = PreferenceBatch | LabelledPairs | ComparisonBatch
+Batch = PreferenceBatch[A] | LabelledPairs[A] | ComparisonBatch[A]
 Result = tuple[Float[Array, ""], dict[str, Metric]]
 
 INPUTS = {
@@ -174,7 +174,7 @@ def pairs_of(row: Row) -> list[Row]:
     ]
 
 
-def make_batch(config: RewardLossConfig, rows: list[Row], tokenizer: Tokenizer, data: DataConfig) -> Batch:
+def make_batch(config: RewardLossConfig, rows: list[Row], tokenizer: Tokenizer, data: DataConfig) -> Batch[np.ndarray]:
     """Tokenise and pad all training rows. Raises RlhfError naming a row without the columns that the loss reads."""
     spec = config.spec
     if not spec.pairwise:
@@ -269,7 +269,9 @@ def _all_scores(
 # ---- tables --------------------------------------------------------------------------------------------------------
 
 
-def _comparisons(config: RewardLossConfig, rows: list[Row], tokenizer: Tokenizer, data: DataConfig) -> ComparisonBatch:
+def _comparisons(
+    config: RewardLossConfig, rows: list[Row], tokenizer: Tokenizer, data: DataConfig
+) -> ComparisonBatch[np.ndarray]:
     groups = _ranked(rows) if "completions" in rows[0] else _grouped(rows)
     asked = [prompt for prompt, completions, _ in groups for _ in completions]
     written = [completion for _, completions, _ in groups for completion in completions]

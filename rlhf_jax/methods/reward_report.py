@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
@@ -23,7 +24,7 @@ GROUPS, BINS, BARS = 5, 10, 30
 class HeldOut(NamedTuple):
     """Held-out pairs, as tokens and as rows."""
 
-    batch: PreferenceBatch
+    batch: PreferenceBatch[np.ndarray]
     rows: list[Row]
 
 
@@ -89,9 +90,9 @@ def report(model: RewardModel, data: HeldOut, context: Context) -> dict[str, flo
     }
 
 
-def _scores(network: ScalarNetwork, params: PyTree, batch: PreferenceBatch, context: Context) -> np.ndarray:
+def _scores(network: ScalarNetwork, params: PyTree, batch: PreferenceBatch[np.ndarray], context: Context) -> np.ndarray:
     """Scores of all chosen responses, followed by those of all rejected ones."""
-    both = jax.tree.map(np.asarray, both_responses(batch))
+    both = jax.tree.map(np.asarray, both_responses(jax.tree.map(jnp.asarray, batch)))
     return score_all(network, params, both, context.runtime.inference_batch)
 
 

@@ -22,7 +22,7 @@ from rlhf_jax.types import Rollout
 JUDGE_FILE = "judge.joblib"
 """File with a gold stage's judge, in the stage's directory."""
 
-TextScorer = Callable[[Rollout, Sequence[str]], np.ndarray]
+TextScorer = Callable[[Rollout[np.ndarray], Sequence[str]], np.ndarray]
 """Scores of responses, float[N], from their tokens or from the texts of prompt and response."""
 
 
@@ -83,7 +83,7 @@ def pair_scorer(judge: TfidfJudge | HTTPJudge, tokenizer: Tokenizer) -> HostScor
     An HTTP judge scores the preferred response 1 and the other 0, or both 1/2 for a tie.
     """
 
-    def score(rollout: Rollout) -> Scored:
+    def score(rollout: Rollout[np.ndarray]) -> Scored:
         prompts, completions = texts(tokenizer, rollout)
         if isinstance(judge, TfidfJudge):
             joined = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]

@@ -25,8 +25,8 @@ TAKEN = {"prompt", "prompts", "completion", "completions", "completion_ids"}
 ROOM = 2
 """Factor on the maximum lengths for a reward model with another tokenizer."""
 
-Scorer = Callable[[Rollout], np.ndarray]
-HostScorer = Callable[[Rollout], Scored]
+Scorer = Callable[[Rollout[np.ndarray]], np.ndarray]
+HostScorer = Callable[[Rollout[np.ndarray]], Scored]
 
 
 def same_tokenizer(first: Tokenizer, second: Tokenizer) -> bool:
@@ -73,7 +73,7 @@ def make_scorer(
     )
     by_prompt = _rows_by_prompt(rows, policy.tokenizer, data)
 
-    def score(rollout: Rollout) -> np.ndarray:
+    def score(rollout: Rollout[np.ndarray]) -> np.ndarray:
         prompts, completions, _ = _decode(rollout, policy, by_prompt)
         response, mask = map(np.asarray, rollout[2:])
         ended = [
@@ -112,7 +112,7 @@ def _make_sum(
     model_score = None if reward.model is None else make_scorer(reward.model, policy, rows, data, batch_size)
     sources = [function.source for function in reward.functions]
 
-    def score(rollout: Rollout) -> Scored:
+    def score(rollout: Rollout[np.ndarray]) -> Scored:
         prompts, completions, prompt_rows = _decode(rollout, policy, by_prompt)
         columns = {name: [row[name] for row in prompt_rows] for name in names}
         response, mask = map(np.asarray, rollout[2:])
@@ -137,7 +137,7 @@ def _finite(scores: np.ndarray, prompts: list[Any], completions: list[Any]) -> n
 
 
 def _decode(
-    rollout: Rollout, policy: Policy, by_prompt: dict[bytes, dict[str, Any]]
+    rollout: Rollout[np.ndarray], policy: Policy, by_prompt: dict[bytes, dict[str, Any]]
 ) -> tuple[list[Any], list[Any], list[dict[str, Any]]]:
     """Prompts as in the data (texts or chats), completions of the same type, and the prompts' rows."""
     decoded, completions = texts(policy.tokenizer, rollout)

@@ -24,7 +24,7 @@ from jaxtyping import PyTree
 
 from rlhf_jax.config import Count, check_ranges
 from rlhf_jax.models.sharding import ROWS, sharding_of, shardings
-from rlhf_jax.types import AnyArray, RlhfError
+from rlhf_jax.types import RlhfError
 
 State = TypeVar("State")
 Frozen = TypeVar("Frozen", contravariant=True)
@@ -49,7 +49,7 @@ class Program(Protocol[State, Frozen, Batch, Samples]):
 
     def __call__(
         self, state: State, frozen: Frozen, batches: Batch, run_key: jax.Array, /
-    ) -> tuple[State, dict[str, AnyArray], Samples]:
+    ) -> tuple[State, dict[str, jax.Array | np.ndarray], Samples]:
         """Return the last state, and the metrics and samples of each step."""
         ...
 

@@ -60,7 +60,7 @@ def sample_all(
     first: int = 0,
     limits: np.ndarray | None = None,
     stop_strings: np.ndarray | None = None,
-) -> Rollout:
+) -> Rollout[np.ndarray]:
     """Sample `samples` responses to each of N left-padded prompts (tokens and mask): a Rollout of N * samples rows.
 
     Row i * samples + j is sample j of prompt i. Its random key is that of row (first + i) * samples + j, independent of
@@ -79,7 +79,7 @@ def sample_all(
     requests = (rows, np.repeat(most.astype(np.int32), samples // shared))
     prompts_per_batch = batch_size // shared
 
-    def of_batch(part: tuple[PromptBatch, np.ndarray]) -> Rollout:
+    def of_batch(part: tuple[PromptBatch[np.ndarray], np.ndarray]) -> Rollout:
         return _generate(policy, params, *part, key, sampling, shared, stop_strings)
 
     first_batch = map_batches(of_batch, _rows(requests, slice(prompts_per_batch)), prompts_per_batch, each=shared)
@@ -101,7 +101,7 @@ def sample_all(
     return _concatenate(parts)
 
 
-def _uneven(rollout: Rollout) -> bool:
+def _uneven(rollout: Rollout[np.ndarray]) -> bool:
     """Return whether continuous batching pays, by mean / maximum length; on two CPU cores it does below about 0.7."""
     lengths = rollout.response_mask.sum(axis=1)
     return bool(lengths.mean() < 2 / 3 * lengths.max())
@@ -111,11 +111,11 @@ def _rows(arrays: Rows, which: slice | np.ndarray) -> Rows:
     return jax.tree.map(lambda leaf: leaf[which], arrays)
 
 
-def _concatenate(parts: list[Rollout]) -> Rollout:
+def _concatenate(parts: list[Rollout[np.ndarray]]) -> Rollout[np.ndarray]:
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
 
 
-def score_all(network: ScalarNetwork, params: PyTree, rollout: Rollout, batch_size: int) -> np.ndarray:
+def score_all(network: ScalarNetwork, params: PyTree, rollout: Rollout[np.ndarray], batch_size: int) -> np.ndarray:
     """Score every row with a reward model: float32[N]."""
     return map_batches(lambda batch: _scores(network, params, batch), rollout, batch_size)
 
@@ -124,7 +124,7 @@ def sequence_kl(
     policy: PolicyNetwork,
     params: PyTree,
     reference: tuple[PolicyNetwork, PyTree],
-    rollout: Rollout,
+    rollout: Rollout[np.ndarray],
     *,
     batch_size: int,
     temperature: float,
@@ -136,7 +136,7 @@ def sequence_kl(
     """
     temperature = stated_temperature(temperature)
 
-    def of_batch(batch: Rollout) -> jax.Array:
+    def of_batch(batch: Rollout[np.ndarray]) -> jax.Array:
         own = logprobs_of(policy, params, batch, temperature)
         return _summed_k1(own, logprobs_of(*reference, batch, temperature), batch.response_mask)
 
@@ -147,7 +147,7 @@ def sequence_divergences(
     policy: PolicyNetwork,
     params: PyTree,
     reference: tuple[PolicyNetwork, PyTree],
-    rollout: Rollout,
+    rollout: Rollout[np.ndarray],
     *,
     batch_size: int,
     temperature: float,
@@ -155,7 +155,7 @@ def sequence_divergences(
     """Compute the k1 estimates of `sequence_kl` and the k3 estimates from the same forward passes."""
     temperature = stated_temperature(temperature)
 
-    def of_batch(batch: Rollout) -> Divergences:
+    def of_batch(batch: Rollout[np.ndarray]) -> Divergences:
         own = logprobs_of(policy, params, batch, temperature)
         ref = logprobs_of(*reference, batch, temperature)
         mask = batch.response_mask
@@ -165,13 +165,15 @@ def sequence_divergences(
 
 
 def response_logprobs_all(
-    policy: PolicyNetwork, params: PyTree, rollout: Rollout, batch_size: int, *, temperature: float = 1.0
+    policy: PolicyNetwork, params: PyTree, rollout: Rollout[np.ndarray], batch_size: int, *, temperature: float = 1.0
 ) -> np.ndarray:
     """Log-probability of every response token in nats: float32[N, T], arbitrary at padding."""
     return map_batches(lambda batch: logprobs_of(policy, params, batch, temperature), rollout, batch_size)
 
 
-def sequence_stats_all(policy: PolicyNetwork, params: PyTree, data: TokenBatch, batch_size: int) -> TokenStats:
+def sequence_stats_all(
+    policy: PolicyNetwork, params: PyTree, data: TokenBatch[np.ndarray], batch_size: int
+) -> TokenStats:
     """Statistics of every predicted token of every sequence: arrays [N, S-1]."""
     return map_batches(lambda batch: _sequence_stats(policy, params, batch), data, batch_size)
 

@@ -112,7 +112,7 @@ def run(config: BestOfNConfig, context: Context) -> dict[str, Any]:
     return summary
 
 
-def _logprobs(policy: Policy, rollout: Rollout, config: BestOfNConfig, context: Context) -> np.ndarray:
+def _logprobs(policy: Policy, rollout: Rollout[np.ndarray], config: BestOfNConfig, context: Context) -> np.ndarray:
     """Log-probabilities of responses under the sampling distribution, in nats."""
     tokens = response_logprobs_all(
         policy.network, policy.params, rollout, context.runtime.inference_batch, temperature=config.temperature

@@ -199,7 +199,7 @@ def evaluate(
     config: UnpairedLossConfig,
     network: PolicyNetwork,
     params: tuple[PyTree, PyTree],
-    data: UnpairedBatch,
+    data: UnpairedBatch[np.ndarray],
     beta: float,
     batch_size: int,
 ) -> dict[str, float]:

@@ -224,7 +224,11 @@ def _preference(
 
 
 def _scores(
-    config: PreferencesConfig, context: Context, policy: Policy, table: list[dict[str, Any]], rollout: Rollout
+    config: PreferencesConfig,
+    context: Context,
+    policy: Policy,
+    table: list[dict[str, Any]],
+    rollout: Rollout[np.ndarray],
 ) -> np.ndarray:
     """Scores of the gold judge or of the reward: [N]."""
     if config.judge is not None:

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any, Literal
 
 import jax
+import numpy as np
 from jaxtyping import Array, Key, PyTree
 
 from rlhf_jax.config import CountOrZero, NonNegative, StageName
@@ -129,7 +130,7 @@ def sft_loss(
     }
 
 
-def evaluate(network: PolicyNetwork, params: PyTree, data: TokenBatch, batch_size: int) -> dict[str, float]:
+def evaluate(network: PolicyNetwork, params: PyTree, data: TokenBatch[np.ndarray], batch_size: int) -> dict[str, float]:
     """`eval/loss` and `eval/mean_token_accuracy` over all trained tokens of a split."""
     stats = sequence_stats_all(network, params, data, batch_size)
     trained = data.loss_mask[:, 1:]

@@ -153,7 +153,7 @@ def test_a_response_that_was_cut_off_is_scored_without_an_end_by_any_tokenizer(p
     assert abs(scores[2] - score_all(judge.network, judge.params, _with_end(given, policy), 4)[2]) > 0.01
 
 
-def _with_end(given: Rollout, policy: Policy) -> Rollout:
+def _with_end(given: Rollout[np.ndarray], policy: Policy) -> Rollout[np.ndarray]:
     """The rollout with EOS after its last response."""
     response, mask = given.response.copy(), given.response_mask.copy()
     length = mask[-1].sum()
@@ -161,7 +161,7 @@ def _with_end(given: Rollout, policy: Policy) -> Rollout:
     return given._replace(response=response, response_mask=mask)
 
 
-def rollout(policy) -> Rollout:
+def rollout(policy) -> Rollout[np.ndarray]:
     prompts = pipeline.take(pipeline.prompts(ROWS, policy.tokenizer, DATA), np.array([1, 0, 0]))
     answers = [[*policy.tokenizer.encode(text), policy.tokenizer.eos_id] for text in ("good", "is good", "dull bad")]
     return Rollout(*prompts, *pad_right(answers, 8))

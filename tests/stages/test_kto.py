@@ -21,7 +21,7 @@ WEIGHTED = kto.UnpairedLossConfig(desirable_weight=1.7, undesirable_weight=0.6)
 APO = dataclasses.replace(WEIGHTED, loss="apo_zero_unpaired")
 
 
-def labelled(seed: int) -> UnpairedBatch:
+def labelled(seed: int) -> UnpairedBatch[np.ndarray]:
     """Responses of uneven lengths to different prompts, a quarter of them good; the padding is full of other tokens."""
     pairs = tiny.preferences(ROWS, seed)
     prompt, mask = pairs.prompt, pairs.prompt_mask.copy()
@@ -61,7 +61,11 @@ def expected(config, seed):
 
     def ratio(prompt, response):
         row = UnpairedBatch(
-            batch.prompt[prompt], batch.prompt_mask[prompt], batch.response[response], batch.response_mask[response], 0
+            batch.prompt[prompt],
+            batch.prompt_mask[prompt],
+            batch.response[response],
+            batch.response_mask[response],
+            np.array(False),
         )
         own, reference = (
             logprobs(tiny.POLICY, model, UnpairedBatch(*(np.asarray(x)[None] for x in row))) for model in models
@@ -172,7 +176,7 @@ def test_devices_and_micro_batches_change_nothing(name, update):
     assert_close(other(AHEAD), update(AHEAD))
 
 
-def good_endings(seed: int) -> UnpairedBatch:
+def good_endings(seed: int) -> UnpairedBatch[np.ndarray]:
     """What ends in token 5 is good."""
     batch = labelled(seed)
     response = np.where(batch.response == 5, 6, batch.response)

@@ -124,7 +124,7 @@ def test_member_k_is_the_single_run_with_that_seed(ensemble, tmp_path):
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 
-def responses(model: RewardModel) -> Rollout:
+def responses(model: RewardModel) -> Rollout[np.ndarray]:
     rng = np.random.default_rng(0)
     masks = [np.arange(6)[None] < rng.integers(1, 7, 16)[:, None] for _ in range(2)]
     tokens = [rng.integers(3, model.network.vocab_size, (16, 6)).astype(np.int32) for _ in range(2)]
@@ -199,7 +199,7 @@ RANKED = [
 ]
 
 
-def comparisons(name, rows, read) -> ComparisonBatch:
+def comparisons(name, rows, read) -> ComparisonBatch[np.ndarray]:
     batch = reward_loss.make_batch(RewardLossConfig(name=name), rows, *read)
     assert isinstance(batch, ComparisonBatch)
     return jax.tree.map(jnp.asarray, batch)
@@ -219,7 +219,7 @@ def test_k_answers_of_a_prompt_are_one_element(name, read):
     config = RewardLossConfig(name=name, center_rewards_coefficient=0.5)
     network = dataclasses.replace(tiny.REWARD, vocab_size=tokenizer.vocab_size)
     params = network.init(jax.random.key(0))
-    batch = comparisons(name, RANKED, read)
+    batch = jax.tree.map(jnp.asarray, comparisons(name, RANKED, read))
     assert batch.responses.shape == (2, 3, data.max_response_tokens)
     scores = [[scores_of(network, params, batch, 0, place) for place in range(3)]]
     scores += [[scores_of(network, params, batch, 1, place) for place in range(2)]]

@@ -118,7 +118,7 @@ def section(name: str, world: World) -> dict[str, Any]:
     return common | own
 
 
-def _padded(given: Rollouts) -> Rollout:
+def _padded(given: Rollouts) -> Rollout[np.ndarray]:
     """All rollouts as arrays [ITERATIONS, BATCH, ...]."""
     shape = (ITERATIONS, BATCH)
     prompt, response = np.zeros((*shape, MOST_PROMPT), np.int32), np.zeros((*shape, MOST_RESPONSE), np.int32)

@@ -59,7 +59,7 @@ def of_group(method: str, size: int, **fields: Any) -> GroupRLConfig:
 class World(NamedTuple):
     """All responses to one prompt, their scores, and the parameters of policies far from uniform and each other."""
 
-    responses: Rollout
+    responses: Rollout[np.ndarray]
     scores: jax.Array  # [N]
     policy: Any
     reference: Any
@@ -84,14 +84,14 @@ def sharper(params: Any) -> Any:
     return {**params, "embedding": 12 * params["embedding"]}
 
 
-def every_response(longest: int) -> Rollout:
+def every_response(longest: int) -> Rollout[np.ndarray]:
     """All responses of at most so many tokens: those that EOS ends, and those that are cut off."""
     rest = [token for token in range(VOCAB) if token != EOS]
     found = [(*text, EOS) for length in range(longest) for text in itertools.product(rest, repeat=length)]
     return _padded([*found, *itertools.product(rest, repeat=longest)], longest)
 
 
-def _padded(responses: list[tuple[int, ...]], longest: int) -> Rollout:
+def _padded(responses: list[tuple[int, ...]], longest: int) -> Rollout[np.ndarray]:
     tokens, mask = pad_right(responses, longest)
     prompt = np.zeros((len(responses), 1), np.int32)
     return Rollout(prompt, np.ones(prompt.shape, bool), tokens, mask)
@@ -110,7 +110,7 @@ def response_logprobs(params: Any, responses: Rollout) -> jax.Array:
     return sequence_logprobs(token_logprobs(params, responses), responses.response_mask)
 
 
-def chances(params: Any, responses: Rollout) -> np.ndarray:
+def chances(params: Any, responses: Rollout[np.ndarray]) -> np.ndarray:
     """The probability of every response, float64[N]."""
     found = np.exp(np.asarray(response_logprobs(params, responses), np.float64))
     np.testing.assert_allclose(found.sum(), 1, atol=1e-5)
@@ -121,7 +121,7 @@ class States(NamedTuple):
     """Every text that a response may go on from, each with all tokens that may follow."""
 
     texts: list[tuple[int, ...]]
-    following: Rollout  # [S * V]: each text and one more token
+    following: Rollout[np.ndarray]  # [S * V]: each text and one more token
 
 
 @functools.cache
@@ -219,10 +219,12 @@ def _learning(config: PPOConfig | GroupRLConfig, value: ScalarNetwork | None, ch
         iteration = Iteration(networks, config, (), (), method)
         params = {"policy": world.policy} | ({} if value is None else {"value": value_params})
         state = iteration.init_state(params)
-        sampled = token_logprobs(world.sampler, world.responses)
+        sampled = Sampled(
+            jax.tree.map(jnp.asarray, world.responses), token_logprobs(world.sampler, world.responses), None
+        )
 
         def of_batch(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
-            batch = jax.tree.map(lambda leaf: leaf[rows], (Sampled(world.responses, sampled, None), world.scores))
+            batch = jax.tree.map(lambda leaf: leaf[rows], (sampled, world.scores))
             responses = iteration.scored(*batch)
             after, metrics, _ = iteration.learn(state, {"reference": world.reference}, responses, jax.random.key(0))
             moved = jax.tree.map(jnp.subtract, world.policy, after.params["policy"])

@@ -49,14 +49,16 @@ def padded(rows: list[np.ndarray], before: list[int], width: int, filling: int =
     return tokens, mask
 
 
-def rollout(prompts: list[np.ndarray], responses: list[np.ndarray], widths=(4, 5), filling: int = 0) -> Rollout:
+def rollout(
+    prompts: list[np.ndarray], responses: list[np.ndarray], widths=(4, 5), filling: int = 0
+) -> Rollout[np.ndarray]:
     """Left-padded prompts and right-padded responses."""
     left = [widths[0] - len(row) for row in prompts]
     right = [0] * len(responses)
     return Rollout(*padded(prompts, left, widths[0], filling), *padded(responses, right, widths[1], filling))
 
 
-def uneven_rollout(seed: int = 0, filling: int = 0) -> Rollout:
+def uneven_rollout(seed: int = 0, filling: int = 0) -> Rollout[np.ndarray]:
     """Four rows: prompts of 1 to 4 tokens, responses of 5 to 1."""
     tokens = random_tokens(seed, 4, 9)
     prompts = [tokens[i, : i + 1] for i in range(4)]

@@ -155,7 +155,7 @@ def prefix_mask(rng: np.random.Generator, rows: int, width: int, least: int = 1)
     return np.arange(width)[None] < rng.integers(least, width + 1, rows)[:, None]
 
 
-def prompts(rows: int, seed: int = 0) -> PromptBatch:
+def prompts(rows: int, seed: int = 0) -> PromptBatch[np.ndarray]:
     """Left-padded prompts of uneven lengths; the padding is full of other tokens."""
     rng = np.random.default_rng(seed)
     return PromptBatch(
@@ -165,12 +165,12 @@ def prompts(rows: int, seed: int = 0) -> PromptBatch:
     )
 
 
-def online(rows: int, seed: int = 0) -> OnlineBatch:
+def online(rows: int, seed: int = 0) -> OnlineBatch[np.ndarray]:
     """Inputs of an online iteration."""
     return OnlineBatch(prompts(rows, seed))
 
 
-def preferences(rows: int, seed: int = 0) -> PreferenceBatch:
+def preferences(rows: int, seed: int = 0) -> PreferenceBatch[np.ndarray]:
     """Pairs with uneven masks on both sides; the padding is full of other tokens."""
     rng = np.random.default_rng(seed)
     before = prompts(rows, seed)
@@ -200,7 +200,7 @@ def with_micro_batch(rows, **changes) -> OptimizerConfig:
     return dataclasses.replace(OPTIMIZER, micro_batch=rows, **changes)
 
 
-def demonstrations(rows: int = 16) -> TokenBatch:
+def demonstrations(rows: int = 16) -> TokenBatch[np.ndarray]:
     """Lengths from 2 tokens to all: the micro-batches' means are far from equally weighted."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(4, VOCAB, (rows, 10)).astype(np.int32)

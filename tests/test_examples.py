@@ -130,6 +130,41 @@ def test_a_checkpoint_does_not_choose_the_code_that_reads_it(starcoder, capsys):
     assert "is not supported" in fails(capsys, "sample", "--model=coder", "--prompt=film")
 
 
+def test_a_reward_loss_of_ones_own(place):
+    """At a scale at which no pair is beyond the hinge, the loss is the scale plus the margins that are left."""
+    name, file = "examples/reward_loss.py:hinge", place / "examples" / "reward_loss.py"
+    file.write_text(file.read_text().replace("scale: float = 1.0", "scale: float = 100.0"))
+    data = experiments.preference_rows(place / "pairs.jsonl")
+    data.write_text(data.read_text().replace("}\n", ', "margin": 0.5}\n'))
+    section = {
+        "kind": "reward_model",
+        "policy": None,
+        "preferences": None,
+        "model": {"init": str(place / "judge")},
+        "pooling": "last",
+        "loss": {"name": name},
+        "optimizer": experiments.OPTIMIZER,
+        "batch_size": 8,
+        "epochs": 1.0,
+        "eval_every": 4,
+        "loop": experiments.LOOP,
+    }
+    done = experiments.run(place / "run", data, {"reward": section})
+    first = experiments.rows(done.find("reward") / "metrics.jsonl")[0]
+    np.testing.assert_allclose(first["loss"], 100.5 - first["margin"], rtol=1e-5)
+    file.write_text(file.read_text().replace("scale: float = 100.0", "scale: float = 50.0"))
+    with pytest.raises(RlhfError, match=r"examples/reward_loss\.py"):
+        experiments.run(place / "run", data, {"reward": section})
+    file.write_text("def hinge(chosen, rejected): ...\n")
+    with pytest.raises(
+        RlhfError, match=r"signature .*: write `def hinge\(chosen_scores, rejected_scores, \*, \.\.\.\)`"
+    ):
+        experiments.run(place / "other", data, {"reward": section})
+    file.write_text("def hinge(chosen_scores, rejected_scores): return chosen_scores.mean()\n")
+    with pytest.raises(RlhfError, match=r"returned the shape \(\): return one number per pair"):
+        experiments.run(place / "other", data, {"reward": section})
+
+
 def test_a_preference_loss_of_ones_own(place):
     """In a sum with a built-in loss; at the first step the policy is the reference, and only the lengths differ."""
     name = "examples/preference_loss.py:r_dpo"

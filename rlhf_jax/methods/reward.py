@@ -2,6 +2,7 @@
 
 To add a loss, write a function in `core.reward_losses` and a row in `LOSSES`; an option of its own is a field of
 `RewardLossConfig`. A function names what it reads by its parameters: inputs of `INPUTS`, and options of the config.
+A user's own, `file.py:name`, is a loss of pairs, which returns one number per pair.
 """
 
 import dataclasses
@@ -16,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, PyTree
 
-from rlhf_jax.config import NonNegative, Range, check_ranges
+from rlhf_jax import user_code
+from rlhf_jax.config import FunctionSource, NonNegative, Range, check_ranges
 from rlhf_jax.core import masking, reward_losses
 from rlhf_jax.core.metrics import Metric
 from rlhf_jax.data import formats, pipeline
@@ -51,11 +53,13 @@ class RewardLossSpec:
 
     function: Callable[..., Result]
     ranked: bool = False  # needs each prompt's responses in a strict order, best first
+    also_reads: tuple[str, ...] = ()  # inputs and options that the signature does not name
 
     @functools.cached_property
     def reads(self) -> frozenset[str]:
         """Names of the inputs and options that the function takes."""
-        return frozenset((*INPUTS, *OPTIONS)).intersection(inspect.signature(self.function).parameters)
+        named = inspect.signature(self.function).parameters
+        return frozenset((*INPUTS, *OPTIONS)).intersection((*named, *self.also_reads))
 
     @property
     def pairwise(self) -> bool:
@@ -97,6 +101,29 @@ else:
     LossName = Literal[tuple(LOSSES)]
 
 
+def spec_of(name: str) -> RewardLossSpec:
+    """Look up a loss by its name in `LOSSES`, or load a user's own. Raises RlhfError unless its signature is valid."""
+    if name in LOSSES:
+        return LOSSES[name]
+    what, arguments = "reward-model loss", ("chosen_scores", "rejected_scores")
+    function = user_code.load(name, what)
+    options = user_code.options_of(function, name, what, arguments=arguments, options=("margins", *OPTIONS))
+
+    def mean_loss(
+        chosen_scores: Float[Array, "B"],
+        rejected_scores: Float[Array, "B"],
+        *,
+        axes: tuple[str, ...],
+        **others: Array | float,
+    ) -> Result:
+        each = function(chosen_scores, rejected_scores, **others)
+        if jnp.shape(each) != chosen_scores.shape:
+            raise RlhfError(f"{what} {name} returned the shape {jnp.shape(each)}: return one number per pair")
+        return masking.mean(each, axes), reward_losses.bradley_terry_loss(chosen_scores, rejected_scores, axes=axes)[1]
+
+    return RewardLossSpec(mean_loss, also_reads=options)
+
+
 @dataclasses.dataclass(frozen=True)
 class RewardLossConfig:
     """Loss of a reward model, with label smoothing and centring.
@@ -105,7 +132,8 @@ class RewardLossConfig:
     neither); `k_wise` ranked rows, or pairs, which are grouped by prompt; `plackett_luce` ranked rows.
     """
 
-    name: LossName = "bradley_terry"  # loss; `margin`, `raters`, `k_wise` and `plackett_luce` need special columns
+    # Loss; `margin`, `raters`, `k_wise` and `plackett_luce` need special columns. Your own: 'mine.py:my_loss'.
+    name: LossName | FunctionSource = "bradley_terry"
     label_smoothing: Annotated[float, Range(at_least=0, below=0.5)] = 0.0  # assumed share of flipped labels
     # Weight of centring: the squared sum of a pair's scores (eq. 2 of Eisenstein et al. 2023, arXiv:2312.09244).
     center_rewards_coefficient: NonNegative = 0.0
@@ -123,7 +151,7 @@ class RewardLossConfig:
     @property
     def spec(self) -> RewardLossSpec:
         """The chosen loss."""
-        return LOSSES[self.name]
+        return spec_of(self.name)
 
 
 OPTIONS = tuple(

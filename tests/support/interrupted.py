@@ -17,12 +17,12 @@ from typing import Any
 import jax
 
 from rlhf_jax import main
-from rlhf_jax.methods import online
+from rlhf_jax.methods import offline, online
 from rlhf_jax.runtime import loop
-from rlhf_jax.stages import dpo, reward_model, sft
 from tests.support import xla_flags
 
-STAGES = {"sft": sft, "reward_model": reward_model, "dpo": dpo, "ppo": online, "dapo": online}
+STAGES = {"sft": offline, "reward_model": offline, "dpo": offline, "ppo": online, "dapo": online}
+"""The module whose `train` each stage calls."""
 FILES = {
     "rejection_sampling": ("demonstrations.jsonl", 1),
     "preferences": ("preferences.jsonl", 1),

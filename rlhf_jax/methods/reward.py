@@ -73,11 +73,7 @@ class RewardLossSpec:
 
 
 def _bradley_terry(
-    chosen_scores: Float[Array, "B"],
-    rejected_scores: Float[Array, "B"],
-    *,
-    label_smoothing: float,
-    axes: tuple[str, ...],
+    chosen_scores: Array, rejected_scores: Array, *, label_smoothing: float, axes: tuple[str, ...]
 ) -> Result:
     """Bradley-Terry loss, with smoothed labels if asked for."""
     if label_smoothing:
@@ -109,13 +105,7 @@ def spec_of(name: str) -> RewardLossSpec:
     function = user_code.load(name, what)
     options = user_code.options_of(function, name, what, arguments=arguments, options=("margins", *OPTIONS))
 
-    def mean_loss(
-        chosen_scores: Float[Array, "B"],
-        rejected_scores: Float[Array, "B"],
-        *,
-        axes: tuple[str, ...],
-        **others: Array | float,
-    ) -> Result:
+    def mean_loss(chosen_scores: Array, rejected_scores: Array, *, axes: tuple[str, ...], **others: Array) -> Result:
         each = function(chosen_scores, rejected_scores, **others)
         if jnp.shape(each) != chosen_scores.shape:
             raise RlhfError(f"{what} {name} returned the shape {jnp.shape(each)}: return one number per pair")

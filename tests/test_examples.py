@@ -119,7 +119,7 @@ def test_a_model_family_of_ones_own(starcoder, capsys):
 def test_a_family_is_the_checkpoints_and_a_family(starcoder, capsys):
     sample = ["sample", "--prompt=film"]
     checkpoints.policy(starcoder / "llama")
-    assert "'llama', and examples" in fails(capsys, *sample, "--model=llama", f"--family={FAMILY}")
+    assert "'llama', but examples" in fails(capsys, *sample, "--model=llama", f"--family={FAMILY}")
     assert "is a function" in fails(capsys, *sample, "--model=coder", "--family=examples/family.py:fields")
     assert "there is none: leave it out" in fails(capsys, *sample, "--workdir=run", f"--family={FAMILY}")
 

@@ -30,6 +30,7 @@ def fails(capsys, *arguments: str) -> str:
     return captured.err
 
 
+@pytest.mark.nightly
 def test_own_preferences_run_whole(tmp_path, capsys):
     arguments = [PREFERENCES, f"--workdir={tmp_path / 'run'}", *files(tmp_path)]
     assert main(arguments) == 0

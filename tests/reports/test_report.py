@@ -84,6 +84,7 @@ def test_a_half_done_experiment_is_reported_as_far_as_it_is(tmp_path, stages):
     assert left_by(tmp_path) == learning | ({"best_of_n"} & set(stages))
 
 
+@pytest.mark.nightly
 def test_stages_under_inputs_are_reported_with_those_here(tmp_path):
     old, new = tmp_path / "old", tmp_path / "new"
     old.mkdir(), new.mkdir()

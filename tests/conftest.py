@@ -1,4 +1,4 @@
-"""What every test runs under: eight CPU devices, checked shapes, no silent broadcasting or promotion."""
+"""Settings of all tests: eight CPU devices, checked shapes, no silent broadcasting or promotion."""
 
 import fcntl
 import gc

@@ -136,7 +136,7 @@ def _replace(tree: ast.AST, old: ast.AST, new: ast.AST) -> None:
 
 
 def _inside_annotation(tree: ast.AST, node: ast.AST) -> bool:
-    """Whether a node is part of a type, or of an error that is raised."""
+    """Return whether a node is part of a type annotation, or of a raised error."""
     for parent in ast.walk(tree):
         spared: list[ast.AST] = []
         if isinstance(parent, (ast.FunctionDef, ast.AsyncFunctionDef)) and parent.returns:
@@ -175,7 +175,7 @@ def copy_tree(source: Path, target: Path) -> None:
 
 
 def is_noticed(mutant: Mutant, source: Path) -> bool:
-    """Whether a test fails in a copy of `source` with this change."""
+    """Return whether any test fails in a copy of `source` with this change."""
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         copy_tree(source, place)

@@ -1,4 +1,4 @@
-"""What the documents name exists: files, modules, make's targets, rooms of the map, and the code in the recipes."""
+"""Documents name only what exists: files, modules, make targets, rooms of the map, and the code in the recipes."""
 
 import importlib
 import re

@@ -1,4 +1,4 @@
-"""What a person needs to use and cite the package."""
+"""Package metadata that users need to install and cite it."""
 
 import hashlib
 import os

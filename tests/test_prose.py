@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(file for folder in ("rlhf_jax", "experiments", "examples") for file in (ROOT / folder).rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
 RELATIVE = re.compile(r"(What|Who|Whom|Whose|Of|By|How|That|Those|Where|Whether|Whatever|Whoever|Which)\b")
 
 PHRASES = {
@@ -44,7 +45,7 @@ def prose(source: str, patterns: dict[str, str]) -> list[tuple[int, str]]:
     return sorted((source.count("\n", 0, start) + 1, advice) for start, advice in found)
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+@pytest.mark.parametrize("file", [*FILES, *TESTS], ids=lambda file: str(file.relative_to(ROOT)))
 def test_docstrings_start_with_a_verb_or_a_noun_phrase(file: Path):
     faults = [(line, text.splitlines()[0]) for line, text in docstrings(ast.parse(file.read_text("utf-8")))]
     faults = [fault for fault in faults if RELATIVE.match(fault[1])]

@@ -49,7 +49,7 @@ def imported(tree: ast.AST) -> Iterator[str]:
 
 
 def test_no_test_module_is_imported():
-    """What two modules need belongs in tests/support."""
+    """Helpers that two modules need belong in tests/support."""
     found = {
         str(path): name
         for path in FILES
@@ -68,7 +68,7 @@ def test_no_private_name_is_used_without_a_reason():
 
 
 def test_helpers_stand_in_support_or_beside_the_parity_tests():
-    """Those in parity/ import torch. The mutation tool is a program, and conftest.py pytest's."""
+    """Helpers in parity/ import torch; the mutation tool is a program; conftest.py belongs to pytest."""
     elsewhere = [path for path in FILES if path.parent.name not in ("support", "parity")]
     names = {path.name for path in elsewhere if not path.name.startswith("test_")}
     assert names == {"conftest.py", "mutation.py"}

@@ -44,7 +44,7 @@ INPUTS = {
     "mask": "bool[B, K]: responses that exist, a prefix",
     "axes": "names of the device axes that rows are split over",
 }
-"""What a loss may read, float32[B] unless said otherwise: of pairs, or of all responses to a prompt."""
+"""Inputs of the losses, float32[B] unless noted: one entry per pair, or per prompt with all its responses."""
 
 
 @dataclasses.dataclass(frozen=True)

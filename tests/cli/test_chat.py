@@ -53,7 +53,7 @@ class Typist:
         os.write(self.terminal, keys.encode())
 
     def reads(self, pattern: str, seconds: float = 120) -> str:
-        """What appears up to a pattern and with it; the next call begins after that."""
+        """Return the output up to and including a pattern; the next call begins after it."""
         deadline = time.monotonic() + seconds
         while True:
             text = self.seen.decode(errors="replace")

@@ -1,4 +1,4 @@
-"""What a conversation remembers, and what it asks the model."""
+"""History of a conversation, and its requests to the model."""
 
 import jax
 import jax.numpy as jnp

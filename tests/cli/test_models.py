@@ -1,4 +1,4 @@
-"""Which model a verb is about: a checkpoint or a stage, and what cannot be."""
+"""Choice of a command's model: a checkpoint or a stage, and errors for invalid choices."""
 
 import shutil
 

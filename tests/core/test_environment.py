@@ -1,4 +1,4 @@
-"""What tests/conftest.py promises; without these, a test elsewhere could pass for the wrong reason."""
+"""Guarantees of tests/conftest.py, without which a test elsewhere could pass for the wrong reason."""
 
 import jax
 import jax.numpy as jnp

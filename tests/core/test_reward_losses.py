@@ -164,7 +164,7 @@ K = 4
 
 
 def comparisons(seed):
-    """Which of K responses is preferred to which, in rows that have from none to all of them."""
+    """Preferences among K responses, in rows with none to all of these responses."""
     rng = np.random.default_rng(seed)
     present = np.arange(K)[None] < rng.integers(2, K + 1, PAIRS)[:, None]
     present[1] = False

@@ -140,7 +140,7 @@ def test_at_the_policy_that_sampled_every_loss_has_the_policy_gradient(name):
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @given(seed=seeds, lengths=row_lengths)
 def test_weighted_parts_make_the_whole(aggregation, seed, lengths):
-    """What a gradient-accumulating loss must be, and what a plain mean over unequal parts is not."""
+    """A gradient-accumulating loss equals the loss of the whole batch; a plain mean over unequal parts does not."""
     function, weight = AGGREGATIONS[aggregation]
     x, mask = normal(seed, ROWS, WIDTH), prefix_mask(lengths)
     parts = [slice(0, 1), slice(1, 3), slice(3, ROWS)]

@@ -163,7 +163,7 @@ print(Path("/proc/self/status").read_text())
 
 
 def test_no_second_copy_of_a_model_is_made_in_memory(tmp_path):
-    """Of a whole process: less than the model, twice its largest fused group, and 200 MB in all."""
+    """Upper bound on a process's memory: the model, twice its largest fused group, and 200 MB."""
     sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 3, "vocab_size": 8192}
     directory = checkpoint(tmp_path / "model", LLAMA | sizes)
     groups = [tensor.size for tensor in read_header(directory / "model.safetensors").values()]

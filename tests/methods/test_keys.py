@@ -160,7 +160,7 @@ class Record:
         self.folded: dict[tuple[int, ...], list[str]] = defaultdict(list)
 
     def faults(self) -> dict[str, Counter[str]]:
-        """How often keys are used in two ways, by the places where they are."""
+        """Count keys that are used in two ways, by the places of their use."""
         parents = {**self.split, **self.folded}
         return {
             "drawn from more than once": Counter(
@@ -213,7 +213,7 @@ def recording(record: Record) -> Any:
 
 @pytest.fixture
 def record(monkeypatch):
-    """What every key that the run makes from a seed is used for."""
+    """List the uses of every key that the run derives from a seed."""
     record = Record()
     implementation, original, rng = recording(record), jax.random.key, np.random.default_rng
 

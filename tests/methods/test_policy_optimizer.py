@@ -51,7 +51,7 @@ def steps(config: ppo.PPOConfig, gradients: list) -> list:
 
 
 def moved(states: list, name: str, index: int):
-    """How an update moved a network; the last ones where the index is negative."""
+    """Return the change of a network in one update; a negative index counts from the end."""
     return jax.tree.map(lambda a, b: np.asarray(b - a), states[index - 1][name], states[index][name])
 
 
@@ -78,7 +78,7 @@ def test_after_a_warm_up_of_the_values_the_policys_optimiser_is_fresh(schedule, 
 
 
 def test_the_first_update_after_a_warm_up_has_the_size_of_adams_first_one():
-    """Of every weight the rate, whatever its gradient; with spent bias corrections it was 0.55 of it here."""
+    """Every weight moves by the learning rate, whatever its gradient; with spent bias corrections, by 0.55 of it."""
     config = config_of(iterations=6, value_warmup=4, optimizer=dataclasses.replace(ADAM, weight_decay=0.0))
     step, state = jax.jit(tiny.ppo_step(config)), tiny.ppo_state(config)
     said = []

@@ -1,4 +1,4 @@
-"""What a config may say of the preference losses, that all it says matters, and what a step makes of it."""
+"""Options of the preference losses: which are valid, that each changes the loss, and their effect on a step."""
 
 import dataclasses
 from typing import Any
@@ -39,12 +39,12 @@ CHANGES: dict[str, Any] = {
 
 
 def base(name: str) -> dict[str, Any]:
-    """What a loss cannot do without."""
+    """Return the options that a loss requires."""
     return {"losses": (name,), "label_smoothing": 0.2 if name == "exo_pair" else 0.0}
 
 
 def logps(config: PreferenceLossConfig, batch: PreferenceBatch, seed: int) -> PairLogps:
-    """What a config makes of random tokens."""
+    """Compute a config's loss on random tokens."""
     rng = np.random.default_rng(seed)
     chosen, rejected = (
         TokenStats(logprobs, logprobs, batch.chosen_mask, squares)

@@ -40,7 +40,7 @@ def test_a_soft_update_goes_a_share_of_the_way_where_one_is_due():
 
 
 def counted(monkeypatch) -> list[int]:
-    """How many pairs are computed anew, at each time."""
+    """Record the number of pairs that each call computes."""
     counts, pair_logps_all = [], reference_cache.pair_logps_all
 
     def counting(config, network, params, data, batch_size):

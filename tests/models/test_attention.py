@@ -36,7 +36,7 @@ def inputs(queries: int, slots: int, width: int, dtype=jnp.bfloat16) -> list[jax
 
 
 def taken_by_jax(*args) -> bool:
-    """Whether jax's attention by cuDNN has a gradient for such inputs."""
+    """Return whether jax's cuDNN attention has a gradient for such inputs."""
 
     def loss(q, k, v, mask):
         out = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], scale=1.0, implementation="cudnn")

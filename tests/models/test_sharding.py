@@ -1,4 +1,4 @@
-"""Which weights are split, by the patterns on their paths, in real trees of parameters and of optimiser states."""
+"""Split of weights by patterns on their paths, in real trees of parameters and optimiser states."""
 
 import dataclasses
 import re

@@ -25,7 +25,7 @@ ROWS, PROMPT, MORE = 3, 8, 5
 WHOLE = ("logits", "gradients", "padded logits", "padded gradients")
 CACHED = ("cached", "continued")
 TOLERANCE = 1e-4
-"""Of the greatest logit, and of the greatest entry of a parameter's gradient."""
+"""Tolerances relative to the largest logit, and to the largest entry of a parameter's gradient."""
 
 
 def make(family: str, fields: dict[str, Any], directory: Path) -> Any:

@@ -20,7 +20,7 @@ OTHER_ACTIVATIONS = ("quick_gelu", "tanh", "mish", "gelu_10")  # of transformers
 
 LAYERS = (1, 1, 2, 2, 3)
 LEAST = 4
-"""Of the model's width: norms of fewer channels magnify rounding (those of one channel have no gradient at all)."""
+"""Smallest model width: norms over fewer channels magnify rounding (over one channel they have no gradient)."""
 
 Fields = dict[str, Any]
 
@@ -96,7 +96,7 @@ def gpt_neox(rng: random.Random) -> Fields:
 
 
 def decoder(rng: random.Random, family: str) -> Fields:
-    """Those that are made as Llama is."""
+    """Families with Llama's layout."""
     heads = rng.choice([1, 2, 3, 4, 6])
     width = 2 * rng.randint(1, 6)
     fields: Fields = {

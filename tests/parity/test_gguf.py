@@ -70,7 +70,7 @@ TOKENS = torch.tensor(np.random.default_rng(0).integers(VOCABULARY - 4, size=(2,
 
 
 def random_model(config: Any) -> Any:
-    """Of which everything matters: norms are not all 1, and biases not 0."""
+    """Model in which every parameter matters: norms are not all 1, and biases are not 0."""
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():

@@ -1,6 +1,6 @@
 # torch and transformers are in .venv-parity only, where types are not checked.
 # pyrefly: ignore-errors[missing-import]
-"""What `rlhf-jax export` writes, as transformers and PEFT load it: without a word, and with the same answers."""
+"""Exports of `rlhf-jax export`: transformers and PEFT load them without warnings and give the same answers."""
 
 import json
 from pathlib import Path

@@ -27,7 +27,7 @@ SETTINGS = {"kl_coef": 0.3, "gamma": 0.95, "gae_lambda": 0.9, "clip_ratio": 0.2,
 
 @functools.cache
 def record(seed: int) -> dict[str, np.ndarray]:
-    """What the last of eight gradient steps of one PPO iteration saw and computed, and random numbers whitened."""
+    """Inputs and results of the last of eight gradient steps of one PPO iteration, and random numbers whitened."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "record.npz")
         environment = {**os.environ, "PYTHONPATH": ROOT, "TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_OFFLINE": "1"}

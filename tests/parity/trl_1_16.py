@@ -57,7 +57,7 @@ def _trainer(
 
 
 def _keep_hidden(model: torch.nn.Module) -> list[torch.Tensor]:
-    """What enters the head at each call; the gradient with respect to it is kept."""
+    """Record the head's input at each call, and keep its gradient."""
     kept = []
 
     def hook(module, inputs, output):

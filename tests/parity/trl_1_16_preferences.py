@@ -73,7 +73,7 @@ def record(seed: int) -> dict[str, np.ndarray]:
 
 
 def synchronised(policy: np.ndarray, reference: np.ndarray, alpha: float) -> np.ndarray:
-    """What TR-DPO's callback makes of one weight of the reference."""
+    """Apply TR-DPO's callback to one weight of the reference."""
     own, theirs = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
     own.weight.data, theirs.weight.data = torch.tensor(policy), torch.tensor(reference)
     SyncRefModelCallback._sync_target_model(own, theirs, alpha)
@@ -159,7 +159,7 @@ def _of_logits(name: str, kind: Any, config: Any, settings: dict[str, Any], poli
 
 
 def _outputs(model: Any) -> list[Any]:
-    """What each call of a model gives; the gradient by its log-probabilities is kept."""
+    """Record the output of each call of a model, and keep the gradient of its log-probabilities."""
     kept = []
 
     def hook(module, inputs, output):

@@ -59,7 +59,7 @@ CLASSIFIER = transformers.AutoModelForSequenceClassification
 
 
 def arguments(folder: str, micro_batch: int, ours: dict[str, Any] = curves.OPTIMIZER) -> dict[str, Any]:
-    """What every trainer is told: the same optimiser as our stage, and a log row a step."""
+    """Arguments of every trainer: the optimiser of our stage, and one log row per step."""
     return {
         "output_dir": folder,
         "use_cpu": True,
@@ -102,7 +102,7 @@ def run(name: str, world: World, order: np.ndarray) -> Curve:
 
 
 def trained(trainer: Any, steps: int) -> Curve:
-    """What a trainer logs of each of its steps, and the weights that it ends with."""
+    """Return a trainer's log of each step, and its final weights."""
     trainer.remove_callback(transformers.PrinterCallback)
     torch.set_num_threads(1)  # threads would wait for each other more than they compute
     trainer.train()

@@ -27,7 +27,7 @@ GOLDENS = Path(__file__).parents[1] / "goldens"
 
 
 def write(folder: Path) -> None:
-    """What the trainers compute of one batch."""
+    """Results of the trainers on one batch."""
     for name, module, record in (
         ("dpo", trl_1_16, trl_1_16.record_dpo),
         ("sft", trl_1_16, trl_1_16.record_sft),

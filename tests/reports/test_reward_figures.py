@@ -1,4 +1,4 @@
-"""What the figures of a reward model show, and that the report has them."""
+"""Figures of a reward model, and their place in the report."""
 
 import numpy as np
 import pytest

@@ -185,7 +185,7 @@ def test_parts_are_weighted_and_functions_see_the_columns_of_their_prompts(place
 
 
 def test_means_that_are_logged_are_of_the_rows_to_which_a_reward_applies(places):
-    """By hand: what the first function says of half of the prompts, and the second of all."""
+    """Compute scores by hand: the first function scores half of the prompts, the second all of them."""
     directory, model, _ = places
     asked = {"the film": "good", "is": "", "bad bad": "dull", "film film film": ""}
     data = directory / "mixed.jsonl"

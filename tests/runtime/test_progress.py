@@ -1,4 +1,4 @@
-"""What the terminal shows of a stage, whole at every width."""
+"""Progress of a stage on the terminal, complete at every width."""
 
 import io
 import re

@@ -1,4 +1,4 @@
-"""What a stage's summary says of where its numbers come from, held against git, the packages and the machine."""
+"""Provenance in a stage's summary, compared with git, the installed packages and the machine."""
 
 import importlib.metadata
 import json

@@ -27,7 +27,7 @@ def draw_logits(vocab, seed=0):
 
 
 def p_value(tokens, logits):
-    """Of a chi-square test of tokens against softmax(logits), with the rarest tokens, under 5 in all, as one."""
+    """p-value of a chi-square test of tokens against softmax(logits), with tokens expected under 5 times pooled."""
     expected = len(tokens) * scipy.special.softmax(np.asarray(logits, np.float64))
     counts = np.bincount(tokens, minlength=len(expected))
     order = np.argsort(expected)

@@ -329,7 +329,7 @@ def test_a_discount_and_a_second_clip_reach_the_method():
 
 
 def test_weights_for_the_sampler_are_those_of_the_mode():
-    """By the function that makes them in training: two responses, whose sampler is off by 0.5 and 0.2 nats a token."""
+    """Compute weights with the training function, for two responses with sampler errors of 0.5 and 0.2 nats."""
     networks = Networks(tiny.GivenPolicy(tiny.MODEL, tiny.VOCAB, tiny.SUPPRESSED), None, (tiny.EOS,), 2)
     sampled, _ = fixed_groups([0.0, 0.0], 4)
     logprobs = sampled.logprobs - jnp.array([[-0.5], [0.2]])

@@ -177,7 +177,7 @@ def test_devices_and_micro_batches_change_nothing(name, update):
 
 
 def good_endings(seed: int) -> UnpairedBatch[np.ndarray]:
-    """What ends in token 5 is good."""
+    """Label responses that end in token 5 as good."""
     batch = labelled(seed)
     response = np.where(batch.response == 5, 6, batch.response)
     last = batch.response_mask.sum(axis=1) - 1

@@ -107,7 +107,7 @@ def half_file(directory: Path, like: Path, params: Any, dtype: Any = jnp.bfloat1
 
 
 def movement(start: Any, stage: Path, what: str = "policy") -> np.ndarray:
-    """How far a run moved its weights, or its masters, in float64."""
+    """Return the change of a run's weights, or of its masters, in float64."""
     items = experiments.final_state(stage)[1]
     end = items["policy"] if what == "policy" else items["rest"]["opt_state"]["masters"]["policy"]
     flat = [np.concatenate([np.ravel(leaf).astype(np.float64) for leaf in jax.tree.leaves(t)]) for t in (start, end)]

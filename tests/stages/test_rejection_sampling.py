@@ -1,4 +1,4 @@
-"""What is kept of many samples, SFT on it, and rounds of both: expert iteration."""
+"""Selection among many samples, SFT on the selection, and rounds of both: expert iteration."""
 
 import dataclasses
 import json

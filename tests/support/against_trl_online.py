@@ -18,7 +18,7 @@ ADVANTAGES = ("grpo", "grpo_batch_std", "dr_grpo", "rloo", "rloo_normalized")
 
 
 def check_group_advantages(trl: Mapping[str, np.ndarray], num_generations: int, kl_coef: float) -> None:
-    """Of responses that the trainers sampled and scored; RLOO's have the penalty in their rewards."""
+    """Recompute losses on responses that the trainers sampled and scored; RLOO's rewards include the penalty."""
     for name in ADVANTAGES:
         found = {key.split("/")[1]: jnp.asarray(trl[key]) for key in trl if key.startswith(f"{name}_sampled/")}
         mask, in_reward = found["mask"], name.startswith("rloo")

@@ -11,7 +11,7 @@ from rlhf_jax.main import main
 
 
 def succeeds(capsys: pytest.CaptureFixture, *arguments: str) -> str:
-    """What a command prints."""
+    """Return the output of a command."""
     status, captured = main(list(arguments)), capsys.readouterr()
     assert status == 0, captured.err
     return captured.out

@@ -14,7 +14,7 @@ REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub(NamedTuple):
-    """Where it listens, and the paths that were asked for, in order."""
+    """Address of the server, and the requested paths in order."""
 
     url: str
     asked: list[str]

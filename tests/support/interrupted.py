@@ -94,7 +94,7 @@ def trap_writes(trap: Trap, name: str) -> None:
 
 
 def run(stage: str, place: str, marker: Path, cache: Path, log: Path, arguments: list[str]) -> None:
-    """What the process does, with a compilation cache of its own and all its output in a file."""
+    """Run the command line in this process, with its own compilation cache and all output in a file."""
     with log.open("w") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)

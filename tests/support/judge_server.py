@@ -13,7 +13,7 @@ from tests.support.http_server import Quiet, listening
 
 
 class Answer(NamedTuple):
-    """What the server answers: a status, the reply or another body, and further headers."""
+    """Response of the server: a status, the reply or another body, and further headers."""
 
     content: str | None = "A"
     status: int = 200
@@ -29,7 +29,7 @@ class Answer(NamedTuple):
 
 
 class Server(NamedTuple):
-    """Where it listens, and the questions that came, in order."""
+    """Address of the server, and the questions it received, in order."""
 
     url: str
     asked: list[dict[str, Any]]

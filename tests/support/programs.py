@@ -15,7 +15,7 @@ from tests.support import tiny
 
 
 def runtime(strategy: Literal["jit", "pmap"], **sizes: Any) -> RuntimeConfig:
-    """Where a step runs: a strategy and the sizes of its mesh."""
+    """Placement of a step: a strategy and the sizes of its mesh."""
     return dataclasses.replace(tiny.ONE_DEVICE, strategy=strategy, **sizes)
 
 

@@ -88,7 +88,7 @@ def save(directory: Path, backend: tokenizers.Tokenizer, template: str | None = 
 
 
 def load_theirs(directory: Path) -> Any:
-    """What transformers makes of a directory."""
+    """Load a directory with transformers."""
     return AutoTokenizer.from_pretrained(directory)
 
 

@@ -25,7 +25,7 @@ def assert_same_model(one, other) -> None:
 
 
 def write_stage(directory, model: Policy | RewardModel, base: Base | None = None, seeds: range = range(1)) -> None:
-    """What a stage leaves of its model, for each seed: its parameters, or those of its adapter beside `base`."""
+    """Parameters that a stage saves for each seed: the whole model's, or those of an adapter on `base`."""
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps({"section": {"kind": "x"}, "common": {}, "inputs": {}}))
     kind = "policy" if isinstance(model, Policy) else "reward"

@@ -1,4 +1,4 @@
-"""How XLA compiles in tests: programs here run once, so they are compiled quickly."""
+"""XLA flags for tests: programs run once, so they are compiled quickly."""
 
 from importlib.metadata import version
 

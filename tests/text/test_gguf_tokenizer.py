@@ -77,7 +77,7 @@ def load(metadata: dict[str, Any], directory: Path) -> Any:
 
 
 def theirs(metadata: dict[str, Any]) -> tokenizers.Tokenizer:
-    """By transformers' own conversion."""
+    """Convert the tokenizer with transformers."""
     from transformers.integrations.gguf import gguf_tokenizer_mapping as mapping
 
     renames = mapping.GGUF_TOKENIZER_MAPPING["tokenizer"]

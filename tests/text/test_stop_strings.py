@@ -21,7 +21,7 @@ def loaded(make):
 
 
 def first_stop(tokenizer: Tokenizer, prompt: Sequence[int], response: Sequence[int], stops: Sequence[str]):
-    """By decoding every beginning of a response anew."""
+    """Find the end by decoding every prefix of the response."""
     for count in range(1, len(response) + 1):
         text = tokenizer.decode_completion(prompt, response[:count])
         places = [text.find(stop) for stop in stops if stop in text]

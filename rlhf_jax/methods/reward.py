@@ -1,157 +1,26 @@
-"""The reward-model losses that a config may name: one table of specs, the data that they read, and their options.
+"""Reward-model losses on batches: the rows that each loss reads, their tokens, and the loss of a batch."""
 
-To add a loss, write a function in `core.reward_losses` and a row in `LOSSES`; an option of its own is a field of
-`RewardLossConfig`. A function names what it reads by its parameters: inputs of `INPUTS`, and options of the config.
-A user's own, `file.py:name`, is a loss of pairs, which returns one number per pair.
-"""
-
-import dataclasses
-import functools
-import inspect
 import itertools
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Annotated, Literal
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, PyTree
 
-from rlhf_jax import user_code
-from rlhf_jax.config import FunctionSource, NonNegative, Range, check_ranges
 from rlhf_jax.core import masking, reward_losses
-from rlhf_jax.core.metrics import Metric
 from rlhf_jax.data import formats, pipeline
 from rlhf_jax.data.padding import pad_left, pad_right
 from rlhf_jax.data.pipeline import Content, DataConfig
 from rlhf_jax.loading.context import Context
 from rlhf_jax.loading.tables import PREFERENCES, load_preferences
+from rlhf_jax.methods.reward_table import LOSS_OPTIONS, Result, RewardLossConfig
 from rlhf_jax.models.policy import both_responses
 from rlhf_jax.models.scalars import ScalarNetwork
 from rlhf_jax.text.tokenizer import Tokenizer
 from rlhf_jax.types import A, ComparisonBatch, Json, LabelledPairs, PreferenceBatch, RlhfError, Rollout, Row
 
 Batch = PreferenceBatch[A] | LabelledPairs[A] | ComparisonBatch[A]
-Result = tuple[Float[Array, ""], dict[str, Metric]]
-
-INPUTS = {
-    "chosen_scores": "score of the chosen response",
-    "rejected_scores": "score of the rejected response",
-    "margins": "the column margin of a pair",
-    "votes": "float32[B, 2]: numbers of raters for the chosen and the rejected response, from the column labels",
-    "scores": "float32[B, K]: scores of up to K responses to a prompt",
-    "wins": "bool[B, K, K]: wins[b, i, j] if response i is preferred to response j",
-    "mask": "bool[B, K]: responses that exist, a prefix",
-    "axes": "names of the device axes that rows are split over",
-}
-"""Inputs of the losses, float32[B] unless noted: one entry per pair, or per prompt with all its responses."""
-
-
-@dataclasses.dataclass(frozen=True)
-class RewardLossSpec:
-    """A reward-model loss: its function, and what cannot be read off its signature."""
-
-    function: Callable[..., Result]
-    ranked: bool = False  # needs each prompt's responses in a strict order, best first
-    also_reads: tuple[str, ...] = ()  # inputs and options that the signature does not name
-
-    @functools.cached_property
-    def reads(self) -> frozenset[str]:
-        """Names of the inputs and options that the function takes."""
-        named = inspect.signature(self.function).parameters
-        return frozenset((*INPUTS, *OPTIONS)).intersection((*named, *self.also_reads))
-
-    @property
-    def pairwise(self) -> bool:
-        """True if a row is a pair, False if it is a prompt with all its responses."""
-        return "scores" not in self.reads
-
-    @property
-    def column(self) -> str | None:
-        """Column that the loss reads besides the responses of a pair."""
-        return "margin" if "margins" in self.reads else "labels" if "votes" in self.reads else None
-
-
-def _bradley_terry(
-    chosen_scores: Array, rejected_scores: Array, *, label_smoothing: float, axes: tuple[str, ...]
-) -> Result:
-    """Bradley-Terry loss, with smoothed labels if asked for."""
-    if label_smoothing:
-        return reward_losses.smoothed_bradley_terry_loss(
-            chosen_scores, rejected_scores, label_smoothing=label_smoothing, axes=axes
-        )
-    return reward_losses.bradley_terry_loss(chosen_scores, rejected_scores, axes=axes)
-
-
-LOSSES: dict[str, RewardLossSpec] = {
-    "bradley_terry": RewardLossSpec(_bradley_terry),
-    "margin": RewardLossSpec(reward_losses.margin_loss),
-    "raters": RewardLossSpec(reward_losses.raters_loss),
-    "k_wise": RewardLossSpec(reward_losses.k_wise_loss),
-    "plackett_luce": RewardLossSpec(reward_losses.plackett_luce_loss, ranked=True),
-}
-
-if TYPE_CHECKING:
-    LossName = str
-else:
-    LossName = Literal[tuple(LOSSES)]
-
-
-def spec_of(name: str) -> RewardLossSpec:
-    """Look up a loss by its name in `LOSSES`, or load a user's own. Raises RlhfError unless its signature is valid."""
-    if name in LOSSES:
-        return LOSSES[name]
-    what, arguments = "reward-model loss", ("chosen_scores", "rejected_scores")
-    function = user_code.load(name, what)
-    options = user_code.options_of(function, name, what, arguments=arguments, options=("margins", *OPTIONS))
-
-    def mean_loss(chosen_scores: Array, rejected_scores: Array, *, axes: tuple[str, ...], **others: Array) -> Result:
-        each = function(chosen_scores, rejected_scores, **others)
-        if jnp.shape(each) != chosen_scores.shape:
-            raise RlhfError(f"{what} {name} returned the shape {jnp.shape(each)}: return one number per pair")
-        return masking.mean(each, axes), reward_losses.bradley_terry_loss(chosen_scores, rejected_scores, axes=axes)[1]
-
-    return RewardLossSpec(mean_loss, also_reads=options)
-
-
-@dataclasses.dataclass(frozen=True)
-class RewardLossConfig:
-    """Loss of a reward model, with label smoothing and centring.
-
-    `margin` reads a column `margin`; `raters` a column `labels` (one entry per rater: 1 prefers chosen, 0 rejected, 0.5
-    neither); `k_wise` ranked rows, or pairs, which are grouped by prompt; `plackett_luce` ranked rows.
-    """
-
-    # Loss; `margin`, `raters`, `k_wise` and `plackett_luce` need special columns. Your own: 'mine.py:my_loss'.
-    name: LossName | FunctionSource = "bradley_terry"
-    label_smoothing: Annotated[float, Range(at_least=0, below=0.5)] = 0.0  # assumed share of flipped labels
-    # Weight of centring: the squared sum of a pair's scores (eq. 2 of Eisenstein et al. 2023, arXiv:2312.09244).
-    center_rewards_coefficient: NonNegative = 0.0
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
-        for option in OPTIONS:
-            if getattr(self, option) and option not in self.spec.reads:
-                readers = [name for name, spec in LOSSES.items() if option in spec.reads]
-                raise ValueError(
-                    f"{option} = {getattr(self, option)} is not read by name = {self.name!r}: set it to 0, or use one "
-                    f"of {', '.join(readers)}"
-                )
-
-    @property
-    def spec(self) -> RewardLossSpec:
-        """The chosen loss."""
-        return spec_of(self.name)
-
-
-OPTIONS = tuple(
-    field.name
-    for field in dataclasses.fields(RewardLossConfig)
-    if field.name not in ("name", "center_rewards_coefficient")
-)
-"""Options that losses read by name."""
-
-BRADLEY_TERRY = RewardLossConfig()
 
 
 def load_rows(config: RewardLossConfig, context: Context, stage: str | None) -> tuple[list[Row], list[Row]]:
@@ -167,7 +36,7 @@ def load_rows(config: RewardLossConfig, context: Context, stage: str | None) -> 
         rows = [pipeline.load_rows(context.data, split) for split in ("train", "eval")]
     if "completions" in rows[0][0]:
         train, held_out = (formats.ranked_rows(table, source) for table, source in zip(rows, sources, strict=True))
-        return train, [pair for row in held_out for pair in pairs_of(row)]
+        return train, [pair for row in held_out for pair in pairs_from_ranking(row)]
     if config.spec.ranked:
         raise RlhfError(
             f"config.{context.name}.loss.name = {config.name!r} needs rankings, but {sources[0]} has none: give rows "
@@ -176,7 +45,7 @@ def load_rows(config: RewardLossConfig, context: Context, stage: str | None) -> 
     return load_preferences(context, stage)
 
 
-def pairs_of(row: Row) -> list[Row]:
+def pairs_from_ranking(row: Row) -> list[Row]:
     """Split a ranked row into pairs with their scores, dropping ties."""
     ranked = list(zip(row["completions"], row["scores"], strict=True))
     return [
@@ -221,7 +90,7 @@ def loss(
     axes: tuple[str, ...],
 ) -> Result:
     """Compute the loss and metrics of a batch, in one forward pass over all responses."""
-    available = {name: getattr(config, name) for name in OPTIONS} | {"axes": axes}
+    available = {name: getattr(config, name) for name in LOSS_OPTIONS} | {"axes": axes}
     if isinstance(batch, ComparisonBatch):
         scores = _all_scores(network, params, batch, dropout_keys)
         available |= {"scores": scores, "wins": batch.wins, "mask": jnp.any(batch.response_mask, axis=2)}

@@ -5,7 +5,6 @@ A new kind is one file in this directory and one row of `KINDS`. A user's own ki
 """
 
 import dataclasses
-import math
 import string
 import typing
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 from rlhf_jax import user_code
 from rlhf_jax.config import Section
 from rlhf_jax.loading.context import Context
-from rlhf_jax.methods import preference_table
+from rlhf_jax.methods import preference_table, reward_table
 from rlhf_jax.stages import (
     best_of_n,
     dpo,
@@ -154,14 +153,14 @@ KINDS = {
         run=reward_model.run,
         summary="Train a reward model on preferences",
         title="Reward model",
-        label="reward model",
+        label=lambda section: reward_table.label_of(section["loss"]["name"]),
         unit="comparisons",
         curves=(
             Panel(
-                "Bradley-Terry loss",
-                "nats per pair",
-                (Series("loss", "train"), Series("eval/loss", "held out")),
-                chance=math.log(2),
+                "Loss",
+                "mean over the batch",
+                (Series("loss", ""),),
+                chance=lambda section: reward_table.level_at_equal_scores(section["loss"]),
             ),
             Panel(
                 "Pairs ranked correctly",
@@ -174,7 +173,7 @@ KINDS = {
                 chance=0.5,
             ),
         ),
-        caption="Dashed: chance.",
+        caption="Dashed: where all scores are equal.",
         colour="pink",
     ),
     "best_of_n": Kind(

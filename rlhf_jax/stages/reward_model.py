@@ -24,8 +24,8 @@ from rlhf_jax.loading.stage_models import load_stage_reward_model, save_reward_s
 from rlhf_jax.loading.trainable import full_params, init_trainable, trainable
 from rlhf_jax.methods import reward as reward_loss
 from rlhf_jax.methods.offline import OfflineConfig, OfflineMethod, Updates, train_offline
-from rlhf_jax.methods.reward import BRADLEY_TERRY, RewardLossConfig
 from rlhf_jax.methods.reward_report import HeldOut, evaluate, report
+from rlhf_jax.methods.reward_table import BRADLEY_TERRY, RewardLossConfig
 from rlhf_jax.models.model_config import ModelConfig
 from rlhf_jax.models.reward_ensemble import EnsembleConfig
 from rlhf_jax.models.scalars import Pooling, ScalarNetwork

@@ -225,6 +225,27 @@ def test_the_losses_of_a_stage_name_it_and_set_the_level_of_its_loss(tmp_path, k
     assert dashed(axes) == ([] if level is None else [(pytest.approx(level), MUTED)])
 
 
+@pytest.mark.parametrize(
+    ("name", "label", "level"),
+    [
+        ("bradley_terry", "Bradley-Terry", math.log(2)),
+        ("raters", "raters", math.log(2)),
+        ("k_wise", "K-wise", math.log(2)),
+        ("margin", "Bradley-Terry with margins", None),
+        ("plackett_luce", "Plackett-Luce", None),
+        ("gone.py:hinge", "hinge", None),
+    ],
+)
+def test_the_loss_of_a_reward_model_names_it_and_sets_the_level_of_its_loss(tmp_path, name, label, level):
+    files = {"metrics.jsonl": workdirs.metric_rows({"loss": (0.9, 0.2)})}
+    workdirs.write_stage(tmp_path, "mine", {"kind": "reward_model", "loss": workdirs.reward_loss(name)}, files=files)
+    run = Run(tmp_path)
+    assert frames.stage_labels(run, ["mine"]) == {"mine": label}
+    (axes,) = report.draw(run)["learning_reward_model"].axes
+    assert axes.get_title("left") == "Loss"
+    assert dashed(axes) == ([] if level is None else [(pytest.approx(level), MUTED)])
+
+
 def test_stages_with_different_losses_have_levels_of_their_own_colours(tmp_path):
     for name, loss, beta in (("a", "sigmoid", 1.0), ("b", "hinge", 0.5), ("c", "ipo", 0.1)):
         section = {"kind": "dpo", "beta": beta, "loss": workdirs.preference_loss(loss)}

@@ -46,7 +46,7 @@ def test_points_are_the_groups_and_bars_their_intervals(found):
 def test_the_report_shows_them_where_the_stage_wrote_them(found, tmp_path):
     for name, written in (("old", False), ("new", True)):
         root = tmp_path / name
-        directory = workdirs.write_stage(root, "reward_model", {"kind": "reward_model"})
+        directory = workdirs.write_stage(root, "reward_model", {"kind": "reward_model", "loss": workdirs.reward_loss()})
         if written:
             write_json(directory / "calibration.json", found)
         drawn = report.draw(Run(root))

@@ -23,7 +23,7 @@ from rlhf_jax.loading.context import Context
 from rlhf_jax.loading.models import RewardModel
 from rlhf_jax.loading.stage_models import load_stage_reward_model
 from rlhf_jax.methods import reward as reward_loss
-from rlhf_jax.methods.reward import RewardLossConfig
+from rlhf_jax.methods.reward_table import RewardLossConfig
 from rlhf_jax.models.reward_ensemble import EnsembleConfig
 from rlhf_jax.models.sharding import shardings
 from rlhf_jax.runtime.progress import Display
@@ -253,7 +253,7 @@ def test_ties_are_no_pairs_and_no_ranking(read):
     tied = [{**RANKED[0], "scores": [1.0, 1.0, 0.0]}]
     batch = comparisons("k_wise", tied, read)
     assert np.argwhere(batch.wins).tolist() == [[0, 0, 2], [0, 1, 2]]
-    assert [(row["chosen"], row["rejected"]) for row in reward_loss.pairs_of(tied[0])] == [
+    assert [(row["chosen"], row["rejected"]) for row in reward_loss.pairs_from_ranking(tied[0])] == [
         (" good", " dull"),
         (" bad", " dull"),
     ]

@@ -13,6 +13,7 @@ from rich.console import Console
 from rlhf_jax.loading.models import Policy, RewardModel
 from rlhf_jax.loading.stage_models import save_policy_spec, save_reward_spec
 from rlhf_jax.methods.preference_table import PreferenceLossConfig
+from rlhf_jax.methods.reward_table import RewardLossConfig
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
 from rlhf_jax.reports import Run
@@ -168,7 +169,7 @@ def write_training(root: Path, *, seeds: int = 1) -> None:
     write_stage(root, "sft", {"kind": "sft"}, files={"metrics.jsonl": sft}, summary={"steps": 40})
     write_stage(root, "preferences", {"kind": "preferences", "policy": "sft", "judge": "gold"}, inputs=("sft",))
     reward = metric_rows({"loss": (0.7, 0.5), "accuracy": (0.5, 0.8), "eval/accuracy": (0.6, 0.7)})
-    section = {"kind": "reward_model", "policy": "sft"}
+    section = {"kind": "reward_model", "policy": "sft", "loss": reward_loss()}
     inputs = ("sft", "preferences")
     write_stage(root, "reward_model", section, inputs=inputs, files={"metrics.jsonl": reward})
     for name, beta in BETAS.items():
@@ -197,6 +198,11 @@ def write_training(root: Path, *, seeds: int = 1) -> None:
 def preference_loss(*losses: str, **options: Any) -> dict[str, Any]:
     """Section `loss` of a stage's config, as experiments write it; without names, DPO's."""
     return dataclasses.asdict(PreferenceLossConfig()) | ({"losses": list(losses)} if losses else {}) | options
+
+
+def reward_loss(name: str = "bradley_terry") -> dict[str, Any]:
+    """Section `loss` of a reward model's config, as experiments write it."""
+    return dataclasses.asdict(RewardLossConfig()) | {"name": name}
 
 
 def write_best_of_n(root: Path, *, gold: bool) -> None:
@@ -265,7 +271,7 @@ def write_models(root: Path, *, with_reward_model: bool = True, seeds: int = 1) 
         ("sft", {"kind": "sft"}, (), {"policy": models[0]}),
         (
             "reward_model",
-            {"kind": "reward_model", "policy": "sft"},
+            {"kind": "reward_model", "policy": "sft", "loss": reward_loss()},
             ("sft",),
             {"reward": reward.init(jax.random.key(9))},
         ),

@@ -12,6 +12,7 @@ from rlhf_jax.core import kl, logprobs
 from rlhf_jax.models.head import TokenStats
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
+from rlhf_jax.sampling.buckets import trim_prompts
 from rlhf_jax.sampling.choice import Sampling, stated_temperature
 from rlhf_jax.sampling.continuous import default_refill, generate_queue
 from rlhf_jax.sampling.generate import generate
@@ -64,7 +65,8 @@ def sample_all(
     """Sample `samples` responses to each of N left-padded prompts (tokens and mask): a Rollout of N * samples rows.
 
     Row i * samples + j is sample j of prompt i. Its random key is that of row (first + i) * samples + j, independent of
-    the batch size. The samples of a prompt share its prefill if they fit into a batch.
+    the batch size. The samples of a prompt share its prefill if they fit into a batch. Batches hold prompts of similar
+    length, the longest first, and are padded to the bucket of their longest prompt.
 
     The response lengths of the first batch determine how the remaining rows are sampled. If they vary much, continuous
     batching with `batch_size` slots avoids waiting for the longest response of each batch; otherwise plain batches are
@@ -76,34 +78,55 @@ def sample_all(
     tokens, mask = (np.repeat(array, samples // shared, axis=0) for array in prompts)
     rows = PromptBatch(tokens, mask, np.arange(len(tokens), dtype=np.int32) + first * (samples // shared))
     most = np.full(len(prompts[0]), sampling.max_new_tokens) if limits is None else limits
-    requests = (rows, np.repeat(most.astype(np.int32), samples // shared))
-    prompts_per_batch = batch_size // shared
+    order = np.argsort(-mask.sum(axis=1), kind="stable")
+    requests = _rows((rows, np.repeat(most.astype(np.int32), samples // shared)), order)
+    responses = _sample_in_order(policy, params, requests, key, sampling, shared, batch_size, stop_strings)
+    drawn = (order[:, None] * shared + np.arange(shared)).reshape(-1)
+    return Rollout(
+        *(np.repeat(array, samples, axis=0) for array in prompts),
+        *(_rows(array, np.argsort(drawn)) for array in responses),
+    )
 
-    def of_batch(part: tuple[PromptBatch[np.ndarray], np.ndarray]) -> Rollout:
-        return _generate(policy, params, *part, key, sampling, shared, stop_strings)
 
-    first_batch = map_batches(of_batch, _rows(requests, slice(prompts_per_batch)), prompts_per_batch, each=shared)
+def _sample_in_order(
+    policy: PolicyNetwork,
+    params: PyTree,
+    requests: tuple[PromptBatch[np.ndarray], np.ndarray],
+    key: PRNGKeyArray,
+    sampling: Sampling,
+    samples: int,
+    batch_size: int,
+    stop_strings: np.ndarray | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sample responses to prompts with limits, in the order of the prompts: tokens and mask of the responses."""
+    prompts_per_batch = batch_size // samples
+
+    def of_batch(part: tuple[PromptBatch[np.ndarray], np.ndarray]) -> tuple[jax.Array, jax.Array]:
+        prompts, limits = part
+        return _generate(policy, params, trim_prompts(prompts), limits, key, sampling, samples, stop_strings)
+
+    first_batch = map_batches(of_batch, _rows(requests, slice(prompts_per_batch)), prompts_per_batch, each=samples)
     rest = _rows(requests, slice(prompts_per_batch, None))
     if not len(rest[1]):
         return first_batch
-    if not _uneven(first_batch):
-        return _concatenate([first_batch, map_batches(of_batch, rest, prompts_per_batch, each=shared)])
+    if not _uneven(first_batch[1]):
+        return _concatenate([first_batch, map_batches(of_batch, rest, prompts_per_batch, each=samples)])
     parts = [first_batch]
-    slots = prompts_per_batch * shared
+    slots = prompts_per_batch * samples
     size = min(prompts_per_batch * QUEUE, 1 << (len(rest[1]) - 1).bit_length())  # powers of two: few programs
     for start in range(0, len(rest[1]), size):
         part, most = _rows(rest, slice(start, start + size))
         count = len(most)
-        filled = _rows(part, np.minimum(np.arange(size), count - 1))
+        filled = trim_prompts(_rows(part, np.minimum(np.arange(size), count - 1)))
         most = np.pad(most, (0, size - count))  # limit 0: no tokens are sampled
-        rollout = sample_queue(policy, params, filled, most, key, sampling, shared, stop_strings, slots)
-        parts.append(_rows(jax.device_get(rollout), slice(count * shared)))
+        responses = sample_queue(policy, params, filled, most, key, sampling, samples, stop_strings, slots)
+        parts.append(_rows(jax.device_get(responses), slice(count * samples)))
     return _concatenate(parts)
 
 
-def _uneven(rollout: Rollout[np.ndarray]) -> bool:
+def _uneven(mask: np.ndarray) -> bool:
     """Return whether continuous batching pays, by mean / maximum length; on two CPU cores it does below about 0.7."""
-    lengths = rollout.response_mask.sum(axis=1)
+    lengths = mask.sum(axis=1)
     return bool(lengths.mean() < 2 / 3 * lengths.max())
 
 
@@ -111,7 +134,7 @@ def _rows(arrays: Rows, which: slice | np.ndarray) -> Rows:
     return jax.tree.map(lambda leaf: leaf[which], arrays)
 
 
-def _concatenate(parts: list[Rollout[np.ndarray]]) -> Rollout[np.ndarray]:
+def _concatenate(parts: list[Rows]) -> Rows:
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
 
 
@@ -181,12 +204,12 @@ def sequence_stats_all(
 @functools.partial(jax.jit, static_argnums=(0, 5, 6))
 def _generate(policy, params, prompts, limits, key, sampling, samples, stop_strings):
     found = generate(policy, params, prompts, key, sampling, samples=samples, limits=limits, stop_strings=stop_strings)
-    return found.rollout
+    return found.rollout.response, found.rollout.response_mask
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5, 6, 8))
 def sample_queue(policy, params, prompts, limits, key, sampling, samples, stop_strings, slots):
-    """Sample by continuous batching, in one compiled program."""
+    """Sample tokens and mask of responses by continuous batching, in one compiled program."""
     found, _ = generate_queue(
         policy,
         params,
@@ -199,7 +222,7 @@ def sample_queue(policy, params, prompts, limits, key, sampling, samples, stop_s
         limits=limits,
         stop_strings=stop_strings,
     )
-    return found.rollout
+    return found.rollout.response, found.rollout.response_mask
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -11,7 +11,8 @@ from rlhf_jax.sampling import batches
 from rlhf_jax.sampling.choice import Sampling
 from rlhf_jax.sampling.generate import generate
 from rlhf_jax.types import PromptBatch, Rollout, TokenBatch
-from tests.support.networks import EOS, SUPPRESSED, config, padded, random_params
+from tests.support.compilations import compilations
+from tests.support.networks import EOS, SUPPRESSED, config, padded, random_params, random_tokens
 
 VOCAB, SHAPE = 12, config(n_layers=1)
 POLICY = PolicyNetwork(SHAPE, VOCAB, SUPPRESSED)
@@ -67,12 +68,29 @@ def test_samples_are_grouped_by_prompt_and_drawn_by_their_number_whatever_the_ba
     assert np.any(sample_all(batch_size=4, seed=1).response != rollout.response)
 
 
+@pytest.mark.parametrize("eos", [EOS, None], ids=["batches", "queue"])
+def test_prompts_are_sampled_longest_first_at_the_width_of_their_batch_and_returned_in_order(eos):
+    lengths, width = [40, 3, 70, 33, 10], 72
+    prompts = padded([4 + random_tokens(n, n) % (VOCAB - 4) for n in lengths], [width - n for n in lengths], width)
+    limits = np.array([1, 3, LIMIT, LIMIT, 2]) if eos is None else np.full(5, LIMIT)  # the first batch is uneven
+    sampling, key = Sampling(LIMIT, 0.9, () if eos is None else (eos,)), jax.random.key(0)
+    with compilations() as counts:
+        found = batches.sample_all(POLICY, PARAMS, prompts, key, sampling, samples=2, batch_size=4, limits=limits)
+    # Widths of 72 (70 and 40 tokens), 64 (33 and 10) and 32 (3); the rest of an uneven one is one queue.
+    assert (counts["_generate"], counts["sample_queue"]) == ((1, 1) if eos is None else (3, 0))
+    padded_batch = PromptBatch(*map(jnp.asarray, (*prompts, np.arange(5, dtype=np.int32))))
+    options = {"samples": 2, "limits": jnp.asarray(limits, jnp.int32)}
+    at_once = jax.jit(lambda params, prompts: generate(POLICY, params, prompts, key, sampling, **options).rollout)
+    jax.tree.map(np.testing.assert_array_equal, at_once(PARAMS, padded_batch), found)
+
+
 def test_where_lengths_are_uneven_the_rest_goes_through_a_queue_and_nothing_else_changes(monkeypatch):
     rng, samples = np.random.default_rng(0), 3
     prompts = padded(
         [rng.integers(4, VOCAB, 1 + i % 3).astype(np.int32) for i in range(17)], [2 - i % 3 for i in range(17)], 3
     )
-    limits, queued, run = 1 + 3 * np.arange(17) % LIMIT, [], batches.sample_queue
+    limits = 1 + (LIMIT - 1) * (np.arange(17) // 3 % 2)  # uneven among the longest prompts, which are sampled first
+    queued, run = [], batches.sample_queue
     monkeypatch.setattr(batches, "sample_queue", lambda *args: queued.append(len(args[2].rows)) or run(*args))
     monkeypatch.setattr(batches, "QUEUE", 2)
 

@@ -5,7 +5,7 @@ Dimension letters, used in every jaxtyping annotation:
     B  rows of a batch                V  vocabulary
     P  prompt tokens (left-padded)    D  model width
     T  response tokens (right-padded) H  attention heads
-    S  sequence tokens, S = P + T     K  width of one head
+    S  sequence tokens                K  width of one head
 
 Masks are boolean and positive: True marks a token that counts. Batches are NamedTuples of arrays whose first axis is B.
 """
@@ -52,6 +52,19 @@ class Rollout(NamedTuple, Generic[A]):
 
     prompt: Int[A, "B P"]
     prompt_mask: Bool[A, "B P"]
+    response: Int[A, "B T"]
+    response_mask: Bool[A, "B T"]
+
+
+class Sequences(NamedTuple, Generic[A]):
+    """Prompts with one response each, in one row: a network reads S tokens, and a loss reads the T response tokens.
+
+    A prompt has at least one token, so that the first response token is predicted like the others.
+    """
+
+    tokens: Int[A, "B S"]  # prompt and response, without padding between them
+    mask: Bool[A, "B S"]
+    start: Int[A, "B"]  # index of the first response token in `tokens`, at least 1
     response: Int[A, "B T"]
     response_mask: Bool[A, "B T"]
 

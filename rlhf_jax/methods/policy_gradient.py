@@ -32,6 +32,7 @@ from rlhf_jax.core.keys import derive
 from rlhf_jax.core.metrics import BeforeUpdates, Mean, masked_mean, over_updates
 from rlhf_jax.core.metrics import values as numbers_of
 from rlhf_jax.core.policy_losses import Aggregation, TokenLosses, explained_variance, ratio_metrics, value_loss
+from rlhf_jax.core.sequences import joined
 from rlhf_jax.loading.trainable import dropout_keys
 from rlhf_jax.methods import policy_optimizer
 from rlhf_jax.methods.dynamic_sampling import PartialBatch
@@ -111,7 +112,7 @@ class Iteration(Setting, Generic[Rows]):
         def step(state: TrainState, frozen: Params, batch: OnlineBatch, run_key: PRNGKeyArray) -> Learned:
             def draw(batch: OnlineBatch) -> tuple[Sampled, Array]:
                 sampled = self.sample(state, frozen, batch, run_key)
-                return sampled, reward.scores(frozen["reward"], sampled.rollout)
+                return sampled, reward.scores(frozen["reward"], joined(sampled.rollout))
 
             rounds = self.method.dynamic_sampling
             found = rounds.fill(draw, batch, self.axes, self.loop_axes) if rounds else self.scored(*draw(batch))
@@ -167,7 +168,7 @@ class Iteration(Setting, Generic[Rows]):
         rollout = responses.sampled.rollout
         old = self.old_policy(params, responses.sampled)
         reference = self.networks.policy.response_stats(
-            frozen["reference"], rollout, temperature=self.config.temperature
+            frozen["reference"], joined(rollout), temperature=self.config.temperature
         )
         kl = self.method.kl_estimator(old.logprobs, reference.logprobs, old.logprobs)
         ended, lengths = self.networks.has_ended(rollout), masking.lengths(rollout.response_mask)

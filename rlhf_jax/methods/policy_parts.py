@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from rlhf_jax.core.advantages import clip_scores, overlong_penalty
 from rlhf_jax.core.metrics import Metric
+from rlhf_jax.core.sequences import joined
 from rlhf_jax.loading.trainable import full_params
 from rlhf_jax.methods.online_config import OnlineConfig
 from rlhf_jax.models import value_head
@@ -143,7 +144,7 @@ class Networks:
         stats_fn: Callable[..., TokenStats] = token_stats,
     ) -> tuple[TokenStats, Float[Array, "B T"] | None]:
         """Compute the policy's statistics of the response tokens, and the values (None without a value function)."""
-        hidden = self.policy.response_hidden(params["policy"], rollout)
+        hidden = self.policy.response_hidden(params["policy"], joined(rollout))
         stats = self.policy.hidden_stats(
             params["policy"], hidden, rollout.response, temperature=temperature, stats_fn=stats_fn
         )
@@ -156,8 +157,8 @@ class Networks:
         if self.value is None:
             return None
         if self.value == "shared":
-            return value_head.values(params["value"], self.policy.response_hidden(params["policy"], rollout))
-        return self.value.values(params["value"], rollout)
+            return value_head.values(params["value"], self.policy.response_hidden(params["policy"], joined(rollout)))
+        return self.value.values(params["value"], joined(rollout))
 
     def has_ended(self, rollout: Rollout) -> Bool[Array, "B"]:
         """Mark the responses that contain a stop token; the others were cut off."""

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key, PyTree
 
 from rlhf_jax.core import masking, reward_losses
+from rlhf_jax.core.sequences import joined
 from rlhf_jax.data import formats, pipeline
 from rlhf_jax.data.padding import pad_left, pad_right
 from rlhf_jax.data.pipeline import Content, DataConfig
@@ -133,7 +134,7 @@ def _pair_scores(
 ) -> tuple[Array, Array]:
     if dropout_keys is not None:  # separate masks for chosen and rejected
         dropout_keys = jax.vmap(jax.random.split, out_axes=1)(dropout_keys).reshape(-1)
-    chosen, rejected = jnp.split(network.scores(params, both_responses(pairs), dropout_keys=dropout_keys), 2)
+    chosen, rejected = jnp.split(network.scores(params, joined(both_responses(pairs)), dropout_keys=dropout_keys), 2)
     return chosen, rejected
 
 
@@ -150,7 +151,7 @@ def _all_scores(
         batch.responses.reshape(rows * count, -1),
         batch.response_mask.reshape(rows * count, -1),
     )
-    return network.scores(params, rollout, dropout_keys=dropout_keys).reshape(rows, count)
+    return network.scores(params, joined(rollout), dropout_keys=dropout_keys).reshape(rows, count)
 
 
 # ---- tables --------------------------------------------------------------------------------------------------------

@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, PyTree
 
+from rlhf_jax.core.sequences import joined, predictors
 from rlhf_jax.models import head, lora
 from rlhf_jax.models.head import TokenStats
 from rlhf_jax.models.lora import Adapted, LoraConfig
 from rlhf_jax.models.model_config import ModelConfig
 from rlhf_jax.models.transformer import KVCache, Transformer, empty_cache
-from rlhf_jax.types import PreferenceBatch, Rollout, TokenBatch
+from rlhf_jax.types import PreferenceBatch, Rollout, Sequences, TokenBatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,23 +54,21 @@ class PolicyNetwork:
         return self.hidden_stats(params, hidden[:, :-1], batch.tokens[:, 1:], temperature=1.0)
 
     def response_stats(
-        self, params: PyTree, rollout: Rollout, *, temperature: float, dropout_keys: Key[Array, "B"] | None = None
+        self, params: PyTree, sequences: Sequences, *, temperature: float, dropout_keys: Key[Array, "B"] | None = None
     ) -> TokenStats:
         """Statistics of each response token given the prompt and the tokens before it: arrays [B, T].
 
         The distribution is softmax(logits / temperature), from which responses are sampled.
         """
-        hidden = self.response_hidden(params, rollout, dropout_keys=dropout_keys)
-        return self.hidden_stats(params, hidden, rollout.response, temperature=temperature)
+        hidden = self.response_hidden(params, sequences, dropout_keys=dropout_keys)
+        return self.hidden_stats(params, hidden, sequences.response, temperature=temperature)
 
     def response_hidden(
-        self, params: PyTree, rollout: Rollout, *, dropout_keys: Key[Array, "B"] | None = None
+        self, params: PyTree, sequences: Sequences, *, dropout_keys: Key[Array, "B"] | None = None
     ) -> Float[Array, "B T D"]:
         """Hidden state that predicts each response token, computed from the prompt and the tokens before it."""
-        tokens = jnp.concatenate([rollout.prompt, rollout.response], axis=1)
-        mask = jnp.concatenate([rollout.prompt_mask, rollout.response_mask], axis=1)
-        hidden = self.apply(params, tokens, mask, dropout_keys=dropout_keys)
-        return hidden[:, rollout.prompt.shape[1] - 1 : -1]
+        hidden = self.apply(params, sequences.tokens, sequences.mask, dropout_keys=dropout_keys)
+        return predictors(hidden, sequences)
 
     def pair_stats(
         self, params: PyTree, batch: PreferenceBatch, *, dropout_keys: Key[Array, "B"] | None = None
@@ -77,7 +76,7 @@ class PolicyNetwork:
         """Statistics of each token of the chosen and the rejected responses, in one forward pass: arrays [B, T]."""
         if dropout_keys is not None:  # separate masks for chosen and rejected
             dropout_keys = jax.vmap(jax.random.split, out_axes=1)(dropout_keys).reshape(-1)
-        stats = self.response_stats(params, both_responses(batch), temperature=1.0, dropout_keys=dropout_keys)
+        stats = self.response_stats(params, joined(both_responses(batch)), temperature=1.0, dropout_keys=dropout_keys)
         chosen, rejected = zip(*(jnp.split(leaf, 2) for leaf in stats), strict=True)
         return TokenStats(*chosen), TokenStats(*rejected)
 

@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PRNGKeyArray, PyTree
 
+from rlhf_jax.core.sequences import predictors
 from rlhf_jax.models import lora
 from rlhf_jax.models.lora import Adapted, LoraConfig
 from rlhf_jax.models.model_config import ModelConfig
 from rlhf_jax.models.reward_ensemble import EnsembleConfig, combined
 from rlhf_jax.models.transformer import Transformer
-from rlhf_jax.types import Rollout
+from rlhf_jax.types import Sequences
 
 Pooling = Literal["mean", "last"]
 
@@ -96,15 +97,15 @@ class ScalarNetwork:
         return {"body": body, "head": params.adapter["head"]}
 
     def scores(
-        self, params: PyTree, rollout: Rollout, *, dropout_keys: Key[Array, "B"] | None = None
+        self, params: PyTree, sequences: Sequences, *, dropout_keys: Key[Array, "B"] | None = None
     ) -> Float[Array, "B"]:
         """Score each response from the mean hidden state of prompt and response, or the hidden state of the last token.
 
         For an ensemble, returns the combined score of its members.
         """
         if self.ensemble is not None:
-            return combined(self.ensemble, self.member_scores(params, rollout))
-        hidden, mask = self._hidden(params, rollout, dropout_keys)
+            return combined(self.ensemble, self.member_scores(params, sequences))
+        hidden, mask = self._hidden(params, sequences, dropout_keys), sequences.mask
         if self.pooling == "mean":
             count = jnp.maximum(jnp.sum(mask, axis=1, dtype=jnp.float32), 1)
             pooled = jnp.sum(jnp.where(mask[..., None], hidden, 0), axis=1) / count[:, None]
@@ -113,16 +114,15 @@ class ScalarNetwork:
             pooled = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
         return self._apply(params, pooled)
 
-    def member_scores(self, params: PyTree, rollout: Rollout) -> Float[Array, "members B"]:
+    def member_scores(self, params: PyTree, sequences: Sequences) -> Float[Array, "members B"]:
         """Scores of each member of an ensemble, in one batched computation."""
-        return jax.vmap(lambda member: self.alone.scores(member, rollout))(params)
+        return jax.vmap(lambda member: self.alone.scores(member, sequences))(params)
 
     def values(
-        self, params: PyTree, rollout: Rollout, *, dropout_keys: Key[Array, "B"] | None = None
+        self, params: PyTree, sequences: Sequences, *, dropout_keys: Key[Array, "B"] | None = None
     ) -> Float[Array, "B T"]:
         """Value of the state before each response token."""
-        hidden, _ = self._hidden(params, rollout, dropout_keys)
-        return self._apply(params, hidden[:, rollout.prompt.shape[1] - 1 : -1])
+        return predictors(self._apply(params, self._hidden(params, sequences, dropout_keys)), sequences)
 
     @property
     def _module(self) -> ScalarTransformer:
@@ -135,10 +135,8 @@ class ScalarNetwork:
             params = Adapted(params.base | {"head": params.adapter["head"]}, params.adapter)
         return lora.apply(self._module, params, self.lora, *args, method=method, dropout_keys=dropout_keys)
 
-    def _hidden(self, params: PyTree, rollout: Rollout, dropout_keys: Key[Array, "B"] | None) -> tuple[Array, Array]:
-        tokens = jnp.concatenate([rollout.prompt, rollout.response], axis=1)
-        mask = jnp.concatenate([rollout.prompt_mask, rollout.response_mask], axis=1)
-        return self._apply(params, tokens, mask, method="hidden", dropout_keys=dropout_keys), mask
+    def _hidden(self, params: PyTree, sequences: Sequences, dropout_keys: Key[Array, "B"] | None) -> Array:
+        return self._apply(params, sequences.tokens, sequences.mask, method="hidden", dropout_keys=dropout_keys)
 
 
 @functools.partial(jax.jit, static_argnums=0)  # compiled once per architecture

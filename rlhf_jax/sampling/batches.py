@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import PRNGKeyArray, PyTree
 
 from rlhf_jax.core import kl, logprobs
+from rlhf_jax.core.sequences import joined
 from rlhf_jax.models.head import TokenStats
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
@@ -227,13 +228,13 @@ def sample_queue(policy, params, prompts, limits, key, sampling, samples, stop_s
 
 @functools.partial(jax.jit, static_argnums=0)
 def _scores(network, params, rollout):
-    return network.scores(params, rollout)
+    return network.scores(params, joined(rollout))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def logprobs_of(policy, params, rollout, temperature):
     """Log-probabilities of the response tokens of one batch, in one compiled program."""
-    return policy.response_stats(params, rollout, temperature=temperature).logprobs
+    return policy.response_stats(params, joined(rollout), temperature=temperature).logprobs
 
 
 @jax.jit

@@ -17,6 +17,7 @@ from rlhf_jax.config import AtLeastTwo, CountOrZero, ModelSource, NonNegative, P
 from rlhf_jax.core import masking
 from rlhf_jax.core.logprobs import sequence_logprobs
 from rlhf_jax.core.metrics import Metric, values
+from rlhf_jax.core.sequences import joined
 from rlhf_jax.core.unpaired_losses import apo_zero_unpaired_loss, kto_baseline, kto_loss
 from rlhf_jax.data import pipeline
 from rlhf_jax.data.lengths import answer_pairs
@@ -174,7 +175,7 @@ def response_logprobs(
 ) -> Float[Array, "B"]:
     """Log-probabilities of responses in nats."""
     rollout = Rollout(*batch[:4])
-    stats = network.response_stats(params, rollout, temperature=1.0, dropout_keys=dropout_keys)
+    stats = network.response_stats(params, joined(rollout), temperature=1.0, dropout_keys=dropout_keys)
     return sequence_logprobs(stats.logprobs, rollout.response_mask)
 
 

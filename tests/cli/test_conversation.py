@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from rlhf_jax.cli.conversation import Answer, Conversation
+from rlhf_jax.core.sequences import joined
 from rlhf_jax.loading.models import Policy, RewardModel
 from rlhf_jax.loading.pretrained import load_checkpoint
 from rlhf_jax.loading.samples import respond
@@ -129,7 +130,7 @@ def test_the_context_cuts_an_answer(policy):
 def score(judge: RewardModel, text: str) -> float:
     ids = jnp.array([judge.tokenizer.encode(text)], jnp.int32)
     rollout = Rollout(ids[:, :1], ids[:, :1] >= 0, ids[:, 1:], ids[:, 1:] >= 0)
-    return float(judge.network.scores(judge.params, rollout)[0])
+    return float(judge.network.scores(judge.params, joined(rollout))[0])
 
 
 def test_scores_are_those_of_the_written_conversation(load, policy):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax.core.sequences import joined
 from rlhf_jax.loading.models import Policy
 from rlhf_jax.loading.pretrained import load_checkpoint
 from rlhf_jax.main import main
@@ -58,7 +59,7 @@ def expected(directory, row, eos: bool) -> list[float]:
         response = tokenizer.encode(f"{answer}<|im_end|>")
     arrays = [jnp.array([ids], jnp.int32) for ids in (prompt, response)]
     rollout = Rollout(arrays[0], arrays[0] >= 0, arrays[1], arrays[1] >= 0)
-    stats = jax.jit(functools.partial(policy.network.response_stats, temperature=1.0))(policy.params, rollout)
+    stats = jax.jit(functools.partial(policy.network.response_stats, temperature=1.0))(policy.params, joined(rollout))
     logprobs = stats.logprobs[0].tolist()
     return logprobs if eos else logprobs[:-1]
 

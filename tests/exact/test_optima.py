@@ -22,6 +22,7 @@ import pytest
 import scipy.optimize
 
 from rlhf_jax.core.logprobs import sequence_logprobs
+from rlhf_jax.core.sequences import joined
 from rlhf_jax.data.padding import pad_right
 from rlhf_jax.loading.stage_models import load_stage_policy
 from rlhf_jax.types import Rollout
@@ -108,7 +109,7 @@ def probabilities(stage: Path, responses: list[tuple[str, ...]], longest: int) -
     prompt = np.tile(np.array(tokenizer.begin(tokenizer.encode(PROMPT)), np.int32), (len(ids), 1))
 
     def logprobs(params: Any, rollout: Rollout) -> jax.Array:
-        stats = policy.network.response_stats(params, rollout, temperature=1.0)
+        stats = policy.network.response_stats(params, joined(rollout), temperature=1.0)
         return sequence_logprobs(stats.logprobs, rollout.response_mask)
 
     rollout = jax.tree.map(jnp.asarray, Rollout(prompt, np.ones(prompt.shape, bool), tokens, mask))

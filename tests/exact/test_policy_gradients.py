@@ -7,11 +7,11 @@ Expectations are over all batches of all 40 responses, or of 13 or 4 where batch
 import functools
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax.core.sequences import joined
 from rlhf_jax.models.scalars import ScalarNetwork
 from rlhf_jax.stages.ppo import PPOConfig
 from tests.support import exact_world as exact
@@ -215,10 +215,10 @@ def test_the_mean_over_a_batchs_tokens_is_biased_less_in_a_larger_batch():
 class Critic(ScalarNetwork):
     """A value function that is a table over the states of a response."""
 
-    def values(self, params, rollout, *, dropout_keys=None):
+    def values(self, params, sequences, *, dropout_keys=None):
         """The table's entry for the tokens before each one."""
-        places, place = [], jnp.zeros(len(rollout.response), jnp.int32)
-        for token in rollout.response.T:
+        places, place = [], jnp.zeros(len(sequences.response), jnp.int32)
+        for token in sequences.response.T:
             places.append(place)
             place = VOCAB * place + token + 1
         return params["table"][jnp.stack(places, axis=1)]
@@ -229,7 +229,7 @@ CRITIC, STATES = Critic(MODEL, VOCAB, "last"), (VOCAB**3 - 1) // (VOCAB - 1)
 
 def places(at: World) -> np.ndarray:
     """Index of each token's state in the table, [N, T]."""
-    found = Critic.values(CRITIC, {"table": jnp.arange(STATES)}, jax.tree.map(jnp.asarray, at.responses))
+    found = Critic.values(CRITIC, {"table": jnp.arange(STATES)}, joined(at.responses))
     return np.asarray(found)
 
 

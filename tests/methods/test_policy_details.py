@@ -12,6 +12,7 @@ import pytest
 from rlhf_jax.core import kl, masking
 from rlhf_jax.core.metrics import values
 from rlhf_jax.core.policy_losses import AGGREGATIONS
+from rlhf_jax.core.sequences import joined
 from rlhf_jax.loading.models import Policy, RewardModel
 from rlhf_jax.methods.kl_controller import AdaptiveKL
 from rlhf_jax.methods.policy_metrics import objective_metrics
@@ -80,7 +81,7 @@ def experience(config, networks=tiny.NETWORKS):
 @functools.cache
 def logprobs():
     stats = jax.jit(functools.partial(tiny.POLICY.response_stats, temperature=1.0))
-    return [np.asarray(stats(tiny.policy_params(seed), ROLLOUT).logprobs) for seed in (0, 2)]
+    return [np.asarray(stats(tiny.policy_params(seed), joined(ROLLOUT)).logprobs) for seed in (0, 2)]
 
 
 @pytest.mark.filterwarnings("ignore:kl_estimator = 'k3' in the reward")
@@ -184,7 +185,8 @@ def test_micro_batches_of_unequal_lengths_give_the_whole_gradient(aggregation):
 def test_the_loss_is_its_terms_and_pads_count_in_none():
     loss, metrics, _ = loss_and_gradient("token", None)
     batch, mask = random_batch(), np.asarray(random_batch().loss_mask)
-    stats = jax.jit(functools.partial(tiny.POLICY.response_stats, temperature=1.0))(tiny.policy_params(), batch.rollout)
+    stats = jax.jit(functools.partial(tiny.POLICY.response_stats, temperature=1.0))
+    stats = stats(tiny.policy_params(), joined(batch.rollout))
     ratio = np.exp(np.asarray(stats.logprobs) - batch.logprobs)
     bounded = np.clip(ratio, 0.8, 1.2)
     policy = np.asarray(batch.weights) * -np.minimum(ratio * batch.advantages, bounded * batch.advantages)
@@ -239,7 +241,7 @@ def test_the_bonus_is_the_gradient_of_the_entropy():
 
 
 def batch_logits(params, rollout):
-    hidden = tiny.POLICY.response_hidden(params, rollout)
+    hidden = tiny.POLICY.response_hidden(params, joined(rollout))
     logits = jnp.einsum("btd,vd->btv", hidden, params["embedding"])
     return jnp.where(tiny.POLICY.allowed[None, None], logits, -1e31)
 

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 
+from rlhf_jax.core.sequences import joined
 from rlhf_jax.models import lora
 from rlhf_jax.models.lora import Adapted, LoraConfig, layers_of
 from rlhf_jax.models.policy import PolicyNetwork
@@ -53,13 +54,13 @@ def outputs(network, params):
     """Everything that a network computes, decoding with a cache included."""
     rollout = ROLLOUT
     if isinstance(network, ScalarNetwork):
-        return network.scores(params, rollout), network.values(params, rollout)
+        return network.scores(params, joined(rollout)), network.values(params, joined(rollout))
     tokens = TokenBatch(rollout.response, rollout.response_mask, rollout.response_mask)
     pairs = pairs_of(rollout.response[::-1], rollout.response_mask[::-1])
     logits, cache = network.start(params, rollout.prompt, rollout.prompt_mask, 6)
     more, _ = network.step(params, rollout.response[:, 0], cache, 4)
     return (
-        network.response_stats(params, rollout, temperature=0.7),
+        network.response_stats(params, joined(rollout), temperature=0.7),
         network.sequence_stats(params, tokens),
         network.pair_stats(params, pairs),
         jnp.delete(logits, jnp.array(SUPPRESSED), axis=1, assume_unique_indices=True),
@@ -259,7 +260,7 @@ def test_gradients_are_those_of_the_merged_weights_by_the_chain_rule(network):
     params, rollout = adapted(network), ROLLOUT
 
     def loss(p):
-        stats = network.response_stats(p, rollout, temperature=1.0)
+        stats = network.response_stats(p, joined(rollout), temperature=1.0)
         return jnp.sum(jnp.where(rollout.response_mask, jnp.sin(stats.logprobs), 0))
 
     got = flat(jax.jit(jax.grad(lambda adapter: loss(Adapted(params.base, adapter))))(params.adapter))
@@ -294,7 +295,9 @@ def test_without_an_adapter_nothing_is_added_to_the_program():
     plain, rollout = dataclasses.replace(POLICY, lora=None), ROLLOUT
 
     def program(network):
-        return str(jax.make_jaxpr(lambda p: network.response_stats(p, rollout, temperature=1.0))(random_params(plain)))
+        return str(
+            jax.make_jaxpr(lambda p: network.response_stats(p, joined(rollout), temperature=1.0))(random_params(plain))
+        )
 
     assert program(POLICY) == program(plain)
 
@@ -318,7 +321,9 @@ def test_the_adapter_of_a_scalar_network_has_the_head_whole(pooling):
     jax.tree.map(
         np.testing.assert_array_equal, outputs(network, params), outputs(network, Adapted(other_head, params.adapter))
     )
-    grads = jax.jit(jax.grad(lambda a: jnp.sum(network.scores(Adapted(params.base, a), ROLLOUT))))(params.adapter)
+    grads = jax.jit(jax.grad(lambda a: jnp.sum(network.scores(Adapted(params.base, a), joined(ROLLOUT)))))(
+        params.adapter
+    )
     assert all(np.abs(grad).max() > 0 for grad in jax.tree.leaves(grads))
 
 
@@ -326,7 +331,7 @@ def test_a_value_function_can_be_an_adapter_of_the_reward_model():
     network = ScalarNetwork(GROUPED, VOCAB, "last", lora=EACH)
     reward = random_params(network)
     adapter = network.init_adapter(network.init_value(reward), jax.random.key(0))
-    np.testing.assert_array_equal(jax.jit(network.values)(Adapted(reward, adapter), ROLLOUT), 0)
+    np.testing.assert_array_equal(jax.jit(network.values)(Adapted(reward, adapter), joined(ROLLOUT)), 0)
 
 
 # ---- dropout -------------------------------------------------------------------------------------------------------
@@ -389,14 +394,14 @@ def test_keys_reach_every_loss_side_function_and_only_the_adapter():
     policy = dataclasses.replace(POLICY, lora=dataclasses.replace(EACH, dropout=0.3))
     scalar = ScalarNetwork(GROUPED, VOCAB, "last", lora=policy.lora)
     functions = [
-        (policy, lambda p, k: policy.response_stats(p, rollout, temperature=1.0, dropout_keys=k).logprobs),
+        (policy, lambda p, k: policy.response_stats(p, joined(rollout), temperature=1.0, dropout_keys=k).logprobs),
         (policy, lambda p, k: policy.sequence_stats(p, tokens, dropout_keys=k).logprobs),
         (
             policy,
             lambda p, k: jnp.stack([stats.logprobs.sum(1) for stats in policy.pair_stats(p, pairs, dropout_keys=k)]),
         ),
-        (scalar, lambda p, k: scalar.scores(p, rollout, dropout_keys=k)),
-        (scalar, lambda p, k: scalar.values(p, rollout, dropout_keys=k)),
+        (scalar, lambda p, k: scalar.scores(p, joined(rollout), dropout_keys=k)),
+        (scalar, lambda p, k: scalar.values(p, joined(rollout), dropout_keys=k)),
     ]
     results = []
     for network, function in functions:
@@ -418,7 +423,7 @@ def test_what_is_computed_again_is_computed_with_the_same_mask():
     base, adapter = adapted(policy)
 
     def logprobs(network, adapter):
-        stats = network.response_stats(Adapted(base, adapter), rollout, temperature=1.0, dropout_keys=keys)
+        stats = network.response_stats(Adapted(base, adapter), joined(rollout), temperature=1.0, dropout_keys=keys)
         return jnp.sum(stats.logprobs), stats.logprobs
 
     ((_, once), grads), ((_, twice), others) = (
@@ -433,7 +438,7 @@ def test_what_is_computed_again_is_computed_with_the_same_mask():
 
 
 def loss_of(network, adapter, base, rollout):
-    return -jnp.mean(network.response_stats(Adapted(base, adapter), rollout, temperature=1.0).logprobs)
+    return -jnp.mean(network.response_stats(Adapted(base, adapter), joined(rollout), temperature=1.0).logprobs)
 
 
 def test_only_the_adapter_is_trained_and_it_learns():

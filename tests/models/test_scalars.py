@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax.core.sequences import joined
 from rlhf_jax.models.scalars import ScalarNetwork
 from rlhf_jax.models.transformer import Transformer
 from tests.support.networks import CONFIG, VOCAB, config, random_params, random_tokens, rollout, uneven_rollout
@@ -17,12 +18,12 @@ PARAMS = random_params(MEAN)
 
 @functools.partial(jax.jit, static_argnums=0)
 def scores(network, params, batch):
-    return network.scores(params, batch)
+    return network.scores(params, joined(batch))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def values(network, params, batch):
-    return network.values(params, batch)
+    return network.values(params, joined(batch))
 
 
 @jax.jit
@@ -84,8 +85,8 @@ def test_padding_is_inert():
     @jax.jit
     def evaluate(batch):
         def loss(params):
-            of_tokens = jnp.where(batch.response_mask, MEAN.values(params, batch), 0)[:, :5]
-            out = MEAN.scores(params, batch), LAST.scores(params, batch), of_tokens
+            of_tokens = jnp.where(batch.response_mask, MEAN.values(params, joined(batch)), 0)[:, :5]
+            out = MEAN.scores(params, joined(batch)), LAST.scores(params, joined(batch)), of_tokens
             return sum(jnp.sum(jnp.sin(leaf)) for leaf in out), out
 
         return jax.grad(loss, has_aux=True)(PARAMS)

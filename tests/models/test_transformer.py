@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import scipy.special
 
+from rlhf_jax.core.sequences import joined
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.transformer import EMPTY, Transformer
 from rlhf_jax.types import PreferenceBatch, TokenBatch
@@ -206,7 +207,7 @@ def test_a_cache_takes_chunks_with_padding_of_their_own():
 @pytest.mark.parametrize("temperature", [1.0, 0.3])
 def test_response_stats_are_those_of_each_token_given_all_before_it(temperature):
     rollout = uneven_rollout()
-    stats = jax.jit(lambda p, r: POLICY.response_stats(p, r, temperature=temperature))(PARAMS, rollout)
+    stats = jax.jit(lambda p, r: POLICY.response_stats(p, joined(r), temperature=temperature))(PARAMS, rollout)
     for i in range(4):
         prompt, response = rollout.prompt[i, rollout.prompt_mask[i]], rollout.response[i, rollout.response_mask[i]]
         exact = slow_log_softmax(PARAMS, CONFIG, [*prompt, *response], temperature)[len(prompt) - 1 : -1]
@@ -275,7 +276,7 @@ def test_bfloat16_computes_near_float32_and_reduces_in_float32(param_dtype):
     rollout = uneven_rollout()
 
     def loss(params, rollout):
-        stats = network.response_stats(params, rollout, temperature=0.7)
+        stats = network.response_stats(params, joined(rollout), temperature=0.7)
         return jnp.sum(jnp.where(rollout.response_mask, stats.logprobs, 0)), stats
 
     _, stats = jax.jit(loss)(params, rollout)
@@ -283,7 +284,7 @@ def test_bfloat16_computes_near_float32_and_reduces_in_float32(param_dtype):
     grads, _ = promoting(jax.jit(jax.grad(loss, has_aux=True)))(params, rollout)  # attention's is the library's
     for grad, param in zip(jax.tree.leaves(grads), jax.tree.leaves(params), strict=True):
         assert grad.dtype == param.dtype and jnp.all(jnp.isfinite(grad)) and jnp.any(grad != 0)
-    exact_stats = jax.jit(lambda p, r: exact_network.response_stats(p, r, temperature=0.7))
+    exact_stats = jax.jit(lambda p, r: exact_network.response_stats(p, joined(r), temperature=0.7))
     exact = exact_stats(random_params(exact_network), rollout)
     difference = np.abs(np.asarray(stats.logprobs - exact.logprobs))[rollout.response_mask]
     assert 0 < difference.max() < 0.3

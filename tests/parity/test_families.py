@@ -16,6 +16,7 @@ import torch
 import transformers
 from safetensors.numpy import load_file
 
+from rlhf_jax.core.sequences import joined
 from rlhf_jax.interop import hf
 from rlhf_jax.interop.families import FAMILIES, tensor_shape, tensors_of
 from rlhf_jax.types import Rollout
@@ -120,7 +121,7 @@ def test_classifiers_with_one_label_are_reward_models(name, tmp_path):
     prompt, response = ids[:, :8], ids[:, 8:]
     mask = np.arange(response.shape[1])[None] < np.array([12, 7, 1])[:, None]
     scores = hf.network_of(pretrained).scores(
-        pretrained.params, Rollout(prompt, np.ones_like(prompt, bool), np.where(mask, response, 0), mask)
+        pretrained.params, joined(Rollout(prompt, np.ones_like(prompt, bool), np.where(mask, response, 0), mask))
     )
     whole = np.concatenate([prompt, np.where(mask, response, 0)], axis=1)
     attention = np.concatenate([np.ones_like(prompt, bool), mask], axis=1)

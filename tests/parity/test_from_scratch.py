@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 
+from rlhf_jax.core.sequences import joined
 from rlhf_jax.loading.export import export
 from rlhf_jax.loading.models import Policy, RewardModel
 from rlhf_jax.models.model_config import Rope
@@ -102,7 +103,7 @@ def test_scores(tmp_path):
     assert not any(info.values()), info
     prompts, responses = np.array([[1, 4, 5]] * 2), np.array([[6, 2, 0], [7, 4, 2]])
     mask = responses > 0
-    scores = jax.jit(network.scores)(params, Rollout(prompts, np.ones_like(mask), responses, mask))
+    scores = jax.jit(network.scores)(params, joined(Rollout(prompts, np.ones_like(mask), responses, mask)))
     with torch.no_grad():
         tokens, attended = np.hstack([prompts, responses]), np.hstack([np.ones_like(mask), mask])
         expected = theirs.eval()(torch.tensor(tokens), attention_mask=torch.tensor(attended)).logits[:, 0]

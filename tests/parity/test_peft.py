@@ -19,6 +19,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
+from rlhf_jax.core.sequences import joined
 from rlhf_jax.interop import hf
 from rlhf_jax.interop.peft import load_adapter, save_adapter
 from rlhf_jax.models.lora import Adapted, LoraConfig, layers_of
@@ -233,7 +234,7 @@ def test_adapters_of_classifiers_are_those_of_reward_models_with_their_heads(nam
     network, ids = with_lora(network, loaded.config), tokens()
     params = Adapted(pretrained.params, loaded.adapter)
     everything = np.ones((3, 7), bool)
-    scores = jax.jit(network.scores)(params, Rollout(ids[:, :7], everything, ids[:, 7:], everything))
+    scores = jax.jit(network.scores)(params, joined(Rollout(ids[:, :7], everything, ids[:, 7:], everything)))
     np.testing.assert_allclose(scores, theirs_of(model, ids).detach().numpy()[:, 0], atol=2e-4)
     assert not np.allclose(loaded.adapter["head"]["kernel"], pretrained.params["head"]["kernel"], atol=1e-2)
 

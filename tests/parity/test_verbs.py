@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 
+from rlhf_jax.core.sequences import joined
 from rlhf_jax.loading.models import Policy, RewardModel, as_reward_model
 from rlhf_jax.loading.pretrained import load_checkpoint
 from rlhf_jax.loading.stage_models import Base
@@ -129,4 +130,4 @@ def test_reward_models_as_adapters_of_language_models(tmp_path, capsys):
     for directory in (out, tmp_path / "theirs"):
         back = load_checkpoint(str(directory))
         assert isinstance(back, RewardModel)
-        np.testing.assert_allclose(jax.jit(back.network.scores)(back.params, rollout), expected, atol=2e-4)
+        np.testing.assert_allclose(jax.jit(back.network.scores)(back.params, joined(rollout)), expected, atol=2e-4)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax import config as configs
+from rlhf_jax.core.sequences import joined
 from rlhf_jax.data import pipeline
 from rlhf_jax.data.padding import pad_left, pad_right
 from rlhf_jax.data.pipeline import DataConfig
@@ -99,10 +100,13 @@ def test_samples_carry_the_score_and_the_divergence_that_the_networks_give_their
     prompts = pad_left([example.prompt for example in examples], 7)
     responses = pad_right([example.response for example in examples], 9)
     rollout = Rollout(*map(jnp.asarray, (*prompts, *responses)))
-    own, other = (model.network.response_stats(model.params, rollout, temperature=1.0) for model in (policy, start))
+    own, other = (
+        model.network.response_stats(model.params, joined(rollout), temperature=1.0) for model in (policy, start)
+    )
     difference = jnp.where(rollout.response_mask, own.logprobs - other.logprobs, 0).sum(axis=1)
     np.testing.assert_allclose(sampled["kl"], difference, atol=1e-4)
-    np.testing.assert_allclose(sampled["score"], reward_model.network.scores(reward_model.params, rollout), atol=1e-5)
+    scores = reward_model.network.scores(reward_model.params, joined(rollout))
+    np.testing.assert_allclose(sampled["score"], scores, atol=1e-5)
 
 
 def test_sampling_is_a_function_of_the_seed(models):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax.core.sequences import joined
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
 from rlhf_jax.sampling import batches
@@ -118,7 +119,9 @@ def test_sequence_kl_and_k3_are_sums_over_the_response_of_functions_of_the_diffe
     got = batches.sequence_kl(POLICY, PARAMS, (POLICY, OTHER), rollout, batch_size=3, temperature=temperature)
     both = batches.sequence_divergences(POLICY, PARAMS, (POLICY, OTHER), rollout, batch_size=3, temperature=temperature)
     np.testing.assert_array_equal(both.k1, got)
-    stats = jax.jit(lambda params: POLICY.response_stats(params, as_jax(rollout), temperature=temperature).logprobs)
+    stats = jax.jit(
+        lambda params: POLICY.response_stats(params, joined(as_jax(rollout)), temperature=temperature).logprobs
+    )
     own, reference = (np.asarray(stats(params), np.float64) for params in (PARAMS, OTHER))
     for row in range(ROWS):
         length = rollout.response_mask[row].sum()
@@ -151,7 +154,7 @@ def test_scores_and_statistics_are_those_of_the_networks():
     params = random_params(network)
     sequences = TokenBatch(rollout.response, rollout.response_mask, rollout.response_mask)
     cases = [
-        (batches.score_all(network, params, rollout, 3), network.scores, params, rollout),
+        (batches.score_all(network, params, rollout, 3), network.scores, params, joined(rollout)),
         (batches.sequence_stats_all(POLICY, PARAMS, sequences, 3), POLICY.sequence_stats, PARAMS, sequences),
     ]
     for got, function, parameters, data in cases:

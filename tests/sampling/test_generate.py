@@ -14,6 +14,7 @@ import scipy.special
 import scipy.stats
 from jax.extend.core import jaxprs_in_params
 
+from rlhf_jax.core.sequences import joined
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.transformer import Transformer, empty_cache
 from rlhf_jax.sampling.choice import Sampling, row_uniforms
@@ -141,7 +142,7 @@ def test_responses_are_distributed_as_their_log_probabilities_say():
     logprobs = jax.jit(POLICY.response_stats, static_argnames="temperature")
 
     def p_value(temperature):
-        stats = logprobs(PARAMS, batch, temperature=temperature)
+        stats = logprobs(PARAMS, joined(batch), temperature=temperature)
         probabilities = np.exp(np.where(batch.response_mask, stats.logprobs, 0).sum(axis=1, dtype=np.float64))
         np.testing.assert_allclose(probabilities.sum(), 1, rtol=1e-4)
         expected = rows * probabilities / probabilities.sum()
@@ -192,7 +193,8 @@ def test_other_rows_and_other_keys_give_other_texts():
 
 def test_a_low_temperature_takes_the_most_likely_token():
     result = run(POLICY, PARAMS, draw_prompts(), temperature=1e-4)
-    stats = jax.jit(lambda params, rollout: POLICY.response_stats(params, rollout, temperature=1.0))(PARAMS, result)
+    stats = jax.jit(lambda params, rollout: POLICY.response_stats(params, rollout, temperature=1.0))
+    stats = stats(PARAMS, joined(result))
     assert np.all(np.asarray(stats.correct)[np.asarray(result.response_mask)])
 
 
@@ -270,7 +272,7 @@ def test_log_probabilities_are_those_that_the_whole_pass_gives():
     stats = jax.jit(POLICY.response_stats, static_argnames="temperature")
     mask = np.asarray(result.rollout.response_mask)
     for got, temperature in ((result.logprobs, TEMPERATURE), (result.model_logprobs, 1.0)):
-        expected = stats(PARAMS, result.rollout, temperature=temperature).logprobs
+        expected = stats(PARAMS, joined(result.rollout), temperature=temperature).logprobs
         np.testing.assert_allclose(got, np.where(mask, expected, 0), atol=1e-4)
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax.core.sequences import joined
 from rlhf_jax.data.padding import pad_left
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.sampling import stream as streams
@@ -108,5 +109,5 @@ def test_log_probabilities_are_those_of_one_row_in_any_batch():
         np.ones((5, 4), bool),
     )
     found = response_logprobs_all(POLICY, PARAMS, rollout, 2)
-    expected = POLICY.response_stats(PARAMS, Rollout(*map(jnp.asarray, rollout)), temperature=1.0).logprobs
+    expected = POLICY.response_stats(PARAMS, joined(Rollout(*map(jnp.asarray, rollout))), temperature=1.0).logprobs
     np.testing.assert_allclose(found, expected, atol=1e-5)

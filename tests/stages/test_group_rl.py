@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from rlhf_jax import config as configs
 from rlhf_jax.core.kl import ESTIMATORS
 from rlhf_jax.core.policy_losses import AGGREGATIONS
+from rlhf_jax.core.sequences import joined
 from rlhf_jax.methods.dynamic_sampling import DynamicSampling
 from rlhf_jax.methods.kl_controller import AdaptiveKL
 from rlhf_jax.methods.policy_parts import Networks, OnlineBatch, Sampled
@@ -56,7 +57,7 @@ def test_every_method_pleases_the_reward_model(method):
     found, responses = [], []
     for _ in range(ITERATIONS):
         state, _, sampled = sample(state, networks, tiny.online(ROWS // GROUP), jax.random.key(0))
-        scored = (sampled, reward(networks["reward"], sampled.rollout))
+        scored = (sampled, reward(networks["reward"], joined(sampled.rollout)))
         if keep is not None:
             scored, _ = keep(None, scored)  # one round, whatever it brings
         state, metrics, _ = learn(state, networks, scored, jax.random.key(0))
@@ -83,7 +84,7 @@ def test_old_logprobs_are_the_learners_or_the_samplers_and_their_difference_is_l
     mask = np.asarray(sampled.rollout.response_mask)
     noise = 0.3 * np.random.default_rng(0).normal(size=mask.shape)
     off = sampled._replace(logprobs=jnp.where(mask, sampled.logprobs + noise, jnp.nan).astype(jnp.float32))
-    scored = (off, reward(networks["reward"], sampled.rollout))
+    scored = (off, reward(networks["reward"], joined(sampled.rollout)))
     optimizer = dataclasses.replace(tiny.OPTIMIZER, learning_rate=1e-3, micro_batch=8)
     found, params = {}, {}
     for program in ("learner", "sampler"):
@@ -166,9 +167,9 @@ def test_an_all_wrong_group_of_different_lengths_teaches_nothing():
 class Rare(ScalarNetwork):
     """One point for a response that begins with token 5: most groups have the same scores."""
 
-    def scores(self, params, rollout, *, dropout_keys=None):
+    def scores(self, params, sequences, *, dropout_keys=None):
         del params, dropout_keys
-        return (rollout.response[:, 0] == 5).astype(jnp.float32)
+        return (sequences.response[:, 0] == 5).astype(jnp.float32)
 
 
 def test_seeds_devices_and_the_host_give_the_same_iterations():
@@ -207,7 +208,7 @@ def test_seeds_devices_and_the_host_give_the_same_iterations():
     step = tiny.iteration(config, devices.axes, (SEED_AXIS,)).step(reward)
 
     def on_host(rollout):
-        scores = np.asarray(reward.scores((), rollout))
+        scores = np.asarray(reward.scores((), joined(rollout)))
         return Scored(scores, {"rewards/all": scores})
 
     by_host = tiny.iteration(config, loop_axes=(SEED_AXIS,)).host_steps(on_host)

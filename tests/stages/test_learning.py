@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlhf_jax.core.sequences import joined
 from rlhf_jax.data.pipeline import Prompts
 from rlhf_jax.data.prompts import PromptSource, at_round
 from rlhf_jax.methods import dpo
@@ -88,7 +89,7 @@ def test_a_missing_eos_is_penalised_and_nothing_else():
 
     def scored(penalty: float):
         config = tiny.with_config(missing_eos_penalty=penalty, kl_coef=0.0, gae_lambda=1.0)
-        scores = tiny.REWARD.scores(frozen["reward"], rollout)
+        scores = tiny.REWARD.scores(frozen["reward"], joined(rollout))
         at = tiny.iteration(config)
         responses = at.scored(Sampled(rollout, jnp.zeros(rollout.response.shape), None), scores)
         evaluated = at.evaluate(params, frozen, responses)

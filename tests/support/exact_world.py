@@ -17,6 +17,7 @@ from jax.flatten_util import ravel_pytree
 
 from rlhf_jax.config import ModelSource
 from rlhf_jax.core.logprobs import sequence_logprobs
+from rlhf_jax.core.sequences import joined
 from rlhf_jax.data.padding import pad_right
 from rlhf_jax.methods.policy_gradient import Iteration
 from rlhf_jax.methods.policy_parts import Networks, Sampled
@@ -100,7 +101,7 @@ def _padded(responses: list[tuple[int, ...]], longest: int) -> Rollout[np.ndarra
 @jax.jit
 def token_logprobs(params: Any, responses: Rollout) -> jax.Array:
     """The log-probability of every token of every response, [N, T]; 0 where there is none."""
-    stats = POLICY.response_stats(params, responses, temperature=1.0)
+    stats = POLICY.response_stats(params, joined(responses), temperature=1.0)
     return jnp.where(responses.response_mask, stats.logprobs, 0)
 
 

@@ -40,9 +40,9 @@ ONE_DEVICE = RuntimeConfig(
 class GivenPolicy(PolicyNetwork):
     """A policy whose parameters are the log-probabilities of the response tokens: a loss's gradient is by these."""
 
-    def response_hidden(self, params, rollout, *, dropout_keys=None):
+    def response_hidden(self, params, sequences, *, dropout_keys=None):
         """The parameters."""
-        del rollout, dropout_keys
+        del sequences, dropout_keys
         return params
 
     def hidden_stats(self, params, hidden, tokens, *, temperature, stats_fn=None):

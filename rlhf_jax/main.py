@@ -18,6 +18,7 @@ from rlhf_jax.cli.fields import fields_verb
 from rlhf_jax.cli.flags import Parser
 from rlhf_jax.cli.logprobs import logprobs_verb
 from rlhf_jax.cli.sample import sample_verb
+from rlhf_jax.cli.score import score_verb
 from rlhf_jax.config import override
 from rlhf_jax.data.fetch import DATASETS
 from rlhf_jax.interop.hf import read_config
@@ -42,10 +43,15 @@ rlhf-jax: learning from human preferences in JAX
       Talk to a model in the terminal.
   rlhf-jax logprobs MODEL < ROWS.jsonl > OUT.jsonl
       Add log-probabilities to rows with a prompt and a completion.
+  rlhf-jax score REWARD < ROWS.jsonl > OUT.jsonl
+      Add scores to rows with a prompt and a completion.
   rlhf-jax best-of-n MODEL REWARD [--n=16] [--out=FILE] < PROMPTS.jsonl
       Sample N responses to each prompt, and add the one with the highest score.
   rlhf-jax export MODEL --out=DIR
       Write a model as a directory that transformers loads.
+
+To compare policies, with win rates and intervals, run a stage of kind evaluate,
+as the experiments do, or rlhf_jax.evaluate in Python.
 
 MODEL is --model=DIR|FILE.gguf|OWNER/NAME, or --workdir=DIR --stage=NAME.
 REWARD is --reward-model=DIR, --reward-stage=NAME of --workdir, or
@@ -122,6 +128,7 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "sample": sample_verb,
     "chat": chat_verb,
     "logprobs": logprobs_verb,
+    "score": score_verb,
     "best-of-n": best_of_n_verb,
     "export": export_verb,
 }

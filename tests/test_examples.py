@@ -116,6 +116,13 @@ def test_a_model_family_of_ones_own(starcoder, capsys):
     assert FAMILY in fails(capsys, *flags)
 
 
+def test_a_family_without_a_tensor_is_named(starcoder, capsys):
+    file = starcoder / "examples" / "family.py"
+    file.write_text(file.read_text().replace('*linear(f"{LAYER}mlp.c_fc", "up"),', ""))
+    message = fails(capsys, "sample", "--model=coder", "--prompt=film", f"--family={FAMILY}")
+    assert "model family 'starcoder2' has no tensor for block_0/up/bias, block_0/up/kernel" in message
+
+
 def test_a_family_is_the_checkpoints_and_a_family(starcoder, capsys):
     sample = ["sample", "--prompt=film"]
     checkpoints.policy(starcoder / "llama")
@@ -179,3 +186,24 @@ def test_a_preference_loss_of_ones_own(place):
     file.write_text(file.read_text().replace("length_penalty: float = 0.01", "length_penalty: float = 0.02"))
     with pytest.raises(RlhfError, match=r"examples/preference_loss\.py"):
         experiments.run(place / "run", data, {"dpo": section})
+
+
+def test_a_reward_of_ones_own(place):
+    """Best-of-N by brevity: the best of two answers is shorter than the first, and scores count words."""
+    name, file = "examples/reward.py:brevity", place / "examples" / "reward.py"
+    section = {
+        "kind": "best_of_n",
+        "policy": experiments.models(place / "models")[0],
+        "reward_model": {"functions": (name,)},
+        "judge": None,
+        "prompts": 8,
+        "pool": 2,
+        "temperature": 1.0,
+    }
+    data = experiments.questions(place / "questions.jsonl", 16)
+    done = experiments.run(place / "run", data, {"best": section})
+    one, two = (row["proxy"] for row in experiments.rows(done.find("best") / "curve.jsonl"))
+    assert -0.8 <= one < two <= 0, "at most eight tokens, each at most a word"
+    file.write_text(file.read_text().replace("/ 10", "/ 20"))
+    with pytest.raises(RlhfError, match=r"examples/reward\.py"):
+        experiments.run(place / "run", data, {"best": section})

@@ -53,7 +53,7 @@ def group(words: list[str]) -> str:
             return name
     if words[1] == "fields":
         return "fields"
-    return "verbs" if "--model=smollm2" in line else "none"
+    return "verbs" if "--model=smollm2" in line or words[1] == "score" else "none"
 
 
 COMMANDS = commands()
@@ -118,7 +118,7 @@ def test_make_has_the_targets(words):
 @pytest.mark.parametrize("words", of("verbs"), ids=" ".join)
 def test_verbs(words, models, place, monkeypatch, capsys):
     monkeypatch.chdir(place)
-    room = [] if words[1] in ("logprobs", "export") else ["--max-new-tokens=4"]
+    room = [] if words[1] in ("logprobs", "score", "export") else ["--max-new-tokens=4"]
     redirected = min([words.index(sign) for sign in "<>" if sign in words], default=len(words))
     call([*words[:redirected], *room, *words[redirected:]], models, monkeypatch, typed="The film\n/exit\n")
     printed = capsys.readouterr().out
@@ -129,6 +129,8 @@ def test_verbs(words, models, place, monkeypatch, capsys):
     elif verb == "logprobs":
         row = json.loads(printed)
         assert row["logprob"] == pytest.approx(sum(row["token_logprobs"]))
+    elif verb == "score":
+        assert isinstance(json.loads(printed)["score"], float)
     elif verb == "export":
         assert (place / "exported" / "model.safetensors").exists()
     elif verb == "sample":

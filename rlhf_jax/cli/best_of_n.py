@@ -64,11 +64,7 @@ def best_of_n_verb(arguments: list[str]) -> None:
     batch_size = max(1, QUEUE * ROWS // max(1, options.n)) if options.batch_size is None else options.batch_size
     with flags.naming_flags():
         check_choice(options.n, batch_size, options.soft, options.temperature)
-    policy, judge = flags.load_policy(options), flags.load_judge(options)
-    if judge is None:
-        raise RlhfError(
-            "no reward given: use --reward-model=DIR, --workdir=DIR --reward-stage=NAME, or --reward=FILE.py:FUNC"
-        )
+    policy, judge = flags.load_policy(options), flags.require_judge(options)
     if sys.stdin.isatty():
         raise RlhfError("no input rows: use rlhf-jax best-of-n ... < prompts.jsonl > best.jsonl")
     sampling = flags.sampling(options, policy, MAX_NEW_TOKENS)

@@ -148,6 +148,16 @@ def load_judge(options: argparse.Namespace) -> RewardModel | Reward | None:
     return judge
 
 
+def require_judge(options: argparse.Namespace) -> RewardModel | Reward:
+    """Load the reward that the flags name. Raises RlhfError as `load_judge` does, and if they name none."""
+    judge = load_judge(options)
+    if judge is None:
+        raise RlhfError(
+            "no reward given: use --reward-model=DIR, --workdir=DIR --reward-stage=NAME, or --reward=FILE.py:FUNC"
+        )
+    return judge
+
+
 def add_sampling_flags(parser: Parser) -> None:
     """Add a flag for each sampling option, and --seed."""
     group = parser.add_argument_group("sampling")

@@ -13,7 +13,7 @@ from rlhf_jax.data.pipeline import DataConfig
 from rlhf_jax.text.tokenizer import Tokenizer
 from rlhf_jax.types import PreferenceBatch
 
-UNCUT = DataConfig(
+NO_TRUNCATION = DataConfig(
     train="", eval="", test=None, limit=None, text_prompt_tokens=(1, 1), max_prompt_tokens=2**30,
     max_response_tokens=2**30,
 )  # fmt: skip
@@ -33,7 +33,7 @@ def load_rows(source: str | Path) -> list[dict[str, Any]]:
 
     Raises RlhfError naming file and row where a value is missing or is neither text nor chat.
     """
-    return pipeline.load_rows(dataclasses.replace(UNCUT, train=str(source)), "train")
+    return pipeline.load_rows(dataclasses.replace(NO_TRUNCATION, train=str(source)), "train")
 
 
 def encode_preferences(
@@ -57,7 +57,9 @@ def encode_preferences(
 
 def limited(max_prompt_tokens: int, max_response_tokens: int) -> DataConfig:
     """Make the data section of given lengths that names no files."""
-    return dataclasses.replace(UNCUT, max_prompt_tokens=max_prompt_tokens, max_response_tokens=max_response_tokens)
+    return dataclasses.replace(
+        NO_TRUNCATION, max_prompt_tokens=max_prompt_tokens, max_response_tokens=max_response_tokens
+    )
 
 
 def numbered(rows: pd.DataFrame | Iterable[Mapping[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -10,7 +10,7 @@ import pandas as pd
 
 from rlhf_jax.data.formats import checked_row
 from rlhf_jax.data.pipeline import Example, encode_pairs
-from rlhf_jax.data.rows import UNCUT, numbered, shortest
+from rlhf_jax.data.rows import NO_TRUNCATION, numbered, shortest
 from rlhf_jax.inference.encoding import pad_examples
 from rlhf_jax.loading.models import Policy
 from rlhf_jax.sampling.batches import response_logprobs_all
@@ -55,7 +55,9 @@ def encode_rows(
     """
     for number, columns in rows:
         row = checked_row(columns, ("prompt", "completion"), f"row {number}")
-        (example,), more = encode_pairs([row["prompt"]], [row["completion"]], policy.tokenizer, UNCUT, first=number)
+        (example,), more = encode_pairs(
+            [row["prompt"]], [row["completion"]], policy.tokenizer, NO_TRUNCATION, first=number
+        )
         separate += more
         response = example.response
         if not eos and response[-1] in policy.tokenizer.stop_ids:

@@ -1,6 +1,7 @@
 """Score completions (texts or chats) with a reward model, using its own tokenizer and template, or Python functions."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,11 +9,11 @@ import pandas as pd
 
 from rlhf_jax.data.formats import checked_row
 from rlhf_jax.data.pipeline import Content, Example, encode_pairs
-from rlhf_jax.data.rows import UNCUT, numbered, shortest
+from rlhf_jax.data.rows import NO_TRUNCATION, numbered, shortest
 from rlhf_jax.inference.encoding import pad_examples
 from rlhf_jax.loading.models import RewardModel
 from rlhf_jax.rewards.functions import weighted_sum
-from rlhf_jax.rewards.scorers import TAKEN
+from rlhf_jax.rewards.scorers import RESERVED_COLUMNS
 from rlhf_jax.rewards.sources import AnyReward, Reward, as_reward
 from rlhf_jax.sampling.batches import score_all
 from rlhf_jax.text.tokenizer import Tokenizer
@@ -25,7 +26,7 @@ BATCH = 128
 def score(
     reward: AnyReward, rows: pd.DataFrame | Iterable[Mapping[str, Any]], *, batch_size: int = BATCH
 ) -> pd.DataFrame:
-    """Add the score that a reward gives to each completion.
+    """Add the score that a reward gives to each completion, as `rlhf-jax score` does.
 
         score(reward_model, [{"prompt": "The film", "completion": " was good."}])
         score(lambda prompts, completions, **columns: [-len(text) for text in completions], rows)
@@ -40,27 +41,34 @@ def score(
 
     Raises RlhfError, naming the row, if it lacks a column, exceeds the model's context, or has no finite score.
     """
-    columns = [row for _, row in numbered(rows)]
-    pairs = [checked_row(row, ("prompt", "completion"), f"row {number}") for number, row in enumerate(columns, start=1)]
-    scorer = as_reward(reward)
-    if isinstance(scorer, Reward):
-        scores = np.array(
-            [
-                function_scores(scorer, None, pair["prompt"], [pair["completion"]], row)[0]
-                for pair, row in zip(pairs, columns, strict=True)
+    found = [row for batch in with_scores(as_reward(reward), numbered(rows), batch_size) for row in batch]
+    return pd.DataFrame(found, columns=None if found else ["score"])
+
+
+def with_scores(
+    reward: RewardModel | Reward, rows: Iterator[tuple[int, dict[str, Any]]], batch_size: int
+) -> Iterator[list[dict[str, Any]]]:
+    """Yield batches of numbered rows with `score`. Raises RlhfError as `score` does."""
+    while batch := list(itertools.islice(rows, batch_size)):
+        pairs = [checked_row(row, ("prompt", "completion"), f"row {number}") for number, row in batch]
+        if isinstance(reward, Reward):
+            scores = np.concatenate(
+                [
+                    function_scores(reward, None, pair["prompt"], [pair["completion"]], row)
+                    for pair, (_, row) in zip(pairs, batch, strict=True)
+                ]
+            )
+        else:
+            examples = [
+                example
+                for pair, (number, _) in zip(pairs, batch, strict=True)
+                for example in scored_examples(reward, pair["prompt"], [pair["completion"]], [True], number)
             ]
-        )
-    else:
-        examples = [
-            example
-            for number, pair in enumerate(pairs, start=1)
-            for example in scored_examples(scorer, pair["prompt"], [pair["completion"]], [True], number)
-        ]
-        scores = model_scores(scorer, examples, batch_size) if examples else np.zeros(0, np.float32)
-        if not np.isfinite(scores).all():
-            row = int(np.argmin(np.isfinite(scores)))
-            raise RlhfError(f"row {row + 1}: the reward model returned a non-finite score ({scores[row]})")
-    return pd.DataFrame(columns).assign(score=shortest(scores))
+            scores = model_scores(reward, examples, batch_size)
+            for (number, _), value in zip(batch, scores, strict=True):
+                if not np.isfinite(value):
+                    raise RlhfError(f"row {number}: the reward model returned a non-finite score ({value})")
+        yield [row | {"score": value} for (_, row), value in zip(batch, shortest(scores), strict=True)]
 
 
 def scored_examples(
@@ -75,7 +83,7 @@ def scored_examples(
             f"row {number} of the data: the prompt is a chat, but the reward model has no chat template: give a text"
         )
     prompts = [prompt] * len(completions)
-    examples, _ = encode_pairs(prompts, completions, model.tokenizer, UNCUT, first=number, ended=ended)
+    examples, _ = encode_pairs(prompts, completions, model.tokenizer, NO_TRUNCATION, first=number, ended=ended)
     context, longest = model.network.config.context, max(len(a.prompt) + len(a.response) for a in examples)
     if context is not None and longest > context:
         raise RlhfError(
@@ -103,9 +111,9 @@ def function_scores(
     the completions' tokens including the stop token.
     """
     prompts = [prompt] * len(completions)
-    repeated = {name: [value] * len(completions) for name, value in columns.items() if name not in TAKEN}
+    repeated = {name: [value] * len(completions) for name, value in columns.items() if name not in RESERVED_COLUMNS}
     if tokenizer is not None:
-        examples, _ = encode_pairs(prompts, list(completions), tokenizer, UNCUT)
+        examples, _ = encode_pairs(prompts, list(completions), tokenizer, NO_TRUNCATION)
         repeated["completion_ids"] = [example.response for example in examples]
     parts = [function(prompts, completions, repeated) for function in reward.functions]
     sources = [function.source for function in reward.functions]

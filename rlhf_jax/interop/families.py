@@ -28,12 +28,15 @@ class Tensor(NamedTuple):
 
 
 class Family(NamedTuple):
-    """Mapping of one family to our transformer."""
+    """Mapping of one family to our transformer, and back for models trained from scratch."""
 
     name: str  # model_type in its config.json
     fields: Callable[[Any], dict[str, Any]]  # transformers' config -> fields of ModelConfig
     tensors: tuple[Tensor, ...]  # all tensors, including those (biases, norms) that not every model has
     prefix: str  # of tensor names; some checkpoints omit it
+    # For families that export models trained from scratch: transformers' class, and ModelConfig -> config.json.
+    architecture: str | None = None
+    to_config: Callable[[ModelConfig], dict[str, Any]] | None = None
 
 
 USER_FAMILY = "rlhf_jax_family"
@@ -63,15 +66,18 @@ def _load_family(source: str, hf_config: dict[str, Any], where: str) -> Family:
 
 
 def tensors_of(family: Family, layers: int, paths: Iterable[str]) -> list[Tensor]:
-    """List the tensors of a model with these parameter paths, each of which must be part of a tensor."""
+    """List the tensors of a model with these parameter paths. Raises RlhfError for a parameter that none contains."""
     paths, tensors = set(paths), []
     for name, parts, layout in family.tensors:
         for i in range(layers if "{i}" in name else 1):
             filled = tuple(part.format(i=i) for part in parts)
             if paths.issuperset(filled):
                 tensors.append(Tensor(name.format(i=i), filled, layout))
-    missing = paths.difference(part for tensor in tensors for part in tensor.parts)
-    assert not missing, missing
+    if missing := sorted(paths.difference(part for tensor in tensors for part in tensor.parts)):
+        raise RlhfError(
+            f"model family {family.name!r} has no tensor for {', '.join(missing[:3])}: add it to the tensors of its "
+            "Family, or change the fields of its config function so that the model lacks this parameter"
+        )
     return tensors
 
 
@@ -202,17 +208,28 @@ _GPT_NEOX_TENSORS = (
 )
 
 _ALL = (
-    Family("arcee", family_configs.arcee, _LLAMA_TENSORS, "model."),
-    Family("gpt2", family_configs.gpt2, _GPT2_TENSORS, "transformer."),
-    Family("gpt_neox", family_configs.gpt_neox, _GPT_NEOX_TENSORS, "gpt_neox."),
-    Family("llama", family_configs.llama, _LLAMA_TENSORS, "model."),
+    Family(
+        "arcee", family_configs.arcee, _LLAMA_TENSORS, "model.", "ArceeForCausalLM", family_configs.to_llama_with_biases
+    ),
+    Family("gpt2", family_configs.gpt2, _GPT2_TENSORS, "transformer.", "GPT2LMHeadModel", family_configs.to_gpt2),
+    Family(
+        "gpt_neox",
+        family_configs.gpt_neox,
+        _GPT_NEOX_TENSORS,
+        "gpt_neox.",
+        "GPTNeoXForCausalLM",
+        family_configs.to_gpt_neox,
+    ),
+    Family(
+        "llama", family_configs.llama, _LLAMA_TENSORS, "model.", "LlamaForCausalLM", family_configs.to_llama_with_biases
+    ),
     Family("mistral", family_configs.mistral, _LLAMA_TENSORS, "model."),
     Family("qwen2", family_configs.qwen2, _LLAMA_TENSORS, "model."),
-    Family("qwen3", family_configs.qwen3, _LLAMA_TENSORS, "model."),
+    Family("qwen3", family_configs.qwen3, _LLAMA_TENSORS, "model.", "Qwen3ForCausalLM", family_configs.to_llama),
     Family("gemma", family_configs.gemma, _LLAMA_TENSORS, "model."),
     Family("gemma2", family_configs.gemma2, _GEMMA2_TENSORS, "model."),
     Family("gemma3_text", family_configs.gemma3, _GEMMA2_TENSORS, "model."),
-    Family("olmo2", family_configs.olmo2, _OLMO2_TENSORS, "model."),
+    Family("olmo2", family_configs.olmo2, _OLMO2_TENSORS, "model.", "Olmo2ForCausalLM", family_configs.to_llama),
     Family("phi3", family_configs.phi3, _PHI3_TENSORS, "model."),
 )
 FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}

@@ -1,4 +1,4 @@
-"""Conversion of transformers configs to fields of ModelConfig, one function per family.
+"""Conversion of transformers configs to fields of ModelConfig, one function per family, and back for some of them.
 
 As in transformers, a family reads only its own fields: `sliding_window` of a Llama or `layer_types` of a Mistral is
 ignored. All functions raise RlhfError, naming field and value, for computations that we do not support.
@@ -7,6 +7,7 @@ ignored. All functions raise RlhfError, naming field and value, for computations
 import math
 from typing import Any
 
+from rlhf_jax.models.model_config import ModelConfig
 from rlhf_jax.models.rotary import rope_of
 from rlhf_jax.types import RlhfError
 
@@ -200,4 +201,70 @@ def gpt_neox(config: Any) -> dict[str, Any]:
         "context": config.max_position_embeddings,
         "rope": rope_of(config.rope_parameters, width, config.max_position_embeddings),
         "tied": bool(config.tie_word_embeddings),
+    }
+
+
+# ---- from ModelConfig to config.json, for models trained from scratch ------------------------------------------------
+
+_NAMES_OF_ACTIVATIONS = {
+    "relu": "relu",
+    "relu2": "relu2",
+    "gelu": "gelu_pytorch_tanh",
+    "gelu_exact": "gelu",
+    "silu": "silu",
+}
+
+
+def to_llama(config: ModelConfig) -> dict[str, Any]:
+    """Describe a model with the fields of Llama, without biases of the MLP."""
+    context = {} if config.context is None else {"max_position_embeddings": config.context}
+    return context | {
+        "hidden_size": config.d_model,
+        "intermediate_size": config.d_ff,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_width,
+        "hidden_act": _NAMES_OF_ACTIVATIONS[config.activation],
+        "rms_norm_eps": config.norm_epsilon,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope.theta},
+        "attention_bias": config.qkv_bias,
+        "tie_word_embeddings": config.tied,
+    }
+
+
+def to_llama_with_biases(config: ModelConfig) -> dict[str, Any]:
+    """Describe a model with the fields of Llama."""
+    return to_llama(config) | {"mlp_bias": config.mlp_bias}
+
+
+def to_gpt2(config: ModelConfig) -> dict[str, Any]:
+    """Describe a model with the fields of GPT-2."""
+    context = {} if config.context is None else {"n_positions": config.context}
+    return context | {
+        "n_embd": config.d_model,
+        "n_layer": config.n_layers,
+        "n_head": config.n_heads,
+        "n_inner": config.d_ff,
+        "activation_function": _NAMES_OF_ACTIVATIONS[config.activation],
+        "layer_norm_epsilon": config.norm_epsilon,
+        "tie_word_embeddings": config.tied,
+    }
+
+
+def to_gpt_neox(config: ModelConfig) -> dict[str, Any]:
+    """Describe a model with the fields of GPT-NeoX."""
+    context = {} if config.context is None else {"max_position_embeddings": config.context}
+    rope = {"rope_type": "default", "rope_theta": config.rope.theta, "partial_rotary_factor": config.rope.fraction}
+    return context | {
+        "hidden_size": config.d_model,
+        "intermediate_size": config.d_ff,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "hidden_act": _NAMES_OF_ACTIVATIONS[config.activation],
+        "layer_norm_eps": config.norm_epsilon,
+        "rope_parameters": rope,
+        "use_parallel_residual": config.parallel,
+        "attention_bias": config.qkv_bias,
+        "tie_word_embeddings": config.tied,
     }

@@ -19,10 +19,10 @@ from rlhf_jax.sampling.batches import score_all
 from rlhf_jax.text.tokenizer import Tokenizer
 from rlhf_jax.types import RlhfError, Rollout
 
-TAKEN = {"prompt", "prompts", "completion", "completions", "completion_ids"}
+RESERVED_COLUMNS = {"prompt", "prompts", "completion", "completions", "completion_ids"}
 """Column names not passed to functions, because they denote the policy's prompts and completions."""
 
-ROOM = 2
+LENGTH_FACTOR = 2
 """Factor on the maximum lengths for a reward model with another tokenizer."""
 
 Scorer = Callable[[Rollout[np.ndarray]], np.ndarray]
@@ -69,7 +69,9 @@ def make_scorer(
     if same_tokenizer(reward_model.tokenizer, policy.tokenizer):
         return lambda rollout: score_all(reward_model.network, reward_model.params, rollout, batch_size)
     wider = dataclasses.replace(
-        data, max_prompt_tokens=ROOM * data.max_prompt_tokens, max_response_tokens=ROOM * data.max_response_tokens
+        data,
+        max_prompt_tokens=LENGTH_FACTOR * data.max_prompt_tokens,
+        max_response_tokens=LENGTH_FACTOR * data.max_response_tokens,
     )
     by_prompt = _rows_by_prompt(rows, policy.tokenizer, data)
 
@@ -108,7 +110,7 @@ def _make_sum(
 ) -> HostScorer:
     """Create a scorer for the weighted sum of a reward's parts."""
     by_prompt = _rows_by_prompt(rows, policy.tokenizer, data)
-    names = {name for row in by_prompt.values() for name in row} - TAKEN
+    names = {name for row in by_prompt.values() for name in row} - RESERVED_COLUMNS
     model_score = None if reward.model is None else make_scorer(reward.model, policy, rows, data, batch_size)
     sources = [function.source for function in reward.functions]
 

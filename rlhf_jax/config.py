@@ -197,7 +197,7 @@ def _named(config: Section, kind: Hint) -> Iterator[str]:
 
 def _of_kind(hint: Hint, value: object, kind: Hint) -> Iterator[str]:
     """Values of one kind of name within a field's value; in a union, the first type that matches decides."""
-    hint = next((_bare(arm) for arm in _arms(hint) if _matches(arm, value)), None)
+    hint = next((_without_range(member) for member in _union_members(hint) if _matches(member, value)), None)
     if hint is kind and isinstance(value, str):
         yield value
     elif isinstance(value, (list, tuple)):
@@ -245,7 +245,7 @@ def convert(hint: Hint, value: object, path: str, default: object = None) -> Any
     if isinstance(value, Typed):
         value = value.read(hint)
     if isinstance(value, (Mapping, ConfigDict)):  # a ConfigDict is not a Mapping
-        sections = [arm for arm in _arms(hint) if dataclasses.is_dataclass(arm)]
+        sections = [member for member in _union_members(hint) if dataclasses.is_dataclass(member)]
         if not sections:
             raise RlhfError(f"{path} should be {describe(hint)}: it has no fields, such as {next(iter(value), None)!r}")
         section = max(sections, key=lambda section: _likeness(section, value))
@@ -259,7 +259,7 @@ def convert(hint: Hint, value: object, path: str, default: object = None) -> Any
 
 def _fault(hint: Hint, value: object) -> str | None:
     """Return the first bound that a number, or any number in a list, violates."""
-    hint = next(arm for arm in _arms(hint) if _matches(arm, value))
+    hint = next(member for member in _union_members(hint) if _matches(member, value))
     if typing.get_origin(hint) is Annotated and isinstance(value, (int, float)):
         ranges = [extra for extra in typing.get_args(hint)[1:] if isinstance(extra, Range)]
         return next((fault for bounds in ranges if (fault := bounds.fault(value))), None)
@@ -278,7 +278,7 @@ def _likeness(section: Hint, value: Iterable[str]) -> tuple[int, int]:
 
 def _cast(hint: Hint, value: object) -> Any:
     # Lists become tuples, which hash, and integers become floats where the type is float.
-    hint = _bare(next(arm for arm in _arms(hint) if _matches(arm, value)))
+    hint = _without_range(next(member for member in _union_members(hint) if _matches(member, value)))
     if isinstance(value, (list, tuple)):
         return tuple(map(_cast, _elements(hint, value), value))
     return float(value) if hint is float and isinstance(value, int) else value
@@ -294,12 +294,12 @@ def _literal(text: str) -> Any:
         return text
 
 
-def _bare(hint: Hint) -> Hint:
+def _without_range(hint: Hint) -> Hint:
     """Strip the range from a type."""
     return typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
 
 
-def _arms(hint: Hint) -> tuple[Hint, ...]:
+def _union_members(hint: Hint) -> tuple[Hint, ...]:
     return typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
 
 
@@ -309,10 +309,10 @@ def _elements(hint: Hint, value: Sized) -> tuple[Hint, ...]:
 
 
 def _matches(hint: Hint, value: object) -> bool:
-    hint = _bare(hint)
+    hint = _without_range(hint)
     origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if len(_arms(hint)) > 1:
-        return any(_matches(arm, value) for arm in _arms(hint))
+    if len(_union_members(hint)) > 1:
+        return any(_matches(member, value) for member in _union_members(hint))
     if origin is typing.Literal:
         return any(type(value) is type(arg) and value == arg for arg in args)
     if origin is tuple:

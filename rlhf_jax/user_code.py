@@ -17,33 +17,33 @@ from typing import Any
 from rlhf_jax.types import RlhfError
 
 
-def load(source: str, what: str) -> Callable[..., Any]:
+def load(source: str, role: str) -> Callable[..., Any]:
     """Load the function or class that a source names.
 
-    Args: what is its role, for messages, such as "reward function".
+    Args: role is its role, for messages, such as "reward function".
     Raises RlhfError unless the source loads and is a function (not an async one) or a class.
     """
-    found = load_object(source, what)
+    found = load_object(source, role)
     if not callable(found):
-        place, name = _parts(source, what)
-        raise RlhfError(f"{what} {source}: {place} has no function {name!r}")
+        place, name = _parts(source, role)
+        raise RlhfError(f"{role} {source}: {place} has no function {name!r}")
     if inspect.iscoroutinefunction(found):
-        raise RlhfError(f"{what} {source} is asynchronous: give a plain function")
+        raise RlhfError(f"{role} {source} is asynchronous: give a plain function")
     return found
 
 
-def load_object(source: str, what: str) -> object:
+def load_object(source: str, role: str) -> object:
     """Load the object that a source names, or return None if the module has no such name; otherwise as `load`."""
-    place, name = _parts(source, what)
+    place, name = _parts(source, role)
     try:
         module = _load_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
     except Exception as error:  # a user's module may raise anything
-        raise RlhfError(f"{what} {source} cannot be loaded: {type(error).__name__}: {error}") from error
+        raise RlhfError(f"{role} {source} cannot be loaded: {type(error).__name__}: {error}") from error
     return getattr(module, name, None)
 
 
 def options_of(
-    function: Callable[..., Any], source: str, what: str, *, arguments: Sequence[str], options: Sequence[str]
+    function: Callable[..., Any], source: str, role: str, *, arguments: Sequence[str], options: Sequence[str]
 ) -> tuple[str, ...]:
     """Check a function's signature, and return the options that it accepts, in the order of its parameters.
 
@@ -54,7 +54,7 @@ def options_of(
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError) as error:
-        raise RlhfError(f"{what} {source} has no signature that Python can read: write it with `def`") from error
+        raise RlhfError(f"{role} {source} has no signature that Python can read: write it with `def`") from error
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     parameters = [parameter for parameter in signature.parameters.values() if parameter.kind not in variadic]
     first, rest = parameters[: len(arguments)], parameters[len(arguments) :]
@@ -64,13 +64,13 @@ def options_of(
         name = source.rpartition(":")[2]
         may_have = f", where ... may be {', '.join(options)}" if options else ""
         written = ", ".join([*arguments, *(["*", "..."] if options else [])])
-        raise RlhfError(f"{what} {source} has the signature {signature}: write `def {name}({written})`{may_have}")
+        raise RlhfError(f"{role} {source} has the signature {signature}: write `def {name}({written})`{may_have}")
     return tuple(parameter.name for parameter in rest if parameter.name in options)
 
 
-def source_file(source: str, what: str) -> Path | None:
+def source_file(source: str, role: str) -> Path | None:
     """Return the path of the file that a source names, or None if there is no such file."""
-    place, _ = _parts(source, what)
+    place, _ = _parts(source, role)
     file: str | None = place
     if not place.endswith(".py"):
         try:
@@ -91,10 +91,10 @@ def file_hash(source: str) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def _parts(source: str, what: str) -> tuple[str, str]:
+def _parts(source: str, role: str) -> tuple[str, str]:
     place, _, name = source.rpartition(":")
     if not place or not name.isidentifier():
-        raise RlhfError(f"{source!r} names no {what}: write package.module:function or path/file.py:function")
+        raise RlhfError(f"{source!r} names no {role}: write package.module:function or path/file.py:function")
     return place, name
 
 

@@ -29,7 +29,7 @@ COMMANDS = """\
 /reset           clear the conversation
 /score           print the reward of the last answer
 /exit            quit (or Ctrl-D); Ctrl-C stops an answer"""
-MARK = "\001\033[1;36m\002> \001\033[0m\002"  # \001 and \002 enclose characters of no width, for readline
+INPUT_PROMPT = "\001\033[1;36m\002> \001\033[0m\002"  # \001 and \002 enclose characters of no width, for readline
 
 
 def chat_verb(arguments: list[str]) -> None:
@@ -148,7 +148,7 @@ def _lines() -> Iterator[str]:
             importlib.import_module("readline")
     while True:
         try:
-            line = input(MARK if terminal else "").strip()
+            line = input(INPUT_PROMPT if terminal else "").strip()
         except KeyboardInterrupt:  # no answer to stop: discard the line
             print()
             continue

@@ -49,8 +49,8 @@ def descriptions(section: type) -> dict[str, str]:
             found |= _comments(cls)
     for name, hint in typing.get_type_hints(section).items():
         sections = _sections(hint)
-        if name not in found and sections and set(_arms(hint)) <= {*sections, types.NoneType}:
-            first = [(inspect.getdoc(arm) or "").split("\n\n")[0].replace("\n", " ") for arm in sections]
+        if name not in found and sections and set(_union_members(hint)) <= {*sections, types.NoneType}:
+            first = [(inspect.getdoc(member) or "").split("\n\n")[0].replace("\n", " ") for member in sections]
             found[name] = " Or: ".join(first)
     return found
 
@@ -170,12 +170,12 @@ def _default(field: dataclasses.Field) -> str:
 
 
 def _sections(hint: Any) -> list[Any]:
-    return [arm for arm in _arms(hint) if dataclasses.is_dataclass(arm)]
+    return [member for member in _union_members(hint) if dataclasses.is_dataclass(member)]
 
 
-def _arms(hint: Any) -> list[Any]:
+def _union_members(hint: Any) -> list[Any]:
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        return [inner for arm in typing.get_args(hint) for inner in _arms(arm)]
+        return [inner for member in typing.get_args(hint) for inner in _union_members(member)]
     return [hint]
 
 

@@ -226,7 +226,7 @@ CRITIC_FREE: dict[str, AdvantageSpec] = {
 }
 
 
-def groups_that_differ(scores: Float[Array, "B"], *, num_generations: int) -> Bool[Array, "G"]:
+def informative_groups(scores: Float[Array, "B"], *, num_generations: int) -> Bool[Array, "G"]:
     """Mark the groups whose scores differ by more than 1e-6: the others have no gradient.
 
     Dynamic sampling keeps the marked groups: eq. 11 of Yu et al. 2025 (DAPO, arXiv:2503.14476), for any score.

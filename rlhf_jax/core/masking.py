@@ -70,7 +70,7 @@ def gather_rows(tree: PyTree, axes: tuple[str, ...]) -> PyTree:
     return jax.tree.map(lambda x: jax.lax.all_gather(x, axes, tiled=True), tree)
 
 
-def own_rows(indices: Int[Array, "M"], axes: tuple[str, ...]) -> Int[Array, "m"]:
+def local_rows(indices: Int[Array, "M"], axes: tuple[str, ...]) -> Int[Array, "m"]:
     """This device's equal share of a list of global row numbers, in order; the whole list for `axes=()`.
 
     Raises ValueError, at trace time, if the list does not divide evenly.
@@ -86,5 +86,5 @@ def own_rows(indices: Int[Array, "M"], axes: tuple[str, ...]) -> Int[Array, "m"]
 
 def take_rows(tree: PyTree, indices: Int[Array, "M"], axes: tuple[str, ...]) -> PyTree:
     """Take the rows with these numbers from a whole batch, and return this device's share of them."""
-    own = own_rows(indices, axes)
+    own = local_rows(indices, axes)
     return jax.tree.map(lambda leaf: leaf[own], tree)

@@ -273,4 +273,4 @@ def per_token(x: Float[Array, "B"], tokens: Int[Array, "B"]) -> Float[Array, "B"
 def _sorted(x: Array, axes: tuple[str, ...]) -> Array:
     """Sort the whole batch in ascending order and return this device's share."""
     everyone = jnp.sort(masking.gather_rows(x, axes))
-    return everyone[masking.own_rows(jnp.arange(len(everyone)), axes)]
+    return everyone[masking.local_rows(jnp.arange(len(everyone)), axes)]

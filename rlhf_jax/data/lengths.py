@@ -30,8 +30,8 @@ def answer_pairs(rows: list[Row]) -> dict[str, Pairs]:
     return {column: ([row["prompt"] for row in rows], [row[column] for row in rows]) for column in columns}
 
 
-def of_answers(pairs: Mapping[str, Pairs], tokenizer: Tokenizer, config: DataConfig) -> list[dict[str, Any]]:
-    """Length statistics of prompts and answers, one `figure` per column.
+def answer_lengths(pairs: Mapping[str, Pairs], tokenizer: Tokenizer, config: DataConfig) -> list[dict[str, Any]]:
+    """Length statistics of prompts and answers, one `length_statistics` per column.
 
     Lengths are those of `encode_pairs`: prompts include BOS, answers EOS or the template's end of turn. Plain texts
     have one figure, `text`, limited by the sum of both maximum lengths.
@@ -47,14 +47,14 @@ def of_answers(pairs: Mapping[str, Pairs], tokenizer: Tokenizer, config: DataCon
         if prompts[0] is None:
             lengths = [len(example.prompt) + len(example.response) for example in examples]
             limit = config.max_prompt_tokens + config.max_response_tokens
-            return [figure("text", lengths, limit, "max_response_tokens", count)]
+            return [length_statistics("text", lengths, limit, "max_response_tokens", count)]
         prompt_lengths = prompt_lengths or [len(example.prompt) for example in examples]
         lengths = [len(example.response) for example in examples]
-        figures.append(figure(name, lengths, config.max_response_tokens, "max_response_tokens", count))
-    return [figure("prompt", prompt_lengths, config.max_prompt_tokens, "max_prompt_tokens", count), *figures]
+        figures.append(length_statistics(name, lengths, config.max_response_tokens, "max_response_tokens", count))
+    return [length_statistics("prompt", prompt_lengths, config.max_prompt_tokens, "max_prompt_tokens", count), *figures]
 
 
-def of_prompts(rows: list[Row], tokenizer: Tokenizer, config: DataConfig) -> list[dict[str, Any]]:
+def prompt_lengths(rows: list[Row], tokenizer: Tokenizer, config: DataConfig) -> list[dict[str, Any]]:
     """Length statistics of prompts; empty for plain texts, whose prompts have lengths set by the config."""
     measured = rows[:: math.ceil(len(rows) / MOST_ROWS)]
     if "prompt" not in rows[0] and "messages" not in rows[0]:
@@ -64,10 +64,10 @@ def of_prompts(rows: list[Row], tokenizer: Tokenizer, config: DataConfig) -> lis
         lengths = [len(ids) for ids in tokenizer.encode_all(chat.render_prompts(contents, tokenizer))]
     else:
         lengths = [len(tokenizer.begin(ids)) for ids in tokenizer.encode_all(contents)]
-    return [figure("prompt", lengths, config.max_prompt_tokens, "max_prompt_tokens", len(rows))]
+    return [length_statistics("prompt", lengths, config.max_prompt_tokens, "max_prompt_tokens", len(rows))]
 
 
-def figure(column: str, lengths: Sequence[int], limit: int, field: str, rows: int) -> dict[str, Any]:
+def length_statistics(column: str, lengths: Sequence[int], limit: int, field: str, rows: int) -> dict[str, Any]:
     """Percentiles of lengths in tokens, and the share longer than `limit`, the value of `field` in `data`."""
     median, high = np.percentile(lengths, [50, 95], method="higher").tolist()
     return {

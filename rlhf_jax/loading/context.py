@@ -9,7 +9,7 @@ from jaxtyping import PRNGKeyArray
 from rlhf_jax.config import Count, CountOrZero
 from rlhf_jax.core.keys import derive
 from rlhf_jax.data.pipeline import DataConfig
-from rlhf_jax.loading.models import NO_CHANGES, Policy, Pretrained, RewardModel, Tuning, merged, tuned
+from rlhf_jax.loading.models import NO_CHANGES, Policy, RewardModel, Tuning, merged, tuned
 from rlhf_jax.loading.pretrained import load_checkpoint
 from rlhf_jax.loading.stage_models import Base, load_stage
 from rlhf_jax.models.sharding import Where
@@ -74,13 +74,9 @@ class Context:
             raise RlhfError(f"config.{self.name}: {source} is a reward model where a language model is needed")
         return model
 
-    def base(self, tuning: Tuning | None, source: str | None = None) -> Base | None:
-        """Base of an adapter: the source, or the checkpoint of a `Pretrained` section; None without an adapter."""
-        if tuning is None or tuning.lora is None:
-            return None
-        name = tuning.init if isinstance(tuning, Pretrained) else source
-        assert name is not None
-        return Base(name, name in self.stages)
+    def base(self, source: str, tuning: Tuning) -> Base | None:
+        """Return the source, a stage or a checkpoint, as the base of the adapter; None without an adapter."""
+        return None if tuning.lora is None else Base(source, source in self.stages)
 
     def reward_model(self, source: str) -> RewardModel:
         """Load the reward model of an earlier stage or a checkpoint."""

@@ -19,13 +19,13 @@ SHOWN = ("column", "rows", "median", "95 %", "longest", "limit", "cut")
 
 def report_answers(context: Context, tokenizer: Tokenizer, splits: Mapping[str, Mapping[str, Pairs]]) -> None:
     """Report the lengths of prompts and answers, by split and column; see `data.lengths`."""
-    figures = {name: lengths.of_answers(pairs, tokenizer, context.data) for name, pairs in splits.items()}
+    figures = {name: lengths.answer_lengths(pairs, tokenizer, context.data) for name, pairs in splits.items()}
     _report(context, figures, [warning for name, pairs in splits.items() if (warning := _identical(pairs, name))])
 
 
 def report_prompts(context: Context, tokenizer: Tokenizer, splits: Mapping[str, list[Row]]) -> None:
     """Report the lengths of prompts, by split."""
-    _report(context, {name: lengths.of_prompts(rows, tokenizer, context.data) for name, rows in splits.items()}, [])
+    _report(context, {name: lengths.prompt_lengths(rows, tokenizer, context.data) for name, rows in splits.items()}, [])
 
 
 def _identical(pairs: Mapping[str, Pairs], split: str) -> str | None:

@@ -74,7 +74,7 @@ def respond(
     return SampledTexts(rollout, written, ended)
 
 
-class Drawn(NamedTuple):
+class DrawnSamples(NamedTuple):
     """Prompts drawn at random from a table, and sampled responses; the responses to one prompt are consecutive rows."""
 
     rows: np.ndarray  # int[prompts]: indices of the drawn prompts in the result of `data.pipeline.prompts`
@@ -92,7 +92,7 @@ def draw_and_sample(
     temperature: float,
     field: str = "prompts",
     purpose: str = "",
-) -> Drawn:
+) -> DrawnSamples:
     """Draw prompts from a table, and sample responses of a policy to each.
 
     Args: prompts is the number of prompts, and field the config field that sets it, for messages; samples is the number
@@ -110,7 +110,7 @@ def draw_and_sample(
         samples=samples,
         batch_size=context.runtime.inference_batch,
     )
-    return Drawn(rows, rollout, np.asarray(jax.random.key_data(key)).tolist())
+    return DrawnSamples(rows, rollout, np.asarray(jax.random.key_data(key)).tolist())
 
 
 def texts(tokenizer: Tokenizer, rollout: Rollout[np.ndarray]) -> tuple[list[str], list[str]]:

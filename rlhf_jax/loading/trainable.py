@@ -75,7 +75,7 @@ def dropout_keys(
     return jax.vmap(lambda row: jax.random.fold_in(key, row))(first + jnp.arange(rows))
 
 
-def begin_policy(source: ModelSource, tuning: Tuning, context: Context) -> Policy:
+def load_initial_policy(source: ModelSource, tuning: Tuning, context: Context) -> Policy:
     """Load a stage's initial policy (also its reference), configure it for training, and save its spec."""
     if tuning.attention == "cudnn" and context.seeds > 1:
         raise RlhfError(
@@ -85,7 +85,7 @@ def begin_policy(source: ModelSource, tuning: Tuning, context: Context) -> Polic
     policy = context.policy(source, tuning)
     policy = policy._replace(network=trainable(policy.network, tuning))
     seeds = range(context.seed, context.seed + context.seeds)
-    save_policy_spec(context.directory, policy, seeds, base=context.base(tuning, source))
+    save_policy_spec(context.directory, policy, seeds, base=context.base(source, tuning))
     return policy
 
 

@@ -20,7 +20,7 @@ from rlhf_jax.core.metrics import Metric, mean, values
 from rlhf_jax.core.preference_losses import Beta, per_token
 from rlhf_jax.loading.trainable import full_params
 from rlhf_jax.methods.offline import Updates
-from rlhf_jax.methods.preference_table import DIVERGENCES, OWN_OPTIONS, LossSpec, PreferenceLossConfig
+from rlhf_jax.methods.preference_table import DIVERGENCES, LOSS_OPTIONS, LossSpec, PreferenceLossConfig
 from rlhf_jax.models.head import TokenStats
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.runtime.checkpoints import TrainState
@@ -201,7 +201,7 @@ def loss_inputs(
     axes: tuple[str, ...],
 ) -> dict[str, object]:
     """All inputs and options that a loss may read, by their names in `preference_table.INPUTS` and in the config."""
-    inputs: dict[str, object] = {name: getattr(config, name) for name in OWN_OPTIONS} | {
+    inputs: dict[str, object] = {name: getattr(config, name) for name in LOSS_OPTIONS} | {
         "chosen_logps": policy.chosen,
         "rejected_logps": policy.rejected,
         "full_chosen_logps": policy.full_chosen,

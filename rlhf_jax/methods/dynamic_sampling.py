@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from rlhf_jax.core import masking
-from rlhf_jax.core.advantages import groups_that_differ
+from rlhf_jax.core.advantages import informative_groups
 from rlhf_jax.data.prompts import at_round
 from rlhf_jax.methods.policy_parts import OnlineBatch, Responses, Sampled
 from rlhf_jax.runtime.programs import Rounds
@@ -90,13 +90,13 @@ class DynamicSampling:
         """
         size, groups = self.num_generations, self.batch_size // self.num_generations
         full = partial.is_full(axes)
-        differ = groups_that_differ(scores, num_generations=size).repeat(size)
+        differ = informative_groups(scores, num_generations=size).repeat(size)
         new = Kept(sampled.rollout, sampled.logprobs, scores, jnp.where(differ, DIFFERS, ALIKE))
         rows = jax.tree.map(
             lambda *leaves: jnp.concatenate(leaves), *(masking.gather_rows(part, axes) for part in (partial.kept, new))
         )
         first = jnp.argsort(rows.rank[::size], stable=True)[:groups]
-        own = (masking.own_rows(first, axes)[:, None] * size + jnp.arange(size)[None, :]).reshape(-1)
+        own = (masking.local_rows(first, axes)[:, None] * size + jnp.arange(size)[None, :]).reshape(-1)
 
         here = (jnp.arange(self.rounds)[None, :] == partial.rounds[:, None]) & ~full
         lengths = masking.lengths(sampled.rollout.response_mask)
@@ -151,7 +151,7 @@ class DynamicSampling:
     def responses(self, partial: PartialBatch, axes: tuple[str, ...]) -> Responses:
         """Return the batch after its last round, with the mask of responses to train on and metrics of the rounds.
 
-        `reward`, `reward_std` and `num_tokens` cover all sampled responses; `dynamic_sampling/groups_that_differ` is
+        `reward`, `reward_std` and `num_tokens` cover all sampled responses; `dynamic_sampling/informative_groups` is
         the share of sampled groups whose scores differ, `dynamic_sampling/groups_missing` the number of the batch's
         groups that are masked.
         """
@@ -163,7 +163,7 @@ class DynamicSampling:
             "reward_std": jnp.sqrt(masking.masked_variance(partial.all_scores, seen, axes)),
             "num_tokens": masking.total(partial.all_lengths, axes),
             "dynamic_sampling/rounds": partial.rounds[0],
-            "dynamic_sampling/groups_that_differ": masking.masked_mean(differ, seen, axes),
+            "dynamic_sampling/informative_groups": masking.masked_mean(differ, seen, axes),
             "dynamic_sampling/groups_missing": masking.count(~useful, axes) // self.num_generations,
         }
         sampled = Sampled(partial.kept.rollout, partial.kept.logprobs, partial.demonstrations)

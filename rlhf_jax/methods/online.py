@@ -13,7 +13,7 @@ from rlhf_jax.loading.context import Context
 from rlhf_jax.loading.data_report import report_prompts
 from rlhf_jax.loading.models import Policy, RewardModel
 from rlhf_jax.loading.samples import sample_rows
-from rlhf_jax.loading.trainable import begin_policy, stack
+from rlhf_jax.loading.trainable import load_initial_policy, stack
 from rlhf_jax.methods.online_config import OnlineConfig
 from rlhf_jax.methods.policy_gradient import Iteration
 from rlhf_jax.methods.policy_method import OnlineMethod
@@ -50,7 +50,7 @@ OnlineReward = DeviceReward | HostReward
 
 def read_inputs(config: OnlineConfig, context: Context) -> Inputs:
     """Load the policy and the prompts."""
-    reference = begin_policy(config.policy, config.tuning, context)
+    reference = load_initial_policy(config.policy, config.tuning, context)
     rows = pipeline.load_rows(context.data, "train")
     prompts = pipeline.prompts(rows, reference.tokenizer, context.data)
     report_prompts(context, reference.tokenizer, {"train": rows})

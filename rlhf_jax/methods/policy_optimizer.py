@@ -14,7 +14,14 @@ from jaxtyping import PyTree
 from rlhf_jax.methods.online_config import OnlineConfig
 from rlhf_jax.methods.policy_method import OnlineMethod
 from rlhf_jax.methods.policy_parts import Params
-from rlhf_jax.runtime.optimizers import Optimizer, OptimizerConfig, algorithm, bound, finished, learning_rate
+from rlhf_jax.runtime.optimizers import (
+    Optimizer,
+    OptimizerConfig,
+    algorithm,
+    clip_gradients,
+    learning_rate,
+    with_freezing,
+)
 
 
 def check_value_optimizer(value: OptimizerConfig | None) -> None:
@@ -22,7 +29,7 @@ def check_value_optimizer(value: OptimizerConfig | None) -> None:
     for name in ("micro_batch", "freeze", "low_precision"):
         if value is not None and getattr(value, name) != OptimizerConfig.__dataclass_fields__[name].default:
             raise ValueError(
-                f"value_optimizer.{name} = {getattr(value, name)!r} is not read: optimizer.{name} applies to policy "
+                f"value_optimizer.{name} = {getattr(value, name)!r} has no effect: optimizer.{name} applies to policy "
                 "and value function"
             )
 
@@ -37,19 +44,21 @@ def make_optimizer(config: OnlineConfig, method: OnlineMethod) -> Optimizer:
     warmup, value = _warmup_updates(config, method), method.value_optimizer
     own, updates = config.optimizer, config.updates
     if not warmup and value is None:
-        return finished(own, optax.chain(bound(own), algorithm(own, updates)))
+        return with_freezing(own, optax.chain(clip_gradients(own), algorithm(own, updates)))
 
     def is_over(step: ArrayLike, **_: PyTree) -> jax.Array:
         return jnp.asarray(step) >= warmup
 
     policy = algorithm(own, updates - warmup)
     if value is not None:
-        policy = optax.chain(bound(own), policy)
+        policy = optax.chain(clip_gradients(own), policy)
     if warmup:
         policy = optax.conditionally_mask(policy, is_over)
-    value_part = algorithm(own, updates) if value is None else optax.chain(bound(value), algorithm(value, updates))
+    value_part = (
+        algorithm(own, updates) if value is None else optax.chain(clip_gradients(value), algorithm(value, updates))
+    )
     each = optax.partition({"policy": policy, "value": value_part}, lambda params: {name: name for name in params})
-    return finished(own, each if value is not None else optax.chain(bound(own), each))
+    return with_freezing(own, each if value is not None else optax.chain(clip_gradients(own), each))
 
 
 def freeze_policy(grads: Params, method: OnlineMethod, step: jax.Array) -> Params:

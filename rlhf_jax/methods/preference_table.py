@@ -56,7 +56,7 @@ class LossSpec:
     @functools.cached_property
     def reads(self) -> frozenset[str]:
         """Names of the inputs and options that the function takes."""
-        return frozenset((*INPUTS, *OWN_OPTIONS)).intersection(inspect.signature(self.function).parameters)
+        return frozenset((*INPUTS, *LOSS_OPTIONS)).intersection(inspect.signature(self.function).parameters)
 
     @property
     def needs_reference(self) -> bool:
@@ -114,12 +114,12 @@ else:
 Divergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
 
 
-def spec_of(name: str) -> LossSpec:
+def find_loss(name: str) -> LossSpec:
     """Look up a loss by its name in `LOSSES`, or load a user's own. Raises RlhfError unless its signature is valid."""
     if name in LOSSES:
         return LOSSES[name]
     function = user_code.load(name, "preference loss")
-    user_code.options_of(function, name, "preference loss", arguments=(), options=(*INPUTS, *OWN_OPTIONS))
+    user_code.options_of(function, name, "preference loss", arguments=(), options=(*INPUTS, *LOSS_OPTIONS))
     spec = LossSpec(function, label_of(name))
     return dataclasses.replace(spec, reorders=spec.whole_batch)  # it may: only the built-in ones are known not to
 
@@ -175,26 +175,27 @@ class PreferenceLossConfig:
                         f"{name} divides by {option} or takes its logarithm: set it, for example to {usual}"
                     )
         for field in dataclasses.fields(self):
-            if field.name in (*OWN_OPTIONS, *INPUT_OPTIONS) and getattr(self, field.name) != field.default:
+            if field.name in (*LOSS_OPTIONS, *INPUT_OPTIONS) and getattr(self, field.name) != field.default:
                 self._check_read(field.name)
         if self.divergence_alpha != 0.5 and self.divergence != "alpha_divergence":
             raise ValueError(
-                f"divergence_alpha = {self.divergence_alpha} is not read with divergence = {self.divergence!r}: "
+                f"divergence_alpha = {self.divergence_alpha} has no effect with divergence = {self.divergence!r}: "
                 "leave it out, or choose 'alpha_divergence'"
             )
 
     def _check_read(self, option: str) -> None:
         others = [name for name, spec in zip(self.losses, self.specs, strict=True) if not spec.takes(option)]
         if others and (option in READ_BY_ALL or len(others) == len(self.losses)):
+            readers = sorted(name for name in LOSSES if LOSSES[name].takes(option))
             raise ValueError(
-                f"{option} = {getattr(self, option)!r} is not read by {', '.join(others)}{WHY.get(option, '')}: leave "
-                f"it out, or choose among {', '.join(sorted(name for name in LOSSES if LOSSES[name].takes(option)))}"
+                f"{option} = {getattr(self, option)!r} has no effect with {', '.join(others)}{WHY.get(option, '')}: "
+                f"leave it out, or choose among {', '.join(readers)}"
             )
 
     @property
     def specs(self) -> tuple[LossSpec, ...]:
         """Specs of the configured losses."""
-        return tuple(map(spec_of, self.losses))
+        return tuple(map(find_loss, self.losses))
 
     @property
     def weights(self) -> tuple[float, ...]:
@@ -210,7 +211,7 @@ class PreferenceLossConfig:
 INPUT_OPTIONS = ("divergence", "ld_alpha", "use_weighting")
 """Options that change the inputs of losses, or weight pairs."""
 
-OWN_OPTIONS = tuple(
+LOSS_OPTIONS = tuple(
     field.name
     for field in dataclasses.fields(PreferenceLossConfig)
     if field.name not in ("losses", "loss_weights", "divergence_alpha", *INPUT_OPTIONS)

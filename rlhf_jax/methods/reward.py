@@ -161,10 +161,10 @@ def _comparisons(
     config: RewardLossConfig, rows: list[Row], tokenizer: Tokenizer, data: DataConfig
 ) -> ComparisonBatch[np.ndarray]:
     groups = _ranked(rows) if "completions" in rows[0] else _grouped(rows)
-    asked = [prompt for prompt, completions, _ in groups for _ in completions]
-    written = [completion for _, completions, _ in groups for completion in completions]
-    examples = iter(pipeline.tokenise(asked, written, tokenizer, data))
-    most = max(len(completions) for _, completions, _ in groups)
+    prompts = [prompt for prompt, answers, _ in groups for _ in answers]
+    completions = [completion for _, answers, _ in groups for completion in answers]
+    examples = iter(pipeline.tokenise(prompts, completions, tokenizer, data))
+    most = max(len(answers) for _, answers, _ in groups)
     shape = (len(groups), most, data.max_response_tokens)
     batch = ComparisonBatch(
         np.zeros((len(groups), data.max_prompt_tokens), np.int32),
@@ -173,8 +173,8 @@ def _comparisons(
         np.zeros(shape, bool),
         np.zeros((len(groups), most, most), bool),
     )
-    for place, (_, completions, wins) in enumerate(groups):
-        count = len(completions)
+    for place, (_, answers, wins) in enumerate(groups):
+        count = len(answers)
         if config.spec.ranked and not np.array_equal(wins, np.triu(np.ones((count, count), bool), 1)):
             raise RlhfError(
                 f"row {place + 1} of the rankings has ties, which loss.name = {config.name!r} does not support: "

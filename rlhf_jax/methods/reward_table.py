@@ -142,8 +142,8 @@ class RewardLossConfig:
             if getattr(self, option) and option not in self.spec.reads:
                 readers = [name for name, spec in LOSSES.items() if option in spec.reads]
                 raise ValueError(
-                    f"{option} = {getattr(self, option)} is not read by name = {self.name!r}: set it to 0, or use one "
-                    f"of {', '.join(readers)}"
+                    f"{option} = {getattr(self, option)} has no effect with name = {self.name!r}: set it to 0, or use "
+                    f"one of {', '.join(readers)}"
                 )
 
     @property

@@ -15,7 +15,7 @@ FEW_ROWS = 32
 """Maximum number of single-token rows for which CPUs use the embedding as the left factor of the product and read it in
 place. As the right factor, it would first be copied into another layout, which takes as long as the product."""
 
-RULED_OUT = float(jnp.finfo(jnp.float32).min / 2)
+MASKED_LOGIT = float(jnp.finfo(jnp.float32).min / 2)
 """Logit of suppressed tokens: half the lowest float32, so that subtracting a maximum does not overflow."""
 
 
@@ -31,7 +31,7 @@ class TokenStats(NamedTuple):
 def logits(
     hidden: Float[Array, "*rows D"], embedding: Float[Array, "V D"], allowed: Bool[Array, "V"], *, softcap: float | None
 ) -> Float[Array, "*rows V"]:
-    """Logits x in float32, or c tanh(x / c) with a soft cap c. Tokens not allowed get `RULED_OUT` (probability 0)."""
+    """Logits x in float32, or c tanh(x / c) with a soft cap c; `MASKED_LOGIT` (probability 0) if not allowed."""
     if hidden.ndim == 2 and hidden.shape[0] <= FEW_ROWS:
         products = jax.lax.platform_dependent(hidden, embedding, cpu=_embedding_first, default=_hidden_first)
     else:
@@ -39,7 +39,7 @@ def logits(
     if softcap is not None:
         products = softcap * jnp.tanh(products / softcap)
     allowed = allowed.reshape((1,) * (products.ndim - 1) + (-1,))
-    return jnp.where(allowed, products, RULED_OUT)
+    return jnp.where(allowed, products, MASKED_LOGIT)
 
 
 def _embedding_first(hidden: Array, embedding: Array) -> Array:
@@ -205,8 +205,8 @@ def _joined(slices: PyTree, length: int) -> PyTree:
 
 
 def _softmax(temperature: float, softcap: float | None, hidden: Array, weights: Array, allowed: Array) -> _Softmax:
-    # RULED_OUT / temperature is -inf below 1/2, and -inf times probability 0 would make the entropy NaN.
-    scaled = jnp.maximum(logits(hidden, weights, allowed, softcap=softcap) / temperature, RULED_OUT)
+    # MASKED_LOGIT / temperature is -inf below 1/2, and -inf times probability 0 would make the entropy NaN.
+    scaled = jnp.maximum(logits(hidden, weights, allowed, softcap=softcap) / temperature, MASKED_LOGIT)
     most = jnp.max(scaled, axis=-1, keepdims=True)
     shifted = scaled - most
     return _Softmax(shifted, most, jnp.sum(jnp.exp(shifted), axis=-1))

@@ -137,7 +137,7 @@ class PolicyNetwork:
         return jnp.ones(self.vocab_size, bool).at[jnp.array(self.suppressed, jnp.int32)].set(False)
 
     def logits(self, params: PyTree, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
-        """Logits of hidden states; suppressed tokens get `head.RULED_OUT`, so that their probability is 0."""
+        """Logits of hidden states; suppressed tokens get `head.MASKED_LOGIT`, so that their probability is 0."""
         weights = self._head(params).astype(self.config.compute_dtype)
         return head.logits(hidden, weights, self.allowed, softcap=self.config.logit_softcap)
 

@@ -17,11 +17,11 @@ from rlhf_jax.reports.style import (
     PointLabel,
     colour,
     context,
+    fix_layout,
     label_ends,
     label_points,
     panels,
     scale_by_root,
-    settle,
     shades,
 )
 from rlhf_jax.stages.kinds import Kind, Panel, Series
@@ -58,7 +58,7 @@ def learning_curves(kind: Kind, stages: Mapping[str, Training]) -> Figure:
             ax.set_xlabel(kind.step)
             ax.margins(x=0.04)
             label_ends(ax, ends)
-        settle(figure)
+        fix_layout(figure)
     return figure
 
 
@@ -122,7 +122,7 @@ def best_of_n(curve: pd.DataFrame, deviations: tuple[float, float] | None) -> Fi
             _sizes_on_top(ax, curve)
         if shared:
             label_ends(axes[0], ends)
-        settle(figure)
+        fix_layout(figure)
     return figure
 
 
@@ -166,7 +166,7 @@ def win_rates(results: pd.DataFrame, *, judge: str, start: str) -> Figure:
         ax.set_xlim(min(45, min(ends) - 3), max(55, max(ends) + 3))
         ax.set_ylim(len(labels) - 0.4, -0.6)
         ax.set_xlabel(f"pairs won against {start}, by the {judge} (%; ties count half; 95 % intervals)")
-        settle(figure)
+        fix_layout(figure)
     return figure
 
 

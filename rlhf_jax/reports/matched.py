@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from scipy import special
 
-from rlhf_jax.reports.style import INK, MUTED, RULE, WIDTH, colour, context, settle
+from rlhf_jax.reports.style import INK, MUTED, RULE, WIDTH, colour, context, fix_layout
 from rlhf_jax.reports.table import split_to_width
 
 COLUMNS = 4
@@ -51,7 +51,7 @@ def runs(points: pd.DataFrame, kinds: dict[str, str], start: str, score: str) ->
         _root_scale(figure.axes[0], points["kl"].max())
         figure.supxlabel(f"KL from {start} (nats per response; square-root scale)", fontsize=9, color=INK)
         figure.supylabel(score, fontsize=9, color=INK)
-        settle(figure)
+        fix_layout(figure)
     return figure
 
 
@@ -85,7 +85,7 @@ def ranking(matched: pd.DataFrame, kinds: dict[str, str], score: str) -> Figure:
                 ax.set_xticks([])
             ax.set_title(f"KL {target:g}")
             ax.set_xlabel(score)
-        settle(figure)
+        fix_layout(figure)
     return figure
 
 

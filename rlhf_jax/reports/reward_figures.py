@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from rlhf_jax.reports.style import MUTED, colour, context, panels, settle
+from rlhf_jax.reports.style import MUTED, colour, context, fix_layout, panels
 
 GROUPS = (
     ("by_margin", "By margin", "difference of scores"),
@@ -49,7 +49,7 @@ def calibration(report: dict[str, Any]) -> Figure:
         right.set_title("Scores of held-out responses")
         right.set_xlabel("score")
         right.set_ylabel("responses")
-        settle(figure)
+        fix_layout(figure)
     return figure
 
 
@@ -70,7 +70,7 @@ def accuracy(report: dict[str, Any]) -> Figure:
             ax.set_ylabel(unit)
             ax.set_xlabel("ranked correctly (%)")
             ax.set_xlim(min(45.0, lowest - 3), 103)
-        settle(figure)
+        fix_layout(figure)
     return figure
 
 

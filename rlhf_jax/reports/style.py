@@ -119,7 +119,7 @@ def context() -> Any:
     return matplotlib.rc_context(RC)
 
 
-def settle(figure: Figure) -> None:
+def fix_layout(figure: Figure) -> None:
     """Compute the layout of a figure and freeze it, so that later drawing is faster."""
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
@@ -191,7 +191,7 @@ def label_points(
 
     Args: obstacles are data coordinates that should stay visible. Fixes the figure's layout.
     """
-    settle(figure)
+    fix_layout(figure)
     renderer = FigureCanvasAgg(figure).get_renderer()
     points = axes.transData.transform(np.array([(label.x, label.y) for label in labels]))
     marks = [points + corner for corner in ((-5, -5), (-5, 5), (5, -5), (5, 5))]

@@ -35,7 +35,7 @@ Answer B:
 
 Reply with one letter and nothing else: A or B."""
 
-PLACES = ("prompt", "a", "b")
+PLACEHOLDERS = ("prompt", "a", "b")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,7 @@ class HTTPJudgeConfig:
     def __post_init__(self) -> None:
         if not re.match(r"https?://\w", self.url):
             raise ValueError(f"url = {self.url!r} must start with http:// or https:// and name a server")
-        for place in PLACES:
+        for place in PLACEHOLDERS:
             if self.template.count(f"{{{place}}}") != 1:
                 raise ValueError(f"template = {self.template!r} must contain {{{place}}} exactly once")
         check_ranges(self)
@@ -156,7 +156,7 @@ class HTTPJudge:
                 pool.shutdown(cancel_futures=True)
 
     def _ask(self, question: Pair, stopped: threading.Event) -> None:
-        texts = dict(zip(PLACES, question, strict=True))
+        texts = dict(zip(PLACEHOLDERS, question, strict=True))
         # One pass, so that braces in an answer are not replaced.
         content = re.sub("{(prompt|a|b)}", lambda match: texts[match[1]], self._config.template)
         body = {

@@ -75,7 +75,7 @@ class OptimizerConfig:
             value, default = getattr(self, field), self.__dataclass_fields__[field].default
             if value != default and field not in spec.reads:
                 raise ValueError(
-                    f"{field} = {value} is not read by name = {self.name!r}, which reads "
+                    f"{field} = {value} has no effect with name = {self.name!r}, which reads "
                     f"{', '.join(spec.reads) or 'none of these'}: leave it at {default}"
                 )
         if self.min_learning_rate > self.learning_rate:
@@ -84,8 +84,8 @@ class OptimizerConfig:
             )
         if self.min_learning_rate and self.schedule == "constant":
             raise ValueError(
-                f"min_learning_rate = {self.min_learning_rate} is not read by schedule = 'constant': leave it at 0, or "
-                "set schedule to 'linear' or 'cosine'"
+                f"min_learning_rate = {self.min_learning_rate} has no effect with schedule = 'constant': leave it at "
+                "0, or set schedule to 'linear' or 'cosine'"
             )
 
 
@@ -165,10 +165,10 @@ class Optimizer(NamedTuple):
 
 def make_optimizer(config: OptimizerConfig, updates: int) -> Optimizer:
     """Create the optimiser for a run of `updates` updates."""
-    return finished(config, optax.chain(bound(config), algorithm(config, updates)))
+    return with_freezing(config, optax.chain(clip_gradients(config), algorithm(config, updates)))
 
 
-def bound(config: OptimizerConfig) -> optax.GradientTransformation:
+def clip_gradients(config: OptimizerConfig) -> optax.GradientTransformation:
     """Clip gradients by their global norm."""
     return optax.clip_by_global_norm(config.max_grad_norm)
 
@@ -183,7 +183,7 @@ def algorithm(config: OptimizerConfig, updates: int) -> optax.GradientTransforma
     return optax.chain(*ordered, optax.scale_by_learning_rate(learning_rate(config, updates)))
 
 
-def finished(config: OptimizerConfig, transformation: optax.GradientTransformation) -> Optimizer:
+def with_freezing(config: OptimizerConfig, transformation: optax.GradientTransformation) -> Optimizer:
     """Make an optimiser of a transformation that leaves frozen parameters unchanged, without state for them."""
     if config.freeze:
         labels = functools.partial(_frozen, config.freeze)
@@ -254,7 +254,9 @@ def update(
     """
     if axes:
         grads = jax.lax.pmean(grads, axes)
-    updates, inner = optimizer.transformation.update(grads, opt_state.inner, rounding.exact(params, opt_state.masters))
+    updates, inner = optimizer.transformation.update(
+        grads, opt_state.inner, rounding.trained_values(params, opt_state.masters)
+    )
     params, masters, kept = rounding.apply(optimizer.low_precision, params, opt_state.masters, updates, key)
     each = {f"grad_norm/{name}": optax.tree.norm(grads[name]) for name in grads} if len(grads) > 1 else {}
     norms = {"grad_norm": optax.tree.norm(grads), **each}

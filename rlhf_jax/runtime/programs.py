@@ -272,9 +272,9 @@ def compile_host_steps(placement: Placement, steps: HostSteps, state: PyTree) ->
         for i in range(len(jax.tree.leaves(batches)[0])):
             kept, enough, logged = None, np.bool(False), []
             for batch in split(jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], batches)):
-                state, found, said = scored(state, frozen, batch, run_key)
+                state, found, metrics = scored(state, frozen, batch, run_key)
                 lacking = ~np.asarray(enough)[..., None]  # omit rounds that a seed would not need alone
-                logged.append({name: np.where(lacking, values, np.nan) for name, values in said.items()})
+                logged.append({name: np.where(lacking, values, np.nan) for name, values in metrics.items()})
                 kept, enough = (found, True) if collect is None else collect(kept, found)
                 if np.all(enough):
                     break

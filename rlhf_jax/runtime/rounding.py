@@ -42,7 +42,7 @@ def init_masters(low_precision: LowPrecision, params: PyTree) -> PyTree:
     return jax.tree.map(lambda p: optax.MaskedNode() if p.dtype == jnp.float32 else p.astype(jnp.float32), params)
 
 
-def exact(params: PyTree, masters: PyTree) -> PyTree:
+def trained_values(params: PyTree, masters: PyTree) -> PyTree:
     """Return the trained values in float32: the masters if there are any, otherwise the parameters."""
     if masters == ():
         return float32(params)
@@ -66,7 +66,7 @@ def apply(
 
     Returns: the parameters, the masters, and the share of the update that survived (see `survived`).
     """
-    before = exact(params, masters)
+    before = trained_values(params, masters)
     wanted = jax.tree.map(jnp.add, before, updates)
     if low_precision == "stochastic":
         leaves, structure = jax.tree.flatten(wanted)
@@ -84,7 +84,7 @@ def apply(
             wanted,
             is_leaf=lambda node: isinstance(node, optax.MaskedNode),
         )
-    return after, masters, survived(before, exact(after, masters), updates)
+    return after, masters, survived(before, trained_values(after, masters), updates)
 
 
 def stochastic_bfloat16(values: Float[Array, "*shape"], key: PRNGKeyArray) -> Float[Array, "*shape"]:

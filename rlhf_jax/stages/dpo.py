@@ -15,7 +15,7 @@ from rlhf_jax.loading.data_report import report_answers
 from rlhf_jax.loading.models import NO_CHANGES, Tuning, refuse_float16
 from rlhf_jax.loading.samples import policy_samples
 from rlhf_jax.loading.tables import load_preferences
-from rlhf_jax.loading.trainable import begin_policy, full_params, init_trainable
+from rlhf_jax.loading.trainable import full_params, init_trainable, load_initial_policy
 from rlhf_jax.methods.dpo import SIGMOID, ReferencedBatch, ReferenceUpdate, evaluate, make_step, pair_logps_all
 from rlhf_jax.methods.offline import OfflineConfig, OfflineMethod, Updates, train_offline
 from rlhf_jax.methods.preference_table import PreferenceLossConfig, check_micro_batch
@@ -47,14 +47,16 @@ class DPOConfig(OfflineConfig):
         check_micro_batch(self.loss, self.optimizer.micro_batch)
         for name in ("reference_update", "cached_reference"):
             if getattr(self, name) and not self.loss.needs_reference:
-                raise ValueError(f"{name} is not read by {', '.join(self.loss.losses)}, which have no reference")
+                raise ValueError(
+                    f"{name} has no effect with {', '.join(self.loss.losses)}, which have no reference: leave it out"
+                )
         if self.reference_update and self.cached_reference:
             raise ValueError("cached_reference needs a fixed reference, which reference_update changes: drop one")
 
 
 def run(config: DPOConfig, context: Context) -> dict[str, Any]:
     """Train `context.seeds` policies at once, each with its own order of the pairs; evaluate on held-out pairs."""
-    reference = begin_policy(config.policy, config.tuning, context)
+    reference = load_initial_policy(config.policy, config.tuning, context)
     network, tokenizer = reference.network, reference.tokenizer
     rows, held_out = load_preferences(context, config.preferences)
     data, eval_data = (pipeline.preferences(table, tokenizer, context.data) for table in (rows, held_out))

@@ -17,7 +17,6 @@ from rlhf_jax.core.advantages import CRITIC_FREE
 from rlhf_jax.core.policy_losses import AGGREGATIONS, OPTIONS, POLICY_LOSSES
 from rlhf_jax.loading.context import Context
 from rlhf_jax.methods.dynamic_sampling import DynamicSampling
-from rlhf_jax.methods.own_functions import find_advantage, find_policy_loss
 from rlhf_jax.methods.policy_config import (
     Estimator,
     OverlongBuffer,
@@ -27,6 +26,7 @@ from rlhf_jax.methods.policy_config import (
     check_penalty,
     make_method,
 )
+from rlhf_jax.methods.policy_functions import find_advantage, find_policy_loss
 from rlhf_jax.methods.policy_gradient import PolicyGradient
 from rlhf_jax.methods.policy_method import OnlineMethod
 from rlhf_jax.methods.policy_parts import Advantages, Experience
@@ -162,7 +162,7 @@ class GroupRLConfig(PolicyGradientConfig):
             raise ValueError(f"method = {self.method!r} leaves kl_coef to you: set it, 0 for no penalty")
         estimator, loss = find_advantage(fields["advantage"]), find_policy_loss(fields["policy_loss"])
         if self.gamma is not None and not estimator.discounted:
-            raise ValueError(f"gamma is not read by advantage = {fields['advantage']!r}: leave it out")
+            raise ValueError(f"gamma has no effect with advantage = {fields['advantage']!r}: leave it out")
         least = 2 if estimator.needs_groups else 1
         if self.num_generations < least:
             raise ValueError(
@@ -176,7 +176,7 @@ class GroupRLConfig(PolicyGradientConfig):
             )
         for name in OPTIONS:
             if getattr(self, name) is not None and name not in loss.options:
-                raise ValueError(f"{name} is not read by policy_loss = {fields['policy_loss']!r}: leave it out")
+                raise ValueError(f"{name} has no effect with policy_loss = {fields['policy_loss']!r}: leave it out")
             if name in loss.options and fields.get(name) is None:
                 raise ValueError(f"policy_loss = {fields['policy_loss']!r} needs {name}: set it")
         if self.old_logprobs == "sampler" and not loss.has_ratio:
@@ -202,7 +202,7 @@ def resolve(config: GroupRLConfig) -> dict[str, Any]:
     return DEFAULTS | METHODS[config.method] | given
 
 
-def method_of(config: GroupRLConfig) -> OnlineMethod[Experience]:
+def build_method(config: GroupRLConfig) -> OnlineMethod[Experience]:
     """Make the method from a config."""
     fields, size = resolve(config), config.num_generations
     estimator, loss = find_advantage(fields["advantage"]), find_policy_loss(fields["policy_loss"])
@@ -233,4 +233,4 @@ def method_of(config: GroupRLConfig) -> OnlineMethod[Experience]:
 
 def run(config: GroupRLConfig, context: Context) -> dict[str, Any]:
     """Train `context.seeds` policies at once, each with its own prompts, samples and initial key."""
-    return train_policy(config, method_of(config), no_value, context)
+    return train_policy(config, build_method(config), no_value, context)

@@ -26,7 +26,7 @@ from rlhf_jax.loading.data_report import report_answers
 from rlhf_jax.loading.models import NO_CHANGES, Tuning, refuse_float16
 from rlhf_jax.loading.samples import policy_samples
 from rlhf_jax.loading.tables import load_preferences
-from rlhf_jax.loading.trainable import begin_policy, full_params, init_trainable
+from rlhf_jax.loading.trainable import full_params, init_trainable, load_initial_policy
 from rlhf_jax.methods.offline import OfflineConfig, OfflineMethod, Updates, train_offline
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.runtime.checkpoints import TrainState
@@ -78,7 +78,7 @@ class KTOConfig(OfflineConfig):
 
 def run(config: KTOConfig, context: Context) -> dict[str, Any]:
     """Train on the training responses; evaluate the loss and implicit rewards on held-out ones."""
-    reference = begin_policy(config.policy, config.tuning, context)
+    reference = load_initial_policy(config.policy, config.tuning, context)
     network, tokenizer = reference.network, reference.tokenizer
     rows, held_out = load_unpaired(context, config.preferences)
     data, eval_data = (pipeline.unpaired(table, tokenizer, context.data) for table in (rows, held_out))
@@ -125,7 +125,7 @@ def make_step(updates: Updates[PolicyNetwork], loss_config: UnpairedLossConfig =
     ) -> tuple[TrainState, dict[str, Array], tuple]:
         baseline = None
         if loss_config.loss == "kto":
-            others = to_other_prompts(batch, axes)
+            others = mismatched_pairs(batch, axes)
             policy = full_params(network, state.params["policy"], frozen, "reference")
             own, reference = (response_logprobs(network, params, others) for params in (policy, frozen["reference"]))
             baseline = kto_baseline(own, reference, axes)
@@ -145,16 +145,16 @@ def make_step(updates: Updates[PolicyNetwork], loss_config: UnpairedLossConfig =
     return step
 
 
-def to_other_prompts(batch: UnpairedBatch, axes: tuple[str, ...]) -> UnpairedBatch:
+def mismatched_pairs(batch: UnpairedBatch, axes: tuple[str, ...]) -> UnpairedBatch:
     """Pair each of the batch's prompts with the response to another prompt, anywhere in the whole batch."""
     prompt, mask, *responses = masking.gather_rows(batch[:4], axes)
     ids = jnp.where(mask, prompt, -1)
     first = jnp.argmax(jnp.all(ids[:, None] == ids[None, :], axis=-1), axis=1)
-    rows = masking.own_rows(responses_of_others(first), axes)
+    rows = masking.local_rows(mismatched_rows(first), axes)
     return batch._replace(response=responses[0][rows], response_mask=responses[1][rows])
 
 
-def responses_of_others(first: Int[Array, "N"]) -> Int[Array, "N"]:
+def mismatched_rows(first: Int[Array, "N"]) -> Int[Array, "N"]:
     """For the KL estimate, choose the row whose response each row's prompt is paired with.
 
     Rows are sorted by prompt and rotated by the size of the largest group with equal prompts. No row is then paired
@@ -217,7 +217,7 @@ def evaluate(
     if config.loss == "kto":
         ids = np.where(data.prompt_mask, data.prompt, -1)
         _, first, which = np.unique(ids, axis=0, return_index=True, return_inverse=True)
-        rows = np.asarray(responses_of_others(jnp.asarray(first[which])))
+        rows = np.asarray(mismatched_rows(jnp.asarray(first[which])))
         others = (data.response[rows], data.response_mask[rows])
         baseline = kto_baseline(logprobs(params[0], others), logprobs(params[1], others), ())
     label = jnp.asarray(data.label)

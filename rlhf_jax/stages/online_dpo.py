@@ -51,7 +51,7 @@ class OnlineDPOConfig(OnlineConfig):
         check_micro_batch(self.loss, self.optimizer.micro_batch)
 
 
-def method_of(config: OnlineDPOConfig) -> OnlineMethod[ReferencedBatch]:
+def build_method(config: OnlineDPOConfig) -> OnlineMethod[ReferencedBatch]:
     """Make the method from a config: two responses per prompt, which form a pair."""
     return OnlineMethod(
         learner=PairLearner(config.loss, config.beta),
@@ -84,7 +84,7 @@ def run(config: OnlineDPOConfig, context: Context) -> dict[str, Any]:
 
     summary = train_online(
         config,
-        method_of(config),
+        build_method(config),
         context,
         inputs,
         reward,

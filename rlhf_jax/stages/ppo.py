@@ -94,7 +94,7 @@ class PPOConfig(PolicyGradientConfig):
         return self.clip_ratio if self.clip_ratio_high is None else self.clip_ratio_high
 
 
-def method_of(config: PPOConfig) -> OnlineMethod[Experience]:
+def build_method(config: PPOConfig) -> OnlineMethod[Experience]:
     """Make PPO's method from a config: GAE, the clipped surrogate and the clipped value loss."""
 
     def advantages(rewards: Array, values: Array, mask: Array, trained: Array, axes: tuple[str, ...]) -> Advantages:
@@ -131,7 +131,7 @@ def method_of(config: PPOConfig) -> OnlineMethod[Experience]:
 
 def run(config: PPOConfig, context: Context) -> dict[str, Any]:
     """Train `context.seeds` policies at once, each with its own prompts, samples and initial key."""
-    return train_policy(config, method_of(config), functools.partial(start_value, config), context)
+    return train_policy(config, build_method(config), functools.partial(start_value, config), context)
 
 
 def start_value(config: PPOConfig, policy: Policy, reward_model: RewardModel | None, key: PRNGKeyArray) -> ValueStart:

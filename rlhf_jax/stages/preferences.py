@@ -106,13 +106,13 @@ def run(config: PreferencesConfig, context: Context) -> dict[str, Any]:
     if isinstance(config.judge, HTTPJudgeConfig):
         http = make_http_judge(config.judge)
         wins = _compare(http, config.samples_per_prompt, prompt_texts, answer_texts, context)
-        each, figures = decided(wins, config.samples_per_prompt, prompts, answers), http.summary()
+        each, figures = pairs_by_verdict(wins, config.samples_per_prompt, prompts, answers), http.summary()
     else:
         scores = _scores(config, context, policy, table, rollout)
         if scores.std() == 0:
             raise RlhfError(f"config.{context.name}: all {len(scores)} samples have the same score: no pair is left")
         rng = np.random.default_rng(np.asarray(jax.random.key_data(context.key("labels"))))
-        each = preferred(config, rng, prompts, answers, scores)
+        each = pairs_by_score(config, rng, prompts, answers, scores)
         figures = {"judge_mean": float(scores.mean()), "judge_std": float(scores.std())}
     held_out = [row for rows in each[: config.eval_prompts] for row in rows]
     kept = [row for rows in each[config.eval_prompts :] for row in rows]
@@ -151,7 +151,7 @@ def best_and_worst(scores: np.ndarray) -> list[tuple[int, int]]:
 PAIRS = {"all": all_pairs, "best_worst": best_and_worst}
 
 
-def preferred(
+def pairs_by_score(
     config: PreferencesConfig, rng: np.random.Generator, prompts: list[Any], completions: list[Any], scores: np.ndarray
 ) -> list[list[dict[str, Any]]]:
     """Label pairs of each prompt by scores. Args: `samples_per_prompt` rows per prompt, in order, and scores [N]."""
@@ -162,9 +162,9 @@ def preferred(
         for a, b in PAIRS[config.pairs](prompt_scores):
             pair = (completions[first + a], completions[first + b]), (prompt_scores[a], prompt_scores[b])
             if config.label_beta is not None:
-                rows.append(label(rng, prompts[first], *pair, config.label_beta, std))
+                rows.append(sampled_label(rng, prompts[first], *pair, config.label_beta, std))
             elif prompt_scores[a] != prompt_scores[b]:
-                row = higher(prompts[first], *pair)
+                row = higher_first(prompts[first], *pair)
                 if config.margin is not None:
                     row["margin"] = config.margin * (row["chosen_score"] - row["rejected_score"]) / float(std)
                 rows.append(row)
@@ -172,7 +172,9 @@ def preferred(
     return each
 
 
-def decided(wins: np.ndarray, samples: int, prompts: list[Any], completions: list[Any]) -> list[list[dict[str, Any]]]:
+def pairs_by_verdict(
+    wins: np.ndarray, samples: int, prompts: list[Any], completions: list[Any]
+) -> list[list[dict[str, Any]]]:
     """Label pairs of each prompt by a judge's verdicts, dropping ties.
 
     Args: wins of all pairs of each prompt in the order of `all_pairs`: 1 if the first answer wins, 0 if the second
@@ -192,7 +194,7 @@ def decided(wins: np.ndarray, samples: int, prompts: list[Any], completions: lis
     return each
 
 
-def label(
+def sampled_label(
     rng: np.random.Generator,
     prompt: Any,
     completions: tuple[Any, Any],
@@ -206,7 +208,7 @@ def label(
     return _preference(prompt, completions, scores, chosen=0 if first_wins else 1)
 
 
-def higher(prompt: Any, completions: tuple[Any, Any], scores: tuple[float, float]) -> dict[str, Any]:
+def higher_first(prompt: Any, completions: tuple[Any, Any], scores: tuple[float, float]) -> dict[str, Any]:
     """Label a pair without noise: the higher score is chosen."""
     return _preference(prompt, completions, scores, chosen=0 if scores[0] > scores[1] else 1)
 

@@ -179,8 +179,8 @@ KEEP: dict[type, Callable[[Any, np.ndarray, np.random.Generator], np.ndarray]] =
 
 def demonstration(prompt: Any, completion: str) -> dict[str, Any]:
     """Make a row for SFT; if the prompt is a chat, the completion is a message of the assistant."""
-    said = [{"role": "assistant", "content": completion}] if isinstance(prompt, list) else completion
-    return {"prompt": prompt, "completion": said}
+    answer = [{"role": "assistant", "content": completion}] if isinstance(prompt, list) else completion
+    return {"prompt": prompt, "completion": answer}
 
 
 def original_prompt(table: list[dict[str, Any]], row: int, shown: str) -> Any:

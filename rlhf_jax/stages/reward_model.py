@@ -78,24 +78,24 @@ def run(config: RewardModelConfig, context: Context) -> dict[str, Any]:
     starts = [make_reward_model(config, context, member) for member in range(members)]
     tuning = config.model if isinstance(config.model, Pretrained) else None
     network = trainable(starts[0].network, tuning)
-    begun = [
+    initial = [
         init_trainable(network, start.params, context.key("adapter", member)) for member, start in enumerate(starts)
     ]
     model = starts[0]._replace(network=dataclasses.replace(network, ensemble=config.ensemble))
-    source = context.base(tuning)
-    save_reward_spec(context.directory, model, base=source)
+    origin = context.base(tuning.init, tuning) if tuning else None
+    save_reward_spec(context.directory, model, base=origin)
     rows, held_out = reward_loss.load_rows(config.loss, context, config.preferences)
     data = reward_loss.make_batch(config.loss, rows, model.tokenizer, context.data)
     eval_data = HeldOut(pipeline.preferences(held_out, model.tokenizer, context.data), held_out)
     report_answers(context, model.tokenizer, {"train": answer_pairs(rows), "eval": answer_pairs(held_out)})
-    frozen = {"base": begun[0].base}
+    frozen = {"base": initial[0].base}
 
     def evaluation(trained: PyTree) -> tuple[dict[str, float], Rows]:
         return evaluate(network, full_params(network, trained["reward"], frozen, "base"), eval_data, context)
 
     method = OfflineMethod(
         step=lambda updates: make_step(updates, config.loss),
-        start=lambda updates, member: updates.init({"reward": begun[member].trained}),
+        start=lambda updates, member: updates.init({"reward": initial[member].trained}),
         frozen=frozen,
         evaluate=evaluation,
         key_figures=("loss", "accuracy", "eval/accuracy"),
@@ -104,7 +104,7 @@ def run(config: RewardModelConfig, context: Context) -> dict[str, Any]:
     load = functools.partial(load_stage_reward_model, context.directory, find=context.workdir.find, where=context.where)
     if config.normalise is not None:
         found = score_moments(config.normalise, load(), context)
-        save_reward_spec(context.directory, model, base=source, moments=found)
+        save_reward_spec(context.directory, model, base=origin, moments=found)
     finished = load()
     figures = report(finished, eval_data, context)
     return {"train_pairs": len(rows), "eval_pairs": len(held_out), "steps": steps, **figures}

@@ -58,7 +58,8 @@ def run(config: SFTConfig, context: Context) -> dict[str, Any]:
     start = start._replace(network=network)
     trained, base = init_trainable(network, start.params, context.key("adapter"))
     seeds = range(context.seed, context.seed + 1)
-    save_policy_spec(context.directory, start, seeds, base=context.base(tuning))
+    origin = context.base(tuning.init, tuning) if tuning else None
+    save_policy_spec(context.directory, start, seeds, base=origin)
 
     data = pipeline.demonstrations(rows, tokenizer, context.data)
     eval_data = pipeline.demonstrations(held_out, tokenizer, context.data)

@@ -189,18 +189,18 @@ def test_tokens_are_counted_over_all_devices():
     np.testing.assert_array_equal(counted, np.full(DEVICES, np.count_nonzero(MASK)))
 
 
-def own_rows(rows: jax.Array):
-    return on_every_device(lambda _: masking.own_rows(rows, ("batch",)), jnp.arange(DEVICES))
+def local_rows(rows: jax.Array):
+    return on_every_device(lambda _: masking.local_rows(rows, ("batch",)), jnp.arange(DEVICES))
 
 
 def test_devices_share_the_rows_evenly_and_in_order():
     rows = jnp.asarray(np.random.default_rng(0).permutation(B), jnp.int32)
-    np.testing.assert_array_equal(own_rows(rows), rows.reshape(DEVICES, B // DEVICES))
+    np.testing.assert_array_equal(local_rows(rows), rows.reshape(DEVICES, B // DEVICES))
 
 
 def test_rows_that_do_not_divide_are_refused():
     with pytest.raises(ValueError, match="12 rows do not divide over 8 devices"):
-        own_rows(jnp.arange(12))
+        local_rows(jnp.arange(12))
 
 
 def test_a_minibatch_of_gathered_rows_is_the_same_minibatch_on_one_device():
@@ -208,7 +208,7 @@ def test_a_minibatch_of_gathered_rows_is_the_same_minibatch_on_one_device():
 
     def loss(a, mask, axes=("batch",)):
         a, mask = masking.gather_rows((a, mask), axes)
-        own = masking.own_rows(minibatch, axes)
+        own = masking.local_rows(minibatch, axes)
         return masking.masked_mean(a[own], mask[own], axes)
 
     got = on_every_device(loss, *(x.reshape(DEVICES, -1, T) for x in (A, MASK)))

@@ -111,7 +111,7 @@ def test_a_group_of_equals_teaches_nothing_and_is_finite():
             # A deviation of 0 divides the rounding of the sums by the little that is added to it.
             np.testing.assert_allclose(compute(rewards, mask), 0, atol=1e-5 if name in ("rloo", "dr_grpo") else 1e-2)
     scores = jnp.array([0.3, 0.3, 0.3, 0.0, 1.0, 0.0])
-    assert advantages.groups_that_differ(scores, num_generations=GROUP).tolist() == [False, True]
+    assert advantages.informative_groups(scores, num_generations=GROUP).tolist() == [False, True]
 
 
 @pytest.mark.parametrize("rows, group", [(6, 4), (6, 1)])

@@ -109,4 +109,4 @@ def test_lengths_count_the_tokens_of_each_row(lengths):
 def test_one_device_gathers_nothing_and_owns_every_row():
     tree = {"a": jnp.arange(6), "b": (jnp.ones((2, 3)),)}
     jax.tree.map(np.testing.assert_array_equal, masking.gather_rows(tree, ()), tree)
-    np.testing.assert_array_equal(masking.own_rows(jnp.arange(5), ()), np.arange(5))
+    np.testing.assert_array_equal(masking.local_rows(jnp.arange(5), ()), np.arange(5))

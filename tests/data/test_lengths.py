@@ -35,7 +35,7 @@ BOS = len(TOKENIZER.begin([]))
 
 def test_lengths_and_what_is_cut_are_those_of_the_arrays():
     limits = config(8, 12)
-    prompt, chosen, rejected = lengths.of_answers(lengths.answer_pairs(PAIRS), TOKENIZER, limits)
+    prompt, chosen, rejected = lengths.answer_lengths(lengths.answer_pairs(PAIRS), TOKENIZER, limits)
     # BOS and ten words at most; two words for each of the prompt's, and EOS; one word, or twenty, and EOS.
     assert (prompt["column"], prompt["rows"], prompt["longest"], prompt["limit"]) == ("prompt", 10, BOS + 10, 8)
     assert prompt["cut"] == pytest.approx((10 - (8 - BOS)) / 10)
@@ -53,35 +53,35 @@ def test_lengths_and_what_is_cut_are_those_of_the_arrays():
 
 def test_a_warning_names_the_field_the_share_and_what_would_do():
     limits = config(8, 12)
-    splits = {"train": lengths.of_answers(lengths.answer_pairs(PAIRS), TOKENIZER, limits)}
-    (of_prompts, of_answers) = lengths.warnings(splits)
+    splits = {"train": lengths.answer_lengths(lengths.answer_pairs(PAIRS), TOKENIZER, limits)}
+    (prompt_lengths, answer_lengths) = lengths.warnings(splits)
     share = f"{(10 - (8 - BOS)) / 10:.0%}"
     assert (
-        of_prompts
+        prompt_lengths
         == f"data.max_prompt_tokens cuts {share} of prompt (train): raise it by {BOS + 2} to cut 5 % or less."
     )
-    assert of_answers.startswith(
+    assert answer_lengths.startswith(
         "data.max_response_tokens cuts 50% of chosen (train), 10% of rejected (train): raise it by 9"
     )
-    raised = {"train": lengths.of_answers(lengths.answer_pairs(PAIRS), TOKENIZER, config(10 + BOS, 21))}
+    raised = {"train": lengths.answer_lengths(lengths.answer_pairs(PAIRS), TOKENIZER, config(10 + BOS, 21))}
     assert lengths.warnings(raised) == []
 
 
 def test_plain_texts_have_the_room_of_prompt_and_answer():
     texts = [{"text": words(n)} for n in (3, 30)]
     pairs = {"completion": pipeline.demonstration_pairs(texts)}
-    (figure,) = lengths.of_answers(pairs, TOKENIZER, config(8, 12))
+    (figure,) = lengths.answer_lengths(pairs, TOKENIZER, config(8, 12))
     assert (figure["column"], figure["limit"], figure["longest"], figure["cut"]) == ("text", 20, BOS + 31, 0.5)
-    assert lengths.of_prompts(texts, TOKENIZER, config(8, 12)) == [], "beginnings are as long as the config says"
+    assert lengths.prompt_lengths(texts, TOKENIZER, config(8, 12)) == [], "beginnings are as long as the config says"
 
 
 def test_prompts_alone():
-    (figure,) = lengths.of_prompts(PAIRS, TOKENIZER, config(8, 12))
+    (figure,) = lengths.prompt_lengths(PAIRS, TOKENIZER, config(8, 12))
     assert (figure["column"], figure["rows"], figure["longest"]) == ("prompt", 10, BOS + 10)
 
 
 def test_ranked_rows_and_tables_that_are_too_long_to_be_measured_whole(monkeypatch):
     monkeypatch.setattr(lengths, "MOST_ROWS", 4)
     rows = [{"prompt": "good", "completions": [" good", " bad film"]} for _ in range(10)]
-    _, answers = lengths.of_answers(lengths.answer_pairs(rows), TOKENIZER, config(8, 12))
+    _, answers = lengths.answer_lengths(lengths.answer_pairs(rows), TOKENIZER, config(8, 12))
     assert (answers["column"], answers["rows"], answers["longest"]) == ("completions", 20, 3)

@@ -43,7 +43,7 @@ def score(**changes):
     config = tiny.with_config(missing_eos_penalty=0.0)
     config = dataclasses.replace(config, **changes)
     lengths, ended = masking.lengths(ROLLOUT.response_mask), tiny.NETWORKS.has_ended(ROLLOUT)
-    shaping = tiny.method_of(config).shaping
+    shaping = tiny.build_method(config).shaping
     return np.asarray(shaping(SCORES, lengths, ended, max_tokens=tiny.RESPONSE))
 
 
@@ -58,7 +58,7 @@ def test_scores_are_scaled_clipped_and_lowered():
 
 def experience(config, networks=tiny.NETWORKS):
     """Experience, the rewards that its advantages were made of, and metrics."""
-    method = tiny.method_of(config)
+    method = tiny.build_method(config)
 
     def prepare(params, frozen):
         rewards = []
@@ -157,7 +157,7 @@ def random_batch(rows: int = 8) -> Experience:
 @functools.cache
 def loss_and_gradient(aggregation, micro_batch, entropy_coef=0.3):
     config = tiny.with_config(entropy_coef=entropy_coef, kl_in="loss", kl_estimator="k3")
-    method = tiny.method_of(config)
+    method = tiny.build_method(config)
     learner = dataclasses.replace(method.learner, aggregation=AGGREGATIONS[aggregation])
     at = tiny.iteration(config, networks=tiny.CRITIC_FREE, method=dataclasses.replace(method, learner=learner))
 
@@ -322,9 +322,9 @@ def test_whitening_and_clipping_are_choices():
     assert np.abs(plain.advantages - white.advantages).max() > 1e-3
     raw = experience(tiny.with_config(whiten_advantages=False))[0]
     assert abs(raw.advantages[mask].mean()) > 0.1
-    learner = tiny.method_of(tiny.with_config(clip_ratio_high=0.3, value_clip=None)).learner
+    learner = tiny.build_method(tiny.with_config(clip_ratio_high=0.3, value_clip=None)).learner
     assert learner.value_clip == np.inf
     assert learner.policy_loss.keywords == {"clip_ratio": 0.2, "clip_ratio_high": 0.3, "dual_clip": np.inf}
-    assert tiny.method_of(tiny.with_config(dual_clip=3.0)).learner.policy_loss.keywords["dual_clip"] == 3.0
+    assert tiny.build_method(tiny.with_config(dual_clip=3.0)).learner.policy_loss.keywords["dual_clip"] == 3.0
     with pytest.raises(ValueError, match=r"dual_clip = 1.25 must be above 1 \+ clip_ratio_high = 1.3"):
         tiny.with_config(dual_clip=1.25, clip_ratio_high=0.3)

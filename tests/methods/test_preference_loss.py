@@ -71,7 +71,7 @@ def test_every_option_matters_to_each_loss_that_reads_it_and_no_other_takes_it()
             if LOSSES[name].takes(option):
                 configs[f"{name} {option}"] = PreferenceLossConfig(**(base(name) | {option: value}))
             else:
-                with pytest.raises(ValueError, match=f"{option} = .* is not read by {name}"):
+                with pytest.raises(ValueError, match=f"{option} = .* has no effect with {name}"):
                     PreferenceLossConfig(**(base(name) | {option: value}))
     alpha: dict[str, Any] = {"divergence": "alpha_divergence", "losses": ("sigmoid",)}
     configs["sigmoid alpha"] = PreferenceLossConfig(**alpha)
@@ -101,16 +101,19 @@ def test_every_option_matters_to_each_loss_that_reads_it_and_no_other_takes_it()
         ({"loss_weights": (1.0, 2.0)}, "loss_weights = .* one weight for each"),
         ({"label_smoothing": 0.5, "losses": ("robust",)}, "label_smoothing = 0.5 .*below 0.5"),
         ({"losses": ("exo_pair",)}, "exo_pair divides by label_smoothing or takes its logarithm"),
-        ({"divergence_alpha": 0.2}, "divergence_alpha = 0.2 is not read with divergence = 'reverse_kl'"),
+        ({"divergence_alpha": 0.2}, "divergence_alpha = 0.2 has no effect with divergence = 'reverse_kl'"),
         ({"divergence": "alpha_divergence", "divergence_alpha": 1.0}, "divergence_alpha = 1.0 must be below 1"),
-        ({"divergence": "forward_kl", "losses": ("sigmoid", "bco_pair")}, "divergence = .* is not read by bco_pair"),
+        (
+            {"divergence": "forward_kl", "losses": ("sigmoid", "bco_pair")},
+            "divergence = .* has no effect with bco_pair",
+        ),
         ({"losses": ("discopop",), "discopop_tau": 0.0}, "discopop_tau = 0.0 must be above 0"),
         ({"ld_alpha": 1.0}, "ld_alpha = 1.0 must be below 1"),
         (
             {"ld_alpha": 0.5, "losses": ("sft", "simpo")},
-            "not read by sft, simpo, because likelihoods",
+            "has no effect with sft, simpo, because likelihoods",
         ),
-        ({"use_weighting": True, "losses": ("aot",)}, "use_weighting = True is not read by aot"),
+        ({"use_weighting": True, "losses": ("aot",)}, "use_weighting = True has no effect with aot"),
         ({"smoothing": 0.1}, "smoothing is not a field"),
     ],
     ids=lambda x: ",".join(x) if isinstance(x, dict) else "",
@@ -150,7 +153,7 @@ def test_length_desensitisation_cuts_the_sums_of_preferences_and_no_likelihood_n
 
 def test_an_option_of_one_loss_of_a_mixture_is_read():
     PreferenceLossConfig(losses=("simpo", "sft"), simpo_gamma=1.0)
-    with pytest.raises(ValueError, match=r"simpo_gamma = 1.0 is not read by sigmoid, sft: .* among .*simpo"):
+    with pytest.raises(ValueError, match=r"simpo_gamma = 1.0 has no effect with sigmoid, sft: .* among .*simpo"):
         PreferenceLossConfig(losses=("sigmoid", "sft"), simpo_gamma=1.0)
 
 
@@ -266,9 +269,9 @@ def test_a_changed_file_is_another_step(own):
             r"misspelt has the signature \(chosen_logratio, \*, beta\): write `def misspelt\(\*, \.\.\.\)`",
         ),
         ("missing", {}, "has no function 'missing'"),
-        ("mine", {"simpo_gamma": 1.0}, "simpo_gamma = 1.0 is not read by"),
-        ("mine", {"divergence": "forward_kl"}, "divergence = 'forward_kl' is not read by"),
-        ("of_the_batch", {"use_weighting": True}, "use_weighting = True is not read by"),
+        ("mine", {"simpo_gamma": 1.0}, "simpo_gamma = 1.0 has no effect with"),
+        ("mine", {"divergence": "forward_kl"}, "divergence = 'forward_kl' has no effect with"),
+        ("of_the_batch", {"use_weighting": True}, "use_weighting = True has no effect with"),
     ],
 )
 def test_what_a_loss_of_ones_own_cannot_be_is_one_message(own, name, options, message):

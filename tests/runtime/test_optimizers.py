@@ -169,7 +169,7 @@ def test_every_option_changes_what_its_optimiser_does_and_others_refuse_it(name)
             other = updates_of(dataclasses.replace(config, **{field: value}), GRADS)[-1]
             assert np.abs(other - plain).max() > 1e-4, field
         else:
-            with pytest.raises(ValueError, match=f"{field} = {value} is not read by name = '{name}', which reads"):
+            with pytest.raises(ValueError, match=f"{field} = {value} has no effect with name = '{name}', which reads"):
                 dataclasses.replace(config, **{field: value})
     without = updates_of(dataclasses.replace(config, weight_decay=0.0), GRADS)[-1]
     assert np.abs(without - plain).max() > 1e-4
@@ -209,7 +209,7 @@ def test_a_number_out_of_range_is_one_message(field, value, bound):
 
 
 def test_a_minimum_rate_that_is_not_read_or_too_high_is_refused():
-    with pytest.raises(ValueError, match="min_learning_rate = 1e-05 is not read by schedule = 'constant'"):
+    with pytest.raises(ValueError, match="min_learning_rate = 1e-05 has no effect with schedule = 'constant'"):
         dataclasses.replace(tiny.OPTIMIZER, min_learning_rate=1e-5)
     with pytest.raises(ValueError, match=r"min_learning_rate = 0\.1 must be at most learning_rate = 0\.0003"):
         dataclasses.replace(tiny.OPTIMIZER, schedule="linear", min_learning_rate=0.1)

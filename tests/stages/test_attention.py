@@ -13,7 +13,7 @@ from rlhf_jax.data.pipeline import DataConfig
 from rlhf_jax.loading.context import Context
 from rlhf_jax.loading.models import Policy, Pretrained, Tuning, tuned
 from rlhf_jax.loading.stage_models import save_policy_spec
-from rlhf_jax.loading.trainable import begin_policy
+from rlhf_jax.loading.trainable import load_initial_policy
 from rlhf_jax.models.reward_ensemble import EnsembleConfig
 from rlhf_jax.runtime.progress import Display
 from rlhf_jax.runtime.workdir import Workdir
@@ -54,4 +54,4 @@ def test_several_seeds_do_without_it(tmp_path):
     with display.running(), display.bar("ppo") as bar:
         context = Context(Workdir(tmp_path, None), ("ppo",), "ppo", 0, 2, data, tiny.ONE_DEVICE, bar)
     with pytest.raises(RlhfError, match=r"config.ppo: attention = 'cudnn' does not support several seeds at once"):
-        begin_policy(ModelSource("sft"), Tuning(attention="cudnn"), context)
+        load_initial_policy(ModelSource("sft"), Tuning(attention="cudnn"), context)

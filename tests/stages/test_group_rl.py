@@ -121,7 +121,7 @@ def test_rounds_keep_the_first_groups_whose_scores_differ_until_there_are_enough
         sampled, scores, useful, metrics = sampling.responses(partial, ())
         assert useful is not None
         assert bool(partial.is_full(())) == bool(useful.all())
-        names = ("rounds", "groups_missing", "groups_that_differ")
+        names = ("rounds", "groups_missing", "informative_groups")
         rest = [float(metrics[f"dynamic_sampling/{name}"]) for name in names]
         return sampled.rollout.response[:, 0].tolist(), scores.tolist(), useful.tolist(), rest, metrics
 
@@ -149,8 +149,8 @@ def test_rounds_keep_the_first_groups_whose_scores_differ_until_there_are_enough
 def test_an_all_wrong_group_of_different_lengths_teaches_nothing():
     """The paper's condition is on correctness: a score that only length lowered is not a right answer."""
     config = config_of("dapo", batch_size=9, num_generations=3, missing_eos_penalty=0.5)
-    sampling = dataclasses.replace(tiny.method_of(config).dynamic_sampling, rounds=1)
-    assert tiny.method_of(config).shaping.overlong_buffer > 0
+    sampling = dataclasses.replace(tiny.build_method(config).dynamic_sampling, rounds=1)
+    assert tiny.build_method(config).shaping.overlong_buffer > 0
     sampled, scores = fixed_groups([0.0] * 3 + [0.0, 1.0, 0.0] + [1.0] * 3, 4)
     lengths = jnp.array([1, 6, 5, 6, 6, 6, 2, 4, 6])
     mask = jnp.arange(6)[None] < lengths[:, None]
@@ -161,7 +161,7 @@ def test_an_all_wrong_group_of_different_lengths_teaches_nothing():
     assert useful is not None
     assert kept.tolist() == [0, 1, 0, 0, 0, 0, 1, 1, 1]
     assert useful.tolist() == [True] * 3 + [False] * 6
-    np.testing.assert_allclose(metrics["dynamic_sampling/groups_that_differ"], 1 / 3, rtol=1e-6)
+    np.testing.assert_allclose(metrics["dynamic_sampling/informative_groups"], 1 / 3, rtol=1e-6)
 
 
 class Rare(ScalarNetwork):
@@ -246,14 +246,14 @@ def parse(**changes):
 
 
 def test_a_method_sets_what_its_paper_sets_and_any_field_can_be_otherwise():
-    grpo, dapo = (tiny.method_of(parse(method=name)) for name in ("grpo", "dapo"))
+    grpo, dapo = (tiny.build_method(parse(method=name)) for name in ("grpo", "dapo"))
     assert (grpo.learner.aggregation, grpo.kl_coef) == (AGGREGATIONS["sequence"], 0.04)
     assert grpo.kl_estimator == grpo.learner.loss_penalty == ESTIMATORS["k3"]
     assert dapo.learner.policy_loss.keywords == {"clip_ratio": 0.2, "clip_ratio_high": 0.28, "dual_clip": np.inf}
     assert (dapo.learner.aggregation, dapo.shaping.overlong_buffer) == (AGGREGATIONS["token"], 0.2)
     assert (dapo.dynamic_sampling, grpo.dynamic_sampling) == (DynamicSampling(10, GROUP, ROWS), None)
     assert (dapo.kl_coef, dapo.learner.loss_penalty) == (0.0, None)
-    other = tiny.method_of(parse(method="grpo", aggregation="token", kl_coef=0.0, clip_ratio=0.1))
+    other = tiny.build_method(parse(method="grpo", aggregation="token", kl_coef=0.0, clip_ratio=0.1))
     assert (other.learner.aggregation, other.kl_coef) == (AGGREGATIONS["token"], 0.0)
     assert options(method="grpo", clip_ratio=0.1)["clip_ratio"] == 0.1
     assert options(method="cispo") == {"clip_ratio_high": 4.0}
@@ -261,7 +261,7 @@ def test_a_method_sets_what_its_paper_sets_and_any_field_can_be_otherwise():
 
 
 def options(**changes):
-    return tiny.method_of(parse(**changes)).learner.policy_loss.keywords
+    return tiny.build_method(parse(**changes)).learner.policy_loss.keywords
 
 
 @pytest.mark.parametrize(
@@ -270,7 +270,7 @@ def options(**changes):
         ({"method": "rloo"}, r"method = 'rloo' leaves kl_coef to you"),
         ({"method": "grpo", "num_generations": 1}, r"num_generations = 1 must be at least 2"),
         ({"method": "grpo", "num_generations": 3}, r"16 responses do not divide into groups of num_generations = 3"),
-        ({"method": "cispo", "clip_ratio": 0.2}, r"clip_ratio is not read by policy_loss = 'cispo'"),
+        ({"method": "cispo", "clip_ratio": 0.2}, r"clip_ratio has no effect with policy_loss = 'cispo'"),
         ({"method": "cispo", "policy_loss": "ppo"}, r"policy_loss = 'ppo' needs clip_ratio"),
         ({"method": "dapo", "kl_in": "reward"}, r"kl_in = 'reward' says where the penalty is, and kl_coef is 0"),
         ({"method": "grpo", "kl_estimator": "k1"}, r"an expected gradient of 0: set kl_estimator to 'k2' or 'k3\+'"),
@@ -284,9 +284,9 @@ def options(**changes):
             {"method": "grpo", "minibatches": 2, "ptx": {"coef": 1.0, "batch_size": 3}},
             r"batch_size = 3 is not a multiple",
         ),
-        ({"method": "grpo", "gamma": 1.0}, r"gamma is not read by advantage = 'grpo': leave it out"),
+        ({"method": "grpo", "gamma": 1.0}, r"gamma has no effect with advantage = 'grpo': leave it out"),
         ({"method": "grpo", "gae_lambda": 1.0}, r"config.grpo.gae_lambda is not a field of GroupRLConfig"),
-        ({"method": "cispo", "dual_clip": 3.0}, r"dual_clip is not read by policy_loss = 'cispo'"),
+        ({"method": "cispo", "dual_clip": 3.0}, r"dual_clip has no effect with policy_loss = 'cispo'"),
         ({"method": "dapo", "dual_clip": 1.25}, r"dual_clip = 1.25 must be above 1 \+ clip_ratio_high = 1.28"),
         (
             {"method": "grpo", "importance_mode": "token_mask"},
@@ -318,7 +318,7 @@ def test_a_discount_and_a_second_clip_reach_the_method():
     rewards = jnp.zeros((ROWS, 5)).at[:, -1].set(jnp.arange(ROWS, dtype=jnp.float32))
 
     def of_rows(**changes):
-        method = tiny.method_of(config_of("reinforce_plus_plus", **changes))
+        method = tiny.build_method(config_of("reinforce_plus_plus", **changes))
         return np.asarray(method.learner.advantages(rewards, 0 * rewards, mask, mask, ()).advantages)
 
     np.testing.assert_array_equal(of_rows(), of_rows(gamma=1.0))

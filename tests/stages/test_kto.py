@@ -126,7 +126,7 @@ def test_the_evaluations_reference_point_is_of_responses_to_other_prompts():
 )
 def test_no_response_goes_to_its_own_prompt_where_that_can_be(prompts, clashes):
     first = np.array([prompts.index(prompt) for prompt in prompts])
-    rows = np.asarray(kto.responses_of_others(jnp.asarray(first)))
+    rows = np.asarray(kto.mismatched_rows(jnp.asarray(first)))
     assert sorted(rows) == list(range(len(prompts)))  # each response is read once
     assert sum(first == first[rows]) == clashes
     if prompts == "abcdefgh":
@@ -135,7 +135,7 @@ def test_no_response_goes_to_its_own_prompt_where_that_can_be(prompts, clashes):
 
 def test_a_batch_of_few_prompts_is_put_to_other_prompts():
     batch = jax.tree.map(jnp.asarray, two_to_a_prompt(labelled(AHEAD)))
-    others = jax.jit(kto.to_other_prompts, static_argnums=1)(batch, ())
+    others = jax.jit(kto.mismatched_pairs, static_argnums=1)(batch, ())
     np.testing.assert_array_equal(others.response, np.roll(batch.response, 2, axis=0))
     np.testing.assert_array_equal(others.response_mask, np.roll(batch.response_mask, 2, axis=0))
     np.testing.assert_array_equal(others.prompt, batch.prompt)

@@ -45,7 +45,7 @@ BATCHES = [[tiny.online(16, 10 * seed + i) for i in range(CONFIG.iterations)] fo
 
 
 def iteration(config=CONFIG, axes=(), loop_axes=()):
-    return tiny.iteration(config, axes, loop_axes, tiny.CRITIC_FREE, online_dpo.method_of(config))
+    return tiny.iteration(config, axes, loop_axes, tiny.CRITIC_FREE, online_dpo.build_method(config))
 
 
 def start(config=CONFIG):

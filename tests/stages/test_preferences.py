@@ -112,7 +112,7 @@ def prefer(scores, **changes):
     config = dataclasses.replace(CONFIG, samples_per_prompt=len(scores), **changes)
     answers = [str(place) for place in range(len(scores))]
     rng = np.random.default_rng(0)
-    (rows,) = preferences.preferred(config, rng, ["?"] * len(scores), answers, np.array(scores))
+    (rows,) = preferences.pairs_by_score(config, rng, ["?"] * len(scores), answers, np.array(scores))
     return [row["chosen"] + row["rejected"] for row in rows]
 
 
@@ -139,7 +139,7 @@ def test_a_judge_over_http_chooses_the_pairs_and_its_ties_are_left_out(tmp_path,
 
 def test_a_judge_without_scores_decides_pairs_by_their_places():
     wins = np.array([1, 0.5, 0, 0, 1, 0.5])  # ab, ac, bc; de, df, ef
-    first, second = preferences.decided(wins, 3, list("xxxyyy"), list("abcdef"))
+    first, second = preferences.pairs_by_verdict(wins, 3, list("xxxyyy"), list("abcdef"))
     assert [(row["prompt"], row["chosen"], row["rejected"]) for row in first] == [("x", "a", "b"), ("x", "c", "b")]
     assert [(row["prompt"], row["chosen"], row["rejected"]) for row in second] == [("y", "e", "d"), ("y", "d", "f")]
 
@@ -157,7 +157,7 @@ def test_with_noise_a_tie_is_a_coin_and_a_best_sample_is_not_its_own_worst():
     texts = list("abcdef")
     wins = 0
     for seed in range(400):
-        tied, others = preferences.preferred(config, np.random.default_rng(seed), [""] * 6, texts, scores)
+        tied, others = preferences.pairs_by_score(config, np.random.default_rng(seed), [""] * 6, texts, scores)
         assert {tied[0]["chosen"], tied[0]["rejected"]} == {"a", "c"}
         assert {others[0]["chosen"], others[0]["rejected"]} == {"d", "f"}
         wins += tied[0]["chosen"] == "a"
@@ -168,7 +168,7 @@ def test_noisy_labels_are_bradley_terrys():
     config = dataclasses.replace(CONFIG, samples_per_prompt=2, label_beta=1.5)
     scores = np.tile([1.0, 1.8], 4000)
     texts = ["low", "high"] * 4000
-    rows = preferences.preferred(config, np.random.default_rng(0), [""] * 8000, texts, scores)
+    rows = preferences.pairs_by_score(config, np.random.default_rng(0), [""] * 8000, texts, scores)
     share = np.mean([row["chosen"] == "high" for (row,) in rows])
     expected = 1 / (1 + np.exp(-1.5 * 0.8 / 0.4))  # the standard deviation of these scores is 0.4
     np.testing.assert_allclose(share, expected, atol=4 * np.sqrt(expected * (1 - expected) / 4000))

@@ -294,7 +294,7 @@ def test_margins_and_labels_are_read_from_their_columns(read):
     ("fields", "message"),
     [
         ({"label_smoothing": 0.5}, "label_smoothing = 0.5 must be"),
-        ({"name": "raters", "label_smoothing": 0.1}, "is not read by name = 'raters'"),
+        ({"name": "raters", "label_smoothing": 0.1}, "has no effect with name = 'raters'"),
         ({"center_rewards_coefficient": -1.0}, "must be at least 0"),
     ],
 )

@@ -212,7 +212,7 @@ def every_batch(
 @functools.cache
 def _learning(config: PPOConfig | GroupRLConfig, value: ScalarNetwork | None, changes: tuple) -> Callable[..., Any]:
     """One program for all worlds and values: the gradient and the mean ratio of every batch."""
-    method = tiny.method_of(config)
+    method = tiny.build_method(config)
     method = dataclasses.replace(method, **dict(changes))
 
     def learn(world: World, value_params: Any, rows: jax.Array) -> tuple[jax.Array, jax.Array]:

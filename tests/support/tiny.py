@@ -51,9 +51,9 @@ class GivenPolicy(PolicyNetwork):
         return TokenStats(hidden, jnp.zeros_like(hidden), jnp.zeros(hidden.shape, bool), jnp.zeros_like(hidden))
 
 
-def method_of(config) -> Any:
+def build_method(config) -> Any:
     """The method that a config resolves to."""
-    return (ppo if isinstance(config, ppo.PPOConfig) else group_rl).method_of(config)
+    return (ppo if isinstance(config, ppo.PPOConfig) else group_rl).build_method(config)
 
 
 def given_loss(config, logprobs, batch: dict):
@@ -61,7 +61,7 @@ def given_loss(config, logprobs, batch: dict):
 
     Args: batch has some fields of Experience; loss_mask is the response mask.
     """
-    mask, method = batch["loss_mask"], method_of(config)
+    mask, method = batch["loss_mask"], build_method(config)
     rollout = Rollout(*(jnp.zeros(mask.shape, jnp.int32), mask) * 2)
     networks = Networks(GivenPolicy(MODEL, VOCAB, SUPPRESSED), None, (EOS,), mask.shape[1])
     rows: dict[str, Any] = dict.fromkeys(Experience._fields) | batch | {"rollout": rollout}
@@ -116,7 +116,7 @@ CRITIC_FREE = dataclasses.replace(NETWORKS, value=None)
 def iteration(config=PPO, axes=(), loop_axes=(), networks=None, method=None) -> Iteration:
     """An iteration of the tiny networks: of PPO or a group method, with networks or a method of another kind."""
     default = NETWORKS if isinstance(config, ppo.PPOConfig) else CRITIC_FREE
-    return Iteration(networks or default, config, axes, loop_axes, method or method_of(config))
+    return Iteration(networks or default, config, axes, loop_axes, method or build_method(config))
 
 
 def ppo_step(config=PPO, axes=(), loop_axes=(), networks=None):

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from rlhf_jax import experiment
 from rlhf_jax.config import FunctionSource
-from rlhf_jax.methods.own_functions import find_advantage, find_policy_loss
+from rlhf_jax.methods.policy_functions import find_advantage, find_policy_loss
 from rlhf_jax.types import RlhfError
 from tests.support import experiments, tiny
 from tests.support.padded_arrays import WIDTH, normal, prefix_mask
@@ -75,7 +75,7 @@ def test_the_example_of_an_estimator_is_its_formula():
         np.testing.assert_allclose(found[rows], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_own_functions_train_as_the_packages_own_do(own):
+def test_a_users_functions_train_as_the_packages_own_do(own):
     """PPO's loss from a user's file gives the numbers of the package's; the examples change the update."""
 
     def step(**changes):
@@ -94,15 +94,15 @@ def test_own_functions_train_as_the_packages_own_do(own):
 
 def test_options_reach_an_own_function_and_those_it_does_not_read_are_refused(own):
     config = tiny.group_config("grpo", policy_loss=own("as_ppo"), clip_ratio=0.1)
-    assert tiny.method_of(config).learner.policy_loss.keywords == {"clip_ratio": 0.1, "clip_ratio_high": 0.2}
+    assert tiny.build_method(config).learner.policy_loss.keywords == {"clip_ratio": 0.1, "clip_ratio_high": 0.2}
     config = tiny.group_config("grpo", advantage=own("discounted"), gamma=0.5, num_generations=1)
     rewards, mask = jnp.ones((2, 3)), jnp.ones((2, 3), bool)
-    advantages = tiny.method_of(config).learner.advantages(rewards, rewards, mask, mask, ())
+    advantages = tiny.build_method(config).learner.advantages(rewards, rewards, mask, mask, ())
     np.testing.assert_array_equal(advantages.advantages, 0.5)
     for changes, message in (
-        ({"policy_loss": own("as_ppo"), "dual_clip": 3.0}, r"dual_clip is not read by policy_loss = '.*:as_ppo'"),
-        ({"policy_loss": LOSS, "clip_ratio": 0.1}, r"clip_ratio is not read by policy_loss = '.*:tapered'"),
-        ({"advantage": ADVANTAGE, "gamma": 0.5}, r"gamma is not read by advantage = '.*:optimal_baseline'"),
+        ({"policy_loss": own("as_ppo"), "dual_clip": 3.0}, r"dual_clip has no effect with policy_loss = '.*:as_ppo'"),
+        ({"policy_loss": LOSS, "clip_ratio": 0.1}, r"clip_ratio has no effect with policy_loss = '.*:tapered'"),
+        ({"advantage": ADVANTAGE, "gamma": 0.5}, r"gamma has no effect with advantage = '.*:optimal_baseline'"),
         ({"advantage": ADVANTAGE, "num_generations": 1}, "num_generations = 1 must be at least 2"),
     ):
         with pytest.raises(ValueError, match=message):

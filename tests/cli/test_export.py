@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from rlhf_jax.core.sequences import joined
 from rlhf_jax.interop import hf
 from rlhf_jax.loading import pretrained
 from rlhf_jax.loading.export import export
@@ -106,7 +107,7 @@ def test_a_reward_model_from_scratch_becomes_a_classifier(tmp_path, capsys):
     assert isinstance(back, RewardModel)
     prompts, mask = np.array([[1, 4, 5]] * 2), np.ones((2, 3), bool)
     rollout = Rollout(prompts, mask, np.array([[6, 2, 0], [7, 4, 2]]), np.array([[1, 1, 0], [1, 1, 1]], bool))
-    scores = [jax.jit(each.network.scores)(each.params, rollout) for each in (model, back)]
+    scores = [jax.jit(each.network.scores)(each.params, joined(rollout)) for each in (model, back)]
     np.testing.assert_allclose(*scores, atol=1e-6)
 
 

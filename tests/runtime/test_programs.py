@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from rlhf_jax.core.sequences import joined
 from rlhf_jax.methods import dpo
 from rlhf_jax.methods.offline import Updates
 from rlhf_jax.runtime import optimizers
@@ -119,7 +120,7 @@ def test_scores_from_the_host_give_the_same_iterations():
     def score(rollout):
         scored.append(len(rollout.response))
         assert isinstance(rollout.response, np.ndarray)
-        return Scored(np.asarray(jax.jit(tiny.REWARD.scores)(frozen["reward"], rollout)), {})
+        return Scored(np.asarray(jax.jit(tiny.REWARD.scores)(frozen["reward"], joined(rollout))), {})
 
     def run(program):
         state = placement.put_state(start)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.config import ModelSource, StageName
+from rlhf_jax.core.sequences import joined
 from rlhf_jax.methods.online_pairs import choose
 from rlhf_jax.methods.policy_parts import Sampled
 from rlhf_jax.methods.preference_table import PreferenceLossConfig
@@ -71,7 +72,7 @@ def test_a_seed_of_two_over_devices_and_scored_on_the_host_is_the_run_of_that_se
     scores = jax.jit(tiny.REWARD.scores)
 
     def on_host(rollout):
-        return Scored(np.asarray(scores(frozen["reward"], rollout)), {})
+        return Scored(np.asarray(scores(frozen["reward"], joined(rollout))), {})
 
     steps = iteration(CONFIG, placement.axes, (SEED_AXIS,)).host_steps(on_host)
     state = placement.put_state(jax.tree.map(lambda leaf: jnp.stack([leaf] * 2), start()))

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import pytest
 from transformers import GPT2Config
 
+from rlhf_jax.core.sequences import joined
 from rlhf_jax.data import pipeline
 from rlhf_jax.data.padding import pad_right
 from rlhf_jax.interop import hf
@@ -132,9 +132,7 @@ def test_a_reward_model_with_another_tokenizer_reads_the_texts(tokenizer, tmp_pa
         else:
             ids = [*judge.tokenizer.encode(row["prompt"] + answer), judge.tokenizer.eos_id]
         alone = Rollout(*(np.asarray([x]) for x in (ids[:1], [True], ids[1:], [True] * (len(ids) - 1))))
-        np.testing.assert_allclose(
-            jax.jit(judge.network.scores)(judge.params, jax.tree.map(jnp.asarray, alone))[0], score, atol=1e-5
-        )
+        np.testing.assert_allclose(jax.jit(judge.network.scores)(judge.params, joined(alone))[0], score, atol=1e-5)
 
 
 @pytest.mark.nightly

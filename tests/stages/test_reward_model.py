@@ -18,6 +18,7 @@ from experiments import preferences
 from rlhf_jax import experiment
 from rlhf_jax.config import ModelSource
 from rlhf_jax.core.metrics import values
+from rlhf_jax.core.sequences import joined
 from rlhf_jax.data.pipeline import DataConfig
 from rlhf_jax.loading.context import Context
 from rlhf_jax.loading.models import RewardModel
@@ -139,7 +140,7 @@ def test_an_ensemble_is_a_reward_model_of_what_its_members_say(ensemble):
     np.testing.assert_allclose(score_all(model.network, model.params, rollout, 16), expected, atol=1e-5)
     start = model.network.init_value(model.params)
     jax.tree.map(np.testing.assert_array_equal, start["body"], model.members()[0].params["body"])
-    values = jax.jit(model.network.values)(start, rollout)
+    values = jax.jit(model.network.values)(start, joined(rollout))
     assert values.shape == (16, 6) and not np.any(values)
     rows = [json.loads(line) for line in (ensemble.directory / "metrics.jsonl").read_text().splitlines()]
     assert {row["seed"] for row in rows} == {0, 1}
@@ -210,7 +211,7 @@ def scores_of(network, params, batch, row, place):
         *(jnp.asarray(x[None]) for x in (batch.prompt[row], batch.prompt_mask[row])),
         *(jnp.asarray(x[row, place][None]) for x in (batch.responses, batch.response_mask)),
     )
-    return float(jax.jit(network.scores)(params, one)[0])
+    return float(jax.jit(network.scores)(params, joined(one))[0])
 
 
 @pytest.mark.parametrize("name", ["k_wise", "plackett_luce"])

@@ -1,6 +1,6 @@
 """Report files at the root of a work directory: *.csv tables, figures/*.png and report.html."""
 
-import os
+import io
 from pathlib import Path
 
 import pandas as pd
@@ -13,7 +13,7 @@ from rlhf_jax.reports.cautions import cautions
 from rlhf_jax.reports.differences import at_equal_kl, differences
 from rlhf_jax.reports.run import Run
 from rlhf_jax.reports.style import context
-from rlhf_jax.runtime.files import read_json, write_text
+from rlhf_jax.runtime.files import read_json, write_bytes, write_text
 
 REPORT, RESULTS, WIN_RATES, MATCHED = "report.html", "results.csv", "win_rates.csv", "matched.csv"
 DIFFERENCES, MATCHED_DIFFERENCES = "differences.csv", "matched_differences.csv"
@@ -131,13 +131,7 @@ def _write_csv(table: pd.DataFrame, path: Path) -> None:
 
 def write_png(figure: Figure, path: Path) -> None:
     """Write a figure atomically."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with context(), temporary.open("wb") as file:
-            figure.savefig(file, format="png", dpi=PNG_DPI)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    content = io.BytesIO()
+    with context():
+        figure.savefig(content, format="png", dpi=PNG_DPI)
+    write_bytes(path, content.getvalue())

@@ -34,7 +34,7 @@ def answer_lengths(pairs: Mapping[str, Pairs], tokenizer: Tokenizer, config: Dat
     """Length statistics of prompts and answers, one `length_statistics` per column.
 
     Lengths are those of `encode_pairs`: prompts include BOS, answers EOS or the template's end of turn. Plain texts
-    have one figure, `text`, limited by the sum of both maximum lengths.
+    have one entry, `text`, limited by the sum of both maximum lengths.
     """
     uncut = dataclasses.replace(config, max_prompt_tokens=2**30, max_response_tokens=2**30)
     prompt_lengths: list[int] = []

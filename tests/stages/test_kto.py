@@ -12,9 +12,9 @@ from rlhf_jax.core.metrics import values
 from rlhf_jax.methods.offline import Updates
 from rlhf_jax.runtime.programs import make_placement
 from rlhf_jax.stages import kto
-from rlhf_jax.types import RlhfError, UnpairedBatch
+from rlhf_jax.types import RlhfError, Rollout, UnpairedBatch
 from tests.support import experiments, tiny
-from tests.support.programs import PLACEMENTS, QUICK, assert_close, learn
+from tests.support.programs import PLACEMENTS, QUICK, assert_close, learn, log_ratios
 
 ROWS, BETA = 16, 0.3
 WEIGHTED = kto.UnpairedLossConfig(desirable_weight=1.7, undesirable_weight=0.6)
@@ -186,14 +186,18 @@ def good_endings(seed: int) -> UnpairedBatch[np.ndarray]:
 
 
 def test_kto_learns_what_is_good():
-    params, frozen = {"policy": tiny.policy_params()}, {"reference": tiny.policy_params(), "beta": jnp.float32(0.1)}
+    reference = tiny.policy_params()
+    params, frozen = {"policy": tiny.policy_params()}, {"reference": reference, "beta": jnp.float32(0.1)}
     batches = [good_endings(seed % 4) for seed in range(60)]
-    metrics, _ = learn(kto.make_step(Updates(tiny.POLICY, QUICK, 60, ())), params, frozen, batches)
+    params, metrics, _ = learn(kto.make_step(Updates(tiny.POLICY, QUICK, 60, ())), params, frozen, batches)
     np.testing.assert_allclose(metrics["loss"][0], 0.5, atol=1e-6)  # the policy is still its reference
     np.testing.assert_allclose(metrics["kl"][0], 0, atol=1e-5)
     assert metrics["loss"][-4:].mean() < 0.4
     assert metrics["rewards/margins"][-4:].mean() > 0.5
     assert np.all(metrics["kl"] >= 0)
+    # Metrics would look as good with the labels exchanged, so compute log-probabilities separately.
+    ratios = log_ratios(params["policy"], reference, Rollout(*batches[0][:4]))
+    assert ratios[batches[0].label].mean() > ratios[~batches[0].label].mean() + 0.5 / 0.1
 
 
 @pytest.mark.nightly

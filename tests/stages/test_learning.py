@@ -1,4 +1,8 @@
-"""Each stage's step, repeated, learns what it is for."""
+"""Each stage's step, repeated, learns what it is for.
+
+The trained parameters are evaluated by separate forward passes: a step that exchanges chosen and rejected responses, or
+shapes scores wrongly, logs metrics that look right.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +15,9 @@ from rlhf_jax.methods import dpo
 from rlhf_jax.methods.offline import Updates
 from rlhf_jax.methods.policy_parts import Sampled
 from rlhf_jax.stages import reward_model, sft
-from rlhf_jax.types import Rollout, TokenBatch
+from rlhf_jax.types import PreferenceBatch, Rollout, TokenBatch
 from tests.support import tiny
-from tests.support.programs import QUICK, learn
+from tests.support.programs import QUICK, learn, log_ratios, score, token_logprobs
 
 
 def preferred_token_pairs(seed: int):
@@ -25,37 +29,52 @@ def preferred_token_pairs(seed: int):
     return pairs._replace(chosen=chosen, rejected=rejected)
 
 
+def both_rollouts(pairs: PreferenceBatch[np.ndarray]) -> tuple[Rollout[np.ndarray], Rollout[np.ndarray]]:
+    """Return the chosen and the rejected responses, as rollouts."""
+    prompt = pairs.prompt, pairs.prompt_mask
+    return Rollout(*prompt, pairs.chosen, pairs.chosen_mask), Rollout(*prompt, pairs.rejected, pairs.rejected_mask)
+
+
 def test_sft_learns_a_sequence():
     tokens = np.tile(np.array([1, 4, 5, 6, 7, 8, 2, 0], np.int32), (16, 1))
     mask = tokens != 0
     batch = TokenBatch(tokens, mask, mask & (np.arange(8) > 0))
-    metrics, _ = learn(
+    params, metrics, _ = learn(
         sft.make_step(Updates(tiny.POLICY, QUICK, 60, ())), {"policy": tiny.policy_params()}, (), [batch] * 60
     )
     assert metrics["loss"][0] > 1.5
     assert metrics["loss"][-1] < 0.1
     assert metrics["mean_token_accuracy"][-1] == 1
     assert metrics["num_tokens"].tolist() == [16 * 6] * 60
+    sequence = Rollout(tokens[:, :1], mask[:, :1], tokens[:, 1:], mask[:, 1:])
+    assert np.exp(token_logprobs(params["policy"], sequence)).min() > 0.9
 
 
 def test_the_reward_model_learns_what_is_preferred():
     batches = [preferred_token_pairs(seed) for seed in range(60)]
-    metrics, _ = learn(
+    params, metrics, _ = learn(
         reward_model.make_step(Updates(tiny.REWARD, QUICK, 60, ())), {"reward": tiny.reward_params()}, (), batches
     )
     assert metrics["accuracy"][:5].mean() < 0.9
     assert metrics["accuracy"][-5:].mean() > 0.95
+    chosen, rejected = both_rollouts(preferred_token_pairs(1000))
+    assert np.mean(score(params["reward"], chosen) > score(params["reward"], rejected)) > 0.9
 
 
 def test_dpo_learns_what_is_preferred():
-    frozen = {"reference": tiny.policy_params(), "beta": jnp.float32(0.1)}
+    reference = tiny.policy_params()
+    frozen = {"reference": reference, "beta": jnp.float32(0.1)}
     batches = [preferred_token_pairs(seed % 4) for seed in range(100)]
-    metrics, _ = learn(
+    params, metrics, _ = learn(
         dpo.make_step(Updates(tiny.POLICY, QUICK, 100, ())), {"policy": tiny.policy_params()}, frozen, batches
     )
     np.testing.assert_allclose(metrics["loss"][0], np.log(2), atol=1e-6)  # the policy is still its reference
     assert metrics["rewards/accuracies"][-5:].mean() > 0.95
     assert metrics["rewards/margins"][-1] > metrics["rewards/margins"][1] > 0
+    chosen, rejected = (
+        log_ratios(params["policy"], reference, rows) for rows in both_rollouts(preferred_token_pairs(0))
+    )
+    assert np.mean(chosen > rejected) > 0.9
 
 
 def test_ppo_pleases_the_reward_model_and_a_penalty_holds_it_back():
@@ -64,11 +83,13 @@ def test_ppo_pleases_the_reward_model_and_a_penalty_holds_it_back():
         params = {"policy": tiny.policy_params(), "value": tiny.REWARD.init_value(tiny.reward_params())}
         frozen = {"reference": tiny.policy_params(), "reward": tiny.reward_params()}
         step = tiny.ppo_step(config)
-        return learn(step, params, frozen, [tiny.online(16, seed) for seed in range(40)])
+        return learn(step, params, frozen, [tiny.online(16, seed) for seed in range(40)])[1:]
 
     free, samples = train(0.0)
     held, _ = train(1.0)
-    scores = free["objective/scores"]
+    scores = samples.scores.mean(axis=1)
+    last = jax.tree.map(lambda leaf: leaf[-1], samples)
+    np.testing.assert_allclose(last.scores, score(tiny.reward_params(), last.rollout), rtol=1e-4)
     np.testing.assert_allclose(free["objective/kl"][0], 0, atol=1e-5)  # the policy is still its reference
     assert scores[-5:].mean() > scores[:5].mean() + 3 * scores[:5].std()
     assert free["objective/kl"][-5:].mean() > 2 * held["objective/kl"][-5:].mean()

@@ -22,7 +22,7 @@ from rlhf_jax.text.tokenizer import TokenizerConfig, train_tokenizer
 from rlhf_jax.types import Rollout
 from tests.support import experiments, tiny
 from tests.support.judge_server import likes_longer, serving
-from tests.support.programs import PLACEMENTS, QUICK, assert_close, learn
+from tests.support.programs import PLACEMENTS, QUICK, assert_close, learn, score
 
 CONFIG = online_dpo.OnlineDPOConfig(
     kind="online_dpo",
@@ -130,8 +130,10 @@ def test_it_pleases_the_reward_model():
         {"reference": tiny.policy_params(), "reward": tiny.reward_params()},
     )
     step = iteration(config).step(tiny.REWARD)
-    metrics, _ = learn(step, params, frozen, [tiny.online(16, seed) for seed in range(50)])
-    scores = metrics["objective/scores"]
+    _, metrics, samples = learn(step, params, frozen, [tiny.online(16, seed) for seed in range(50)])
+    scores = samples.scores.mean(axis=1)
+    last = jax.tree.map(lambda leaf: leaf[-1], samples)
+    np.testing.assert_allclose(last.scores, score(tiny.reward_params(), last.rollout), rtol=1e-4)
     np.testing.assert_allclose(metrics["objective/kl"][0], 0, atol=1e-5)  # the policy is still its reference
     first = (np.log(2), (1 / (2 * 0.02)) ** 2)
     np.testing.assert_allclose((metrics["loss/sigmoid"][0], metrics["loss/ipo"][0]), first, rtol=1e-5)

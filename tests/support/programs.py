@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlhf_jax.core.sequences import joined
 from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.runtime.optimizers import make_optimizer
 from rlhf_jax.runtime.programs import RuntimeConfig, make_placement
 from rlhf_jax.stages import ppo
+from rlhf_jax.types import Rollout
 from tests.support import tiny
 
 
@@ -45,10 +47,28 @@ QUICK = dataclasses.replace(tiny.OPTIMIZER, learning_rate=1e-2)
 
 
 def learn(step, params, frozen, batches):
-    """All metrics of a run of one step a batch, and the last samples."""
+    """Run one step a batch: the parameters at the end, and the metrics and samples of all steps."""
     state = TrainState(jnp.int32(0), params, make_optimizer(QUICK, len(batches)).init(params))
     placement = make_placement(tiny.ONE_DEVICE, seeds=1)
     state = placement.put_state(state)
     program = placement.compile(step, state)
-    _, metrics, samples = program(state, placement.put_frozen(frozen), tiny.several(batches), jax.random.key(0))
-    return jax.device_get((metrics, samples))
+    state, metrics, samples = program(state, placement.put_frozen(frozen), tiny.several(batches), jax.random.key(0))
+    return jax.device_get((placement.whole(state).params, metrics, samples))
+
+
+@jax.jit
+def token_logprobs(policy, rollout: Rollout[np.ndarray]):
+    """Compute the log-probability of every response token by the tiny policy, [B, T]; 0 at padding."""
+    stats = tiny.POLICY.response_stats(policy, joined(rollout), temperature=1.0)
+    return jnp.where(rollout.response_mask, stats.logprobs, 0)
+
+
+def log_ratios(policy, reference, rollout: Rollout[np.ndarray]) -> np.ndarray:
+    """Compute log(pi / pi_ref) of every response, [B]."""
+    return np.sum(token_logprobs(policy, rollout) - token_logprobs(reference, rollout), axis=1)
+
+
+@jax.jit
+def score(reward, rollout: Rollout[np.ndarray]):
+    """Compute the tiny reward model's score of every response, [B]."""
+    return tiny.REWARD.scores(reward, joined(rollout))

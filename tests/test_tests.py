@@ -19,6 +19,11 @@ ALLOWED = {
 }
 """Files that use private names of a library, and why. No file uses a private name of rlhf_jax."""
 
+RAISES_BY_ITSELF = {
+    "test_our_numbers_are_those_of_trl": "calls the checks of parity/comparison.py, by name",
+}
+"""Tests without an assertion of their own, and how they fail."""
+
 
 def private(name: str) -> bool:
     return name.startswith("_") and not name.startswith("__") and name not in PRIVATE_BY_CONVENTION
@@ -72,6 +77,80 @@ def test_helpers_stand_in_support_or_beside_the_parity_tests():
     elsewhere = [path for path in FILES if path.parent.name not in ("support", "parity")]
     names = {path.name for path in elsewhere if not path.name.startswith("test_")}
     assert names == {"conftest.py", "mutation.py"}
+
+
+def asserting(trees: list[ast.Module], helpers: frozenset[str] = frozenset()) -> dict[str, bool]:
+    """Tell of each function of some modules whether it asserts something, itself or by a function that it uses."""
+    functions: dict[str, list[ast.FunctionDef]] = {}
+    for tree in trees:
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef):
+                functions.setdefault(node.name, []).append(node)
+    names = {name: {used for body in bodies for used in used_names(body)} for name, bodies in functions.items()}
+    found = helpers
+    while more := {
+        name for name in functions.keys() - found if any(map(is_assertion, names[name])) or names[name] & found
+    }:
+        found |= more
+    return {name: name in found for name in functions}
+
+
+def used_names(function: ast.FunctionDef) -> Iterator[str]:
+    for node in ast.walk(function):
+        if isinstance(node, ast.Assert):
+            yield "assert_"
+        elif isinstance(node, ast.Name):
+            yield node.id
+        elif isinstance(node, ast.Attribute):
+            yield node.attr
+
+
+def is_assertion(name: str) -> bool:
+    return name.startswith("assert_") or name in ("raises", "warns", "fail", "check_grads")
+
+
+def test_every_test_asserts_something():
+    shared = [path for path in FILES if not path.name.startswith("test_")]
+    helpers = frozenset(
+        name for name, yes in asserting([ast.parse(path.read_text()) for path in shared]).items() if yes
+    )
+    found = set()
+    for path in FILES:
+        each = asserting([ast.parse(path.read_text())], helpers)
+        found |= {name for name, yes in each.items() if name.startswith("test_") and not yes}
+    assert found == RAISES_BY_ITSELF.keys()
+
+
+def test_constants_are_not_asserted_and_nothing_is_compared_with_itself():
+    found = []
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Assert):
+                test = node.test
+                same = isinstance(test, ast.Compare) and ast.dump(test.left) == ast.dump(test.comparators[0])
+                calls = any(isinstance(part, ast.Call) for part in ast.walk(test))  # again, with the same result
+                if isinstance(test, ast.Constant) or (same and not calls):
+                    found.append(f"{path.relative_to(TESTS)}:{node.lineno}")
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                two = [ast.dump(argument) for argument in node.args[:2]]
+                if node.func.attr.startswith("assert_") and len(two) == 2 and two[0] == two[1]:
+                    found.append(f"{path.relative_to(TESTS)}:{node.lineno}")
+    assert found == []
+
+
+def test_tests_without_an_assertion_are_found():
+    source = """
+def helper(x):
+    assert x
+def test_by_itself():
+    assert 1 + 1 == 2
+def test_by_a_helper():
+    helper(1)
+def test_nothing():
+    print(1)
+"""
+    found = asserting([ast.parse(source)])
+    assert found == {"helper": True, "test_by_itself": True, "test_by_a_helper": True, "test_nothing": False}
 
 
 def test_private_names_are_found():

@@ -81,7 +81,9 @@ def test_every_snippet_is_in_its_split(here: Path):
 
 
 def test_rows_are_plain_python(here: Path):
-    for row in builders.load_split("movie_reviews", "train"):
+    rows = builders.load_split("movie_reviews", "train")
+    assert rows
+    for row in rows:
         expected = {
             "id": row["id"],
             "text": f'A "café" - number {row["id"]}',

@@ -118,6 +118,7 @@ def test_crowded_points_have_names_that_neither_touch_nor_leave_the_figure():
         ]
         label_points(figure, axes, points, [])
     found = boxes(figure, axes)
+    assert len(found) == len(points)
     for i, box in enumerate(found):
         assert not any(box.overlaps(other) for other in found[:i])
         assert box.x1 <= figure.bbox.x1

@@ -58,8 +58,9 @@ from rlhf_jax.models.head import token_stats, token_stats_with_entropy
 from rlhf_jax.models.scalars import ScalarNetwork
 from rlhf_jax.rewards.scorers import HostScorer
 from rlhf_jax.runtime.checkpoints import TrainState
-from rlhf_jax.runtime.optimizers import gradients, update
+from rlhf_jax.runtime.optimizers import accumulated, stop_frozen, update
 from rlhf_jax.runtime.programs import HostSteps, Step
+from rlhf_jax.runtime.rounding import float32
 from rlhf_jax.sampling.choice import Sampling
 from rlhf_jax.sampling.generate import generate
 
@@ -220,17 +221,13 @@ class Iteration(Setting, Generic[Rows]):
             keys = dropout_keys(self.networks.policy, dropout, given.number, size, axes)
 
             def loss_fn(params: Params, part: tuple[Rows, Key[Array, "B"] | None]) -> tuple[Array, Metrics]:
-                params = self.networks.full_params(params, frozen)
+                params = self.networks.full_params(stop_frozen(config.optimizer, params), frozen)
                 return learner.loss(self, params, part[0], part[1], whole=minibatch, kl_coef=kl_coef)
 
-            loss, metrics, grads = gradients(
-                config.optimizer,
-                loss_fn,
-                params,
-                (minibatch, keys),
-                lambda part: learner.weight(part[0], axes),
-                axes,
-            )
+            grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+            if rows_at_once := config.optimizer.micro_batch:
+                grad_fn = accumulated(grad_fn, rows_at_once, lambda part: learner.weight(part[0], axes), axes)
+            (loss, metrics), grads = grad_fn(float32(params), (minibatch, keys))
             numbers = {}
             if method.ptx and given.demonstrations is not None:
                 mixed = masking.take_rows(demonstrations, given.demonstrations, axes)

@@ -5,7 +5,6 @@ import functools
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PRNGKeyArray, PyTree
@@ -15,36 +14,10 @@ from rlhf_jax.models import lora
 from rlhf_jax.models.lora import Adapted, LoraConfig
 from rlhf_jax.models.model_config import ModelConfig
 from rlhf_jax.models.reward_ensemble import EnsembleConfig, combined
-from rlhf_jax.models.transformer import Transformer
+from rlhf_jax.models.scalar_transformer import ScalarTransformer
 from rlhf_jax.types import Sequences
 
 Pooling = Literal["mean", "last"]
-
-
-class ScalarTransformer(nn.Module):
-    """Transformer body with a linear unit on its hidden states."""
-
-    config: ModelConfig
-    vocab_size: int
-    bias: bool
-
-    def setup(self) -> None:
-        """Declare the parameters; the head is initialised from N(0, 1/(d+1)), as in Stiennon et al. 2020."""
-        self.body = Transformer(self.config, self.vocab_size)
-        start = nn.initializers.normal((self.config.d_model + 1) ** -0.5)
-        self.head = nn.Dense(1, use_bias=self.bias, kernel_init=start)
-
-    def hidden(self, tokens: Array, mask: Array) -> Float[Array, "B S D"]:
-        """Hidden states, in float32."""
-        return self.body(tokens, mask).astype(jnp.float32)
-
-    def __call__(self, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows"]:
-        """Apply the linear unit."""
-        return self.head(hidden)[..., 0]
-
-    def parameters(self, tokens: Array, mask: Array) -> Array:
-        """Run body and head, so that initialisation creates every parameter."""
-        return self(self.hidden(tokens, mask))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,6 +27,9 @@ Decay = Annotated[float, Range(at_least=0, below=1)]
 OptimizerName = Literal["adamw", "adam", "rmsprop", "adafactor", "lion", "sgd"]
 Rows = TypeVar("Rows")
 """A batch: a pytree whose leaves have rows as their first axis."""
+LossAndMetrics = tuple[Array, dict[str, Metric]]
+GradientFunction = Callable[[PyTree, Rows], tuple[LossAndMetrics, PyTree]]
+"""Function of parameters and a batch, as `jax.value_and_grad(loss_fn, has_aux=True)` returns it."""
 
 NORMS_AND_BIASES = r"(^|/)(scale|bias)$"
 """Pattern for the paths of norm scales and of all biases."""
@@ -193,7 +196,7 @@ def with_freezing(config: OptimizerConfig, transformation: optax.GradientTransfo
 
 def gradients(
     config: OptimizerConfig,
-    loss_fn: Callable[[PyTree, Rows], tuple[Array, dict[str, Metric]]],
+    loss_fn: Callable[[PyTree, Rows], LossAndMetrics],
     params: PyTree,
     batch: Rows,
     weight: Callable[[Rows], Array],
@@ -203,35 +206,53 @@ def gradients(
 
     Gradients are computed and accumulated in float32; low-precision parameters are cast to float32 before the loss.
 
-    Args: loss_fn returns a mean over its rows, and metrics; weight returns the denominator of that mean, the number of
-    tokens or rows on all devices. Micro-batches are weighted by it, so that accumulation only changes rounding.
-    Raises RlhfError unless the rows divide into micro-batches.
+    Args: loss_fn returns a mean over its rows, and metrics; weight returns the denominator of that mean, as in
+    `accumulated`. Raises RlhfError unless the rows divide into micro-batches.
     """
-    params = rounding.float32(params)
-    if config.freeze:
-        frozen = _frozen(config.freeze, params)
 
-        def masked_loss(params: PyTree, rows: Rows) -> tuple[Array, dict[str, Metric]]:
-            held = jax.tree.map(lambda leaf, still: jax.lax.stop_gradient(leaf) if still else leaf, params, frozen)
-            return loss_fn(held, rows)
-    else:
-        masked_loss = loss_fn
-    value_and_grad = jax.value_and_grad(masked_loss, has_aux=True)
-    if config.micro_batch is None:
-        (loss, metrics), grads = value_and_grad(params, batch)
-        return loss, metrics, grads
+    def with_frozen(params: PyTree, rows: Rows) -> LossAndMetrics:
+        return loss_fn(stop_frozen(config, params), rows)
 
-    parts = _micro_batches(batch, config.micro_batch, axes)
-    shares = _shares(weight, parts)
+    grad_fn = jax.value_and_grad(with_frozen, has_aux=True)
+    if config.micro_batch is not None:
+        grad_fn = accumulated(grad_fn, config.micro_batch, weight, axes)
+    (loss, metrics), grads = grad_fn(rounding.float32(params), batch)
+    return loss, metrics, grads
 
-    def accumulate(sums: PyTree, part: tuple[Rows, Array]) -> tuple[PyTree, tuple[Array, dict[str, Metric]]]:
-        rows, share = part
-        (loss, metrics), grads = value_and_grad(params, rows)
-        sums = jax.tree.map(lambda total, grad: total + share * grad, sums, grads)
-        return sums, (loss, metrics)
 
-    grads, (losses, metrics) = jax.lax.scan(accumulate, jax.tree.map(jnp.zeros_like, params), (parts, shares))
-    return jnp.sum(losses * shares), combine(metrics), grads
+def stop_frozen(config: OptimizerConfig, params: PyTree) -> PyTree:
+    """Stop the gradients of the parameters that `config.freeze` names. Raises RlhfError if a pattern names none."""
+    if not config.freeze:
+        return params
+    return jax.tree.map(
+        lambda leaf, frozen: jax.lax.stop_gradient(leaf) if frozen else leaf, params, _frozen(config.freeze, params)
+    )
+
+
+def accumulated(
+    grad_fn: GradientFunction[Rows], rows: int, weight: Callable[[Rows], Array], axes: tuple[str, ...]
+) -> GradientFunction[Rows]:
+    """Accumulate a gradient over micro-batches of `rows` rows, counted over all devices.
+
+    Args: grad_fn is `jax.value_and_grad(loss_fn, has_aux=True)` of a loss that is a mean over its rows, with metrics;
+    weight returns the denominator of that mean, the number of tokens or rows on all devices. Micro-batches are weighted
+    by it, so that accumulation only changes rounding.
+    """
+
+    def accumulated_grad_fn(params: PyTree, batch: Rows) -> tuple[LossAndMetrics, PyTree]:
+        parts = _micro_batches(batch, rows, axes)
+        shares = _shares(weight, parts)
+
+        def accumulate(sums: PyTree, part: tuple[Rows, Array]) -> tuple[PyTree, LossAndMetrics]:
+            batch, share = part
+            (loss, metrics), grads = grad_fn(params, batch)
+            sums = jax.tree.map(lambda total, grad: total + share * grad, sums, grads)
+            return sums, (loss, metrics)
+
+        grads, (losses, metrics) = jax.lax.scan(accumulate, jax.tree.map(jnp.zeros_like, params), (parts, shares))
+        return (jnp.sum(losses * shares), combine(metrics)), grads
+
+    return accumulated_grad_fn
 
 
 def update(

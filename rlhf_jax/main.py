@@ -23,6 +23,7 @@ from rlhf_jax.config import override
 from rlhf_jax.data.fetch import DATASETS
 from rlhf_jax.interop.hf import read_config
 from rlhf_jax.interop.hub import MODELS, quantisation_note
+from rlhf_jax.papers.verb import reproduce_verb
 from rlhf_jax.types import RlhfError
 
 USAGE = """\
@@ -37,6 +38,8 @@ rlhf-jax: learning from human preferences in JAX
       and descriptions.
   rlhf-jax fetch NAME
       Download a data set or a model.
+  rlhf-jax reproduce NAME | --list | --check
+      Reproduce a paper's figure, and give verdicts on its claims.
   rlhf-jax sample MODEL --prompt=TEXT [--chat] [--n=4] [--temperature=1.0]
       Sample responses to a prompt, with scores if there is a reward model.
   rlhf-jax chat MODEL [--system=TEXT] [REWARD]
@@ -125,6 +128,7 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "run": run_verb,
     "fields": fields_verb,
     "fetch": fetch_verb,
+    "reproduce": reproduce_verb,
     "sample": sample_verb,
     "chat": chat_verb,
     "logprobs": logprobs_verb,

@@ -1,0 +1,1 @@
+"""Papers as experiments: claims with criteria, runs over seeds, verdicts and figures."""

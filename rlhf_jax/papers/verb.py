@@ -1,0 +1,56 @@
+"""`rlhf-jax reproduce`: run a paper's experiment over seeds, and list or recompute verdicts."""
+
+import json
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from rlhf_jax.cli.flags import Parser
+from rlhf_jax.papers import reproduce, suite
+from rlhf_jax.types import RlhfError
+
+DESCRIPTION = """\
+Reproduce a paper: measure every seed that has no results yet, draw the paper's
+figure beside its own numbers, and give a verdict on every claim: reproduced,
+contradicted, inconclusive, or not run.
+
+  rlhf-jax reproduce NAME              run, or continue, in runs/papers/NAME
+  rlhf-jax reproduce --list [--json]   every claim and its verdict
+  rlhf-jax reproduce --check [NAME]    recompute verdicts and figures, without
+                                       training, from the results of the package"""
+
+
+def reproduce_verb(arguments: list[str]) -> None:
+    """Run, list or check papers."""
+    parser = Parser("rlhf-jax reproduce", DESCRIPTION)
+    parser.add_argument("name", nargs="?", metavar="NAME", help="folder of the paper in experiments/papers")
+    parser.add_argument("--scale", default="cpu", help="size of the run: cpu, or gpu where a paper has it")
+    parser.add_argument("--seeds", type=int, metavar="N", help="number of seeds (default: the scale's own)")
+    parser.add_argument("--workdir", type=Path, metavar="DIR", help="default: runs/papers/NAME/SCALE")
+    parser.add_argument("--list", action="store_true", help="list every paper's claims and verdicts")
+    parser.add_argument("--json", action="store_true", help="with --list: as JSON")
+    parser.add_argument("--check", action="store_true", help="recompute verdicts and figures from the results")
+    options = parser.parse_args(arguments)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    if options.list:
+        _list(console, as_json=options.json)
+    elif options.check:
+        for name in [options.name] if options.name else suite.names():
+            reproduce.check(name, console)
+    elif options.name is None:
+        raise RlhfError(f"name a paper, or give --list or --check; the papers are {', '.join(suite.names())}")
+    elif options.seeds is not None and options.seeds < 1:
+        raise RlhfError(f"--seeds = {options.seeds} should be at least 1")
+    else:
+        workdir = options.workdir or Path("runs") / "papers" / options.name / options.scale
+        reproduce.reproduce(options.name, options.scale, options.seeds, workdir, console)
+
+
+def _list(console: Console, *, as_json: bool) -> None:
+    rows = reproduce.overview()
+    if as_json:
+        print(json.dumps(rows, indent=2, ensure_ascii=False))
+        return
+    for row in rows:
+        console.print(f"{row['paper']}: {row['claim']}: [bold]{row['verdict']}[/bold]", soft_wrap=True, highlight=False)

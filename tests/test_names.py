@@ -15,6 +15,7 @@ MODULES = {
     "export": "a command, and the function behind it",
     "logprobs": "a command, the function behind it, and core's log-probabilities",
     "sample": "a command, and the function behind it",
+    "score": "a command, and the function behind it",
 }
 """Names that several modules may have, with the reason."""
 

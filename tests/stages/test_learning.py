@@ -92,6 +92,7 @@ def test_ppo_pleases_the_reward_model_and_a_penalty_holds_it_back():
     np.testing.assert_allclose(last.scores, score(tiny.reward_params(), last.rollout), rtol=1e-4)
     np.testing.assert_allclose(free["objective/kl"][0], 0, atol=1e-5)  # the policy is still its reference
     assert scores[-5:].mean() > scores[:5].mean() + 3 * scores[:5].std()
+    assert free["val/explained_variance"][-10:].mean() > 0.2  # 0 if the value function does not learn
     assert free["objective/kl"][-5:].mean() > 2 * held["objective/kl"][-5:].mean()
     np.testing.assert_allclose(free["objective/rlhf_reward"], scores + free["objective/non_score_reward"], atol=1e-5)
     lengths = samples.rollout.response_mask.sum(axis=-1)

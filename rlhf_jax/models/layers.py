@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
-from rlhf_jax.models.model_config import AttentionBy, ModelConfig
+from rlhf_jax.models.attention import attend
+from rlhf_jax.models.linear import dot_general
+from rlhf_jax.models.model_config import ModelConfig
 from rlhf_jax.models.rotary import rotate
-from rlhf_jax.types import RlhfError
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
@@ -55,41 +56,9 @@ class Norm(nn.Module):
         return out.astype(config.compute_dtype)
 
 
-def attend(
-    q: Float[Array, "B S H K"],
-    k: Float[Array, "B C G K"],
-    v: Float[Array, "B C G K"],
-    mask: Bool[Array, "B S C"],
-    *,
-    scale: float,
-    softcap: float | None,
-    by: AttentionBy,
-) -> Float[Array, "B S H K"]:
-    """Attention of S queries to C slots; each of G key-value heads serves H / G query heads.
-
-    Sizes that cuDNN does not support (`cudnn_takes`) fall back to XLA, and a soft cap is computed without either.
-    Raises RlhfError if cuDNN is requested without a GPU.
-    """
-    if by == "cudnn" and jax.default_backend() != "gpu":
-        raise RlhfError(
-            f"attention = 'cudnn' needs an NVIDIA GPU, but this runs on {jax.default_backend()}: set it to 'xla'"
-        )
-    if softcap is None:
-        by = "cudnn" if by == "cudnn" and cudnn_takes(q.shape[1], k.shape[1]) else "xla"
-        return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], scale=scale, implementation=by)
-    groups = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
-    logits = jnp.einsum("bsgrk,bcgk->bgrsc", groups, k, preferred_element_type=jnp.float32) * scale
-    capped = softcap * jnp.tanh(logits / softcap)
-    weights = jax.nn.softmax(jnp.where(mask[:, None, None], capped, jnp.finfo(jnp.float32).min), axis=-1)
-    return jnp.einsum("bgrsc,bcgk->bsgrk", weights.astype(v.dtype), v).reshape(q.shape)
-
-
-def cudnn_takes(queries: int, slots: int) -> bool:
-    """Return whether cuDNN supports these sizes with a mask: gradients need even sizes.
-
-    A single query at many slots is a decoding step, which needs no gradient.
-    """
-    return (queries % 2 == 0 and slots % 2 == 0) or (queries == 1 and slots > 1)
+def linear_options(config: ModelConfig) -> dict[str, Any]:
+    """Options of all linear layers: their dtypes, and the product with a hand-written gradient."""
+    return {"param_dtype": config.param_dtype, "dtype": config.compute_dtype, "dot_general": dot_general}
 
 
 class Attention(nn.Module):
@@ -104,9 +73,9 @@ class Attention(nn.Module):
         """Attend from S new tokens to C slots: the tokens themselves, or a cache to which they are written first."""
         config = self.config
         width = config.head_width
-        dtypes = {"param_dtype": config.param_dtype, "dtype": config.compute_dtype}
+        options = linear_options(config)
         q, k, v = (
-            nn.DenseGeneral((heads, width), name=name, use_bias=config.qkv_bias, **dtypes)(x)
+            nn.DenseGeneral((heads, width), name=name, use_bias=config.qkv_bias, **options)(x)
             for name, heads in (("q", config.n_heads), ("k", config.kv_heads), ("v", config.kv_heads))
         )
         if config.qk_norm == "head":
@@ -118,17 +87,17 @@ class Attention(nn.Module):
             )
         if place.sin is not None and place.cos is not None:
             q, k = rotate(q, place.sin, place.cos), rotate(k, place.sin, place.cos)
+        k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
         if cached is not None:
-            cached = (
-                jax.lax.dynamic_update_slice_in_dim(cached[0], jnp.swapaxes(k, 1, 2), place.slot, axis=2),
-                jax.lax.dynamic_update_slice_in_dim(cached[1], jnp.swapaxes(v, 1, 2), place.slot, axis=2),
+            k, v = cached = (
+                jax.lax.dynamic_update_slice_in_dim(cached[0], k, place.slot, axis=2),
+                jax.lax.dynamic_update_slice_in_dim(cached[1], v, place.slot, axis=2),
             )
-            k, v = jnp.swapaxes(cached[0], 1, 2), jnp.swapaxes(cached[1], 1, 2)
         scale = config.query_scale if config.query_scale is not None else width**-0.5
         mixed = attend(
             q, k, v, place.attention_mask, scale=scale, softcap=config.attention_softcap, by=config.attention
         )
-        out = nn.DenseGeneral(config.d_model, axis=(-2, -1), name="o", use_bias=config.out_bias, **dtypes)
+        out = nn.DenseGeneral(config.d_model, axis=(-2, -1), name="o", use_bias=config.out_bias, **options)
         return out(mixed), cached
 
 
@@ -155,11 +124,7 @@ class Block(nn.Module):
     def _mlp(self, x: Array) -> Array:
         """Two projections with an activation between them, or three with a gated activation."""
         config = self.config
-        options: dict[str, Any] = {
-            "param_dtype": config.param_dtype,
-            "dtype": config.compute_dtype,
-            "use_bias": config.mlp_bias,
-        }
+        options = linear_options(config) | {"use_bias": config.mlp_bias}
         activation = ACTIVATIONS[config.activation]
         up = nn.Dense(config.d_ff, name="up", **options)(x)
         gated = config.gated

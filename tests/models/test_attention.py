@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
-from rlhf_jax.models.layers import attend, cudnn_takes
+from rlhf_jax.models.attention import attend, cudnn_takes
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.types import RlhfError, TokenBatch
 from tests.support.networks import SUPPRESSED, VOCAB, config
@@ -30,7 +30,7 @@ def lowered(function, *args) -> str:
 
 
 def inputs(queries: int, slots: int, width: int, dtype=jnp.bfloat16) -> list[jax.ShapeDtypeStruct]:
-    q, k, v = ((2, queries, 4, width), (2, slots, 2, width), (2, slots, 2, width))
+    q, k, v = ((2, queries, 4, width), (2, 2, slots, width), (2, 2, slots, width))
     arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape in (q, k, v)]
     return [*arrays, jax.ShapeDtypeStruct((2, queries, slots), jnp.bool_)]
 
@@ -39,6 +39,7 @@ def taken_by_jax(*args) -> bool:
     """Return whether jax's cuDNN attention has a gradient for such inputs."""
 
     def loss(q, k, v, mask):
+        k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
         out = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], scale=1.0, implementation="cudnn")
         return jnp.sum(out.astype(jnp.float32))
 

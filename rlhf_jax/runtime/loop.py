@@ -158,7 +158,7 @@ class _RoundingLoss:
         return (
             f"{self._kept / self._total:.0%} of the updates survived rounding (update_survived): this learning rate is "
             "too small for the weights' dtype. Omit param_dtype to train in float32, or set "
-            "optimizer.low_precision to 'masters' or 'stochastic'; with float32 weights, raise the learning rate"
+            "optimizer.low_precision to 'masters' or 'stochastic'"
         )
 
 

@@ -64,7 +64,8 @@ def apply(
 ) -> tuple[PyTree, PyTree, Float[Array, ""]]:
     """Add float32 updates to parameters of any dtype.
 
-    Returns: the parameters, the masters, and the share of the update that survived (see `survived`).
+    Returns: the parameters, the masters, and the share of the update that survived rounding (see `survived`), which is
+    1 for float32 weights and with masters.
     """
     before = trained_values(params, masters)
     wanted = jax.tree.map(jnp.add, before, updates)
@@ -84,7 +85,10 @@ def apply(
             wanted,
             is_leaf=lambda node: isinstance(node, optax.MaskedNode),
         )
-    return after, masters, survived(before, trained_values(after, masters), updates)
+    if masters != () or all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params)):
+        # Nothing is rounded below float32. A measurement would copy every weight before it is overwritten.
+        return after, masters, jnp.ones((), jnp.float32)
+    return after, masters, survived(before, float32(after), updates)
 
 
 def stochastic_bfloat16(values: Float[Array, "*shape"], key: PRNGKeyArray) -> Float[Array, "*shape"]:
@@ -104,7 +108,7 @@ def stochastic_bfloat16(values: Float[Array, "*shape"], key: PRNGKeyArray) -> Fl
 def survived(before: dict[str, PyTree], after: dict[str, PyTree], updates: dict[str, PyTree]) -> Float[Array, ""]:
     r"""Share of an update u that the weights kept: $\langle w' - w, u \rangle / \langle u, u \rangle$.
 
-    It is 1 in float32, 0 if no weight changed, and 1 in expectation under stochastic rounding. It is a projection
+    It is 0 if no weight changed, and 1 in expectation under stochastic rounding. It is a projection
     rather than a ratio of norms, which would exceed 1 if rounding made a few weights jump much too far. With several
     networks, it is their minimum; it is NaN if all updates are zero.
     """

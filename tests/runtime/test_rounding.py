@@ -13,6 +13,7 @@ from rlhf_jax.runtime import rounding
 from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.runtime.optimizers import make_optimizer, update
 from rlhf_jax.runtime.programs import make_placement
+from rlhf_jax.runtime.rounding import LowPrecision
 from tests.support import tiny
 from tests.support.programs import PLACEMENTS
 
@@ -108,16 +109,17 @@ def test_frozen_weights_stay_and_have_no_state(mode):
     assert sum(leaf.size for leaf in jax.tree.leaves(state.inner)) < 2 * START.size + 10
 
 
-def test_an_update_too_small_for_float32_is_measured_too():
-    config = dataclasses.replace(ADAM, learning_rate=1e-11)
-    optimizer, params = make_optimizer(config, 1), {"policy": {"w": jnp.full((8, 8), 0.1)}}
-    grads = jax.tree.map(jnp.ones_like, params)
-    said = update(optimizer, grads, params, optimizer.init(params), (), key=jax.random.key(0))[2]
-    assert said["update_survived"] == 0
-    still = jax.tree.map(jnp.zeros_like, params)
-    assert np.isnan(
-        update(optimizer, still, params, optimizer.init(params), (), key=jax.random.key(0))[2]["update_survived"]
-    )
+def test_shares_are_measured_where_weights_are_rounded():
+    def share(dtype: str, low_precision: LowPrecision, gradient: float) -> float:
+        config = dataclasses.replace(ADAM, learning_rate=1e-11, low_precision=low_precision)
+        optimizer, params = make_optimizer(config, 1), {"policy": {"w": jnp.full((8, 8), 0.1, dtype)}}
+        grads = {"policy": {"w": jnp.full((8, 8), gradient)}}
+        said = update(optimizer, grads, params, optimizer.init(params), (), key=jax.random.key(0))[2]
+        return float(said["update_survived"])
+
+    assert share("bfloat16", "nearest", 1) == 0
+    assert np.isnan(share("bfloat16", "nearest", 0))
+    assert share("bfloat16", "masters", 1) == share("float32", "nearest", 1) == 1
 
 
 def test_the_network_that_loses_most_is_the_one_that_counts():

@@ -87,6 +87,7 @@ def draw(table: pd.DataFrame) -> Figure:
             panel.plot(rows["n"], rows[column], color=colour, lw=0.8, alpha=0.7)
         panel.plot(sizes, formula, "--", color=style.PALETTE["orange"], label="the usual formula")
         panel.set_xscale("log", base=2)
+        panel.set_xticks(SIZES, [str(n) for n in SIZES])
         panel.set_xlabel("n")
         panel.set_title(heading)
     left.legend(fontsize=7, frameon=False)

@@ -84,12 +84,15 @@ def draw(table: pd.DataFrame) -> Figure:
             found = values(table, name, mean, column)
             panel.plot(np.full(len(found), place), found, "o", ms=4, alpha=0.5, color=style.PALETTE["blue"])
             panel.plot(place, printed[column == "deviation"], "_", ms=16, mew=2, color=style.PALETTE["orange"])
-        panel.set_xticks(range(len(NOTE)), [f"{name}\nq = N({mean:g}, 1)" for name, mean in NOTE], fontsize=6)
+        panel.set_xticks(range(len(NOTE)), [f"{name}\n{mean:g}" for name, mean in NOTE])
+        panel.set_xlabel("estimator, and the mean of q")
         panel.set_title(f"{heading} / true KL")
     axes[1].set_yscale("log")
+    axes[1].set_yticks((1, 2, 5, 10, 20), ("1", "2", "5", "10", "20"))
+    axes[1].minorticks_off()
     axes[0].plot([], [], "_", ms=16, mew=2, color=style.PALETTE["orange"], label="the note")
     axes[0].plot([], [], "o", ms=4, color=style.PALETTE["blue"], label="ours, one dot a seed")
-    axes[0].legend(fontsize=7, frameon=False)
+    axes[0].legend(fontsize=7, frameon=False, loc="upper center")
     return figure
 
 

@@ -1,0 +1,118 @@
+"""The suite of papers: records, claims that can fail, verdicts from committed results, and runs that continue."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from rich.console import Console
+
+from rlhf_jax.main import main
+from rlhf_jax.papers import reproduce, suite
+from rlhf_jax.papers.claims import judge
+from rlhf_jax.types import RlhfError
+
+RECORD = ("Figure", "Command", "Hardware and cost", "Seeds", "Judge and batch", "Data", "Deviations")
+QUIET = Console(quiet=True)
+
+
+@pytest.mark.parametrize("name", suite.names())
+def test_a_papers_docstring_is_its_record(name):
+    text = (suite.papers_directory() / name / "paper.py").read_text(encoding="utf-8")
+    docstring = text.split('"""')[1]
+    assert [heading for heading in RECORD if f"\n{heading}: " not in docstring] == []
+    assert f"rlhf-jax reproduce {name}" in docstring
+
+
+@pytest.mark.parametrize("name", suite.names())
+def test_a_claims_criterion_refuses_what_its_null_gives(name):
+    paper = suite.load_paper(name)
+    table = suite.read_results(suite.results_directory(name, "cpu"))
+    assert table is not None
+    assert len({claim.name for claim in paper.claims}) == len(paper.claims)
+    for claim in paper.claims:
+        (outcome,) = judge([(claim, claim.null(table))])
+        assert outcome.verdict != "reproduced", claim.name
+
+
+@pytest.mark.parametrize("name", suite.names())
+def test_verdicts_and_figures_follow_from_the_committed_results(name):
+    console = Console(record=True, width=120)
+    reproduce.check(name, console)
+    assert f"{name} (cpu): " in console.export_text()
+
+
+@pytest.fixture
+def papers(tmp_path, monkeypatch):
+    """A copy of one paper with its results, in the place of the suite."""
+    shutil.copytree(suite.papers_directory() / "beirami_2024", tmp_path / "papers" / "beirami_2024")
+    monkeypatch.setattr(suite, "papers_directory", lambda: tmp_path / "papers")
+    return tmp_path / "papers"
+
+
+def test_a_changed_result_changes_the_verdict(papers):
+    file = papers / "beirami_2024" / "results" / "cpu" / "seed_3.csv"
+    table = pd.read_csv(file)
+    table.loc[0, "kl_gap"] = -0.5
+    table.to_csv(file, index=False)
+    changed = suite.read_results(file.parent)
+    assert changed is not None
+    found = reproduce.verdicts("beirami_2024", changed)
+    assert found[0].verdict == "contradicted"
+    with pytest.raises(RlhfError, match="give other verdicts"):
+        reproduce.check("beirami_2024", QUIET)
+
+
+def test_a_record_with_other_settings_is_refused(papers):
+    file = papers / "beirami_2024" / "results" / "cpu" / suite.RECORD
+    record = json.loads(file.read_text())
+    record["settings"]["responses"] = 33
+    file.write_text(json.dumps(record))
+    with pytest.raises(RlhfError, match="settings differ"):
+        reproduce.check("beirami_2024", QUIET)
+
+
+def test_a_run_continues_with_the_seeds_that_it_lacks(tmp_path):
+    first = reproduce.reproduce("beirami_2024", "cpu", 2, tmp_path, QUIET)
+    kept = (tmp_path / "seed_1.csv").read_bytes()
+    (tmp_path / "seed_0.csv").unlink()
+    again = reproduce.reproduce("beirami_2024", "cpu", 2, tmp_path, QUIET)
+    assert (tmp_path / "seed_1.csv").read_bytes() == kept
+    assert [outcome.mean for _, outcome in first] == [outcome.mean for _, outcome in again]
+    committed = suite.results_directory("beirami_2024", "cpu")
+    pd.testing.assert_frame_equal(
+        pd.read_csv(tmp_path / "seed_0.csv"), pd.read_csv(committed / "seed_0.csv"), rtol=1e-9
+    )
+    record = json.loads((tmp_path / suite.RECORD).read_text())
+    assert record["settings"] == dict(suite.load_paper("beirami_2024").scales["cpu"].settings)
+    assert (tmp_path / suite.FIGURE).exists()
+    record["settings"]["responses"] = 33
+    (tmp_path / suite.RECORD).write_text(json.dumps(record))
+    with pytest.raises(RlhfError, match="choose another --workdir"):
+        reproduce.reproduce("beirami_2024", "cpu", 2, tmp_path, QUIET)
+
+
+def test_the_list_has_every_claim_with_its_verdict(capsys):
+    assert main(["reproduce", "--list", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    claims = [(name, claim.name) for name in suite.names() for claim in suite.load_paper(name).claims]
+    assert [(row["paper"], row["claim"]) for row in rows] == claims
+    assert all(row["commit"] and row["date"] for row in rows if row["verdict"] != "not run")
+    assert main(["reproduce", "--list"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(claims)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "name a paper"),
+        (["nobody_1999"], "there is no paper 'nobody_1999': give one of "),
+        (["beirami_2024", "--scale=moon"], "has no scale 'moon': give one of cpu"),
+        (["beirami_2024", "--seeds=0"], "--seeds = 0 should be at least 1"),
+    ],
+)
+def test_bad_arguments_are_one_message(arguments, message, capsys):
+    assert main(["reproduce", *arguments]) == 1
+    assert message in capsys.readouterr().err
+    assert not Path("runs/papers").exists()

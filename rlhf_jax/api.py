@@ -5,7 +5,7 @@ import runpy
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
 from rich.console import Console
@@ -14,10 +14,11 @@ from rlhf_jax import experiment
 from rlhf_jax.config import override
 from rlhf_jax.data import fetch as data_sets
 from rlhf_jax.interop.hub import MODELS, fetch_model
-from rlhf_jax.reports.report import MATCHED, REPORT, RESULTS, is_current, print_summary, write_report
-from rlhf_jax.reports.run import Run
 from rlhf_jax.runtime.workdir import Workdir
 from rlhf_jax.types import RlhfError
+
+if TYPE_CHECKING:
+    import rlhf_jax.reports.run
 
 
 def load_config(source: str | Path, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
@@ -75,7 +76,7 @@ def run(
     *,
     stage: str | None = None,
     inputs: str | Path | None = None,
-) -> Run:
+) -> "rlhf_jax.reports.run.Run":
     """Run the stages of an experiment that are not complete, write the report and return the run.
 
         smoke = run("quickstart:smoke", "runs/smoke")
@@ -98,6 +99,10 @@ def run(
     place = Workdir(Path(workdir), None if inputs is None else Path(inputs))
     console = Console(width=None if sys.stdout.isatty() else 120, force_jupyter=False)
     worked = experiment.run(experiment.parse(config), place, stage, console)
+    # Imported after the stages: pandas and matplotlib take a second.
+    from rlhf_jax.reports.report import MATCHED, REPORT, RESULTS, is_current, print_summary, write_report
+    from rlhf_jax.reports.run import Run
+
     found = Run(place.root, place.inputs) if place.root.is_dir() or inputs is None else Run(inputs)
     if stage is not None:
         console.print(f"Stage {stage}: {place.find(stage)}")

@@ -1,30 +1,11 @@
-"""The command line: run an experiment or another verb, and report every error as one message."""
+"""The command line: run one command, and report every error as one message.
 
-import argparse
-import re
+The module of a command is imported when it is called, so that `--help` and the other commands need not wait for it.
+"""
+
+import importlib
 import sys
 import traceback
-from collections.abc import Callable
-from pathlib import Path
-
-import absl.logging
-from ml_collections import ConfigDict
-
-from rlhf_jax.api import fetch, load_config, run
-from rlhf_jax.cli.best_of_n import best_of_n_verb
-from rlhf_jax.cli.chat import chat_verb
-from rlhf_jax.cli.export import export_verb
-from rlhf_jax.cli.fields import fields_verb
-from rlhf_jax.cli.flags import Parser
-from rlhf_jax.cli.logprobs import logprobs_verb
-from rlhf_jax.cli.sample import sample_verb
-from rlhf_jax.cli.score import score_verb
-from rlhf_jax.config import override
-from rlhf_jax.data.fetch import DATASETS
-from rlhf_jax.interop.hf import read_config
-from rlhf_jax.interop.hub import MODELS, quantisation_note
-from rlhf_jax.papers.verb import reproduce_verb
-from rlhf_jax.types import RlhfError
 
 USAGE = """\
 rlhf-jax: learning from human preferences in JAX
@@ -62,13 +43,19 @@ REWARD is --reward-model=DIR, --reward-stage=NAME of --workdir, or
 --debug, errors show a traceback.
 """
 
-RUN = """\
-Run the stages of an experiment that are not complete, and report.
-
---config.SECTION.FIELD=VALUE sets a field of any section, whether or not the
-file has it; `rlhf-jax fields` lists them. VALUE is a Python literal, a string,
-or names separated by commas:
-  --config.seeds=4  --config.stages=sft,ppo  --config.ppo.optimizer.b1=0.8"""
+VERBS = {
+    "run": "rlhf_jax.commands:run_verb",
+    "fields": "rlhf_jax.cli.fields:fields_verb",
+    "fetch": "rlhf_jax.commands:fetch_verb",
+    "reproduce": "rlhf_jax.papers.verb:reproduce_verb",
+    "sample": "rlhf_jax.cli.sample:sample_verb",
+    "chat": "rlhf_jax.cli.chat:chat_verb",
+    "logprobs": "rlhf_jax.cli.logprobs:logprobs_verb",
+    "score": "rlhf_jax.cli.score:score_verb",
+    "best-of-n": "rlhf_jax.cli.best_of_n:best_of_n_verb",
+    "export": "rlhf_jax.cli.export:export_verb",
+}
+"""Functions of the command line's arguments, by the names of the commands."""
 
 
 def entry_point() -> None:
@@ -87,12 +74,14 @@ def main(argv: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(USAGE)
         return 0
-    absl.logging.set_verbosity(absl.logging.INFO if debug else absl.logging.FATAL)  # Orbax logs errors that it raises
     verb = "run" if arguments[0].startswith("-") else arguments.pop(0)
+    if verb not in VERBS:
+        print(f"Error: there is no verb {verb!r}: give one of {', '.join(VERBS)}, or --help", file=sys.stderr)
+        return 1
     try:
-        if verb not in VERBS:
-            raise RlhfError(f"there is no verb {verb!r}: give one of {', '.join(VERBS)}, or --help")
-        VERBS[verb](arguments)
+        _limit_logging(debug=debug)
+        module, function = VERBS[verb].split(":")
+        getattr(importlib.import_module(module), function)(arguments)
     except KeyboardInterrupt:
         advice = " The same command continues from the last checkpoint." if verb == "run" else ""
         print(f"\nInterrupted.{advice}", file=sys.stderr)
@@ -105,65 +94,15 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def run_verb(arguments: list[str]) -> None:
-    """Run an experiment and report on it."""
-    config, options = parse_run_flags(arguments)
-    run(config, options.workdir, stage=options.stage, inputs=options.inputs)
+def _limit_logging(*, debug: bool) -> None:
+    import absl.logging
 
-
-def fetch_verb(arguments: list[str]) -> None:
-    """Download a data set or a model."""
-    parser = Parser("rlhf-jax fetch", "Download a data set or a model.")
-    parser.add_argument("name", choices=[*DATASETS, *MODELS], help="data set or model")
-    name = parser.parse_args(arguments).name
-    place = fetch(name)
-    print(place)
-    if name not in MODELS:
-        return
-    if note := quantisation_note(name, read_config(place)):
-        print(note, file=sys.stderr)
-
-
-VERBS: dict[str, Callable[[list[str]], None]] = {
-    "run": run_verb,
-    "fields": fields_verb,
-    "fetch": fetch_verb,
-    "reproduce": reproduce_verb,
-    "sample": sample_verb,
-    "chat": chat_verb,
-    "logprobs": logprobs_verb,
-    "score": score_verb,
-    "best-of-n": best_of_n_verb,
-    "export": export_verb,
-}
-
-
-def parse_run_flags(arguments: list[str]) -> tuple[ConfigDict, argparse.Namespace]:
-    """Return the config with its overrides, and the other flags. Raises RlhfError for a bad flag or file."""
-    parser = Parser("rlhf-jax run", RUN)
-    parser.add_argument(
-        "--config", required=True, metavar="FILE[:ARG]", help="Python file with get_config(ARG), or an experiment"
-    )
-    parser.add_argument("--workdir", type=Path, required=True, metavar="DIR", help="directory for all results")
-    parser.add_argument(
-        "--inputs", type=Path, metavar="DIR", help="earlier work directory to read unchanged stages from"
-    )
-    parser.add_argument("--stage", metavar="NAME", help="run this stage only")
-    options, overrides = parser.parse_known_args(arguments)
-    config = load_config(options.config)
-    rest = iter(overrides)
-    for argument in rest:
-        flag, equals, text = argument.partition("=")
-        if not re.fullmatch(r"--config(\.\w+)+", flag):
-            raise RlhfError(f"{argument!r} is not a flag of run: write --config.SECTION.FIELD=VALUE, or see run --help")
-        value = text if equals else next(rest, None)
-        if value is None or (not equals and value.startswith("--")):
-            raise RlhfError(f"{flag} has no value: write {flag}=VALUE")
-        override(config, flag.removeprefix("--config."), value)
-    return config, options
+    absl.logging.set_verbosity(absl.logging.INFO if debug else absl.logging.FATAL)  # Orbax logs errors that it raises
 
 
 def _message(error: Exception) -> str:
+    from rlhf_jax.types import RlhfError
+
     if isinstance(error, RlhfError):
         return f"Error: {error}"
     if isinstance(error, OSError):

@@ -14,7 +14,8 @@ import pytest
 
 import rlhf_jax
 from rlhf_jax import experiment
-from rlhf_jax.main import main, parse_run_flags
+from rlhf_jax.commands import parse_run_flags
+from rlhf_jax.main import main
 from tests.support import checkpoints
 from tests.support.own_data import ROOT
 

@@ -12,7 +12,8 @@ import pytest
 from rich.console import Console
 
 from rlhf_jax import experiment
-from rlhf_jax.main import main, parse_run_flags
+from rlhf_jax.commands import parse_run_flags
+from rlhf_jax.main import main
 from rlhf_jax.runtime.workdir import Workdir
 from rlhf_jax.stages.kto import KTOConfig
 from tests.support import xla_flags

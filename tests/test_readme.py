@@ -17,7 +17,7 @@ import pandas as pd
 import pytest
 
 from rlhf_jax import experiment
-from rlhf_jax import main as command_line
+from rlhf_jax.commands import parse_run_flags
 from rlhf_jax.config import functions
 from rlhf_jax.main import main
 from rlhf_jax.stages.kinds import find_kind
@@ -166,7 +166,7 @@ def test_flags_within_the_text_are_keys_of_the_configs(models, place, monkeypatc
     assert len(FLAGS) >= 8
     for flag in FLAGS:
         arguments = ["--config=experiments/preferences.py:smoke", "--workdir=x", *files(place)]
-        config, _ = command_line.parse_run_flags([*arguments, flag.replace("=DIR", f"={models[1]}")])
+        config, _ = parse_run_flags([*arguments, flag.replace("=DIR", f"={models[1]}")])
         experiment.parse(config)
 
 
@@ -176,7 +176,7 @@ def test_configs_within_the_text_can_be_loaded(place, monkeypatch):
     assert len(named) >= 5
     for argument in named:
         data = files(place) if "preferences" in argument else []
-        config, _ = command_line.parse_run_flags([f"--config={argument}", "--workdir=x", *data])
+        config, _ = parse_run_flags([f"--config={argument}", "--workdir=x", *data])
         experiment.parse(config)
 
 
@@ -184,7 +184,7 @@ def test_a_reward_in_python_is_a_section_of_a_config_file(place, monkeypatch):
     monkeypatch.chdir(place)
     (snippet,) = re.findall(r"`\"reward_model\": (\{.*?\})`", README, re.DOTALL)
     arguments = ["--config=experiments/preferences.py:smoke", "--workdir=x", *files(place)]
-    config = command_line.parse_run_flags(arguments)[0].unlock()
+    config = parse_run_flags(arguments)[0].unlock()
     ppo = config.ppo.to_dict() | {"reward_model": ast.literal_eval(snippet)}
     del config.ppo
     config.ppo = ppo

@@ -38,7 +38,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from rlhf_jax.reports import Run
+from rlhf_jax.reports.run import Run
 from rlhf_jax.runtime.files import write_json, write_text
 
 HERE = Path(__file__).parent

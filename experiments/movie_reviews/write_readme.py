@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 
 from rlhf_jax.core.statistics import t_interval
-from rlhf_jax.reports import Run
 from rlhf_jax.reports.origins import machine_name, source_name
+from rlhf_jax.reports.run import Run
 from rlhf_jax.runtime.files import write_json, write_text
 
 HERE = Path(__file__).parent

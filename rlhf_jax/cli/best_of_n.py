@@ -10,6 +10,8 @@ from typing import Any
 
 from rlhf_jax.cli import flags
 from rlhf_jax.cli.json_lines import RowFile, StandardOutput, read_objects
+from rlhf_jax.cli.output import until_closed
+from rlhf_jax.cli.parser import Parser
 from rlhf_jax.inference.best_of_n import (
     ADDED,
     MAX_NEW_TOKENS,
@@ -52,7 +54,7 @@ is identical, byte for byte, to that of an uninterrupted run. --batch-size sets 
 
 def best_of_n_verb(arguments: list[str]) -> None:
     """Add the best of several sampled answers to each row of prompts."""
-    parser = flags.Parser("rlhf-jax best-of-n", DESCRIPTION)
+    parser = Parser("rlhf-jax best-of-n", DESCRIPTION)
     flags.add_model_flags(parser)
     flags.add_judge_flags(parser)
     parser.add_argument("--n", type=int, default=16, help="answers per prompt (default 16)")
@@ -72,7 +74,7 @@ def best_of_n_verb(arguments: list[str]) -> None:
     out: StandardOutput | RowFile = StandardOutput()
     if options.out is not None:
         out = RowFile(options.out, _settings(options, sampling, batch_size), ADDED)
-    with contextlib.closing(out), flags.until_closed():
+    with contextlib.closing(out), until_closed():
         rows = checked_rows(read_objects(sys.stdin.buffer, "{'prompt': ...}"))
         for first in itertools.count(0, batch_size):
             batch = list(itertools.islice(rows, batch_size))

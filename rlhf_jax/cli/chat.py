@@ -15,6 +15,8 @@ from rich.markup import escape
 
 from rlhf_jax.cli import flags
 from rlhf_jax.cli.conversation import Answer, Conversation
+from rlhf_jax.cli.output import until_closed
+from rlhf_jax.cli.parser import Parser
 from rlhf_jax.loading.models import RewardModel
 from rlhf_jax.rewards.sources import Reward
 from rlhf_jax.types import RlhfError
@@ -34,7 +36,7 @@ INPUT_PROMPT = "\001\033[1;36m\002> \001\033[0m\002"  # \001 and \002 enclose ch
 
 def chat_verb(arguments: list[str]) -> None:
     """Run a conversation in the terminal until the user ends it."""
-    parser = flags.Parser("rlhf-jax chat", DESCRIPTION)
+    parser = Parser("rlhf-jax chat", DESCRIPTION)
     flags.add_model_flags(parser)
     parser.add_argument("--system", metavar="TEXT", help="system message")
     flags.add_judge_flags(parser)
@@ -64,7 +66,7 @@ class Terminal:
             if not self._conversation.is_chat:
                 self._note("This model has no chat template: it continues your text.")
             self._note("/help lists the commands; Ctrl-C stops an answer, Ctrl-D quits.")
-        with flags.until_closed():
+        with until_closed():
             for line in _lines():
                 if line == "/exit":
                     return

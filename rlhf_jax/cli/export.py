@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from rlhf_jax.cli import flags
+from rlhf_jax.cli.parser import Parser
 from rlhf_jax.loading.export import adapter_base, checked_base, export, export_adapter, new_directory
 from rlhf_jax.loading.models import NO_CHANGES
 from rlhf_jax.types import RlhfError
@@ -17,7 +18,7 @@ unless --dtype is given.
 
 def export_verb(arguments: list[str]) -> None:
     """Export the model that the arguments name."""
-    parser = flags.Parser("rlhf-jax export", DESCRIPTION)
+    parser = Parser("rlhf-jax export", DESCRIPTION)
     flags.add_model_flags(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to create")
     parser.add_argument("--adapter", action="store_true", help="write only the stage's LoRA adapter, in PEFT's format")

@@ -19,7 +19,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from rlhf_jax.cli.flags import Parser, until_closed
+from rlhf_jax.cli.output import until_closed
+from rlhf_jax.cli.parser import Parser
 from rlhf_jax.config import INT32_MAX, FunctionSource, ModelSource, Range, StageName
 from rlhf_jax.loading.context import Common
 from rlhf_jax.stages.kinds import KINDS, find_kind

@@ -3,12 +3,12 @@
 import argparse
 import contextlib
 import dataclasses
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from rlhf_jax.cli.parser import Parser
 from rlhf_jax.config import FunctionSource
 from rlhf_jax.interop.hub import quantisation_note
 from rlhf_jax.loading import models, pretrained
@@ -21,19 +21,6 @@ from rlhf_jax.types import RlhfError
 
 EXACT = Tuning(param_dtype="float32", compute_dtype="float32")
 """Default dtypes for checkpoints. Results in lower precision would also depend on the device."""
-
-
-class Parser(argparse.ArgumentParser):
-    """ArgumentParser that raises RlhfError instead of printing the usage and exiting."""
-
-    def __init__(self, prog: str, description: str) -> None:
-        """Create a parser that does not accept abbreviated flags."""
-        formatter = argparse.RawDescriptionHelpFormatter
-        super().__init__(prog=prog, description=description, formatter_class=formatter, allow_abbrev=False)
-
-    def error(self, message: str) -> NoReturn:
-        """Raise RlhfError with the message and the usage."""
-        raise RlhfError(f"{message}\n{self.format_usage().strip()}")
 
 
 def add_model_flags(parser: Parser) -> None:
@@ -189,13 +176,3 @@ def naming_flags() -> Iterator[None]:
     except (RlhfError, ValueError) as error:
         name, _, rest = str(error).partition(" ")
         raise RlhfError(f"--{name.replace('_', '-')} {rest}") from error
-
-
-@contextlib.contextmanager
-def until_closed() -> Iterator[None]:
-    """Exit silently when the reader of standard output closes it, as `head` does."""
-    try:
-        yield
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it exits

@@ -5,6 +5,8 @@ import sys
 
 from rlhf_jax.cli import flags
 from rlhf_jax.cli.json_lines import read_objects
+from rlhf_jax.cli.output import until_closed
+from rlhf_jax.cli.parser import Parser
 from rlhf_jax.inference.logprobs import BATCH, encode_rows, with_logprobs
 from rlhf_jax.types import RlhfError
 
@@ -23,7 +25,7 @@ separately.
 
 def logprobs_verb(arguments: list[str]) -> None:
     """Add log-probabilities to rows of prompts and completions."""
-    parser = flags.Parser("rlhf-jax logprobs", DESCRIPTION)
+    parser = Parser("rlhf-jax logprobs", DESCRIPTION)
     flags.add_model_flags(parser)
     parser.add_argument("--batch-size", type=int, default=BATCH, metavar="N", help="rows per batch (default 8)")
     parser.add_argument("--no-eos", action="store_true", help="leave out the stop token of each completion")
@@ -34,7 +36,7 @@ def logprobs_verb(arguments: list[str]) -> None:
         raise RlhfError("no input rows: use rlhf-jax logprobs --model=DIR < rows.jsonl > out.jsonl")
     policy = flags.load_policy(options)
     separate: list[int] = []
-    with flags.until_closed():
+    with until_closed():
         objects = read_objects(sys.stdin.buffer, "{'prompt': ..., 'completion': ...}")
         rows = encode_rows(objects, policy, separate, eos=not options.no_eos)
         for batch in with_logprobs(policy, rows, options.batch_size):

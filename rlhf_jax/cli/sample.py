@@ -4,6 +4,8 @@ import argparse
 import math
 
 from rlhf_jax.cli import flags
+from rlhf_jax.cli.output import until_closed
+from rlhf_jax.cli.parser import Parser
 from rlhf_jax.data.pipeline import Content
 from rlhf_jax.inference.encoding import encode_prompts
 from rlhf_jax.inference.sample import BATCH, MAX_NEW_TOKENS, draw_responses
@@ -19,7 +21,7 @@ the model is a stage of an experiment with a reward model, each line starts with
 
 def sample_verb(arguments: list[str]) -> None:
     """Print responses to prompts, with scores if the experiment has a reward model."""
-    parser = flags.Parser("rlhf-jax sample", DESCRIPTION)
+    parser = Parser("rlhf-jax sample", DESCRIPTION)
     flags.add_model_flags(parser)
     parser.add_argument("--prompt", action="append", required=True, metavar="TEXT", help="may be repeated")
     parser.add_argument("--chat", action="store_true", help="treat the prompt as a user message")
@@ -41,7 +43,7 @@ def sample_verb(arguments: list[str]) -> None:
         prompts = [[{"role": "user", "content": prompt}] for prompt in options.prompt]
     encode_prompts(prompts, policy, max_prompt_tokens)  # reject invalid prompts before printing anything
     chunk = max(1, ROWS // n)
-    with flags.until_closed():
+    with until_closed():
         for start in range(0, len(prompts), chunk):
             responses = draw_responses(
                 policy,

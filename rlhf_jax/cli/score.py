@@ -5,6 +5,8 @@ from pathlib import Path
 
 from rlhf_jax.cli import flags
 from rlhf_jax.cli.json_lines import StandardOutput, read_objects
+from rlhf_jax.cli.output import until_closed
+from rlhf_jax.cli.parser import Parser
 from rlhf_jax.inference.score import BATCH, with_scores
 from rlhf_jax.types import RlhfError
 
@@ -21,7 +23,7 @@ time, with the row's other columns. Texts are not truncated.
 
 def score_verb(arguments: list[str]) -> None:
     """Add scores to rows of prompts and completions."""
-    parser = flags.Parser("rlhf-jax score", DESCRIPTION)
+    parser = Parser("rlhf-jax score", DESCRIPTION)
     flags.add_judge_flags(parser)
     parser.add_argument("--workdir", type=Path, metavar="DIR", help="work directory of --reward-stage")
     parser.add_argument("--inputs", type=Path, metavar="DIR", help="work directory given to the experiment as --inputs")
@@ -32,7 +34,7 @@ def score_verb(arguments: list[str]) -> None:
     reward = flags.require_judge(options)
     if sys.stdin.isatty():
         raise RlhfError("no input rows: use rlhf-jax score --reward-model=DIR < rows.jsonl > out.jsonl")
-    with flags.until_closed():
+    with until_closed():
         rows = read_objects(sys.stdin.buffer, "{'prompt': ..., 'completion': ...}")
         for batch in with_scores(reward, rows, options.batch_size):
             StandardOutput().write(batch)

@@ -6,7 +6,6 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 from numpy.typing import ArrayLike
-from scipy import special
 
 
 class LengthControlled(NamedTuple):
@@ -59,6 +58,8 @@ def t_interval(x: Float[np.ndarray, "N"], *, level: float) -> tuple[float, float
 
     Returns: the lower and the upper end. Raises ValueError for fewer than two values.
     """
+    from scipy import special  # takes half a second
+
     if len(x) < 2:
         raise ValueError(f"a t interval needs at least two values, but there are {len(x)}")
     half = float(special.stdtrit(len(x) - 1, (1 + level) / 2)) * standard_error(x)

@@ -5,9 +5,8 @@ import functools
 import logging
 import zlib
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, TypeVar
 
-import grain
 import jax
 import numpy as np
 
@@ -16,6 +15,9 @@ from rlhf_jax.data import chat, formats
 from rlhf_jax.data.padding import pad_left, pad_right
 from rlhf_jax.text.tokenizer import NO_TEMPLATE, Messages, Tokenizer
 from rlhf_jax.types import PreferenceBatch, RlhfError, TokenBatch, UnpairedBatch
+
+if TYPE_CHECKING:
+    import grain  # takes half a second, which commands that do not train would spend for nothing
 
 Batch = TypeVar("Batch", bound=tuple)
 Row = dict[str, Any]
@@ -245,11 +247,13 @@ def encode_pairs(
     return examples, separate
 
 
-def shuffled_batches(arrays: Batch, batch_size: int, seed: int) -> grain.MapDataset:
+def shuffled_batches(arrays: Batch, batch_size: int, seed: int) -> "grain.MapDataset":
     """Infinite shuffled batches, reshuffled every epoch.
 
     `dataset[step]` depends on seed and step alone, so that checkpoints need no iterator state.
     """
+    import grain
+
     count = len(jax.tree.leaves(arrays)[0])
     if count < batch_size:
         raise RlhfError(f"{count} training rows do not fill one batch of {batch_size}: lower batch_size or add data")

@@ -11,9 +11,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import pyarrow as pa
-import pyarrow.parquet
-
 from rlhf_jax.types import RlhfError
 
 Row: TypeAlias = dict[str, Any]
@@ -72,13 +69,18 @@ def _read_json(file: Path) -> list[Row]:
 
 
 def _read_parquet(file: Path) -> list[Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
     try:
-        return pa.parquet.ParquetFile(file).read().to_pylist()
+        return parquet.ParquetFile(file).read().to_pylist()
     except (pa.ArrowException, OSError, ValueError) as error:
         raise RlhfError(_damaged(file, "Parquet", error)) from error
 
 
 def _read_arrow(file: Path) -> list[Row]:
+    import pyarrow as pa
+
     content = file.read_bytes()
     try:
         rows = pa.ipc.open_stream(content).read_all().to_pylist()

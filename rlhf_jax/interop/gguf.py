@@ -14,14 +14,12 @@ import ml_dtypes
 import numpy as np
 
 from rlhf_jax.interop.gguf_families import ARCHITECTURES, Architecture, Header, Sizes
-from rlhf_jax.interop.tensor_files import write_tensors
+from rlhf_jax.interop.tensor_files import ORIGIN, write_tensors
 from rlhf_jax.types import RlhfError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
-ORIGIN = "dequantised_from"
-"""Key in config.json for the quantisation types of the original weights, most frequent first."""
 
 _FLOATS = {gguf.GGMLQuantizationType[name] for name in ("F64", "F32", "F16", "BF16")}
 CHUNK = 1 << 22

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_jax.data.fetch import DataSet, download_distribution, obtain
-from rlhf_jax.interop import gguf as weights
 from rlhf_jax.interop import hf, peft
-from rlhf_jax.text import gguf_tokenizer as text
+from rlhf_jax.interop.tensor_files import ORIGIN
+from rlhf_jax.models.model_config import DType
 from rlhf_jax.text.hf_tokenizer import GENERATION_FILE, load_pretrained_tokenizer
 from rlhf_jax.text.tokenizer import CONFIG_FILE, Tokenizer, load_tokenizer
 from rlhf_jax.types import RlhfError
@@ -17,7 +17,7 @@ from rlhf_jax.types import RlhfError
 CONVERSION = 2  # version of the conversion's output; models are converted again after it changes
 
 
-def convert_gguf(path: Path, out: Path, *, dtype: weights.Dtype) -> None:
+def convert_gguf(path: Path, out: Path, *, dtype: DType) -> None:
     """Convert a GGUF file to a directory for transformers: weights, configuration, tokenizer, chat template.
 
     The directory is created atomically.
@@ -25,6 +25,9 @@ def convert_gguf(path: Path, out: Path, *, dtype: weights.Dtype) -> None:
     Args: dtype of the weights: float32 is exact; bfloat16 and float16 are half as large.
     Raises: RlhfError if the file cannot be converted or the directory cannot be created.
     """
+    from rlhf_jax.interop import gguf as weights
+    from rlhf_jax.text import gguf_tokenizer as text
+
     if out.exists():
         raise RlhfError(f"{out} already exists: remove it or choose another directory")
     file = weights.read_gguf(path)
@@ -71,7 +74,7 @@ def fetch_model(name: str) -> Path:
 
 def quantisation_note(name: str, hf_config: dict[str, Any] | None) -> str | None:
     """Note for the user if a model's weights were dequantised; otherwise None."""
-    origin = (hf_config or {}).get(weights.ORIGIN)
+    origin = (hf_config or {}).get(ORIGIN)
     if origin is None:
         return None
     return (

@@ -20,6 +20,9 @@ from rlhf_jax.types import RlhfError
 MODEL_FILES = ("model.safetensors", "model.safetensors.index.json")
 """Files of which a directory with a full model has at least one."""
 
+ORIGIN = "dequantised_from"
+"""Key in config.json for the quantisation types of the original weights, most frequent first."""
+
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 ALIGNMENT = 64
 """Alignment in bytes at which JAX uses host arrays without a copy on CPUs."""

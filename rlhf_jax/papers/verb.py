@@ -6,9 +6,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from rlhf_jax.cli.flags import Parser
-from rlhf_jax.papers import reproduce, suite
-from rlhf_jax.types import RlhfError
+from rlhf_jax.cli.parser import Parser
+from rlhf_jax.types import Json, RlhfError
 
 DESCRIPTION = """\
 Reproduce a paper: measure every seed that has no results yet, draw the paper's
@@ -32,9 +31,11 @@ def reproduce_verb(arguments: list[str]) -> None:
     parser.add_argument("--json", action="store_true", help="with --list: as JSON")
     parser.add_argument("--check", action="store_true", help="recompute verdicts and figures from the results")
     options = parser.parse_args(arguments)
+    from rlhf_jax.papers import reproduce, suite  # scipy.stats, pandas and matplotlib take two seconds
+
     console = Console(width=None if sys.stdout.isatty() else 120)
     if options.list:
-        _list(console, as_json=options.json)
+        _list(reproduce.overview(), console, as_json=options.json)
     elif options.check:
         for name in [options.name] if options.name else suite.names():
             reproduce.check(name, console)
@@ -47,8 +48,7 @@ def reproduce_verb(arguments: list[str]) -> None:
         reproduce.reproduce(options.name, options.scale, options.seeds, workdir, console)
 
 
-def _list(console: Console, *, as_json: bool) -> None:
-    rows = reproduce.overview()
+def _list(rows: list[dict[str, Json]], console: Console, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(rows, indent=2, ensure_ascii=False))
         return

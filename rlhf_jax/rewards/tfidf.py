@@ -1,23 +1,23 @@
 """Judges of texts fitted to human ratings or labels: linear models on TF-IDF unigrams and bigrams.
 
-They stand in for human judges, like the gold reward model in Gao et al. 2022 (arXiv:2210.10760) and the sentiment
+scikit-learn takes more than a second to import, so it is imported only when a judge is fitted or loaded. The judges
+stand in for human judges, like the gold reward model in Gao et al. 2022 (arXiv:2210.10760) and the sentiment
 classifier in Rafailov et al. 2023 (arXiv:2305.18290, section 6.1).
 """
 
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import joblib
 import numpy as np
 from jaxtyping import Float
-from sklearn.base import is_classifier
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression, Ridge
-from sklearn.pipeline import Pipeline, make_pipeline
 
 from rlhf_jax.config import Count, NonNegative, Positive
 from rlhf_jax.types import RlhfError
+
+if TYPE_CHECKING:
+    import sklearn.pipeline
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,18 +39,19 @@ class TfidfLogisticConfig:
 class TfidfJudge:
     """Judge that scores single texts with a fitted scikit-learn pipeline."""
 
-    def __init__(self, pipeline: Pipeline) -> None:
+    def __init__(self, pipeline: "sklearn.pipeline.Pipeline") -> None:
         """Wrap a fitted scikit-learn pipeline."""
         self._pipeline = pipeline
 
     def score(self, texts: Sequence[str]) -> Float[np.ndarray, "N"]:
         """Predict the rating of each text, or the log-odds of the higher label."""
-        classifier = is_classifier(self._pipeline)
-        function = self._pipeline.decision_function if classifier else self._pipeline.predict
+        function = getattr(self._pipeline, "decision_function", self._pipeline.predict)
         return np.asarray(function(list(texts)), np.float64)
 
     def save(self, path: Path) -> None:
         """Write the judge atomically."""
+        import joblib
+
         temporary = path.with_suffix(".tmp")
         joblib.dump(self._pipeline, temporary)
         temporary.replace(path)
@@ -61,6 +62,10 @@ def fit(config: TfidfRidgeConfig | TfidfLogisticConfig, texts: Sequence[str], ra
 
     Raises RlhfError if a logistic judge's data does not have exactly two labels.
     """
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression, Ridge
+    from sklearn.pipeline import make_pipeline
+
     vectorizer = TfidfVectorizer(
         ngram_range=(1, 2), sublinear_tf=True, min_df=config.min_df, token_pattern=r"(?u)\b\w[\w']*\b"
     )
@@ -78,6 +83,8 @@ def fit(config: TfidfRidgeConfig | TfidfLogisticConfig, texts: Sequence[str], ra
 
 def load(path: Path) -> TfidfJudge:
     """Load a judge that `save` wrote. Raises RlhfError, naming the file, if it cannot be read."""
+    import joblib
+
     try:
         return TfidfJudge(joblib.load(path))
     except Exception as error:  # unpickling can raise any exception

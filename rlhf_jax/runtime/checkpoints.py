@@ -1,20 +1,25 @@
-"""Asynchronous Orbax checkpoints of training states, one directory per step with one item per network."""
+"""Asynchronous Orbax checkpoints of training states, one directory per step with one item per network.
+
+Orbax takes half a second to import, so it is imported when a directory of checkpoints is opened.
+"""
 
 import contextlib
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import absl.logging
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
 from rlhf_jax.models.sharding import Where, on_devices
 from rlhf_jax.types import RlhfError
+
+if TYPE_CHECKING:
+    import orbax.checkpoint
 
 
 class TrainState(NamedTuple):
@@ -42,6 +47,8 @@ class Checkpoints:
 
     def __init__(self, directory: Path, keep: int) -> None:
         """Open or create a directory, and remove the remains of interrupted saves."""
+        import orbax.checkpoint as ocp
+
         self._directory = directory
         logging.getLogger("asyncio").addFilter(_REPEATED)
         self._manager = ocp.CheckpointManager(
@@ -58,6 +65,8 @@ class Checkpoints:
 
         The state is copied first: on CPUs Orbax reads the memory of the arrays, which the next step overwrites.
         """
+        import orbax.checkpoint as ocp
+
         copy = jax.tree.map(jnp.copy, state)
         items = {name: ocp.args.StandardSave(tree) for name, tree in copy.params.items()}
         rest = ocp.args.StandardSave(_rest(copy))
@@ -66,6 +75,8 @@ class Checkpoints:
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """Restore the state saved at a step, with the shardings of `like`."""
+        import orbax.checkpoint as ocp
+
         items = {name: ocp.args.StandardRestore(_abstract(tree)) for name, tree in like.params.items()}
         target = ocp.args.StandardRestore(_abstract(_rest(like)))
         restored = self._manager.restore(step, args=ocp.args.Composite(rest=target, **items))
@@ -93,6 +104,8 @@ def load_params(directory: Path, network: str, like: PyTree, *, step: int | None
     None for the newest checkpoint; where gives the sharding of each parameter (None: the first device).
     Raises RlhfError if there is no such checkpoint.
     """
+    import orbax.checkpoint as ocp
+
     with _reading(directory) as manager:
         steps = manager.all_steps()
         if not steps or (step is not None and step not in steps):
@@ -106,8 +119,10 @@ def load_params(directory: Path, network: str, like: PyTree, *, step: int | None
 
 
 @contextlib.contextmanager
-def _reading(directory: Path) -> Iterator[ocp.CheckpointManager]:
+def _reading(directory: Path) -> Iterator["orbax.checkpoint.CheckpointManager"]:
     """Open checkpoints for reading, without Orbax's warnings about read-only managers."""
+    import orbax.checkpoint as ocp
+
     verbosity = absl.logging.get_verbosity()
     absl.logging.set_verbosity(min(verbosity, absl.logging.ERROR))
     try:

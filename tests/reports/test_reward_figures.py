@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from rlhf_jax.core import calibration
-from rlhf_jax.reports import Run, report, reward_figures
+from rlhf_jax.reports import report, reward_figures
+from rlhf_jax.reports.run import Run
 from rlhf_jax.runtime.files import write_json
 from tests.support import workdirs
 

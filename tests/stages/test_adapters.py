@@ -18,7 +18,7 @@ from rlhf_jax.methods import dpo
 from rlhf_jax.methods.dpo import ReferenceUpdate, pair_logps
 from rlhf_jax.methods.offline import Updates
 from rlhf_jax.models.lora import Adapted, LoraConfig, merge
-from rlhf_jax.reports import Run
+from rlhf_jax.reports.run import Run
 from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.runtime.optimizers import make_optimizer
 from rlhf_jax.runtime.programs import make_placement

@@ -13,7 +13,7 @@ from rlhf_jax.core.sequences import joined
 from rlhf_jax.methods.online_pairs import choose
 from rlhf_jax.methods.policy_parts import Sampled
 from rlhf_jax.methods.preference_table import PreferenceLossConfig
-from rlhf_jax.reports import Run
+from rlhf_jax.reports.run import Run
 from rlhf_jax.rewards import judging, tfidf
 from rlhf_jax.rewards.tfidf import TfidfRidgeConfig
 from rlhf_jax.runtime.programs import SEED_AXIS, Scored, compile_host_steps, make_placement

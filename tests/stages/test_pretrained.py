@@ -19,7 +19,7 @@ from rlhf_jax.loading.models import Policy, RewardModel, body_of
 from rlhf_jax.loading.pretrained import load_checkpoint
 from rlhf_jax.main import main
 from rlhf_jax.models.policy import PolicyNetwork
-from rlhf_jax.reports import Run
+from rlhf_jax.reports.run import Run
 from rlhf_jax.rewards.scorers import make_scorer
 from rlhf_jax.types import Rollout
 from tests.support import checkpoints, tokenizer_files

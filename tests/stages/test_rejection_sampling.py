@@ -18,7 +18,7 @@ from rlhf_jax.data.padding import pad_left, pad_right
 from rlhf_jax.loading import tables
 from rlhf_jax.loading.context import Context
 from rlhf_jax.loading.models import RewardModel
-from rlhf_jax.reports import Run
+from rlhf_jax.reports.run import Run
 from rlhf_jax.runtime.files import read_json, read_rows, write_json, write_rows
 from rlhf_jax.runtime.progress import Display
 from rlhf_jax.runtime.workdir import Workdir

@@ -16,8 +16,8 @@ from rlhf_jax.methods.preference_table import PreferenceLossConfig
 from rlhf_jax.methods.reward_table import RewardLossConfig
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
-from rlhf_jax.reports import Run
 from rlhf_jax.reports.report import print_summary
+from rlhf_jax.reports.run import Run
 from rlhf_jax.rewards import tfidf
 from rlhf_jax.rewards.tfidf import TfidfRidgeConfig
 from rlhf_jax.runtime.checkpoints import Checkpoints, TrainState

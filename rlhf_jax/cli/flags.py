@@ -15,6 +15,7 @@ from rlhf_jax.loading import models, pretrained
 from rlhf_jax.loading.models import Policy, RewardModel, Tuning
 from rlhf_jax.reports.run import Run
 from rlhf_jax.rewards.sources import Reward, RewardConfig, load_reward
+from rlhf_jax.runtime import compilation_cache
 from rlhf_jax.sampling.choice import Sampling
 from rlhf_jax.sampling.options import SamplingOptions
 from rlhf_jax.types import RlhfError
@@ -48,9 +49,11 @@ def add_model_flags(parser: Parser) -> None:
 def load_model(options: argparse.Namespace, tuning: Tuning) -> Policy | RewardModel:
     """Load the model that the flags name. Without --dtype a checkpoint gets the dtypes of `tuning`.
 
-    An adapter is merged into its base. A note on standard error says if the weights were dequantised.
+    An adapter is merged into its base. A note on standard error says if the weights were dequantised. Programs that
+    are compiled for the model are kept in the compilation cache.
     Raises RlhfError if the flags name no model, or two.
     """
+    compilation_cache.enable()
     if options.dtype is not None:
         tuning = Tuning(param_dtype=options.dtype, compute_dtype=options.dtype)
     if options.family is not None:

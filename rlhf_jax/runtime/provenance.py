@@ -92,7 +92,7 @@ def machine() -> dict[str, Json]:
         "platform": client.platform,
         "platform_version": " ".join(client.platform_version.split()),
         "devices": [device.device_kind for device in jax.devices()],
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "threads": int(os.environ.get("PJRT_NPROC") or os.environ.get("NPROC") or _usable_cores()),
         "cpu_target": cpu_target() if client.platform == "cpu" else None,
@@ -190,7 +190,8 @@ def _usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Name of the processor's model."""
     path = Path("/proc/cpuinfo")
     names = re.findall(r"^model name\s*: (.*)$", path.read_text() if path.exists() else "", re.MULTILINE)
     return names[0] if names else platform.processor()

@@ -113,6 +113,7 @@ def _numbers(text: str) -> tuple[float, ...]:
 
 def load_judge(options: argparse.Namespace) -> RewardModel | Reward | None:
     """Load the reward that the flags name, or return None. Raises RlhfError for two rewards or a language model."""
+    compilation_cache.enable()
     flags = [
         f"--{name.replace('_', '-')}" for name in ("reward_model", "reward_stage", "reward") if getattr(options, name)
     ]

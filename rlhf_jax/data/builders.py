@@ -189,7 +189,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     if isinstance(value, np.ndarray | np.generic):
-        return _plain(value.tolist())
+        return value.tolist() if value.dtype.kind in "biuf" else _plain(value.tolist())  # numbers need no visit each
     return value.decode("utf-8") if isinstance(value, bytes) else value
 
 

@@ -28,8 +28,8 @@ def enable() -> None:
     Several processes may use the cache at once. If its directory cannot be used, a message says so and programs are
     compiled as without a cache. XLA compiles the same program to the same code, so results do not depend on the cache.
     """
-    directory = cache_dir()
-    if directory is None or jax.config.jax_compilation_cache_dir is not None or not _prepare(directory):
+    directory, own = cache_dir(), jax.config.values["jax_compilation_cache_dir"]
+    if directory is None or own is not None or not _prepare(directory):
         return
     jax.config.update("jax_compilation_cache_dir", str(directory))
     jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)  # with a limit, JAX also locks the directory

@@ -62,7 +62,7 @@ def no_cache():
         "jax_compilation_cache_max_size",
         "jax_persistent_cache_min_compile_time_secs",
     ]
-    before = {name: getattr(jax.config, name) for name in names}
+    before = {name: jax.config.values[name] for name in names}
     jax.config.update("jax_compilation_cache_dir", None)
     yield
     for name, value in before.items():
@@ -73,15 +73,15 @@ def test_the_cache_is_on_by_default_bounded_and_in_the_users_cache_directory(tmp
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv(compilation_cache.VARIABLE)
     compilation_cache.enable()
-    assert Path(jax.config.jax_compilation_cache_dir).parent == tmp_path / "rlhf_jax" / "programs"
-    assert 0 < jax.config.jax_compilation_cache_max_size < 10 * 2**30
+    assert Path(jax.config.values["jax_compilation_cache_dir"]).parent == tmp_path / "rlhf_jax" / "programs"
+    assert 0 < jax.config.values["jax_compilation_cache_max_size"] < 10 * 2**30
 
 
 def test_a_cache_of_the_process_itself_is_kept(tmp_path, monkeypatch, no_cache):
     monkeypatch.setenv(compilation_cache.VARIABLE, str(tmp_path / "ours"))
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "own"))
     compilation_cache.enable()
-    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "own")
+    assert jax.config.values["jax_compilation_cache_dir"] == str(tmp_path / "own")
     assert not (tmp_path / "ours").exists()
 
 
@@ -90,7 +90,7 @@ def test_a_directory_that_cannot_be_used_is_named_once(tmp_path, monkeypatch, no
     monkeypatch.setenv(compilation_cache.VARIABLE, str(tmp_path / "file"))
     for _ in range(2):
         compilation_cache.enable()
-    assert jax.config.jax_compilation_cache_dir is None
+    assert jax.config.values["jax_compilation_cache_dir"] is None
     (line,) = capsys.readouterr().err.splitlines()
     assert str(tmp_path / "file") in line and "Not a directory" in line and "RLHF_JAX_CACHE" in line
 

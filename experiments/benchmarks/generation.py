@@ -50,7 +50,8 @@ LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "head_dim
 SIZES = {  # layers, width, heads, heads of keys and values, width of the MLP, vocabulary, rope theta
     "S": (30, 576, 9, 3, 1536, 49152, 1e5),
     "L": (16, 2048, 32, 8, 8192, 128256, 5e5),
-    "tiny": (2, 128, 2, 1, 256, 512, 1e4),
+    "m": (6, 256, 4, 2, 768, 4096, 1e4),
+    "tiny": (2, 128, 2, 1, 256, 4096, 1e4),
 }
 
 BANDWIDTHS = {"H200": 4.8e12, "H100 80GB HBM3": 3.35e12, "A100-SXM4-80GB": 2.039e12, "TPU v5 lite": 0.819e12}

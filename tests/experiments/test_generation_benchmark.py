@@ -31,7 +31,7 @@ def test_rows_of_one_length(benchmark, tmp_path):
         read = row["roofline_milliseconds"] / 1e3 * row["bandwidth"]
         assert read == pytest.approx(row["weight_bytes"] + row["cache_bytes"])
     # By hand: embedding, two layers (q, o; k, v; three of the MLP; two norms), final norm; half of all tokens to come.
-    weights = 512 * 128 + 2 * (2 * 128**2 + 2 * 128 * 64 + 3 * 128 * 256 + 2 * 128) + 128
+    weights = 4096 * 128 + 2 * (2 * 128**2 + 2 * 128 * 64 + 3 * 128 * 256 + 2 * 128) + 128
     assert rows[0]["weight_bytes"] == 4 * weights
     assert rows[0]["cache_bytes"] == 4 * 2 * (8 + 16 / 2) * 2 * 2 * 64
 

@@ -9,26 +9,27 @@ first arm alone. Annotations and error messages are left alone. The mutants of a
 source alone.
 
 Each mutant runs in a scratch copy of the package and its tests, never in the working tree: first the module's own test
-file, then the others of its room that import it, then SWEEPS. It has TIMEOUT seconds in all; one that takes longer
-counts as noticed, since a search that does not end is a failure. A survivor is printed as `file:line: old -> new`, and
-the exit code is then 1. EQUIVALENT lists changes that no caller can see, with the reason. A run of all of core/ takes
+file, then the others of its room that import it, then SWEEPS. It has PATIENCE times the seconds that the same tests
+take without a change. Survivors, and mutants that took longer, are printed as `file:line: old -> new`; the exit code is
+1 if there are survivors. EQUIVALENT lists changes that no caller can see, with the reason. A run of all of core/ takes
 hours; --every=10 samples it.
 """
 
 import argparse
 import ast
+import collections
 import concurrent.futures
 import copy
-import itertools
 import multiprocessing
 import os
 import re
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import pytest
 
@@ -37,8 +38,10 @@ PACKAGE = ROOT / "rlhf_jax"
 SWEEPS = {"core": ("test_goldens.py", "test_axes.py")}
 """Tests that look at a whole room; they run last."""
 
-TIMEOUT = 600.0
-"""Seconds that the tests of one mutant may take."""
+PATIENCE = 5.0
+"""The tests of a mutant may take so many times as long as without a change."""
+
+Outcome = Literal["noticed", "survived", "timed out"]
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["beartype", "hypothesis", "jax", "jaxtyping", "optax", "pytest"])
@@ -174,22 +177,31 @@ def copy_tree(source: Path, target: Path) -> None:
     shutil.copy(source / "pyproject.toml", target)
 
 
-def is_noticed(mutant: Mutant, source: Path) -> bool:
-    """Return whether any test fails in a copy of `source` with this change."""
+def outcome_of(mutant: Mutant, source: Path, seconds: float | None) -> Outcome:
+    """Run the tests of the mutant's module in a copy of `source` with this change, for so many seconds at most."""
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         copy_tree(source, place)
         (place / "rlhf_jax" / f"{mutant.module}.py").write_text(mutant.source)
         process = SERVER.Process(target=run_tests, args=(place, tests_of(mutant.module)))
         process.start()
-        process.join(TIMEOUT)
-        if process.is_alive():  # a search that does not end
+        process.join(seconds)
+        if process.is_alive():
             process.kill()
-            return True
+            return "timed out"
         if process.exitcode not in (0, 1, 2):  # 2: the module cannot even be imported
             output = (place / "output").read_text()
             raise RuntimeError(f"pytest stopped with {process.exitcode} on {mutant}\n{output}")
-        return process.exitcode != 0
+        return "survived" if process.exitcode == 0 else "noticed"
+
+
+def time_limit(module: str, snapshot: Path) -> float:
+    """Run a module's tests without a change, and allow its mutants PATIENCE times as long."""
+    unchanged = Mutant(module, 0, "", "", (snapshot / "rlhf_jax" / f"{module}.py").read_text())
+    begun = time.monotonic()
+    if outcome_of(unchanged, snapshot, None) != "survived":
+        raise RuntimeError(f"the tests of {module} fail without a change: {' '.join(tests_of(module))}")
+    return PATIENCE * (time.monotonic() - begun)
 
 
 def run_tests(place: Path, paths: list[str]) -> None:
@@ -225,19 +237,21 @@ def main(arguments: list[str] | None = None) -> int:
         print(*found, sep="\n")
         return 0
     wanted = [mutant for mutant in found if mutant.key not in EQUIVALENT]
-    survivors = 0
+    counts: collections.Counter[Outcome] = collections.Counter()
     with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
         snapshot = Path(folder)  # the working tree may change meanwhile
         copy_tree(ROOT, snapshot)
-        for module in dict.fromkeys(mutant.module for mutant in wanted):
-            if is_noticed(Mutant(module, 0, "", "", (snapshot / "rlhf_jax" / f"{module}.py").read_text()), snapshot):
-                raise RuntimeError(f"the tests of {module} fail without a change: {' '.join(tests_of(module))}")
-        for mutant, noticed in zip(wanted, pool.map(is_noticed, wanted, itertools.repeat(snapshot)), strict=False):
-            if not noticed:
-                survivors += 1
-                print(mutant, flush=True)
-    print(f"{len(wanted) - survivors} of {len(wanted)} noticed; {len(found) - len(wanted)} known to change nothing")
-    return 1 if survivors else 0
+        limits = {module: time_limit(module, snapshot) for module in dict.fromkeys(mutant.module for mutant in wanted)}
+        outcomes = pool.map(lambda mutant: outcome_of(mutant, snapshot, limits[mutant.module]), wanted)
+        for mutant, outcome in zip(wanted, outcomes, strict=False):
+            counts[outcome] += 1
+            if outcome != "noticed":
+                print(f"{mutant}  ({outcome})", flush=True)
+    print(
+        f"{counts['noticed']} of {len(wanted)} noticed, {counts['timed out']} timed out; "
+        f"{len(found) - len(wanted)} known to change nothing"
+    )
+    return 1 if counts["survived"] else 0
 
 
 if __name__ == "__main__":

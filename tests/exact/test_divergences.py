@@ -4,6 +4,7 @@ Scores are all 0, so that the penalty is all there is. Its true gradient is that
 the others are those of other objectives, in closed form here and in the docstrings of `core/kl.py`.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -11,7 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax.core.kl import ESTIMATORS
+from rlhf_jax.stages.group_rl import GroupRLConfig
 from tests.support import exact_world as exact
+from tests.support import tiny
 from tests.support.exact_world import World, apart, cosine, every_batch, of_group, world
 
 EXACT, LONGEST, KL_COEF = 1e-4, 3, 0.3
@@ -32,9 +36,13 @@ def penalty(
     at: World, estimator: str, place: str, *, method: dict[str, Any] | None = None, **fields: Any
 ) -> np.ndarray:
     """The expected gradient of the penalty in an iteration, over its coefficient."""
+    return -every_batch(at, penalty_config(estimator, place, **fields), **(method or {})).mean() / KL_COEF
+
+
+def penalty_config(estimator: str, place: str, **fields: Any) -> GroupRLConfig:
+    """A config whose only term is the penalty."""
     given = {"kl_estimator": estimator, "kl_in": place, "policy_loss": "ppo", "aggregation": "sequence_sum", **fields}
-    config = of_group("rloo", 2, kl_coef=KL_COEF, **given)
-    return -every_batch(at, config, **(method or {})).mean() / KL_COEF
+    return of_group("rloo", 2, kl_coef=KL_COEF, **given)
 
 
 def whole(at: World) -> np.ndarray:
@@ -109,6 +117,9 @@ def test_weighted_k3_holds_off_policy_too():
 
 @pytest.mark.nightly
 def test_k1_in_the_loss_has_no_gradient():
+    """Configs refuse k1 in the loss, for this reason: the learner is given it here."""
     at = near(1.0)
-    gradient = penalty(at, "k2", "loss", method={"kl_estimator": "k1"})
+    learner = tiny.build_method(penalty_config("k2", "loss")).learner
+    with_k1 = dataclasses.replace(learner, loss_penalty=ESTIMATORS["k1"])
+    gradient = penalty(at, "k2", "loss", method={"learner": with_k1})
     assert np.linalg.norm(gradient) < EXACT * np.linalg.norm(whole(at))

@@ -23,7 +23,7 @@ from rlhf_jax.core import masking
 from rlhf_jax.core.advantages import informative_groups
 from rlhf_jax.data.prompts import at_round
 from rlhf_jax.methods.policy_parts import OnlineBatch, Responses, Sampled
-from rlhf_jax.runtime.programs import Rounds
+from rlhf_jax.runtime.two_programs import Rounds
 from rlhf_jax.types import Rollout, TokenBatch
 
 DIFFERS, ALIKE, EMPTY = 0, 1, 2
@@ -109,7 +109,7 @@ class DynamicSampling:
             demonstrations=sampled.demonstrations,
         )
 
-    def fill(self, draw: Draw, batch: OnlineBatch, axes: tuple[str, ...], loop_axes: tuple[str, ...]) -> Responses:
+    def fill(self, draw: Draw, batch: OnlineBatch, axes: tuple[str, ...], loop_axes: tuple[str, ...]) -> PartialBatch:
         """Run rounds within one program until every seed's batch is full, or all rounds are used.
 
         Args: batch has the prompts of all rounds, [B, rounds, P]; rows are split over the mapped axes `axes`, and seeds
@@ -133,7 +133,7 @@ class DynamicSampling:
         sampled, _ = jax.eval_shape(draw_round, 0)
         start = (jnp.int32(0), jnp.bool(True), self.empty(sampled))
         _, _, partial = jax.lax.while_loop(unfinished, another, start)
-        return self.responses(partial._replace(demonstrations=batch.demonstrations), axes)
+        return partial._replace(demonstrations=batch.demonstrations)
 
     def on_host(self) -> Rounds:
         """Make the rounds of an iteration whose responses the host scores, between its two programs."""

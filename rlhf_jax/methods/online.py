@@ -14,6 +14,7 @@ from rlhf_jax.loading.data_report import report_prompts
 from rlhf_jax.loading.models import Policy, RewardModel
 from rlhf_jax.loading.samples import sample_rows
 from rlhf_jax.loading.trainable import load_initial_policy, stack
+from rlhf_jax.methods import two_steps
 from rlhf_jax.methods.online_config import OnlineConfig
 from rlhf_jax.methods.policy_gradient import Iteration
 from rlhf_jax.methods.policy_method import OnlineMethod
@@ -22,6 +23,7 @@ from rlhf_jax.rewards.scorers import HostScorer, joins_program, make_host_scorer
 from rlhf_jax.rewards.sources import Reward
 from rlhf_jax.runtime.loop import Task, train
 from rlhf_jax.runtime.programs import SEED_AXIS
+from rlhf_jax.sampling import buckets
 from rlhf_jax.types import Json, Row
 
 
@@ -95,10 +97,13 @@ def train_online(
     iteration = Iteration(networks, config, placement.axes, (SEED_AXIS,) if context.seeds > 1 else (), method)
     frozen = {**frozen, "reference": reference.params}
     if isinstance(reward, DeviceReward):
-        step = iteration.step(reward.model.network)
-        frozen["reward"] = reward.model.params
+        network, frozen["reward"] = reward.model.network, reward.model.params
+        longest = context.data.max_prompt_tokens + context.data.max_response_tokens
+        trims = config.trim_padding and longest > buckets.LEAST
+        step = two_steps.scored_by_network(iteration, network, two_steps.LONGEST) if trims else iteration.step(network)
     else:
-        step = iteration.host_steps(reward.score)
+        fit = two_steps.LONGEST if config.trim_padding else two_steps.MAXIMUM
+        step = two_steps.scored_on_host(iteration, reward.score, fit)
 
     seeds = range(context.seeds)
     prompt_keys = tuple(context.key("prompts", k) for k in seeds)

@@ -22,6 +22,8 @@ class OnlineConfig:
     samples_every: Count  # write samples every so many iterations
     samples_written: CountOrZero  # number of samples to write each time
     loop: LoopConfig
+    # Pad batches to their longest prompt and response, with two programs an iteration; False: to the maximum lengths.
+    trim_padding: bool = True
     missing_eos_penalty: NonNegative = 0.0  # subtracted from the score of a truncated response
     tuning: Tuning = NO_CHANGES
 

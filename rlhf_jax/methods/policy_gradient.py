@@ -1,7 +1,7 @@
 """One iteration of PPO, of the group methods and of online DPO, from prompts to new parameters.
 
     1. sample responses to a batch of prompts                                        Iteration.sample
-    2. score them, with a network in this program or with a function on the host     Iteration.step, host_steps
+    2. score them, with a network in this program or with a function on the host     Iteration.step, two_steps.py
     3. old and reference log-probabilities, KL divergence, shaped scores             Iteration.evaluate, old_policy
     4. token rewards and advantages                                                  PolicyGradient.prepare
     5. epochs of minibatches, one update each                                        Iteration.learn, optimise
@@ -18,6 +18,7 @@ responses, reshuffled every epoch (N), Adam's epsilon of 1e-5 (N, set in the opt
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Generic, NamedTuple
 
@@ -35,7 +36,6 @@ from rlhf_jax.core.policy_losses import Aggregation, TokenLosses, explained_vari
 from rlhf_jax.core.sequences import joined
 from rlhf_jax.loading.trainable import dropout_keys
 from rlhf_jax.methods import policy_optimizer
-from rlhf_jax.methods.dynamic_sampling import PartialBatch
 from rlhf_jax.methods.policy_method import KLEstimator, OnlineMethod, Rows
 from rlhf_jax.methods.policy_metrics import objective_metrics, reference_divergence, score_metrics
 from rlhf_jax.methods.policy_parts import (
@@ -56,13 +56,14 @@ from rlhf_jax.methods.policy_parts import (
 )
 from rlhf_jax.models.head import token_stats, token_stats_with_entropy
 from rlhf_jax.models.scalars import ScalarNetwork
-from rlhf_jax.rewards.scorers import HostScorer
 from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.runtime.optimizers import accumulated, stop_frozen, update
-from rlhf_jax.runtime.programs import HostSteps, Step
+from rlhf_jax.runtime.programs import Step
 from rlhf_jax.runtime.rounding import float32
+from rlhf_jax.sampling.buckets import last_tokens
 from rlhf_jax.sampling.choice import Sampling
 from rlhf_jax.sampling.generate import generate
+from rlhf_jax.types import Sequences
 
 AdvantageFunction = Callable[[Array, Array, Array, Array, tuple[str, ...]], Advantages]
 """Function of token rewards, values (0 without a value function), response mask, loss mask and axes."""
@@ -94,64 +95,64 @@ class Iteration(Setting, Generic[Rows]):
         """Derive this iteration's key for one purpose: sample, order, dropout or rounding."""
         return derive(jax.random.fold_in(run_key, state.step), purpose)
 
-    def sample(self, state: TrainState, frozen: Params, batch: OnlineBatch, run_key: PRNGKeyArray) -> Sampled:
-        """Sample responses to the prompts from the policy."""
+    def sample(
+        self, state: TrainState, frozen: Params, batch: OnlineBatch, run_key: PRNGKeyArray, prompt_width: int
+    ) -> Sampled:
+        """Sample responses to the prompts from the policy. No prompt has more than `prompt_width` tokens."""
         generation = generate(
             self.networks.policy,
             self.networks.full_params(state.params, frozen)["policy"],
-            batch.prompts,
+            last_tokens(batch.prompts, prompt_width),
             self.key(run_key, state, "sample"),
             Sampling(self.networks.max_new_tokens, self.config.temperature, self.networks.stop_ids),
             samples=self.method.num_generations,
             loop_axes=self.loop_axes,
         )
-        return Sampled(generation.rollout, generation.logprobs, batch.demonstrations)
+        prompt, mask = (jnp.repeat(leaf, self.method.num_generations, axis=0) for leaf in batch.prompts[:2])
+        return Sampled(
+            generation.rollout._replace(prompt=prompt, prompt_mask=mask), generation.logprobs, batch.demonstrations
+        )
 
     def step(self, reward: ScalarNetwork) -> Step:
         """Make the iteration as one program, with a reward network that reads the policy's tokens."""
 
         def step(state: TrainState, frozen: Params, batch: OnlineBatch, run_key: PRNGKeyArray) -> Learned:
-            def draw(batch: OnlineBatch) -> tuple[Sampled, Array]:
-                sampled = self.sample(state, frozen, batch, run_key)
-                return sampled, reward.scores(frozen["reward"], joined(sampled.rollout))
-
+            draw = functools.partial(self.draw, reward, state, frozen, run_key, batch.prompts.tokens.shape[-1])
             rounds = self.method.dynamic_sampling
-            found = rounds.fill(draw, batch, self.axes, self.loop_axes) if rounds else self.scored(*draw(batch))
-            return self.learn(state, frozen, found, run_key)
+            if rounds is None:
+                responses = self.scored(*draw(batch))
+            else:
+                responses = rounds.responses(rounds.fill(draw, batch, self.axes, self.loop_axes), self.axes)
+            return self.learn(state, frozen, responses, joined(responses.sampled.rollout), run_key)
 
         return step
 
-    def host_steps(self, score: HostScorer) -> HostSteps:
-        """Make the iteration as two programs; between them, the host scores the samples."""
-
-        def sample(
-            state: TrainState, frozen: Params, batch: OnlineBatch, run_key: PRNGKeyArray
-        ) -> tuple[TrainState, Numbers, Sampled]:
-            return state, {}, self.sample(state, frozen, batch, run_key)
-
-        def learn(state: TrainState, frozen: Params, found: tuple[Sampled, Array], run_key: PRNGKeyArray) -> Learned:
-            return self.learn(state, frozen, self.scored(*found), run_key)
-
-        rounds = self.method.dynamic_sampling
-        if rounds is None:
-            return HostSteps(sample, lambda sampled: score(sampled.rollout), learn)
-
-        def learn_filled(state: TrainState, frozen: Params, found: PartialBatch, run_key: PRNGKeyArray) -> Learned:
-            return self.learn(state, frozen, rounds.responses(found, self.axes), run_key)
-
-        return HostSteps(sample, lambda sampled: score(sampled.rollout), learn_filled, rounds.on_host())
+    def draw(
+        self,
+        reward: ScalarNetwork,
+        state: TrainState,
+        frozen: Params,
+        run_key: PRNGKeyArray,
+        prompt_width: int,
+        batch: OnlineBatch,
+    ) -> tuple[Sampled, Float[Array, "B"]]:
+        """Sample responses and score them."""
+        sampled = self.sample(state, frozen, batch, run_key, prompt_width)
+        return sampled, reward.scores(frozen["reward"], joined(sampled.rollout))
 
     def scored(self, sampled: Sampled, scores: Float[Array, "B"]) -> Responses:
         """Combine responses with the reward's scores; all of them are trained on."""
         return Responses(sampled, scores, None, score_metrics(scores, self.axes))
 
-    def learn(self, state: TrainState, frozen: Params, responses: Responses, run_key: PRNGKeyArray) -> Learned:
-        """Compute the next state from scored responses: steps 3 to 6."""
+    def learn(
+        self, state: TrainState, frozen: Params, responses: Responses, sequences: Sequences, run_key: PRNGKeyArray
+    ) -> Learned:
+        """Compute the next state from scored responses: steps 3 to 6. The networks read `sequences`."""
         controller, kl_coef = self.method.kl_controller, self.method.kl_coef
         if controller:
             kl_coef = state.controller["kl_coef"]
         params = self.networks.full_params(state.params, frozen)
-        evaluated = self.evaluate(params, frozen, responses)
+        evaluated = self.evaluate(params, frozen, responses, sequences)
         objective = objective_metrics(evaluated, kl_coef, self.axes)
         rows, prepared = self.method.learner.prepare(self, evaluated, frozen, kl_coef)
         state, updated = self.optimise(state, frozen, rows, responses.sampled, run_key, kl_coef)
@@ -159,37 +160,40 @@ class Iteration(Setting, Generic[Rows]):
             adapted = controller.next(kl_coef, objective["objective/kl"], self.config.batch_size)
             state = state._replace(controller={"kl_coef": adapted})
         logged = objective | numbers_of(evaluated.old.metrics) | prepared | responses.metrics | updated
-        return state, logged, Samples(evaluated.rollout, responses.scores, reference_divergence(evaluated))
+        samples = Samples(responses.sampled.rollout, responses.scores, reference_divergence(evaluated))
+        return state, logged, samples
 
-    def evaluate(self, params: Params, frozen: Params, responses: Responses) -> Evaluated:
+    def evaluate(self, params: Params, frozen: Params, responses: Responses, sequences: Sequences) -> Evaluated:
         """Compute log-probabilities and values before the first update, and shape the scores.
 
         The logged KL divergence is the sum of the method's own estimator over a response.
         """
-        rollout = responses.sampled.rollout
-        old = self.old_policy(params, responses.sampled)
+        old = self.old_policy(params, sequences, responses.sampled.logprobs)
         reference = self.networks.policy.response_stats(
-            frozen["reference"], joined(rollout), temperature=self.config.temperature
+            frozen["reference"], sequences, temperature=self.config.temperature
         )
         kl = self.method.kl_estimator(old.logprobs, reference.logprobs, old.logprobs)
-        ended, lengths = self.networks.has_ended(rollout), masking.lengths(rollout.response_mask)
+        ended, lengths = self.networks.has_ended(sequences), masking.lengths(sequences.response_mask)
         scores = self.method.shaping(responses.scores, lengths, ended, max_tokens=self.networks.max_new_tokens)
-        return Evaluated(rollout, scores, ended, responses.useful, old, reference.logprobs, kl)
+        return Evaluated(
+            responses.sampled.rollout, sequences, scores, ended, responses.useful, old, reference.logprobs, kl
+        )
 
-    def old_policy(self, params: Params, sampled: Sampled) -> OldPolicy:
+    def old_policy(self, params: Params, sequences: Sequences, sampler_logprobs: Float[Array, "B T"]) -> OldPolicy:
         r"""Recompute old log-probabilities with the learner, so that the first ratio is 1 ("decoupled" in verl).
 
         With `use_sampler_logprobs`, reuse the sampler's ("bypass" in verl): the ratio $\pi_{learner} / \pi_{sampler}$
         may differ from 1 from the first update on, and the loss clips it. Entropy is then estimated by $-\log \pi$ of
         the sampled tokens.
         """
-        rollout, mask = sampled.rollout, sampled.rollout.response_mask
+        mask = sequences.response_mask
+        sampler_logprobs = sampler_logprobs[:, : mask.shape[1]]
         if self.method.use_sampler_logprobs:
-            return OldPolicy(sampled.logprobs, -sampled.logprobs, self.networks.values(params, rollout), None, {})
-        stats, values = self.networks.forward(params, rollout, temperature=self.config.temperature)
-        metrics, weights = sampler_difference(stats.logprobs, sampled.logprobs, mask, self.axes), None
+            return OldPolicy(sampler_logprobs, -sampler_logprobs, self.networks.values(params, sequences), None, {})
+        stats, values = self.networks.forward(params, sequences, temperature=self.config.temperature)
+        metrics, weights = sampler_difference(stats.logprobs, sampler_logprobs, mask, self.axes), None
         if self.method.importance:
-            weights = self.method.importance(stats.logprobs, sampled.logprobs, mask)
+            weights = self.method.importance(stats.logprobs, sampler_logprobs, mask)
             metrics |= weight_metrics(weights, mask, self.axes)
         return OldPolicy(stats.logprobs, stats.entropy, values, weights, metrics)
 
@@ -267,7 +271,7 @@ class PolicyGradient:
     ) -> tuple[Experience, Numbers]:
         """Compute token rewards from scores and KL divergence, and from these the advantages."""
         del frozen
-        old, mask = evaluated.old, evaluated.rollout.response_mask
+        old, mask = evaluated.old, evaluated.sequences.response_mask
         penalty = 0.0 if self.loss_penalty else kl_coef
         rewards = token_rewards(evaluated.scores, evaluated.kl, mask, kl_coef=penalty)
         trained = mask & evaluated.ended[:, None] if self.reject_truncated else mask
@@ -279,7 +283,7 @@ class PolicyGradient:
             targets = ValueTargets(old.values, returns)
             numbers["val/explained_variance"] = explained_variance(old.values, returns, mask, setting.axes)
         ref_logprobs = evaluated.ref_logprobs if self.loss_penalty else None
-        rows = Experience(evaluated.rollout, old.logprobs, advantages, trained, targets, ref_logprobs, old.weights)
+        rows = Experience(evaluated.sequences, old.logprobs, advantages, trained, targets, ref_logprobs, old.weights)
         return rows, numbers
 
     def loss(
@@ -300,7 +304,7 @@ class PolicyGradient:
         mask, axes = rows.loss_mask, setting.axes
         stats_fn = token_stats_with_entropy if self.entropy_coef else token_stats
         stats, values = setting.networks.forward(
-            params, rows.rollout, temperature=setting.config.temperature, stats_fn=stats_fn
+            params, rows.sequences, temperature=setting.config.temperature, stats_fn=stats_fn
         )
 
         def aggregate(x: Float[Array, "B T"]) -> Float[Array, ""]:

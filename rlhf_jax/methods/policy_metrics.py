@@ -21,7 +21,7 @@ def score_metrics(scores: Float[Array, "B"], axes: tuple[str, ...]) -> Numbers:
 
 def objective_metrics(evaluated: Evaluated, kl_coef: Coefficient, axes: tuple[str, ...]) -> Numbers:
     """The objective and its terms, as means over responses, and the responses' lengths."""
-    mask, scores = evaluated.rollout.response_mask, evaluated.scores
+    mask, scores = evaluated.sequences.response_mask, evaluated.scores
     sequence_kl = sequence_logprobs(evaluated.kl, mask)
     non_score, lengths = -kl_coef * sequence_kl, masking.lengths(mask)
     length = lengths.astype(jnp.float32)
@@ -37,9 +37,10 @@ def objective_metrics(evaluated: Evaluated, kl_coef: Coefficient, axes: tuple[st
         "completions/max_length": jax.lax.pmax(jnp.max(length), axes) if axes else jnp.max(length),
         "val/num_eos_tokens": masking.count(evaluated.ended, axes),
         "num_tokens": masking.total(lengths, axes),
+        "token_share": masking.mean(evaluated.sequences.mask.astype(jnp.float32), axes),
     }
 
 
 def reference_divergence(evaluated: Evaluated) -> Float[Array, "B"]:
     """Estimate each response's KL divergence from the reference with k1, in nats."""
-    return sequence_logprobs(k1(evaluated.old.logprobs, evaluated.ref_logprobs), evaluated.rollout.response_mask)
+    return sequence_logprobs(k1(evaluated.old.logprobs, evaluated.ref_logprobs), evaluated.sequences.response_mask)

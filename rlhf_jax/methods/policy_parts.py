@@ -13,7 +13,6 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from rlhf_jax.core.advantages import clip_scores, overlong_penalty
 from rlhf_jax.core.metrics import Metric
-from rlhf_jax.core.sequences import joined
 from rlhf_jax.loading.trainable import full_params
 from rlhf_jax.methods.online_config import OnlineConfig
 from rlhf_jax.models import value_head
@@ -21,7 +20,7 @@ from rlhf_jax.models.head import TokenStats, token_stats
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
 from rlhf_jax.sampling.generate import is_stop
-from rlhf_jax.types import A, PromptBatch, Rollout, TokenBatch
+from rlhf_jax.types import A, PromptBatch, Rollout, Sequences, TokenBatch
 
 SharedTrunk = Literal["shared"]
 ValueNetwork = ScalarNetwork | SharedTrunk | None
@@ -70,7 +69,8 @@ class OldPolicy(NamedTuple):
 class Evaluated(NamedTuple):
     """Responses with all inputs of the token rewards."""
 
-    rollout: Rollout
+    rollout: Rollout  # as sampled, with all padding
+    sequences: Sequences
     scores: jax.Array  # [B], shaped
     ended: jax.Array  # bool[B], True if the response has a stop token
     useful: jax.Array | None  # as in Responses
@@ -94,9 +94,9 @@ class ValueTargets(NamedTuple):
 
 
 class Experience(NamedTuple):
-    """Rollout with advantages: the batch that every epoch trains on."""
+    """Responses with advantages: the batch that every epoch trains on."""
 
-    rollout: Rollout
+    sequences: Sequences
     logprobs: jax.Array  # [B, T], under the old policy
     advantages: jax.Array  # [B, T]
     loss_mask: jax.Array  # [B, T], response tokens to train on
@@ -138,31 +138,31 @@ class Networks:
     def forward(
         self,
         params: Params,
-        rollout: Rollout,
+        sequences: Sequences,
         *,
         temperature: float,
         stats_fn: Callable[..., TokenStats] = token_stats,
     ) -> tuple[TokenStats, Float[Array, "B T"] | None]:
         """Compute the policy's statistics of the response tokens, and the values (None without a value function)."""
-        hidden = self.policy.response_hidden(params["policy"], joined(rollout))
+        hidden = self.policy.response_hidden(params["policy"], sequences)
         stats = self.policy.hidden_stats(
-            params["policy"], hidden, rollout.response, temperature=temperature, stats_fn=stats_fn
+            params["policy"], hidden, sequences.response, temperature=temperature, stats_fn=stats_fn
         )
         if self.value == "shared":
             return stats, value_head.values(params["value"], hidden)
-        return stats, self.values(params, rollout)
+        return stats, self.values(params, sequences)
 
-    def values(self, params: Params, rollout: Rollout) -> Float[Array, "B T"] | None:
+    def values(self, params: Params, sequences: Sequences) -> Float[Array, "B T"] | None:
         """Compute the value of the state before each response token; None without a value function."""
         if self.value is None:
             return None
         if self.value == "shared":
-            return value_head.values(params["value"], self.policy.response_hidden(params["policy"], joined(rollout)))
-        return self.value.values(params["value"], joined(rollout))
+            return value_head.values(params["value"], self.policy.response_hidden(params["policy"], sequences))
+        return self.value.values(params["value"], sequences)
 
-    def has_ended(self, rollout: Rollout) -> Bool[Array, "B"]:
+    def has_ended(self, sequences: Sequences) -> Bool[Array, "B"]:
         """Mark the responses that contain a stop token; the others were cut off."""
-        return jnp.any(is_stop(rollout.response, self.stop_ids) & rollout.response_mask, axis=1)
+        return jnp.any(is_stop(sequences.response, self.stop_ids) & sequences.response_mask, axis=1)
 
 
 @dataclasses.dataclass(frozen=True)

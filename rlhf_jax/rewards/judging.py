@@ -15,7 +15,7 @@ from rlhf_jax.rewards.http_judge import HTTPJudge, HTTPJudgeConfig, Pair
 from rlhf_jax.rewards.scorers import HostScorer, make_scorer
 from rlhf_jax.rewards.sources import RewardSource, find_reward
 from rlhf_jax.rewards.tfidf import TfidfJudge
-from rlhf_jax.runtime.programs import Scored
+from rlhf_jax.runtime.two_programs import Scored
 from rlhf_jax.text.tokenizer import Tokenizer
 from rlhf_jax.types import Rollout
 

@@ -14,7 +14,7 @@ from rlhf_jax.loading.models import Policy, RewardModel
 from rlhf_jax.loading.samples import texts
 from rlhf_jax.rewards.functions import weighted_sum
 from rlhf_jax.rewards.sources import Reward
-from rlhf_jax.runtime.programs import Scored
+from rlhf_jax.runtime.two_programs import Scored
 from rlhf_jax.sampling.batches import score_all
 from rlhf_jax.text.tokenizer import Tokenizer
 from rlhf_jax.types import RlhfError, Rollout

@@ -13,8 +13,9 @@ from jaxtyping import PyTree
 from rlhf_jax.config import Count, check_ranges
 from rlhf_jax.runtime.checkpoints import Checkpoints, TrainState
 from rlhf_jax.runtime.files import RowWriter, read_rows
-from rlhf_jax.runtime.programs import HostSteps, Placement, Step, compile_host_steps
+from rlhf_jax.runtime.programs import Placement, Step
 from rlhf_jax.runtime.progress import Bar
+from rlhf_jax.runtime.two_programs import TwoPrograms, TwoSteps
 from rlhf_jax.types import RlhfError, Row
 
 Rows = list[Row]
@@ -48,7 +49,7 @@ class Evaluation:
 class Task:
     """Training task of a stage."""
 
-    step: Step | HostSteps
+    step: Step | TwoSteps
     state: TrainState  # at step 0; stacked over seeds if there are several
     frozen: PyTree
     batch_at: Callable[[int], PyTree]  # step, counted from 0 -> arrays [B, ...], or [seeds, B, ...]
@@ -79,8 +80,8 @@ def train(task: Task, config: LoopConfig, placement: Placement, first_seed: int,
         )
         state = placement.put_state(checkpoints.restore(done, task.state) if done else task.state)
         frozen = placement.put_frozen(task.frozen)
-        if isinstance(task.step, HostSteps):
-            program = compile_host_steps(placement, task.step, state)
+        if isinstance(task.step, TwoSteps):
+            program = TwoPrograms(placement, task.step)
         else:
             program = placement.compile(task.step, state)
         clock, rounding_loss = _Clock(directory / "metrics.jsonl"), _RoundingLoss()
@@ -113,6 +114,8 @@ def train(task: Task, config: LoopConfig, placement: Placement, first_seed: int,
                 metric_rows.flush()
                 sample_rows.flush()
                 checkpoints.save(placement.whole(state))
+        if isinstance(program, TwoPrograms) and (compiled := program.describe()):
+            bar.say(f"{directory.name}: {compiled}")
 
 
 class _Clock:

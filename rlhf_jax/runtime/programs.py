@@ -12,8 +12,7 @@ Metrics are reduced by the step and equal on all devices. The first axis of ever
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
-from typing import Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Literal, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -52,30 +51,6 @@ class Program(Protocol[State, Frozen, Batch, Samples]):
     ) -> tuple[State, dict[str, jax.Array | np.ndarray], Samples]:
         """Return the last state, and the metrics and samples of each step."""
         ...
-
-
-class Rounds(NamedTuple):
-    """Rounds of sampling before an iteration learns, until every seed has enough rows."""
-
-    split: Callable[[PyTree], Iterable[PyTree]]  # batch, with all its leading axes -> the batch of each round
-    # Pure function for one seed: (rows kept so far or None, (rollout, scores)) -> (rows kept, whether they are enough)
-    collect: Callable[[PyTree, PyTree], tuple[PyTree, jax.Array]]
-
-
-class Scored(NamedTuple):
-    """Scores of sampled rows, computed on the host."""
-
-    scores: np.ndarray  # float32[rows]
-    logged: dict[str, np.ndarray]  # float[rows] each; mean and standard deviation are logged, ignoring NaN
-
-
-class HostSteps(NamedTuple):
-    """An iteration of two steps: the host scores the samples of the first before the second learns from them."""
-
-    sample: Step  # step whose samples are a rollout
-    score: Callable[[PyTree], Scored]  # rollout with any number of rows, in NumPy -> scores
-    learn: Step  # step on a batch (rollout, scores), or on the rows that `rounds` kept
-    rounds: Rounds | None = None
 
 
 SEED_AXIS = "seed"
@@ -132,7 +107,7 @@ class MeshPlacement:
 
     def compile(self, step: Step, state: PyTree) -> Program:
         """Compile a program that keeps the shardings of `state` and donates the old state."""
-        rows = NamedSharding(self.mesh, P(*([None] * _leading_axes(self.seeds)), *ROWS))
+        rows = NamedSharding(self.mesh, P(*([None] * leading_axes(self.seeds)), *ROWS))
         compiled = jax.jit(
             _several(step, self.seeds),
             donate_argnums=0,
@@ -192,7 +167,7 @@ class PmapPlacement:
     def compile(self, step: Step, state: PyTree) -> Program:
         """Compile a program that donates the old state."""
         del state  # always replicated
-        rows = _leading_axes(self.seeds)
+        rows = leading_axes(self.seeds)
         compiled = jax.pmap(
             _several(step, self.seeds),
             axis_name=BATCH_AXIS,
@@ -202,7 +177,7 @@ class PmapPlacement:
             donate_argnums=0,
         )
 
-        def split(leaf: np.ndarray) -> np.ndarray:
+        def split(leaf: np.ndarray | jax.Array) -> np.ndarray | jax.Array:
             return leaf.reshape(*leaf.shape[:rows], len(self.devices), -1, *leaf.shape[rows + 1 :])
 
         def merge(leaf: jax.Array) -> jax.Array:
@@ -249,61 +224,6 @@ def make_placement(config: RuntimeConfig, seeds: int) -> Placement:
     return MeshPlacement(mesh, seeds)
 
 
-def compile_host_steps(placement: Placement, steps: HostSteps, state: PyTree) -> Program:
-    """Create a program that scores the rollouts of all seeds on the host, once per iteration."""
-    sample, learn = (placement.compile(step, state) for step in (steps.sample, steps.learn))
-    leading = _leading_axes(placement.seeds) + 1
-    split, collect = steps.rounds or (lambda batch: [batch], None)
-    if collect is not None:
-        for _ in range(leading - 1):
-            collect = jax.vmap(collect)
-        collect = jax.jit(collect)
-
-    def scored(state: State, frozen: PyTree, batch: PyTree, run_key: jax.Array) -> tuple[State, PyTree, dict]:
-        state, _, rollout = sample(state, frozen, batch, run_key)
-        rollout = jax.device_get(rollout)
-        flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[leading:]), rollout)
-        shape, found = jax.tree.leaves(rollout)[0].shape[:leading], steps.score(flat)
-        logged = {name: np.asarray(values, np.float64).reshape(shape) for name, values in found.logged.items()}
-        return state, (rollout, np.asarray(found.scores, np.float32).reshape(shape)), logged
-
-    def program(state: State, frozen: PyTree, batches: PyTree, run_key: jax.Array) -> tuple[State, dict, PyTree]:
-        results = []
-        for i in range(len(jax.tree.leaves(batches)[0])):
-            kept, enough, logged = None, np.bool(False), []
-            for batch in split(jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], batches)):
-                state, found, metrics = scored(state, frozen, batch, run_key)
-                lacking = ~np.asarray(enough)[..., None]  # omit rounds that a seed would not need alone
-                logged.append({name: np.where(lacking, values, np.nan) for name, values in metrics.items()})
-                kept, enough = (found, True) if collect is None else collect(kept, found)
-                if np.all(enough):
-                    break
-            state, metrics, samples = learn(state, frozen, kept, run_key)
-            metrics, samples = jax.device_get((metrics, samples))
-            results.append((metrics | _logged(logged), samples))
-        metrics, samples = jax.tree.map(lambda *leaves: np.concatenate(leaves), *results)
-        return state, metrics, samples
-
-    return program
-
-
-def _logged(rounds: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Compute mean and sample standard deviation of the non-NaN values of all rounds, as TRL logs `rewards/NAME`.
-
-    They are NaN if there are too few values.
-    """
-    metrics = {}
-    for name in rounds[0]:
-        values = np.concatenate([found[name] for found in rounds], axis=-1)
-        there = ~np.isnan(values)
-        count = there.sum(axis=-1)
-        mean = np.where(there, values, 0).sum(axis=-1) / np.maximum(count, 1)
-        squares = np.where(there, np.square(values - mean[..., None]), 0).sum(axis=-1)
-        metrics[f"{name}/mean"] = np.where(count > 0, mean, np.nan)
-        metrics[f"{name}/std"] = np.where(count > 1, np.sqrt(squares / np.maximum(count - 1, 1)), np.nan)
-    return metrics
-
-
 @functools.lru_cache
 def _several(step: Step, seeds: int) -> Program:
     """Scan a step over batches, mapped over seeds if there are several.
@@ -325,7 +245,8 @@ def _several(step: Step, seeds: int) -> Program:
     return several
 
 
-def _leading_axes(seeds: int) -> int:
+def leading_axes(seeds: int) -> int:
+    """Return the number of axes before the rows: steps, and seeds if there are several."""
     return 2 if seeds > 1 else 1
 
 
@@ -334,6 +255,6 @@ def _shardings_of(tree: PyTree) -> PyTree:
 
 
 def _check_rows(batches: PyTree, seeds: int, parts: int) -> None:
-    rows = jax.tree.leaves(batches)[0].shape[_leading_axes(seeds)]
+    rows = jax.tree.leaves(batches)[0].shape[leading_axes(seeds)]
     if rows % parts:
         raise RlhfError(f"a batch of {rows} rows does not divide over {parts} devices: change the batch size")

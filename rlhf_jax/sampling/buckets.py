@@ -1,8 +1,9 @@
 """Length buckets, so that few compiled programs serve all lengths."""
 
+import jax
 import numpy as np
 
-from rlhf_jax.types import PromptBatch
+from rlhf_jax.types import A, PromptBatch
 
 LEAST = 32
 """Smallest bucket. For shorter ones, compiling another program would cost more than computing on padding."""
@@ -13,8 +14,22 @@ def bucket(length: int) -> int:
     return max(LEAST, 1 << max(length - 1, 0).bit_length())
 
 
+def fine_bucket(length: int) -> int:
+    """Round a length up to an eighth of the next power of two: at least `LEAST`, and at most 25 % longer.
+
+    This is for programs whose every step costs more than a few programs to compile.
+    """
+    step = max(LEAST, bucket(length) // 8)
+    return -(-max(length, 1) // step) * step
+
+
+def last_tokens(prompts: PromptBatch[A], width: int) -> PromptBatch[A]:
+    """Take the last `width` positions of left-padded prompts, [..., P]."""
+    last = (..., slice(prompts.tokens.shape[-1] - width, None))
+    tokens, mask = jax.tree.map(lambda leaf: leaf[last], (prompts.tokens, prompts.mask))
+    return prompts._replace(tokens=tokens, mask=mask)
+
+
 def trim_prompts(prompts: PromptBatch[np.ndarray]) -> PromptBatch[np.ndarray]:
     """Cut the left padding of prompts, [..., P], to the bucket of the longest one, or leave them as they are."""
-    surplus = prompts.mask.shape[-1] - bucket(int(prompts.mask.sum(axis=-1).max()))
-    cut = (..., slice(max(0, surplus), None))
-    return prompts._replace(tokens=prompts.tokens[cut], mask=prompts.mask[cut])
+    return last_tokens(prompts, min(bucket(int(prompts.mask.sum(axis=-1).max())), prompts.mask.shape[-1]))

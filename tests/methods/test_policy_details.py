@@ -42,7 +42,7 @@ SCORES = jnp.array([0.5, -0.25, 3.0, 0.125])
 def score(**changes):
     config = tiny.with_config(missing_eos_penalty=0.0)
     config = dataclasses.replace(config, **changes)
-    lengths, ended = masking.lengths(ROLLOUT.response_mask), tiny.NETWORKS.has_ended(ROLLOUT)
+    lengths, ended = masking.lengths(ROLLOUT.response_mask), tiny.NETWORKS.has_ended(joined(ROLLOUT))
     shaping = tiny.build_method(config).shaping
     return np.asarray(shaping(SCORES, lengths, ended, max_tokens=tiny.RESPONSE))
 
@@ -70,7 +70,7 @@ def experience(config, networks=tiny.NETWORKS):
         spied = dataclasses.replace(method, learner=dataclasses.replace(method.learner, advantages=spy))
         at = tiny.iteration(config, networks=networks, method=spied)
         responses = at.scored(Sampled(ROLLOUT, jnp.full(ROLLOUT.response.shape, -2.0), None), SCORES)
-        evaluated = at.evaluate(params, frozen, responses)
+        evaluated = at.evaluate(params, frozen, responses, joined(ROLLOUT))
         batch, _ = spied.learner.prepare(at, evaluated, frozen, method.kl_coef)
         return batch, rewards[0], objective_metrics(evaluated, method.kl_coef, ()) | values(evaluated.old.metrics)
 
@@ -151,7 +151,7 @@ def random_batch(rows: int = 8) -> Experience:
     response = rng.integers(4, tiny.VOCAB, mask.shape).astype(np.int32)
     rollout = Rollout(*map(jnp.asarray, (prompts.tokens, prompts.mask, response, mask)))
     weights = jnp.exp(0.1 * arrays[4])
-    return Experience(rollout, old, arrays[2], jnp.asarray(mask), None, ref, weights)
+    return Experience(joined(rollout), old, arrays[2], jnp.asarray(mask), None, ref, weights)
 
 
 @functools.cache
@@ -186,7 +186,7 @@ def test_the_loss_is_its_terms_and_pads_count_in_none():
     loss, metrics, _ = loss_and_gradient("token", None)
     batch, mask = random_batch(), np.asarray(random_batch().loss_mask)
     stats = jax.jit(functools.partial(tiny.POLICY.response_stats, temperature=1.0))
-    stats = stats(tiny.policy_params(), joined(batch.rollout))
+    stats = stats(tiny.policy_params(), batch.sequences)
     ratio = np.exp(np.asarray(stats.logprobs) - batch.logprobs)
     bounded = np.clip(ratio, 0.8, 1.2)
     policy = np.asarray(batch.weights) * -np.minimum(ratio * batch.advantages, bounded * batch.advantages)
@@ -230,7 +230,7 @@ def test_the_bonus_is_the_gradient_of_the_entropy():
     batch = random_batch()
 
     def entropy(params):
-        logits = batch_logits(params["policy"], batch.rollout)
+        logits = batch_logits(params["policy"], batch.sequences)
         logprobs = jax.nn.log_softmax(logits)
         each = -jnp.sum(jnp.exp(logprobs) * jnp.where(logits < -1e30, 0, logprobs), axis=-1)
         return jnp.sum(jnp.where(batch.loss_mask, each, 0)) / jnp.sum(batch.loss_mask)
@@ -240,8 +240,8 @@ def test_the_bonus_is_the_gradient_of_the_entropy():
     assert_close(difference, jax.device_get(expected), 1e-4)
 
 
-def batch_logits(params, rollout):
-    hidden = tiny.POLICY.response_hidden(params, joined(rollout))
+def batch_logits(params, sequences):
+    hidden = tiny.POLICY.response_hidden(params, sequences)
     logits = jnp.einsum("btd,vd->btv", hidden, params["embedding"])
     return jnp.where(tiny.POLICY.allowed[None, None], logits, -1e31)
 

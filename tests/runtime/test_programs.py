@@ -7,10 +7,11 @@ import optax
 import pytest
 
 from rlhf_jax.core.sequences import joined
-from rlhf_jax.methods import dpo
+from rlhf_jax.methods import dpo, two_steps
 from rlhf_jax.methods.offline import Updates
 from rlhf_jax.runtime import optimizers
-from rlhf_jax.runtime.programs import SEED_AXIS, RuntimeConfig, Scored, compile_host_steps, make_placement
+from rlhf_jax.runtime.programs import SEED_AXIS, RuntimeConfig, make_placement
+from rlhf_jax.runtime.two_programs import Scored, TwoPrograms
 from rlhf_jax.types import RlhfError
 from tests.support import tiny
 from tests.support.compilations import compilations
@@ -128,9 +129,9 @@ def test_scores_from_the_host_give_the_same_iterations():
         return jax.device_get((placement.whole(state).params, metrics, samples))
 
     step = tiny.ppo_step(tiny.PPO, *axes)
-    steps = tiny.iteration(tiny.PPO, *axes).host_steps(score)
+    steps = two_steps.scored_on_host(tiny.iteration(tiny.PPO, *axes), score, two_steps.LONGEST)
     assert_close(
-        run(lambda state: compile_host_steps(placement, steps, state)),
+        run(lambda state: TwoPrograms(placement, steps)),
         run(lambda state: placement.compile(step, state)),
     )
     assert scored == [16 * seeds] * 2

@@ -14,11 +14,13 @@ from rlhf_jax.core.advantages import overlong_penalty
 from rlhf_jax.core.kl import ESTIMATORS
 from rlhf_jax.core.policy_losses import AGGREGATIONS
 from rlhf_jax.core.sequences import joined
+from rlhf_jax.methods import two_steps
 from rlhf_jax.methods.dynamic_sampling import DynamicSampling
 from rlhf_jax.methods.kl_controller import AdaptiveKL
 from rlhf_jax.methods.policy_parts import Networks, OnlineBatch, Sampled
 from rlhf_jax.models.scalars import ScalarNetwork
-from rlhf_jax.runtime.programs import SEED_AXIS, Scored, compile_host_steps, make_placement
+from rlhf_jax.runtime.programs import SEED_AXIS, make_placement
+from rlhf_jax.runtime.two_programs import Scored, TwoPrograms, Widths
 from rlhf_jax.stages import group_rl
 from rlhf_jax.types import RlhfError, Rollout
 from tests.support import tiny
@@ -38,13 +40,17 @@ def state_of(config):
 
 
 def host_steps(config):
-    return tiny.iteration(config).host_steps(lambda rollout: Scored(np.zeros(len(rollout.response)), {}))
+    """Steps of an iteration, at full width, and the rounds of dynamic sampling."""
+    no_scores = Scored(np.zeros(0), {})
+    steps = two_steps.scored_on_host(tiny.iteration(config), lambda rollout: no_scores, two_steps.MAXIMUM)
+    assert steps.host is not None
+    return steps.sample(tiny.PROMPT), steps.learn(Widths(tiny.PROMPT + tiny.RESPONSE, tiny.RESPONSE)), steps.host.rounds
 
 
 @functools.cache
 def sample_and_score():
     """Sampling is every method's, and compiled once."""
-    sample, reward = host_steps(config_of("grpo")).sample, tiny.REWARD.scores
+    sample, reward = host_steps(config_of("grpo"))[0], tiny.REWARD.scores
     return jax.jit(sample), jax.jit(reward)
 
 
@@ -76,8 +82,9 @@ def objective(method, found):
 def test_every_method_pleases_the_reward_model(method):
     config = config_of(method)
     state, networks = state_of(config), frozen()
-    (sample, reward), learn = sample_and_score(), jax.jit(host_steps(config).learn)
-    rounds = host_steps(config).rounds
+    sample, reward = sample_and_score()
+    _, learn, rounds = host_steps(config)
+    learn = jax.jit(learn)
     keep = jax.jit(rounds.collect) if rounds else None
     found, responses, rewarded = [], [], []
     for _ in range(ITERATIONS):
@@ -115,7 +122,7 @@ def test_old_logprobs_are_the_learners_or_the_samplers_and_their_difference_is_l
     found, params = {}, {}
     for program in ("learner", "sampler"):
         config = config_of("grpo", old_logprobs=program, epochs=2, optimizer=optimizer)
-        after, found[program], _ = jax.jit(host_steps(config).learn)(state, networks, scored, jax.random.key(0))
+        after, found[program], _ = jax.jit(host_steps(config)[1])(state, networks, scored, jax.random.key(0))
         params[program] = after.params
         difference = abs(np.where(mask, noise, 0))
         name = "sampling/sampling_logp_difference"
@@ -237,10 +244,10 @@ def test_seeds_devices_and_the_host_give_the_same_iterations():
         scores = np.asarray(reward.scores((), joined(rollout)))
         return Scored(scores, {"rewards/all": scores})
 
-    by_host = tiny.iteration(config, loop_axes=(SEED_AXIS,)).host_steps(on_host)
+    by_host = two_steps.scored_on_host(tiny.iteration(config, loop_axes=(SEED_AXIS,)), on_host, two_steps.LONGEST)
     found = [
         of_seeds(devices, lambda state: devices.compile(step, state)),
-        of_seeds(alone, lambda state: compile_host_steps(alone, by_host, state)),
+        of_seeds(alone, lambda state: TwoPrograms(alone, by_host)),
     ]
 
     alone = make_placement(tiny.ONE_DEVICE, seeds=1)
@@ -363,7 +370,9 @@ def test_weights_for_the_sampler_are_those_of_the_mode():
 
     def weights(**changes):
         config = config_of("grpo", **changes)
-        old = tiny.iteration(config, networks=networks).old_policy({"policy": logprobs}, sampled)
+        old = tiny.iteration(config, networks=networks).old_policy(
+            {"policy": logprobs}, joined(sampled.rollout), sampled.logprobs
+        )
         names = [f"sampling/importance_sampling_ratio/{name}" for name in ("min", "mean", "max")]
         assert (names[0] in old.metrics) == (old.weights is not None)
         if old.weights is None:

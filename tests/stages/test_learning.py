@@ -114,7 +114,7 @@ def test_a_missing_eos_is_penalised_and_nothing_else():
         scores = tiny.REWARD.scores(frozen["reward"], joined(rollout))
         at = tiny.iteration(config)
         responses = at.scored(Sampled(rollout, jnp.zeros(rollout.response.shape), None), scores)
-        evaluated = at.evaluate(params, frozen, responses)
+        evaluated = at.evaluate(params, frozen, responses, joined(rollout))
         batch, _ = at.method.learner.prepare(at, evaluated, frozen, 0.0)
         assert evaluated.ended.sum() == 1
         return batch.values.returns, scores

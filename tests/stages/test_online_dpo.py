@@ -10,13 +10,15 @@ import pytest
 
 from rlhf_jax.config import ModelSource, StageName
 from rlhf_jax.core.sequences import joined
+from rlhf_jax.methods import two_steps
 from rlhf_jax.methods.online_pairs import choose
 from rlhf_jax.methods.policy_parts import Sampled
 from rlhf_jax.methods.preference_table import PreferenceLossConfig
 from rlhf_jax.reports.run import Run
 from rlhf_jax.rewards import judging, tfidf
 from rlhf_jax.rewards.tfidf import TfidfRidgeConfig
-from rlhf_jax.runtime.programs import SEED_AXIS, Scored, compile_host_steps, make_placement
+from rlhf_jax.runtime.programs import SEED_AXIS, make_placement
+from rlhf_jax.runtime.two_programs import Scored, TwoPrograms
 from rlhf_jax.stages import online_dpo
 from rlhf_jax.text.tokenizer import TokenizerConfig, train_tokenizer
 from rlhf_jax.types import Rollout
@@ -74,9 +76,10 @@ def test_a_seed_of_two_over_devices_and_scored_on_the_host_is_the_run_of_that_se
     def on_host(rollout):
         return Scored(np.asarray(scores(frozen["reward"], joined(rollout))), {})
 
-    steps = iteration(CONFIG, placement.axes, (SEED_AXIS,)).host_steps(on_host)
+    at = iteration(CONFIG, placement.axes, (SEED_AXIS,))
+    steps = two_steps.scored_on_host(at, on_host, two_steps.LONGEST)
     state = placement.put_state(jax.tree.map(lambda leaf: jnp.stack([leaf] * 2), start()))
-    program = compile_host_steps(placement, steps, state)
+    program = TwoPrograms(placement, steps)
     batches = tiny.several([tiny.several(list(pair)) for pair in zip(*BATCHES, strict=True)])
     state, metrics, samples = jax.device_get(program(state, placement.put_frozen(frozen), batches, KEYS))
     params, (one_params, one_metrics, one_samples) = placement.whole(state).params, one_device
@@ -151,7 +154,7 @@ def test_a_loss_without_a_reference_needs_none_of_the_pairs():
 
     def prepare(params, frozen):
         responses = at.scored(Sampled(rollout, jnp.zeros(rollout.response.shape), None), jnp.zeros(16))
-        return at.method.learner.prepare(at, at.evaluate(params, frozen, responses), frozen, 0.1)
+        return at.method.learner.prepare(at, at.evaluate(params, frozen, responses, joined(rollout)), frozen, 0.1)
 
     pairs, _ = jax.eval_shape(prepare, params, frozen)
     assert pairs.pairs.chosen.shape == (8, tiny.RESPONSE) and pairs.reference is None

@@ -71,7 +71,7 @@ def run(name: str, world: World, directory: Path) -> Curve:
     data.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
     table = _padded(given)
 
-    def sample(self: Any, state: Any, frozen: Any, batch: Any, run_key: Any) -> Sampled:
+    def sample(self: Any, state: Any, frozen: Any, batch: Any, run_key: Any, prompt_width: int) -> Sampled:
         rollout = jax.tree.map(lambda leaf: jnp.asarray(leaf)[state.step], table)
         return Sampled(rollout, jnp.zeros(rollout.response.shape), None)
 

@@ -226,8 +226,9 @@ def _learning(config: PPOConfig | GroupRLConfig, value: ScalarNetwork | None, ch
 
         def of_batch(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
             batch = jax.tree.map(lambda leaf: leaf[rows], (sampled, world.scores))
-            responses = iteration.scored(*batch)
-            after, metrics, _ = iteration.learn(state, {"reference": world.reference}, responses, jax.random.key(0))
+            responses, sequences = iteration.scored(*batch), joined(batch[0].rollout)
+            frozen, key = {"reference": world.reference}, jax.random.key(0)
+            after, metrics, _ = iteration.learn(state, frozen, responses, sequences, key)
             moved = jax.tree.map(jnp.subtract, world.policy, after.params["policy"])
             return ravel_pytree(moved)[0] / RATE, metrics["val/ratio"]
 

@@ -136,7 +136,7 @@ def rows(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def assert_resumes(whole: Path, data: Path, stages: dict[str, dict[str, Any]], **common: Any) -> None:
+def assert_resumes(whole: Path, data: Path | DataConfig, stages: dict[str, dict[str, Any]], **common: Any) -> None:
     """A process that dies after its last step, before that is saved, leaves nothing behind but what is done again.
 
     Args: the work directory of a run of one stage with two checkpoints; how it was run.

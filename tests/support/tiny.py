@@ -9,6 +9,7 @@ import numpy as np
 
 from rlhf_jax.config import ModelSource
 from rlhf_jax.core.metrics import values
+from rlhf_jax.core.sequences import joined
 from rlhf_jax.methods.policy_gradient import Iteration
 from rlhf_jax.methods.policy_parts import Experience, Networks, OnlineBatch
 from rlhf_jax.models.head import TokenStats
@@ -64,7 +65,7 @@ def given_loss(config, logprobs, batch: dict):
     mask, method = batch["loss_mask"], build_method(config)
     rollout = Rollout(*(jnp.zeros(mask.shape, jnp.int32), mask) * 2)
     networks = Networks(GivenPolicy(MODEL, VOCAB, SUPPRESSED), None, (EOS,), mask.shape[1])
-    rows: dict[str, Any] = dict.fromkeys(Experience._fields) | batch | {"rollout": rollout}
+    rows: dict[str, Any] = dict.fromkeys(Experience._fields) | batch | {"sequences": joined(rollout)}
     experience = Experience(**rows)
     at = Iteration(networks, config, (), (), method)
     loss, metrics = method.learner.loss(

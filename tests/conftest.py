@@ -21,6 +21,8 @@ import jax
 import jaxtyping
 import pytest
 
+from tests.support import memory
+
 # Before rlhf_jax is imported.
 jaxtyping.install_import_hook("rlhf_jax", f"{shapes.__name__}.{shapes.checked.__name__}")
 
@@ -65,6 +67,13 @@ def promotion(request: pytest.FixtureRequest):
     room = request.path.relative_to(Path(__file__).parent).parts[0]
     with jax.numpy_dtype_promotion("strict") if room in STRICT_PROMOTION else nullcontext():
         yield
+
+
+@pytest.fixture(autouse=True)
+def bounded_memory():
+    yield
+    if memory.resident() > memory.LIMIT:
+        memory.drop_programs()
 
 
 @pytest.fixture(scope="session")

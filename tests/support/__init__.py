@@ -23,6 +23,7 @@ Running the program
     interrupted     the command line in a process that is killed; `resumed` is the experiment it runs
     compilations    how many programs jit compiles
     xla_flags       compilation flags
+    memory          compiled programs, dropped before a worker has grown too large
 
 Comparisons with TRL
     against_trl     losses and gradients (`against_trl_online`: the group methods)

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from rlhf_jax.models.attention import attend
 from rlhf_jax.models.linear import dot_general
 from rlhf_jax.models.model_config import ModelConfig
+from rlhf_jax.models.norms import rms_norm
 from rlhf_jax.models.rotary import rotate
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -43,16 +44,13 @@ class Norm(nn.Module):
         config, shape = self.config, x.shape[-1:]
         start = nn.initializers.constant(1 - config.norm_offset)
         scale = self.param("scale", start, shape, config.param_dtype).astype(jnp.float32) + config.norm_offset
-        wide = (1,) * (x.ndim - 1) + shape
-        x32 = x.astype(jnp.float32)
         if self.kind == "rms":
-            mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
-            out = x32 * (jax.lax.rsqrt(mean_square + config.norm_epsilon) * scale.reshape(wide))
+            out = rms_norm(x, scale, epsilon=config.norm_epsilon)
         else:
             bias = self.param("bias", nn.initializers.zeros, shape, config.param_dtype).astype(jnp.float32)
+            x32 = x.astype(jnp.float32)
             centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-            variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
-            out = centred * (jax.lax.rsqrt(variance + config.norm_epsilon) * scale.reshape(wide)) + bias.reshape(wide)
+            out = rms_norm(centred, scale, epsilon=config.norm_epsilon) + bias.reshape((1,) * (x.ndim - 1) + shape)
         return out.astype(config.compute_dtype)
 
 
@@ -127,6 +125,10 @@ class Block(nn.Module):
         options = linear_options(config) | {"use_bias": config.mlp_bias}
         activation = ACTIVATIONS[config.activation]
         up = nn.Dense(config.d_ff, name="up", **options)(x)
-        gated = config.gated
-        h = activation(nn.Dense(config.d_ff, name="gate", **options)(x)) * up if gated else activation(up)
+        # The gradient recomputes the activation from its inputs, which takes no longer than reading it from memory.
+        if config.gated:
+            gate = nn.Dense(config.d_ff, name="gate", **options)(x)
+            h = jax.checkpoint(lambda gate, up: activation(gate) * up)(gate, up)
+        else:
+            h = jax.checkpoint(activation)(up)
         return nn.Dense(config.d_model, name="down", **options)(h)

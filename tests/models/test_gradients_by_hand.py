@@ -10,7 +10,11 @@ import pytest
 
 from rlhf_jax.models.attention import attend
 from rlhf_jax.models.linear import dot_general
+from rlhf_jax.models.norms import rms_norm
+from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.rotary import rotate
+from rlhf_jax.types import TokenBatch
+from tests.support import networks
 
 BATCH, QUERIES, SLOTS, HEADS, WIDTH = 3, 4, 6, 4, 8
 
@@ -151,3 +155,51 @@ def test_linear_layers_equal_those_of_flax(layer, shape):
         flax = layer.clone(dtype=jnp.float64, param_dtype=jnp.float64)
         params = flax.init(jax.random.key(0), x)
         assert_close(gradients(ours.apply, params, x), gradients(flax.apply, params, x), 1e-14)
+
+
+def plain_norm(x, scale, *, epsilon):
+    return x / jnp.sqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + epsilon) * scale
+
+
+@pytest.mark.parametrize("shape", [(5, WIDTH), (BATCH, QUERIES, HEADS, WIDTH)])
+def test_norms_equal_automatic_differentiation(shape):
+    with jax.enable_x64(True), jax.numpy_rank_promotion("allow"):
+        inputs = jnp.asarray(draw(*shape)), jnp.asarray(draw(WIDTH))
+        got, expected = (gradients(functools.partial(norm, epsilon=0.1), *inputs) for norm in (rms_norm, plain_norm))
+        assert_close(got, expected, 1e-14)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("activation", ["relu", "relu2", "gelu", "gelu_exact", "silu"])
+def test_the_mlp_keeps_the_inputs_and_the_product_of_its_activation_alone(activation, gated):
+    """The gradient recomputes the activation, so that it needs neither its value nor its derivative."""
+    d_ff = 29
+    network = PolicyNetwork(
+        networks.config(activation=activation, gated=gated, d_ff=d_ff, n_layers=1), networks.VOCAB, ()
+    )
+    tokens, mask = jnp.ones((2, 3), jnp.int32), jnp.ones((2, 3), bool)
+
+    def loss(params):
+        return jnp.sum(network.sequence_stats(params, TokenBatch(tokens, mask, mask)).logprobs)
+
+    params = jax.eval_shape(network.init, jax.random.key(0))
+    pullback = jax.eval_shape(lambda params: jax.vjp(loss, params)[1], params)
+    kept = sum(leaf.size for leaf in jax.tree.leaves(pullback) if leaf.shape[-1:] == (d_ff,) and leaf.ndim != 1)
+    kernels = (2 if gated else 1) * networks.CONFIG.d_model * d_ff
+    assert kept == kernels + (3 if gated else 2) * tokens.size * d_ff
+
+
+def test_sines_are_computed_once_for_all_layers():
+    """XLA fuses sines into every rotation of every layer and head, unless `rope_angles` gives it reason not to."""
+
+    def sines(n_layers: int) -> int:
+        network = PolicyNetwork(networks.config(n_layers=n_layers), networks.VOCAB, ())
+        tokens, mask = jnp.ones((2, 3), jnp.int32), jnp.ones((2, 3), bool)
+
+        def loss(params):
+            return jnp.sum(network.sequence_stats(params, TokenBatch(tokens, mask, mask)).logprobs)
+
+        params = jax.eval_shape(network.init, jax.random.key(0))
+        return (jax.jit(jax.grad(loss)).lower(params).compile().as_text() or "").count(" sine(")
+
+    assert 1 <= sines(2) == sines(1)

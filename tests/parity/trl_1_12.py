@@ -49,7 +49,8 @@ def python() -> Path:
             pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps"]
             subprocess.run([*pip, f"trl=={VERSION}"], check=True)
             [packages] = made.glob("lib/python*/site-packages")
-            (packages / "everything_else.pth").write_text(f"{sysconfig.get_path('purelib')}\n")  # after its own
+            everything_else = Path(sysconfig.get_path("purelib")).resolve()  # the environment may be a link
+            (packages / "everything_else.pth").write_text(f"{everything_else}\n")  # after its own
             try:
                 os.rename(made, place)  # whole or not at all
             except OSError:

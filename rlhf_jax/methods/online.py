@@ -24,7 +24,7 @@ from rlhf_jax.rewards.sources import Reward
 from rlhf_jax.runtime.loop import Task, train
 from rlhf_jax.runtime.programs import SEED_AXIS
 from rlhf_jax.sampling import buckets
-from rlhf_jax.types import Json, Row
+from rlhf_jax.types import Json, RlhfError, Row
 
 
 class Inputs(NamedTuple):
@@ -87,6 +87,7 @@ def train_online(
     the reference and the reward.
     Returns: the summary's fields about prompts.
     """
+    _check_slots(config, method, context)
     reference, placement = inputs.reference, context.placement(context.seeds)
     networks = Networks(
         policy=reference.network,
@@ -140,3 +141,12 @@ def train_online(
         "prompts": len(inputs.prompts.tokens),
         "prompt_key": [np.asarray(jax.random.key_data(key)).tolist() for key in prompt_keys],
     }
+
+
+def _check_slots(config: OnlineConfig, method: OnlineMethod, context: Context) -> None:
+    """Raise RlhfError if continuous batching cannot sample for this method or for several seeds at once."""
+    where = f"config.{context.name}.slots = {config.slots}"
+    if config.slots is not None and config.slots < method.num_generations:
+        raise RlhfError(f"{where} must be at least {method.num_generations}, the responses to a prompt: raise it")
+    if config.slots is not None and context.seeds > 1:
+        raise RlhfError(f"{where} cannot sample for seeds = {context.seeds} at once: set it to None, or seeds to 1")

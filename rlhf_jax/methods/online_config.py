@@ -24,6 +24,9 @@ class OnlineConfig:
     loop: LoopConfig
     # Pad batches to their longest prompt and response, with two programs an iteration; False: to the maximum lengths.
     trim_padding: bool = True
+    # Sample with this many decoding slots, each of which takes the next prompt when its response ends (continuous
+    # batching); per device with pmap. None: decode all responses at once, until the longest ends.
+    slots: Count | None = None
     missing_eos_penalty: NonNegative = 0.0  # subtracted from the score of a truncated response
     tuning: Tuning = NO_CHANGES
 

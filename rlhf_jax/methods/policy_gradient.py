@@ -62,6 +62,7 @@ from rlhf_jax.runtime.programs import Step
 from rlhf_jax.runtime.rounding import float32
 from rlhf_jax.sampling.buckets import last_tokens
 from rlhf_jax.sampling.choice import Sampling
+from rlhf_jax.sampling.continuous import default_refill, generate_queue
 from rlhf_jax.sampling.generate import generate
 from rlhf_jax.types import Sequences
 
@@ -99,16 +100,20 @@ class Iteration(Setting, Generic[Rows]):
         self, state: TrainState, frozen: Params, batch: OnlineBatch, run_key: PRNGKeyArray, prompt_width: int
     ) -> Sampled:
         """Sample responses to the prompts from the policy. No prompt has more than `prompt_width` tokens."""
-        generation = generate(
+        samples, slots = self.method.num_generations, self.config.slots
+        inputs = (
             self.networks.policy,
             self.networks.full_params(state.params, frozen)["policy"],
             last_tokens(batch.prompts, prompt_width),
             self.key(run_key, state, "sample"),
             Sampling(self.networks.max_new_tokens, self.config.temperature, self.networks.stop_ids),
-            samples=self.method.num_generations,
-            loop_axes=self.loop_axes,
         )
-        prompt, mask = (jnp.repeat(leaf, self.method.num_generations, axis=0) for leaf in batch.prompts[:2])
+        if slots is None:
+            generation = generate(*inputs, samples=samples, loop_axes=self.loop_axes)
+        else:
+            refill = default_refill(slots, samples)
+            generation, _ = generate_queue(*inputs, slots=slots, refill=refill, samples=samples)
+        prompt, mask = (jnp.repeat(leaf, samples, axis=0) for leaf in batch.prompts[:2])
         return Sampled(
             generation.rollout._replace(prompt=prompt, prompt_mask=mask), generation.logprobs, batch.demonstrations
         )

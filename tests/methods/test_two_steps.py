@@ -129,6 +129,23 @@ def test_an_iteration_at_the_widths_of_its_batch_equals_the_padded_one(name):
     assert compiled["fill" if at.method.dynamic_sampling else "sample"] == 1
 
 
+@pytest.mark.parametrize("name", ["ppo", pytest.param("rloo", marks=pytest.mark.nightly)])
+def test_slots_sample_the_same_responses(name):
+    at, seed = iteration_of(name), 3
+    params = {"policy": tiny.policy_params(), "value": tiny.reward_params()}
+    batch, state = jax.tree.map(jnp.asarray, batch_of(at, seed)), at.init_state({"policy": params["policy"]})
+
+    def sampled(**changes):
+        own = dataclasses.replace(at, config=dataclasses.replace(at.config, **changes))
+        sample = jax.jit(own.sample, static_argnums=4)
+        return sample(state._replace(params=params), tiny.ppo_frozen(), batch, jax.random.key(seed), 2)
+
+    found, expected = sampled(slots=5), sampled()
+    jax.tree.map(np.testing.assert_array_equal, found.rollout, expected.rollout)
+    np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=1e-5)
+    assert len(set(found.rollout.response_mask.sum(axis=1).tolist())) > 3
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize("scorer", ["network", "host"])
 @pytest.mark.parametrize("where", [runtime("pmap", data=2), runtime("jit", data=2, fsdp=2)], ids=["pmap", "mesh"])

@@ -6,6 +6,7 @@ import io
 import numpy as np
 import pytest
 
+from rlhf_jax.types import RlhfError
 from tests.support import experiments
 
 SECTION = {
@@ -46,4 +47,10 @@ def test_a_stage_at_the_widths_of_its_batches_learns_the_same_and_resumes(tmp_pa
     texts = [[row["completion"] for row in experiments.rows(place / "rloo/samples.jsonl")] for place in places]
     assert texts[0] == texts[1]
     section = {**SECTION, "policy": policy, "reward_model": judge, "trim_padding": True}
+    for changes, seeds, message in (
+        ({"slots": 1}, 1, r"config\.rloo\.slots = 1 must be at least 2"),
+        ({"slots": 4}, 2, r"config\.rloo\.slots = 4 cannot sample for seeds = 2 at once"),
+    ):
+        with pytest.raises(RlhfError, match=message):
+            experiments.run(tmp_path / f"refused {seeds}", data, {"rloo": section | changes}, seeds=seeds)
     experiments.assert_resumes(places[0], data, {"rloo": section})

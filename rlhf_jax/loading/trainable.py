@@ -25,7 +25,7 @@ N = TypeVar("N", PolicyNetwork, ScalarNetwork)
 class Start(NamedTuple):
     """Initial parameters of a model, split into trained ones, which are checkpointed, and frozen ones."""
 
-    trained: PyTree
+    trained: PyTree  # copies, which the first step may donate
     base: PyTree  # None if all parameters are trained
 
 
@@ -50,13 +50,13 @@ def trainable(network: N, tuning: Tuning | None) -> N:
 def init_trainable(network: Network, params: PyTree, key: PRNGKeyArray) -> Start:
     """Split parameters into trained and frozen ones, initialising an adapter if the network has a LoraConfig.
 
-    Without an adapter, all parameters are trained and cast to the training dtype (see `trainable`). The original keeps
-    its dtype, for example as the frozen reference; a copy in float32 has the same values.
+    Without an adapter, all parameters are trained, and copied in the training dtype (see `trainable`). The original
+    keeps its dtype, for example as the frozen reference; a copy in float32 has the same values.
     """
     if network.lora is None:
         dtypes = jax.eval_shape(network.init, jax.random.key(0))  # training dtypes
-        return Start(jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), params, dtypes), None)
-    return Start(network.init_adapter(params, key), params)
+        return Start(jax.tree.map(lambda leaf, like: jnp.array(leaf, like.dtype), params, dtypes), None)
+    return Start(jax.tree.map(jnp.copy, network.init_adapter(params, key)), params)  # it shares a reward model's head
 
 
 def full_params(network: Network, trained: PyTree, frozen: PyTree, base: str) -> PyTree:

@@ -34,7 +34,11 @@ class Updates(Generic[N]):
     axes: tuple[str, ...]
 
     def init(self, params: dict[str, PyTree], **untrained: PyTree) -> TrainState:
-        """Make the state before the first step. Args: untrained parameters are saved in checkpoints too."""
+        """Make the state before the first step.
+
+        Args: params are donated to the first step, so that nothing else may use them; untrained parameters are saved in
+        checkpoints too.
+        """
         return TrainState(jnp.int32(0), params | untrained, make_optimizer(self.optimizer, self.steps).init(params))
 
     def update(
@@ -115,7 +119,7 @@ def train_offline(
 
     task = Task(
         step=method.step(updates),
-        state=stack([method.start(updates, k) for k in range(runs)]),
+        start=lambda: stack([method.start(updates, k) for k in range(runs)]),
         frozen=method.frozen,
         batch_at=batch_at,
         run_key=stack([context.key("run", k) for k in range(runs)]),

@@ -127,7 +127,7 @@ def train_online(
 
     task = Task(
         step=step,
-        state=stack([iteration.init_state(init_params(context.key("init", k))) for k in seeds]),
+        start=lambda: stack([iteration.init_state(init_params(context.key("init", k))) for k in seeds]),
         frozen=frozen,
         batch_at=batch_at,
         run_key=stack([context.key("run", k) for k in seeds]),

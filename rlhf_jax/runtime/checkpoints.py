@@ -63,22 +63,26 @@ class Checkpoints:
     def save(self, state: TrainState) -> None:
         """Start saving a state under its step, and return before the files are written.
 
-        The state is copied first: on CPUs Orbax reads the memory of the arrays, which the next step overwrites.
+        One copy of the state exists until then. On accelerators Orbax makes it in host memory before it returns. On
+        CPUs Orbax reads the memory of the arrays, which the next step overwrites, so that the state is copied first,
+        once the copy of the last checkpoint is written.
         """
         import orbax.checkpoint as ocp
 
-        copy = jax.tree.map(jnp.copy, state)
-        items = {name: ocp.args.StandardSave(tree) for name, tree in copy.params.items()}
-        rest = ocp.args.StandardSave(_rest(copy))
         with _writing(self._directory):
+            self._manager.wait_until_finished()
+            if jax.default_backend() == "cpu":
+                state = jax.tree.map(jnp.copy, state)
+            items = {name: ocp.args.StandardSave(tree) for name, tree in state.params.items()}
+            rest = ocp.args.StandardSave(_rest(state))
             self._manager.save(int(np.ravel(state.step)[0]), args=ocp.args.Composite(rest=rest, **items))
 
     def restore(self, step: int, like: TrainState) -> TrainState:
-        """Restore the state saved at a step, with the shardings of `like`."""
+        """Restore the state saved at a step, with the shapes, dtypes and shardings of `like` (see `abstract`)."""
         import orbax.checkpoint as ocp
 
-        items = {name: ocp.args.StandardRestore(_abstract(tree)) for name, tree in like.params.items()}
-        target = ocp.args.StandardRestore(_abstract(_rest(like)))
+        items = {name: ocp.args.StandardRestore(tree) for name, tree in like.params.items()}
+        target = ocp.args.StandardRestore(_rest(like))
         restored = self._manager.restore(step, args=ocp.args.Composite(rest=target, **items))
         params = {name: restored[name] for name in like.params}
         rest = restored["rest"]
@@ -151,5 +155,6 @@ def _rest(state: TrainState) -> dict[str, PyTree]:
     return rest | ({"controller": state.controller} if jax.tree.leaves(state.controller) else {})
 
 
-def _abstract(tree: PyTree) -> PyTree:
+def abstract(tree: PyTree) -> PyTree:
+    """Shapes, dtypes and shardings of arrays, which need no memory."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)

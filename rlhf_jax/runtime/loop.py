@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from rlhf_jax.config import Count, check_ranges
-from rlhf_jax.runtime.checkpoints import Checkpoints, TrainState
+from rlhf_jax.runtime.checkpoints import Checkpoints, TrainState, abstract
 from rlhf_jax.runtime.files import RowWriter, read_rows
 from rlhf_jax.runtime.programs import Placement, Step
 from rlhf_jax.runtime.progress import Bar
@@ -50,7 +50,7 @@ class Task:
     """Training task of a stage."""
 
     step: Step | TwoSteps
-    state: TrainState  # at step 0; stacked over seeds if there are several
+    start: Callable[[], TrainState]  # make the state at step 0, stacked over several seeds; training donates its arrays
     frozen: PyTree
     batch_at: Callable[[int], PyTree]  # step, counted from 0 -> arrays [B, ...], or [seeds, B, ...]
     run_key: jax.Array  # one key, or one per seed
@@ -78,7 +78,11 @@ def train(task: Task, config: LoopConfig, placement: Placement, first_seed: int,
             stack.enter_context(contextlib.closing(RowWriter(directory / f"{name}.jsonl", done)))
             for name in ("metrics", "samples")
         )
-        state = placement.put_state(checkpoints.restore(done, task.state) if done else task.state)
+        state = task.start()
+        if done:
+            like, state = abstract(state), None  # a second state need not fit in memory
+            state = checkpoints.restore(done, like)
+        state = placement.place_state(state)
         frozen = placement.put_frozen(task.frozen)
         if isinstance(task.step, TwoSteps):
             program = TwoPrograms(placement, task.step)

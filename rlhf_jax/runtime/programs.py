@@ -96,10 +96,11 @@ class MeshPlacement:
 
     def put_state(self, state: PyTree) -> PyTree:
         """Shard a copy of a state by the models' partition patterns; programs donate only the copy."""
-        # Copied first: device_put may return the original array for a shard on the same device, even with
-        # may_alias=False. The frozen reference is often that array, and would be donated with the state.
-        layout = shardings(state, self.mesh, leading_axes=int(self.seeds > 1))
-        return jax.device_put(jax.tree.map(jnp.copy, state), layout)
+        return self.place_state(jax.tree.map(jnp.copy, state))
+
+    def place_state(self, state: PyTree) -> PyTree:
+        """Shard a state that nothing else refers to: arrays stay where they are if possible, and are then donated."""
+        return jax.device_put(state, shardings(state, self.mesh, leading_axes=int(self.seeds > 1)))
 
     def put_frozen(self, frozen: PyTree) -> PyTree:
         """Shard frozen parameters by the same patterns. They have no seed axis."""
@@ -159,6 +160,10 @@ class PmapPlacement:
             return jax.device_put(stacked, NamedSharding(mesh, P(BATCH_AXIS)))
 
         return jax.tree.map(replicate, state)
+
+    def place_state(self, state: PyTree) -> PyTree:
+        """Replicate a state."""
+        return self.put_state(state)
 
     def put_frozen(self, frozen: PyTree) -> PyTree:
         """Replicate frozen parameters."""

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
@@ -77,7 +78,8 @@ def run(config: DPOConfig, context: Context) -> dict[str, Any]:
 
     def start(updates: Updates[PolicyNetwork], run: int) -> TrainState:
         trained = init_trainable(network, reference.params, context.key("init", run)).trained
-        return updates.init({"policy": trained}, **({"reference": trained} if config.reference_update else {}))
+        follower = {"reference": jax.tree.map(jnp.copy, trained)} if config.reference_update else {}
+        return updates.init({"policy": trained}, **follower)
 
     def evaluation(trained: PyTree) -> tuple[dict[str, float], Rows]:
         policy = reference._replace(params=full_params(network, trained["policy"], frozen, "reference"))

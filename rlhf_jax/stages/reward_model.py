@@ -81,7 +81,9 @@ def run(config: RewardModelConfig, context: Context) -> dict[str, Any]:
     initial = [
         init_trainable(network, start.params, context.key("adapter", member)) for member, start in enumerate(starts)
     ]
-    model = starts[0]._replace(network=dataclasses.replace(network, ensemble=config.ensemble))
+    # Without an adapter, the first weights are not kept.
+    model = starts[0]._replace(network=dataclasses.replace(network, ensemble=config.ensemble), params=initial[0].base)
+    starts.clear()
     origin = context.base(tuning.init, tuning) if tuning else None
     save_reward_spec(context.directory, model, base=origin)
     rows, held_out = reward_loss.load_rows(config.loss, context, config.preferences)

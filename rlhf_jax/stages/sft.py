@@ -55,8 +55,8 @@ def run(config: SFTConfig, context: Context) -> dict[str, Any]:
     start = make_policy(config, rows, context)
     tuning = config.model if isinstance(config.model, Pretrained) else None
     network, tokenizer = trainable(start.network, tuning), start.tokenizer
-    start = start._replace(network=network)
     trained, base = init_trainable(network, start.params, context.key("adapter"))
+    start = start._replace(network=network, params=base)  # without an adapter, the first weights are not kept
     seeds = range(context.seed, context.seed + 1)
     origin = context.base(tuning.init, tuning) if tuning else None
     save_policy_spec(context.directory, start, seeds, base=origin)

@@ -20,7 +20,7 @@ from rlhf_jax.methods.policy_parts import Experience, OnlineBatch, Sampled
 from rlhf_jax.methods.pretraining_mix import PretrainingMix
 from rlhf_jax.models import value_head
 from rlhf_jax.models.policy import PolicyNetwork
-from rlhf_jax.runtime.checkpoints import Checkpoints
+from rlhf_jax.runtime.checkpoints import Checkpoints, abstract
 from rlhf_jax.runtime.optimizers import gradients
 from rlhf_jax.stages.ppo import start_value
 from rlhf_jax.types import RlhfError, Rollout
@@ -284,7 +284,7 @@ def test_a_controllers_state_is_saved_and_read_back(tmp_path):
     checkpoints.save(state._replace(step=jnp.int32(3), controller={"kl_coef": jnp.float32(0.12345679)}))
     checkpoints.close()
     again = Checkpoints(tmp_path / "checkpoints", keep=1)
-    restored = again.restore(3, state)
+    restored = again.restore(3, abstract(state))
     again.close()
     assert float(restored.controller["kl_coef"]) == float(np.float32(0.12345679))
     assert_close(jax.device_get(restored.params), jax.device_get(state.params), 0)

@@ -29,7 +29,7 @@ def task(steps: int, **changes) -> Task:
     return dataclasses.replace(
         Task(
             step=step,
-            state=TrainState(jnp.int32(0), {"sum": {"x": jnp.float32(0)}}, {"count": jnp.int32(0)}),
+            start=lambda: TrainState(jnp.int32(0), {"sum": {"x": jnp.float32(0)}}, {"count": jnp.int32(0)}),
             frozen=jnp.float32(1),
             batch_at=lambda index: {"x": jnp.ones(2) * (index == 0) + 0.25},
             run_key=jax.random.key(0),
@@ -94,7 +94,9 @@ def test_every_seed_is_evaluated_and_as_many_checkpoints_stay_as_are_asked_for(t
     start = TrainState(jnp.int32([0, 0]), {"sum": {"x": jnp.float32([0, 1])}}, {"count": jnp.int32([0, 0])})
     batches = {"x": jnp.full((2, 2), 0.25)}
     keys = jax.random.split(jax.random.key(0))
-    run(task(8, state=start, batch_at=lambda index: batches, run_key=keys), tmp_path, checkpoint_every=2, keep=3)
+    run(
+        task(8, start=lambda: start, batch_at=lambda index: batches, run_key=keys), tmp_path, checkpoint_every=2, keep=3
+    )
     rows = read_rows(tmp_path / "metrics.jsonl")
     assert [(row["step"], row["seed"], row["eval/total"]) for row in rows if "eval/total" in row] == [
         (4, 7, 2.0),

@@ -22,7 +22,7 @@ from rlhf_jax.rewards.scorers import HostScorer
 from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.runtime.programs import Step
 from rlhf_jax.runtime.two_programs import HostScoring, TwoSteps, Widths
-from rlhf_jax.sampling.buckets import bucket, fine_bucket
+from rlhf_jax.sampling.buckets import bucket, share_of
 from rlhf_jax.types import Rollout, Sequences
 
 Found = TypeVar("Found", Sampled, tuple[Sampled, Array], PartialBatch)
@@ -43,7 +43,7 @@ def _longest_prompts(mask: np.ndarray) -> int:
 def _longest_rows(rollout: Rollout) -> Widths:
     row, response = map(int, jax.device_get(_longest(rollout.prompt_mask, rollout.response_mask)))
     full = _all_positions(rollout)
-    return Widths(min(fine_bucket(row), full.row), min(fine_bucket(response), full.response))
+    return Widths(share_of(full.row, row, parts=4), share_of(full.response, response, parts=2))
 
 
 def _all_positions(rollout: Rollout) -> Widths:
@@ -52,7 +52,7 @@ def _all_positions(rollout: Rollout) -> Widths:
 
 
 LONGEST = Fit(_longest_prompts, _longest_rows)
-"""The bucket of the longest prompt, row and response of the batch."""
+"""The bucket of the longest prompt, and at most four widths of rows and two of responses: few programs to compile."""
 MAXIMUM = Fit(lambda mask: mask.shape[-1], _all_positions)
 """The maximum lengths of the config."""
 

@@ -14,13 +14,13 @@ def bucket(length: int) -> int:
     return max(LEAST, 1 << max(length - 1, 0).bit_length())
 
 
-def fine_bucket(length: int) -> int:
-    """Round a length up to an eighth of the next power of two: at least `LEAST`, and at most 25 % longer.
+def share_of(limit: int, length: int, *, parts: int) -> int:
+    """Round a length up to a multiple of `limit` / `parts`, at most `limit`: there are at most `parts` widths.
 
-    This is for programs whose every step costs more than a few programs to compile.
+    This is for programs that take long to compile.
     """
-    step = max(LEAST, bucket(length) // 8)
-    return -(-max(length, 1) // step) * step
+    step = max(LEAST, -(-limit // parts))
+    return min(limit, -(-max(length, 1) // step) * step)
 
 
 def last_tokens(prompts: PromptBatch[A], width: int) -> PromptBatch[A]:

@@ -27,8 +27,8 @@ def train_dpo(
     def logprobs(params, batch):
         chosen, rejected = start.network.pair_stats(params, batch)
         return (
-            sequence_logprobs(chosen.logprobs, batch.chosen_mask),
-            sequence_logprobs(rejected.logprobs, batch.rejected_mask),
+            sequence_logprobs(chosen.logprobs, batch.chosen.response_mask),
+            sequence_logprobs(rejected.logprobs, batch.rejected.response_mask),
         )
 
     def loss(params, batch):

@@ -76,7 +76,7 @@ AtLeastTwo = Annotated[int, Range(at_least=2, at_most=INT32_MAX)]
 """An integer of at least 2, such as a number of responses to compare."""
 
 CountOrZero = Annotated[int, Range(at_least=0, at_most=INT32_MAX)]
-"""An integer of at least 0. Seeds too: grain, NumPy and JAX all accept this range."""
+"""An integer of at least 0. Seeds too: NumPy and JAX accept this range."""
 
 Finite = Annotated[float, Range()]
 """Any finite number, such as a score."""

@@ -70,23 +70,17 @@ class Sequences(NamedTuple, Generic[A]):
 
 
 class PreferenceBatch(NamedTuple, Generic[A]):
-    """Prompts with two responses each, of which `chosen` is preferred."""
+    """Prompts with two responses each, of which `chosen` is preferred; both have the same S and T."""
 
-    prompt: Int[A, "B P"]
-    prompt_mask: Bool[A, "B P"]
-    chosen: Int[A, "B T"]
-    chosen_mask: Bool[A, "B T"]
-    rejected: Int[A, "B T"]
-    rejected_mask: Bool[A, "B T"]
+    chosen: Sequences[A]
+    rejected: Sequences[A]
 
 
 class UnpairedBatch(NamedTuple, Generic[A]):
     """Prompts with one response each, labelled desirable (True) or undesirable."""
 
-    prompt: Int[A, "B P"]
-    prompt_mask: Bool[A, "B P"]
-    response: Int[A, "B T"]
-    response_mask: Bool[A, "B T"]
+    sequences: Sequences[A]
+    mismatched: Sequences[A] | None  # the same prompts, each with the response to another prompt of the batch
     label: Bool[A, "B"]
 
 
@@ -101,8 +95,5 @@ class LabelledPairs(NamedTuple, Generic[A]):
 class ComparisonBatch(NamedTuple, Generic[A]):
     """Prompts with up to K responses each (missing ones have empty masks), and all preferences among them."""
 
-    prompt: Int[A, "B P"]
-    prompt_mask: Bool[A, "B P"]
-    responses: Int[A, "B K T"]
-    response_mask: Bool[A, "B K T"]
+    responses: Sequences[A]  # with an axis K after the rows: [B, K, ...]
     wins: Bool[A, "B K K"]  # wins[b, i, j] if response i is preferred to response j

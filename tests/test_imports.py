@@ -9,7 +9,6 @@ from rlhf_jax.main import VERBS
 
 HEAVY = {
     "gguf",
-    "grain",
     "jax",
     "matplotlib",
     "orbax",

@@ -20,6 +20,11 @@ def count(mask: Bool[Array, "..."], axes: tuple[str, ...]) -> Int[Array, ""]:
     return total(mask.astype(jnp.int32), axes)
 
 
+def share(mask: Bool[Array, "..."], axes: tuple[str, ...]) -> Float[Array, ""]:
+    """Share of True entries, over all devices."""
+    return count(mask, axes) / total(jnp.ones(mask.shape, jnp.int32), axes)
+
+
 def rows(x: Shaped[Array, "B ..."], axes: tuple[str, ...]) -> Int[Array, ""]:
     """Number of rows of a batch, over all devices."""
     return total(jnp.ones(x.shape[0], jnp.int32), axes)

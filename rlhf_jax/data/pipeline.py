@@ -1,23 +1,21 @@
-"""Tokenise rows of text into padded arrays, and draw shuffled batches from them as a function of the step."""
+"""Tokenise rows of text: prompts to padded arrays, training data to rows of different lengths."""
 
 import dataclasses
 import functools
 import logging
 import zlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, TypeVar
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import jax
 import numpy as np
 
 from rlhf_jax.config import Count, check_ranges
 from rlhf_jax.data import chat, formats
-from rlhf_jax.data.padding import pad_left, pad_right
+from rlhf_jax.data.padding import pad_left
+from rlhf_jax.data.ragged import Ragged, RaggedPairs, RaggedSequences, Table, token_table
 from rlhf_jax.text.tokenizer import NO_TEMPLATE, Messages, Tokenizer
-from rlhf_jax.types import PreferenceBatch, RlhfError, TokenBatch, UnpairedBatch
-
-if TYPE_CHECKING:
-    import grain  # takes half a second, which commands that do not train would spend for nothing
+from rlhf_jax.types import RlhfError, TokenBatch
 
 Batch = TypeVar("Batch", bound=tuple)
 Row = dict[str, Any]
@@ -109,8 +107,8 @@ def training_texts(rows: list[Row]) -> list[str]:
     return [(prompt or "") + completion for prompt, completion in zip(prompts, completions, strict=True)]
 
 
-def demonstrations(rows: list[Row], tokenizer: Tokenizer, config: DataConfig) -> TokenBatch[np.ndarray]:
-    """Right-padded sequences for SFT; the loss is on completions, or on all tokens of a plain text.
+def demonstrations(rows: list[Row], tokenizer: Tokenizer, config: DataConfig) -> Table[TokenBatch[np.ndarray]]:
+    """Tokenise sequences for SFT; the loss is on completions, or on all tokens of a plain text.
 
     With `loss_on = "assistant"` the loss is on all messages of the assistant. Unknown words have no loss, because a
     policy never emits them. Truncated responses have no EOS.
@@ -127,13 +125,11 @@ def demonstrations(rows: list[Row], tokenizer: Tokenizer, config: DataConfig) ->
         examples = tokenise(prompts, completions, tokenizer, config)
         sequences = [example.prompt + example.response for example in examples]
         trained = [[False] * len(example.prompt) + [True] * len(example.response) for example in examples]
-    width = config.max_prompt_tokens + config.max_response_tokens
-    tokens, mask = pad_right(sequences, width)
-    loss_mask = pad_right(trained, width)[0].astype(bool)
-    loss_mask[:, 0] = False
+    tokens, counted = Ragged.of(sequences), Ragged.of(trained, bool)
+    counted.values[tokens.ends - tokens.lengths] = False  # the first token of a row has no prediction
     if tokenizer.unknown_id is not None:
-        loss_mask &= tokens != tokenizer.unknown_id
-    return TokenBatch(tokens, mask, loss_mask)
+        counted.values[tokens.values == tokenizer.unknown_id] = False
+    return token_table(tokens, counted)
 
 
 def prompts(rows: list[Row], tokenizer: Tokenizer, config: DataConfig) -> Prompts:
@@ -163,26 +159,23 @@ def prompts(rows: list[Row], tokenizer: Tokenizer, config: DataConfig) -> Prompt
     return Prompts(*pad_left(prompt_ids, config.max_prompt_tokens))
 
 
-def preferences(rows: list[Row], tokenizer: Tokenizer, config: DataConfig) -> PreferenceBatch[np.ndarray]:
-    """Tokenise and pad all preference pairs."""
+def preferences(rows: list[Row], tokenizer: Tokenizer, config: DataConfig) -> RaggedPairs:
+    """Tokenise all preference pairs."""
     prompts = [row["prompt"] for row in rows]
-    chosen = tokenise(prompts, [row["chosen"] for row in rows], tokenizer, config)
-    rejected = tokenise(prompts, [row["rejected"] for row in rows], tokenizer, config)
-    return PreferenceBatch(
-        *pad_left([example.prompt for example in chosen], config.max_prompt_tokens),
-        *pad_right([example.response for example in chosen], config.max_response_tokens),
-        *pad_right([example.response for example in rejected], config.max_response_tokens),
-    )
+    sides = [tokenise(prompts, [row[side] for row in rows], tokenizer, config) for side in ("chosen", "rejected")]
+    before = Ragged.of([example.prompt for example in sides[0]])
+    return RaggedPairs(*(RaggedSequences(before, Ragged.of([example.response for example in side])) for side in sides))
 
 
-def unpaired(rows: list[Row], tokenizer: Tokenizer, config: DataConfig) -> UnpairedBatch[np.ndarray]:
-    """Tokenise and pad all labelled completions."""
-    examples = tokenise([row["prompt"] for row in rows], [row["completion"] for row in rows], tokenizer, config)
-    return UnpairedBatch(
-        *pad_left([example.prompt for example in examples], config.max_prompt_tokens),
-        *pad_right([example.response for example in examples], config.max_response_tokens),
-        np.array([row["label"] for row in rows], bool),
-    )
+def unpaired(rows: list[Row], tokenizer: Tokenizer, config: DataConfig) -> RaggedSequences:
+    """Tokenise all labelled completions."""
+    return ragged(tokenise([row["prompt"] for row in rows], [row["completion"] for row in rows], tokenizer, config))
+
+
+def ragged(examples: Sequence[Example]) -> RaggedSequences:
+    """Concatenate the tokens of examples."""
+    prompts, responses = zip(*examples, strict=True)
+    return RaggedSequences(Ragged.of(prompts), Ragged.of(responses))
 
 
 def tokenise(
@@ -245,20 +238,6 @@ def encode_pairs(
         response = tokenizer.end(response) if has_end or not response else response
         examples.append(Example(fit(prompt, tokenizer, config), response[:limit]))
     return examples, separate
-
-
-def shuffled_batches(arrays: Batch, batch_size: int, seed: int) -> "grain.MapDataset":
-    """Infinite shuffled batches, reshuffled every epoch.
-
-    `dataset[step]` depends on seed and step alone, so that checkpoints need no iterator state.
-    """
-    import grain
-
-    count = len(jax.tree.leaves(arrays)[0])
-    if count < batch_size:
-        raise RlhfError(f"{count} training rows do not fill one batch of {batch_size}: lower batch_size or add data")
-    indices = grain.MapDataset.range(count).seed(seed).shuffle().batch(batch_size, drop_remainder=True).repeat()
-    return indices.map(lambda rows: take(arrays, rows))
 
 
 def take(arrays: Batch, rows: np.ndarray) -> Batch:

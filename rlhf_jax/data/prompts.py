@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from rlhf_jax.data import pipeline
+from rlhf_jax.data.ragged import Table
 from rlhf_jax.types import A, PromptBatch, RlhfError, TokenBatch
 
 
@@ -58,19 +59,17 @@ def at_round(prompts: PromptBatch[A], number: int | Int[Array, ""]) -> PromptBat
 class DemonstrationSource:
     """Demonstrations drawn at random with replacement, as a function of key and step."""
 
-    def __init__(self, data: TokenBatch[np.ndarray], keys: tuple[PRNGKeyArray, ...], batch_size: int) -> None:
+    def __init__(self, data: Table[TokenBatch[np.ndarray]], keys: tuple[PRNGKeyArray, ...], batch_size: int) -> None:
         """Create a source with one key per seed. With one key a batch is [B, ...], with several [seeds, B, ...]."""
         self._data, self._keys = data, keys
+        self._widths = data.needed(np.arange(len(data.lengths)))
         self._draw = jax.jit(
             lambda key, step: jax.random.randint(
-                jax.random.fold_in(key, step), (batch_size,), 0, len(data.tokens), jnp.int32
+                jax.random.fold_in(key, step), (batch_size,), 0, len(data.lengths), jnp.int32
             )
         )
 
     def __call__(self, step: int) -> TokenBatch[np.ndarray]:
         """Draw the demonstrations of iteration `step`, counted from 0."""
-        batches = []
-        for key in self._keys:
-            drawn = np.asarray(self._draw(key, step))
-            batches.append(jax.tree.map(lambda leaf, rows=drawn: leaf[rows], self._data))
+        batches = [self._data.padded(np.asarray(self._draw(key, step)), self._widths) for key in self._keys]
         return batches[0] if len(batches) == 1 else jax.tree.map(lambda *leaves: np.stack(leaves), *batches)

@@ -10,6 +10,7 @@ import pandas as pd
 
 from rlhf_jax.data import pipeline
 from rlhf_jax.data.pipeline import DataConfig
+from rlhf_jax.data.ragged import pair_table
 from rlhf_jax.text.tokenizer import Tokenizer
 from rlhf_jax.types import PreferenceBatch
 
@@ -43,16 +44,17 @@ def encode_preferences(
     max_prompt_tokens: int,
     max_response_tokens: int,
 ) -> PreferenceBatch[np.ndarray]:
-    """Encode pairs as padded arrays: prompts int32[N, P] on the left, responses int32[N, T] on the right, with masks.
+    """Encode pairs as arrays: `chosen` and `rejected`, each a `Sequences` of N rows padded to the longest.
 
         batch = encode_preferences(rows, policy.tokenizer, max_prompt_tokens=64, max_response_tokens=64)
 
     Args: rows have `prompt`, `chosen` and `rejected`, texts or chats. Lengths are in tokens, BOS and EOS included;
         longer prompts are cut at their start and longer responses at their end.
     """
-    return pipeline.preferences(
+    pairs = pipeline.preferences(
         [row for _, row in numbered(rows)], tokenizer, limited(max_prompt_tokens, max_response_tokens)
     )
+    return pair_table(pairs).all()
 
 
 def limited(max_prompt_tokens: int, max_response_tokens: int) -> DataConfig:

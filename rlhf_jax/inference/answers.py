@@ -17,6 +17,7 @@ from rlhf_jax.core.statistics import (
 )
 from rlhf_jax.data import formats, pipeline
 from rlhf_jax.data.pipeline import DataConfig
+from rlhf_jax.data.ragged import Table
 from rlhf_jax.loading.models import Policy
 from rlhf_jax.loading.samples import sample_rows
 from rlhf_jax.rewards.judging import TextScorer
@@ -28,12 +29,15 @@ from rlhf_jax.sampling.batches import (
     response_logprobs_all,
     sample_all,
     sequence_divergences,
-    sequence_stats_all,
+    sequence_sums,
 )
 from rlhf_jax.sampling.choice import Sampling
 from rlhf_jax.types import Rollout, TokenBatch
 
 Z_95 = 1.959964
+
+Texts = Table[TokenBatch[np.ndarray]]
+"""Tokens of held-out texts."""
 
 
 class EvaluatedMethod(NamedTuple):
@@ -50,7 +54,7 @@ class Split(NamedTuple):
 
     name: str
     prompts: pipeline.Prompts
-    texts: TokenBatch[np.ndarray] | None  # held-out texts, if the data has any
+    texts: Texts | None  # held-out texts, if the data has any
     reference: Policy
     score: Scorer  # score of the reward model
     judge: TextScorer | None
@@ -156,7 +160,7 @@ def win_rate(
     }
 
 
-def held_out_texts(rows: list[dict[str, Any]], policy: Policy, data: DataConfig) -> TokenBatch[np.ndarray] | None:
+def held_out_texts(rows: list[dict[str, Any]], policy: Policy, data: DataConfig) -> Texts | None:
     """Tokenise the completions or plain texts of the rows as SFT would; None if the rows are not demonstrations."""
     if formats.kind_of(rows) in ("prompt", "unpaired", "ranked"):
         return None
@@ -166,16 +170,12 @@ def held_out_texts(rows: list[dict[str, Any]], policy: Policy, data: DataConfig)
 def answers_nll(reference: Policy, rollout: Rollout[np.ndarray], batch_size: int) -> float:
     """Log-perplexity of answers under the reference, nats per token."""
     logprobs = response_logprobs_all(reference.network, reference.params, rollout, batch_size)
-    return _mean_nll(logprobs, rollout.response_mask)
+    return float(-np.sum(logprobs, dtype=np.float64) / np.sum(rollout.response_mask))
 
 
-def texts_nll(policy: Policy, texts: TokenBatch[np.ndarray] | None, batch_size: int) -> float | None:
+def texts_nll(policy: Policy, texts: Texts | None, batch_size: int) -> float | None:
     """Log-perplexity of held-out texts under a policy, nats per token; None without texts."""
     if texts is None:
         return None
-    stats = sequence_stats_all(policy.network, policy.params, texts, batch_size)
-    return _mean_nll(np.asarray(stats.logprobs), texts.loss_mask[:, 1:])
-
-
-def _mean_nll(logprobs: np.ndarray, mask: np.ndarray) -> float:
-    return float(-np.sum(logprobs, where=mask, dtype=np.float64) / np.sum(mask))
+    sums = sequence_sums(policy.network, policy.params, texts, batch_size)
+    return float(np.sum(sums.nll, dtype=np.float64) / np.sum(sums.tokens))

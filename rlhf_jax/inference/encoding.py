@@ -3,15 +3,11 @@
 import dataclasses
 from collections.abc import Sequence
 
-import numpy as np
-
-from rlhf_jax.data.padding import pad_left, pad_right
-from rlhf_jax.data.pipeline import Content, Example
+from rlhf_jax.data.pipeline import Content
 from rlhf_jax.loading.models import Policy
-from rlhf_jax.sampling.buckets import bucket
 from rlhf_jax.sampling.choice import Sampling
 from rlhf_jax.text.tokenizer import Tokenizer
-from rlhf_jax.types import RlhfError, Rollout
+from rlhf_jax.types import RlhfError
 
 
 def encode_prompt(prompt: Content, tokenizer: Tokenizer, max_prompt_tokens: int | None = None) -> list[int]:
@@ -68,11 +64,3 @@ def within_context(policy: Policy, prompt: Sequence[int], sampling: Sampling) ->
     if context is None:
         return sampling
     return dataclasses.replace(sampling, max_new_tokens=min(sampling.max_new_tokens, context - len(prompt)))
-
-
-def pad_examples(examples: Sequence[Example]) -> Rollout[np.ndarray]:
-    """Pad prompts on the left and responses on the right to bucketed lengths: int32[N, P] and int32[N, T]."""
-    prompts, responses = zip(*examples, strict=True)
-    return Rollout(
-        *pad_left(prompts, bucket(max(map(len, prompts)))), *pad_right(responses, bucket(max(map(len, responses))))
-    )

@@ -9,14 +9,16 @@ import numpy as np
 import pandas as pd
 
 from rlhf_jax.data.formats import checked_row
-from rlhf_jax.data.pipeline import Example, encode_pairs
+from rlhf_jax.data.pipeline import Example, encode_pairs, ragged
 from rlhf_jax.data.rows import NO_TRUNCATION, numbered, shortest
-from rlhf_jax.inference.encoding import pad_examples
 from rlhf_jax.loading.models import Policy
-from rlhf_jax.sampling.batches import response_logprobs_all
+from rlhf_jax.sampling.batches import logprobs_of_sequences
 from rlhf_jax.types import RlhfError
 
 BATCH = 8
+
+SORTED = 16
+"""Batches whose rows are sorted by length together."""
 
 
 class EncodedRow(NamedTuple):
@@ -69,12 +71,12 @@ def encode_rows(
 
 
 def with_logprobs(policy: Policy, rows: Iterator[EncodedRow], batch_size: int) -> Iterator[list[dict[str, Any]]]:
-    """Yield batches of rows with `logprob` and `token_logprobs`, in nats."""
-    while batch := list(itertools.islice(rows, batch_size)):
-        logprobs = response_logprobs_all(
-            policy.network, policy.params, pad_examples([row.example for row in batch]), batch_size
-        )
-        yield [row.columns | _columns(padded, row.example) for row, padded in zip(batch, logprobs, strict=True)]
+    """Yield rows with `logprob` and `token_logprobs`, in nats, `SORTED` batches at a time."""
+    while part := list(itertools.islice(rows, SORTED * batch_size)):
+        sequences = ragged([row.example for row in part])
+        width = int(sequences.responses.lengths.max())
+        logprobs = logprobs_of_sequences(policy.network, policy.params, sequences, batch_size, width=width)
+        yield [row.columns | _columns(padded, row.example) for row, padded in zip(part, logprobs, strict=True)]
 
 
 def _columns(padded_logprobs: np.ndarray, example: Example) -> dict[str, Any]:

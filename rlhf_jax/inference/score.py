@@ -8,14 +8,13 @@ import numpy as np
 import pandas as pd
 
 from rlhf_jax.data.formats import checked_row
-from rlhf_jax.data.pipeline import Content, Example, encode_pairs
+from rlhf_jax.data.pipeline import Content, Example, encode_pairs, ragged
 from rlhf_jax.data.rows import NO_TRUNCATION, numbered, shortest
-from rlhf_jax.inference.encoding import pad_examples
 from rlhf_jax.loading.models import RewardModel
 from rlhf_jax.rewards.functions import weighted_sum
 from rlhf_jax.rewards.scorers import RESERVED_COLUMNS
 from rlhf_jax.rewards.sources import AnyReward, Reward, as_reward
-from rlhf_jax.sampling.batches import score_all
+from rlhf_jax.sampling.batches import score_sequences
 from rlhf_jax.text.tokenizer import Tokenizer
 from rlhf_jax.types import RlhfError
 
@@ -95,7 +94,7 @@ def scored_examples(
 
 def model_scores(model: RewardModel, examples: Sequence[Example], batch_size: int) -> np.ndarray:
     """Score encoded completions with a reward model: float32[N]."""
-    return score_all(model.network, model.params, pad_examples(examples), batch_size)
+    return score_sequences(model.network, model.params, ragged(examples), batch_size)
 
 
 def function_scores(

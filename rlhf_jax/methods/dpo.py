@@ -18,14 +18,17 @@ from rlhf_jax.config import Count, Range, check_ranges
 from rlhf_jax.core import logprobs, masking
 from rlhf_jax.core.metrics import Metric, mean, values
 from rlhf_jax.core.preference_losses import Beta, per_token
+from rlhf_jax.data.batching import Fit
+from rlhf_jax.data.ragged import RaggedPairs, pair_table
 from rlhf_jax.loading.trainable import full_params
 from rlhf_jax.methods.offline import Updates
 from rlhf_jax.methods.preference_table import DIVERGENCES, LOSS_OPTIONS, LossSpec, PreferenceLossConfig
 from rlhf_jax.models.head import TokenStats
-from rlhf_jax.models.policy import PolicyNetwork
+from rlhf_jax.models.policy import PolicyNetwork, both_responses
 from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.runtime.programs import Step
-from rlhf_jax.sampling.batches import map_batches
+from rlhf_jax.sampling.batches import map_table
+from rlhf_jax.sampling.buckets import bucketed
 from rlhf_jax.types import A, PreferenceBatch
 
 SIGMOID = PreferenceLossConfig()
@@ -55,7 +58,7 @@ def pair_logps(
 ) -> PairLogps:
     """Compute a model's log-probabilities of both responses of each pair, in one forward pass."""
     chosen, rejected = network.pair_stats(params, batch, dropout_keys=dropout_keys)
-    return sum_tokens(config, chosen, rejected, batch.chosen_mask, batch.rejected_mask)
+    return sum_tokens(config, chosen, rejected, batch.chosen.response_mask, batch.rejected.response_mask)
 
 
 def sum_tokens(
@@ -82,11 +85,12 @@ def pair_logps_all(
     config: PreferenceLossConfig,
     network: PolicyNetwork,
     params: PyTree,
-    data: PreferenceBatch[np.ndarray],
+    pairs: RaggedPairs,
     batch_size: int,
+    fit: Fit = bucketed,
 ) -> PairLogps[np.ndarray]:
-    """Compute `pair_logps` of a whole data set, batch by batch; returns NumPy arrays."""
-    return map_batches(lambda batch: _compiled_logps(config, network, params, batch), data, batch_size)
+    """Compute `pair_logps` of a whole data set, in batches of similar length; returns NumPy arrays."""
+    return map_table(lambda batch: _compiled_logps(config, network, params, batch), pair_table(pairs), batch_size, fit)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -138,9 +142,14 @@ def sync_reference(config: ReferenceUpdate, reference: PyTree, policy: PyTree, s
 # ---- loss and metrics -----------------------------------------------------------------------------------------------
 
 
-def tokens_per_pair(chosen_mask: Bool[Array, "B T"], axes: tuple[str, ...]) -> Float[Array, ""]:
+def lengths_of(pairs: PreferenceBatch) -> Lengths:
+    """Numbers of tokens of the chosen and the rejected responses."""
+    return masking.lengths(pairs.chosen.response_mask), masking.lengths(pairs.rejected.response_mask)
+
+
+def tokens_per_pair(pairs: PreferenceBatch, axes: tuple[str, ...]) -> Float[Array, ""]:
     """Mean number of chosen tokens over the pairs of a batch."""
-    return masking.mean(masking.lengths(chosen_mask).astype(jnp.float32), axes)
+    return masking.mean(lengths_of(pairs)[0].astype(jnp.float32), axes)
 
 
 def preference_loss(
@@ -185,7 +194,7 @@ def pair_loss(
 ) -> tuple[Float[Array, ""], Metrics]:
     """Compute `preference_loss` of pairs from the policy's parameters and the reference's log-probabilities."""
     policy = pair_logps(config, network, params, batch.pairs, dropout_keys)
-    tokens = masking.lengths(batch.pairs.chosen_mask), masking.lengths(batch.pairs.rejected_mask)
+    tokens = lengths_of(batch.pairs)
     return preference_loss(
         config, policy, batch.reference, tokens, beta=beta, axes=axes, tokens_per_pair=tokens_per_pair
     )
@@ -258,13 +267,13 @@ def evaluate(
     config: PreferenceLossConfig,
     policy: PairLogps[np.ndarray],
     reference: PairLogps[np.ndarray] | None,
-    data: PreferenceBatch[np.ndarray],
+    pairs: RaggedPairs,
     beta: float,
 ) -> dict[str, float]:
     """Compute the loss and metrics on all held-out pairs as one batch, with the prefix `eval/`."""
-    policy, reference, data = jax.tree.map(jnp.asarray, (policy, reference, data))
-    tokens = masking.lengths(data.chosen_mask), masking.lengths(data.rejected_mask)
-    whole = tokens_per_pair(data.chosen_mask, ())
+    policy, reference = jax.tree.map(jnp.asarray, (policy, reference))
+    chosen, rejected = (jnp.asarray(side.responses.lengths, jnp.int32) for side in pairs)
+    tokens, whole = (chosen, rejected), masking.mean(chosen.astype(jnp.float32), ())
     loss, metrics = preference_loss(config, policy, reference, tokens, beta=beta, axes=(), tokens_per_pair=whole)
     return {"eval/loss": float(loss)} | {f"eval/{name}": float(value) for name, value in values(metrics).items()}
 
@@ -299,7 +308,7 @@ def _make_step(
         state: TrainState, frozen: dict[str, PyTree], batch: PreferenceBatch | ReferencedBatch, run_key: jax.Array
     ) -> tuple[TrainState, dict[str, Array], tuple]:
         rows = batch if isinstance(batch, ReferencedBatch) else ReferencedBatch(batch, None)
-        whole_batch = tokens_per_pair(rows.pairs.chosen_mask, axes)
+        whole_batch = tokens_per_pair(rows.pairs, axes)
 
         def loss_fn(
             params: PyTree, rows: ReferencedBatch, keys: Key[Array, "B"] | None
@@ -317,14 +326,15 @@ def _make_step(
             return full_params(network, state.params["reference"], frozen, "reference")
 
         def pairs(rows: ReferencedBatch) -> Array:
-            return masking.rows(rows.pairs.prompt, axes)
+            return masking.rows(rows.pairs.chosen.tokens, axes)
 
         state, logged = updates.update(state, rows, run_key, loss_fn, weight=pairs, trained=("policy",))
         if reference_update:
             policy, reference = state.params["policy"], state.params["reference"]
             reference = sync_reference(reference_update, reference, policy, state.step)
             state = state._replace(params={"policy": policy, "reference": reference})
-        tokens = masking.count(rows.pairs.chosen_mask, axes) + masking.count(rows.pairs.rejected_mask, axes)
-        return state, logged | {"num_tokens": tokens}, ()
+        both = both_responses(rows.pairs)
+        counts = {"num_tokens": masking.count(both.response_mask, axes), "token_share": masking.share(both.mask, axes)}
+        return state, logged | counts, ()
 
     return step

@@ -1,6 +1,7 @@
 """Training on a fixed table: the update and the training run shared by sft, reward_model, dpo and kto."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
@@ -11,7 +12,8 @@ from jaxtyping import Array, Key, PRNGKeyArray, PyTree
 
 from rlhf_jax.config import Count, Positive, check_ranges
 from rlhf_jax.core.metrics import Metric, values
-from rlhf_jax.data import pipeline
+from rlhf_jax.data.batching import BatchOrder, Buckets
+from rlhf_jax.data.ragged import RowWidths, Table, widest
 from rlhf_jax.loading.context import Context, steps_for
 from rlhf_jax.loading.trainable import N, dropout_keys, stack
 from rlhf_jax.runtime.checkpoints import TrainState
@@ -19,6 +21,7 @@ from rlhf_jax.runtime.loop import Evaluation, LoopConfig, Rows, Task, train
 from rlhf_jax.runtime.optimizers import OptimizerConfig, gradients, learning_rate, make_optimizer, update
 from rlhf_jax.runtime.programs import Step
 from rlhf_jax.runtime.rounding import update_key
+from rlhf_jax.types import Json
 
 Batch = TypeVar("Batch", bound=tuple)
 Loss = tuple[Array, dict[str, Metric]]
@@ -83,6 +86,9 @@ class OfflineConfig:
     epochs: Positive  # passes over the training rows
     eval_every: Count  # steps between evaluations
     loop: LoopConfig
+    # Device calls whose rows are sorted by length together, so that batches have less padding; 1: random batches.
+    length_window: Count = 32
+    widths: Count = 6  # most lengths that batches are padded to, each compiled once; 1: the length of the longest row
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -100,28 +106,22 @@ class OfflineMethod(Generic[N]):
 
 
 def train_offline(
-    config: OfflineConfig, context: Context, network: N, data: Batch, method: OfflineMethod[N], *, runs: int
-) -> int:
-    """Train on a table and return the number of steps.
+    config: OfflineConfig, context: Context, network: N, data: Table[Batch], method: OfflineMethod[N], *, runs: int
+) -> dict[str, Json]:
+    """Train on a table and return the summary's fields about steps and widths.
 
     Args: data holds all training rows; runs is the number of runs, trained at once in one program. The row order of run
     k comes from seed + k, and each run has its own random keys.
     """
-    rows = len(jax.tree.leaves(data)[0])
-    steps = steps_for(config.epochs, rows, config.batch_size, config.loop.steps_per_call)
+    steps = steps_for(config.epochs, len(data.lengths), config.batch_size, config.loop.steps_per_call)
     placement = context.placement(runs)
     updates = Updates(network, config.optimizer, steps, placement.axes)
-    orders = [pipeline.shuffled_batches(data, config.batch_size, context.seed + k) for k in range(runs)]
-
-    def batch_at(step: int) -> PyTree:
-        batches = [order[step] for order in orders]
-        return batches[0] if runs == 1 else jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
-
+    batches = Batches(config, data, tuple(context.seed + k for k in range(runs)), steps)
     task = Task(
         step=method.step(updates),
         start=lambda: stack([method.start(updates, k) for k in range(runs)]),
         frozen=method.frozen,
-        batch_at=batch_at,
+        batch_at=batches.at,
         run_key=stack([context.key("run", k) for k in range(runs)]),
         total_steps=steps,
         key_figures=method.key_figures,
@@ -129,4 +129,45 @@ def train_offline(
         describe=lambda step, samples: [],
     )
     train(task, config.loop, placement, context.seed, context.directory, context.bar)
-    return steps
+    used = batches.used
+    widths = sorted({each.sequence for each in used})
+    context.bar.say(
+        f"{context.name}: {len(used)} programs, for batches of {', '.join(map(str, widths))} tokens per row"
+    )
+    return {"steps": steps, "widths": widths}
+
+
+class Batches(Generic[Batch]):
+    """Batches of all runs, padded to one width in each call of the program."""
+
+    def __init__(self, config: OfflineConfig, data: Table[Batch], seeds: tuple[int, ...], steps: int) -> None:
+        """Order the rows for each seed, and choose the widths.
+
+        The widths are chosen for the batches of an epoch in an order of their own, so that runs with different seeds
+        share compiled programs.
+        """
+        self._data, self._steps, self._per_call = data, steps, config.loop.steps_per_call
+        self._orders = [self._order(config, seed) for seed in seeds]
+        planned = self._order(config, 0)
+        calls = range(-(-(len(data.lengths) // config.batch_size) // self._per_call))
+        needs = [self._needed([planned], call).sequence for call in calls]
+        self._buckets = Buckets.best(np.array([*needs, data.longest]), config.widths)
+        self._widths = functools.lru_cache(lambda call: self._buckets.fit(self._needed(self._orders, call)))
+
+    def _order(self, config: OfflineConfig, seed: int) -> BatchOrder:
+        return BatchOrder(self._data.lengths, config.batch_size, seed, config.length_window, self._per_call)
+
+    def _needed(self, orders: list[BatchOrder], call: int) -> RowWidths:
+        steps = range(call * self._per_call, (call + 1) * self._per_call)
+        return widest(self._data.needed(order[step]) for order in orders for step in steps)
+
+    def at(self, step: int) -> PyTree:
+        """Batch of a step, counted from 0: arrays [B, ...], or [seeds, B, ...]."""
+        widths = self._widths(step // self._per_call)
+        batches = [self._data.padded(order[step], widths) for order in self._orders]
+        return batches[0] if len(batches) == 1 else jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
+
+    @property
+    def used(self) -> set[RowWidths]:
+        """RowWidths of all calls of the run, each compiled once."""
+        return {self._widths(call) for call in range(self._steps // self._per_call)}

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from rlhf_jax.core import masking
+from rlhf_jax.core.sequences import joined
 from rlhf_jax.methods.dpo import ReferencedBatch, pair_logps, pair_loss, tokens_per_pair
 from rlhf_jax.methods.policy_parts import Coefficient, Evaluated, Metrics, Numbers, Params, Setting
 from rlhf_jax.methods.preference_table import PreferenceLossConfig
@@ -58,12 +59,12 @@ class PairLearner:
             dropout,
             beta=self.beta,
             axes=setting.axes,
-            tokens_per_pair=tokens_per_pair(whole.pairs.chosen_mask, setting.axes),
+            tokens_per_pair=tokens_per_pair(whole.pairs, setting.axes),
         )
 
     def weight(self, rows: ReferencedBatch, axes: tuple[str, ...]) -> Int[Array, ""]:
         """Count the pairs."""
-        return masking.rows(rows.pairs.chosen, axes)
+        return masking.rows(rows.pairs.chosen.tokens, axes)
 
 
 def choose(rollout: Rollout, scores: Float[Array, "N"]) -> tuple[PreferenceBatch, Float[Array, "B"]]:
@@ -75,12 +76,6 @@ def choose(rollout: Rollout, scores: Float[Array, "N"]) -> tuple[PreferenceBatch
     first, second = scores.reshape(-1, 2).T
     rows = 2 * jnp.arange(len(first))
     chosen, rejected = (jnp.where(wins, rows, rows + 1) for wins in (first >= second, first < second))
-    pairs = PreferenceBatch(
-        prompt=rollout.prompt[rows],
-        prompt_mask=rollout.prompt_mask[rows],
-        chosen=rollout.response[chosen],
-        chosen_mask=rollout.response_mask[chosen],
-        rejected=rollout.response[rejected],
-        rejected_mask=rollout.response_mask[rejected],
-    )
+    sequences = joined(rollout)
+    pairs = PreferenceBatch(*(masking.take_rows(sequences, side, ()) for side in (chosen, rejected)))
     return pairs, jnp.abs(first - second)

@@ -11,17 +11,18 @@ import numpy as np
 from jaxtyping import PyTree
 
 from rlhf_jax.data.fetch import data_dir
+from rlhf_jax.data.ragged import RaggedPairs
 from rlhf_jax.methods.dpo import PairLogps, pair_logps_all
 from rlhf_jax.methods.preference_table import PreferenceLossConfig
 from rlhf_jax.models.policy import PolicyNetwork
-from rlhf_jax.types import PreferenceBatch, RlhfError
+from rlhf_jax.types import RlhfError
 
 
 def precomputed_ref_logps(
     config: PreferenceLossConfig,
     network: PolicyNetwork,
     params: PyTree,
-    data: PreferenceBatch[np.ndarray],
+    data: RaggedPairs,
     batch_size: int,
 ) -> PairLogps[np.ndarray]:
     """Read the reference's log-probabilities of all pairs from disk; compute and write them if the file is missing.
@@ -42,9 +43,7 @@ def precomputed_ref_logps(
     return PairLogps(chosen, rejected, full_chosen, full_rejected)
 
 
-def cache_path(
-    config: PreferenceLossConfig, network: PolicyNetwork, params: PyTree, data: PreferenceBatch[np.ndarray]
-) -> Path:
+def cache_path(config: PreferenceLossConfig, network: PolicyNetwork, params: PyTree, data: RaggedPairs) -> Path:
     """Return the file's path, named by a hash of everything that the log-probabilities depend on.
 
     The hash covers the network, its parameters, LD-DPO's alpha, and the tokens of every pair, and thereby the rows, the
@@ -53,7 +52,8 @@ def cache_path(
     digest = hashlib.sha256(
         repr((PairLogps._fields, dataclasses.replace(network, lora=None), config.ld_alpha)).encode()
     )
-    for path, leaf in jax.tree_util.tree_leaves_with_path({"params": params, "data": data}):
+    rows = {side: dataclasses.asdict(getattr(data, side)) for side in data._fields}
+    for path, leaf in jax.tree_util.tree_leaves_with_path({"params": params, "data": rows}):
         array = np.asarray(leaf)
         digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
         digest.update(np.ascontiguousarray(array).tobytes())

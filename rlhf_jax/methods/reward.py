@@ -9,17 +9,16 @@ import numpy as np
 from jaxtyping import Array, Float, Key, PyTree
 
 from rlhf_jax.core import masking, reward_losses
-from rlhf_jax.core.sequences import joined
 from rlhf_jax.data import formats, pipeline
-from rlhf_jax.data.padding import pad_left, pad_right
 from rlhf_jax.data.pipeline import Content, DataConfig
+from rlhf_jax.data.ragged import RowWidths, Table, pair_table
 from rlhf_jax.loading.context import Context
 from rlhf_jax.loading.tables import PREFERENCES, load_preferences
 from rlhf_jax.methods.reward_table import LOSS_OPTIONS, Result, RewardLossConfig
 from rlhf_jax.models.policy import both_responses
 from rlhf_jax.models.scalars import ScalarNetwork
 from rlhf_jax.text.tokenizer import Tokenizer
-from rlhf_jax.types import A, ComparisonBatch, Json, LabelledPairs, PreferenceBatch, RlhfError, Rollout, Row
+from rlhf_jax.types import A, ComparisonBatch, Json, LabelledPairs, PreferenceBatch, RlhfError, Row
 
 Batch = PreferenceBatch[A] | LabelledPairs[A] | ComparisonBatch[A]
 
@@ -62,12 +61,14 @@ def pairs_from_ranking(row: Row) -> list[Row]:
     ]
 
 
-def make_batch(config: RewardLossConfig, rows: list[Row], tokenizer: Tokenizer, data: DataConfig) -> Batch[np.ndarray]:
-    """Tokenise and pad all training rows. Raises RlhfError naming a row without the columns that the loss reads."""
+def make_table(
+    config: RewardLossConfig, rows: list[Row], tokenizer: Tokenizer, data: DataConfig
+) -> Table[Batch[np.ndarray]]:
+    """Tokenise all training rows. Raises RlhfError naming a row without the columns that the loss reads."""
     spec = config.spec
     if not spec.pairwise:
         return _comparisons(config, rows, tokenizer, data)
-    pairs = pipeline.preferences(rows, tokenizer, data)
+    pairs = pair_table(pipeline.preferences(rows, tokenizer, data))
     if spec.column is None:
         return pairs
     margin, votes = np.zeros(len(rows), np.float32), np.tile(np.array([1, 0], np.float32), (len(rows), 1))
@@ -78,7 +79,7 @@ def make_batch(config: RewardLossConfig, rows: list[Row], tokenizer: Tokenizer, 
         else:
             labels = _numbers(row["labels"], place, "labels", 0, 1)
             votes[place] = sum(labels), len(labels) - sum(labels)
-    return LabelledPairs(pairs, margin, votes)
+    return pairs.to(lambda batch, which: LabelledPairs(batch, margin[which], votes[which]))
 
 
 def loss(
@@ -94,7 +95,7 @@ def loss(
     available = {name: getattr(config, name) for name in LOSS_OPTIONS} | {"axes": axes}
     if isinstance(batch, ComparisonBatch):
         scores = _all_scores(network, params, batch, dropout_keys)
-        available |= {"scores": scores, "wins": batch.wins, "mask": jnp.any(batch.response_mask, axis=2)}
+        available |= {"scores": scores, "wins": batch.wins, "mask": jnp.any(batch.responses.response_mask, axis=2)}
         uncentred = reward_losses.k_wise_centering(scores, batch.wins, axes=axes)
     else:
         chosen, rejected = _pair_scores(network, params, _pairs(batch), dropout_keys)
@@ -114,15 +115,13 @@ def weight(config: RewardLossConfig, batch: Batch, axes: tuple[str, ...]) -> Arr
         return masking.count(jnp.any(batch.wins, axis=(1, 2)), axes)
     if isinstance(batch, LabelledPairs) and "votes" in config.spec.reads:
         return masking.total(batch.votes, axes)
-    return masking.rows(_pairs(batch).prompt, axes)
+    return masking.rows(_pairs(batch).chosen.tokens, axes)
 
 
-def tokens(batch: Batch, axes: tuple[str, ...]) -> Array:
-    """Number of response tokens of a batch."""
-    if isinstance(batch, ComparisonBatch):
-        return masking.count(batch.response_mask, axes)
-    pairs = _pairs(batch)
-    return masking.count(pairs.chosen_mask, axes) + masking.count(pairs.rejected_mask, axes)
+def token_counts(batch: Batch, axes: tuple[str, ...]) -> dict[str, Array]:
+    """Number of response tokens of a batch, and the share of positions that are tokens."""
+    rows = batch.responses if isinstance(batch, ComparisonBatch) else both_responses(_pairs(batch))
+    return {"num_tokens": masking.count(rows.response_mask, axes), "token_share": masking.share(rows.mask, axes)}
 
 
 def _pairs(batch: PreferenceBatch | LabelledPairs) -> PreferenceBatch:
@@ -134,7 +133,7 @@ def _pair_scores(
 ) -> tuple[Array, Array]:
     if dropout_keys is not None:  # separate masks for chosen and rejected
         dropout_keys = jax.vmap(jax.random.split, out_axes=1)(dropout_keys).reshape(-1)
-    chosen, rejected = jnp.split(network.scores(params, joined(both_responses(pairs)), dropout_keys=dropout_keys), 2)
+    chosen, rejected = jnp.split(network.scores(params, both_responses(pairs), dropout_keys=dropout_keys), 2)
     return chosen, rejected
 
 
@@ -142,16 +141,11 @@ def _all_scores(
     network: ScalarNetwork, params: PyTree, batch: ComparisonBatch, dropout_keys: Key[Array, "B"] | None
 ) -> Float[Array, "B K"]:
     """Score K responses to every prompt, in one forward pass of B * K rows."""
-    rows, count = batch.responses.shape[:2]
+    rows, count = batch.responses.tokens.shape[:2]
     if dropout_keys is not None:
         dropout_keys = jax.vmap(lambda key: jax.random.split(key, count))(dropout_keys).reshape(-1)
-    rollout = Rollout(
-        jnp.repeat(batch.prompt, count, axis=0),
-        jnp.repeat(batch.prompt_mask, count, axis=0),
-        batch.responses.reshape(rows * count, -1),
-        batch.response_mask.reshape(rows * count, -1),
-    )
-    return network.scores(params, joined(rollout), dropout_keys=dropout_keys).reshape(rows, count)
+    responses = jax.tree.map(lambda leaf: leaf.reshape(rows * count, *leaf.shape[2:]), batch.responses)
+    return network.scores(params, responses, dropout_keys=dropout_keys).reshape(rows, count)
 
 
 # ---- tables --------------------------------------------------------------------------------------------------------
@@ -159,33 +153,42 @@ def _all_scores(
 
 def _comparisons(
     config: RewardLossConfig, rows: list[Row], tokenizer: Tokenizer, data: DataConfig
-) -> ComparisonBatch[np.ndarray]:
+) -> Table[ComparisonBatch[np.ndarray]]:
     groups = _ranked(rows) if "completions" in rows[0] else _grouped(rows)
-    prompts = [prompt for prompt, answers, _ in groups for _ in answers]
-    completions = [completion for _, answers, _ in groups for completion in answers]
-    examples = iter(pipeline.tokenise(prompts, completions, tokenizer, data))
-    most = max(len(answers) for _, answers, _ in groups)
-    shape = (len(groups), most, data.max_response_tokens)
-    batch = ComparisonBatch(
-        np.zeros((len(groups), data.max_prompt_tokens), np.int32),
-        np.zeros((len(groups), data.max_prompt_tokens), bool),
-        np.zeros(shape, np.int32),
-        np.zeros(shape, bool),
-        np.zeros((len(groups), most, most), bool),
-    )
-    for place, (_, answers, wins) in enumerate(groups):
-        count = len(answers)
+    prompts = [prompt for prompt, completions, _ in groups for _ in completions]
+    written = [completion for _, completions, _ in groups for completion in completions]
+    sequences = pipeline.ragged(pipeline.tokenise(prompts, written, tokenizer, data))
+    counts = np.array([len(completions) for _, completions, _ in groups])
+    most, first = counts.max(), np.cumsum(counts) - counts
+    all_wins = np.zeros((len(groups), most, most), bool)
+    for place, (_, _, wins) in enumerate(groups):
+        count = len(wins)
         if config.spec.ranked and not np.array_equal(wins, np.triu(np.ones((count, count), bool), 1)):
             raise RlhfError(
                 f"row {place + 1} of the rankings has ties, which loss.name = {config.name!r} does not support: "
                 "break them, or use loss.name = 'k_wise'"
             )
-        own = list(itertools.islice(examples, count))
-        batch.prompt[place], batch.prompt_mask[place] = pad_left([own[0].prompt], data.max_prompt_tokens)
-        responses = pad_right([example.response for example in own], data.max_response_tokens)
-        batch.responses[place, :count], batch.response_mask[place, :count] = responses
-        batch.wins[place, :count, :count] = wins
-    return batch
+        all_wins[place, :count, :count] = wins
+
+    def numbers(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers of the responses [B * K], the first one in the place of missing ones, and which of them exist."""
+        places = np.arange(most)
+        exists = places < counts[rows, None]
+        return (first[rows, None] + np.where(exists, places, 0)).reshape(-1), exists
+
+    def needed(rows: np.ndarray) -> RowWidths:
+        which, _ = numbers(rows)
+        return sequences.needed(which, which)
+
+    def padded(rows: np.ndarray, widths: RowWidths) -> ComparisonBatch[np.ndarray]:
+        which, exists = numbers(rows)
+        flat = sequences.padded(which, which, widths)
+        flat.mask[~exists.reshape(-1)] = flat.response_mask[~exists.reshape(-1)] = False
+        responses = jax.tree.map(lambda leaf: leaf.reshape(len(rows), most, *leaf.shape[1:]), flat)
+        return ComparisonBatch(responses, all_wins[rows])
+
+    lengths = np.array([each.max() for each in np.split(sequences.lengths, first[1:])])
+    return Table(lengths, needed, padded, int(lengths.max()))
 
 
 def _ranked(rows: Sequence[Row]) -> list[tuple[Content, list[Content], np.ndarray]]:

@@ -2,20 +2,18 @@
 
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
 from rlhf_jax.core import calibration
 from rlhf_jax.data.pipeline import Content
+from rlhf_jax.data.ragged import RaggedPairs
 from rlhf_jax.loading.context import Context
 from rlhf_jax.loading.models import RewardModel
-from rlhf_jax.models.policy import both_responses
 from rlhf_jax.models.scalars import ScalarNetwork
 from rlhf_jax.runtime.files import write_json
-from rlhf_jax.sampling.batches import score_all
-from rlhf_jax.types import Json, PreferenceBatch, Row
+from rlhf_jax.sampling.batches import score_sequences
+from rlhf_jax.types import Json, Row
 
 GROUPS, BINS, BARS = 5, 10, 30
 """Number of groups for accuracies, and of bins in the reliability diagram and the histograms."""
@@ -24,7 +22,7 @@ GROUPS, BINS, BARS = 5, 10, 30
 class HeldOut(NamedTuple):
     """Held-out pairs, as tokens and as rows."""
 
-    batch: PreferenceBatch[np.ndarray]
+    pairs: RaggedPairs
     rows: list[Row]
 
 
@@ -32,13 +30,12 @@ def evaluate(
     network: ScalarNetwork, params: PyTree, data: HeldOut, context: Context
 ) -> tuple[dict[str, float], list[Row]]:
     """Compute `eval/accuracy`, `eval/judge_agreement` if the rows have a judge's scores, and some sample rows."""
-    scores = _scores(network, params, data.batch, context)
-    chosen, rejected = np.split(scores, 2)
+    chosen, rejected = _scores(network, params, data.pairs, context)
     metrics = {"eval/accuracy": _agreement(chosen - rejected, np.ones(len(chosen)))}
     if "chosen_score" in data.rows[0]:
         judged = np.array([row["chosen_score"] - row["rejected_score"] for row in data.rows])
         metrics["eval/judge_agreement"] = _agreement(chosen - rejected, judged)
-    batch, rows = data
+    pairs, rows = data
     samples = [
         {
             "seed": context.seed,
@@ -46,10 +43,10 @@ def evaluate(
             "completion": _shown(rows[i][side]),
             "score": float(scores[i]),
             "kl": None,
-            "length": int(mask[i].sum()),
+            "length": int(lengths[i]),
         }
         for i in range(min(4, len(rows)))
-        for side, scores, mask in (("chosen", chosen, batch.chosen_mask), ("rejected", rejected, batch.rejected_mask))
+        for side, scores, lengths in zip(pairs._fields, (chosen, rejected), _lengths(pairs), strict=True)
     ]
     return metrics, samples
 
@@ -62,10 +59,12 @@ def report(model: RewardModel, data: HeldOut, context: Context) -> dict[str, flo
     of lengths in tokens, chosen minus rejected (`by_length`). Calibration of the Bradley-Terry probabilities:
     `reliability`, `ece`. Histograms of the scores of chosen and rejected responses.
     """
-    chosen, rejected = np.split(_scores(model.network, model.params, data.batch, context).astype(np.float64), 2)
+    chosen, rejected = (
+        scores.astype(np.float64) for scores in _scores(model.network, model.params, data.pairs, context)
+    )
     margins = chosen - rejected
     correct = calibration.agreement(margins, np.ones(len(margins)))
-    lengths = [np.sum(mask, axis=1) for mask in (data.batch.chosen_mask, data.batch.rejected_mask)]
+    lengths = _lengths(data.pairs)
     reliability = calibration.reliability(1 / (1 + np.exp(-margins)), np.ones(len(margins)), bins=BINS)
     found: dict[str, Json] = {
         "all": calibration.accuracy(correct),
@@ -90,10 +89,13 @@ def report(model: RewardModel, data: HeldOut, context: Context) -> dict[str, flo
     }
 
 
-def _scores(network: ScalarNetwork, params: PyTree, batch: PreferenceBatch[np.ndarray], context: Context) -> np.ndarray:
-    """Scores of all chosen responses, followed by those of all rejected ones."""
-    both = jax.tree.map(np.asarray, both_responses(jax.tree.map(jnp.asarray, batch)))
-    return score_all(network, params, both, context.runtime.inference_batch)
+def _scores(network: ScalarNetwork, params: PyTree, pairs: RaggedPairs, context: Context) -> list[np.ndarray]:
+    """Scores of all chosen responses, and of all rejected ones."""
+    return [score_sequences(network, params, side, context.runtime.inference_batch) for side in pairs]
+
+
+def _lengths(pairs: RaggedPairs) -> list[np.ndarray]:
+    return [side.responses.lengths for side in pairs]
 
 
 def _label_margins(rows: list[Row]) -> np.ndarray | None:

@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, PyTree
 
-from rlhf_jax.core.sequences import joined, predictors
+from rlhf_jax.core.sequences import predictors
 from rlhf_jax.models import head, lora
 from rlhf_jax.models.head import TokenStats
 from rlhf_jax.models.lora import Adapted, LoraConfig
 from rlhf_jax.models.model_config import ModelConfig
 from rlhf_jax.models.transformer import KVCache, Transformer, empty_cache
-from rlhf_jax.types import PreferenceBatch, Rollout, Sequences, TokenBatch
+from rlhf_jax.types import PreferenceBatch, Sequences, TokenBatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +76,7 @@ class PolicyNetwork:
         """Statistics of each token of the chosen and the rejected responses, in one forward pass: arrays [B, T]."""
         if dropout_keys is not None:  # separate masks for chosen and rejected
             dropout_keys = jax.vmap(jax.random.split, out_axes=1)(dropout_keys).reshape(-1)
-        stats = self.response_stats(params, joined(both_responses(batch)), temperature=1.0, dropout_keys=dropout_keys)
+        stats = self.response_stats(params, both_responses(batch), temperature=1.0, dropout_keys=dropout_keys)
         chosen, rejected = zip(*(jnp.split(leaf, 2) for leaf in stats), strict=True)
         return TokenStats(*chosen), TokenStats(*rejected)
 
@@ -168,14 +168,9 @@ class PolicyNetwork:
         return params["embedding" if self.config.tied else "head"]
 
 
-def both_responses(batch: PreferenceBatch) -> Rollout:
+def both_responses(batch: PreferenceBatch) -> Sequences:
     """Stack the pairs of a batch into 2B rows: all chosen responses, then all rejected ones."""
-    return Rollout(
-        jnp.concatenate([batch.prompt, batch.prompt]),
-        jnp.concatenate([batch.prompt_mask, batch.prompt_mask]),
-        jnp.concatenate([batch.chosen, batch.rejected]),
-        jnp.concatenate([batch.chosen_mask, batch.rejected_mask]),
-    )
+    return jax.tree.map(lambda *sides: jnp.concatenate(sides), batch.chosen, batch.rejected)
 
 
 @functools.partial(jax.jit, static_argnums=0)  # compiled once per architecture

@@ -8,14 +8,13 @@ from typing import Any, TypeGuard
 import numpy as np
 
 from rlhf_jax.data import pipeline
-from rlhf_jax.data.padding import pad_left, pad_right
 from rlhf_jax.data.pipeline import DataConfig
 from rlhf_jax.loading.models import Policy, RewardModel
 from rlhf_jax.loading.samples import texts
 from rlhf_jax.rewards.functions import weighted_sum
 from rlhf_jax.rewards.sources import Reward
 from rlhf_jax.runtime.two_programs import Scored
-from rlhf_jax.sampling.batches import score_all
+from rlhf_jax.sampling.batches import score_all, score_sequences
 from rlhf_jax.text.tokenizer import Tokenizer
 from rlhf_jax.types import RlhfError, Rollout
 
@@ -82,11 +81,7 @@ def make_scorer(
             bool(np.isin(ids[kept], policy.tokenizer.stop_ids).any()) for ids, kept in zip(response, mask, strict=True)
         ]
         examples, _ = pipeline.encode_pairs(prompts, completions, reward_model.tokenizer, wider, ended=ended)
-        encoded = Rollout(
-            *pad_left([example.prompt for example in examples], wider.max_prompt_tokens),
-            *pad_right([example.response for example in examples], wider.max_response_tokens),
-        )
-        return score_all(reward_model.network, reward_model.params, encoded, batch_size)
+        return score_sequences(reward_model.network, reward_model.params, pipeline.ragged(examples), batch_size)
 
     return score
 

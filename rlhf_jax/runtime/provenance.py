@@ -30,7 +30,6 @@ COMPUTE = (
     "scikit-learn",
     "transformers",
     "tokenizers",
-    "grain",
     "libtpu",
     "jax-cuda12-plugin",
     "jax-cuda12-pjrt",

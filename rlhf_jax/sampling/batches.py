@@ -2,22 +2,22 @@
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import jax
 import numpy as np
-from jaxtyping import PRNGKeyArray, PyTree
+from jaxtyping import Float, Int, PRNGKeyArray, PyTree
 
-from rlhf_jax.core import kl, logprobs
-from rlhf_jax.core.sequences import joined
-from rlhf_jax.models.head import TokenStats
+from rlhf_jax.core import kl, logprobs, masking
+from rlhf_jax.data.batching import Fit
+from rlhf_jax.data.ragged import RaggedSequences, Table, sequence_table
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
-from rlhf_jax.sampling.buckets import trim_prompts
+from rlhf_jax.sampling.buckets import bucketed, trim_prompts
 from rlhf_jax.sampling.choice import Sampling, stated_temperature
 from rlhf_jax.sampling.continuous import default_refill, generate_queue
 from rlhf_jax.sampling.generate import generate
-from rlhf_jax.types import PromptBatch, Rollout, TokenBatch
+from rlhf_jax.types import A, PromptBatch, Rollout, Sequences, TokenBatch
 
 
 class Divergences(NamedTuple):
@@ -29,6 +29,8 @@ class Divergences(NamedTuple):
 
 Rows = TypeVar("Rows")
 """Pytree of arrays whose first axis is the rows."""
+
+Batch = TypeVar("Batch", bound=tuple)
 
 
 def map_batches(function: Callable[[Rows], PyTree], arrays: Rows, batch_size: int, *, each: int = 1) -> PyTree:
@@ -139,9 +141,25 @@ def _concatenate(parts: list[Rows]) -> Rows:
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
 
 
+def map_table(function: Callable[[Batch], PyTree], table: Table[Batch], batch_size: int, fit: Fit) -> PyTree:
+    """Apply a function to all rows in batches of similar length, padded to the widths that `fit` returns.
+
+    The last batch is padded with copies of its last row. Returns NumPy arrays in the order of the table.
+    """
+    order = np.argsort(table.lengths, kind="stable")
+    found = map_batches(lambda rows: function(table.padded(rows, fit(table.needed(rows)))), order, batch_size)
+    return _rows(found, np.argsort(order))
+
+
 def score_all(network: ScalarNetwork, params: PyTree, rollout: Rollout[np.ndarray], batch_size: int) -> np.ndarray:
     """Score every row with a reward model: float32[N]."""
-    return map_batches(lambda batch: _scores(network, params, batch), rollout, batch_size)
+    return score_sequences(network, params, RaggedSequences.of_rollout(rollout), batch_size)
+
+
+def score_sequences(network: ScalarNetwork, params: PyTree, sequences: RaggedSequences, batch_size: int) -> np.ndarray:
+    """Score every row with a reward model: float32[N]."""
+    table = sequence_table(sequences)
+    return map_table(lambda batch: _scores(network, params, batch), table, batch_size, bucketed)
 
 
 def sequence_kl(
@@ -158,13 +176,7 @@ def sequence_kl(
     Args: temperature is the sampling temperature. Both policies use it, or 1 for greedy rows (temperature 0; see
     `stated_temperature`). The mean over greedy rows is not an unbiased estimate of a KL divergence.
     """
-    temperature = stated_temperature(temperature)
-
-    def of_batch(batch: Rollout[np.ndarray]) -> jax.Array:
-        own = logprobs_of(policy, params, batch, temperature)
-        return _summed_k1(own, logprobs_of(*reference, batch, temperature), batch.response_mask)
-
-    return map_batches(of_batch, rollout, batch_size)
+    return sequence_divergences(policy, params, reference, rollout, batch_size=batch_size, temperature=temperature).k1
 
 
 def sequence_divergences(
@@ -179,27 +191,56 @@ def sequence_divergences(
     """Compute the k1 estimates of `sequence_kl` and the k3 estimates from the same forward passes."""
     temperature = stated_temperature(temperature)
 
-    def of_batch(batch: Rollout[np.ndarray]) -> Divergences:
+    def of_batch(batch: Sequences[np.ndarray]) -> Divergences:
         own = logprobs_of(policy, params, batch, temperature)
         ref = logprobs_of(*reference, batch, temperature)
         mask = batch.response_mask
         return Divergences(_summed_k1(own, ref, mask), _summed_k3(own, ref, mask))
 
-    return map_batches(of_batch, rollout, batch_size)
+    return map_table(of_batch, sequence_table(RaggedSequences.of_rollout(rollout)), batch_size, bucketed)
 
 
 def response_logprobs_all(
     policy: PolicyNetwork, params: PyTree, rollout: Rollout[np.ndarray], batch_size: int, *, temperature: float = 1.0
 ) -> np.ndarray:
-    """Log-probability of every response token in nats: float32[N, T], arbitrary at padding."""
-    return map_batches(lambda batch: logprobs_of(policy, params, batch, temperature), rollout, batch_size)
+    """Log-probability of every response token in nats: float32[N, T], 0 at padding."""
+    sequences = RaggedSequences.of_rollout(rollout)
+    return logprobs_of_sequences(
+        policy, params, sequences, batch_size, width=rollout.response.shape[1], temperature=temperature
+    )
 
 
-def sequence_stats_all(
-    policy: PolicyNetwork, params: PyTree, data: TokenBatch[np.ndarray], batch_size: int
-) -> TokenStats:
-    """Statistics of every predicted token of every sequence: arrays [N, S-1]."""
-    return map_batches(lambda batch: _sequence_stats(policy, params, batch), data, batch_size)
+def logprobs_of_sequences(
+    policy: PolicyNetwork,
+    params: PyTree,
+    sequences: RaggedSequences,
+    batch_size: int,
+    *,
+    width: int,
+    temperature: float = 1.0,
+) -> np.ndarray:
+    """Log-probability of every response token in nats: float32[N, width], 0 at padding."""
+
+    def of_batch(batch: Sequences[np.ndarray]) -> np.ndarray:
+        found = np.where(batch.response_mask, logprobs_of(policy, params, batch, temperature), 0)[:, :width]
+        return np.pad(found, ((0, 0), (0, width - found.shape[1])))
+
+    return map_table(of_batch, sequence_table(sequences), batch_size, bucketed)
+
+
+class SequenceSums(NamedTuple, Generic[A]):
+    """Sums over the trained tokens of each sequence."""
+
+    nll: Float[A, "N"]  # nats
+    correct: Int[A, "N"]  # tokens that are the most likely ones
+    tokens: Int[A, "N"]
+
+
+def sequence_sums(
+    policy: PolicyNetwork, params: PyTree, table: Table[TokenBatch[np.ndarray]], batch_size: int, fit: Fit = bucketed
+) -> SequenceSums[np.ndarray]:
+    """Sum negative log-likelihoods and correct predictions over the trained tokens of every sequence."""
+    return map_table(lambda batch: _sequence_sums(policy, params, batch), table, batch_size, fit)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5, 6))
@@ -227,14 +268,14 @@ def sample_queue(policy, params, prompts, limits, key, sampling, samples, stop_s
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _scores(network, params, rollout):
-    return network.scores(params, joined(rollout))
+def _scores(network, params, sequences):
+    return network.scores(params, sequences)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
-def logprobs_of(policy, params, rollout, temperature):
+def logprobs_of(policy, params, sequences, temperature):
     """Log-probabilities of the response tokens of one batch, in one compiled program."""
-    return policy.response_stats(params, joined(rollout), temperature=temperature).logprobs
+    return policy.response_stats(params, sequences, temperature=temperature).logprobs
 
 
 @jax.jit
@@ -248,5 +289,7 @@ def _summed_k3(own, reference, mask):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _sequence_stats(policy, params, batch):
-    return policy.sequence_stats(params, batch)
+def _sequence_sums(policy, params, batch):
+    stats, trained = policy.sequence_stats(params, batch), batch.loss_mask[:, 1:]
+    correct = masking.lengths(stats.correct & trained)
+    return SequenceSums(-logprobs.sequence_logprobs(stats.logprobs, trained), correct, masking.lengths(trained))

@@ -3,10 +3,9 @@
 import jax
 import numpy as np
 
+from rlhf_jax.data.batching import LEAST, halved
+from rlhf_jax.data.ragged import RowWidths
 from rlhf_jax.types import A, PromptBatch
-
-LEAST = 32
-"""Smallest bucket. For shorter ones, compiling another program would cost more than computing on padding."""
 
 
 def bucket(length: int) -> int:
@@ -28,6 +27,14 @@ def last_tokens(prompts: PromptBatch[A], width: int) -> PromptBatch[A]:
     last = (..., slice(prompts.tokens.shape[-1] - width, None))
     tokens, mask = jax.tree.map(lambda leaf: leaf[last], (prompts.tokens, prompts.mask))
     return prompts._replace(tokens=tokens, mask=mask)
+
+
+def bucketed(needed: RowWidths) -> RowWidths:
+    """Round the widths of a batch up: the sequence to 2^k or 3 * 2^(k-1), the response to one of its halves."""
+    sequence = bucket(needed.sequence)
+    if needed.sequence <= 3 * sequence // 4 and sequence > LEAST:
+        sequence = 3 * sequence // 4
+    return RowWidths(sequence, halved(sequence, needed.response))
 
 
 def trim_prompts(prompts: PromptBatch[np.ndarray]) -> PromptBatch[np.ndarray]:

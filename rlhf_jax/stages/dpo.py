@@ -10,7 +10,9 @@ from jaxtyping import PyTree
 
 from rlhf_jax.config import CountOrZero, ModelSource, NonNegative, Positive, StageName
 from rlhf_jax.data import pipeline
+from rlhf_jax.data.batching import Buckets
 from rlhf_jax.data.lengths import answer_pairs
+from rlhf_jax.data.ragged import pair_table
 from rlhf_jax.loading.context import Context
 from rlhf_jax.loading.data_report import report_answers
 from rlhf_jax.loading.models import NO_CHANGES, Tuning, refuse_float16
@@ -60,17 +62,18 @@ def run(config: DPOConfig, context: Context) -> dict[str, Any]:
     reference = load_initial_policy(config.policy, config.tuning, context)
     network, tokenizer = reference.network, reference.tokenizer
     rows, held_out = load_preferences(context, config.preferences)
-    data, eval_data = (pipeline.preferences(table, tokenizer, context.data) for table in (rows, held_out))
+    pairs, eval_pairs = (pipeline.preferences(table, tokenizer, context.data) for table in (rows, held_out))
+    eval_fit = Buckets.best(pair_table(eval_pairs).lengths, config.widths).fit
     eval_prompts = pipeline.prompts(pipeline.load_rows(context.data, "eval"), tokenizer, context.data)
     report_answers(context, tokenizer, {"train": answer_pairs(rows), "eval": answer_pairs(held_out)})
-    eval_reference = None
+    eval_reference, data = None, pair_table(pairs)
     if config.cached_reference:
         logps = functools.partial(precomputed_ref_logps, config.loss, network, reference.params)
-        known, eval_reference = (logps(pairs, context.runtime.inference_batch) for pairs in (data, eval_data))
-        data = ReferencedBatch(data, known)
+        known, eval_reference = (logps(each, context.runtime.inference_batch) for each in (pairs, eval_pairs))
+        data = data.to(lambda batch, which: ReferencedBatch(batch, pipeline.take(known, which)))
     elif config.loss.needs_reference and config.reference_update is None:
         logps = functools.partial(pair_logps_all, config.loss, network, reference.params)
-        eval_reference = logps(eval_data, context.runtime.inference_batch)
+        eval_reference = logps(eval_pairs, context.runtime.inference_batch, eval_fit)
     frozen = {"beta": jnp.float32(config.beta)}
     live = config.loss.needs_reference and not (config.cached_reference or config.reference_update)
     if live or config.tuning.lora:
@@ -86,9 +89,9 @@ def run(config: DPOConfig, context: Context) -> dict[str, Any]:
         logps, known = functools.partial(pair_logps_all, config.loss, network), eval_reference
         if config.reference_update:
             following = full_params(network, trained["reference"], frozen, "reference")
-            known = logps(following, eval_data, context.runtime.inference_batch)
-        own = logps(policy.params, eval_data, context.runtime.inference_batch)
-        metrics = evaluate(config.loss, own, known, eval_data, config.beta)
+            known = logps(following, eval_pairs, context.runtime.inference_batch, eval_fit)
+        own = logps(policy.params, eval_pairs, context.runtime.inference_batch, eval_fit)
+        metrics = evaluate(config.loss, own, known, eval_pairs, config.beta)
         return metrics, policy_samples(policy, eval_prompts, config.sample_prompts, context, config.sample_temperature)
 
     method = OfflineMethod(
@@ -96,7 +99,7 @@ def run(config: DPOConfig, context: Context) -> dict[str, Any]:
         start=start,
         frozen=frozen,
         evaluate=evaluation,
-        key_figures=("loss", "rewards/accuracies", "rewards/margins"),
+        key_figures=("loss", "rewards/accuracies", "rewards/margins", "token_share"),
     )
-    steps = train_offline(config, context, network, data, method, runs=context.seeds)
-    return {"train_pairs": len(rows), "eval_pairs": len(held_out), "steps": steps}
+    figures = train_offline(config, context, network, data, method, runs=context.seeds)
+    return {"train_pairs": len(rows), "eval_pairs": len(held_out), **figures}

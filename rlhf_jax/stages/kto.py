@@ -6,21 +6,23 @@ the reference. As in the paper and in TRL, the KL estimate pairs each response w
 
 import dataclasses
 import functools
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from rlhf_jax.config import AtLeastTwo, CountOrZero, ModelSource, NonNegative, Positive, StageName, check_ranges
 from rlhf_jax.core import masking
 from rlhf_jax.core.logprobs import sequence_logprobs
 from rlhf_jax.core.metrics import Metric, values
-from rlhf_jax.core.sequences import joined
 from rlhf_jax.core.unpaired_losses import apo_zero_unpaired_loss, kto_baseline, kto_loss
 from rlhf_jax.data import pipeline
+from rlhf_jax.data.batching import Buckets
 from rlhf_jax.data.lengths import answer_pairs
+from rlhf_jax.data.pipeline import DataConfig
+from rlhf_jax.data.ragged import Ragged, RaggedSequences, RowWidths, Table, sequence_table, widest
 from rlhf_jax.loading.context import Context
 from rlhf_jax.loading.data_report import report_answers
 from rlhf_jax.loading.models import NO_CHANGES, Tuning, refuse_float16
@@ -32,8 +34,9 @@ from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.runtime.loop import Rows
 from rlhf_jax.runtime.programs import Step
-from rlhf_jax.sampling.batches import response_logprobs_all
-from rlhf_jax.types import RlhfError, Rollout, UnpairedBatch
+from rlhf_jax.sampling.batches import map_table
+from rlhf_jax.text.tokenizer import Tokenizer
+from rlhf_jax.types import RlhfError, Sequences, UnpairedBatch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,6 +54,11 @@ class UnpairedLossConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+
+    @property
+    def estimates_kl(self) -> bool:
+        """True if the loss compares responses with an estimate of the KL divergence."""
+        return self.loss == "kto"
 
 
 KTO = UnpairedLossConfig()
@@ -81,7 +89,7 @@ def run(config: KTOConfig, context: Context) -> dict[str, Any]:
     reference = load_initial_policy(config.policy, config.tuning, context)
     network, tokenizer = reference.network, reference.tokenizer
     rows, held_out = load_unpaired(context, config.preferences)
-    data, eval_data = (pipeline.unpaired(table, tokenizer, context.data) for table in (rows, held_out))
+    data, eval_data = (labelled(table, tokenizer, context.data) for table in (rows, held_out))
     eval_prompts = pipeline.prompts(pipeline.load_rows(context.data, "eval"), tokenizer, context.data)
     report_answers(context, tokenizer, {"train": answer_pairs(rows), "eval": answer_pairs(held_out)})
     frozen = {"reference": reference.params, "beta": jnp.float32(config.beta)}
@@ -92,7 +100,9 @@ def run(config: KTOConfig, context: Context) -> dict[str, Any]:
     def evaluation(trained: PyTree) -> tuple[dict[str, float], Rows]:
         policy = reference._replace(params=full_params(network, trained["policy"], frozen, "reference"))
         models = (policy.params, reference.params)
-        metrics = evaluate(config.loss, network, models, eval_data, config.beta, context.runtime.inference_batch)
+        metrics = evaluate(
+            config.loss, network, models, eval_data, config.beta, context.runtime.inference_batch, config.widths
+        )
         return metrics, policy_samples(policy, eval_prompts, config.sample_prompts, context, config.sample_temperature)
 
     method = OfflineMethod(
@@ -100,15 +110,54 @@ def run(config: KTOConfig, context: Context) -> dict[str, Any]:
         start=start,
         frozen=frozen,
         evaluate=evaluation,
-        key_figures=("loss", "rewards/margins", "kl"),
+        key_figures=("loss", "rewards/margins", "kl", "token_share"),
     )
-    steps = train_offline(config, context, network, data, method, runs=context.seeds)
+    figures = train_offline(config, context, network, make_table(config.loss, data), method, runs=context.seeds)
     return {
         "desirable_rows": int(data.label.sum()),
         "undesirable_rows": int((~data.label).sum()),
         "eval_rows": len(held_out),
-        "steps": steps,
+        **figures,
     }
+
+
+class Labelled(NamedTuple):
+    """Prompts with one response each, labelled desirable (True) or undesirable."""
+
+    sequences: RaggedSequences
+    label: Bool[np.ndarray, "N"]
+
+
+def labelled(rows: list[dict[str, Any]], tokenizer: Tokenizer, data: DataConfig) -> Labelled:
+    """Tokenise unpaired rows."""
+    return Labelled(pipeline.unpaired(rows, tokenizer, data), np.array([row["label"] for row in rows], bool))
+
+
+def make_table(config: UnpairedLossConfig, data: Labelled) -> Table[UnpairedBatch[np.ndarray]]:
+    """Make a table of labelled responses, with the mismatched ones that the loss's KL estimate needs."""
+    sequences, label = data
+    prompts = numbered(sequences.prompts)
+
+    def mismatched(rows: np.ndarray) -> np.ndarray:
+        return rows[mismatched_rows(prompts[rows])]
+
+    def needed(rows: np.ndarray) -> RowWidths:
+        own = sequences.needed(rows, rows)
+        return widest([own, sequences.needed(rows, mismatched(rows))]) if config.estimates_kl else own
+
+    def padded(rows: np.ndarray, widths: RowWidths) -> UnpairedBatch[np.ndarray]:
+        others = sequences.padded(rows, mismatched(rows), widths) if config.estimates_kl else None
+        return UnpairedBatch(sequences.padded(rows, rows, widths), others, label[rows])
+
+    longest = sequences.prompts.lengths.max() + sequences.responses.lengths.max()
+    return Table(sequences.lengths, needed, padded, int(longest))
+
+
+def numbered(prompts: Ragged) -> Int[np.ndarray, "N"]:
+    """Number the prompts, equal ones alike."""
+    numbers: dict[bytes, int] = {}
+    rows = np.split(prompts.values, prompts.ends[:-1])
+    return np.array([numbers.setdefault(row.tobytes(), len(numbers)) for row in rows])
 
 
 @functools.lru_cache
@@ -124,59 +173,57 @@ def make_step(updates: Updates[PolicyNetwork], loss_config: UnpairedLossConfig =
         state: TrainState, frozen: dict[str, PyTree], batch: UnpairedBatch, run_key: jax.Array
     ) -> tuple[TrainState, dict[str, Array], tuple]:
         baseline = None
-        if loss_config.loss == "kto":
-            others = mismatched_pairs(batch, axes)
+        if loss_config.estimates_kl != (batch.mismatched is not None):
+            raise ValueError(f"{loss_config.loss} and the batch disagree on mismatched responses: use make_table")
+        if batch.mismatched is not None:
             policy = full_params(network, state.params["policy"], frozen, "reference")
-            own, reference = (response_logprobs(network, params, others) for params in (policy, frozen["reference"]))
+            own, reference = (
+                response_logprobs(network, params, batch.mismatched) for params in (policy, frozen["reference"])
+            )
             baseline = kto_baseline(own, reference, axes)
 
         def loss_fn(
             params: PyTree, rows: UnpairedBatch, keys: Key[Array, "B"] | None
         ) -> tuple[Float[Array, ""], dict[str, Metric]]:
-            reference = response_logprobs(network, frozen["reference"], rows)
-            own = response_logprobs(network, full_params(network, params["policy"], frozen, "reference"), rows, keys)
+            reference = response_logprobs(network, frozen["reference"], rows.sequences)
+            policy = full_params(network, params["policy"], frozen, "reference")
+            own = response_logprobs(network, policy, rows.sequences, keys)
             return unpaired_loss(loss_config, own, reference, rows.label, baseline, beta=frozen["beta"], axes=axes)
 
         state, logged = updates.update(
-            state, batch, run_key, loss_fn, weight=lambda rows: masking.rows(rows.prompt, axes)
+            state, batch._replace(mismatched=None), run_key, loss_fn, weight=lambda rows: masking.rows(rows.label, axes)
         )
-        return state, logged | {"num_tokens": masking.count(batch.response_mask, axes)}, ()
+        num_tokens = masking.count(batch.sequences.response_mask, axes)
+        return state, logged | {"num_tokens": num_tokens, "token_share": masking.share(batch.sequences.mask, axes)}, ()
 
     return step
 
 
-def mismatched_pairs(batch: UnpairedBatch, axes: tuple[str, ...]) -> UnpairedBatch:
-    """Pair each of the batch's prompts with the response to another prompt, anywhere in the whole batch."""
-    prompt, mask, *responses = masking.gather_rows(batch[:4], axes)
-    ids = jnp.where(mask, prompt, -1)
-    first = jnp.argmax(jnp.all(ids[:, None] == ids[None, :], axis=-1), axis=1)
-    rows = masking.local_rows(mismatched_rows(first), axes)
-    return batch._replace(response=responses[0][rows], response_mask=responses[1][rows])
-
-
-def mismatched_rows(first: Int[Array, "N"]) -> Int[Array, "N"]:
+def mismatched_rows(prompts: Int[np.ndarray, "B"]) -> Int[np.ndarray, "B"]:
     """For the KL estimate, choose the row whose response each row's prompt is paired with.
 
     Rows are sorted by prompt and rotated by the size of the largest group with equal prompts. No row is then paired
     with a response to its own prompt, unless more than half of the rows share a prompt, and then as few as possible.
     If all prompts differ, row i gets row i - 1 cyclically, as in TRL.
 
-    Args: first is the number of the first row with the same prompt.
+    Args: prompts are the numbers of the rows' prompts.
     """
-    count = len(first)
-    order = jnp.argsort(first, stable=True)
-    ordered = first[order]
-    largest = jnp.max(jnp.searchsorted(ordered, ordered, side="right") - jnp.searchsorted(ordered, ordered))
-    return jnp.zeros(count, order.dtype).at[order].set(order[(jnp.arange(count) - largest) % count])
+    _, first, inverse, counts = np.unique(prompts, return_index=True, return_inverse=True, return_counts=True)
+    order = np.argsort(first[inverse], kind="stable")
+    others = np.empty(len(prompts), order.dtype)
+    others[order] = np.roll(order, counts.max())
+    return others
 
 
 def response_logprobs(
-    network: PolicyNetwork, params: PyTree, batch: UnpairedBatch, dropout_keys: Key[Array, "B"] | None = None
+    network: PolicyNetwork, params: PyTree, sequences: Sequences, dropout_keys: Key[Array, "B"] | None = None
 ) -> Float[Array, "B"]:
     """Log-probabilities of responses in nats."""
-    rollout = Rollout(*batch[:4])
-    stats = network.response_stats(params, joined(rollout), temperature=1.0, dropout_keys=dropout_keys)
-    return sequence_logprobs(stats.logprobs, rollout.response_mask)
+    stats = network.response_stats(params, sequences, temperature=1.0, dropout_keys=dropout_keys)
+    return sequence_logprobs(stats.logprobs, sequences.response_mask)
+
+
+_compiled_logprobs = jax.jit(response_logprobs, static_argnums=0)
 
 
 def unpaired_loss(
@@ -200,26 +247,31 @@ def evaluate(
     config: UnpairedLossConfig,
     network: PolicyNetwork,
     params: tuple[PyTree, PyTree],
-    data: UnpairedBatch[np.ndarray],
+    data: Labelled,
     beta: float,
     batch_size: int,
+    widths: int,
 ) -> dict[str, float]:
-    """Compute the loss and implicit rewards on all held-out rows, as `eval/*`. Args: params of policy and reference."""
+    """Compute the loss and implicit rewards on all held-out rows, as `eval/*`.
 
-    def logprobs(params: PyTree, responses: tuple[np.ndarray, np.ndarray]) -> jax.Array:
-        rollout = Rollout(data.prompt, data.prompt_mask, *responses)
-        each = response_logprobs_all(network, params, rollout, batch_size)
-        return jnp.asarray(np.where(rollout.response_mask, each, 0).sum(axis=1))
+    Args: params of policy and reference; widths is the most widths that batches are padded to.
+    """
 
-    responses = (data.response, data.response_mask)
-    own, reference = (logprobs(model, responses) for model in params)
+    def logprobs(sequences: RaggedSequences) -> list[jax.Array]:
+        table = sequence_table(sequences)
+        fit = Buckets.best(table.lengths, widths).fit
+        return [
+            jnp.asarray(map_table(functools.partial(_compiled_logprobs, network, model), table, batch_size, fit))
+            for model in params
+        ]
+
+    own, reference = logprobs(data.sequences)
     baseline = None
-    if config.loss == "kto":
-        ids = np.where(data.prompt_mask, data.prompt, -1)
-        _, first, which = np.unique(ids, axis=0, return_index=True, return_inverse=True)
-        rows = np.asarray(mismatched_rows(jnp.asarray(first[which])))
-        others = (data.response[rows], data.response_mask[rows])
-        baseline = kto_baseline(logprobs(params[0], others), logprobs(params[1], others), ())
+    if config.estimates_kl:
+        prompts, responses = data.sequences.prompts, data.sequences.responses
+        others = responses.take(mismatched_rows(numbered(prompts)))
+        of_policy, of_reference = logprobs(RaggedSequences(prompts, others))
+        baseline = kto_baseline(of_policy, of_reference, ())
     label = jnp.asarray(data.label)
     loss, metrics = unpaired_loss(config, own, reference, label, baseline, beta=beta, axes=())
     return {"eval/loss": float(loss)} | {f"eval/{name}": float(value) for name, value in values(metrics).items()}

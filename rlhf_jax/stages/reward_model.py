@@ -87,7 +87,7 @@ def run(config: RewardModelConfig, context: Context) -> dict[str, Any]:
     origin = context.base(tuning.init, tuning) if tuning else None
     save_reward_spec(context.directory, model, base=origin)
     rows, held_out = reward_loss.load_rows(config.loss, context, config.preferences)
-    data = reward_loss.make_batch(config.loss, rows, model.tokenizer, context.data)
+    data = reward_loss.make_table(config.loss, rows, model.tokenizer, context.data)
     eval_data = HeldOut(pipeline.preferences(held_out, model.tokenizer, context.data), held_out)
     report_answers(context, model.tokenizer, {"train": answer_pairs(rows), "eval": answer_pairs(held_out)})
     frozen = {"base": initial[0].base}
@@ -100,16 +100,16 @@ def run(config: RewardModelConfig, context: Context) -> dict[str, Any]:
         start=lambda updates, member: updates.init({"reward": initial[member].trained}),
         frozen=frozen,
         evaluate=evaluation,
-        key_figures=("loss", "accuracy", "eval/accuracy"),
+        key_figures=("loss", "accuracy", "eval/accuracy", "token_share"),
     )
-    steps = train_offline(config, context, network, data, method, runs=members)
+    trained = train_offline(config, context, network, data, method, runs=members)
     load = functools.partial(load_stage_reward_model, context.directory, find=context.workdir.find, where=context.where)
     if config.normalise is not None:
         found = score_moments(config.normalise, load(), context)
         save_reward_spec(context.directory, model, base=origin, moments=found)
     finished = load()
     figures = report(finished, eval_data, context)
-    return {"train_pairs": len(rows), "eval_pairs": len(held_out), "steps": steps, **figures}
+    return {"train_pairs": len(rows), "eval_pairs": len(held_out), **trained, **figures}
 
 
 def make_reward_model(config: RewardModelConfig, context: Context, member: int = 0) -> RewardModel:
@@ -146,7 +146,7 @@ def make_step(updates: Updates[ScalarNetwork], loss_config: RewardLossConfig = B
             return reward_loss.weight(loss_config, rows, axes)
 
         state, logged = updates.update(state, batch, run_key, loss_fn, weight=weight)
-        return state, logged | {"num_tokens": reward_loss.tokens(batch, axes)}, ()
+        return state, logged | reward_loss.token_counts(batch, axes), ()
 
     return step
 

@@ -12,6 +12,8 @@ from rlhf_jax.core import masking
 from rlhf_jax.core.logprobs import cross_entropy
 from rlhf_jax.core.metrics import Metric, masked_mean
 from rlhf_jax.data import pipeline
+from rlhf_jax.data.batching import Buckets, Fit
+from rlhf_jax.data.ragged import Table
 from rlhf_jax.loading.context import Context
 from rlhf_jax.loading.data_report import report_answers
 from rlhf_jax.loading.models import Policy, Pretrained, refuse_float16
@@ -25,7 +27,7 @@ from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.runtime.loop import Rows
 from rlhf_jax.runtime.programs import Step
-from rlhf_jax.sampling.batches import sequence_stats_all
+from rlhf_jax.sampling.batches import sequence_sums
 from rlhf_jax.text.tokenizer import TokenizerConfig, train_tokenizer
 from rlhf_jax.types import TokenBatch
 
@@ -63,6 +65,7 @@ def run(config: SFTConfig, context: Context) -> dict[str, Any]:
 
     data = pipeline.demonstrations(rows, tokenizer, context.data)
     eval_data = pipeline.demonstrations(held_out, tokenizer, context.data)
+    eval_fit = Buckets.best(eval_data.lengths, config.widths).fit
     eval_prompts = pipeline.prompts(held_out, tokenizer, context.data)
     pairs = {"train": pipeline.demonstration_pairs(rows), "eval": pipeline.demonstration_pairs(held_out)}
     report_answers(context, tokenizer, {split: {"completion": found} for split, found in pairs.items()})
@@ -70,7 +73,7 @@ def run(config: SFTConfig, context: Context) -> dict[str, Any]:
 
     def evaluation(trained: PyTree) -> tuple[dict[str, float], Rows]:
         policy = start._replace(params=full_params(network, trained["policy"], frozen, "base"))
-        metrics = evaluate(network, policy.params, eval_data, context.runtime.inference_batch)
+        metrics = evaluate(network, policy.params, eval_data, context.runtime.inference_batch, eval_fit)
         return metrics, policy_samples(policy, eval_prompts, config.sample_prompts, context, config.sample_temperature)
 
     method = OfflineMethod(
@@ -78,10 +81,10 @@ def run(config: SFTConfig, context: Context) -> dict[str, Any]:
         start=lambda updates, run: updates.init({"policy": trained}),
         frozen=frozen,
         evaluate=evaluation,
-        key_figures=("loss", "eval/loss"),
+        key_figures=("loss", "eval/loss", "token_share"),
     )
-    steps = train_offline(config, context, network, data, method, runs=1)
-    return {"rows": len(rows), "steps": steps, "vocab_size": network.vocab_size}
+    figures = train_offline(config, context, network, data, method, runs=1)
+    return {"rows": len(rows), **figures, "vocab_size": network.vocab_size}
 
 
 def make_policy(config: SFTConfig, rows: list[dict[str, Any]], context: Context) -> Policy:
@@ -108,7 +111,8 @@ def make_step(updates: Updates[PolicyNetwork]) -> Step:
             return masking.count(rows.loss_mask[:, 1:], axes)
 
         state, logged = updates.update(state, batch, run_key, loss_fn, weight=trained_tokens)
-        return state, logged | {"num_tokens": masking.count(batch.loss_mask, axes)}, ()
+        counts = {"num_tokens": masking.count(batch.loss_mask, axes), "token_share": masking.share(batch.mask, axes)}
+        return state, logged | counts, ()
 
     return step
 
@@ -131,11 +135,13 @@ def sft_loss(
     }
 
 
-def evaluate(network: PolicyNetwork, params: PyTree, data: TokenBatch[np.ndarray], batch_size: int) -> dict[str, float]:
+def evaluate(
+    network: PolicyNetwork, params: PyTree, data: Table[TokenBatch[np.ndarray]], batch_size: int, fit: Fit
+) -> dict[str, float]:
     """`eval/loss` and `eval/mean_token_accuracy` over all trained tokens of a split."""
-    stats = sequence_stats_all(network, params, data, batch_size)
-    trained = data.loss_mask[:, 1:]
+    sums = sequence_sums(network, params, data, batch_size, fit)
+    count = int(sums.tokens.sum())
     return {
-        "eval/loss": float(-stats.logprobs[trained].mean()),
-        "eval/mean_token_accuracy": float(stats.correct[trained].mean()),
+        "eval/loss": float(np.sum(sums.nll, dtype=np.float64)) / count,
+        "eval/mean_token_accuracy": int(sums.correct.sum()) / count,
     }

@@ -54,7 +54,7 @@ def shown(tokenizer, tokens, mask):
 
 def learnt(tokenizer, rows, **changes):
     """Each row's whole text, and what of it is learnt."""
-    batch = pipeline.demonstrations(rows, tokenizer, config(**changes))
+    batch = pipeline.demonstrations(rows, tokenizer, config(**changes)).all()
     assert not np.any(batch.loss_mask & ~batch.mask)
     return [(shown(tokenizer, *row[:2]), shown(tokenizer, row[0], row[2])) for row in zip(*batch, strict=True)]
 
@@ -79,11 +79,11 @@ def test_the_last_answer_is_learnt_or_all_that_the_assistant_says(tokenizers, na
 def test_bos_stands_once_where_the_template_writes_it(tokenizers):
     llama2 = tokenizers["llama2"]
     for loss_on in ("completion", "assistant"):
-        batch = pipeline.demonstrations([{"messages": FOUR}], llama2, config(loss_on=loss_on))
+        batch = pipeline.demonstrations([{"messages": FOUR}], llama2, config(loss_on=loss_on)).all()
         ids = batch.tokens[batch.mask].tolist()
         theirs = llama2.wrapped.apply_chat_template(FOUR, tokenize=True, return_dict=True)["input_ids"]
         assert ids == theirs and ids[:2].count(llama2.prefix[0]) == 1
-    plain = pipeline.demonstrations([{"prompt": "the film", "completion": " was good"}], llama2, CONFIG)
+    plain = pipeline.demonstrations([{"prompt": "the film", "completion": " was good"}], llama2, CONFIG).all()
     assert plain.tokens[plain.mask].tolist() == [*llama2.wrapped("the film was good")["input_ids"], llama2.eos_id]
 
 
@@ -103,7 +103,7 @@ def test_eos_is_learnt_though_it_is_the_padding_and_the_unknown_token(tokenizers
     tokenizer = tokenizers[name]
     assert tokenizer.pad_id == tokenizer.eos_id
     rows = [{"prompt": "the film", "completion": " was good"}, {"prompt": "", "completion": "it"}]
-    batch = pipeline.demonstrations(rows, tokenizer, CONFIG)
+    batch = pipeline.demonstrations(rows, tokenizer, CONFIG).all()
     for tokens, mask, loss_mask in zip(*batch, strict=True):
         last = mask.sum() - 1
         assert tokens[last] == tokenizer.eos_id and loss_mask[last] and not loss_mask[0]
@@ -112,7 +112,7 @@ def test_eos_is_learnt_though_it_is_the_padding_and_the_unknown_token(tokenizers
 
 def test_a_completion_that_ends_by_itself_gets_no_second_eos(tokenizers):
     rows = [{"prompt": "the film", "completion": " was good" + end} for end in ("", "<|endoftext|>")]
-    batch = pipeline.demonstrations(rows, tokenizers["gpt2"], CONFIG)
+    batch = pipeline.demonstrations(rows, tokenizers["gpt2"], CONFIG).all()
     for array in batch:
         np.testing.assert_array_equal(array[0], array[1])
 
@@ -120,11 +120,11 @@ def test_a_completion_that_ends_by_itself_gets_no_second_eos(tokenizers):
 def test_without_bos_a_plain_text_and_an_empty_prompt_begin_with_one_token(tokenizers):
     gpt2, long = tokenizers["gpt2"], "abcdefgh" * 50
     rows = [{"text": "film"}, {"text": long}]
-    batch = pipeline.demonstrations(rows, gpt2, config(max_prompt_tokens=8, max_response_tokens=8))
+    batch = pipeline.demonstrations(rows, gpt2, config(max_prompt_tokens=8, max_response_tokens=8)).all()
     assert batch.tokens[0][batch.mask[0]].tolist() == [0, *gpt2.encode("film"), 0]
     assert batch.tokens[1].tolist() == [0, *gpt2.encode(long)[:15]]
     pairs = pipeline.preferences([{"prompt": "", "chosen": "a", "rejected": "b"}], gpt2, CONFIG)
-    assert pairs.prompt[pairs.prompt_mask].tolist() == [0]
+    assert pairs.chosen.prompts.values.tolist() == [0]
     asked = pipeline.prompts([{"prompt": ""}, {"prompt": "film"}], gpt2, CONFIG)
     assert [row[mask].tolist() for row, mask in zip(*asked, strict=True)] == [[0], gpt2.encode("film")]
     begun = pipeline.prompts([{"text": "the film was good"}], gpt2, config(text_prompt_tokens=(2, 2)))
@@ -135,9 +135,10 @@ def test_preferences_of_chats_share_the_prompt(tokenizers, tmp_path):
     rows = [{"chosen": FOUR, "rejected": [*FOUR[:3], {"role": "assistant", "content": "no"}]}]
     (tmp_path / "pairs.jsonl").write_text(json.dumps(rows[0]) + "\n")
     loaded = pipeline.load_rows(config(train=str(tmp_path / "pairs.jsonl")), "train")
-    batch = pipeline.preferences(loaded, tokenizers["chatml"], CONFIG)
+    pairs = pipeline.preferences(loaded, tokenizers["chatml"], CONFIG)
     prompt, chosen, rejected = (
-        shown(tokenizers["chatml"], *array) for array in zip(batch[::2], batch[1::2], strict=True)
+        shown(tokenizers["chatml"], rows.values, np.ones(len(rows.values), bool))
+        for rows in (pairs.rejected.prompts, pairs.chosen.responses, pairs.rejected.responses)
     )
     assert prompt + chosen == WHOLE
     assert (chosen, rejected) == ("it's the best<|im_end|>", "no<|im_end|>")
@@ -163,7 +164,7 @@ def test_what_is_asked_is_how_what_is_learnt_begins(tokenizers, name, chats):
     rows = [{"messages": say(*texts)} for texts in chats]
     asked = pipeline.prompts(rows, tokenizers[name], CONFIG)
     batches = [
-        pipeline.demonstrations(rows, tokenizers[name], config(loss_on=on)) for on in ("completion", "assistant")
+        pipeline.demonstrations(rows, tokenizers[name], config(loss_on=on)).all() for on in ("completion", "assistant")
     ]
     for row, messages in enumerate(rows):
         prompt = asked.tokens[row][asked.mask[row]]
@@ -190,7 +191,7 @@ def test_long_chats_keep_bos_the_end_of_the_prompt_and_the_beginning_of_the_answ
     kept = [*head, *tokenizer.encode(prompt)[-20 + len(head) :]]
     for loss_on in ("completion", "assistant"):
         small = config(loss_on=loss_on, max_prompt_tokens=20, max_response_tokens=3)
-        batch = pipeline.demonstrations([row], tokenizer, small)
+        batch = pipeline.demonstrations([row], tokenizer, small).all()
         assert batch.tokens[0].tolist() == kept + tokenizer.encode(response)[:3]
     asked = pipeline.prompts([row], tokenizer, small)
     assert asked.tokens[0].tolist() == kept
@@ -215,8 +216,8 @@ def test_the_first_token_of_all_is_given_though_a_template_marks_it(tmp_path):
     backend = tokenizer_files.byte_bpe(["<|endoftext|>"])
     template = JOINED.replace("{{ message['content'] }}", "{% generation %}{{ message['content'] }}{% endgeneration %}")
     tokenizer = load_tokenizer(tokenizer_files.save(tmp_path, backend, template, eos_token="<|endoftext|>"))
-    batch = pipeline.demonstrations([{"messages": say("x", "y")}], tokenizer, config(loss_on="assistant"))
-    assert batch.loss_mask[0][:4].tolist() == [False, True, True, False]
+    batch = pipeline.demonstrations([{"messages": say("x", "y")}], tokenizer, config(loss_on="assistant")).all()
+    assert batch.loss_mask[0].tolist() == [False, True, True]
 
 
 def test_where_the_border_merges_the_prompt_stays_as_it_is_and_it_is_told(tmp_path, caplog):
@@ -224,7 +225,7 @@ def test_where_the_border_merges_the_prompt_stays_as_it_is_and_it_is_told(tmp_pa
     tokenizer = load_tokenizer(tokenizer_files.save(tmp_path, backend, JOINED, eos_token="<|endoftext|>"))
     assert tokenizer.encode("the film") != [*tokenizer.encode("the fi"), *tokenizer.encode("lm")]
     rows = [{"messages": say("the fi", "lm")}]
-    batch = pipeline.demonstrations(rows, tokenizer, CONFIG)
+    batch = pipeline.demonstrations(rows, tokenizer, CONFIG).all()
     assert batch.tokens[batch.mask].tolist() == [*tokenizer.encode("the fi"), *tokenizer.encode("lm"), 0]
     asked = pipeline.prompts(rows, tokenizer, CONFIG)
     assert asked.tokens[asked.mask].tolist() == tokenizer.encode("the fi")

@@ -42,12 +42,9 @@ def test_lengths_and_what_is_cut_are_those_of_the_arrays():
     assert (chosen["median"], chosen["95 %"], chosen["longest"]) == (13, 21, 21) and chosen["cut"] == 0.5
     assert (rejected["median"], rejected["longest"], rejected["cut"]) == (2, 21, 0.1)
 
-    batch = pipeline.preferences(PAIRS, TOKENIZER, limits)
-    for figure, tokens, mask in (
-        (chosen, batch.chosen, batch.chosen_mask),
-        (rejected, batch.rejected, batch.rejected_mask),
-    ):
-        whole = ((tokens == TOKENIZER.eos_id) & mask).any(axis=1)
+    pairs = pipeline.preferences(PAIRS, TOKENIZER, limits)
+    for figure, side in zip((chosen, rejected), pairs, strict=True):
+        whole = side.responses.values[side.responses.ends - 1] == TOKENIZER.eos_id
         assert np.mean(~whole) == figure["cut"], "an answer that is cut has no EOS"
 
 

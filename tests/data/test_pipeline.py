@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from rlhf_jax.data import pipeline
 from rlhf_jax.data.pipeline import DataConfig
+from rlhf_jax.data.ragged import pair_table, sequence_table
+from rlhf_jax.stages import kto
 from rlhf_jax.text.tokenizer import TokenizerConfig, train_tokenizer
 from rlhf_jax.types import RlhfError, TokenBatch
 
@@ -47,10 +49,17 @@ def assert_padded(tokens, mask, expected, *, left=False):
     assert tokens.dtype == np.int32 and mask.dtype == bool
 
 
+def assert_sequences(batch, prompts, responses):
+    """Rows of prompt and response: the whole, where the response starts, and the response."""
+    assert_padded(batch.tokens, batch.mask, [p + r for p, r in zip(prompts, responses, strict=True)])
+    np.testing.assert_array_equal(batch.start, [len(prompt) for prompt in prompts])
+    assert_padded(batch.response, batch.response_mask, responses)
+
+
 def test_a_plain_text_is_all_trained_but_bos_and_unknown_words():
-    batch = pipeline.demonstrations([{"text": "a b x c"}, {"text": ""}, {"text": "X"}], TOKENIZER, CONFIG)
+    batch = pipeline.demonstrations([{"text": "a b x c"}, {"text": ""}, {"text": "X"}], TOKENIZER, CONFIG).all()
     assert_padded(batch.tokens, batch.mask, [[BOS, A, B, UNKNOWN, C, EOS], [BOS, EOS], [BOS, UNKNOWN, EOS]])
-    assert batch.tokens.shape == (3, 7)  # prompt and response
+    assert batch.tokens.shape == (3, 6)  # the longest
     np.testing.assert_array_equal(np.flatnonzero(batch.loss_mask[0]), [1, 2, 4, 5])
     np.testing.assert_array_equal(np.flatnonzero(batch.loss_mask[1]), [1])
     np.testing.assert_array_equal(np.flatnonzero(batch.loss_mask[2]), [2])
@@ -64,7 +73,7 @@ def test_of_a_prompt_and_its_completion_the_completion_is_trained():
         {"prompt": "", "completion": "a"},
         {"prompt": "a", "completion": ""},
     ]
-    batch = pipeline.demonstrations(rows, TOKENIZER, CONFIG)
+    batch = pipeline.demonstrations(rows, TOKENIZER, CONFIG).all()
     expected = [[BOS, A, B, C, D, EOS], [BOS, A, UNKNOWN, UNKNOWN, EOS], [BOS, A, EOS], [BOS, A, EOS]]
     assert_padded(batch.tokens, batch.mask, expected)
     assert [np.flatnonzero(row).tolist() for row in batch.loss_mask] == [[3, 4, 5], [4], [1, 2], [2]]
@@ -72,7 +81,7 @@ def test_of_a_prompt_and_its_completion_the_completion_is_trained():
 
 def test_of_a_preference_the_chosen_answer_is_the_demonstration():
     rows = [{"prompt": "a", "chosen": " b", "rejected": " c", "text": "h"}]
-    batch = pipeline.demonstrations(rows, TOKENIZER, CONFIG)
+    batch = pipeline.demonstrations(rows, TOKENIZER, CONFIG).all()
     assert_padded(batch.tokens, batch.mask, [[BOS, A, B, EOS]])
     assert pipeline.training_texts(rows) == ["a b"]
     assert pipeline.training_texts([{"text": "a c"}, {"prompt": "", "completion": "b"}]) == ["a c", "b"]
@@ -80,19 +89,19 @@ def test_of_a_preference_the_chosen_answer_is_the_demonstration():
 
 def test_eos_is_there_unless_the_text_was_cut_off():
     texts = ["a b c d e", "a b c d e f", "a b c d e f g h"]
-    batch = pipeline.demonstrations([{"text": text} for text in texts], TOKENIZER, CONFIG)
+    batch = pipeline.demonstrations([{"text": text} for text in texts], TOKENIZER, CONFIG).all()
     whole = [BOS, A, B, C, D, E, F]
     assert_padded(batch.tokens, batch.mask, [[*whole[:-1], EOS], whole, whole])
 
     completions = [" c d e", " c d e f", " c d e f g"]
     rows = [{"prompt": "a b", "completion": completion} for completion in completions]
-    batch = pipeline.demonstrations(rows, TOKENIZER, CONFIG)
+    batch = pipeline.demonstrations(rows, TOKENIZER, CONFIG).all()
     assert_padded(batch.tokens, batch.mask, [[BOS, A, B, C, D, E, EOS], *[[BOS, A, B, C, D, E, F]] * 2])
 
 
 @given(st.lists(st.lists(st.sampled_from([*LETTERS, "x"]), max_size=10), min_size=1, max_size=8))
 def test_lengths_vary_with_the_texts(texts):
-    batch = pipeline.demonstrations([{"text": " ".join(text)} for text in texts], TOKENIZER, CONFIG)
+    batch = pipeline.demonstrations([{"text": " ".join(text)} for text in texts], TOKENIZER, CONFIG).all()
     np.testing.assert_array_equal(batch.mask.sum(axis=1), [min(len(text) + 2, 7) for text in texts])
     has_eos = np.any(batch.tokens == EOS, axis=1)
     np.testing.assert_array_equal(has_eos, [len(text) <= 5 for text in texts])
@@ -129,20 +138,19 @@ def test_preferences_share_the_prompt_and_are_padded_on_both_sides():
         {"prompt": "a", "chosen": " b c", "rejected": " d"},
         {"prompt": "a b c d", "chosen": " x", "rejected": " a b c d e"},  # the end of a long prompt is kept
     ]
-    batch = pipeline.preferences(rows, TOKENIZER, CONFIG)
-    assert_padded(batch.prompt, batch.prompt_mask, [[BOS, A], [BOS, C, D]], left=True)
-    assert_padded(batch.chosen, batch.chosen_mask, [[B, C, EOS], [UNKNOWN, EOS]])
-    assert_padded(batch.rejected, batch.rejected_mask, [[D, EOS], [A, B, C, D]])
+    batch = pair_table(pipeline.preferences(rows, TOKENIZER, CONFIG)).all()
+    assert_sequences(batch.chosen, [[BOS, A], [BOS, C, D]], [[B, C, EOS], [UNKNOWN, EOS]])
+    assert_sequences(batch.rejected, [[BOS, A], [BOS, C, D]], [[D, EOS], [A, B, C, D]])
+    assert batch.chosen.tokens.shape == batch.rejected.tokens.shape == (2, 7)  # one forward pass for both
 
 
 @pytest.mark.parametrize("prompt", ["", "  "])
 def test_an_empty_prompt_is_bos_alone_and_gives_a_response_no_more_room(prompt):
     rows = [{"prompt": prompt, "chosen": "a b c d e f g", "rejected": "b"}]
-    batch = pipeline.preferences(rows, TOKENIZER, CONFIG)
-    assert_padded(batch.prompt, batch.prompt_mask, [[BOS]], left=True)
-    assert_padded(batch.chosen, batch.chosen_mask, [[A, B, C, D]])
-    assert_padded(batch.rejected, batch.rejected_mask, [[B, EOS]])
-    demonstration = pipeline.demonstrations(rows, TOKENIZER, CONFIG)
+    batch = pair_table(pipeline.preferences(rows, TOKENIZER, CONFIG)).all()
+    assert_sequences(batch.chosen, [[BOS]], [[A, B, C, D]])
+    assert_sequences(batch.rejected, [[BOS]], [[B, EOS]])
+    demonstration = pipeline.demonstrations(rows, TOKENIZER, CONFIG).all()
     assert_padded(demonstration.tokens, demonstration.mask, [[BOS, A, B, C, D]])
 
 
@@ -253,45 +261,6 @@ def numbered(count):
     return TokenBatch(rows[:, None], np.ones((count, 1), bool), rows % 2 == 0)
 
 
-@pytest.mark.parametrize(("count", "batch_size"), [(12, 4), (12, 12), (13, 4), (1, 1)])
-def test_every_epoch_has_every_row_once_and_in_another_order(count, batch_size):
-    batches = pipeline.shuffled_batches(numbered(count), batch_size, seed=0)
-    per_epoch = count // batch_size
-    epochs = []
-    for epoch in range(5):
-        steps = [batches[epoch * per_epoch + i] for i in range(per_epoch)]
-        assert all(batch.tokens.shape == (batch_size, 1) for batch in steps)
-        epochs.append(np.concatenate([batch.tokens[:, 0] for batch in steps]))
-        assert len(set(epochs[-1].tolist())) == per_epoch * batch_size  # what does not fill a batch is left out
-        for batch in steps:  # the arrays go together
-            np.testing.assert_array_equal(batch.loss_mask, batch.tokens[:, 0] % 2 == 0)
-    if count > 1:
-        assert len({tuple(epoch) for epoch in epochs}) == 5
-        assert not np.array_equal(np.sort(epochs[0]), epochs[0])
-    assert set(np.concatenate(epochs).tolist()) == set(range(count))  # but another one each time
-
-
-def rows_at(batches, step):
-    return batches[step].tokens[:, 0].tolist()
-
-
-def test_a_batch_is_a_function_of_seed_and_step_alone():
-    batches = pipeline.shuffled_batches(numbered(10), 3, seed=1)
-    assert isinstance(batches[0], TokenBatch)
-    in_order = [rows_at(batches, step) for step in range(20)]
-    again = pipeline.shuffled_batches(numbered(10), 3, seed=1)
-    for step in np.random.default_rng(0).permutation(20):  # as after a restart: no step before it was asked for
-        assert rows_at(again, int(step)) == in_order[step]
-    assert len(rows_at(again, 10**9)) == 3  # endless
-    other = pipeline.shuffled_batches(numbered(10), 3, seed=2)
-    assert [rows_at(other, step) for step in range(3)] != in_order[:3]
-
-
-def test_too_few_rows_for_one_batch_are_an_error():
-    with pytest.raises(RlhfError, match="3 training rows do not fill one batch of 4"):
-        pipeline.shuffled_batches(numbered(3), 4, seed=0)
-
-
 def test_take_takes_the_same_rows_of_every_array():
     taken = pipeline.take(numbered(5), np.array([3, 0]))
     assert isinstance(taken, TokenBatch)
@@ -313,10 +282,9 @@ def test_unpaired_rows_keep_their_labels():
         {"prompt": "a", "completion": " b c", "label": True},
         {"prompt": "a b c d", "completion": "", "label": False},
     ]
-    batch = pipeline.unpaired(rows, TOKENIZER, CONFIG)
-    assert_padded(batch.prompt, batch.prompt_mask, [[BOS, A], [BOS, C, D]], left=True)
-    assert_padded(batch.response, batch.response_mask, [[B, C, EOS], [EOS]])
-    np.testing.assert_array_equal(batch.label, [True, False])
+    sequences, label = kto.labelled(rows, TOKENIZER, CONFIG)
+    assert_sequences(sequence_table(sequences).all(), [[BOS, A], [BOS, C, D]], [[B, C, EOS], [EOS]])
+    np.testing.assert_array_equal(label, [True, False])
 
 
 def test_pairs_that_all_prefer_nothing_are_refused(tmp_path):

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from rlhf_jax import config as configs
-from rlhf_jax.core import masking
 from rlhf_jax.core.metrics import values
 from rlhf_jax.methods import dpo
 from rlhf_jax.methods.dpo import PairLogps, sum_tokens
@@ -47,17 +46,16 @@ def logps(config: PreferenceLossConfig, batch: PreferenceBatch, seed: int) -> Pa
     """Compute a config's loss on random tokens."""
     rng = np.random.default_rng(seed)
     chosen, rejected = (
-        TokenStats(logprobs, logprobs, batch.chosen_mask, squares)
-        for logprobs, squares in jnp.asarray(-rng.random((2, 2, *batch.chosen.shape)), jnp.float32)
+        TokenStats(logprobs, logprobs, batch.chosen.response_mask, squares)
+        for logprobs, squares in jnp.asarray(-rng.random((2, 2, *batch.chosen.response.shape)), jnp.float32)
     )
-    return sum_tokens(config, chosen, rejected, batch.chosen_mask, batch.rejected_mask)
+    return sum_tokens(config, chosen, rejected, batch.chosen.response_mask, batch.rejected.response_mask)
 
 
 def preference_loss(config: PreferenceLossConfig, batch: PreferenceBatch) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Loss and metrics of random tokens, other ones under the reference."""
     policy, reference = (logps(config, batch, seed) for seed in (0, 1))
-    tokens = masking.lengths(batch.chosen_mask), masking.lengths(batch.rejected_mask)
-    mean = dpo.tokens_per_pair(batch.chosen_mask, ())
+    tokens, mean = dpo.lengths_of(batch), dpo.tokens_per_pair(batch, ())
     reference = reference if config.needs_reference else None
     loss, metrics = dpo.preference_loss(config, policy, reference, tokens, beta=0.3, axes=(), tokens_per_pair=mean)
     return loss, values(metrics)
@@ -138,7 +136,7 @@ def test_length_desensitisation_cuts_the_sums_of_preferences_and_no_likelihood_n
     metrics, others = jax.device_get(losses())
     for config, loss in zip(alone, others, strict=True):
         np.testing.assert_allclose(metrics[f"loss/{config.losses[0]}"], loss, rtol=1e-6)
-    masks = np.stack([batch.chosen_mask, batch.rejected_mask])
+    masks = np.stack([batch.chosen.response_mask, batch.rejected.response_mask])
     shared = masks.sum(axis=2).min(axis=0)[:, None]
     counted = np.where(np.cumsum(masks, axis=2) <= shared, 1.0, 0.3) * masks
     own, theirs = (-np.random.default_rng(seed).random((2, 2, *masks.shape[1:]))[:, 0] for seed in (0, 1))

@@ -44,7 +44,7 @@ def counted(monkeypatch) -> list[int]:
     counts, pair_logps_all = [], reference_cache.pair_logps_all
 
     def counting(config, network, params, data, batch_size):
-        counts.append(len(data.prompt))
+        counts.append(len(data.chosen))
         return pair_logps_all(config, network, params, data, batch_size)
 
     monkeypatch.setattr(reference_cache, "pair_logps_all", counting)
@@ -52,23 +52,24 @@ def counted(monkeypatch) -> list[int]:
 
 
 def test_what_is_kept_is_what_the_network_says_and_is_computed_once(cache, monkeypatch):
-    config, pairs, params = PreferenceLossConfig(ld_alpha=0.3), tiny.preferences(7), tiny.policy_params()
+    config, pairs, params = PreferenceLossConfig(ld_alpha=0.3), tiny.ragged_pairs(7), tiny.policy_params()
     counts = counted(monkeypatch)
     first, again = (reference_cache.precomputed_ref_logps(config, tiny.POLICY, params, pairs, 3) for _ in range(2))
     assert counts == [7]
     assert_close(first, again, tolerance=0)
-    expected = jax.jit(lambda params, pairs: pair_logps(config, tiny.POLICY, params, pairs))(params, pairs)
+    expected = jax.jit(lambda params, pairs: pair_logps(config, tiny.POLICY, params, pairs))
+    expected = expected(params, tiny.preferences(7))
     assert_close(first, expected)
     assert [path.suffix for path in cache.iterdir()] == [".npy"]  # nothing half-written beside it
 
 
 def test_another_model_other_data_or_another_template_is_computed_anew(cache, tmp_path):
-    pairs, params = tiny.preferences(4), tiny.policy_params()
+    pairs, params = tiny.ragged_pairs(4), tiny.policy_params()
     other_params = {**params, "embedding": params["embedding"].at[0, 0].add(1e-6)}
     other_network = dataclasses.replace(
         tiny.POLICY, config=dataclasses.replace(tiny.POLICY.config, compute_dtype="bfloat16")
     )
-    moved = pairs._replace(chosen_mask=~pairs.chosen_mask)
+    moved = pairs._replace(chosen=pairs.rejected)
     places = {
         reference_cache.cache_path(SIGMOID, tiny.POLICY, params, pairs),
         reference_cache.cache_path(SIGMOID, tiny.POLICY, other_params, pairs),
@@ -98,13 +99,13 @@ def test_a_disk_that_is_full_is_one_message_and_leaves_nothing(cache, monkeypatc
         reference_cache, "pair_logps_all", lambda *_: computed
     )  # or the compiler would write files of its own
     with disk.largest_file(100), pytest.raises(RlhfError, match=r"reference_logprobs.* cannot be written"):
-        reference_cache.precomputed_ref_logps(SIGMOID, tiny.POLICY, tiny.policy_params(), tiny.preferences(7), 3)
+        reference_cache.precomputed_ref_logps(SIGMOID, tiny.POLICY, tiny.policy_params(), tiny.ragged_pairs(7), 3)
     assert disk.left_in(cache) == []
 
 
 def test_a_file_that_is_broken_is_one_message(cache, monkeypatch):
     monkeypatch.setattr(reference_cache, "pair_logps_all", lambda *_: PairLogps(*np.zeros((4, 7))))
-    arguments = SIGMOID, tiny.POLICY, tiny.policy_params(), tiny.preferences(7)
+    arguments = SIGMOID, tiny.POLICY, tiny.policy_params(), tiny.ragged_pairs(7)
     reference_cache.precomputed_ref_logps(*arguments, 3)
     next(cache.iterdir()).write_bytes(b"half")
     with pytest.raises(RlhfError, match=r"cannot be written or read .* remove it"):

@@ -43,10 +43,8 @@ def adapted(network, seed=1):
 
 
 def pairs_of(rejected, rejected_mask):
-    first = ROLLOUT
-    return PreferenceBatch(
-        first.prompt, first.prompt_mask, first.response, first.response_mask, rejected, rejected_mask
-    )
+    other = ROLLOUT._replace(response=rejected, response_mask=rejected_mask)
+    return PreferenceBatch(joined(ROLLOUT), joined(other))
 
 
 @functools.partial(jax.jit, static_argnums=0)

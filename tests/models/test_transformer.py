@@ -231,13 +231,12 @@ def test_sequence_stats_predict_every_token_but_the_first():
 
 def test_pairs_are_each_response_after_the_same_prompt():
     chosen, rejected = uneven_rollout(0), uneven_rollout(1)
-    batch = PreferenceBatch(*chosen, *rejected[2:])
-    pairs = jax.jit(POLICY.pair_stats)(PARAMS, batch)
-    for stats, tokens, mask in zip(
-        pairs, (batch.chosen, batch.rejected), (batch.chosen_mask, batch.rejected_mask), strict=True
-    ):
+    rejected = chosen._replace(response=rejected.response, response_mask=rejected.response_mask)
+    pairs = jax.jit(POLICY.pair_stats)(PARAMS, PreferenceBatch(joined(chosen), joined(rejected)))
+    for stats, rollout in zip(pairs, (chosen, rejected), strict=True):
+        mask = rollout.response_mask
         for i in range(4):
-            prompt, response = batch.prompt[i, batch.prompt_mask[i]], tokens[i, mask[i]]
+            prompt, response = rollout.prompt[i, rollout.prompt_mask[i]], rollout.response[i, mask[i]]
             exact = slow_log_softmax(PARAMS, CONFIG, [*prompt, *response])[len(prompt) - 1 : -1]
             got = stats.logprobs[i, mask[i]]
             np.testing.assert_allclose(got, exact[np.arange(len(response)), response], rtol=1e-4, atol=1e-5)

@@ -261,7 +261,8 @@ def test_a_stage_may_combine_an_ensemble_otherwise(loaded):
         *(jax.tree.map(lambda leaf, k=k: k * leaf, tiny.reward_params()) for k in (1, -2, 3)),
     )
     model = RewardModel(dataclasses.replace(tiny.REWARD, ensemble=EnsembleConfig(3, "mean")), params, judge.tokenizer)
-    given = Rollout(*tiny.prompts(4)[:2], *tiny.preferences(4)[2:4])
+    prompts, rows = tiny.prompts(4), tiny.preferences(4).chosen
+    given = Rollout(prompts.tokens, prompts.mask, rows.response, rows.response_mask)
     each = np.stack([score_all(one.network, one.params, given, 4) for one in model.members()])
     worst = recombined(model, source, "config.ppo")
     np.testing.assert_allclose(score_all(worst.network, worst.params, given, 4), each.min(axis=0), atol=1e-5)

@@ -74,7 +74,7 @@ def test_dpo_gradients_equal_one_device(name):
             def loss_fn(params):
                 reference = dpo.pair_logps(dpo.SIGMOID, tiny.POLICY, frozen["reference"], batch)
                 rows, axes = dpo.ReferencedBatch(batch, reference), placement.axes
-                mean = dpo.tokens_per_pair(batch.chosen_mask, axes)
+                mean = dpo.tokens_per_pair(batch, axes)
                 return dpo.pair_loss(
                     dpo.SIGMOID, tiny.POLICY, params["policy"], rows, None, beta=0.1, axes=axes, tokens_per_pair=mean
                 )[0]

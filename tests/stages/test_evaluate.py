@@ -13,6 +13,7 @@ import pytest
 from rlhf_jax.core.statistics import bootstrap_interval, length_controlled_win_rate, repetition, wilson_interval
 from rlhf_jax.data import pipeline
 from rlhf_jax.data.prompts import draw_prompts
+from rlhf_jax.data.ragged import Ragged, token_table
 from rlhf_jax.inference import answers
 from rlhf_jax.interop import hf
 from rlhf_jax.loading.models import Policy, RewardModel
@@ -23,7 +24,7 @@ from rlhf_jax.rewards.http_judge import HTTPJudgeConfig
 from rlhf_jax.sampling.batches import response_logprobs_all, sample_all
 from rlhf_jax.sampling.choice import Sampling
 from rlhf_jax.stages.evaluate import EvaluateConfig, deciding_column, opponent
-from rlhf_jax.types import RlhfError, Rollout, TokenBatch
+from rlhf_jax.types import RlhfError, Rollout
 from tests.support import experiments, tiny
 from tests.support.judge_server import likes_longer, serving
 
@@ -241,12 +242,10 @@ def test_perplexity_is_of_the_tokens_of_each_text_alone():
             total -= found[text[end]] - np.log(np.exp(found).sum())
             count += 1
     np.testing.assert_allclose(answers.answers_nll(policy, rollout, 2), total / count, rtol=1e-5)
-    width = tiny.PROMPT + tiny.RESPONSE
-    tokens = np.array([text + [9] * (width - len(text)) for text in texts], np.int32)
-    lengths = np.array([[len(text)] for text in texts])
-    places = np.arange(width)[None]
-    batch = TokenBatch(tokens, places < lengths, (places >= prompts.mask.sum(axis=1)[:, None]) & (places < lengths))
-    assert answers.texts_nll(policy, batch, 3) == pytest.approx(total / count, rel=1e-5)
+    ends, places = np.cumsum([len(text) for text in texts]), np.concatenate([np.arange(len(text)) for text in texts])
+    trained = places >= np.repeat(prompts.mask.sum(axis=1), np.diff(ends, prepend=0))
+    table = token_table(Ragged(np.concatenate(texts), ends), Ragged(trained, ends))
+    assert answers.texts_nll(policy, table, 3) == pytest.approx(total / count, rel=1e-5)
     assert answers.texts_nll(policy, None, 3) is None
 
 

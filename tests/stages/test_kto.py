@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.core.metrics import values
+from rlhf_jax.data.ragged import Ragged, RaggedSequences, RowWidths
 from rlhf_jax.methods.offline import Updates
 from rlhf_jax.runtime.programs import make_placement
 from rlhf_jax.stages import kto
@@ -21,14 +22,21 @@ WEIGHTED = kto.UnpairedLossConfig(desirable_weight=1.7, undesirable_weight=0.6)
 APO = dataclasses.replace(WEIGHTED, loss="apo_zero_unpaired")
 
 
-def labelled(seed: int) -> UnpairedBatch[np.ndarray]:
-    """Responses of uneven lengths to different prompts, a quarter of them good; the padding is full of other tokens."""
-    pairs = tiny.preferences(ROWS, seed)
-    prompt, mask = pairs.prompt, pairs.prompt_mask.copy()
+def labelled(seed: int) -> kto.Labelled:
+    """Responses of uneven lengths to different prompts, a quarter of them good."""
+    prompts, chosen = tiny.prompts(ROWS, seed), tiny.preferences(ROWS, seed).chosen
+    mask = prompts.mask.copy()
     mask[:, -3:] = True
-    assert len(np.unique(prompt[:, -3:], axis=0)) == ROWS
+    assert len(np.unique(prompts.tokens[:, -3:], axis=0)) == ROWS
     label = np.random.default_rng(seed).permutation(ROWS) < ROWS // 4
-    return UnpairedBatch(prompt, mask, *pairs[2:4], label)
+    rollout = Rollout(prompts.tokens, mask, chosen.response, chosen.response_mask)
+    return kto.Labelled(RaggedSequences.of_rollout(rollout), label)
+
+
+def batch_of(config: kto.UnpairedLossConfig, data: kto.Labelled) -> UnpairedBatch[np.ndarray]:
+    """All rows as one batch, padded beyond the longest."""
+    table, rows = kto.make_table(config, data), np.arange(ROWS)
+    return table.padded(rows, RowWidths(tiny.PROMPT + tiny.RESPONSE + 2, tiny.RESPONSE))
 
 
 def make_update(config=WEIGHTED, where=tiny.ONE_DEVICE, micro_batch=None):
@@ -41,7 +49,7 @@ def make_update(config=WEIGHTED, where=tiny.ONE_DEVICE, micro_batch=None):
 
     def update(seed):
         state = placement.put_state(tiny.dpo_state())
-        state, metrics, _ = program(state, frozen, tiny.several([labelled(seed)]), jax.random.key(0))
+        state, metrics, _ = program(state, frozen, tiny.several([batch_of(config, labelled(seed))]), jax.random.key(0))
         return jax.device_get((placement.whole(state).params, jax.tree.map(lambda leaf: leaf[0], metrics)))
 
     return update
@@ -58,18 +66,11 @@ logprobs = jax.jit(kto.response_logprobs, static_argnums=0)
 def expected(config, seed):
     """The metrics by the paper's formulas, in float64, a row at a time."""
     batch, models = labelled(seed), (tiny.policy_params(), tiny.policy_params(2))
+    widths = RowWidths(tiny.PROMPT + tiny.RESPONSE, tiny.RESPONSE)
 
     def ratio(prompt, response):
-        row = UnpairedBatch(
-            batch.prompt[prompt],
-            batch.prompt_mask[prompt],
-            batch.response[response],
-            batch.response_mask[response],
-            np.array(False),
-        )
-        own, reference = (
-            logprobs(tiny.POLICY, model, UnpairedBatch(*(np.asarray(x)[None] for x in row))) for model in models
-        )
+        row = batch.sequences.padded(np.array([prompt]), np.array([response]), widths)
+        own, reference = (logprobs(tiny.POLICY, model, row) for model in models)
         return float(own[0]), float(own[0]) - float(reference[0])
 
     drift = np.mean([ratio(i, (i - 1) % ROWS)[1] for i in range(ROWS)])
@@ -92,19 +93,19 @@ def expected(config, seed):
     } | ({"kl": point} if config.loss == "kto" else {})
 
 
-def two_to_a_prompt(batch):
-    """The batch as pairs are taken apart: rows 2i and 2i + 1 share a prompt."""
-    prompts = np.arange(ROWS) // 2 * 2
-    return batch._replace(prompt=batch.prompt[prompts], prompt_mask=batch.prompt_mask[prompts])
+def two_to_a_prompt(data: kto.Labelled) -> kto.Labelled:
+    """The rows as pairs are taken apart: rows 2i and 2i + 1 share a prompt."""
+    prompts = data.sequences.prompts.take(np.arange(ROWS) // 2 * 2)
+    return data._replace(sequences=RaggedSequences(prompts, data.sequences.responses))
 
 
 def test_the_evaluations_reference_point_is_of_responses_to_other_prompts():
     data, models = two_to_a_prompt(labelled(AHEAD)), (tiny.policy_params(), tiny.policy_params(2))
-    got = kto.evaluate(WEIGHTED, tiny.POLICY, models, data, BETA, batch_size=8)
+    got = kto.evaluate(WEIGHTED, tiny.POLICY, models, data, BETA, batch_size=8, widths=2)
 
     def drift(shift):
-        rows = (np.arange(ROWS) - shift) % ROWS
-        others = data._replace(response=data.response[rows], response_mask=data.response_mask[rows])
+        rows, widths = np.arange(ROWS), RowWidths(tiny.PROMPT + tiny.RESPONSE, tiny.RESPONSE)
+        others = data.sequences.padded(rows, (rows - shift) % ROWS, widths)
         own, reference = (np.asarray(logprobs(tiny.POLICY, model, others)) for model in models)
         return float(np.mean(own - reference))
 
@@ -126,7 +127,7 @@ def test_the_evaluations_reference_point_is_of_responses_to_other_prompts():
 )
 def test_no_response_goes_to_its_own_prompt_where_that_can_be(prompts, clashes):
     first = np.array([prompts.index(prompt) for prompt in prompts])
-    rows = np.asarray(kto.mismatched_rows(jnp.asarray(first)))
+    rows = kto.mismatched_rows(first)
     assert sorted(rows) == list(range(len(prompts)))  # each response is read once
     assert sum(first == first[rows]) == clashes
     if prompts == "abcdefgh":
@@ -134,11 +135,16 @@ def test_no_response_goes_to_its_own_prompt_where_that_can_be(prompts, clashes):
 
 
 def test_a_batch_of_few_prompts_is_put_to_other_prompts():
-    batch = jax.tree.map(jnp.asarray, two_to_a_prompt(labelled(AHEAD)))
-    others = jax.jit(kto.mismatched_pairs, static_argnums=1)(batch, ())
-    np.testing.assert_array_equal(others.response, np.roll(batch.response, 2, axis=0))
-    np.testing.assert_array_equal(others.response_mask, np.roll(batch.response_mask, 2, axis=0))
-    np.testing.assert_array_equal(others.prompt, batch.prompt)
+    data = two_to_a_prompt(labelled(AHEAD))
+    batch = batch_of(WEIGHTED, data)
+    others = batch.mismatched
+    assert others is not None
+    np.testing.assert_array_equal(others.response, np.roll(batch.sequences.response, 2, axis=0))
+    np.testing.assert_array_equal(others.response_mask, np.roll(batch.sequences.response_mask, 2, axis=0))
+    np.testing.assert_array_equal(others.start, batch.sequences.start)
+    for row, before in enumerate(others.start):
+        np.testing.assert_array_equal(others.tokens[row, :before], batch.sequences.tokens[row, :before])
+    assert batch_of(APO, data).mismatched is None
 
 
 AHEAD, BEHIND = 9, 2
@@ -156,8 +162,8 @@ def test_a_step_is_the_papers(update, seed):
 
 
 def test_apo_zero_has_no_reference_point():
-    batch = jax.tree.map(jnp.asarray, labelled(AHEAD))
-    own, reference = (logprobs(tiny.POLICY, tiny.policy_params(seed), batch) for seed in (0, 2))
+    batch = jax.tree.map(jnp.asarray, batch_of(APO, labelled(AHEAD)))
+    own, reference = (logprobs(tiny.POLICY, tiny.policy_params(seed), batch.sequences) for seed in (0, 2))
     loss, metrics = kto.unpaired_loss(APO, own, reference, batch.label, None, beta=BETA, axes=())
     assert_metrics(values(metrics) | {"loss": loss}, expected(APO, AHEAD)[1])
     frozen = {"reference": tiny.policy_params(2), "beta": jnp.float32(BETA)}
@@ -178,11 +184,11 @@ def test_devices_and_micro_batches_change_nothing(name, update):
 
 def good_endings(seed: int) -> UnpairedBatch[np.ndarray]:
     """Label responses that end in token 5 as good."""
-    batch = labelled(seed)
-    response = np.where(batch.response == 5, 6, batch.response)
-    last = batch.response_mask.sum(axis=1) - 1
-    response[batch.label, last[batch.label]] = 5
-    return batch._replace(response=response)
+    sequences, label = labelled(seed)
+    values = np.where(sequences.responses.values == 5, 6, sequences.responses.values)
+    values[sequences.responses.ends[label] - 1] = 5
+    responses = Ragged(values, sequences.responses.ends)
+    return batch_of(kto.KTO, kto.Labelled(RaggedSequences(sequences.prompts, responses), label))
 
 
 def test_kto_learns_what_is_good():
@@ -196,7 +202,7 @@ def test_kto_learns_what_is_good():
     assert metrics["rewards/margins"][-4:].mean() > 0.5
     assert np.all(metrics["kl"] >= 0)
     # Metrics would look as good with the labels exchanged, so compute log-probabilities separately.
-    ratios = log_ratios(params["policy"], reference, Rollout(*batches[0][:4]))
+    ratios = log_ratios(params["policy"], reference, batches[0].sequences)
     assert ratios[batches[0].label].mean() > ratios[~batches[0].label].mean() + 0.5 / 0.1
 
 

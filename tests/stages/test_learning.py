@@ -15,7 +15,7 @@ from rlhf_jax.methods import dpo
 from rlhf_jax.methods.offline import Updates
 from rlhf_jax.methods.policy_parts import Sampled
 from rlhf_jax.stages import reward_model, sft
-from rlhf_jax.types import PreferenceBatch, Rollout, TokenBatch
+from rlhf_jax.types import Rollout, TokenBatch
 from tests.support import tiny
 from tests.support.programs import QUICK, learn, log_ratios, score, token_logprobs
 
@@ -23,16 +23,10 @@ from tests.support.programs import QUICK, learn, log_ratios, score, token_logpro
 def preferred_token_pairs(seed: int):
     """Pairs that differ in one thing: only the chosen response ends in token 5."""
     pairs = tiny.preferences(16, seed)
-    last = pairs.chosen_mask.sum(axis=1) - 1
-    chosen, rejected = np.where(pairs.chosen == 5, 6, pairs.chosen), np.where(pairs.rejected == 5, 6, pairs.rejected)
-    chosen[np.arange(16), last] = 5
-    return pairs._replace(chosen=chosen, rejected=rejected)
-
-
-def both_rollouts(pairs: PreferenceBatch[np.ndarray]) -> tuple[Rollout[np.ndarray], Rollout[np.ndarray]]:
-    """Return the chosen and the rejected responses, as rollouts."""
-    prompt = pairs.prompt, pairs.prompt_mask
-    return Rollout(*prompt, pairs.chosen, pairs.chosen_mask), Rollout(*prompt, pairs.rejected, pairs.rejected_mask)
+    return pairs._replace(
+        chosen=tiny.with_last_token(pairs.chosen, np.ones(16, bool)),
+        rejected=tiny.with_last_token(pairs.rejected, np.zeros(16, bool)),
+    )
 
 
 def test_sft_learns_a_sequence():
@@ -46,7 +40,7 @@ def test_sft_learns_a_sequence():
     assert metrics["loss"][-1] < 0.1
     assert metrics["mean_token_accuracy"][-1] == 1
     assert metrics["num_tokens"].tolist() == [16 * 6] * 60
-    sequence = Rollout(tokens[:, :1], mask[:, :1], tokens[:, 1:], mask[:, 1:])
+    sequence = joined(Rollout(tokens[:, :1], mask[:, :1], tokens[:, 1:], mask[:, 1:]))
     assert np.exp(token_logprobs(params["policy"], sequence)).min() > 0.9
 
 
@@ -57,7 +51,7 @@ def test_the_reward_model_learns_what_is_preferred():
     )
     assert metrics["accuracy"][:5].mean() < 0.9
     assert metrics["accuracy"][-5:].mean() > 0.95
-    chosen, rejected = both_rollouts(preferred_token_pairs(1000))
+    chosen, rejected = preferred_token_pairs(1000)
     assert np.mean(score(params["reward"], chosen) > score(params["reward"], rejected)) > 0.9
 
 
@@ -71,9 +65,7 @@ def test_dpo_learns_what_is_preferred():
     np.testing.assert_allclose(metrics["loss"][0], np.log(2), atol=1e-6)  # the policy is still its reference
     assert metrics["rewards/accuracies"][-5:].mean() > 0.95
     assert metrics["rewards/margins"][-1] > metrics["rewards/margins"][1] > 0
-    chosen, rejected = (
-        log_ratios(params["policy"], reference, rows) for rows in both_rollouts(preferred_token_pairs(0))
-    )
+    chosen, rejected = (log_ratios(params["policy"], reference, rows) for rows in preferred_token_pairs(0))
     assert np.mean(chosen > rejected) > 0.9
 
 
@@ -89,7 +81,7 @@ def test_ppo_pleases_the_reward_model_and_a_penalty_holds_it_back():
     held, _ = train(1.0)
     scores = samples.scores.mean(axis=1)
     last = jax.tree.map(lambda leaf: leaf[-1], samples)
-    np.testing.assert_allclose(last.scores, score(tiny.reward_params(), last.rollout), rtol=1e-4)
+    np.testing.assert_allclose(last.scores, score(tiny.reward_params(), joined(last.rollout)), rtol=1e-4)
     np.testing.assert_allclose(free["objective/kl"][0], 0, atol=1e-5)  # the policy is still its reference
     assert scores[-5:].mean() > scores[:5].mean() + 3 * scores[:5].std()
     assert free["val/explained_variance"][-10:].mean() > 0.2  # 0 if the value function does not learn

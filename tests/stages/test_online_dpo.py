@@ -118,10 +118,11 @@ def test_the_higher_score_is_chosen_and_of_a_tie_the_first():
     rows = jnp.arange(8)
     rollout = Rollout(*(jnp.stack([rows, rows], axis=1) for _ in range(4)))
     pairs, margins = choose(rollout, jnp.array([1.0, 2.0, 2.0, 1.0, 3.0, 3.0, -1.0, -2.0]))
-    np.testing.assert_array_equal(pairs.prompt[:, 0], [0, 2, 4, 6])
-    np.testing.assert_array_equal(pairs.chosen[:, 0], [1, 2, 4, 6])
-    np.testing.assert_array_equal(pairs.rejected[:, 0], [0, 3, 5, 7])
-    np.testing.assert_array_equal(pairs.chosen_mask, pairs.chosen)
+    np.testing.assert_array_equal(pairs.chosen.tokens[:, 0], [0, 2, 4, 6])
+    np.testing.assert_array_equal(pairs.rejected.tokens[:, 0], [0, 2, 4, 6])
+    np.testing.assert_array_equal(pairs.chosen.response[:, 0], [1, 2, 4, 6])
+    np.testing.assert_array_equal(pairs.rejected.response[:, 0], [0, 3, 5, 7])
+    np.testing.assert_array_equal(pairs.chosen.response_mask, pairs.chosen.response)
     np.testing.assert_array_equal(margins, [1, 1, 0, 1])
 
 
@@ -136,7 +137,7 @@ def test_it_pleases_the_reward_model():
     _, metrics, samples = learn(step, params, frozen, [tiny.online(16, seed) for seed in range(50)])
     scores = samples.scores.mean(axis=1)
     last = jax.tree.map(lambda leaf: leaf[-1], samples)
-    np.testing.assert_allclose(last.scores, score(tiny.reward_params(), last.rollout), rtol=1e-4)
+    np.testing.assert_allclose(last.scores, score(tiny.reward_params(), joined(last.rollout)), rtol=1e-4)
     np.testing.assert_allclose(metrics["objective/kl"][0], 0, atol=1e-5)  # the policy is still its reference
     first = (np.log(2), (1 / (2 * 0.02)) ** 2)
     np.testing.assert_allclose((metrics["loss/sigmoid"][0], metrics["loss/ipo"][0]), first, rtol=1e-5)
@@ -147,8 +148,8 @@ def test_it_pleases_the_reward_model():
 
 def test_a_loss_without_a_reference_needs_none_of_the_pairs():
     config = dataclasses.replace(CONFIG, loss=PreferenceLossConfig(losses=("simpo",)))
-    rows = jax.tree.map(jnp.asarray, tiny.preferences(16))
-    rollout = Rollout(rows.prompt, rows.prompt_mask, rows.chosen, rows.chosen_mask)
+    prompts, rows = tiny.prompts(16), tiny.preferences(16).chosen
+    rollout = Rollout(*map(jnp.asarray, (prompts.tokens, prompts.mask, rows.response, rows.response_mask)))
     params = {"policy": jax.eval_shape(tiny.POLICY.init, KEYS[0])}
     at, frozen = iteration(config), {"reference": params["policy"]}
 
@@ -157,7 +158,7 @@ def test_a_loss_without_a_reference_needs_none_of_the_pairs():
         return at.method.learner.prepare(at, at.evaluate(params, frozen, responses, joined(rollout)), frozen, 0.1)
 
     pairs, _ = jax.eval_shape(prepare, params, frozen)
-    assert pairs.pairs.chosen.shape == (8, tiny.RESPONSE) and pairs.reference is None
+    assert pairs.pairs.chosen.response.shape == (8, tiny.RESPONSE) and pairs.reference is None
     state, batch = jax.eval_shape(at.init_state, params), tiny.online(8)
     _, metrics, _ = jax.eval_shape(
         at.step(tiny.REWARD), state, frozen | {"reward": tiny.reward_params()}, batch, KEYS[0]

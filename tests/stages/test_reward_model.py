@@ -201,27 +201,24 @@ RANKED = [
 
 
 def comparisons(name, rows, read) -> ComparisonBatch[np.ndarray]:
-    batch = reward_loss.make_batch(RewardLossConfig(name=name), rows, *read)
+    batch = reward_loss.make_table(RewardLossConfig(name=name), rows, *read).all()
     assert isinstance(batch, ComparisonBatch)
     return jax.tree.map(jnp.asarray, batch)
 
 
 def scores_of(network, params, batch, row, place):
-    one = Rollout(
-        *(jnp.asarray(x[None]) for x in (batch.prompt[row], batch.prompt_mask[row])),
-        *(jnp.asarray(x[row, place][None]) for x in (batch.responses, batch.response_mask)),
-    )
-    return float(jax.jit(network.scores)(params, joined(one))[0])
+    one = jax.tree.map(lambda leaf: leaf[row, place][None], batch.responses)
+    return float(jax.jit(network.scores)(params, one)[0])
 
 
 @pytest.mark.parametrize("name", ["k_wise", "plackett_luce"])
 def test_k_answers_of_a_prompt_are_one_element(name, read):
-    tokenizer, data = read
+    tokenizer, _ = read
     config = RewardLossConfig(name=name, center_rewards_coefficient=0.5)
     network = dataclasses.replace(tiny.REWARD, vocab_size=tokenizer.vocab_size)
     params = network.init(jax.random.key(0))
     batch = jax.tree.map(jnp.asarray, comparisons(name, RANKED, read))
-    assert batch.responses.shape == (2, 3, data.max_response_tokens)
+    assert batch.responses.tokens.shape[:2] == (2, 3)
     scores = [[scores_of(network, params, batch, 0, place) for place in range(3)]]
     scores += [[scores_of(network, params, batch, 1, place) for place in range(2)]]
     value, metrics = jax.jit(
@@ -236,7 +233,7 @@ def test_k_answers_of_a_prompt_are_one_element(name, read):
     np.testing.assert_allclose(value, expected + 0.5 * centering, rtol=1e-4)
     np.testing.assert_allclose(values(metrics)["centering"], centering, rtol=1e-4)
     assert reward_loss.weight(config, batch, ()) == 2
-    assert reward_loss.tokens(batch, ()) == batch.response_mask.sum()
+    assert reward_loss.token_counts(batch, ())["num_tokens"] == batch.responses.response_mask.sum()
 
 
 def test_pairs_with_one_prompt_are_one_element_of_a_k_wise_batch(read):
@@ -247,7 +244,7 @@ def test_pairs_with_one_prompt_are_one_element_of_a_k_wise_batch(read):
     ]
     batch = comparisons("k_wise", rows, read)
     assert np.argwhere(batch.wins).tolist() == [[0, 0, 1], [0, 2, 0], [1, 0, 1]]
-    assert batch.response_mask.any(axis=2).tolist() == [[True, True, True], [True, True, False]]
+    assert batch.responses.response_mask.any(axis=2).tolist() == [[True, True, True], [True, True, False]]
 
 
 def test_ties_are_no_pairs_and_no_ranking(read):
@@ -259,13 +256,13 @@ def test_ties_are_no_pairs_and_no_ranking(read):
         (" bad", " dull"),
     ]
     with pytest.raises(RlhfError, match=r"row 1 of the rankings has ties"):
-        reward_loss.make_batch(RewardLossConfig(name="plackett_luce"), tied, *read)
+        reward_loss.make_table(RewardLossConfig(name="plackett_luce"), tied, *read)
 
 
 def test_margins_and_labels_are_read_from_their_columns(read):
     rows = [{"prompt": "the", "chosen": " a", "rejected": " b", "margin": 2, "labels": [1, True, 0, 0.5]}] * 2
     margin, raters = (
-        jax.tree.map(jnp.asarray, reward_loss.make_batch(RewardLossConfig(name=name), rows, *read))
+        jax.tree.map(jnp.asarray, reward_loss.make_table(RewardLossConfig(name=name), rows, *read).all())
         for name in ("margin", "raters")
     )
     assert margin.margin.tolist() == [2, 2] and raters.votes.tolist() == [[2.5, 1.5]] * 2
@@ -286,9 +283,9 @@ def test_margins_and_labels_are_read_from_their_columns(read):
     for column, value in (("margin", "much"), ("margin", None), ("labels", []), ("labels", [2]), ("labels", 1)):
         with pytest.raises(RlhfError, match=rf"row 2 of the preferences, column {column}"):
             name = "margin" if column == "margin" else "raters"
-            reward_loss.make_batch(RewardLossConfig(name=name), [rows[0], rows[0] | {column: value}], *read)
+            reward_loss.make_table(RewardLossConfig(name=name), [rows[0], rows[0] | {column: value}], *read)
     with pytest.raises(RlhfError, match="row 1 has no column margin"):
-        reward_loss.make_batch(RewardLossConfig(name="margin"), [{**RANKED[0], "chosen": "", "rejected": ""}], *read)
+        reward_loss.make_table(RewardLossConfig(name="margin"), [{**RANKED[0], "chosen": "", "rejected": ""}], *read)
 
 
 @pytest.mark.parametrize(

@@ -216,7 +216,7 @@ def check_preferences(trl: Record) -> None:
             return dpo.sum_tokens(config, chosen, rejected, *batch)
 
         tokens = masking.lengths(batch[0]), masking.lengths(batch[1])
-        mean = dpo.tokens_per_pair(batch[0], ())
+        mean = masking.mean(tokens[0].astype(jnp.float32), ())
         ref = logps(reference) if config.needs_reference else None
         return dpo.preference_loss(config, logps(logprobs), ref, tokens, beta=BETA, axes=(), tokens_per_pair=mean)[0]
 

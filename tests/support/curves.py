@@ -12,7 +12,7 @@ import numpy as np
 import tokenizers
 from jaxtyping import PyTree
 
-from rlhf_jax.data import pipeline
+from rlhf_jax.data.batching import BatchOrder
 from rlhf_jax.interop import hf
 from rlhf_jax.loading.models import Policy, RewardModel
 from rlhf_jax.loading.stage_models import load_stage
@@ -92,8 +92,8 @@ def make_world(directory: Path) -> World:
 
 def order(seed: int = 0) -> np.ndarray:
     """The rows that our stages take at each step: int[STEPS, BATCH]."""
-    batches: Any = pipeline.shuffled_batches(_Rows(np.arange(ROWS)), BATCH, seed)
-    return np.stack([batches[step].number for step in range(STEPS)])
+    batches = BatchOrder(np.ones(ROWS), BATCH, seed, window=1, steps_per_call=10)
+    return np.stack([batches[step] for step in range(STEPS)])
 
 
 def run(name: str, world: World, directory: Path) -> Curve:
@@ -126,6 +126,7 @@ def section(name: str, world: World) -> dict[str, Any]:
         "batch_size": BATCH,
         "epochs": STEPS * BATCH / ROWS,
         "eval_every": STEPS,
+        "length_window": 1,
         "loop": {"steps_per_call": 10, "checkpoint_every": STEPS},
     }
     policy = {"policy": str(world.policy), "preferences": None, "beta": BETA, "sample_prompts": 0}
@@ -163,10 +164,6 @@ def paths(params: PyTree) -> dict[str, np.ndarray]:
     """Leaves of a tree by path."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}
-
-
-class _Rows(NamedTuple):
-    number: np.ndarray
 
 
 def _drawn(init: Any, seed: int) -> Any:

@@ -7,12 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.core.sequences import joined
 from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.runtime.optimizers import make_optimizer
 from rlhf_jax.runtime.programs import RuntimeConfig, make_placement
 from rlhf_jax.stages import ppo
-from rlhf_jax.types import Rollout
 from tests.support import tiny
 
 
@@ -57,18 +55,18 @@ def learn(step, params, frozen, batches):
 
 
 @jax.jit
-def token_logprobs(policy, rollout: Rollout[np.ndarray]):
+def token_logprobs(policy, sequences):
     """Compute the log-probability of every response token by the tiny policy, [B, T]; 0 at padding."""
-    stats = tiny.POLICY.response_stats(policy, joined(rollout), temperature=1.0)
-    return jnp.where(rollout.response_mask, stats.logprobs, 0)
+    stats = tiny.POLICY.response_stats(policy, sequences, temperature=1.0)
+    return jnp.where(sequences.response_mask, stats.logprobs, 0)
 
 
-def log_ratios(policy, reference, rollout: Rollout[np.ndarray]) -> np.ndarray:
+def log_ratios(policy, reference, sequences) -> np.ndarray:
     """Compute log(pi / pi_ref) of every response, [B]."""
-    return np.sum(token_logprobs(policy, rollout) - token_logprobs(reference, rollout), axis=1)
+    return np.sum(token_logprobs(policy, sequences) - token_logprobs(reference, sequences), axis=1)
 
 
 @jax.jit
-def score(reward, rollout: Rollout[np.ndarray]):
+def score(reward, sequences):
     """Compute the tiny reward model's score of every response, [B]."""
-    return tiny.REWARD.scores(reward, joined(rollout))
+    return tiny.REWARD.scores(reward, sequences)

@@ -10,6 +10,7 @@ import numpy as np
 from rlhf_jax.config import ModelSource
 from rlhf_jax.core.metrics import values
 from rlhf_jax.core.sequences import joined
+from rlhf_jax.data.ragged import RaggedPairs, RaggedSequences
 from rlhf_jax.methods.policy_gradient import Iteration
 from rlhf_jax.methods.policy_parts import Experience, Networks, OnlineBatch
 from rlhf_jax.models.head import TokenStats
@@ -20,7 +21,7 @@ from rlhf_jax.runtime.loop import LoopConfig
 from rlhf_jax.runtime.optimizers import OptimizerConfig, make_optimizer
 from rlhf_jax.runtime.programs import RuntimeConfig
 from rlhf_jax.stages import group_rl, ppo
-from rlhf_jax.types import PreferenceBatch, PromptBatch, Rollout, TokenBatch
+from rlhf_jax.types import PreferenceBatch, PromptBatch, Rollout, Sequences, TokenBatch
 from tests.support import networks
 
 VOCAB, EOS, SUPPRESSED = 16, 2, (0, 1, 3)
@@ -177,7 +178,29 @@ def preferences(rows: int, seed: int = 0) -> PreferenceBatch[np.ndarray]:
     before = prompts(rows, seed)
     tokens = [rng.integers(4, VOCAB, (rows, RESPONSE)).astype(np.int32) for _ in range(2)]
     masks = [prefix_mask(rng, rows, RESPONSE) for _ in range(2)]
-    return PreferenceBatch(before.tokens, before.mask, tokens[0], masks[0], tokens[1], masks[1])
+    sides = (Rollout(before.tokens, before.mask, *side) for side in zip(tokens, masks, strict=True))
+    return PreferenceBatch(*(jax.tree.map(np.asarray, joined(side)) for side in sides))
+
+
+def ragged(sequences: Sequences[np.ndarray]) -> RaggedSequences:
+    """The rows of a batch of `preferences`, without padding."""
+    before = sequences.start[0]
+    prompt, mask = sequences.tokens[:, :before], sequences.mask[:, :before]
+    return RaggedSequences.of_rollout(Rollout(prompt, mask, sequences.response, sequences.response_mask))
+
+
+def ragged_pairs(rows: int, seed: int = 0) -> RaggedPairs:
+    """The pairs of `preferences`, without padding."""
+    return RaggedPairs(*map(ragged, preferences(rows, seed)))
+
+
+def with_last_token(sequences: Sequences[np.ndarray], rows: np.ndarray) -> Sequences[np.ndarray]:
+    """Responses without token 5, but at the end of the rows that are marked."""
+    response = np.where(sequences.response == 5, 6, sequences.response)
+    last = sequences.response_mask.sum(axis=1) - 1
+    response[rows, last[rows]] = 5
+    before = sequences.tokens[:, : sequences.start[0]]
+    return sequences._replace(tokens=np.concatenate([before, response], axis=1), response=response)
 
 
 def several(batches: list):

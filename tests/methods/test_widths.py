@@ -1,0 +1,98 @@
+"""A step on rows padded to their own width is the step on wide rows, and on rows with padding before the prompt."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.data.ragged import Ragged, RaggedPairs, RowWidths, pair_table, token_table
+from rlhf_jax.data.rows import limited
+from rlhf_jax.methods import dpo, reward
+from rlhf_jax.methods.offline import Updates
+from rlhf_jax.methods.reward_table import RewardLossConfig
+from rlhf_jax.runtime.checkpoints import TrainState
+from rlhf_jax.runtime.optimizers import make_optimizer
+from rlhf_jax.stages import kto, reward_model, sft
+from rlhf_jax.text.tokenizer import TokenizerConfig, train_tokenizer
+from tests.support import tiny
+from tests.support.programs import assert_close
+
+ROWS = np.arange(8)
+K_WISE = RewardLossConfig(name="k_wise")
+RANKED = [
+    {"prompt": "the film", "completions": [" good", " bad and long", " dull"], "scores": [2.0, 1.0, 0.0]},
+    {"prompt": "is", "completions": [" good and long", " bad"], "scores": [1.0, 0.0]},
+] * 4
+
+
+def pairs() -> RaggedPairs:
+    return tiny.ragged_pairs(8)
+
+
+def tokens():
+    demonstrations = tiny.demonstrations(8)
+    ends = np.cumsum(demonstrations.mask.sum(axis=1))
+    return token_table(
+        *(Ragged(array[demonstrations.mask], ends) for array in (demonstrations.tokens, demonstrations.loss_mask))
+    )
+
+
+def labelled() -> kto.Labelled:
+    return kto.Labelled(pairs().chosen, ROWS % 3 == 0)
+
+
+def comparisons():
+    tokenizer = train_tokenizer(TokenizerConfig("word", tiny.VOCAB), ["the film is good and long", "bad dull"])
+    config = limited(max_prompt_tokens=8, max_response_tokens=8)
+    return reward.make_table(K_WISE, RANKED, tokenizer, config)
+
+
+def k_wise_step(updates):
+    return reward_model.make_step(updates, K_WISE)
+
+
+LAST = dataclasses.replace(tiny.REWARD, pooling="last")
+CASES = {
+    "sft": (tiny.POLICY, sft.make_step, tokens),
+    "dpo": (tiny.POLICY, dpo.make_step, lambda: pair_table(pairs())),
+    "kto": (tiny.POLICY, kto.make_step, lambda: kto.make_table(kto.KTO, labelled())),
+    "reward model, mean": (tiny.REWARD, reward_model.make_step, lambda: pair_table(pairs())),
+    "reward model, last": (LAST, reward_model.make_step, lambda: pair_table(pairs())),
+    "reward model, k-wise": (tiny.REWARD, k_wise_step, comparisons),
+}
+
+
+def step_of(network, make_step):
+    """A step from the same start: gradient norm, metrics and new parameters, for a batch."""
+    name = "policy" if network is tiny.POLICY else "reward"
+    params = {name: tiny.policy_params() if network is tiny.POLICY else tiny.reward_params()}
+    state = TrainState(jnp.int32(0), params, make_optimizer(tiny.OPTIMIZER, 3).init(params))
+    frozen = {"reference": tiny.policy_params(2), "beta": jnp.float32(0.3)}
+    step = jax.jit(make_step(Updates(network, tiny.OPTIMIZER, 3, ())))
+
+    def run(batch):
+        new, metrics, _ = step(state, frozen, batch, jax.random.key(0))
+        return jax.device_get((new.params, metrics))
+
+    return run
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_width_of_a_batch_changes_no_gradient_and_no_metric_but_the_share_of_tokens(name):
+    network, make_step, make_table = CASES[name]
+    table, run = make_table(), step_of(network, make_step)
+    needed = table.needed(ROWS)
+    narrow, wide = (
+        run(table.padded(ROWS, RowWidths(needed.sequence + more, needed.response + more))) for more in (0, 5)
+    )
+    shares = [result[1].pop("token_share") for result in (narrow, wide)]
+    np.testing.assert_allclose(shares[0] * needed.sequence, shares[1] * (needed.sequence + 5), rtol=1e-6)
+    assert_close(narrow, wide)
+    assert narrow[1]["grad_norm"] > 1e-3
+
+
+def test_padding_before_the_prompt_changes_nothing():
+    run = step_of(tiny.POLICY, dpo.make_step)
+    assert_close(run(pair_table(pairs()).all()), run(tiny.preferences(8)))

@@ -69,7 +69,7 @@ def _permutation(seed: int, epoch: int, count: int) -> Int[np.ndarray, "N"]:
 
 @dataclasses.dataclass(frozen=True)
 class Buckets:
-    """RowWidths of sequences, in ascending order."""
+    """Widths of sequences, in ascending order."""
 
     widths: tuple[int, ...]
 

@@ -169,5 +169,5 @@ class Batches(Generic[Batch]):
 
     @property
     def used(self) -> set[RowWidths]:
-        """RowWidths of all calls of the run, each compiled once."""
+        """Widths of all calls of the run, each compiled once."""
         return {self._widths(call) for call in range(self._steps // self._per_call)}

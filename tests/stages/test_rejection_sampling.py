@@ -158,7 +158,7 @@ def finished(tmp_path_factory) -> tuple[Path, experiment.Experiment]:
 def test_the_score_rises_from_round_to_round(finished):
     summaries = [read_json(finished[0] / f"best_{number}" / "summary.json") for number in (1, 2, 3)]
     first, second, third = (summary["score"] for summary in summaries)
-    assert first + 0.4 * summaries[0]["score_std"] < min(second, third)
+    assert first + 0.25 * summaries[0]["score_std"] < min(second, third)  # three standard errors of 256 samples
     assert all(summary["kept_score"] > summary["score"] for summary in summaries[:2])
     assert [summary["kept_share"] for summary in summaries] == [1 / 8, 1 / 8, 1.0]
     assert [summary["train_rows"] for summary in summaries] == [28, 28, 28 * 8]
@@ -258,7 +258,7 @@ def test_the_verb_reads_models_of_stages(finished, tmp_path, capsys, monkeypatch
     flags = [f"--workdir={workdir}", "--stage=sft", "--reward-stage=reward_model", "--n=4", "--max-new-tokens=11"]
     path = tmp_path / "best.jsonl"
     for _ in range(2):  # there is nothing left to do
-        reads(monkeypatch, '{"prompt": "the film is"}\n{"prompt": "bad and dull"}\n')
+        reads(monkeypatch, '{"prompt": "the film is good"}\n{"prompt": "bad and dull the"}\n')
         assert succeeds(capsys, "best-of-n", *flags, f"--out={path}") == ""
     found = read_rows(path)
     judge = Run(workdir).load_reward_model("reward_model")

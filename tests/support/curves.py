@@ -92,7 +92,7 @@ def make_world(directory: Path) -> World:
 
 def order(seed: int = 0) -> np.ndarray:
     """The rows that our stages take at each step: int[STEPS, BATCH]."""
-    batches = BatchOrder(np.ones(ROWS), BATCH, seed, window=1, steps_per_call=10)
+    batches = BatchOrder(np.ones(ROWS, np.int64), BATCH, seed, window=1, steps_per_call=10)
     return np.stack([batches[step] for step in range(STEPS)])
 
 

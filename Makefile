@@ -18,7 +18,7 @@ ARGS ?=
 
 # The ends of the supported range of Python and jax. The versions pinned for .venv are in between.
 OLDEST_PYTHON := 3.11
-OLDEST_JAX := 0.10.0
+OLDEST_JAX := 0.10.2
 NEWEST_PYTHON := 3.12
 find_python = $(or $(shell python$(1) -c 'import sys; print(sys.executable)' 2>/dev/null),$(lastword \
   $(wildcard $(HOME)/.pyenv/versions/$(1).*/bin/python)),python$(1))

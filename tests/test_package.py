@@ -33,8 +33,8 @@ def test_the_versions_that_are_tested_are_the_ends_of_what_is_promised():
     assert project["requires-python"] == f">={makefile['OLDEST_PYTHON']}"
     pythons = [line.rpartition(" ")[2] for line in project["classifiers"] if "Python :: 3" in line]
     assert pythons == [makefile["OLDEST_PYTHON"], makefile["NEWEST_PYTHON"]]
-    (bounds,) = [re.findall(r"\d+\.\d+", line) for line in project["dependencies"] if re.match(r"jax\W", line)]
-    assert makefile["OLDEST_JAX"] == f"{bounds[0]}.0"
+    (bounds,) = [re.findall(r"\d+(?:\.\d+)+", line) for line in project["dependencies"] if re.match(r"jax\W", line)]
+    assert makefile["OLDEST_JAX"] == bounds[0]
     pinned = re.findall(r"^jax==0\.(\d+)", (ROOT / "requirements-cpu.txt").read_text(), re.MULTILINE)
     assert max(map(int, pinned)) == int(bounds[1].partition(".")[2]) - 1
 

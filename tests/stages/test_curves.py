@@ -21,4 +21,4 @@ def test_a_run_begins_as_trls(name, world, tmp_path):
     ours = RUNS[name](name, world, tmp_path)
     for part in ("loss", "grad_norm"):
         first = getattr(ours, part)[: curves.FIRST]
-        np.testing.assert_allclose(first, golden[f"{name}/{part}"], rtol=1e-4, atol=1e-6, err_msg=part)
+        np.testing.assert_allclose(first, golden[f"{name}/{part}"], rtol=1e-4, atol=5e-6, err_msg=part)

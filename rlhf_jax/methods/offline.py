@@ -132,7 +132,7 @@ def train_offline(
     used = batches.used
     widths = sorted({each.sequence for each in used})
     context.bar.say(
-        f"{context.name}: {len(used)} programs, for batches of {', '.join(map(str, widths))} tokens per row"
+        f"{context.name}: batches of {', '.join(map(str, widths))} tokens per row; programs compiled: {len(used)}"
     )
     return {"steps": steps, "widths": widths}
 

@@ -120,7 +120,7 @@ def verdicts(name: str, table: pd.DataFrame) -> list[Outcome]:
 
 
 def overview() -> list[dict[str, Json]]:
-    """List every paper's claims with verdict, statistic, interval, power, cost, date and commit, as JSON values."""
+    """List every paper's claims with the paper's number, verdict, interval, power, cost, date and commit, for JSON."""
     rows = []
     for name in names():
         paper = load_paper(name)
@@ -131,6 +131,7 @@ def overview() -> list[dict[str, Json]]:
         outcomes = judge([(claim, None) for claim in paper.claims]) if table is None else verdicts(name, table)
         for outcome in outcomes:
             row = {"paper": name, "title": paper.title, "source": paper.source, "question": paper.question}
+            row |= {"figure": paper.figure, "statement": outcome.claim.statement, "number": outcome.claim.number}
             rows.append(
                 {
                     **row,

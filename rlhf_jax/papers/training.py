@@ -1,0 +1,86 @@
+"""Papers that train: one experiment per seed, and the record of its stages.
+
+Every seed has a whole experiment of its own: tokenizer, SFT policy, preferences, reward model and what follows. The
+units of a claim are then independent, and an interval covers the randomness of every stage. Within a seed, all methods
+start from the same policy, so that their differences are paired.
+"""
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import filelock
+from ml_collections import ConfigDict
+from rich.console import Console
+
+from rlhf_jax import experiment
+from rlhf_jax.data.fetch import data_dir
+from rlhf_jax.reports.run import Run
+from rlhf_jax.runtime.files import read_json, write_json
+from rlhf_jax.runtime.workdir import Workdir
+from rlhf_jax.types import Json
+
+STAGES = "stages.json"
+"""File in a seed's work directory: cost, effective batch, data and commit of every stage."""
+
+
+def run_each(config: ConfigDict, seeds: Sequence[int], workdir: Path, *, shared: Sequence[str]) -> dict[int, Run]:
+    """Run the incomplete stages of an experiment for each seed, in `workdir/seed_K`, and return the runs by seed.
+
+    Args: shared are the first stages. They depend on their own sections, the data and the seed only, so that all papers
+    with the same ones share a directory below `data_dir()`, where each is run once.
+    """
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    runs = {}
+    for seed in seeds:
+        own = config.copy_and_resolve_references().unlock()
+        own.seed = seed
+        inputs = _shared_directory(own, shared)
+        inputs.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(inputs / ".lock"):
+            _run(own, Workdir(inputs), shared, console)
+        place = Workdir(workdir / f"seed_{seed}", inputs)
+        _run(own, place, own.stages, console)
+        runs[seed] = Run(place.root, inputs)
+        write_json(place.root / STAGES, {stage: _describe(runs[seed].summary(stage)) for stage in own.stages})
+    return runs
+
+
+def stages_record(workdir: Path) -> dict[str, Json]:
+    """Combine the records of all seeds in `workdir`: stage -> seconds over all seeds, batch, data, commits, seeds."""
+    combined: dict[str, Json] = {}
+    for file in sorted(workdir.glob(f"seed_*/{STAGES}"), key=lambda file: int(file.parent.name.removeprefix("seed_"))):
+        for stage, found in read_json(file).items():
+            known = combined.setdefault(stage, {**found, "seconds": 0.0, "seeds": [], "commits": []})
+            known["seconds"] = round(known["seconds"] + found["seconds"], 1)
+            known["seeds"] += found["seeds"]
+            known["commits"] += [commit for commit in found["commits"] if commit not in known["commits"]]
+    return combined
+
+
+def settings_of(config: ConfigDict) -> dict[str, Json]:
+    """Convert a config to the settings of a scale: everything but the seed."""
+    settings = json.loads(config.to_json_best_effort())
+    return {name: section for name, section in settings.items() if name != "seed"}
+
+
+def _run(config: ConfigDict, place: Workdir, stages: Iterable[str], console: Console) -> None:
+    own = config.copy_and_resolve_references().unlock()
+    own.stages = tuple(stages)
+    experiment.run(experiment.parse(own), place, None, console)
+
+
+def _shared_directory(config: ConfigDict, shared: Sequence[str]) -> Path:
+    settings = settings_of(config)
+    sections = [settings[name] for name in ("data", "runtime", *shared)]
+    digest = hashlib.sha256(json.dumps(sections, sort_keys=True).encode()).hexdigest()
+    return data_dir() / "papers" / digest[:12] / f"seed_{config.seed}"
+
+
+def _describe(summary: dict[str, Json]) -> dict[str, Json]:
+    found = summary["provenance"]
+    known = {"seconds": summary["time/seconds"], "seeds": found["seeds"], "commits": [found["source"]["commit"]]}
+    known["data_sha256"] = found["sha256"]
+    return known | ({"batch": found["batch"]} if "batch" in found else {})

@@ -22,7 +22,9 @@ from rlhf_jax.stages import (
     gold,
     group_rl,
     kto,
+    noisy_labels,
     online_dpo,
+    pool,
     ppo,
     preferences,
     rejection_sampling,
@@ -148,6 +150,11 @@ KINDS = {
         run=preferences.run,
         summary="Sample pairs of responses from a policy, and label them by a judge",
     ),
+    "noisy_labels": Kind(
+        config=noisy_labels.NoisyLabelsConfig,
+        run=noisy_labels.run,
+        summary="Keep some pairs of an earlier stage, and flip a share of their labels",
+    ),
     "reward_model": Kind(
         config=reward_model.RewardModelConfig,
         run=reward_model.run,
@@ -180,6 +187,12 @@ KINDS = {
         config=best_of_n.BestOfNConfig,
         run=best_of_n.run,
         summary="Sample N responses to a prompt, and select by a reward model, for every N",
+        colour="green",
+    ),
+    "pool": Kind(
+        config=pool.PoolConfig,
+        run=pool.run,
+        summary="Sample many responses per prompt, and score them with several reward models",
         colour="green",
     ),
     "rejection_sampling": Kind(

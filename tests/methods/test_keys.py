@@ -78,6 +78,16 @@ def stages(model: str) -> dict[str, dict[str, Any]]:
             "temperature": 1.0,
             "soft": (1.0,),
         },
+        "pool": {
+            "kind": "pool",
+            "policy": "sft",
+            "reward_models": ("rm",),
+            "judge": None,
+            "prompts": 4,
+            "samples": 3,
+            "temperature": 1.0,
+        },
+        "noisy_labels": {"kind": "noisy_labels", "preferences": "preferences", "pairs": 8, "flipped": 0.5},
         "rejection_sampling": {
             "kind": "rejection_sampling",
             "policy": "sft",

@@ -31,12 +31,25 @@ class RlhfError(Exception):
     """Error for bad input: the message says what is wrong, where, and what to do. Printed without a traceback."""
 
 
+class Packing(NamedTuple, Generic[A]):
+    """Layout of a batch's sequences in fewer rows of W tokens, which networks read instead of padded rows.
+
+    The sequences form G groups of N, in order. Each group has R rows of its own, so that devices and micro-batches hold
+    whole groups. A position is counted over all rows of a group, from 0 to R W - 1. Unused entries are -1.
+    """
+
+    sequence: Int[A, "G R W"]  # the sequence that each position belongs to, counted within the group
+    first: Int[A, "G N"]  # position of the first token of each sequence
+    read: Int[A, "G M"]  # tokens whose prediction a loss reads, counted over the N x T response tokens of a group
+
+
 class TokenBatch(NamedTuple, Generic[A]):
     """Right-padded sequences for next-token training."""
 
     tokens: Int[A, "B S"]
     mask: Bool[A, "B S"]  # a token, not padding
     loss_mask: Bool[A, "B S"]  # a token whose prediction is trained (never the first)
+    packing: Packing[A] | None = None  # None: networks read the padded rows; the response tokens are all but the first
 
 
 class PromptBatch(NamedTuple, Generic[A]):
@@ -67,6 +80,7 @@ class Sequences(NamedTuple, Generic[A]):
     start: Int[A, "B"]  # index of the first response token in `tokens`, at least 1
     response: Int[A, "B T"]
     response_mask: Bool[A, "B T"]
+    packing: Packing[A] | None = None  # None: networks read the padded rows
 
 
 class PreferenceBatch(NamedTuple, Generic[A]):

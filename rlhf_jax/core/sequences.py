@@ -1,11 +1,14 @@
-"""Rows of prompt and response: their construction from rollouts, and the positions that predict the response."""
+"""Rows of prompt and response: their construction from rollouts, and the positions that predict the response.
+
+Networks read padded or packed rows (`packing.py`); in packed ones, predictions are those of the G groups' M tokens.
+"""
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from rlhf_jax.core import masking
-from rlhf_jax.types import Rollout, Sequences
+from rlhf_jax.core import masking, packing
+from rlhf_jax.types import Rollout, Sequences, TokenBatch
 
 
 def joined(rollout: Rollout | Rollout[np.ndarray]) -> Sequences:
@@ -31,12 +34,31 @@ def compacted(rollout: Rollout | Rollout[np.ndarray], *, width: int, response_wi
     return Sequences(tokens, mask, whole.start - padding, *responses)
 
 
-def predictors(x: Float[Array, "B S *rest"], sequences: Sequences) -> Float[Array, "B T *rest"]:
-    """Select the positions that predict the response tokens: x[b, start_b - 1 + t]; arbitrary at padding."""
-    places = response_places(sequences) - 1
+def predictors(x: Float[Array, "B S *rest"], sequences: Sequences) -> Float[Array, "rows predictions *rest"]:
+    """Select the positions that predict the response tokens: [B, T, ...], arbitrary at padding, or [G, M, ...].
+
+    Args: x has the rows that networks read, padded or packed.
+    """
+    if sequences.packing is not None:
+        return packing.predictors(x, sequences.start, sequences.response_mask, sequences.packing)
+    places = sequences.start[:, None] + jnp.arange(sequences.response.shape[1], dtype=jnp.int32)[None] - 1
     return jnp.take_along_axis(x, places.reshape(*places.shape, *[1] * (x.ndim - 2)), axis=1, mode="clip")
 
 
-def response_places(sequences: Sequences) -> Int[Array, "B T"]:
-    """Index of each response token in `tokens`; beyond S at padding."""
-    return sequences.start[:, None] + jnp.arange(sequences.response.shape[1], dtype=jnp.int32)[None]
+def targets(sequences: Sequences) -> Int[Array, "rows predictions"]:
+    """Select the response tokens, in the shape of their predictions: [B, T], or [G, M]."""
+    if sequences.packing is not None:
+        return packing.targets(sequences.response, sequences.packing)
+    return sequences.response
+
+
+def by_response(x: Shaped[Array, "rows predictions"], sequences: Sequences) -> Shaped[Array, "B T"]:
+    """Arrange numbers of predictions by response; arbitrary at padding."""
+    if sequences.packing is not None:
+        return packing.by_token(x, sequences.response_mask, sequences.packing)
+    return x
+
+
+def mask_read(batch: TokenBatch | Sequences) -> Bool[Array, "..."]:
+    """Mask of the tokens in the rows that networks read."""
+    return batch.mask if batch.packing is None else batch.packing.sequence >= 0

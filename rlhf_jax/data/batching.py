@@ -1,4 +1,4 @@
-"""Batches of rows of similar length: their order as a function of seed and step, and the widths that they share."""
+"""Batches of a table: their rows as a function of seed and step, and the widths that they are padded to."""
 
 import dataclasses
 import functools
@@ -16,50 +16,33 @@ LEAST = 32
 MULTIPLE = 8
 """Factor of all widths."""
 
-WINDOWS = 4
-"""Least number of windows in an epoch, so that epochs differ in which rows share a batch."""
-
 Fit = Callable[[RowWidths], RowWidths]
 """Rounds the smallest widths of a batch up to those of a compiled program."""
 
 
 @dataclasses.dataclass(frozen=True)
 class BatchOrder:
-    """Endless shuffled batches of rows of similar length; each row is in one batch of an epoch.
+    """Endless shuffled batches of a table's rows; each row is in at most one batch of an epoch.
 
-    Every epoch, the rows are shuffled. Then the rows of each window of `window` calls are sorted by length and divided
-    into batches, and the calls of the window are shuffled. Shuffling the calls does not depend on the seed, so that
-    runs with other seeds have batches of similar length at the same step. Rows that do not fill a batch are left out,
-    different ones every epoch. Batches are a function of seed and step, so that checkpoints need no iterator state.
+    Rows that do not fill a batch are left out, different ones every epoch. Batches are a function of seed and step, so
+    that checkpoints need no iterator state.
     """
 
-    lengths: Int[np.ndarray, "N"]
+    rows: int
     batch_size: int
     seed: int
-    window: int  # calls whose rows are sorted together; 1: do not sort
-    steps_per_call: int  # batches in a call
 
     def __post_init__(self) -> None:
-        if len(self.lengths) < self.batch_size:
+        if self.rows < self.batch_size:
             raise RlhfError(
-                f"{len(self.lengths)} training rows do not fill one batch of {self.batch_size}: lower batch_size or "
-                "add data"
+                f"{self.rows} training rows do not fill one batch of {self.batch_size}: lower batch_size or add data"
             )
 
     def __getitem__(self, step: int) -> Int[np.ndarray, "B"]:
         """Row numbers of the batch of a step, counted from 0."""
-        batches = len(self.lengths) // self.batch_size
-        epoch, place = divmod(step, batches)
-        size = 1 if self.window == 1 else max(1, min(self.window * self.steps_per_call, batches // WINDOWS))
-        first = place // size * size
-        count = min(size, batches - first)
-        shuffled = _permutation(self.seed, epoch, len(self.lengths))
-        window = shuffled[first * self.batch_size : (first + count) * self.batch_size]
-        by_length = np.argsort(self.lengths[window], kind="stable").reshape(count, self.batch_size)
-        _, call = np.unique((epoch * batches + first + np.arange(count)) // self.steps_per_call, return_inverse=True)
-        rank = np.random.default_rng([epoch, first]).permutation(call.max() + 1)[call]
-        which = int(np.flatnonzero(np.argsort(rank, kind="stable") == place - first)[0])
-        return window[np.sort(by_length[which])]  # in random order again
+        epoch, place = divmod(step, self.rows // self.batch_size)
+        first = place * self.batch_size
+        return _permutation(self.seed, epoch, self.rows)[first : first + self.batch_size]
 
 
 @functools.lru_cache(maxsize=64)

@@ -18,6 +18,7 @@ from rlhf_jax.config import Count, Range, check_ranges
 from rlhf_jax.core import logprobs, masking
 from rlhf_jax.core.metrics import Metric, mean, values
 from rlhf_jax.core.preference_losses import Beta, per_token
+from rlhf_jax.core.sequences import mask_read
 from rlhf_jax.data.batching import Fit
 from rlhf_jax.data.ragged import RaggedPairs, pair_table
 from rlhf_jax.loading.trainable import full_params
@@ -334,7 +335,10 @@ def _make_step(
             reference = sync_reference(reference_update, reference, policy, state.step)
             state = state._replace(params={"policy": policy, "reference": reference})
         both = both_responses(rows.pairs)
-        counts = {"num_tokens": masking.count(both.response_mask, axes), "token_share": masking.share(both.mask, axes)}
+        counts = {
+            "num_tokens": masking.count(both.response_mask, axes),
+            "token_share": masking.share(mask_read(both), axes),
+        }
         return state, logged | counts, ()
 
     return step

@@ -12,7 +12,8 @@ from jaxtyping import Array, Key, PRNGKeyArray, PyTree
 
 from rlhf_jax.config import Count, Positive, check_ranges
 from rlhf_jax.core.metrics import Metric, values
-from rlhf_jax.data.batching import BatchOrder, Buckets
+from rlhf_jax.data.batching import MULTIPLE, BatchOrder, Buckets
+from rlhf_jax.data.layouts import LEAST_GAIN, Groups, Layout, PackedSize, layouts, packed
 from rlhf_jax.data.ragged import RowWidths, Table, widest
 from rlhf_jax.loading.context import Context, steps_for
 from rlhf_jax.loading.trainable import N, dropout_keys, stack
@@ -86,10 +87,11 @@ class OfflineConfig:
     epochs: Positive  # passes over the training rows
     eval_every: Count  # steps between evaluations
     loop: LoopConfig
-    # Device calls whose rows are sorted by length together, so that batches have less padding; 1: random batches.
-    # Sorted batches are not neutral: a mean over tokens weighs a token of short rows more.
-    length_window: Count = 1
-    widths: Count = 6  # most lengths that batches are padded to, each compiled once; 1: the length of the longest row
+    # Pack several sequences into a row if their lengths differ, so that little is computed on padding; changes results
+    # by rounding only.
+    pack: bool = True
+    # Most lengths that unpacked batches are padded to, each compiled once; 1: the length of the longest row.
+    widths: Count = 6
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -117,7 +119,7 @@ def train_offline(
     steps = steps_for(config.epochs, len(data.lengths), config.batch_size, config.loop.steps_per_call)
     placement = context.placement(runs)
     updates = Updates(network, config.optimizer, steps, placement.axes)
-    batches = Batches(config, data, tuple(context.seed + k for k in range(runs)), steps)
+    batches = make_batches(config, context, data, steps, runs)
     task = Task(
         step=method.step(updates),
         start=lambda: stack([method.start(updates, k) for k in range(runs)]),
@@ -130,33 +132,75 @@ def train_offline(
         describe=lambda step, samples: [],
     )
     train(task, config.loop, placement, context.seed, context.directory, context.bar)
-    used = batches.used
-    widths = sorted({each.sequence for each in used})
-    context.bar.say(
-        f"{context.name}: batches of {', '.join(map(str, widths))} tokens per row; programs compiled: {len(used)}"
-    )
-    return {"steps": steps, "widths": widths}
+    context.bar.say(f"{context.name}: {batches.described()}")
+    return {"steps": steps, "widths": batches.widths}
 
 
-class Batches(Generic[Batch]):
+def make_batches(
+    config: OfflineConfig, context: Context, data: Table[Batch], steps: int, runs: int
+) -> "PackedBatches[Batch] | PaddedBatches[Batch]":
+    """Make the batches of all runs, packed if the config asks for it and the lengths of the sequences differ."""
+    orders = [BatchOrder(len(data.lengths), config.batch_size, context.seed + k) for k in range(runs)]
+    if config.pack and data.lengths.mean() <= LEAST_GAIN * data.longest:
+        rows, runtime = config.optimizer.micro_batch, context.runtime
+        groups = Groups(runtime.data * runtime.fsdp, config.batch_size // rows if rows else 1)
+        return PackedBatches(data, orders, groups, config.loop.steps_per_call)
+    return PaddedBatches(config, data, orders, steps)
+
+
+class PackedBatches(Generic[Batch]):
+    """Batches of all runs with a packing, of one size in each call of the program."""
+
+    def __init__(self, data: Table[Batch], orders: list[BatchOrder], groups: Groups, per_call: int) -> None:
+        self._data, self._orders, self._groups, self._per_call = data, orders, groups, per_call
+        self._width = -(-data.longest // MULTIPLE) * MULTIPLE
+        response = data.needed(np.arange(len(data.lengths))).response
+        self._padded = RowWidths(self._width, min(response, self._width))
+        self._sizes: set[PackedSize] = set()
+        self._call = functools.lru_cache(maxsize=2)(self._laid_out)
+
+    def _laid_out(self, call: int) -> tuple[list[list[tuple[Batch, list[Layout]]]], PackedSize]:
+        """Batches of a call with their layouts, for each step and run, and the size that holds all of them."""
+        steps = range(call * self._per_call, (call + 1) * self._per_call)
+        batches = [[self._data.padded(order[step], self._padded) for order in self._orders] for step in steps]
+        found = [[(batch, layouts(batch, self._groups, self._width)) for batch in each] for each in batches]
+        all_layouts = [layout for each in found for _, given in each for layout in given]
+        sequences = max(layout.lengths.shape[1] for layout in all_layouts)
+        size = PackedSize(*np.max([layout.size for layout in all_layouts], axis=0).tolist())
+        self._sizes.add(size := size.rounded(sequences, self._width))
+        return found, size
+
+    def at(self, step: int) -> PyTree:
+        """Batch of a step, counted from 0: arrays [B, ...], or [seeds, B, ...]."""
+        found, size = self._call(step // self._per_call)
+        of_step = found[step % self._per_call]
+        return _stacked([packed(batch, given, size, self._width) for batch, given in of_step])
+
+    @property
+    def widths(self) -> list[int]:
+        """Length of the packed rows."""
+        return [self._width]
+
+    def described(self) -> str:
+        """Sentence about the programs that this process compiled."""
+        return f"sequences packed into rows of {self._width} tokens; programs compiled: {len(self._sizes)}"
+
+
+class PaddedBatches(Generic[Batch]):
     """Batches of all runs, padded to one width in each call of the program."""
 
-    def __init__(self, config: OfflineConfig, data: Table[Batch], seeds: tuple[int, ...], steps: int) -> None:
-        """Order the rows for each seed, and choose the widths.
+    def __init__(self, config: OfflineConfig, data: Table[Batch], orders: list[BatchOrder], steps: int) -> None:
+        """Choose the widths for the batches of an epoch in an order of its own.
 
-        The widths are chosen for the batches of an epoch in an order of their own, so that runs with different seeds
-        share compiled programs.
+        Runs with different seeds then share compiled programs.
         """
         self._data, self._steps, self._per_call = data, steps, config.loop.steps_per_call
-        self._orders = [self._order(config, seed) for seed in seeds]
-        planned = self._order(config, 0)
+        self._orders = orders
+        planned = BatchOrder(len(data.lengths), config.batch_size, 0)
         calls = range(-(-(len(data.lengths) // config.batch_size) // self._per_call))
         needs = [self._needed([planned], call).sequence for call in calls]
         self._buckets = Buckets.best(np.array([*needs, data.longest]), config.widths)
         self._widths = functools.lru_cache(lambda call: self._buckets.fit(self._needed(self._orders, call)))
-
-    def _order(self, config: OfflineConfig, seed: int) -> BatchOrder:
-        return BatchOrder(self._data.lengths, config.batch_size, seed, config.length_window, self._per_call)
 
     def _needed(self, orders: list[BatchOrder], call: int) -> RowWidths:
         steps = range(call * self._per_call, (call + 1) * self._per_call)
@@ -165,10 +209,22 @@ class Batches(Generic[Batch]):
     def at(self, step: int) -> PyTree:
         """Batch of a step, counted from 0: arrays [B, ...], or [seeds, B, ...]."""
         widths = self._widths(step // self._per_call)
-        batches = [self._data.padded(order[step], widths) for order in self._orders]
-        return batches[0] if len(batches) == 1 else jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
+        return _stacked([self._data.padded(order[step], widths) for order in self._orders])
 
     @property
-    def used(self) -> set[RowWidths]:
-        """Widths of all calls of the run, each compiled once."""
+    def widths(self) -> list[int]:
+        """Widths of all batches of the run."""
+        return sorted({each.sequence for each in self._used})
+
+    def described(self) -> str:
+        """Sentence about the widths and the programs of the run."""
+        widths = ", ".join(map(str, self.widths))
+        return f"batches of {widths} tokens per row; programs compiled: {len(self._used)}"
+
+    @property
+    def _used(self) -> set[RowWidths]:
         return {self._widths(call) for call in range(self._steps // self._per_call)}
+
+
+def _stacked(batches: list[Batch]) -> PyTree:
+    return batches[0] if len(batches) == 1 else jax.tree.map(lambda *leaves: np.stack(leaves), *batches)

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from rlhf_jax.core.advantages import clip_scores, overlong_penalty
 from rlhf_jax.core.metrics import Metric
+from rlhf_jax.core.sequences import by_response
 from rlhf_jax.loading.trainable import full_params
 from rlhf_jax.methods.online_config import OnlineConfig
 from rlhf_jax.models import value_head
@@ -145,11 +146,11 @@ class Networks:
     ) -> tuple[TokenStats, Float[Array, "B T"] | None]:
         """Compute the policy's statistics of the response tokens, and the values (None without a value function)."""
         hidden = self.policy.response_hidden(params["policy"], sequences)
-        stats = self.policy.hidden_stats(
-            params["policy"], hidden, sequences.response, temperature=temperature, stats_fn=stats_fn
+        stats = self.policy.stats_of_responses(
+            params["policy"], hidden, sequences, temperature=temperature, stats_fn=stats_fn
         )
         if self.value == "shared":
-            return stats, value_head.values(params["value"], hidden)
+            return stats, by_response(value_head.values(params["value"], hidden), sequences)
         return stats, self.values(params, sequences)
 
     def values(self, params: Params, sequences: Sequences) -> Float[Array, "B T"] | None:
@@ -157,7 +158,8 @@ class Networks:
         if self.value is None:
             return None
         if self.value == "shared":
-            return value_head.values(params["value"], self.policy.response_hidden(params["policy"], sequences))
+            hidden = self.policy.response_hidden(params["policy"], sequences)
+            return by_response(value_head.values(params["value"], hidden), sequences)
         return self.value.values(params["value"], sequences)
 
     def has_ended(self, sequences: Sequences) -> Bool[Array, "B"]:

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key, PyTree
 
 from rlhf_jax.core import masking, reward_losses
+from rlhf_jax.core.sequences import mask_read
 from rlhf_jax.data import formats, pipeline
 from rlhf_jax.data.pipeline import Content, DataConfig
 from rlhf_jax.data.ragged import RowWidths, Table, pair_table
@@ -121,7 +122,7 @@ def weight(config: RewardLossConfig, batch: Batch, axes: tuple[str, ...]) -> Arr
 def token_counts(batch: Batch, axes: tuple[str, ...]) -> dict[str, Array]:
     """Number of response tokens of a batch, and the share of positions that are tokens."""
     rows = batch.responses if isinstance(batch, ComparisonBatch) else both_responses(_pairs(batch))
-    return {"num_tokens": masking.count(rows.response_mask, axes), "token_share": masking.share(rows.mask, axes)}
+    return {"num_tokens": masking.count(rows.response_mask, axes), "token_share": masking.share(mask_read(rows), axes)}
 
 
 def _pairs(batch: PreferenceBatch | LabelledPairs) -> PreferenceBatch:
@@ -144,7 +145,9 @@ def _all_scores(
     rows, count = batch.responses.tokens.shape[:2]
     if dropout_keys is not None:
         dropout_keys = jax.vmap(lambda key: jax.random.split(key, count))(dropout_keys).reshape(-1)
-    responses = jax.tree.map(lambda leaf: leaf.reshape(rows * count, *leaf.shape[2:]), batch.responses)
+    padded = batch.responses._replace(packing=None)
+    responses = jax.tree.map(lambda leaf: leaf.reshape(rows * count, *leaf.shape[2:]), padded)
+    responses = responses._replace(packing=batch.responses.packing)
     return network.scores(params, responses, dropout_keys=dropout_keys).reshape(rows, count)
 
 

@@ -9,11 +9,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, PyTree
 
-from rlhf_jax.core.sequences import predictors
+from rlhf_jax.core import packing
+from rlhf_jax.core.sequences import by_response, predictors, targets
 from rlhf_jax.models import head, lora
 from rlhf_jax.models.head import TokenStats
 from rlhf_jax.models.lora import Adapted, LoraConfig
 from rlhf_jax.models.model_config import ModelConfig
+from rlhf_jax.models.reading import hidden_states
 from rlhf_jax.models.transformer import KVCache, Transformer, empty_cache
 from rlhf_jax.types import PreferenceBatch, Sequences, TokenBatch
 
@@ -49,9 +51,18 @@ class PolicyNetwork:
     def sequence_stats(
         self, params: PyTree, batch: TokenBatch, *, dropout_keys: Key[Array, "B"] | None = None
     ) -> TokenStats:
-        """Statistics of tokens 1 .. S-1 of each sequence, given the tokens before it: arrays [B, S-1]."""
-        hidden = self.apply(params, batch.tokens, batch.mask, dropout_keys=dropout_keys)
-        return self.hidden_stats(params, hidden[:, :-1], batch.tokens[:, 1:], temperature=1.0)
+        """Statistics of tokens 1 .. S-1 of each sequence, given the tokens before it: arrays [B, S-1].
+
+        For a packed batch, those of the trained tokens; 0 at the others.
+        """
+        hidden = hidden_states(functools.partial(self.apply, params), batch, dropout_keys)
+        if batch.packing is None:
+            return self.hidden_stats(params, hidden[:, :-1], batch.tokens[:, 1:], temperature=1.0)
+        trained, first = batch.loss_mask[:, 1:], jnp.ones(len(batch.tokens), jnp.int32)
+        hidden = packing.predictors(hidden, first, trained, batch.packing)
+        tokens = packing.targets(batch.tokens[:, 1:], batch.packing)
+        stats = self.hidden_stats(params, hidden, tokens, temperature=1.0)
+        return TokenStats(*(packing.by_token(leaf, trained, batch.packing) for leaf in stats))
 
     def response_stats(
         self, params: PyTree, sequences: Sequences, *, temperature: float, dropout_keys: Key[Array, "B"] | None = None
@@ -61,14 +72,29 @@ class PolicyNetwork:
         The distribution is softmax(logits / temperature), from which responses are sampled.
         """
         hidden = self.response_hidden(params, sequences, dropout_keys=dropout_keys)
-        return self.hidden_stats(params, hidden, sequences.response, temperature=temperature)
+        return self.stats_of_responses(params, hidden, sequences, temperature=temperature)
 
     def response_hidden(
         self, params: PyTree, sequences: Sequences, *, dropout_keys: Key[Array, "B"] | None = None
-    ) -> Float[Array, "B T D"]:
-        """Hidden state that predicts each response token, computed from the prompt and the tokens before it."""
-        hidden = self.apply(params, sequences.tokens, sequences.mask, dropout_keys=dropout_keys)
-        return predictors(hidden, sequences)
+    ) -> Float[Array, "rows predictions D"]:
+        """Hidden state that predicts each response token, computed from the prompt and the tokens before it.
+
+        Arrays [B, T, D], or [G, M, D] for packed rows.
+        """
+        return predictors(hidden_states(functools.partial(self.apply, params), sequences, dropout_keys), sequences)
+
+    def stats_of_responses(
+        self,
+        params: PyTree,
+        hidden: Float[Array, "rows predictions D"],
+        sequences: Sequences,
+        *,
+        temperature: float,
+        stats_fn: Callable[..., TokenStats] = head.token_stats,
+    ) -> TokenStats:
+        """Statistics of response tokens from `response_hidden`: arrays [B, T]. Args: stats_fn as in `hidden_stats`."""
+        stats = self.hidden_stats(params, hidden, targets(sequences), temperature=temperature, stats_fn=stats_fn)
+        return TokenStats(*(by_response(leaf, sequences) for leaf in stats))
 
     def pair_stats(
         self, params: PyTree, batch: PreferenceBatch, *, dropout_keys: Key[Array, "B"] | None = None

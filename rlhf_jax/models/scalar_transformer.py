@@ -21,9 +21,9 @@ class ScalarTransformer(nn.Module):
         start = nn.initializers.normal((self.config.d_model + 1) ** -0.5)
         self.head = nn.Dense(1, use_bias=self.bias, kernel_init=start)
 
-    def hidden(self, tokens: Array, mask: Array) -> Float[Array, "B S D"]:
-        """Hidden states, in float32."""
-        return self.body(tokens, mask).astype(jnp.float32)
+    def hidden(self, *rows: Array) -> Float[Array, "B S D"]:
+        """Hidden states, in float32. Args: rows as in `Transformer.__call__`."""
+        return self.body(*rows).astype(jnp.float32)
 
     def __call__(self, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows"]:
         """Apply the linear unit."""

@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PRNGKeyArray, PyTree
 
-from rlhf_jax.core.sequences import predictors
+from rlhf_jax.core.packing import unpacked
+from rlhf_jax.core.sequences import by_response, predictors
 from rlhf_jax.models import lora
 from rlhf_jax.models.lora import Adapted, LoraConfig
 from rlhf_jax.models.model_config import ModelConfig
+from rlhf_jax.models.reading import hidden_states
 from rlhf_jax.models.reward_ensemble import EnsembleConfig, combined
 from rlhf_jax.models.scalar_transformer import ScalarTransformer
 from rlhf_jax.types import Sequences
@@ -78,14 +80,14 @@ class ScalarNetwork:
         """
         if self.ensemble is not None:
             return combined(self.ensemble, self.member_scores(params, sequences))
-        hidden, mask = self._hidden(params, sequences, dropout_keys), sequences.mask
-        if self.pooling == "mean":
+        mask, numbers = sequences.mask, self._apply(params, self._hidden(params, sequences, dropout_keys))
+        if sequences.packing is not None:
+            numbers = unpacked(numbers, mask, sequences.packing)
+        if self.pooling == "mean":  # the mean of the unit's values is its value at the mean hidden state
             count = jnp.maximum(jnp.sum(mask, axis=1, dtype=jnp.float32), 1)
-            pooled = jnp.sum(jnp.where(mask[..., None], hidden, 0), axis=1) / count[:, None]
-        else:
-            last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
-            pooled = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-        return self._apply(params, pooled)
+            return jnp.sum(jnp.where(mask, numbers, 0), axis=1) / count
+        last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
+        return jnp.take_along_axis(numbers, last[:, None], axis=1)[:, 0]
 
     def member_scores(self, params: PyTree, sequences: Sequences) -> Float[Array, "members B"]:
         """Scores of each member of an ensemble, in one batched computation."""
@@ -95,7 +97,8 @@ class ScalarNetwork:
         self, params: PyTree, sequences: Sequences, *, dropout_keys: Key[Array, "B"] | None = None
     ) -> Float[Array, "B T"]:
         """Value of the state before each response token."""
-        return predictors(self._apply(params, self._hidden(params, sequences, dropout_keys)), sequences)
+        values = self._apply(params, self._hidden(params, sequences, dropout_keys))
+        return by_response(predictors(values, sequences), sequences)
 
     @property
     def _module(self) -> ScalarTransformer:
@@ -109,7 +112,7 @@ class ScalarNetwork:
         return lora.apply(self._module, params, self.lora, *args, method=method, dropout_keys=dropout_keys)
 
     def _hidden(self, params: PyTree, sequences: Sequences, dropout_keys: Key[Array, "B"] | None) -> Array:
-        return self._apply(params, sequences.tokens, sequences.mask, method="hidden", dropout_keys=dropout_keys)
+        return hidden_states(functools.partial(self._apply, params, method="hidden"), sequences, dropout_keys)
 
 
 @functools.partial(jax.jit, static_argnums=0)  # compiled once per architecture

@@ -52,10 +52,21 @@ class Transformer(nn.Module):
         self.blocks = [block(config, name=f"block_{i}") for i in range(config.n_layers)]
         self.final_norm = Norm(config, config.norm)
 
-    def __call__(self, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"]) -> Float[Array, "B S D"]:
-        """Hidden states of full sequences, which may have padding anywhere; arbitrary at padding."""
-        positions = jnp.where(mask, _positions(mask), EMPTY)
-        hidden, _ = self._layers(tokens, positions, positions, [None] * self.config.n_layers, 0, tokens.shape[1])
+    def __call__(
+        self,
+        tokens: Int[Array, "B S"],
+        mask: Bool[Array, "B S"],
+        sequence: Int[Array, "B S"] | None = None,
+        place: Int[Array, "B S"] | None = None,
+    ) -> Float[Array, "B S D"]:
+        """Hidden states of full sequences, which may have padding anywhere; arbitrary at padding.
+
+        Args: for packed rows, sequence numbers the sequences, which do not see one another, and place the tokens of
+        each.
+        """
+        positions = jnp.where(mask, _positions(mask) if place is None else place, EMPTY)
+        cached = [None] * self.config.n_layers
+        hidden, _ = self._layers(tokens, positions, positions, cached, 0, tokens.shape[1], sequence)
         return hidden
 
     def extend(
@@ -85,6 +96,7 @@ class Transformer(nn.Module):
         cached: list,
         slot: Array | int,
         room: int,
+        sequence: Int[Array, "B S"] | None = None,
     ) -> tuple[Array, list]:
         """Run the layers on S tokens at `positions` (EMPTY: padding); each sees `known` positions up to its own."""
         config, present = self.config, jnp.maximum(positions, 0)
@@ -103,7 +115,7 @@ class Transformer(nn.Module):
                 rotary = config.positions == "rotary"
                 angles[rope] = rope_angles(rope, config.head_width, present, room) if rotary else (None, None)
             if window not in masks:
-                masks[window] = _visible(positions, known, window)
+                masks[window] = _visible(positions, known, window, sequence)
             x, layer = block(x, Place(*angles[rope], masks[window], slot), layer)
             layers.append(layer)
         return self.final_norm(x), layers
@@ -113,7 +125,11 @@ def _positions(mask: Bool[Array, "B S"]) -> Int[Array, "B S"]:
     return jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
 
 
-def _visible(positions: Int[Array, "B S"], known: Int[Array, "B C"], window: int | None) -> Bool[Array, "B S C"]:
+def _visible(
+    positions: Int[Array, "B S"], known: Int[Array, "B C"], window: int | None, sequence: Int[Array, "B S"] | None
+) -> Bool[Array, "B S C"]:
     back = positions[:, :, None] - known[:, None, :]
     visible = (back >= 0) & (known[:, None, :] != EMPTY)
-    return visible if window is None else visible & (back < window)
+    if window is not None:
+        visible &= back < window
+    return visible if sequence is None else visible & (sequence[:, :, None] == sequence[:, None, :])

@@ -305,7 +305,7 @@ def _micro_batches(batch: Rows, rows: int, axes: tuple[str, ...]) -> Rows:
             f"a batch of {local * devices} rows does not divide into micro-batches of {rows}"
             f"{f' over {devices} devices' if devices > 1 else ''}: change optimizer.micro_batch"
         )
-    return jax.tree.map(lambda leaf: jnp.swapaxes(leaf.reshape(local // parts, parts, *leaf.shape[1:]), 0, 1), batch)
+    return jax.tree.map(lambda leaf: jnp.swapaxes(leaf.reshape(-1, parts, *leaf.shape[1:]), 0, 1), batch)
 
 
 def _shares(weight: Callable[[Rows], Array], parts: Rows) -> Array:

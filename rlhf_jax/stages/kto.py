@@ -17,6 +17,7 @@ from rlhf_jax.config import AtLeastTwo, CountOrZero, ModelSource, NonNegative, P
 from rlhf_jax.core import masking
 from rlhf_jax.core.logprobs import sequence_logprobs
 from rlhf_jax.core.metrics import Metric, values
+from rlhf_jax.core.sequences import mask_read
 from rlhf_jax.core.unpaired_losses import apo_zero_unpaired_loss, kto_baseline, kto_loss
 from rlhf_jax.data import pipeline
 from rlhf_jax.data.batching import Buckets
@@ -194,7 +195,11 @@ def make_step(updates: Updates[PolicyNetwork], loss_config: UnpairedLossConfig =
             state, batch._replace(mismatched=None), run_key, loss_fn, weight=lambda rows: masking.rows(rows.label, axes)
         )
         num_tokens = masking.count(batch.sequences.response_mask, axes)
-        return state, logged | {"num_tokens": num_tokens, "token_share": masking.share(batch.sequences.mask, axes)}, ()
+        return (
+            state,
+            logged | {"num_tokens": num_tokens, "token_share": masking.share(mask_read(batch.sequences), axes)},
+            (),
+        )
 
     return step
 

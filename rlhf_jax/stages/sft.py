@@ -11,6 +11,7 @@ from rlhf_jax.config import CountOrZero, NonNegative, StageName
 from rlhf_jax.core import masking
 from rlhf_jax.core.logprobs import cross_entropy
 from rlhf_jax.core.metrics import Metric, masked_mean
+from rlhf_jax.core.sequences import mask_read
 from rlhf_jax.data import pipeline
 from rlhf_jax.data.batching import Buckets, Fit
 from rlhf_jax.data.ragged import Table
@@ -111,7 +112,10 @@ def make_step(updates: Updates[PolicyNetwork]) -> Step:
             return masking.count(rows.loss_mask[:, 1:], axes)
 
         state, logged = updates.update(state, batch, run_key, loss_fn, weight=trained_tokens)
-        counts = {"num_tokens": masking.count(batch.loss_mask, axes), "token_share": masking.share(batch.mask, axes)}
+        counts = {
+            "num_tokens": masking.count(batch.loss_mask, axes),
+            "token_share": masking.share(mask_read(batch), axes),
+        }
         return state, logged | counts, ()
 
     return step

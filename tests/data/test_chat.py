@@ -56,7 +56,7 @@ def learnt(tokenizer, rows, **changes):
     """Each row's whole text, and what of it is learnt."""
     batch = pipeline.demonstrations(rows, tokenizer, config(**changes)).all()
     assert not np.any(batch.loss_mask & ~batch.mask)
-    return [(shown(tokenizer, *row[:2]), shown(tokenizer, row[0], row[2])) for row in zip(*batch, strict=True)]
+    return [(shown(tokenizer, *row[:2]), shown(tokenizer, row[0], row[2])) for row in zip(*batch[:3], strict=True)]
 
 
 FOUR = say("is it good?", "it is", "is it?", "it's the best")
@@ -104,7 +104,7 @@ def test_eos_is_learnt_though_it_is_the_padding_and_the_unknown_token(tokenizers
     assert tokenizer.pad_id == tokenizer.eos_id
     rows = [{"prompt": "the film", "completion": " was good"}, {"prompt": "", "completion": "it"}]
     batch = pipeline.demonstrations(rows, tokenizer, CONFIG).all()
-    for tokens, mask, loss_mask in zip(*batch, strict=True):
+    for tokens, mask, loss_mask in zip(*batch[:3], strict=True):
         last = mask.sum() - 1
         assert tokens[last] == tokenizer.eos_id and loss_mask[last] and not loss_mask[0]
         assert (tokens[1 : last + 1] == tokenizer.eos_id).sum() == 1
@@ -113,7 +113,7 @@ def test_eos_is_learnt_though_it_is_the_padding_and_the_unknown_token(tokenizers
 def test_a_completion_that_ends_by_itself_gets_no_second_eos(tokenizers):
     rows = [{"prompt": "the film", "completion": " was good" + end} for end in ("", "<|endoftext|>")]
     batch = pipeline.demonstrations(rows, tokenizers["gpt2"], CONFIG).all()
-    for array in batch:
+    for array in batch[:3]:
         np.testing.assert_array_equal(array[0], array[1])
 
 

@@ -1,4 +1,4 @@
-"""A step on rows padded to their own width is the step on wide rows, and on rows with padding before the prompt."""
+"""A step on padded rows is the step on wider rows, on rows with padding before the prompt, and on packed rows."""
 
 import dataclasses
 
@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax.data.layouts import Groups, PackedSize, layouts, packed
 from rlhf_jax.data.ragged import Ragged, RaggedPairs, RowWidths, pair_table, token_table
 from rlhf_jax.data.rows import limited
 from rlhf_jax.methods import dpo, reward
@@ -64,13 +65,19 @@ CASES = {
 }
 
 
-def step_of(network, make_step):
+def packed_batch(batch, groups, width):
+    given = layouts(batch, groups, width)
+    size = PackedSize(*np.max([layout.size for layout in given], axis=0).tolist())
+    return packed(batch, given, size, width)
+
+
+def step_of(network, make_step, optimizer=tiny.OPTIMIZER):
     """A step from the same start: gradient norm, metrics and new parameters, for a batch."""
     name = "policy" if network is tiny.POLICY else "reward"
     params = {name: tiny.policy_params() if network is tiny.POLICY else tiny.reward_params()}
-    state = TrainState(jnp.int32(0), params, make_optimizer(tiny.OPTIMIZER, 3).init(params))
+    state = TrainState(jnp.int32(0), params, make_optimizer(optimizer, 3).init(params))
     frozen = {"reference": tiny.policy_params(2), "beta": jnp.float32(0.3)}
-    step = jax.jit(make_step(Updates(network, tiny.OPTIMIZER, 3, ())))
+    step = jax.jit(make_step(Updates(network, optimizer, 3, ())))
 
     def run(batch):
         new, metrics, _ = step(state, frozen, batch, jax.random.key(0))
@@ -96,3 +103,26 @@ def test_the_width_of_a_batch_changes_no_gradient_and_no_metric_but_the_share_of
 def test_padding_before_the_prompt_changes_nothing():
     run = step_of(tiny.POLICY, dpo.make_step)
     assert_close(run(pair_table(pairs()).all()), run(tiny.preferences(8)))
+
+
+@pytest.mark.parametrize("micro_batch", [None, 4])
+@pytest.mark.parametrize("name", CASES)
+def test_packing_changes_no_gradient_and_no_metric_but_the_share_of_tokens(name, micro_batch):
+    network, make_step, make_table = CASES[name]
+    table = make_table()
+    run = step_of(network, make_step, dataclasses.replace(tiny.OPTIMIZER, micro_batch=micro_batch))
+    batch = table.padded(ROWS, table.needed(ROWS))
+    width = 2 * table.longest
+    given = packed_batch(batch, Groups(devices=1, micro_batches=8 // (micro_batch or 8)), width)
+    parts = [part.packing.sequence for part in jax.tree.leaves(given, is_leaf=has_packing) if has_packing(part)]
+    assert all(np.any((rows >= 0) & (rows != rows[..., :1])) for rows in parts)  # sequences share rows
+    padded, joined = run(batch), run(given)
+    share, _ = joined[1].pop("token_share"), padded[1].pop("token_share")
+    trained = parts[: 1 if name == "kto" else None]  # not the mismatched responses
+    np.testing.assert_allclose(share, np.mean([rows >= 0 for rows in trained]), rtol=1e-6)
+    assert_close(padded, joined)
+    assert padded[1]["grad_norm"] > 1e-3
+
+
+def has_packing(x):
+    return getattr(x, "packing", None) is not None

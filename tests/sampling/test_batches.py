@@ -146,7 +146,7 @@ def test_sequence_kl_is_not_changed_by_padding():
 
 
 def as_jax(batch):
-    return type(batch)(*map(jnp.asarray, batch))
+    return jax.tree.map(jnp.asarray, batch)
 
 
 def test_scores_and_statistics_are_those_of_the_networks():

@@ -92,7 +92,7 @@ def make_world(directory: Path) -> World:
 
 def order(seed: int = 0) -> np.ndarray:
     """The rows that our stages take at each step: int[STEPS, BATCH]."""
-    batches = BatchOrder(np.ones(ROWS, np.int64), BATCH, seed, window=1, steps_per_call=10)
+    batches = BatchOrder(ROWS, BATCH, seed)
     return np.stack([batches[step] for step in range(STEPS)])
 
 
@@ -126,7 +126,6 @@ def section(name: str, world: World) -> dict[str, Any]:
         "batch_size": BATCH,
         "epochs": STEPS * BATCH / ROWS,
         "eval_every": STEPS,
-        "length_window": 1,
         "loop": {"steps_per_call": 10, "checkpoint_every": STEPS},
     }
     policy = {"policy": str(world.policy), "preferences": None, "beta": BETA, "sample_prompts": 0}

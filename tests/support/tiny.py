@@ -47,9 +47,9 @@ class GivenPolicy(PolicyNetwork):
         del sequences, dropout_keys
         return params
 
-    def hidden_stats(self, params, hidden, tokens, *, temperature, stats_fn=None):
+    def stats_of_responses(self, params, hidden, sequences, *, temperature, stats_fn=None):
         """The parameters, with 0 for what is not a log-probability."""
-        del params, tokens, temperature, stats_fn
+        del params, sequences, temperature, stats_fn
         return TokenStats(hidden, jnp.zeros_like(hidden), jnp.zeros(hidden.shape, bool), jnp.zeros_like(hidden))
 
 

@@ -1,0 +1,128 @@
+"""Layouts of packed batches: which sequences share a row, by best-fit decreasing within each group."""
+
+import bisect
+import math
+from collections.abc import Iterable
+from typing import NamedTuple, TypeVar
+
+import jax
+import numpy as np
+from jaxtyping import Int
+
+from rlhf_jax.types import Packing, Sequences, TokenBatch, UnpairedBatch
+
+Batch = TypeVar("Batch", bound=tuple)
+
+LEAST_GAIN = 0.8
+"""Batches are packed if the mean length of their sequences is at most this share of the longest."""
+
+
+class PackedSize(NamedTuple):
+    """Shape of a packed group: rows R and tokens M that a loss reads."""
+
+    rows: int
+    read: int
+
+    def rounded(self, sequences: int, width: int) -> "PackedSize":
+        """Round up, so that few programs serve all batches. Args: number of sequences in a group, and the rows' width.
+
+        The rows are a multiple of a sixteenth of the sequences, the tokens read a multiple of a quarter of the tokens.
+        """
+        step = math.ceil(sequences / 16)
+        rows = math.ceil(max(self.rows, 1) / step) * step
+        quarter = math.ceil(rows * width / 4)
+        return PackedSize(rows, math.ceil(max(self.read, 1) / quarter) * quarter)
+
+
+class Layout(NamedTuple):
+    """Places of a batch's sequences, before the shapes are known."""
+
+    lengths: Int[np.ndarray, "G N"]
+    first: Int[np.ndarray, "G N"]
+    read: tuple[Int[np.ndarray, "G"], ...]  # for each group
+    size: PackedSize  # needed
+
+    def packing(self, size: PackedSize, width: int) -> Packing[np.ndarray]:
+        """Write the layout into arrays of a size that holds it."""
+        groups = len(self.lengths)
+        sequence = np.full((groups, size.rows * width), -1, np.int32)
+        read = np.full((groups, size.read), -1, np.int32)
+        for group, tokens in enumerate(self.read):
+            lengths = self.lengths[group]
+            before = np.cumsum(lengths) - lengths
+            positions = np.repeat(self.first[group] - before, lengths) + np.arange(lengths.sum())
+            sequence[group, positions] = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+            read[group, : len(tokens)] = tokens
+        return Packing(sequence.reshape(groups, size.rows, width), self.first, read)
+
+
+class Groups(NamedTuple):
+    """Groups of a batch: each device has one for every micro-batch."""
+
+    devices: int
+    micro_batches: int
+
+    def split(self, x: np.ndarray) -> np.ndarray:
+        """Arrange rows by group, [G, rows, ...]: micro-batches take every n-th row of a device's share."""
+        parts = x.reshape(self.devices, -1, self.micro_batches, *x.shape[1:])
+        return np.swapaxes(parts, 1, 2).reshape(self.devices * self.micro_batches, -1, *x.shape[1:])
+
+
+def layouts(batch: tuple, groups: Groups, width: int) -> list[Layout]:
+    """Lay out the sequences of a batch, one layout for each of its `Sequences` or `TokenBatch`.
+
+    Mismatched responses are read for the whole batch at once, even with micro-batches.
+    """
+    whole = batch.mismatched if isinstance(batch, UnpairedBatch) else None
+    return [
+        _layout(part, groups._replace(micro_batches=1) if part is whole else groups, width)
+        for part in jax.tree.leaves(batch, is_leaf=_has_sequences)
+        if _has_sequences(part)
+    ]
+
+
+def packed(batch: Batch, given: Iterable[Layout], size: PackedSize, width: int) -> Batch:
+    """Add packings of one size to all sequences of a batch. Args: the batch's layouts."""
+    parts, structure = jax.tree.flatten(batch, is_leaf=_has_sequences)
+    each = iter(given)
+    added = [part._replace(packing=next(each).packing(size, width)) if _has_sequences(part) else part for part in parts]
+    return jax.tree.unflatten(structure, added)
+
+
+def _has_sequences(x: object) -> bool:
+    return isinstance(x, (Sequences, TokenBatch))
+
+
+def _layout(part: Sequences[np.ndarray] | TokenBatch[np.ndarray], groups: Groups, width: int) -> Layout:
+    is_read = part.response_mask if isinstance(part, Sequences) else part.loss_mask[:, 1:]
+    lengths = groups.split(part.mask.sum(axis=-1))
+    read = groups.split(is_read).reshape(len(lengths), -1)
+    lengths = lengths.reshape(len(lengths), -1)
+    places = [best_fit_decreasing(group, width) for group in lengths]
+    first = np.stack([row * width + offset for row, offset in places]).astype(np.int32)
+    rows = max(int(row.max(initial=0)) + 1 for row, _ in places)
+    return Layout(lengths, first, tuple(map(np.flatnonzero, read)), PackedSize(rows, int(read.sum(axis=1).max())))
+
+
+def best_fit_decreasing(lengths: Int[np.ndarray, "N"], width: int) -> tuple[Int[np.ndarray, "N"], Int[np.ndarray, "N"]]:
+    """Place sequences into few rows, the longest first, each into the fullest row that it fits into.
+
+    Returns the row and the offset of each sequence. Raises ValueError if one is longer than the width.
+    """
+    if lengths.max(initial=0) > width:
+        raise ValueError(f"a sequence of {lengths.max()} tokens does not fit into {width}")
+    row, offset = np.zeros_like(lengths), np.zeros_like(lengths)
+    free: list[tuple[int, int]] = []  # room and number of each row, in ascending order
+    rows = 0
+    for which in np.argsort(-lengths, kind="stable"):
+        length = int(lengths[which])
+        if not length:
+            continue
+        place = bisect.bisect_left(free, (length, 0))
+        if place < len(free):
+            room, number = free.pop(place)
+        else:
+            room, number, rows = width, rows, rows + 1
+        row[which], offset[which] = number, width - room
+        bisect.insort(free, (room - length, number))
+    return row, offset

@@ -1,0 +1,58 @@
+"""Layouts of packed batches: every token has a place of its own, in few rows, and devices hold whole groups."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlhf_jax.data.layouts import Groups, PackedSize, best_fit_decreasing, layouts
+from rlhf_jax.types import TokenBatch
+
+LENGTHS = st.lists(st.integers(0, 24), min_size=1, max_size=40)
+
+
+@given(LENGTHS, st.integers(24, 60))
+def test_sequences_do_not_overlap_and_few_rows_are_used(lengths, width):
+    rows, offsets = best_fit_decreasing(np.array(lengths), width)
+    positions = [
+        row * width + offset + i for row, offset, n in zip(rows, offsets, lengths, strict=True) for i in range(n)
+    ]
+    assert len(set(positions)) == sum(lengths)
+    assert np.all(offsets + lengths <= width)
+    filled = np.bincount(rows, weights=lengths)
+    assert len(filled) < 2 or np.sort(filled)[:2].sum() > width  # two rows are never to be joined
+
+
+def test_a_sequence_that_is_too_long_is_an_error():
+    with pytest.raises(ValueError, match="a sequence of 9 tokens does not fit into 8"):
+        best_fit_decreasing(np.array([3, 9]), 8)
+
+
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(0, 2**32 - 1))
+def test_a_layout_names_the_sequence_of_every_token_and_the_tokens_that_are_read(devices, micro_batches, seed):
+    rng = np.random.default_rng(seed)
+    groups, count, length = Groups(devices, micro_batches), devices * micro_batches * 3, 6
+    mask = np.arange(length) < rng.integers(1, length + 1, count)[:, None]
+    read = mask & (rng.random(mask.shape) < 0.5)
+    read[:, 0] = False
+    (layout,) = layouts(TokenBatch(np.zeros(mask.shape, np.int32), mask, read), groups, 8)
+    packing = layout.packing(layout.size._replace(rows=layout.size.rows + 1, read=layout.size.read + 2), 8)
+    for group in range(devices * micro_batches):
+        device, part = divmod(group, micro_batches)
+        own = np.arange(count).reshape(devices, -1)[device][part::micro_batches]  # rows as micro-batches take them
+        flat = packing.sequence[group].reshape(-1)
+        assert np.sum(flat >= 0) == mask[own].sum()
+        for number, row in enumerate(own):
+            first = packing.first[group, number]
+            assert np.all(flat[first : first + mask[row].sum()] == number)
+        expected = np.flatnonzero(read[own][:, 1:])
+        np.testing.assert_array_equal(packing.read[group][: len(expected)], expected)
+        assert np.all(packing.read[group][len(expected) :] == -1)
+
+
+@given(st.integers(1, 200), st.integers(1, 5000), st.integers(1, 200))
+def test_sizes_are_rounded_up_to_few(rows, read, sequences):
+    rounded = PackedSize(rows, read).rounded(sequences, width=64)
+    assert rounded.rows >= rows and rounded.read >= read
+    assert rounded.rows - rows < -(-sequences // 16)
+    assert rounded.rounded(sequences, width=64) == rounded

@@ -8,11 +8,12 @@ negated mask left out; a comparison turned round; a maximum for a minimum; the a
 first arm alone. Annotations and error messages are left alone. The mutants of a module and their order depend on its
 source alone.
 
-Each mutant runs in a scratch copy of the package and its tests, never in the working tree: first the module's own test
-file, then the others of its room that import it, then SWEEPS. It has PATIENCE times the seconds that the same tests
-take without a change. Survivors, and mutants that took longer, are printed as `file:line: old -> new`; the exit code is
-1 if there are survivors. EQUIVALENT lists changes that no caller can see, with the reason. A run of all of core/ takes
-hours; --every=10 samples it.
+Each mutant runs in a scratch copy of the package and its tests, never in the working tree: first the tests that name
+the changed function or a caller of it, then the module's own test file, the others of its room that import it, and
+SWEEPS. It has PATIENCE times the seconds that the same tests take without a change. Survivors, and mutants that took
+longer, are printed as `file:line: old -> new`, and a count for each module; the exit code is 1 if there are survivors.
+EQUIVALENT lists changes that no caller can see, with the reason. A run of all of core/ takes hours; --every=10 samples
+it.
 """
 
 import argparse
@@ -69,10 +70,11 @@ CALLS = {"maximum": "minimum", "minimum": "maximum", "max": "min", "min": "max",
 
 
 class Mutant(NamedTuple):
-    """A module with one change: its line before and after, and the whole changed source."""
+    """A module with one change: its line before and after, the function around it, and the whole changed source."""
 
     module: str
     line: int
+    function: str
     before: str
     after: str
     source: str
@@ -104,8 +106,8 @@ def mutants_of(module: str, source: str) -> Iterator[Mutant]:
             if _inside_annotation(tree, node):
                 continue
             assert isinstance(node, ast.expr)
-            after = ast.unparse(new)
-            yield Mutant(module, node.lineno, ast.unparse(node), after, ast.unparse(ast.fix_missing_locations(changed)))
+            text, line = ast.unparse(ast.fix_missing_locations(changed)), node.lineno
+            yield Mutant(module, line, _name_at(tree, line), ast.unparse(node), ast.unparse(new), text)
 
 
 def _changes(node: ast.AST) -> Iterator:
@@ -155,6 +157,48 @@ def _inside_annotation(tree: ast.AST, node: ast.AST) -> bool:
     return False
 
 
+def _definitions(tree: ast.Module) -> Iterator[tuple[set[str], ast.stmt]]:
+    """Names that each statement of a module defines."""
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            yield {node.name}, node
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            yield {name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)}, node
+
+
+def _name_at(tree: ast.Module, line: int) -> str:
+    """Return a name that the statement at a line defines."""
+    around = (names for names, node in _definitions(tree) if node.lineno <= line <= (node.end_lineno or line))
+    return min(next(around, set()), default="")
+
+
+def _users(tree: ast.Module, names: set[str]) -> set[str]:
+    """Return the given names, and those that a module defines with their help."""
+    found, before = set(names), 0
+    while len(found) > before:
+        before = len(found)
+        for defined, node in _definitions(tree):
+            used = {getattr(inner, "id", getattr(inner, "attr", None)) for inner in ast.walk(node)}
+            found |= defined if used & found else set()
+    return found
+
+
+def tests_naming(mutant: Mutant, paths: list[str]) -> list[str]:
+    """List the tests of these files, as `file::test`, that name the changed function or something that uses it.
+
+    SWEEPS are left out: they would read the whole room.
+    """
+    names = _users(ast.parse((PACKAGE / f"{mutant.module}.py").read_text()), {mutant.function})
+    return [
+        f"{path}::{name}"
+        for path in paths
+        if Path(path).name not in SWEEPS.get(Path(mutant.module).parent.name, ())
+        for name in sorted(_users(ast.parse((ROOT / path).read_text()), names))
+        if name.startswith("test_")
+    ]
+
+
 def tests_of(module: str) -> list[str]:
     """The module's own test file, those of its room that import it, and those that look at the whole room."""
     room, _, name = module.rpartition("/")
@@ -183,7 +227,8 @@ def outcome_of(mutant: Mutant, source: Path, seconds: float | None) -> Outcome:
         place = Path(folder)
         copy_tree(source, place)
         (place / "rlhf_jax" / f"{mutant.module}.py").write_text(mutant.source)
-        process = SERVER.Process(target=run_tests, args=(place, tests_of(mutant.module)))
+        paths = tests_of(mutant.module)
+        process = SERVER.Process(target=run_tests, args=(place, [tests_naming(mutant, paths), *([p] for p in paths)]))
         process.start()
         process.join(seconds)
         if process.is_alive():
@@ -197,23 +242,23 @@ def outcome_of(mutant: Mutant, source: Path, seconds: float | None) -> Outcome:
 
 def time_limit(module: str, snapshot: Path) -> float:
     """Run a module's tests without a change, and allow its mutants PATIENCE times as long."""
-    unchanged = Mutant(module, 0, "", "", (snapshot / "rlhf_jax" / f"{module}.py").read_text())
+    unchanged = Mutant(module, 0, "", "", "", (snapshot / "rlhf_jax" / f"{module}.py").read_text())
     begun = time.monotonic()
     if outcome_of(unchanged, snapshot, None) != "survived":
         raise RuntimeError(f"the tests of {module} fail without a change: {' '.join(tests_of(module))}")
     return PATIENCE * (time.monotonic() - begun)
 
 
-def run_tests(place: Path, paths: list[str]) -> None:
-    """Run test files until one fails, in a process forked from one that has imported everything but the package."""
+def run_tests(place: Path, calls: list[list[str]]) -> None:
+    """Call pytest until a test fails, in a process forked from one that has imported everything but the package."""
     with (place / "output").open("w") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
     os.chdir(place)
     sys.path.insert(0, str(place))
     cache = ROOT / ".pytest_cache" / "mutation"
-    for path in paths:  # one after another: most mutants fall in the first, and need not wait for the others' imports
-        code = pytest.main(["-x", "-q", "--assert=plain", "-p", "no:xdist", "-o", f"cache_dir={cache}", path])
+    for tests in filter(None, calls):  # most mutants fall in the first call, and need not wait for the others' imports
+        code = pytest.main(["-x", "-q", "--assert=plain", "-p", "no:xdist", "-o", f"cache_dir={cache}", *tests])
         if code:
             sys.exit(code)
 
@@ -237,21 +282,21 @@ def main(arguments: list[str] | None = None) -> int:
         print(*found, sep="\n")
         return 0
     wanted = [mutant for mutant in found if mutant.key not in EQUIVALENT]
-    counts: collections.Counter[Outcome] = collections.Counter()
+    counts: collections.Counter[tuple[str, Outcome]] = collections.Counter()
     with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
         snapshot = Path(folder)  # the working tree may change meanwhile
         copy_tree(ROOT, snapshot)
         limits = {module: time_limit(module, snapshot) for module in dict.fromkeys(mutant.module for mutant in wanted)}
         outcomes = pool.map(lambda mutant: outcome_of(mutant, snapshot, limits[mutant.module]), wanted)
         for mutant, outcome in zip(wanted, outcomes, strict=False):
-            counts[outcome] += 1
+            counts[mutant.module, outcome] += 1
             if outcome != "noticed":
                 print(f"{mutant}  ({outcome})", flush=True)
-    print(
-        f"{counts['noticed']} of {len(wanted)} noticed, {counts['timed out']} timed out; "
-        f"{len(found) - len(wanted)} known to change nothing"
-    )
-    return 1 if counts["survived"] else 0
+    for module in modules:
+        noticed, survived, slow = (counts[module, outcome] for outcome in ("noticed", "survived", "timed out"))
+        known = sum(mutant.module == module and mutant.key in EQUIVALENT for mutant in found)
+        print(f"{module}: {noticed} noticed, {survived} survived, {slow} timed out; {known} known to change nothing")
+    return 1 if any(outcome == "survived" for _, outcome in counts) else 0
 
 
 if __name__ == "__main__":

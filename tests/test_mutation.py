@@ -34,6 +34,19 @@ def test_a_modules_own_tests_run_first_and_those_of_the_whole_room_last():
     assert paths[-2:] == ["tests/core/test_goldens.py", "tests/core/test_axes.py"]
 
 
+def test_tests_that_name_the_changed_function_or_a_caller_run_before_the_others():
+    (deviation,) = (
+        mutant
+        for mutant in mutation.mutants("core/advantages")
+        if mutant.before == "squares / (count - 1).astype(groups.dtype)"
+    )
+    assert deviation.function == "_deviation"
+    named = mutation.tests_naming(deviation, mutation.tests_of("core/advantages"))
+    file = "tests/core/test_group_advantages.py"
+    assert f"{file}::test_advantages_are_the_papers_formulas" in named  # by CRITIC_FREE, and COMPUTE of the tests
+    assert not any("test_advantages.py" in name or "test_axes.py" in name for name in named)
+
+
 def test_the_modules_by_default_are_those_of_core(capsys):
     assert mutation.main(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -55,5 +68,5 @@ def test_a_survivor_is_printed_with_its_place(monkeypatch, capsys):
     printed = capsys.readouterr().out.splitlines()
     assert printed == [
         f"rlhf_jax/core/interpolation.py:{other.line}: x + 1 -> x - 1  (survived)",
-        "1 of 2 noticed, 0 timed out; 0 known to change nothing",
+        "core/interpolation: 1 noticed, 1 survived, 0 timed out; 0 known to change nothing",
     ]

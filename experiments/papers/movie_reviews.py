@@ -17,6 +17,9 @@ from rlhf_jax.api import load_config
 SHARED = ("gold", "sft", "preferences", "reward_model")
 """Stages that all of these papers begin with."""
 
+OFFLINE = {"eval_every": 1000, "widths": 1, "length_window": 1}
+"""Evaluation at the end only, and one compiled width, as all rows are short."""
+
 
 def task(*, smoke: bool) -> ConfigDict:
     """Common fields, and the sections of the shared stages; `smoke` is a test that everything works."""
@@ -24,12 +27,12 @@ def task(*, smoke: bool) -> ConfigDict:
     config = ConfigDict({name: quickstart[name] for name in ("seed", "seeds", "data", "runtime", *SHARED)})
     config.stages = SHARED
     config.data.max_response_tokens = 12
-    config.sft.update({"sample_prompts": 0, "eval_every": 1000})
-    config.reward_model.eval_every = 1000
+    config.sft.update({"sample_prompts": 0, **OFFLINE})
+    config.reward_model.update(OFFLINE)
     if not smoke:
         config.sft.tokenizer.vocab_size = 1024
         config.sft.model.update({"d_model": 48, "d_ff": 192, "n_layers": 1})
-        config.sft.epochs = 3.0
+        config.sft.epochs = 2.0
         config.reward_model.model.update({"d_model": 48, "d_ff": 192})
         config.preferences.update({"prompts": 1500, "eval_prompts": 150})
     return config
@@ -44,8 +47,7 @@ def add(config: ConfigDict, name: str, section: ConfigDict) -> None:
 def dpo(*, smoke: bool, checkpoints: int, **fields: Any) -> ConfigDict:
     """Section of DPO as in the quickstart, half an epoch, with some fields changed."""
     section = load_config("quickstart:smoke" if smoke else "quickstart").unlock().dpo_01
-    section.sample_prompts = 0
-    section.eval_every = 1000
+    section.update({"sample_prompts": 0, **OFFLINE})
     section.loop.update({"checkpoint_every": checkpoints, "keep": 100})
     return with_fields(section, fields)
 
@@ -54,6 +56,7 @@ def ppo(*, smoke: bool, iterations: int, checkpoints: int, **fields: Any) -> Con
     """Section of PPO as in the quickstart, with some fields changed."""
     section = load_config("quickstart:smoke" if smoke else "quickstart").unlock().ppo
     section.update({"iterations": section.iterations if smoke else iterations, "samples_written": 0})
+    section.trim_padding = False
     section.loop.update({"checkpoint_every": checkpoints, "keep": 100})
     return with_fields(section, fields)
 
@@ -73,7 +76,7 @@ def more_sft(*, smoke: bool, epochs: float, **fields: Any) -> ConfigDict:
     section = with_fields(quickstart.sft, {"tokenizer": None, "epochs": epochs, "sample_prompts": 0})
     section.model = ConfigDict({"init": "sft"})
     section.optimizer = quickstart.dpo_01.optimizer
-    section.eval_every = 1000
+    section.update(OFFLINE)
     section.loop.update({"checkpoint_every": 40, "keep": 100})
     return with_fields(section, fields)
 

@@ -7,10 +7,10 @@ Seeds: 5, each with its own tokenizer, SFT policy, preferences and reward model.
 Judge and batch: gold judge (TF-IDF ridge on people's ratings); 64 pairs or demonstrations per update of DPO and SFT, 64
 responses per update of PPO; tokens per update are in record.json.
 Data: movie reviews (rt_polarity); hashes are in record.json.
-Deviations: a transformer of 0.1 M parameters on sentences, not GPT-2 large on IMDb; 12 response tokens; Adam at 3e-4
-instead of RMSprop at 1e-6; beta {0.03, 0.1, 1} instead of {0.05, 0.1, 1, 5}; PPO with a constant KL coefficient {0.05,
-0.3}, and checkpoints along its runs, instead of target divergences {3, 6, 9, 12}; labels drawn from Bradley-Terry
-probabilities.
+Deviations: a transformer of 77 thousand parameters on sentences, not GPT-2 large on IMDb; 12 response tokens; Adam at
+3e-4 instead of RMSprop at 1e-6; beta {0.03, 0.1, 1} instead of {0.05, 0.1, 1, 5}; PPO with a constant KL coefficient
+{0.05, 0.3}, and checkpoints along its runs, instead of target divergences {3, 6, 9, 12}; labels drawn from
+Bradley-Terry probabilities.
 No unlikelihood, and no PPO with the gold judge as reward.
 
 Statistic of a frontier: the mean gain in gold score over SFT for divergences up to 4 nats, evenly in the root of the

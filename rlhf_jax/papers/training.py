@@ -5,6 +5,7 @@ units of a claim are then independent, and an interval covers the randomness of 
 start from the same policy, so that their differences are paired.
 """
 
+import dataclasses
 import hashlib
 import json
 import sys
@@ -26,23 +27,26 @@ STAGES = "stages.json"
 """File in a seed's work directory: cost, effective batch, data and commit of every stage."""
 
 
-def run_each(config: ConfigDict, seeds: Sequence[int], workdir: Path, *, shared: Sequence[str]) -> dict[int, Run]:
+def run_each(
+    config: ConfigDict, seeds: Sequence[int], workdir: Path, *, shared: Sequence[str], further: Sequence[str] = ()
+) -> dict[int, Run]:
     """Run the incomplete stages of an experiment for each seed, in `workdir/seed_K`, and return the runs by seed.
 
     Args: shared are the first stages. They depend on their own sections, the data and the seed only, so that all papers
-    with the same ones share a directory below `data_dir()`, where each is run once.
+    with the same ones share a directory below `data_dir()`, where each is run once. Further shared stages follow them:
+    papers that have these in common too share a second directory, which links to the stages of the first.
     """
     console = Console(width=None if sys.stdout.isatty() else 120)
     runs = {}
     for seed in seeds:
         own = config.copy_and_resolve_references().unlock()
         own.seed = seed
-        inputs = _shared_directory(own, shared)
-        inputs.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(inputs / ".lock"):
-            _run(own, Workdir(inputs), shared, console)
+        inputs = _run_shared(own, shared, (), console)
+        if further:
+            inputs = _run_shared(own, (*shared, *further), [inputs / stage for stage in shared], console)
         place = Workdir(workdir / f"seed_{seed}", inputs)
         _run(own, place, own.stages, console)
+        place.root.mkdir(parents=True, exist_ok=True)
         runs[seed] = Run(place.root, inputs)
         write_json(place.root / STAGES, {stage: _describe(runs[seed].summary(stage)) for stage in own.stages})
     return runs
@@ -72,10 +76,24 @@ def _run(config: ConfigDict, place: Workdir, stages: Iterable[str], console: Con
     experiment.run(experiment.parse(own), place, None, console)
 
 
-def _shared_directory(config: ConfigDict, shared: Sequence[str]) -> Path:
-    settings = settings_of(config)
-    sections = [settings[name] for name in ("data", "runtime", *shared)]
-    digest = hashlib.sha256(json.dumps(sections, sort_keys=True).encode()).hexdigest()
+def _run_shared(config: ConfigDict, stages: Sequence[str], ready: Sequence[Path], console: Console) -> Path:
+    """Run shared stages in their directory, and return it. Args: ready are directories of stages that are complete."""
+    directory = _shared_directory(config, stages)
+    directory.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(directory / ".lock"):
+        for stage in ready:
+            if not (directory / stage.name).exists():
+                (directory / stage.name).symlink_to(stage.absolute())
+        _run(config, Workdir(directory), stages, console)
+    return directory
+
+
+def _shared_directory(config: ConfigDict, stages: Sequence[str]) -> Path:
+    """Return the directory of shared stages, named by a hash of their sections with all defaults, data and runtime."""
+    parsed = experiment.parse(config)
+    used = [parsed.data, parsed.runtime, *(parsed.stages[name] for name in stages)]
+    sections = json.dumps([dataclasses.asdict(section) for section in used], sort_keys=True)
+    digest = hashlib.sha256(f"{list(stages)} {sections}".encode()).hexdigest()
     return data_dir() / "papers" / digest[:12] / f"seed_{config.seed}"
 
 

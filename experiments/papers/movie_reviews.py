@@ -17,7 +17,7 @@ from rlhf_jax.api import load_config
 SHARED = ("gold", "sft", "preferences", "reward_model")
 """Stages that all of these papers begin with."""
 
-OFFLINE = {"eval_every": 1000, "widths": 1, "length_window": 1}
+OFFLINE = {"eval_every": 1000, "pack": False, "widths": 1}
 """Evaluation at the end only, and one compiled width, as all rows are short."""
 
 

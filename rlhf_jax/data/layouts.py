@@ -2,12 +2,12 @@
 
 import bisect
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, TypeVar
 
 import jax
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from rlhf_jax.types import Packing, Sequences, TokenBatch, UnpairedBatch
 
@@ -23,12 +23,12 @@ class PackedSize(NamedTuple):
     rows: int
     read: int
 
-    def rounded(self, sequences: int, width: int) -> "PackedSize":
+    def rounded(self, sequences: int, width: int, *, parts: int) -> "PackedSize":
         """Round up, so that few programs serve all batches. Args: number of sequences in a group, and the rows' width.
 
-        The rows are a multiple of a sixteenth of the sequences, the tokens read a multiple of a quarter of the tokens.
+        The rows are a multiple of a share of the sequences, 1 / parts, the tokens read of a quarter of the positions.
         """
-        step = math.ceil(sequences / 16)
+        step = math.ceil(sequences / parts)
         rows = math.ceil(max(self.rows, 1) / step) * step
         quarter = math.ceil(rows * width / 4)
         return PackedSize(rows, math.ceil(max(self.read, 1) / quarter) * quarter)
@@ -81,6 +81,12 @@ def layouts(batch: tuple, groups: Groups, width: int) -> list[Layout]:
     ]
 
 
+def size_of(given: Sequence[Layout], width: int, *, parts: int) -> PackedSize:
+    """Size that holds several layouts, rounded up as in `PackedSize.rounded`."""
+    size = PackedSize(*np.max([layout.size for layout in given], axis=0).tolist())
+    return size.rounded(max(layout.lengths.shape[1] for layout in given), width, parts=parts)
+
+
 def packed(batch: Batch, given: Iterable[Layout], size: PackedSize, width: int) -> Batch:
     """Add packings of one size to all sequences of a batch. Args: the batch's layouts."""
     parts, structure = jax.tree.flatten(batch, is_leaf=_has_sequences)
@@ -95,8 +101,15 @@ def _has_sequences(x: object) -> bool:
 
 def _layout(part: Sequences[np.ndarray] | TokenBatch[np.ndarray], groups: Groups, width: int) -> Layout:
     is_read = part.response_mask if isinstance(part, Sequences) else part.loss_mask[:, 1:]
-    lengths = groups.split(part.mask.sum(axis=-1))
-    read = groups.split(is_read).reshape(len(lengths), -1)
+    return layout_of(part.mask.sum(axis=-1), is_read, groups, width)
+
+
+def layout_of(
+    lengths: Int[np.ndarray, "B *K"], is_read: Bool[np.ndarray, "B *K T"], groups: Groups, width: int
+) -> Layout:
+    """Lay out sequences. Args: numbers of tokens, and masks of the tokens that a loss reads."""
+    lengths, is_read = groups.split(lengths), groups.split(is_read)
+    read = is_read.reshape(len(lengths), -1)
     lengths = lengths.reshape(len(lengths), -1)
     places = [best_fit_decreasing(group, width) for group in lengths]
     first = np.stack([row * width + offset for row, offset in places]).astype(np.int32)

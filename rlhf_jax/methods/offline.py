@@ -13,7 +13,7 @@ from jaxtyping import Array, Key, PRNGKeyArray, PyTree
 from rlhf_jax.config import Count, Positive, check_ranges
 from rlhf_jax.core.metrics import Metric, values
 from rlhf_jax.data.batching import MULTIPLE, BatchOrder, Buckets
-from rlhf_jax.data.layouts import LEAST_GAIN, Groups, Layout, PackedSize, layouts, packed
+from rlhf_jax.data.layouts import LEAST_GAIN, Groups, Layout, PackedSize, layouts, packed, size_of
 from rlhf_jax.data.ragged import RowWidths, Table, widest
 from rlhf_jax.loading.context import Context, steps_for
 from rlhf_jax.loading.trainable import N, dropout_keys, stack
@@ -164,10 +164,8 @@ class PackedBatches(Generic[Batch]):
         steps = range(call * self._per_call, (call + 1) * self._per_call)
         batches = [[self._data.padded(order[step], self._padded) for order in self._orders] for step in steps]
         found = [[(batch, layouts(batch, self._groups, self._width)) for batch in each] for each in batches]
-        all_layouts = [layout for each in found for _, given in each for layout in given]
-        sequences = max(layout.lengths.shape[1] for layout in all_layouts)
-        size = PackedSize(*np.max([layout.size for layout in all_layouts], axis=0).tolist())
-        self._sizes.add(size := size.rounded(sequences, self._width))
+        size = size_of([layout for each in found for _, given in each for layout in given], self._width, parts=16)
+        self._sizes.add(size)
         return found, size
 
     def at(self, step: int) -> PyTree:

@@ -97,13 +97,14 @@ def train_online(
     )
     iteration = Iteration(networks, config, placement.axes, (SEED_AXIS,) if context.seeds > 1 else (), method)
     frozen = {**frozen, "reference": reference.params}
+    rows_over = context.runtime.data * context.runtime.fsdp
+    fit = two_steps.packed_fit(iteration, rows_over) if config.trim_padding else two_steps.MAXIMUM
     if isinstance(reward, DeviceReward):
         network, frozen["reward"] = reward.model.network, reward.model.params
         longest = context.data.max_prompt_tokens + context.data.max_response_tokens
         trims = config.trim_padding and longest > buckets.LEAST
-        step = two_steps.scored_by_network(iteration, network, two_steps.LONGEST) if trims else iteration.step(network)
+        step = two_steps.scored_by_network(iteration, network, fit) if trims else iteration.step(network)
     else:
-        fit = two_steps.LONGEST if config.trim_padding else two_steps.MAXIMUM
         step = two_steps.scored_on_host(iteration, reward.score, fit)
 
     seeds = range(context.seeds)

@@ -22,7 +22,8 @@ class OnlineConfig:
     samples_every: Count  # write samples every so many iterations
     samples_written: CountOrZero  # number of samples to write each time
     loop: LoopConfig
-    # Pad batches to their longest prompt and response, with two programs an iteration; False: to the maximum lengths.
+    # Pack rows whose lengths differ, and pad others to the longest prompt and response, with two programs an iteration;
+    # False: pad to the maximum lengths.
     trim_padding: bool = True
     # Sample with this many decoding slots, each of which takes the next prompt when its response ends (continuous
     # batching); per device with pmap. None: decode all responses at once, until the longest ends.

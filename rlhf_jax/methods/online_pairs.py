@@ -10,11 +10,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from rlhf_jax.core import masking
-from rlhf_jax.core.sequences import joined
 from rlhf_jax.methods.dpo import ReferencedBatch, pair_logps, pair_loss, tokens_per_pair
 from rlhf_jax.methods.policy_parts import Coefficient, Evaluated, Metrics, Numbers, Params, Setting
 from rlhf_jax.methods.preference_table import PreferenceLossConfig
-from rlhf_jax.types import PreferenceBatch, Rollout
+from rlhf_jax.types import PreferenceBatch, Sequences
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,13 +22,14 @@ class PairLearner:
 
     loss_config: PreferenceLossConfig
     beta: float
+    packed: None = None  # the scores, which choose, are not known when sequences are packed
 
     def prepare(
         self, setting: Setting, evaluated: Evaluated, frozen: Params, kl_coef: Coefficient
     ) -> tuple[ReferencedBatch, Numbers]:
         """Make pairs by score, with the reference's log-probabilities if the loss reads them."""
         del kl_coef
-        pairs, margins = choose(evaluated.rollout, evaluated.scores)
+        pairs, margins = choose(evaluated.sequences._replace(packing=None), evaluated.scores)
         reference = None
         if self.loss_config.needs_reference:
             reference = pair_logps(self.loss_config, setting.networks.policy, frozen["reference"], pairs)
@@ -67,7 +67,7 @@ class PairLearner:
         return masking.rows(rows.pairs.chosen.tokens, axes)
 
 
-def choose(rollout: Rollout, scores: Float[Array, "N"]) -> tuple[PreferenceBatch, Float[Array, "B"]]:
+def choose(sequences: Sequences, scores: Float[Array, "N"]) -> tuple[PreferenceBatch, Float[Array, "B"]]:
     """Make a pair of every two consecutive rows: the one with the higher score is chosen, or the first if they tie.
 
     Ties do not bias the policy: two samples for one prompt are exchangeable, so that either is equally likely to come
@@ -76,6 +76,5 @@ def choose(rollout: Rollout, scores: Float[Array, "N"]) -> tuple[PreferenceBatch
     first, second = scores.reshape(-1, 2).T
     rows = 2 * jnp.arange(len(first))
     chosen, rejected = (jnp.where(wins, rows, rows + 1) for wins in (first >= second, first < second))
-    sequences = joined(rollout)
     pairs = PreferenceBatch(*(masking.take_rows(sequences, side, ()) for side in (chosen, rejected)))
     return pairs, jnp.abs(first - second)

@@ -20,7 +20,7 @@ responses, reshuffled every epoch (N), Adam's epsilon of 1e-5 (N, set in the opt
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Generic, NamedTuple
+from typing import Generic
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,7 @@ from rlhf_jax.core.policy_losses import Aggregation, TokenLosses, explained_vari
 from rlhf_jax.core.sequences import joined
 from rlhf_jax.loading.trainable import dropout_keys
 from rlhf_jax.methods import policy_optimizer
+from rlhf_jax.methods.minibatches import Indices, minibatch_order
 from rlhf_jax.methods.policy_method import KLEstimator, OnlineMethod, Rows
 from rlhf_jax.methods.policy_metrics import objective_metrics, reference_divergence, score_metrics
 from rlhf_jax.methods.policy_parts import (
@@ -64,20 +65,12 @@ from rlhf_jax.sampling.buckets import last_tokens
 from rlhf_jax.sampling.choice import Sampling
 from rlhf_jax.sampling.continuous import default_refill, generate_queue
 from rlhf_jax.sampling.generate import generate
-from rlhf_jax.types import Sequences
+from rlhf_jax.types import Packing, Sequences
 
 AdvantageFunction = Callable[[Array, Array, Array, Array, tuple[str, ...]], Advantages]
 """Function of token rewards, values (0 without a value function), response mask, loss mask and axes."""
 Learned = tuple[TrainState, Numbers, Samples]
 Updated = tuple[Metrics, Numbers]
-
-
-class Indices(NamedTuple):
-    """Number of each update, and the rows of its minibatch."""
-
-    rows: Int[Array, "updates M"]
-    demonstrations: Int[Array, "updates M"] | None
-    number: Int[Array, "updates"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,9 +85,9 @@ class Iteration(Setting, Generic[Rows]):
         controller = {"kl_coef": jnp.float32(self.method.kl_coef)} if self.method.kl_controller else ()
         return TrainState(jnp.int32(0), params, optimizer.init(params), controller)
 
-    def key(self, run_key: PRNGKeyArray, state: TrainState, purpose: str) -> PRNGKeyArray:
-        """Derive this iteration's key for one purpose: sample, order, dropout or rounding."""
-        return derive(jax.random.fold_in(run_key, state.step), purpose)
+    def key(self, run_key: PRNGKeyArray, step: Int[Array, ""] | int, purpose: str) -> PRNGKeyArray:
+        """Derive an iteration's key for one purpose: sample, order, dropout or rounding."""
+        return derive(jax.random.fold_in(run_key, step), purpose)
 
     def sample(
         self, state: TrainState, frozen: Params, batch: OnlineBatch, run_key: PRNGKeyArray, prompt_width: int
@@ -105,7 +98,7 @@ class Iteration(Setting, Generic[Rows]):
             self.networks.policy,
             self.networks.full_params(state.params, frozen)["policy"],
             last_tokens(batch.prompts, prompt_width),
-            self.key(run_key, state, "sample"),
+            self.key(run_key, state.step, "sample"),
             Sampling(self.networks.max_new_tokens, self.config.temperature, self.networks.stop_ids),
         )
         if slots is None:
@@ -150,9 +143,18 @@ class Iteration(Setting, Generic[Rows]):
         return Responses(sampled, scores, None, score_metrics(scores, self.axes))
 
     def learn(
-        self, state: TrainState, frozen: Params, responses: Responses, sequences: Sequences, run_key: PRNGKeyArray
+        self,
+        state: TrainState,
+        frozen: Params,
+        responses: Responses,
+        sequences: Sequences,
+        run_key: PRNGKeyArray,
+        packings: Packing | None = None,
     ) -> Learned:
-        """Compute the next state from scored responses: steps 3 to 6. The networks read `sequences`."""
+        """Compute the next state from scored responses: steps 3 to 6. The networks read `sequences`.
+
+        Args: packings of the minibatches, [updates, G, ...].
+        """
         controller, kl_coef = self.method.kl_controller, self.method.kl_coef
         if controller:
             kl_coef = state.controller["kl_coef"]
@@ -160,7 +162,7 @@ class Iteration(Setting, Generic[Rows]):
         evaluated = self.evaluate(params, frozen, responses, sequences)
         objective = objective_metrics(evaluated, kl_coef, self.axes)
         rows, prepared = self.method.learner.prepare(self, evaluated, frozen, kl_coef)
-        state, updated = self.optimise(state, frozen, rows, responses.sampled, run_key, kl_coef)
+        state, updated = self.optimise(state, frozen, rows, responses.sampled, run_key, kl_coef, packings)
         if controller:
             adapted = controller.next(kl_coef, objective["objective/kl"], self.config.batch_size)
             state = state._replace(controller={"kl_coef": adapted})
@@ -180,9 +182,7 @@ class Iteration(Setting, Generic[Rows]):
         kl = self.method.kl_estimator(old.logprobs, reference.logprobs, old.logprobs)
         ended, lengths = self.networks.has_ended(sequences), masking.lengths(sequences.response_mask)
         scores = self.method.shaping(responses.scores, lengths, ended, max_tokens=self.networks.max_new_tokens)
-        return Evaluated(
-            responses.sampled.rollout, sequences, scores, ended, responses.useful, old, reference.logprobs, kl
-        )
+        return Evaluated(sequences, scores, ended, responses.useful, old, reference.logprobs, kl)
 
     def old_policy(self, params: Params, sequences: Sequences, sampler_logprobs: Float[Array, "B T"]) -> OldPolicy:
         r"""Recompute old log-probabilities with the learner, so that the first ratio is 1 ("decoupled" in verl).
@@ -210,22 +210,21 @@ class Iteration(Setting, Generic[Rows]):
         sampled: Sampled,
         run_key: PRNGKeyArray,
         kl_coef: Coefficient,
+        packings: Packing | None,
     ) -> tuple[TrainState, Numbers]:
         """Train on minibatches, reshuffled every epoch; metrics are means over the updates."""
         config, method, axes, learner = self.config, self.method, self.axes, self.method.learner
-        order, dropout, rounding = (self.key(run_key, state, name) for name in ("order", "dropout", "rounding"))
+        order, dropout, rounding = (self.key(run_key, state.step, name) for name in ("order", "dropout", "rounding"))
         optimizer = policy_optimizer.make_optimizer(config, method)
         rows, demonstrations = masking.gather_rows((rows, sampled.demonstrations), axes)
         updates = config.epochs * config.minibatches
-
-        def shuffled(batch: PyTree, first: int) -> Int[Array, "updates M"]:
-            count = jax.tree.leaves(batch)[0].shape[0]
-            permute = jax.vmap(lambda epoch: jax.random.permutation(jax.random.fold_in(order, first + epoch), count))
-            return permute(jnp.arange(config.epochs)).reshape(updates, -1)
+        shuffled = functools.partial(minibatch_order, order, epochs=config.epochs, updates=updates)
 
         def update_minibatch(carry: tuple[Params, PyTree], given: Indices) -> tuple[tuple[Params, PyTree], Updated]:
             params, opt_state = carry
             minibatch = masking.take_rows(rows, given.rows, axes)
+            if learner.packed is not None and given.packing is not None:
+                minibatch = learner.packed(minibatch, given.packing)
             size = jax.tree.leaves(minibatch)[0].shape[0]
             keys = dropout_keys(self.networks.policy, dropout, given.number, size, axes)
 
@@ -248,8 +247,8 @@ class Iteration(Setting, Generic[Rows]):
             params, opt_state, norms = update(optimizer, grads, params, opt_state, axes, key=key)
             return (params, opt_state), (metrics, {**numbers, "loss": loss, **norms})
 
-        demonstration_rows = None if demonstrations is None else shuffled(demonstrations, config.epochs)
-        given = Indices(shuffled(rows, 0), demonstration_rows, jnp.arange(updates))
+        demonstration_rows = None if demonstrations is None else shuffled(demonstrations, first=config.epochs)
+        given = Indices(shuffled(rows), demonstration_rows, jnp.arange(updates), packings)
         start = (state.params, state.opt_state)
         (params, opt_state), (metrics, numbers) = jax.lax.scan(update_minibatch, start, given)
         logged = over_updates(metrics) | jax.tree.map(jnp.mean, numbers)
@@ -288,7 +287,8 @@ class PolicyGradient:
             targets = ValueTargets(old.values, returns)
             numbers["val/explained_variance"] = explained_variance(old.values, returns, mask, setting.axes)
         ref_logprobs = evaluated.ref_logprobs if self.loss_penalty else None
-        rows = Experience(evaluated.sequences, old.logprobs, advantages, trained, targets, ref_logprobs, old.weights)
+        sequences = evaluated.sequences._replace(packing=None)  # minibatches have packings of their own
+        rows = Experience(sequences, old.logprobs, advantages, trained, targets, ref_logprobs, old.weights)
         return rows, numbers
 
     def loss(
@@ -338,6 +338,10 @@ class PolicyGradient:
         if self.entropy_coef:
             loss = loss - self.entropy_coef * aggregate(stats.entropy)
         return loss, metrics
+
+    def packed(self, rows: Experience, packing: Packing) -> Experience:
+        """Add its packing to a minibatch."""
+        return rows._replace(sequences=rows.sequences._replace(packing=packing))
 
     def weight(self, rows: Experience, axes: tuple[str, ...]) -> Int[Array, ""]:
         """Count the tokens or responses that the policy loss averages over."""

@@ -14,6 +14,7 @@ from rlhf_jax.methods.kl_controller import AdaptiveKL
 from rlhf_jax.methods.policy_parts import Coefficient, Evaluated, Metrics, Numbers, Params, Setting, Shaping
 from rlhf_jax.methods.pretraining_mix import PretrainingMix
 from rlhf_jax.runtime.optimizers import OptimizerConfig
+from rlhf_jax.types import Packing
 
 Rows = TypeVar("Rows")
 """Batch that the epochs train on: `Experience`, or online DPO's pairs."""
@@ -24,6 +25,11 @@ KLEstimator = Callable[[Array, Array, Array], Array]
 @runtime_checkable
 class Learner(Protocol[Rows]):
     """Steps 4 and 6 of an iteration: the batch that the epochs train on, and the loss of a minibatch."""
+
+    @property
+    def packed(self) -> Callable[[Rows, Packing], Rows] | None:
+        """Function that adds its packing to a minibatch; None: minibatches are padded."""
+        ...
 
     def prepare(
         self, setting: Setting, evaluated: Evaluated, frozen: Params, kl_coef: Coefficient

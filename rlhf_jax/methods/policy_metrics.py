@@ -7,6 +7,7 @@ from jaxtyping import Array, Float
 from rlhf_jax.core import masking
 from rlhf_jax.core.kl import k1
 from rlhf_jax.core.logprobs import sequence_logprobs
+from rlhf_jax.core.sequences import mask_read
 from rlhf_jax.methods.policy_parts import Coefficient, Evaluated, Numbers
 
 
@@ -37,7 +38,7 @@ def objective_metrics(evaluated: Evaluated, kl_coef: Coefficient, axes: tuple[st
         "completions/max_length": jax.lax.pmax(jnp.max(length), axes) if axes else jnp.max(length),
         "val/num_eos_tokens": masking.count(evaluated.ended, axes),
         "num_tokens": masking.total(lengths, axes),
-        "token_share": masking.mean(evaluated.sequences.mask.astype(jnp.float32), axes),
+        "token_share": masking.share(mask_read(evaluated.sequences), axes),
     }
 
 

@@ -70,7 +70,6 @@ class OldPolicy(NamedTuple):
 class Evaluated(NamedTuple):
     """Responses with all inputs of the token rewards."""
 
-    rollout: Rollout  # as sampled, with all padding
     sequences: Sequences
     scores: jax.Array  # [B], shaped
     ended: jax.Array  # bool[B], True if the response has a stop token

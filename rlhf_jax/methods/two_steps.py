@@ -1,28 +1,28 @@
 """An iteration in two steps, sampling and learning: between them the host reads lengths, and may score the samples.
 
 The networks of the second step read rows without the padding before prompts, as wide as the longest row of the batch,
-rounded up to a bucket. Losses, gradients and metrics are those of the iteration in one program up to rounding.
+rounded up to a bucket, or packed (`packed_samples.py`). Losses, gradients and metrics are those of the iteration in one
+program up to rounding.
 """
 
 import functools
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
 from rlhf_jax.core.sequences import compacted
 from rlhf_jax.methods.dynamic_sampling import DynamicSampling, PartialBatch
+from rlhf_jax.methods.packed_samples import Packings, by_update, lengths, longest, plan_packing
 from rlhf_jax.methods.policy_gradient import Iteration, Learned
 from rlhf_jax.methods.policy_parts import Numbers, OnlineBatch, Params, Responses, Sampled
 from rlhf_jax.models.scalars import ScalarNetwork
 from rlhf_jax.rewards.scorers import HostScorer
 from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.runtime.programs import Step
-from rlhf_jax.runtime.two_programs import HostScoring, TwoSteps, Widths
-from rlhf_jax.sampling.buckets import bucket, share_of
+from rlhf_jax.runtime.two_programs import HostScoring, Plan, TwoSteps, Widths
+from rlhf_jax.sampling.buckets import bucket
 from rlhf_jax.types import Rollout, Sequences
 
 Found = TypeVar("Found", Sampled, tuple[Sampled, Array], PartialBatch)
@@ -30,25 +30,25 @@ Found = TypeVar("Found", Sampled, tuple[Sampled, Array], PartialBatch)
 
 
 class Fit(NamedTuple):
-    """Choice of the widths for a batch, with any leading axes."""
+    """Choice of the shapes for a batch, with any leading axes."""
 
     prompts: Callable[[np.ndarray], int]  # mask of the prompts -> their width
-    rows: Callable[[Rollout], Widths]
+    rows: Callable[[Rollout, int, Array], Plan]  # samples, number of the iteration, run key -> plan
 
 
 def _longest_prompts(mask: np.ndarray) -> int:
     return min(bucket(int(mask.sum(axis=-1).max())), mask.shape[-1])
 
 
-def _longest_rows(rollout: Rollout) -> Widths:
-    row, response = map(int, jax.device_get(_longest(rollout.prompt_mask, rollout.response_mask)))
-    full = _all_positions(rollout)
-    return Widths(share_of(full.row, row, parts=4), share_of(full.response, response, parts=2))
+def _longest_rows(rollout: Rollout, step: int, run_key: Array) -> Plan:
+    del step, run_key
+    return Plan(longest(rollout, *lengths(rollout)), None)
 
 
-def _all_positions(rollout: Rollout) -> Widths:
+def _all_positions(rollout: Rollout, step: int, run_key: Array) -> Plan:
+    del step, run_key
     prompt, response = rollout.prompt.shape[-1], rollout.response.shape[-1]
-    return Widths(prompt + response, response)
+    return Plan(Widths(prompt + response, response), None)
 
 
 LONGEST = Fit(_longest_prompts, _longest_rows)
@@ -57,10 +57,9 @@ MAXIMUM = Fit(lambda mask: mask.shape[-1], _all_positions)
 """The maximum lengths of the config."""
 
 
-@jax.jit
-def _longest(prompt_mask: Array, response_mask: Array) -> tuple[Array, Array]:
-    prompts, responses = (jnp.sum(mask, axis=-1) for mask in (prompt_mask, response_mask))
-    return jnp.max(jnp.maximum(prompts, 1) + responses), jnp.max(responses)
+def packed_fit(iteration: Iteration, devices: int) -> Fit:
+    """Choose the bucket of the longest prompt, and pack the rows if their lengths differ. Args: devices with rows."""
+    return Fit(_longest_prompts, functools.partial(plan_packing, iteration, devices))
 
 
 def scored_by_network(iteration: Iteration, reward: ScalarNetwork, fit: Fit) -> TwoSteps:
@@ -134,12 +133,23 @@ def _two_steps(
     """Args: rollout and responses are functions of what the first step found, scored on the host or not."""
 
     def learn_at(widths: Widths) -> Step:
-        def learn(state: TrainState, frozen: Params, found: Found, run_key: PRNGKeyArray) -> Learned:
+        def learn(
+            state: TrainState, frozen: Params, batch: tuple[Found, Packings | None], run_key: PRNGKeyArray
+        ) -> Learned:
+            found, packings = batch
             sequences = compacted(rollout(found), width=widths.row, response_width=widths.response)
-            return iteration.learn(state, frozen, responses(found, frozen, sequences), sequences, run_key)
+            of_minibatches = None
+            if packings is not None:
+                sequences = sequences._replace(packing=packings.whole)
+                of_minibatches = by_update(packings.minibatches)
+            given = responses(found, frozen, sequences)
+            return iteration.learn(state, frozen, given, sequences, run_key, of_minibatches)
 
         return learn
 
     return TwoSteps(
-        sample_at, learn_at, lambda batch: fit.prompts(batch.prompts.mask), lambda found: fit.rows(rollout(found))
+        sample_at,
+        learn_at,
+        lambda batch: fit.prompts(batch.prompts.mask),
+        lambda found, step, run_key: fit.rows(rollout(found), step, run_key),
     )

@@ -22,6 +22,14 @@ class Widths(NamedTuple):
 
     row: int  # of a prompt with its response
     response: int
+    packed: tuple[int, ...] = ()  # sizes of packed rows; empty: every response has a row of its own
+
+
+class Plan(NamedTuple):
+    """Decisions of the host about the second step of an iteration."""
+
+    widths: Widths
+    given: PyTree  # arrays for the step, with all leading axes of the batch; None: none
 
 
 class Rounds(NamedTuple):
@@ -50,9 +58,10 @@ class TwoSteps(NamedTuple):
     """An iteration of two steps: the second learns from the samples of the first."""
 
     sample: Callable[[int], Step]  # width of the prompts -> step
-    learn: Callable[[Widths], Step]
+    learn: Callable[[Widths], Step]  # its batch is what the first step found, and what the plan gives
     prompt_width: Callable[[PyTree], int]  # batch with all its leading axes, in NumPy -> width of the prompts
-    widths: Callable[[PyTree], Widths]  # batch of the second step, with all its leading axes
+    # What the first step found, with all leading axes; number of the iteration; run key -> plan.
+    plan: Callable[[PyTree, int, jax.Array], Plan]
     host: HostScoring | None = None
 
 
@@ -78,7 +87,7 @@ class TwoPrograms:
 
     def __init__(self, placement: Placement, steps: TwoSteps) -> None:
         """Create a program; its parts are compiled when a batch needs them."""
-        self._steps = steps
+        self._steps, self._placement = steps, placement
         self._sample, self._learn = _PerWidth(placement, steps.sample), _PerWidth(placement, steps.learn)
         self._gather = (
             _scored_on_host(placement, steps, steps.host, self._sample) if steps.host else _sampled(steps, self._sample)
@@ -92,7 +101,9 @@ class TwoPrograms:
         for i in range(len(jax.tree.leaves(batches)[0])):
             batch = jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], batches)
             state, found, logged = self._gather(state, frozen, batch, run_key)
-            state, metrics, samples = self._learn(self._steps.widths(found), state, frozen, found, run_key)
+            step = int(np.max(jax.device_get(self._placement.whole(state).step)))  # equal for all seeds
+            plan = self._steps.plan(found, step, run_key)
+            state, metrics, samples = self._learn(plan.widths, state, frozen, (found, plan.given), run_key)
             metrics, samples = jax.device_get((metrics, samples))
             results.append((metrics | logged, samples))
         metrics, samples = jax.tree.map(lambda *leaves: np.concatenate(leaves), *results)
@@ -100,12 +111,12 @@ class TwoPrograms:
 
     def describe(self) -> str:
         """Say how many programs were compiled, and for which widths in tokens; empty before the first iteration."""
-        prompts, rows = sorted(self._sample.programs), sorted(self._learn.programs)
-        if not rows:
+        prompts, learning = sorted(self._sample.programs), self._learn.programs
+        if not learning:
             return ""
-        widths = ", ".join(f"{width.row} ({width.response})" for width in rows)
+        widths = ", ".join(f"{row} ({response})" for row, response in sorted({width[:2] for width in learning}))
         return (
-            f"{len(prompts) + len(rows)} programs compiled: sampling for prompts of {', '.join(map(str, prompts))} "
+            f"{len(prompts) + len(learning)} programs compiled: sampling for prompts of {', '.join(map(str, prompts))} "
             f"tokens, learning for rows (responses) of {widths} tokens"
         )
 

@@ -52,7 +52,7 @@ def test_a_layout_names_the_sequence_of_every_token_and_the_tokens_that_are_read
 
 @given(st.integers(1, 200), st.integers(1, 5000), st.integers(1, 200))
 def test_sizes_are_rounded_up_to_few(rows, read, sequences):
-    rounded = PackedSize(rows, read).rounded(sequences, width=64)
+    rounded = PackedSize(rows, read).rounded(sequences, width=64, parts=16)
     assert rounded.rows >= rows and rounded.read >= read
     assert rounded.rows - rows < -(-sequences // 16)
-    assert rounded.rounded(sequences, width=64) == rounded
+    assert rounded.rounded(sequences, width=64, parts=16) == rounded

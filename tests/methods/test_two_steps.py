@@ -1,4 +1,4 @@
-"""Iterations in two programs, at the widths of each batch, equal those in one program at the maximum lengths."""
+"""Iterations in two programs, packed or at the widths of each batch, equal those in one at the maximum lengths."""
 
 import dataclasses
 from typing import Any
@@ -100,6 +100,8 @@ def equal(found, expected) -> None:
     jax.tree.map(np.testing.assert_array_equal, samples.rollout, one_samples.rollout)
     assert metrics.keys() == one_metrics.keys()
     shares = metrics.pop("token_share"), one_metrics.pop("token_share")
+    for of_pairs in (metrics, one_metrics):  # equal responses win or lose by rounding
+        of_pairs.pop("rewards/accuracies", None)
     assert np.all(shares[0] > 1.2 * shares[1])
     tokens = np.sum(samples.rollout.prompt_mask, axis=(1, 2)) + np.sum(samples.rollout.response_mask, axis=(1, 2))
     np.testing.assert_allclose(shares[1], tokens / (ROWS * (tiny.PROMPT + LIMIT)), rtol=1e-5)
@@ -107,9 +109,28 @@ def equal(found, expected) -> None:
     assert_close((params, samples.scores, samples.kl), (one_params, one_samples.scores, one_samples.kl))
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.nightly) if name in SLOW else name for name in CASES]
-)
+EACH = [pytest.param(name, marks=pytest.mark.nightly) if name in SLOW else name for name in CASES]
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_packed_rows_give_the_iteration_of_padded_ones(name):
+    at, seen = iteration_of(name), []
+    if name == "rloo":  # minibatches of 8 rows, in two parts
+        optimizer = dataclasses.replace(at.config.optimizer, micro_batch=4)
+        at = dataclasses.replace(at, config=dataclasses.replace(at.config, optimizer=optimizer))
+    found = run(at, two_steps.scored_by_network(at, tiny.REWARD, watched(two_steps.packed_fit(at, 1), seen)))
+    for plan in seen[1::2]:
+        assert len(plan.widths.packed) == (2 if name == "online_dpo" else 4)
+        shared = [np.any((rows >= 0) & (rows != rows[..., :1])) for rows in sequences(plan.given)]
+        assert len(shared) == len(plan.widths.packed) // 2 and all(shared)  # sequences share rows
+    equal(found, run(at, at.step(tiny.REWARD)))
+
+
+def sequences(packings):
+    return [each.sequence for each in packings if each is not None]
+
+
+@pytest.mark.parametrize("name", EACH)
 def test_an_iteration_at_the_widths_of_its_batch_equals_the_padded_one(name):
     at, seen = iteration_of(name), []
     steps = two_steps.scored_by_network(at, tiny.REWARD, watched(two_steps.LONGEST, seen))
@@ -120,8 +141,8 @@ def test_an_iteration_at_the_widths_of_its_batch_equals_the_padded_one(name):
     rollout = expected[2].rollout
     responses = rollout.response_mask.sum(axis=-1)
     rows = rollout.prompt_mask.sum(axis=-1) + responses
-    widths = seen[1::2]
-    for i, (row, response) in enumerate(widths):
+    widths = [plan.widths for plan in seen[1::2]]
+    for i, (row, response, _) in enumerate(widths):
         assert row in (5, 10, 15) and row - 5 < rows[i].max() <= row
         assert response in (8, 16) and response - 8 < responses[i].max() <= response
     assert seen[::2] == [2, 2]
@@ -149,9 +170,11 @@ def test_slots_sample_the_same_responses(name):
 @pytest.mark.nightly
 @pytest.mark.parametrize("scorer", ["network", "host"])
 @pytest.mark.parametrize("where", [runtime("pmap", data=2), runtime("jit", data=2, fsdp=2)], ids=["pmap", "mesh"])
-def test_seeds_on_several_devices_share_the_widths_and_equal_the_runs_of_each(where, scorer):
+@pytest.mark.parametrize("packs", [False, True])
+def test_seeds_on_several_devices_share_the_widths_and_equal_the_runs_of_each(packs, where, scorer):
     at, seen = iteration_of("ppo", make_placement(where, 2).axes, (SEED_AXIS,)), []
-    fit, reward = watched(two_steps.LONGEST, seen), jax.jit(tiny.REWARD.scores)
+    fit = two_steps.packed_fit(at, where.data * where.fsdp) if packs else two_steps.LONGEST
+    fit, reward = watched(fit, seen), jax.jit(tiny.REWARD.scores)
 
     def score(rollout):
         return Scored(np.asarray(reward(tiny.reward_params(), joined(rollout))), {})
@@ -161,6 +184,7 @@ def test_seeds_on_several_devices_share_the_widths_and_equal_the_runs_of_each(wh
     else:
         steps = two_steps.scored_by_network(at, tiny.REWARD, fit)
     params, metrics, samples = run(at, steps, where, seeds=(0, 1))
+    assert all(bool(plan.widths.packed) == packs for plan in seen[1::2])
     assert len(seen) == 4  # a width of the prompts and one of the rows for each iteration, whatever the seeds
     alone = iteration_of("ppo")
     for seed in range(2):

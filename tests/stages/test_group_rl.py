@@ -44,7 +44,12 @@ def host_steps(config):
     no_scores = Scored(np.zeros(0), {})
     steps = two_steps.scored_on_host(tiny.iteration(config), lambda rollout: no_scores, two_steps.MAXIMUM)
     assert steps.host is not None
-    return steps.sample(tiny.PROMPT), steps.learn(Widths(tiny.PROMPT + tiny.RESPONSE, tiny.RESPONSE)), steps.host.rounds
+    at_full_width = steps.learn(Widths(tiny.PROMPT + tiny.RESPONSE, tiny.RESPONSE))
+
+    def learn(state, frozen, found, run_key):
+        return at_full_width(state, frozen, (found, None), run_key)
+
+    return steps.sample(tiny.PROMPT), learn, steps.host.rounds
 
 
 @functools.cache

@@ -117,7 +117,7 @@ def test_metrics_are_those_of_the_samples(one_device):
 def test_the_higher_score_is_chosen_and_of_a_tie_the_first():
     rows = jnp.arange(8)
     rollout = Rollout(*(jnp.stack([rows, rows], axis=1) for _ in range(4)))
-    pairs, margins = choose(rollout, jnp.array([1.0, 2.0, 2.0, 1.0, 3.0, 3.0, -1.0, -2.0]))
+    pairs, margins = choose(joined(rollout), jnp.array([1.0, 2.0, 2.0, 1.0, 3.0, 3.0, -1.0, -2.0]))
     np.testing.assert_array_equal(pairs.chosen.tokens[:, 0], [1, 2, 4, 6])  # the prompt of the row itself
     np.testing.assert_array_equal(pairs.rejected.tokens[:, 0], [0, 3, 5, 7])
     np.testing.assert_array_equal(pairs.chosen.response[:, 0], [1, 2, 4, 6])

@@ -2,9 +2,11 @@
 
 from typing import NamedTuple
 
+import numpy as np
+
 from rlhf_jax.data import formats, pipeline
 from rlhf_jax.loading.context import Context
-from rlhf_jax.types import RlhfError
+from rlhf_jax.types import RlhfError, Row
 
 
 class Files(NamedTuple):
@@ -28,6 +30,13 @@ def load_preferences(context: Context, stage: str | None) -> tuple[list[dict], l
         for split, table in zip(("train", "eval"), rows, strict=True):
             formats.require_columns(table, ["prompt", "chosen", "rejected"], context.data.source(split))
     return rows[0], rows[1]
+
+
+def evaluation_rows(rows: list[Row], most: int | None) -> list[Row]:
+    """Draw at most so many rows for evaluations during training: the same for all runs, in their order."""
+    if most is None or len(rows) <= most:
+        return rows
+    return [rows[place] for place in np.sort(np.random.default_rng(0).permutation(len(rows))[:most])]
 
 
 def load_demonstrations(context: Context, stage: str | None) -> tuple[list[dict], list[dict]]:

@@ -87,6 +87,7 @@ class OfflineConfig:
     epochs: Positive  # passes over the training rows
     eval_every: Count  # steps between evaluations
     loop: LoopConfig
+    eval_rows: Count | None = 1024  # held-out rows of an evaluation, the same ones every time; None: all
     # Pack several sequences into a row if their lengths differ, so that little is computed on padding; changes results
     # by rounding only.
     pack: bool = True

@@ -17,7 +17,7 @@ from rlhf_jax.loading.context import Context
 from rlhf_jax.loading.data_report import report_answers
 from rlhf_jax.loading.models import NO_CHANGES, Tuning, refuse_float16
 from rlhf_jax.loading.samples import policy_samples
-from rlhf_jax.loading.tables import load_preferences
+from rlhf_jax.loading.tables import evaluation_rows, load_preferences
 from rlhf_jax.loading.trainable import full_params, init_trainable, load_initial_policy
 from rlhf_jax.methods.dpo import SIGMOID, ReferencedBatch, ReferenceUpdate, evaluate, make_step, pair_logps_all
 from rlhf_jax.methods.offline import OfflineConfig, OfflineMethod, Updates, train_offline
@@ -62,6 +62,7 @@ def run(config: DPOConfig, context: Context) -> dict[str, Any]:
     reference = load_initial_policy(config.policy, config.tuning, context)
     network, tokenizer = reference.network, reference.tokenizer
     rows, held_out = load_preferences(context, config.preferences)
+    held_out = evaluation_rows(held_out, config.eval_rows)
     pairs, eval_pairs = (pipeline.preferences(table, tokenizer, context.data) for table in (rows, held_out))
     eval_fit = Buckets.best(pair_table(eval_pairs).lengths, config.widths).fit
     eval_prompts = pipeline.prompts(pipeline.load_rows(context.data, "eval"), tokenizer, context.data)

@@ -28,7 +28,7 @@ from rlhf_jax.loading.context import Context
 from rlhf_jax.loading.data_report import report_answers
 from rlhf_jax.loading.models import NO_CHANGES, Tuning, refuse_float16
 from rlhf_jax.loading.samples import policy_samples
-from rlhf_jax.loading.tables import load_preferences
+from rlhf_jax.loading.tables import evaluation_rows, load_preferences
 from rlhf_jax.loading.trainable import full_params, init_trainable, load_initial_policy
 from rlhf_jax.methods.offline import OfflineConfig, OfflineMethod, Updates, train_offline
 from rlhf_jax.models.policy import PolicyNetwork
@@ -90,6 +90,7 @@ def run(config: KTOConfig, context: Context) -> dict[str, Any]:
     reference = load_initial_policy(config.policy, config.tuning, context)
     network, tokenizer = reference.network, reference.tokenizer
     rows, held_out = load_unpaired(context, config.preferences)
+    held_out = evaluation_rows(held_out, config.eval_rows)
     data, eval_data = (labelled(table, tokenizer, context.data) for table in (rows, held_out))
     eval_prompts = pipeline.prompts(pipeline.load_rows(context.data, "eval"), tokenizer, context.data)
     report_answers(context, tokenizer, {"train": answer_pairs(rows), "eval": answer_pairs(held_out)})

@@ -21,6 +21,7 @@ from rlhf_jax.loading.data_report import report_answers
 from rlhf_jax.loading.models import Pretrained, RewardModel, as_reward_model, refuse_float16
 from rlhf_jax.loading.samples import draw_and_sample
 from rlhf_jax.loading.stage_models import load_stage_reward_model, save_reward_spec
+from rlhf_jax.loading.tables import evaluation_rows
 from rlhf_jax.loading.trainable import full_params, init_trainable, trainable
 from rlhf_jax.methods import reward as reward_loss
 from rlhf_jax.methods.offline import OfflineConfig, OfflineMethod, Updates, train_offline
@@ -73,7 +74,7 @@ class RewardModelConfig(OfflineConfig):
 
 
 def run(config: RewardModelConfig, context: Context) -> dict[str, Any]:
-    """Train on the training pairs, evaluate on the held-out pairs, and write `calibration.json`."""
+    """Train on the training pairs, evaluate on held-out pairs, and write `calibration.json` of all held-out pairs."""
     members = 1 if config.ensemble is None else config.ensemble.members
     starts = [make_reward_model(config, context, member) for member in range(members)]
     tuning = config.model if isinstance(config.model, Pretrained) else None
@@ -88,7 +89,10 @@ def run(config: RewardModelConfig, context: Context) -> dict[str, Any]:
     save_reward_spec(context.directory, model, base=origin)
     rows, held_out = reward_loss.load_rows(config.loss, context, config.preferences)
     data = reward_loss.make_table(config.loss, rows, model.tokenizer, context.data)
-    eval_data = HeldOut(pipeline.preferences(held_out, model.tokenizer, context.data), held_out)
+    all_held_out, eval_data = (
+        HeldOut(pipeline.preferences(table, model.tokenizer, context.data), table)
+        for table in (held_out, evaluation_rows(held_out, config.eval_rows))
+    )
     report_answers(context, model.tokenizer, {"train": answer_pairs(rows), "eval": answer_pairs(held_out)})
     frozen = {"base": initial[0].base}
 
@@ -108,7 +112,7 @@ def run(config: RewardModelConfig, context: Context) -> dict[str, Any]:
         found = score_moments(config.normalise, load(), context)
         save_reward_spec(context.directory, model, base=origin, moments=found)
     finished = load()
-    figures = report(finished, eval_data, context)
+    figures = report(finished, all_held_out, context)
     return {"train_pairs": len(rows), "eval_pairs": len(held_out), **trained, **figures}
 
 

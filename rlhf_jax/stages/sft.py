@@ -20,7 +20,7 @@ from rlhf_jax.loading.data_report import report_answers
 from rlhf_jax.loading.models import Policy, Pretrained, refuse_float16
 from rlhf_jax.loading.samples import policy_samples
 from rlhf_jax.loading.stage_models import save_policy_spec
-from rlhf_jax.loading.tables import load_demonstrations
+from rlhf_jax.loading.tables import evaluation_rows, load_demonstrations
 from rlhf_jax.loading.trainable import full_params, init_trainable, trainable
 from rlhf_jax.methods.offline import OfflineConfig, OfflineMethod, Updates, train_offline
 from rlhf_jax.models.model_config import ModelConfig
@@ -55,6 +55,7 @@ class SFTConfig(OfflineConfig):
 def run(config: SFTConfig, context: Context) -> dict[str, Any]:
     """Train on the training rows; evaluate the loss and sample on held-out rows."""
     rows, held_out = load_demonstrations(context, config.demonstrations)
+    held_out = evaluation_rows(held_out, config.eval_rows)
     start = make_policy(config, rows, context)
     tuning = config.model if isinstance(config.model, Pretrained) else None
     network, tokenizer = trainable(start.network, tuning), start.tokenizer

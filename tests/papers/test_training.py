@@ -1,12 +1,14 @@
 """Papers that train: seeds with experiments of their own, stages that papers share, and the record of a run."""
 
 import json
+import runpy
 
 import numpy as np
 import pandas as pd
 import pytest
 from rich.console import Console
 
+from rlhf_jax import experiment
 from rlhf_jax.papers import controls, reproduce, suite, training
 from rlhf_jax.runtime.files import read_json, write_json
 
@@ -45,6 +47,16 @@ def test_the_record_adds_the_seeds(tmp_path):
         }
     }
     assert training.stages_record(tmp_path / "missing") == {}
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_settings_are_those_of_an_experiment(name):
+    paper = runpy.run_path(str(suite.papers_directory() / name / "paper.py"))
+    for scale, settings in suite.load_paper(name).scales.items():
+        config = paper["config"](smoke=scale == "smoke")
+        assert list(experiment.parse(config).stages) == settings.settings["stages"]
+        assert settings.settings == training.settings_of(config)
+        assert "seed" not in settings.settings
 
 
 @pytest.mark.nightly

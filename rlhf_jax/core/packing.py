@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from rlhf_jax.core import masking
 from rlhf_jax.types import Packing
 
 
@@ -78,16 +79,23 @@ def by_token(x: Shaped[Array, "G M"], mask: Bool[Array, "B T"], packing: Packing
     return _moved(x, _Move(_numbers(mask, packing), packing.read)).reshape(mask.shape)
 
 
-def unpacked(x: Shaped[Array, "GR W *rest"], mask: Bool[Array, "B S"], packing: Packing) -> Shaped[Array, "B S *rest"]:
-    """Move a network's outputs to padded rows; 0 at padding."""
-    groups, width = len(packing.sequence), mask.shape[1]
-    source = jnp.where(
-        mask.reshape(groups, -1, width), packing.first[..., None] + jnp.arange(width, dtype=jnp.int32)[None, None], -1
-    )
-    sequence = packing.sequence.reshape(groups, -1)
-    target = jnp.where(sequence < 0, -1, sequence * width + _places(packing))
-    moved = _moved(x.reshape(groups, -1, *x.shape[2:]), _Move(source.reshape(groups, -1), target))
-    return moved.reshape(*mask.shape, *x.shape[2:])
+def sums(x: Float[Array, "GR W D"], packing: Packing) -> Float[Array, "B D"]:
+    """Sum a network's outputs over the tokens of each sequence."""
+    groups, sequences = packing.first.shape
+    sequence = packing.sequence.reshape(groups, 1, -1)
+    belongs = sequence == jnp.arange(sequences, dtype=jnp.int32)[None, :, None]
+    outputs = x.reshape(groups, -1, x.shape[-1])
+    found = jnp.einsum("gnp,gpd->gnd", belongs.astype(x.dtype), outputs, precision=jax.lax.Precision.HIGHEST)
+    return found.reshape(-1, x.shape[-1])
+
+
+def lasts(x: Float[Array, "GR W D"], mask: Bool[Array, "B S"], packing: Packing) -> Float[Array, "B D"]:
+    """Select a network's output at the last token of each sequence; 0 for sequences without tokens."""
+    lengths = masking.lengths(mask).reshape(packing.first.shape)
+    sequence = packing.sequence.reshape(len(packing.first), -1)
+    is_last = (sequence >= 0) & (_places(packing) == _take(lengths, sequence) - 1)
+    move = _Move(jnp.where(lengths > 0, packing.first + lengths - 1, -1), jnp.where(is_last, sequence, -1))
+    return _moved(x.reshape(len(packing.first), -1, x.shape[-1]), move).reshape(-1, x.shape[-1])
 
 
 def _places(packing: Packing) -> Int[Array, "G RW"]:

@@ -9,12 +9,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PRNGKeyArray, PyTree
 
-from rlhf_jax.core.packing import unpacked
 from rlhf_jax.core.sequences import by_response, predictors
 from rlhf_jax.models import lora
 from rlhf_jax.models.lora import Adapted, LoraConfig
 from rlhf_jax.models.model_config import ModelConfig
-from rlhf_jax.models.reading import hidden_states
+from rlhf_jax.models.reading import hidden_states, last_hidden, mean_hidden
 from rlhf_jax.models.reward_ensemble import EnsembleConfig, combined
 from rlhf_jax.models.scalar_transformer import ScalarTransformer
 from rlhf_jax.types import Sequences
@@ -80,14 +79,8 @@ class ScalarNetwork:
         """
         if self.ensemble is not None:
             return combined(self.ensemble, self.member_scores(params, sequences))
-        mask, numbers = sequences.mask, self._apply(params, self._hidden(params, sequences, dropout_keys))
-        if sequences.packing is not None:
-            numbers = unpacked(numbers, mask, sequences.packing)
-        if self.pooling == "mean":  # the mean of the unit's values is its value at the mean hidden state
-            count = jnp.maximum(jnp.sum(mask, axis=1, dtype=jnp.float32), 1)
-            return jnp.sum(jnp.where(mask, numbers, 0), axis=1) / count
-        last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
-        return jnp.take_along_axis(numbers, last[:, None], axis=1)[:, 0]
+        pool = mean_hidden if self.pooling == "mean" else last_hidden
+        return self._apply(params, pool(self._hidden(params, sequences, dropout_keys), sequences))
 
     def member_scores(self, params: PyTree, sequences: Sequences) -> Float[Array, "members B"]:
         """Scores of each member of an ensemble, in one batched computation."""

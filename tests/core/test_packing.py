@@ -39,8 +39,11 @@ def test_packed_rows_hold_every_token_once_with_its_index_in_the_sequence():
         assert found == expected and mask.sum() == len(expected)
 
 
-def test_what_is_packed_comes_back_to_its_row():
-    np.testing.assert_array_equal(packing.unpacked(ROWS.tokens, jnp.asarray(MASK), PACKING), TOKENS)
+def test_sums_and_last_tokens_are_those_of_the_sequences():
+    x = ROWS.tokens.astype(jnp.float32)[..., None] * jnp.array([1.0, -2.0])[None, None]
+    np.testing.assert_allclose(packing.sums(x, PACKING)[:, 0], np.where(MASK, TOKENS, 0).sum(axis=1))
+    last = TOKENS[np.arange(COUNT), MASK.sum(axis=1) - 1]
+    np.testing.assert_array_equal(packing.lasts(x, jnp.asarray(MASK), PACKING)[:, 1], -2 * last)
 
 
 def test_predictors_are_the_positions_before_the_tokens_that_are_read():
@@ -59,15 +62,15 @@ def test_gradients_are_those_of_indexing():
     def by_moves(x):
         found = packing.predictors(x, jnp.asarray(START), jnp.asarray(READ), PACKING)
         numbers = packing.by_token(jnp.sum(found**2, axis=-1), jnp.asarray(READ), PACKING)
-        whole = packing.unpacked(x, jnp.asarray(MASK), PACKING)
-        return jnp.sum(weights * numbers) + jnp.sum(jnp.sin(whole))
+        whole = packing.sums(jnp.sin(x), PACKING), packing.lasts(x, jnp.asarray(MASK), PACKING)
+        return jnp.sum(weights * numbers) + jnp.sum(whole[0] ** 2) + jnp.sum(whole[1] ** 3)
 
     def by_indices(x):
         flat, total = x.reshape(2, -1, 3), 0.0
         for row, first in enumerate(np.asarray(PACKING.first).reshape(-1)):
             own = flat[row // 4]
-            for token in range(MASK[row].sum()):
-                total += jnp.sum(jnp.sin(own[first + token]))
+            tokens = own[first : first + MASK[row].sum()]
+            total += jnp.sum(jnp.sum(jnp.sin(tokens), axis=0) ** 2) + jnp.sum(tokens[-1] ** 3)
             for token in range(RESPONSES[row]):
                 total += weights[row, token] * jnp.sum(own[first + PROMPTS[row] + token - 1] ** 2)
         return total

@@ -29,6 +29,23 @@ def best_of_n(proxy: ArrayLike, gold: ArrayLike, n: int) -> Float[np.ndarray, "B
     return np.take_along_axis(gold, order, axis=1) @ order_statistic_weights(proxy.shape[1], n)
 
 
+def best_of_n_distribution(chances: ArrayLike, proxy: ArrayLike, n: int) -> Float[np.ndarray, "N"]:
+    r"""Distribution of the best of n samples by proxy score, for a policy with finitely many responses.
+
+    $P(S \le s)^n - P(S < s)^n$ for each score s, shared among responses of equal score in proportion to their chances:
+    the first of equally good samples is selected. Lemma 1 of Beirami et al. 2024 (arXiv:2401.01879).
+
+    Args: the policy's chances and the scores of all responses, [N].
+    """
+    chances, proxy = np.asarray(chances, np.float64), np.asarray(proxy, np.float64)
+    values, where = np.unique(proxy, return_inverse=True)
+    equal = np.bincount(where, weights=chances, minlength=len(values))
+    up_to = np.minimum(np.cumsum(equal), 1.0)
+    below = np.append(0.0, up_to[:-1])
+    share = np.divide(chances, equal[where], out=np.zeros_like(chances), where=equal[where] > 0)
+    return (up_to**n - below**n)[where] * share
+
+
 def best_of_n_kl(n: ArrayLike) -> Float[np.ndarray, "..."]:
     r"""KL divergence of Best-of-N from the policy that it samples from: $\log n - (n-1)/n$ nats.
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from rlhf_jax.core.selection import (
     best_of_n,
+    best_of_n_distribution,
     best_of_n_kl,
     best_of_n_kl_estimate,
     best_of_n_win_rate,
@@ -251,3 +252,16 @@ def test_the_interval_over_prompts_covers_prompts_and_pools():
         low, high = bootstrap_interval(best_of_n(proxy, proxy, 4), level=0.95, rounds=200, seed=seed)
         covered.append(low <= 1.0293753730 <= high)  # the expected maximum of four standard normal numbers
     assert 0.86 < np.mean(covered) <= 0.99
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_the_distribution_of_the_best_is_that_of_all_sequences_of_samples(n):
+    rng = np.random.default_rng(n)
+    chances, scores = rng.dirichlet(np.ones(5)), np.array([2, 0, 2, 1, 2])
+    chances[1] = 0.0
+    chances /= chances.sum()
+    expected = np.zeros(5)
+    for samples in itertools.product(range(5), repeat=n):
+        best = max(samples, key=lambda response: scores[response])  # the first of equals
+        expected[best] += np.prod(chances[list(samples)])
+    np.testing.assert_allclose(best_of_n_distribution(chances, scores, n), expected, atol=1e-14)

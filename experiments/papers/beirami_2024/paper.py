@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from rlhf_jax.core.selection import best_of_n_kl, best_of_n_win_rate_bound
+from rlhf_jax.core.selection import best_of_n_distribution, best_of_n_kl, best_of_n_win_rate_bound
 from rlhf_jax.papers.claims import Above, Below, Claim
 from rlhf_jax.papers.suite import Paper, Scale
 from rlhf_jax.reports import style
@@ -36,17 +36,10 @@ def measure(scale: str, seeds: Sequence[int], workdir: Path) -> pd.DataFrame:
         chances = rng.dirichlet(np.full(RESPONSES, 0.5))
         for ties, scores in (("none", rng.permutation(RESPONSES)), ("some", rng.integers(0, 8, RESPONSES))):
             for n in SIZES:
-                best = selected(chances, scores, n)
+                best = best_of_n_distribution(chances, scores, n)
                 first = chances[scores == scores.max()].sum()
                 rows.append({"seed": seed, "ties": ties, "n": n, "first": first, **gaps(chances, scores, best, n)})
     return pd.DataFrame(rows)
-
-
-def selected(chances: np.ndarray, scores: np.ndarray, n: int) -> np.ndarray:
-    r"""Distribution of the best of n: $P(S \le s)^n - P(S < s)^n$ for each score s, shared in proportion among ties."""
-    below = np.array([chances[scores < score].sum() for score in scores])
-    equal = np.array([chances[scores == score].sum() for score in scores])
-    return ((below + equal) ** n - below**n) * chances / equal
 
 
 def gaps(chances: np.ndarray, scores: np.ndarray, best: np.ndarray, n: int) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """Adapters in PEFT's format: out of a stage by `rlhf-jax export --adapter`, and in beside the base that they name."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -15,18 +16,20 @@ from rlhf_jax.loading.pretrained import load_checkpoint
 from rlhf_jax.loading.stage_models import Base
 from tests.support import checkpoints, tokenizer_files
 from tests.support.commands import fails, succeeds
-from tests.support.trained_stages import adapted, assert_same_model, write_stage
+from tests.support.trained_stages import LORA, adapted, assert_same_model, write_stage
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A run: dpo beside a checkpoint, tuned beside dpo, judge beside the checkpoint; and dpo's and judge's adapters."""
+    """A run: dpo, stable (rank-stabilised) and judge are adapters of a checkpoint, and tuned is one of dpo."""
     directory = tmp_path_factory.mktemp("adapters")
     source = str(checkpoints.policy(directory / "source"))
     start = load_checkpoint(source)
     assert isinstance(start, Policy)
     dpo, beside = adapted(start), Base(source, is_stage=False)
     write_stage(directory / "run" / "dpo", dpo, beside)
+    stable = dataclasses.replace(LORA, use_rslora=True)
+    write_stage(directory / "run" / "stable", adapted(start, stable), beside)
     write_stage(directory / "run" / "tuned", adapted(merged(dpo)), Base("dpo", is_stage=True))
     write_stage(directory / "run" / "judge", adapted(as_reward_model(start, jax.random.key(1))), beside)
     return directory
@@ -45,7 +48,7 @@ def changed(adapter: Path, out: Path, **fields) -> Path:
     return out
 
 
-@pytest.mark.parametrize("stage", ["dpo", "judge"])
+@pytest.mark.parametrize("stage", ["dpo", "stable", "judge"])
 def test_what_an_adapter_and_its_base_make_is_the_stages_model(stage, made, tmp_path, capsys):
     alone = export(capsys, made, stage, tmp_path / "adapter", "--adapter")
     config = json.loads((alone / "adapter_config.json").read_text())

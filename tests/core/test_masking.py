@@ -29,6 +29,10 @@ def test_count_is_how_many_entries_are_true():
     assert counted.dtype == jnp.int32
 
 
+def test_a_share_is_of_all_entries():
+    assert masking.share(jnp.asarray([[True, False], [True, True]]), ()) == 0.75
+
+
 @given(seeds)
 def test_mean_and_variance_are_those_of_the_selected_entries(seed):
     x, mask = normal(seed, ROWS, WIDTH), random_mask(seed)

@@ -22,7 +22,8 @@ from rlhf_jax.reports.run import Run
 from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.runtime.optimizers import make_optimizer
 from rlhf_jax.runtime.programs import make_placement
-from rlhf_jax.stages import reward_model, sft
+from rlhf_jax.stages import kto, reward_model, sft
+from rlhf_jax.types import UnpairedBatch
 from tests.support import checkpoints, tiny
 from tests.support.own_data import chat_arguments
 from tests.support.programs import PLACEMENTS, QUICK, assert_close
@@ -31,6 +32,12 @@ from tests.support.tiny import demonstrations
 LORA = LoraConfig(rank=2, alpha=4.0, targets=("attention/[qv]", "up"))
 POLICY = dataclasses.replace(tiny.POLICY, lora=LORA)
 REWARD = dataclasses.replace(tiny.REWARD, lora=LORA)
+
+
+def labelled(seed):
+    """Responses of which every other one is good."""
+    pairs = tiny.preferences(16, seed)
+    return UnpairedBatch(pairs.chosen, pairs.rejected, np.arange(16) % 2 == 0)
 
 
 def run(name, lora=LORA, where=tiny.ONE_DEVICE):
@@ -56,6 +63,13 @@ def run(name, lora=LORA, where=tiny.ONE_DEVICE):
                 {"policy": base},
                 {"reference": base, "beta": jnp.float32(0.1)},
                 [tiny.preferences(16, seed) for seed in range(2)],
+            ),
+            "kto": (
+                kto.make_step,
+                policy,
+                {"policy": base},
+                {"reference": base, "beta": jnp.float32(0.1)},
+                [labelled(seed) for seed in range(2)],
             ),
             "reward_model": (
                 reward_model.make_step,
@@ -122,6 +136,13 @@ def test_dropout_too_is_the_same_on_several_devices(name, where):
     plain, one, several = run(name), run(name, lora), run(name, lora, PLACEMENTS[where])
     assert_close(several[1:], one[1:])
     assert np.any(one[2]["loss"] != plain[2]["loss"])
+
+
+@pytest.mark.parametrize("name", ["reward_model", "kto"])
+def test_dropout_changes_the_loss_once_the_adapter_is_not_zero(name):
+    plain, dropped = (run(name, dataclasses.replace(LORA, dropout=rate))[2]["loss"] for rate in (0.0, 0.3))
+    np.testing.assert_allclose(dropped[0], plain[0], rtol=1e-6)
+    assert abs(dropped[1] - plain[1]) > 1e-6
 
 
 def test_ppo_refuses_dropout():

@@ -1,10 +1,11 @@
-"""Models that a stage starts from, is compared with and is scored by: those of the stages that its config names.
+"""Models and rows that a stage reads: those of the stages that its config names, and of one split.
 
-Earlier stages are written as training leaves them, and a later one is stopped where it would train.
+Earlier stages are written as training leaves them, and a later one is stopped where it would train or sample.
 """
 
 import contextlib
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from rlhf_jax import experiment
+from rlhf_jax.loading import samples
 from rlhf_jax.loading.models import Policy, RewardModel, merged
 from rlhf_jax.loading.pretrained import load_checkpoint
 from rlhf_jax.loading.stage_models import Base
@@ -25,6 +27,8 @@ from rlhf_jax.runtime.checkpoints import Checkpoints, TrainState
 from rlhf_jax.runtime.files import write_json
 from rlhf_jax.runtime.loop import Task
 from rlhf_jax.runtime.workdir import Workdir
+from rlhf_jax.stages import frontier
+from rlhf_jax.types import PromptBatch
 from tests.support import experiments
 from tests.support.trained_stages import LORA, adapted, write_stage
 
@@ -69,6 +73,22 @@ class Trained:
     reward: RewardModel
 
 
+WORD = {"train": "good", "eval": "bad", "test": "dull"}
+"""Word that every prompt of a split is."""
+
+
+def write_pairs(path: Path, split: str) -> Path:
+    """Pairs of chats whose prompts tell the split, and whose answers do not."""
+
+    def say(role: str, content: str) -> list[dict[str, str]]:
+        return [{"role": role, "content": content}]
+
+    answers = {side: say("assistant", text) for side, text in (("chosen", "the film is"), ("rejected", "film"))}
+    row = json.dumps({"prompt": say("user", WORD[split]), **answers})
+    path.write_text(f"{row}\n" * 24)
+    return path
+
+
 class Started(Exception):
     """A stage is about to train."""
 
@@ -90,7 +110,8 @@ SECTIONS = {
 def write_chain(directory: Path, *, adapters: bool) -> Trained:
     """Stages sft and reward_model that trained whole models, or adapters of a checkpoint; the older of two differs."""
     places = experiments.models(directory)
-    experiments.preference_rows(directory / "pairs.jsonl")
+    for split in WORD:
+        write_pairs(directory / f"{split}.jsonl", split)
     sections, models = {}, []
     for (name, section), place in zip(SECTIONS.items(), places, strict=True):
         sections[name] = section | {"model": {"init": place}}
@@ -111,21 +132,45 @@ def trained(tmp_path_factory) -> Trained:
     return write_chain(tmp_path_factory.mktemp("chain"), adapters=True)
 
 
-def started(trained: Trained, monkeypatch, section: dict[str, Any]) -> Task:
-    """The task that a stage with this section would train."""
+class Sampled(Exception):
+    """A stage is about to sample."""
 
-    def train(task, *rest):
-        raise Started(task)
+    def __init__(self, prompts: PromptBatch) -> None:
+        self.prompts = prompts
 
-    for module in (offline, online):
-        monkeypatch.setattr(module, "train", train)
-    data = experiments.data_config(trained.workdir.root.parent / "pairs.jsonl")
+
+def stop_at_sampling(network, params, prompts, *rest, **options):
+    raise Sampled(prompts)
+
+
+def stop_at_training(task, *rest):
+    raise Started(task)
+
+
+def run(trained: Trained, section: dict[str, Any]) -> None:
+    """Run one stage with this section after those of the chain."""
     stages = {**trained.sections, "later": section}
     common = {"seed": 0, "seeds": 1, "stages": tuple(stages), "runtime": experiments.RUNTIME}
-    config = ConfigDict({**common, "data": dataclasses.asdict(data), **stages})
+    places = {split: str(trained.workdir.root.parent / f"{split}.jsonl") for split in WORD}
+    data = dataclasses.asdict(experiments.data_config("")) | places
+    config = ConfigDict({**common, "data": data, **stages})
+    experiment.run(experiment.parse(config), trained.workdir, "later", Console(quiet=True))
+
+
+def started(trained: Trained, monkeypatch, section: dict[str, Any]) -> Task:
+    """The task that a stage with this section would train."""
+    for module in (offline, online):
+        monkeypatch.setattr(module, "train", stop_at_training)
     with pytest.raises(Started) as caught:
-        experiment.run(experiment.parse(config), trained.workdir, "later", Console(quiet=True))
+        run(trained, section)
     return caught.value.task
+
+
+def assert_of_split(tokens, split: str, tokenizer) -> None:
+    """Every row has the word of this split, and none that of another."""
+    for other, word in WORD.items():
+        (number,) = tokenizer.encode(word)
+        assert np.any(np.asarray(tokens) == number, axis=-1).tolist() == [other == split] * len(tokens), other
 
 
 def assert_same(got, expected) -> None:
@@ -155,7 +200,10 @@ def test_a_stage_starts_from_sft_which_is_its_reference_and_is_scored_by_the_rew
     name, tuning, trained, monkeypatch
 ):
     task = started(trained, monkeypatch, {**LATER[name], "tuning": tuning})
-    params, frozen = task.start().params, task.frozen
+    params, frozen, batch = task.start().params, task.frozen, task.batch_at(0)
+    tokens = {"dpo": "chosen", "kto": "sequences"}
+    rows = getattr(batch, tokens[name]) if name in tokens else batch.prompts
+    assert_of_split(rows.tokens, "train", trained.sft.tokenizer)
     assert_same(frozen["reference"], trained.sft.params)
     if tuning:
         assert_untrained(params["policy"], layers=3)
@@ -187,3 +235,43 @@ def test_a_reward_model_from_a_policy_has_its_body(lora, trained, monkeypatch):
     task = started(trained, monkeypatch, {**trained.sections["reward_model"], "model": {"init": "sft", "lora": lora}})
     body = {name: leaf for name, leaf in trained.sft.params.items() if name != "head"}
     assert_same((task.start().params["reward"] if lora is None else task.frozen["base"])["body"], body)
+
+
+HOT = {"temperature": 1.0}
+SAMPLING = {"policy": "sft", "reward_model": "reward_model", "prompts": 4}
+SPLITS = {
+    "best_of_n": ("test", {"judge": None, "pool": 2, **SAMPLING, **HOT}),
+    "frontier": (
+        "test",
+        {
+            "reference": "sft",
+            "policies": ("sft",),
+            "judge": "reward_model",
+            "prompts": 4,
+            "kl_targets": (1.0,),
+            **HOT,
+        },
+    ),
+    "pool": (
+        "test",
+        {"policy": "sft", "reward_models": ("reward_model",), "judge": None, "prompts": 4, "samples": 2} | HOT,
+    ),
+    "preferences": (
+        "train",
+        {"judge": None, "eval_prompts": 1, "samples_per_prompt": 2, "label_beta": None, **SAMPLING},
+    ),
+    "rejection_sampling": (
+        "train",
+        {"eval_prompts": 1, "samples_per_prompt": 2, "keep": {"best": 1}, **SAMPLING, **HOT},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SPLITS)
+def test_prompts_are_those_of_one_split(kind, trained, monkeypatch):
+    split, section = SPLITS[kind]
+    for module in (samples, frontier):
+        monkeypatch.setattr(module, "sample_all", stop_at_sampling)
+    with pytest.raises(Sampled) as caught:
+        run(trained, {"kind": kind, **section})
+    assert_of_split(caught.value.prompts.tokens, split, trained.sft.tokenizer)

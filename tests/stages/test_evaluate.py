@@ -1,5 +1,6 @@
 """Evaluations of small checkpoints: who wins against whom, by which judge, and what is measured beside it."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -31,15 +32,15 @@ from tests.support.judge_server import likes_longer, serving
 PROMPTS, SELECTION = 24, 8
 
 
-def conversations(path: Path, rows: int) -> Path:
-    """Preferences that are chats: prompts, and texts to be told how likely they are."""
+def conversations(path: Path, rows: int, *, longer: int = 0) -> Path:
+    """Preferences that are chats: prompts of 1 to 3 words or more, and texts to be told how likely they are."""
     rng = np.random.default_rng(rows)
 
-    def message(role: str) -> dict[str, str]:
-        return {"role": role, "content": " ".join(rng.choice(experiments.WORDS, rng.integers(1, 4)))}
+    def message(role: str, more: int = 0) -> dict[str, str]:
+        return {"role": role, "content": " ".join(rng.choice(experiments.WORDS, rng.integers(1, 4) + more))}
 
     rows_ = [
-        {"prompt": [message("user")], "chosen": [message("assistant")], "rejected": [message("assistant")]}
+        {"prompt": [message("user", longer)], "chosen": [message("assistant")], "rejected": [message("assistant")]}
         for _ in range(rows)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows_))
@@ -81,7 +82,9 @@ def evaluated(tmp_path_factory):
     model, reward_model = experiments.models(directory)
     other = near(model, directory / "other", "policy", 0.3)
     judge = near(reward_model, directory / "gold", "reward", 0.3)
-    data = conversations(directory / "chats.jsonl", 40)
+    train, held_out = (str(conversations(directory / f"{more}.jsonl", 40, longer=more)) for more in (6, 3))
+    test = str(conversations(directory / "chats.jsonl", 40))
+    data = dataclasses.replace(experiments.data_config(""), train=train, eval=held_out, test=test)
     with pytest.MonkeyPatch.context() as patch, serving(likes_longer) as server:
         patch.setenv("RLHF_JAX_DATA", str(directory / "cache"))
         http = {"url": server.url, "model": "tiny", "prompt_price": 3.0}
@@ -118,6 +121,7 @@ def test_prompts_are_drawn_from_the_whole_file_and_the_same_for_all_methods(eval
     prompts = {name: sampled(evaluated[0] / "plain", name)["prompt"].tolist() for name in ("reference", "best_of_2")}
     assert len(prompts["reference"]) == PROMPTS and prompts["reference"] == prompts["best_of_2"]
     asked = [row["prompt"][0]["content"] for row in experiments.rows(evaluated[0].parent / "chats.jsonl")]
+    assert {prompt.removesuffix(":") for prompt in prompts["reference"]} <= set(asked), "of the test split"
     late = set(asked[PROMPTS:]) - set(asked[:PROMPTS])  # a file may be sorted: the first rows are none like the others
     assert any(prompt.removesuffix(":") in late for prompt in prompts["reference"])
 

@@ -43,9 +43,9 @@ def write_stage(directory, model: Policy | RewardModel, base: Base | None = None
 LORA = LoraConfig(rank=2, alpha=4.0, targets=("attention/[qv]", "up"))
 
 
-def adapted(model):
+def adapted(model, lora: LoraConfig = LORA):
     """A model with an adapter that does something."""
-    network = dataclasses.replace(model.network, lora=LORA)
+    network = dataclasses.replace(model.network, lora=lora)
     rng = np.random.default_rng(0)
     adapter = jax.tree.map(
         lambda leaf: jnp.asarray(0.2 * rng.normal(size=leaf.shape), jnp.float32),

@@ -17,6 +17,15 @@ LEAST_GAIN = 0.8
 """Batches are packed if the mean length of their sequences is at most this share of the longest."""
 
 
+NARROWEST = 64
+"""Least width of packed rows: short sequences fill wide rows better, and attention costs little at this width."""
+
+
+def packed_width(longest: int, sequences: int) -> int:
+    """Width of rows that hold several sequences: a multiple of the longest, of which a group fills at least four."""
+    return longest * min(math.ceil(NARROWEST / longest), max(1, sequences // 4))
+
+
 class PackedSize(NamedTuple):
     """Shape of a packed group: rows R and tokens M that a loss reads."""
 
@@ -61,6 +70,10 @@ class Groups(NamedTuple):
 
     devices: int
     micro_batches: int
+
+    def rows_of(self, batch: int) -> int:
+        """Number of rows of a batch in each group."""
+        return batch // (self.devices * self.micro_batches)
 
     def split(self, x: np.ndarray) -> np.ndarray:
         """Arrange rows by group, [G, rows, ...]: micro-batches take every n-th row of a device's share."""

@@ -13,14 +13,14 @@ from jaxtyping import Array, Key, PRNGKeyArray, PyTree
 from rlhf_jax.config import Count, Positive, check_ranges
 from rlhf_jax.core.metrics import Metric, values
 from rlhf_jax.data.batching import MULTIPLE, BatchOrder, Buckets
-from rlhf_jax.data.layouts import LEAST_GAIN, Groups, Layout, PackedSize, layouts, packed, size_of
+from rlhf_jax.data.layouts import LEAST_GAIN, Groups, Layout, PackedSize, layouts, packed, packed_width, size_of
 from rlhf_jax.data.ragged import RowWidths, Table, widest
 from rlhf_jax.loading.context import Context, steps_for
 from rlhf_jax.loading.trainable import N, dropout_keys, stack
 from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.runtime.loop import Evaluation, LoopConfig, Rows, Task, train
-from rlhf_jax.runtime.optimizers import OptimizerConfig, gradients, learning_rate, make_optimizer, update
-from rlhf_jax.runtime.programs import Step
+from rlhf_jax.runtime.optimizers import OptimizerConfig, gradients, learning_rate, make_optimizer, micro_batches, update
+from rlhf_jax.runtime.programs import Step, check_divides
 from rlhf_jax.runtime.rounding import update_key
 from rlhf_jax.types import Json
 
@@ -143,8 +143,9 @@ def make_batches(
     """Make the batches of all runs, packed if the config asks for it and the lengths of the sequences differ."""
     orders = [BatchOrder(len(data.lengths), config.batch_size, context.seed + k) for k in range(runs)]
     if config.pack and data.lengths.mean() <= LEAST_GAIN * data.longest:
-        rows, runtime = config.optimizer.micro_batch, context.runtime
-        groups = Groups(runtime.data * runtime.fsdp, config.batch_size // rows if rows else 1)
+        devices = context.runtime.row_devices
+        check_divides(config.batch_size, devices)
+        groups = Groups(devices, micro_batches(config.batch_size, config.optimizer.micro_batch, devices))
         return PackedBatches(data, orders, groups, config.loop.steps_per_call)
     return PaddedBatches(config, data, orders, steps)
 
@@ -154,9 +155,9 @@ class PackedBatches(Generic[Batch]):
 
     def __init__(self, data: Table[Batch], orders: list[BatchOrder], groups: Groups, per_call: int) -> None:
         self._data, self._orders, self._groups, self._per_call = data, orders, groups, per_call
-        self._width = -(-data.longest // MULTIPLE) * MULTIPLE
-        response = data.needed(np.arange(len(data.lengths))).response
-        self._padded = RowWidths(self._width, min(response, self._width))
+        longest = -(-data.longest // MULTIPLE) * MULTIPLE
+        self._padded = RowWidths(longest, data.needed(np.arange(len(data.lengths))).response)
+        self._width = packed_width(longest, groups.rows_of(len(orders[0][0])))
         self._sizes: set[PackedSize] = set()
         self._call = functools.lru_cache(maxsize=2)(self._laid_out)
 

@@ -97,8 +97,7 @@ def train_online(
     )
     iteration = Iteration(networks, config, placement.axes, (SEED_AXIS,) if context.seeds > 1 else (), method)
     frozen = {**frozen, "reference": reference.params}
-    rows_over = context.runtime.data * context.runtime.fsdp
-    fit = two_steps.packed_fit(iteration, rows_over) if config.trim_padding else two_steps.MAXIMUM
+    fit = two_steps.fit_of(iteration, context.runtime.row_devices) if config.trim_padding else two_steps.MAXIMUM
     if isinstance(reward, DeviceReward):
         network, frozen["reward"] = reward.model.network, reward.model.params
         longest = context.data.max_prompt_tokens + context.data.max_response_tokens

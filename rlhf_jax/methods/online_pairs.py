@@ -22,7 +22,7 @@ class PairLearner:
 
     loss_config: PreferenceLossConfig
     beta: float
-    packed: None = None  # the scores, which choose, are not known when sequences are packed
+    packed: None = None  # which response is chosen is not known when sequences are packed
 
     def prepare(
         self, setting: Setting, evaluated: Evaluated, frozen: Params, kl_coef: Coefficient

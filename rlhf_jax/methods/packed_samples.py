@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from rlhf_jax.data.layouts import LEAST_GAIN, Groups, Layout, PackedSize, layout_of, size_of
+from rlhf_jax.data.layouts import LEAST_GAIN, Groups, Layout, PackedSize, layout_of, packed_width, size_of
 from rlhf_jax.methods.minibatches import minibatch_order
 from rlhf_jax.methods.policy_gradient import Iteration
+from rlhf_jax.runtime.optimizers import micro_batches
+from rlhf_jax.runtime.programs import check_divides
 from rlhf_jax.runtime.two_programs import Plan, Widths
 from rlhf_jax.sampling.buckets import share_of
 from rlhf_jax.types import A, Packing, Rollout
@@ -61,30 +63,32 @@ def plan_packing(iteration: Iteration, devices: int, rollout: Rollout, step: int
     lead, count = rows.shape[:-1], rows.shape[-1]
     keys = run_key.reshape(-1)
     of_runs = list(zip(rows.reshape(-1, count), responses.reshape(-1, count), strict=True))
-    lay_out = functools.partial(_layout, width=widths.row, response_width=widths.response)
+    groups = _groups(iteration, devices, rows.shape[-1])
+    width = packed_width(widths.row, groups.rows_of(rows.shape[-1] // iteration.config.minibatches))
+    lay_out = functools.partial(_layout, width=width, response_width=widths.response)
     whole = [lay_out(*each, groups=Groups(devices, 1)) for each in of_runs]
-    size = size_of(whole, widths.row, parts=PARTS)
-    packings, sizes = Packings(_arranged([each.packing(size, widths.row) for each in whole], lead), None), [*size]
-    if iteration.method.learner.packed is not None:
-        groups = _groups(iteration, devices, count)
-        minibatches = [
-            [lay_out(lengths[chosen], tokens[chosen], groups=groups) for chosen in _order(iteration, key, step, count)]
-            for key, (lengths, tokens) in zip(keys, of_runs, strict=True)
-        ]
-        size = size_of([layout for each in minibatches for layout in each], widths.row, parts=PARTS)
-        arranged = _arranged([_of_updates(each, size, widths.row) for each in minibatches], lead)
-        packings, sizes = packings._replace(minibatches=arranged), [*sizes, *size]
-    return Plan(widths._replace(packed=tuple(sizes)), packings)
+    minibatches = [
+        [lay_out(lengths[chosen], tokens[chosen], groups=groups) for chosen in _order(iteration, key, step, count)]
+        for key, (lengths, tokens) in zip(keys, of_runs, strict=True)
+    ]
+    size = size_of(whole, width, parts=PARTS)
+    size_of_minibatch = size_of([layout for each in minibatches for layout in each], width, parts=PARTS)
+    packings = Packings(
+        _arranged([each.packing(size, width) for each in whole], lead),
+        _arranged([_of_updates(each, size_of_minibatch, width) for each in minibatches], lead),
+    )
+    return Plan(widths._replace(packed=(*size, *size_of_minibatch)), packings)
 
 
-def by_update(packing: Packing | None) -> Packing | None:
+def by_update(packing: Packing) -> Packing:
     """Arrange the packings of a device's minibatches by update, [updates, G, ...]."""
     return jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), packing)
 
 
 def _groups(iteration: Iteration, devices: int, rows: int) -> Groups:
-    size, micro_batch = rows // iteration.config.minibatches, iteration.config.optimizer.micro_batch
-    return Groups(devices, size // micro_batch if micro_batch else 1)
+    size = rows // iteration.config.minibatches
+    check_divides(size, devices)
+    return Groups(devices, micro_batches(size, iteration.config.optimizer.micro_batch, devices))
 
 
 def _order(iteration: Iteration, key: Array, step: int, rows: int) -> Int[np.ndarray, "updates M"]:

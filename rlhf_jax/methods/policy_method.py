@@ -28,7 +28,7 @@ class Learner(Protocol[Rows]):
 
     @property
     def packed(self) -> Callable[[Rows, Packing], Rows] | None:
-        """Function that adds its packing to a minibatch; None: minibatches are padded."""
+        """Function that adds its packing to a minibatch; None: nothing is packed."""
         ...
 
     def prepare(

@@ -57,8 +57,13 @@ MAXIMUM = Fit(lambda mask: mask.shape[-1], _all_positions)
 """The maximum lengths of the config."""
 
 
-def packed_fit(iteration: Iteration, devices: int) -> Fit:
-    """Choose the bucket of the longest prompt, and pack the rows if their lengths differ. Args: devices with rows."""
+def fit_of(iteration: Iteration, devices: int) -> Fit:
+    """Choose the bucket of the longest prompt, and pack the rows if their lengths differ and the learner can.
+
+    Args: devices is the number of those that the rows are split over.
+    """
+    if iteration.method.learner.packed is None:
+        return LONGEST
     return Fit(_longest_prompts, functools.partial(plan_packing, iteration, devices))
 
 

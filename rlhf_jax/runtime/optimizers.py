@@ -295,16 +295,26 @@ def update(
     return params, rounding.State(inner, masters), {**norms, "update_survived": kept}
 
 
-def _micro_batches(batch: Rows, rows: int, axes: tuple[str, ...]) -> Rows:
-    """Split a batch with a stride into micro-batches [parts, rows, ...], so that each device has a share of each."""
-    local = jax.tree.leaves(batch)[0].shape[0]
-    devices = jax.lax.axis_size(axes) if axes else 1
-    parts = local * devices // rows
-    if not parts or parts * rows != local * devices or local % parts:
+def micro_batches(batch: int, rows: int | None, devices: int) -> int:
+    """Return the number of micro-batches of `rows` rows in a batch over some devices; 1 for None.
+
+    Raises RlhfError unless the rows divide into micro-batches, and these over the devices.
+    """
+    if rows is None:
+        return 1
+    parts = batch // rows
+    if not parts or parts * rows != batch or batch // devices % parts:
         raise RlhfError(
-            f"a batch of {local * devices} rows does not divide into micro-batches of {rows}"
+            f"a batch of {batch} rows does not divide into micro-batches of {rows}"
             f"{f' over {devices} devices' if devices > 1 else ''}: change optimizer.micro_batch"
         )
+    return parts
+
+
+def _micro_batches(batch: Rows, rows: int, axes: tuple[str, ...]) -> Rows:
+    """Split a batch with a stride into micro-batches [parts, rows, ...], so that each device has a share of each."""
+    devices = jax.lax.axis_size(axes) if axes else 1
+    parts = micro_batches(len(jax.tree.leaves(batch)[0]) * devices, rows, devices)
     return jax.tree.map(lambda leaf: jnp.swapaxes(leaf.reshape(-1, parts, *leaf.shape[1:]), 0, 1), batch)
 
 

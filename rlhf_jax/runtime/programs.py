@@ -80,6 +80,11 @@ class RuntimeConfig:
                 flags.append("--xla_cpu_use_fusion_emitters=false")
         return " ".join(flags)
 
+    @property
+    def row_devices(self) -> int:
+        """Number of devices that the rows of a batch are split over."""
+        return self.data * self.fsdp
+
     def __post_init__(self) -> None:
         check_ranges(self)
         if self.strategy == "pmap" and self.fsdp * self.tensor > 1:
@@ -260,6 +265,10 @@ def _shardings_of(tree: PyTree) -> PyTree:
 
 
 def _check_rows(batches: PyTree, seeds: int, parts: int) -> None:
-    rows = jax.tree.leaves(batches)[0].shape[leading_axes(seeds)]
-    if rows % parts:
-        raise RlhfError(f"a batch of {rows} rows does not divide over {parts} devices: change the batch size")
+    check_divides(jax.tree.leaves(batches)[0].shape[leading_axes(seeds)], parts)
+
+
+def check_divides(rows: int, devices: int) -> None:
+    """Raise RlhfError unless the rows of a batch divide over the devices."""
+    if rows % devices:
+        raise RlhfError(f"a batch of {rows} rows does not divide over {devices} devices: change the batch size")

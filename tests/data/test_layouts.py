@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_jax.data.layouts import Groups, PackedSize, best_fit_decreasing, layouts
+from rlhf_jax.data.layouts import Groups, PackedSize, best_fit_decreasing, layouts, packed_width
 from rlhf_jax.types import TokenBatch
 
 LENGTHS = st.lists(st.integers(0, 24), min_size=1, max_size=40)
@@ -56,3 +56,10 @@ def test_sizes_are_rounded_up_to_few(rows, read, sequences):
     assert rounded.rows >= rows and rounded.read >= read
     assert rounded.rows - rows < -(-sequences // 16)
     assert rounded.rounded(sequences, width=64, parts=16) == rounded
+
+
+@pytest.mark.parametrize(
+    ("longest", "sequences", "width"), [(8, 64, 64), (24, 64, 72), (32, 8, 64), (32, 7, 32), (240, 64, 240)]
+)
+def test_packed_rows_hold_several_short_sequences_of_a_large_group(longest, sequences, width):
+    assert packed_width(longest, sequences) == width

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 
+from rlhf_jax.types import RlhfError
 from tests.support import experiments
 
 LOOP = {"steps_per_call": 2, "checkpoint_every": 2}
@@ -79,3 +80,17 @@ def test_seeds_trained_at_once_share_the_size_of_the_packing(models, pairs, padd
     first = [row for row in rows if row.get("seed", 0) == 0]
     for row, other in zip(first, padded, strict=True):
         np.testing.assert_allclose(row["loss"], other["loss"], rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "devices", "message"),
+    [
+        ({"batch_size": 15}, 2, "a batch of 15 rows does not divide over 2 devices"),
+        ({"optimizer": {**experiments.OPTIMIZER, "micro_batch": 32}}, 1, "16 rows does not divide into micro-batches"),
+        ({"optimizer": {**experiments.OPTIMIZER, "micro_batch": 6}}, 1, "16 rows does not divide into micro-batches"),
+    ],
+)
+def test_rows_that_do_not_divide_are_an_error(changes, devices, message, models, pairs, tmp_path):
+    with pytest.raises(RlhfError, match=message):
+        runtime = {**experiments.RUNTIME, "data": devices}
+        experiments.run(tmp_path, pairs, {"dpo": dpo(models[0], **changes)}, runtime=runtime)

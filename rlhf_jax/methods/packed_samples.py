@@ -30,9 +30,7 @@ class Packings(NamedTuple, Generic[A]):
     """Packings for the second step of an iteration."""
 
     whole: Packing[A]
-    minibatches: (
-        Packing[A] | None
-    )  # [G, updates, ...]: groups first, as devices have their own; None: padded minibatches
+    minibatches: Packing[A]  # [G, updates, ...]: groups first, as devices have their own
 
 
 def lengths(rollout: Rollout) -> tuple[Counts, Counts]:

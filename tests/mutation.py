@@ -20,9 +20,9 @@ import argparse
 import ast
 import collections
 import concurrent.futures
-import copy
 import multiprocessing
 import os
+import pickle
 import re
 import shutil
 import sys
@@ -96,15 +96,16 @@ def mutants(module: str) -> Iterator[Mutant]:
 def mutants_of(module: str, source: str) -> Iterator[Mutant]:
     """Every mutant of a module with this source."""
     tree = ast.parse(source)
+    spared, pickled = _spared(tree), pickle.dumps(tree)
     for index, node in enumerate(ast.walk(tree)):
+        if id(node) in spared:
+            continue
         for change in _changes(node):
-            changed = copy.deepcopy(tree)
+            changed = pickle.loads(pickled)  # faster than copy.deepcopy
             target = list(ast.walk(changed))[index]
             new = change(target)
             if new is not target:
                 _replace(changed, target, new)
-            if _inside_annotation(tree, node):
-                continue
             assert isinstance(node, ast.expr)
             text, line = ast.unparse(ast.fix_missing_locations(changed)), node.lineno
             yield Mutant(module, line, _name_at(tree, line), ast.unparse(node), ast.unparse(new), text)
@@ -140,21 +141,19 @@ def _replace(tree: ast.AST, old: ast.AST, new: ast.AST) -> None:
                 value[:] = [new if item is old else item for item in value]
 
 
-def _inside_annotation(tree: ast.AST, node: ast.AST) -> bool:
-    """Return whether a node is part of a type annotation, or of a raised error."""
+def _spared(tree: ast.AST) -> set[int]:
+    """Identities of the nodes that are part of a type annotation, or of a raised error."""
+    branches: list[ast.AST] = []
     for parent in ast.walk(tree):
-        spared: list[ast.AST] = []
         if isinstance(parent, (ast.FunctionDef, ast.AsyncFunctionDef)) and parent.returns:
-            spared.append(parent.returns)
+            branches.append(parent.returns)
         if isinstance(parent, (ast.arg, ast.AnnAssign)) and parent.annotation:
-            spared.append(parent.annotation)
+            branches.append(parent.annotation)
         if isinstance(parent, ast.Raise):
-            spared.append(parent)
+            branches.append(parent)
         if isinstance(parent, ast.Assign) and "Literal" in ast.dump(parent.value):
-            spared.append(parent)
-        if any(node is inner for branch in spared for inner in ast.walk(branch)):
-            return True
-    return False
+            branches.append(parent)
+    return {id(inner) for branch in branches for inner in ast.walk(branch)}
 
 
 def _definitions(tree: ast.Module) -> Iterator[tuple[set[str], ast.stmt]]:

@@ -1,5 +1,7 @@
 """One step gives the same numbers on one device, on every mesh, and under pmap; several seeds are several runs."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,6 +31,36 @@ def run_dpo(config: RuntimeConfig):
     return jax.device_get((placement.whole(state).params, metrics))
 
 
+@functools.cache
+def dpo_gradient(config: RuntimeConfig):
+    """Negative gradient and loss of DPO on one batch."""
+    optimizer = optimizers.Optimizer(optax.sgd(1.0), "masters")
+    placement = make_placement(config, seeds=1)
+
+    def step(state, frozen, batch, run_key):
+        def loss_fn(params):
+            reference = dpo.pair_logps(dpo.SIGMOID, tiny.POLICY, frozen["reference"], batch)
+            rows, axes = dpo.ReferencedBatch(batch, reference), placement.axes
+            mean = dpo.tokens_per_pair(batch, axes)
+            return dpo.pair_loss(
+                dpo.SIGMOID, tiny.POLICY, params["policy"], rows, None, beta=0.1, axes=axes, tokens_per_pair=mean
+            )[0]
+
+        loss, grads = jax.value_and_grad(loss_fn)(state.params)
+        zeros = jax.tree.map(jnp.zeros_like, state.params)
+        minus_grads, opt_state, _ = optimizers.update(
+            optimizer, grads, zeros, state.opt_state, placement.axes, key=run_key
+        )
+        return state._replace(params=minus_grads, opt_state=opt_state), {"loss": loss}, ()
+
+    start = tiny.dpo_state()
+    state = placement.put_state(start._replace(opt_state=optimizer.init(start.params)))
+    frozen = placement.put_frozen({"reference": tiny.policy_params(2)})
+    batches = tiny.several([tiny.preferences(16)])
+    state, metrics, _ = placement.compile(step, state)(state, frozen, batches, jax.random.key(0))
+    return jax.device_get((placement.whole(state).params, metrics["loss"]))
+
+
 @pytest.fixture(scope="module")
 def dpo_on_one_device():
     return run_dpo(tiny.ONE_DEVICE)
@@ -46,15 +78,16 @@ def test_three_dpo_steps_equal_one_device(name, dpo_on_one_device):
 
 @pytest.mark.parametrize("name", ["one device", *PLACEMENTS])
 def test_a_policy_may_start_as_the_very_arrays_of_its_reference(name):
-    """Its memory is reused by the first step; the reference's must not be. And one step later it must have moved."""
+    """Its memory is reused by the first step; the reference's must not be. After the first call it has moved."""
     placement = make_placement(PLACEMENTS.get(name, tiny.ONE_DEVICE), seeds=1)
     start = tiny.dpo_state()
     state = placement.put_state(start)
     frozen = placement.put_frozen({"reference": start.params["policy"], "beta": jnp.float32(0.1)})
     program = placement.compile(dpo.make_step(Updates(tiny.POLICY, tiny.OPTIMIZER, 3, placement.axes)), state)
     losses = []
-    for seed in range(2):
-        state, metrics, _ = program(state, frozen, tiny.several([tiny.preferences(16, seed)]), jax.random.key(0))
+    for _ in range(2):  # calls of the program that `run_dpo` compiled
+        batches = tiny.several([tiny.preferences(16, seed) for seed in range(3)])
+        state, metrics, _ = program(state, frozen, batches, jax.random.key(0))
         losses.append(float(metrics["loss"][0]))
     np.testing.assert_allclose(losses[0], np.log(2), rtol=1e-5)
     assert abs(losses[1] - np.log(2)) > 1e-5
@@ -65,35 +98,7 @@ def test_a_policy_may_start_as_the_very_arrays_of_its_reference(name):
 def test_dpo_gradients_equal_one_device(name):
     """A step of plain gradient descent at rate 1 moves by the gradient itself."""
 
-    optimizer = optimizers.Optimizer(optax.sgd(1.0), "masters")
-
-    def gradient(config: RuntimeConfig):
-        placement = make_placement(config, seeds=1)
-
-        def step(state, frozen, batch, run_key):
-            def loss_fn(params):
-                reference = dpo.pair_logps(dpo.SIGMOID, tiny.POLICY, frozen["reference"], batch)
-                rows, axes = dpo.ReferencedBatch(batch, reference), placement.axes
-                mean = dpo.tokens_per_pair(batch, axes)
-                return dpo.pair_loss(
-                    dpo.SIGMOID, tiny.POLICY, params["policy"], rows, None, beta=0.1, axes=axes, tokens_per_pair=mean
-                )[0]
-
-            loss, grads = jax.value_and_grad(loss_fn)(state.params)
-            zeros = jax.tree.map(jnp.zeros_like, state.params)
-            minus_grads, opt_state, _ = optimizers.update(
-                optimizer, grads, zeros, state.opt_state, placement.axes, key=run_key
-            )
-            return state._replace(params=minus_grads, opt_state=opt_state), {"loss": loss}, ()
-
-        start = tiny.dpo_state()
-        state = placement.put_state(start._replace(opt_state=optimizer.init(start.params)))
-        frozen = placement.put_frozen({"reference": tiny.policy_params(2)})
-        batches = tiny.several([tiny.preferences(16)])
-        state, metrics, _ = placement.compile(step, state)(state, frozen, batches, jax.random.key(0))
-        return jax.device_get((placement.whole(state).params, metrics["loss"]))
-
-    assert_close(gradient(PLACEMENTS[name]), gradient(tiny.ONE_DEVICE))
+    assert_close(dpo_gradient(PLACEMENTS[name]), dpo_gradient(tiny.ONE_DEVICE))
 
 
 @pytest.mark.parametrize("name", PLACEMENTS)
@@ -106,7 +111,7 @@ def test_one_ppo_iteration_equals_one_device(name, ppo_on_one_device):
     assert_close(metrics, one_metrics)
 
 
-@pytest.mark.nightly  # tests of group_rl and online_dpo compare their halves with one program in the quick tier
+@pytest.mark.nightly  # in the quick tier, the test of online_dpo compares its halves with one program
 def test_scores_from_the_host_give_the_same_iterations():
     """Two iterations of two seeds, scored by the same network on the host between two programs, and within one."""
     seeds, frozen = 2, tiny.ppo_frozen()
@@ -169,7 +174,7 @@ def test_the_program_compiles_once_and_stays_on_the_device():
     step = tiny.ppo_step(tiny.PPO, placement.axes)
     program = placement.compile(step, state)
     run_key = jax.random.key(0)
-    batches = [jax.device_put(tiny.several([tiny.online(16, 2 * i), tiny.online(16, 2 * i + 1)])) for i in range(3)]
+    batches = [jax.device_put(tiny.several([tiny.online(16, 3 * i + j) for j in range(3)])) for i in range(3)]
 
     with compilations() as compiled:
         text = program.compiled.lower(state, frozen, batches[0], run_key).compile().as_text()  # type: ignore[attr-defined]
@@ -177,9 +182,9 @@ def test_the_program_compiles_once_and_stays_on_the_device():
         with jax.transfer_guard("disallow"):
             for batch in batches:
                 state, metrics, _ = program(state, frozen, batch, run_key)
-                assert metrics["loss"].shape == (2,)
+                assert metrics["loss"].shape == (3,)
     assert sum(compiled.values()) == 1, compiled
-    assert int(state.step) == 6
+    assert int(state.step) == 9
 
 
 def test_a_callback_in_a_step_would_be_noticed():
@@ -230,9 +235,10 @@ def test_seed_k_of_several_is_the_single_run_with_that_seed():
     single_step = tiny.ppo_step(tiny.PPO, alone.axes)
     program = alone.compile(single_step, alone.put_state(tiny.ppo_state()))
     for k in range(seeds):
-        one = alone.put_state(tiny.ppo_state())
-        one, _, expected = program(one, alone.put_frozen(tiny.ppo_frozen()), tiny.several(batches[k]), keys[k])
-        np.testing.assert_array_equal(samples.rollout.response[:, k], expected.rollout.response)
+        one, given = alone.put_state(tiny.ppo_state()), alone.put_frozen(tiny.ppo_frozen())
+        for i, batch in enumerate(batches[k]):
+            one, _, expected = program(one, given, tiny.several([batch]), keys[k])
+            np.testing.assert_array_equal(samples.rollout.response[i, k], expected.rollout.response[0])
         assert_close(jax.tree.map(lambda leaf, k=k: leaf[k], jax.device_get(state.params)), jax.device_get(one.params))
 
 

@@ -10,24 +10,29 @@ from tests.support import experiments, resumed
 from tests.support.interrupted import Process
 
 STAGES = ("sft", "reward_model", "dpo", "ppo", "dapo")
-KILLS = (
-    ("sft", "step"),
-    ("sft", "save"),
-    ("reward_model", "step"),
-    ("dpo", "save"),
-    ("ppo", "step"),
-    ("ppo", "save"),
-    ("dapo", "save"),
-)
+TWO = ("sft", "dapo")
+KILLS = {
+    TWO: (("sft", "step"), ("dapo", "save")),
+    STAGES: (
+        ("sft", "step"),
+        ("sft", "save"),
+        ("reward_model", "step"),
+        ("dpo", "save"),
+        ("ppo", "step"),
+        ("ppo", "save"),
+        ("dapo", "save"),
+    ),
+}
+"""Where a run of some stages is killed: in the quick tier one of a table and one of prompts, every night all."""
 
 
-def arguments(workdir: Path, data: Path) -> list[str]:
+def arguments(workdir: Path, data: Path, stages: tuple[str, ...]) -> list[str]:
     flags = [f"--config={resumed.__file__}", f"--workdir={workdir}"]
     flags += [f"--config.data.{split}={data}" for split in ("train", "eval")]
     flags += [f"--config.{stage}.loop.checkpoint_every=2" for stage in STAGES]
     flags += [f"--config.{stage}.epochs=2.0" for stage in ("sft", "reward_model", "dpo")]
     flags += [f"--config.{stage}.iterations=8" for stage in ("ppo", "dapo")]
-    return [*flags, f"--config.stages={STAGES}"]
+    return [*flags, f"--config.stages={stages}"]
 
 
 @pytest.fixture(scope="module")
@@ -43,38 +48,42 @@ def data(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def workdirs(tmp_path_factory, data) -> tuple[Path, Path]:
-    """A run that nobody disturbed, and one that was killed in every stage."""
+@pytest.fixture(scope="module", params=[TWO, pytest.param(STAGES, marks=pytest.mark.nightly)], ids=["two", "all"])
+def runs(request, tmp_path_factory, data) -> tuple[tuple[str, ...], Path, Path]:
+    """Stages, a run of them that nobody disturbed, and one that was killed in every stage."""
+    stages = request.param
     directory = tmp_path_factory.mktemp("resume")
     whole, disturbed = directory / "whole", directory / "disturbed"
     cache = directory / "cache-all-never"
-    Process(directory, cache, "all", "never", arguments(whole, data)).finish()
-    for stage, place in KILLS:
-        Process(directory, cache, stage, place, arguments(disturbed, data)).kill_at_marker()
+    Process(directory, cache, "all", "never", arguments(whole, data, stages)).finish()
+    for stage, place in KILLS[stages]:
+        Process(directory, cache, stage, place, arguments(disturbed, data, stages)).kill_at_marker()
         assert not (disturbed / stage / "complete.json").exists()
-    Process(directory, cache, "none", "never", arguments(disturbed, data)).finish()
-    return whole, disturbed
+    Process(directory, cache, "none", "never", arguments(disturbed, data, stages)).finish()
+    return stages, whole, disturbed
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_parameters_and_optimiser_are_the_same_bits(workdirs, stage):
-    whole, disturbed = (experiments.final_state(workdir / stage) for workdir in workdirs)
-    assert whole[0] == 8
-    experiments.assert_same_bits(whole, disturbed)
+def test_parameters_and_optimiser_are_the_same_bits(runs):
+    stages, *workdirs = runs
+    for stage in stages:
+        whole, disturbed = (experiments.final_state(workdir / stage) for workdir in workdirs)
+        assert whole[0] == 8
+        experiments.assert_same_bits(whole, disturbed)
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_metrics_and_samples_are_the_same_bytes(workdirs, stage):
-    whole, disturbed = (experiments.without_clock(workdir / stage / "metrics.jsonl") for workdir in workdirs)
-    assert [row["step"] for row in whole] == list(range(1, 9))
-    assert whole == disturbed
-    samples = [(workdir / stage / "samples.jsonl").read_bytes() for workdir in workdirs]
-    assert samples[0] == samples[1] != b""
+def test_metrics_and_samples_are_the_same_bytes(runs):
+    stages, *workdirs = runs
+    for stage in stages:
+        whole, disturbed = (experiments.without_clock(workdir / stage / "metrics.jsonl") for workdir in workdirs)
+        assert [row["step"] for row in whole] == list(range(1, 9))
+        assert whole == disturbed
+        samples = [(workdir / stage / "samples.jsonl").read_bytes() for workdir in workdirs]
+        assert samples[0] == samples[1] != b""
 
 
-def test_summaries_are_equal_but_for_the_clock(workdirs):
-    for stage in STAGES:
+def test_summaries_are_equal_but_for_the_clock(runs):
+    stages, *workdirs = runs
+    for stage in stages:
         whole, disturbed = (json.loads((workdir / stage / "summary.json").read_text()) for workdir in workdirs)
         assert {key: value for key, value in whole.items() if not key.startswith("time/")} == {
             key: value for key, value in disturbed.items() if not key.startswith("time/")

@@ -41,6 +41,7 @@ def check(row: dict, kind: str) -> None:
     assert 2**27 < row["peak_bytes"] < 2**33  # an interpreter with JAX, and no more than a tiny model
 
 
+@pytest.mark.nightly
 def test_a_row_of_random_tokens(tmp_path):
     out = tmp_path / "rows" / "training.jsonl"
     row = run("sft", f"--out={out}")

@@ -90,10 +90,9 @@ def test_both_paths_give_the_same_learning_step(places):
     sources = (judge, {"functions": (f"{directory / 'mine.py'}:by_judge",)})
     shortest = {**best, "reward_model": {"functions": (f"{directory / 'mine.py'}:tokens",), "weights": (-1.0,)}}
     data = experiments.questions(directory / "questions.jsonl", 16)
-    runs = [
-        experiments.run(directory / f"run_{i}", data, {"rl": {**section, "reward_model": source}, "best": shortest})
-        for i, source in enumerate(sources)
-    ]
+    stages = [{"rl": {**section, "reward_model": source}} for source in sources]
+    stages[1]["best"] = shortest
+    runs = [experiments.run(directory / f"run_{i}", data, each) for i, each in enumerate(stages)]
     one, other = (experiments.rows(run.find("rl") / "metrics.jsonl") for run in runs)
     assert len(one) == len(other) == 2
     for ours, theirs in zip(one, other, strict=True):

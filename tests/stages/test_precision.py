@@ -153,6 +153,7 @@ def test_rounded_to_nearest_the_updates_are_lost_and_the_run_says_so(runs):
     assert "Omit param_dtype to train in float32, or set optimizer.low_precision to 'masters'" in said
 
 
+@pytest.mark.nightly  # tests/runtime/test_rounding.py and test_optimizers.py test the rounding in the quick tier
 def test_rounded_stochastically_the_updates_survive_in_sum_and_a_killed_run_resumes_exactly(runs):
     """Each weight moves by noise of many updates' size, and all together by what was asked for.
 

@@ -19,7 +19,7 @@ rlhf-jax: learning from human preferences in JAX
       and descriptions.
   rlhf-jax fetch NAME
       Download a data set or a model.
-  rlhf-jax reproduce NAME | --list | --check
+  rlhf-jax reproduce NAME ... | --list | --check
       Reproduce a paper's figure, and give verdicts on its claims.
   rlhf-jax sample MODEL --prompt=TEXT [--chat] [--n=4] [--temperature=1.0]
       Sample responses to a prompt, with scores if there is a reward model.

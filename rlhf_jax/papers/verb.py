@@ -14,7 +14,7 @@ Reproduce a paper: measure every seed that has no results yet, draw the paper's
 figure beside its own numbers, and give a verdict on every claim: reproduced,
 contradicted, inconclusive, or not run.
 
-  rlhf-jax reproduce NAME              run, or continue, in runs/papers/NAME
+  rlhf-jax reproduce NAME ...          run, or continue, in runs/papers/NAME
   rlhf-jax reproduce --list [--json]   every claim and its verdict
   rlhf-jax reproduce --check [NAME]    recompute verdicts and figures, without
                                        training, from the results of the package"""
@@ -23,8 +23,10 @@ contradicted, inconclusive, or not run.
 def reproduce_verb(arguments: list[str]) -> None:
     """Run, list or check papers."""
     parser = Parser("rlhf-jax reproduce", DESCRIPTION)
-    parser.add_argument("name", nargs="?", metavar="NAME", help="folder of the paper in experiments/papers")
-    parser.add_argument("--scale", default="cpu", help="size of the run: cpu, or gpu where a paper has it")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="folders of papers in experiments/papers")
+    parser.add_argument(
+        "--scale", default="cpu", help="size of the run: cpu; smoke, a test; or gpu, where a paper has it"
+    )
     parser.add_argument("--seeds", type=int, metavar="N", help="number of seeds (default: the scale's own)")
     parser.add_argument("--workdir", type=Path, metavar="DIR", help="default: runs/papers/NAME/SCALE")
     parser.add_argument("--list", action="store_true", help="list every paper's claims and verdicts")
@@ -37,15 +39,18 @@ def reproduce_verb(arguments: list[str]) -> None:
     if options.list:
         _list(reproduce.overview(), console, as_json=options.json)
     elif options.check:
-        for name in [options.name] if options.name else suite.names():
+        for name in options.names or suite.names():
             reproduce.check(name, console)
-    elif options.name is None:
+    elif not options.names:
         raise RlhfError(f"name a paper, or give --list or --check; the papers are {', '.join(suite.names())}")
     elif options.seeds is not None and options.seeds < 1:
         raise RlhfError(f"--seeds = {options.seeds} should be at least 1")
+    elif options.workdir is not None and len(options.names) > 1:
+        raise RlhfError(f"--workdir={options.workdir} is for one paper: leave it out, or name one")
     else:
-        workdir = options.workdir or Path("runs") / "papers" / options.name / options.scale
-        reproduce.reproduce(options.name, options.scale, options.seeds, workdir, console)
+        for name in options.names:
+            workdir = options.workdir or Path("runs") / "papers" / name / options.scale
+            reproduce.reproduce(name, options.scale, options.seeds, workdir, console)
 
 
 def _list(rows: list[dict[str, Json]], console: Console, *, as_json: bool) -> None:

@@ -112,6 +112,7 @@ def test_the_list_has_every_claim_with_its_verdict(capsys):
         ([], "name a paper"),
         (["nobody_1999"], "there is no paper 'nobody_1999': give one of "),
         (["beirami_2024", "--scale=moon"], "has no scale 'moon': give one of cpu"),
+        (["beirami_2024", "azar_2023", "--workdir=x"], "--workdir=x is for one paper"),
         (["beirami_2024", "--seeds=0"], "--seeds = 0 should be at least 1"),
     ],
 )

@@ -61,7 +61,7 @@ def test_settings_are_those_of_an_experiment(name):
 def test_a_paper_that_trains_runs_from_data_to_verdicts(name, tmp_path, monkeypatch):
     monkeypatch.setenv("RLHF_JAX_DATA", str(tmp_path / "data"))
     judged = reproduce.reproduce(name, "smoke", None, tmp_path / "run", Console(quiet=True))
-    assert [outcome.units for _, outcome in judged] == [2] * len(judged)
+    assert all(outcome.units >= 2 for _, outcome in judged)
     tables = [pd.read_csv(tmp_path / "run" / f"seed_{seed}.csv") for seed in (0, 1)]
     assert not tables[0].drop(columns="seed").equals(tables[1].drop(columns="seed"))
     record = read_json(tmp_path / "run" / suite.RECORD)

@@ -98,6 +98,7 @@ def draw(table: pd.DataFrame) -> Figure:
     left.set_title("Gold gain, 25 % of labels flipped")
     style.label_ends(left, labels)
     right.axhline(0, lw=0.8, color=style.MUTED)
+    right.set_xlim(-0.5, len(COLOURS) - 0.5)
     right.set_xticks(range(len(COLOURS)), list(COLOURS))
     right.set_title("Late slope, per nat")
     return figure

@@ -51,14 +51,14 @@ def reproduce(name: str, scale: str, seeds: int | None, workdir: Path, console: 
     record = _record(paper, scale, settings, workdir)
     if missing:
         console.print(f"{name}: {len(missing)} of {len(wanted)} seeds to measure at scale {scale} ({settings.cost})")
+    for seed in missing:  # each is kept as soon as it is measured
         begun = time.monotonic()
-        rows = paper.measure(scale, missing, workdir / "work")
+        rows = paper.measure(scale, [seed], workdir / "work")
         record["seconds"] = measured(record["seconds"] + round(time.monotonic() - begun, 1))
         if stages := stages_record(workdir / "work"):
             record["stages"] = stages
-        for seed in missing:
-            write_text(workdir / f"seed_{seed}.csv", rows[rows["seed"] == seed].to_csv(index=False))
         write_json(workdir / RECORD, record)
+        write_text(workdir / f"seed_{seed}.csv", rows.to_csv(index=False))
     return write_verdicts(name, workdir, console)
 
 

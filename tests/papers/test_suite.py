@@ -1,5 +1,6 @@
 """The suite of papers: records, claims that can fail, verdicts from committed results, and runs that continue."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -93,6 +94,21 @@ def test_a_run_continues_with_the_seeds_that_it_lacks(tmp_path):
     (tmp_path / suite.RECORD).write_text(json.dumps(record))
     with pytest.raises(RlhfError, match="choose another --workdir"):
         reproduce.reproduce("beirami_2024", "cpu", 2, tmp_path, QUIET)
+
+
+def test_a_seed_is_kept_if_a_later_one_fails(tmp_path, monkeypatch):
+    paper = suite.load_paper("beirami_2024")
+
+    def measure(scale, seeds, workdir):
+        if 1 in seeds:
+            raise RlhfError("out of memory")
+        return paper.measure(scale, seeds, workdir)
+
+    monkeypatch.setattr(reproduce, "load_paper", lambda name: dataclasses.replace(paper, measure=measure))
+    with pytest.raises(RlhfError, match="out of memory"):
+        reproduce.reproduce("beirami_2024", "cpu", 2, tmp_path, QUIET)
+    assert [file.name for file in tmp_path.glob("*.csv")] == ["seed_0.csv"]
+    assert json.loads((tmp_path / suite.RECORD).read_text())["seconds"] >= 0
 
 
 def test_the_list_has_every_claim_with_its_verdict(capsys):

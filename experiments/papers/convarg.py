@@ -26,12 +26,12 @@ EXPERIMENT = runpy.run_path(str(Path(__file__).parents[1] / "movie_reviews" / "q
 
 
 def config(*, smoke: bool) -> ConfigDict:
-    """Build the experiment of one fold, without its data."""
+    """Build the experiment of one fold, whose files `run_each` names."""
     found = load_config("preferences:smoke" if smoke else "preferences").unlock()
     for name in ("dpo", "ppo", "evaluate"):
         del found[name]
     found.stages = ("sft", "reward_model")
-    found.data.train = found.data.eval = None
+    found.data.update({"train": "train.jsonl", "eval": "eval.jsonl"})  # of the fold
     found.data.update(
         {"text_prompt_tokens": (1, 1), "max_prompt_tokens": 2, "max_response_tokens": 12 if smoke else 120}
     )
@@ -81,11 +81,6 @@ def scored(run: Run, rows: Sequence[Row]) -> dict[str, float]:
     texts = sorted({row[side] for row in rows for side in ("chosen", "rejected")})
     table = score(run.load_reward_model("reward_model"), [{"prompt": "", "completion": text} for text in texts])
     return dict(zip(texts, table["score"], strict=True))
-
-
-def settings(*, smoke: bool) -> dict:
-    """Settings of a scale: the config of a fold, and the number of folds."""
-    return training.settings_of(config(smoke=smoke)) | {"folds": FOLDS}
 
 
 def correct(rows: Sequence[Row], score_of: dict[str, float]) -> float:

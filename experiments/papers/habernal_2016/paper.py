@@ -25,6 +25,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from rlhf_jax.papers import training
 from rlhf_jax.papers.claims import Above, Claim, Within
 from rlhf_jax.papers.suite import Paper, Scale
 from rlhf_jax.reports import style
@@ -86,10 +87,10 @@ PAPER = Paper(
     scales={
         "cpu": Scale(
             seeds=CONVARG["FOLDS"],
-            settings=CONVARG["settings"](smoke=False),
+            settings=training.settings_of(CONVARG["config"](smoke=False)),
             cost="a minute of one core per fold, an estimate",
         ),
-        "smoke": Scale(seeds=2, settings=CONVARG["settings"](smoke=True), cost="a minute"),
+        "smoke": Scale(seeds=2, settings=training.settings_of(CONVARG["config"](smoke=True)), cost="a minute"),
     },
     measure=measure,
     draw=draw,

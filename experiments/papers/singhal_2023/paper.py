@@ -28,6 +28,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from rlhf_jax.core.selection import order_statistic_weights
+from rlhf_jax.papers import training
 from rlhf_jax.papers.claims import Above, Below, Claim, Within
 from rlhf_jax.papers.suite import Paper, Scale
 from rlhf_jax.reports import style
@@ -113,10 +114,10 @@ PAPER = Paper(
     scales={
         "cpu": Scale(
             seeds=CONVARG["FOLDS"],
-            settings=CONVARG["settings"](smoke=False),
+            settings=training.settings_of(CONVARG["config"](smoke=False)),
             cost="as habernal_2016, which shares its stages",
         ),
-        "smoke": Scale(seeds=2, settings=CONVARG["settings"](smoke=True), cost="a minute"),
+        "smoke": Scale(seeds=2, settings=training.settings_of(CONVARG["config"](smoke=True)), cost="a minute"),
     },
     measure=measure,
     draw=draw,

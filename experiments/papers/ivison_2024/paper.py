@@ -53,7 +53,7 @@ def config(*, smoke: bool) -> ConfigDict:
         add(found, f"dpo_{data}", REVIEWS["dpo"](smoke=smoke, checkpoints=1000, preferences=f"preferences{suffix}"))
         fields = {"kl_coef": 0.05, "reward_model": f"reward_model{suffix}"}
         add(found, f"ppo_{data}", REVIEWS["ppo"](smoke=smoke, iterations=40, checkpoints=1000, **fields))
-    add(found, "frontier", REVIEWS["frontier"](tuple(POLICIES), smoke=smoke, prompts=600))
+    add(found, "frontier", REVIEWS["frontier"](tuple(POLICIES), smoke=smoke, prompts=400))
     return found
 
 

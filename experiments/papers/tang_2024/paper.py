@@ -51,7 +51,7 @@ def config(*, smoke: bool) -> ConfigDict:
         del online[name]
     online.optimizer.epsilon = 1e-8
     add(found, "online", REVIEWS["with_fields"](online, {"kind": "online_dpo", "beta": beta}))
-    add(found, "frontier", REVIEWS["frontier"](tuple(METHODS), smoke=smoke, prompts=600))
+    add(found, "frontier", REVIEWS["frontier"](tuple(METHODS), smoke=smoke, prompts=400))
     return found
 
 

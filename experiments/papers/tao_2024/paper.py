@@ -55,7 +55,7 @@ def config(*, smoke: bool) -> ConfigDict:
     add(found, "coin", with_fields(found.preferences, {"label_beta": 0.0}))
     add(found, "dpo_coin", REVIEWS["dpo"](smoke=smoke, checkpoints=1000, preferences="coin"))
     policies = ("dpo_people", *(f"dpo_{width}" for width in WIDTHS), "dpo_coin")
-    add(found, "frontier", REVIEWS["frontier"](policies, smoke=smoke, prompts=600))
+    add(found, "frontier", REVIEWS["frontier"](policies, smoke=smoke, prompts=400))
     return found
 
 

@@ -6,6 +6,7 @@ Earlier stages are written as training leaves them, and a later one is stopped w
 import contextlib
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,13 @@ from rlhf_jax.loading.pretrained import load_checkpoint
 from rlhf_jax.loading.stage_models import Base
 from rlhf_jax.methods import offline, online
 from rlhf_jax.models.lora import Adapted
+from rlhf_jax.reports.run import Run
 from rlhf_jax.runtime.checkpoints import Checkpoints, TrainState
-from rlhf_jax.runtime.files import write_json
+from rlhf_jax.runtime.files import write_json, write_rows
 from rlhf_jax.runtime.loop import Task
 from rlhf_jax.runtime.workdir import Workdir
 from rlhf_jax.stages import frontier
-from rlhf_jax.types import PromptBatch
+from rlhf_jax.types import PromptBatch, RlhfError
 from tests.support import experiments
 from tests.support.trained_stages import LORA, adapted, write_stage
 
@@ -147,14 +149,18 @@ def stop_at_training(task, *rest):
     raise Started(task)
 
 
-def run(trained: Trained, section: dict[str, Any]) -> None:
-    """Run one stage with this section after those of the chain."""
+def planned(trained: Trained, section: dict[str, Any], **common: Any) -> experiment.Experiment:
+    """An experiment with one more stage after those of the chain."""
     stages = {**trained.sections, "later": section}
-    common = {"seed": 0, "seeds": 1, "stages": tuple(stages), "runtime": experiments.RUNTIME}
     places = {split: str(trained.workdir.root.parent / f"{split}.jsonl") for split in WORD}
     data = dataclasses.asdict(experiments.data_config("")) | places
-    config = ConfigDict({**common, "data": data, **stages})
-    experiment.run(experiment.parse(config), trained.workdir, "later", Console(quiet=True))
+    common = {"seed": 0, "seeds": 1, "runtime": experiments.RUNTIME, **common}
+    return experiment.parse(ConfigDict({**common, "stages": tuple(stages), "data": data, **stages}))
+
+
+def run(trained: Trained, section: dict[str, Any]) -> None:
+    """Run one stage with this section after those of the chain."""
+    experiment.run(planned(trained, section), trained.workdir, "later", Console(quiet=True))
 
 
 def started(trained: Trained, monkeypatch, section: dict[str, Any]) -> Task:
@@ -192,6 +198,8 @@ def test_whole_models_are_read_from_the_newest_checkpoint(tmp_path, monkeypatch)
     task = started(whole, monkeypatch, LATER["rloo"])
     assert_same(task.start().params["policy"], whole.sft.params)
     assert_same(task.frozen, {"reference": whole.sft.params, "reward": whole.reward.params})
+    earlier = Run(whole.workdir.root).load_policy("sft", step=0)
+    assert_same(moved(earlier.params), whole.sft.params)
 
 
 @pytest.mark.parametrize("tuning", [{}, {"lora": ADAPTER}], ids=["whole", "adapter"])
@@ -275,3 +283,30 @@ def test_prompts_are_those_of_one_split(kind, trained, monkeypatch):
     with pytest.raises(Sampled) as caught:
         run(trained, {"kind": kind, **section})
     assert_of_split(caught.value.prompts.tokens, split, trained.sft.tokenizer)
+
+
+def test_a_stage_is_another_once_a_stage_that_it_reads_is(trained, tmp_path):
+    """In its own directory it is refused, and it is not taken from another one."""
+    shutil.copytree(trained.workdir.root, tmp_path / "run")
+    here = Workdir(tmp_path / "run")
+    identity = planned(trained, LATER["dpo"]).identity("later", here.fingerprint)
+    write_rows(here.begin("later", identity) / "metrics.jsonl", [{"step": 1}])
+    here.complete("later", identity)
+    elsewhere = Workdir(tmp_path / "new", inputs=here.root)
+    assert (here.status("later", identity), elsewhere.status("later", identity)) == ("complete", "elsewhere")
+    for name, read in (("reward_model", False), ("sft", True)):
+        write_json(here.root / name / "complete.json", {"fingerprint": "another"})
+        changed = planned(trained, LATER["dpo"]).identity("later", here.fingerprint)
+        assert (changed.fingerprint != identity.fingerprint) == read
+    assert elsewhere.status("later", changed) == "new"
+    with pytest.raises(RlhfError, match="sft: 'sft' there, 'another' now"):
+        here.status("later", changed)
+
+
+def test_a_stage_is_another_with_another_seed_or_number_of_seeds(trained):
+    common = ({}, {"seed": 1}, {"seeds": 2})
+    found = {
+        planned(trained, LATER["dpo"], **changes).identity("later", trained.workdir.fingerprint).fingerprint
+        for changes in common
+    }
+    assert len(found) == len(common)

@@ -130,6 +130,7 @@ def test_a_checkpoint_is_compared_as_a_policy(evaluated):
     results = experiments.rows(evaluated[0] / "policy" / "results.jsonl")
     assert [row["method"] for row in results] == ["reference", "best_of_2", "other"]
     assert results[2]["kl"] > 0.01
+    assert results[1]["reward_score"] > results[0]["reward_score"]
     against = table(evaluated[0] / "policy", "win_rates.jsonl")
     assert set(against["against"]) == {"reference"}, "it is no opponent of the others"
     assert set(table(evaluated[0] / "plain", "win_rates.jsonl")["against"]) == {"reference", "other"}

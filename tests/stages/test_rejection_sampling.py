@@ -208,6 +208,9 @@ def test_the_curve_has_intervals_bounds_and_a_soft_neighbour(finished):
         assert hot["kl"] < cold["kl"] <= hard["kl"]
         assert rows[0]["proxy"] - 1e-6 < hot["proxy"] < cold["proxy"]
     assert "kl_estimate" in Run(finished[0]).best_of_n_curve("best_of_n")
+    shown = read_rows(finished[0] / "best_of_n" / "samples.jsonl")
+    scores = np.array([[row["score"] for row in shown if row["step"] == n] for n in (1, 2, 4, 8)])
+    assert np.all(np.diff(scores, axis=0) >= 0) and np.any(scores[-1] > scores[0])
 
 
 def context_of(directory: Path, planned: experiment.Experiment) -> Context:
@@ -226,7 +229,9 @@ def test_preferences_are_demonstrations_of_what_was_chosen(finished, tmp_path):
     train, held_out = tables.load_demonstrations(context, "preferences")
     assert train == held_out == pairs
     assert pipeline.training_texts(train) == ["the film is good."]
-    assert tables.load_demonstrations(context, None)[0] == pipeline.load_rows(planned.data, "train")
+    splits = tuple(pipeline.load_rows(planned.data, split) for split in ("train", "eval"))
+    assert splits[0] != splits[1]
+    assert tables.load_demonstrations(context, None) == tables.load_preferences(context, None) == splits
     here = dataclasses.replace(context, workdir=Workdir(workdir))
     with pytest.raises(RlhfError, match="'sft', a stage that wrote no demonstrations or preferences"):
         tables.load_demonstrations(here, "sft")

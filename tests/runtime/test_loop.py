@@ -21,8 +21,10 @@ def step(state, frozen, batch, run_key):
     """Adds up the batches; the loss is what is left to 10, and its root has no value past 10."""
     total = state.params["sum"]["x"] + jnp.sum(batch["x"]) * frozen
     loss = jnp.sqrt(10 - total)
-    state = TrainState(state.step + 1, {"sum": {"x": total}}, state.opt_state)
-    return state, {"loss": loss, "total": total, "num_tokens": jnp.int32(2)}, {"row": batch["x"]}
+    updates = state.opt_state["count"] + 1
+    state = TrainState(state.step + 1, {"sum": {"x": total}}, {"count": updates})
+    metrics = {"loss": loss, "total": total, "updates": updates, "num_tokens": jnp.int32(2)}
+    return state, metrics, {"row": batch["x"]}
 
 
 def task(steps: int, **changes) -> Task:
@@ -114,7 +116,9 @@ def test_a_longer_run_goes_on_from_the_checkpoint(tmp_path):
     run(task(4), tmp_path)
     write_rows(tmp_path / "metrics.jsonl", [*read_rows(tmp_path / "metrics.jsonl"), {"step": 5, "total": -1.0}])
     run(task(8), tmp_path)
-    assert [row["total"] for row in read_rows(tmp_path / "metrics.jsonl")] == [2.5, 3, 3.5, 4, 4.5, 5, 5.5, 6]
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    assert [row["total"] for row in rows] == [2.5, 3, 3.5, 4, 4.5, 5, 5.5, 6]
+    assert [row["updates"] for row in rows] == [1, 2, 3, 4, 5, 6, 7, 8]  # the optimiser's state goes on too
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path):

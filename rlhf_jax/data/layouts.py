@@ -1,6 +1,7 @@
 """Layouts of packed batches: which sequences share a row, by best-fit decreasing within each group."""
 
 import bisect
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, TypeVar
@@ -32,13 +33,13 @@ class PackedSize(NamedTuple):
     rows: int
     read: int
 
-    def rounded(self, sequences: int, width: int, *, parts: int) -> "PackedSize":
-        """Round up, so that few programs serve all batches. Args: number of sequences in a group, and the rows' width.
+    def rounded(self, width: int, *, per_doubling: int) -> "PackedSize":
+        """Round up, so that few programs serve all batches. Args: width of the rows; sizes of rows per doubling.
 
-        The rows are a multiple of a share of the sequences, 1 / parts, the tokens read of a quarter of the positions.
+        The tokens read are a multiple of a quarter of the positions.
         """
-        step = math.ceil(sequences / parts)
-        rows = math.ceil(max(self.rows, 1) / step) * step
+        sizes = (math.ceil(2 ** (step / per_doubling)) for step in itertools.count())
+        rows = next(size for size in sizes if size >= self.rows)
         quarter = math.ceil(rows * width / 4)
         return PackedSize(rows, math.ceil(max(self.read, 1) / quarter) * quarter)
 
@@ -94,10 +95,10 @@ def layouts(batch: tuple, groups: Groups, width: int) -> list[Layout]:
     ]
 
 
-def size_of(given: Sequence[Layout], width: int, *, parts: int) -> PackedSize:
+def size_of(given: Sequence[Layout], width: int, *, per_doubling: int) -> PackedSize:
     """Size that holds several layouts, rounded up as in `PackedSize.rounded`."""
     size = PackedSize(*np.max([layout.size for layout in given], axis=0).tolist())
-    return size.rounded(max(layout.lengths.shape[1] for layout in given), width, parts=parts)
+    return size.rounded(width, per_doubling=per_doubling)
 
 
 def packed(batch: Batch, given: Iterable[Layout], size: PackedSize, width: int) -> Batch:

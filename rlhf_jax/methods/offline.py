@@ -27,6 +27,9 @@ from rlhf_jax.types import Json
 Batch = TypeVar("Batch", bound=tuple)
 Loss = tuple[Array, dict[str, Metric]]
 
+SIZES_PER_DOUBLING = 6
+"""Numbers of packed rows that programs are compiled for: each is about an eighth larger than the one before."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Updates(Generic[N]):
@@ -166,7 +169,8 @@ class PackedBatches(Generic[Batch]):
         steps = range(call * self._per_call, (call + 1) * self._per_call)
         batches = [[self._data.padded(order[step], self._padded) for order in self._orders] for step in steps]
         found = [[(batch, layouts(batch, self._groups, self._width)) for batch in each] for each in batches]
-        size = size_of([layout for each in found for _, given in each for layout in given], self._width, parts=16)
+        every = [layout for each in found for _, given in each for layout in given]
+        size = size_of(every, self._width, per_doubling=SIZES_PER_DOUBLING)
         self._sizes.add(size)
         return found, size
 

@@ -20,8 +20,11 @@ from rlhf_jax.runtime.two_programs import Plan, Widths
 from rlhf_jax.sampling.buckets import share_of
 from rlhf_jax.types import A, Packing, Rollout
 
-PARTS = 8
-"""Packed rows are rounded up to a multiple of this share of the sequences: programs of iterations compile slowly."""
+SIZES_PER_DOUBLING = 3
+"""Numbers of packed rows that programs are compiled for: each is about a quarter larger than the one before.
+
+There are few, because the programs of iterations compile slowly.
+"""
 
 Counts = Int[np.ndarray, "*lead B"]
 
@@ -69,8 +72,10 @@ def plan_packing(iteration: Iteration, devices: int, rollout: Rollout, step: int
         [lay_out(lengths[chosen], tokens[chosen], groups=groups) for chosen in _order(iteration, key, step, count)]
         for key, (lengths, tokens) in zip(keys, of_runs, strict=True)
     ]
-    size = size_of(whole, width, parts=PARTS)
-    size_of_minibatch = size_of([layout for each in minibatches for layout in each], width, parts=PARTS)
+    size = size_of(whole, width, per_doubling=SIZES_PER_DOUBLING)
+    size_of_minibatch = size_of(
+        [layout for each in minibatches for layout in each], width, per_doubling=SIZES_PER_DOUBLING
+    )
     packings = Packings(
         _arranged([each.packing(size, width) for each in whole], lead),
         _arranged([_of_updates(each, size_of_minibatch, width) for each in minibatches], lead),

@@ -50,12 +50,17 @@ def test_a_layout_names_the_sequence_of_every_token_and_the_tokens_that_are_read
         assert np.all(packing.read[group][len(expected) :] == -1)
 
 
-@given(st.integers(1, 200), st.integers(1, 5000), st.integers(1, 200))
-def test_sizes_are_rounded_up_to_few(rows, read, sequences):
-    rounded = PackedSize(rows, read).rounded(sequences, width=64, parts=16)
-    assert rounded.rows >= rows and rounded.read >= read
-    assert rounded.rows - rows < -(-sequences // 16)
-    assert rounded.rounded(sequences, width=64, parts=16) == rounded
+@given(st.integers(1, 2000), st.integers(1, 5000), st.sampled_from([3, 6]))
+def test_sizes_are_rounded_up_to_few(rows, read, per_doubling):
+    rounded = PackedSize(rows, read).rounded(64, per_doubling=per_doubling)
+    assert rows <= rounded.rows < rows * 2 ** (1 / per_doubling) + 1
+    assert read <= rounded.read < read + 64 * rounded.rows / 4
+    assert rounded.rounded(64, per_doubling=per_doubling) == rounded
+
+
+def test_few_sizes_serve_many_batches():
+    sizes = {PackedSize(rows, 1).rounded(64, per_doubling=3).rows for rows in range(1, 257)}
+    assert len(sizes) <= 25 and max(sizes) == 256
 
 
 @pytest.mark.parametrize(

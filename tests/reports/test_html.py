@@ -42,6 +42,13 @@ class Page(html.parser.HTMLParser):
         self.text += data
 
 
+@pytest.fixture(scope="module", autouse=True)
+def coarse():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "PNG_DPI", 20)
+        yield
+
+
 @pytest.fixture(scope="module")
 def evil(tmp_path_factory):
     root = workdirs.write_all(tmp_path_factory.mktemp("a <b> & c"), gold=False, seeds=2, text=workdirs.EVIL, more=True)

@@ -101,7 +101,9 @@ def test_dpo_gradients_equal_one_device(name):
     assert_close(dpo_gradient(PLACEMENTS[name]), dpo_gradient(tiny.ONE_DEVICE))
 
 
-@pytest.mark.parametrize("name", PLACEMENTS)
+@pytest.mark.parametrize(  # the mesh of fsdp and tensor splits rows as well
+    "name", [pytest.param(name, marks=pytest.mark.nightly) if name == "data=8" else name for name in PLACEMENTS]
+)
 def test_one_ppo_iteration_equals_one_device(name, ppo_on_one_device):
     params, metrics, samples = run_ppo(PLACEMENTS[name])
     one_params, one_metrics, one_samples = ppo_on_one_device

@@ -130,7 +130,9 @@ def test_a_reference_that_follows_an_adapter_is_another_adapter_of_the_same_base
     assert min(jax.tree.leaves(moved)) > 1e-4
 
 
-@pytest.mark.parametrize("name, where", [("sft", "fsdp=4 x tensor=2"), ("dpo", "pmap=8")])
+@pytest.mark.parametrize(
+    "name, where", [pytest.param("sft", "fsdp=4 x tensor=2", marks=pytest.mark.nightly), ("dpo", "pmap=8")]
+)
 def test_dropout_too_is_the_same_on_several_devices(name, where):
     lora = dataclasses.replace(LORA, dropout=0.3)
     plain, one, several = run(name), run(name, lora), run(name, lora, PLACEMENTS[where])

@@ -117,7 +117,7 @@ def draw(table: pd.DataFrame) -> Figure:
         panel.plot(LOSSES, [at(table, loss, column).mean() for loss in LOSSES], "o-", ms=4, color=colour, label=label)
     panel.axvline(np.log(2), color=style.MUTED, lw=0.8)
     panel.set_xscale("log")
-    panel.set_xticks(LOSSES, [f"{loss:g}" for loss in LOSSES])
+    panel.set_xticks(LOSSES[1:], [f"{loss:g}" for loss in LOSSES[1:]])
     panel.minorticks_off()
     panel.invert_xaxis()
     panel.set_ylim(0.4, 1.02)

@@ -120,9 +120,12 @@ def draw(table: pd.DataFrame) -> Figure:
                    for n in SIZES]  # fmt: skip
         right.plot(SIZES, utility, color=colour, label=f"skill {skill:g}")
     right.set_xscale("log", base=2)
+    right.set_xticks([1, 4, 16, 64, 256, 1024], ["1", "4", "16", "64", "256", "1024"])
+    right.minorticks_off()
+    right.set_ylim(bottom=-2.2)
     right.set_xlabel("attempts")
     right.set_title(f"Utility, a wrong answer costs {COST:g}")
-    right.legend(fontsize=6.5, frameon=False, ncols=2)
+    right.legend(fontsize=6.5, frameon=False, ncols=3, loc="lower left")
     return figure
 
 

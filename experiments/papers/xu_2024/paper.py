@@ -11,6 +11,9 @@ Deviations: secondary descriptions of the experiment were read. Sizes of network
 0.003, 3,000 steps), beta (0.1) and the reference (nearly uniform, the initial network) are ours. RL follows the exact
 gradient of reward and KL penalty instead of PPO's estimate; its reward model has 300 steps on the same pairs.
 
+Found: the theorem's part holds. In the experiment DPO and RL both give almost all mass to the right response, which is
+chosen in the data of every prompt, and differ by less than 0.0001, so that its two claims are inconclusive.
+
 The theorem's part is exact: scaling both responses of a pair by one factor, and giving the rest to a third, changes no
 DPO loss.
 """
@@ -139,9 +142,10 @@ def spread(table: pd.DataFrame, column: str) -> np.ndarray:
     return (rows.max() - rows.min()).to_numpy()
 
 
-def exchanged(table: pd.DataFrame) -> pd.DataFrame:
-    """Exchange DPO and RL."""
-    return table.assign(method=table["method"].replace({"dpo": "rl", "rl": "dpo"}))
+def alike(table: pd.DataFrame) -> pd.DataFrame:
+    """Give DPO the masses of RL."""
+    kept = table[table["method"] != "dpo"]
+    return pd.concat([kept, kept[kept["method"] == "rl"].assign(method="dpo")], ignore_index=True)
 
 
 def draw(table: pd.DataFrame) -> Figure:
@@ -220,7 +224,7 @@ PAPER = Paper(
             statistic=lambda table: mass(table, "dpo", "unseen") - mass(table, "rl", "unseen"),
             unit="probability, mean over prompts, paired by seed",
             criterion=Above(0.0),
-            null=exchanged,
+            null=alike,
         ),
         Claim(
             name="RL puts more mass on right responses than DPO",
@@ -229,7 +233,7 @@ PAPER = Paper(
             statistic=lambda table: mass(table, "rl", "right") - mass(table, "dpo", "right"),
             unit="probability, mean over prompts, paired by seed",
             criterion=Above(0.0),
-            null=exchanged,
+            null=alike,
         ),
     ),
 )

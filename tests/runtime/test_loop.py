@@ -113,12 +113,14 @@ def test_every_seed_is_evaluated_and_as_many_checkpoints_stay_as_are_asked_for(t
 
 
 def test_a_longer_run_goes_on_from_the_checkpoint(tmp_path):
-    run(task(4), tmp_path)
+    """With the batch after the last one, and the state of the optimiser."""
+    batches = {"batch_at": lambda index: {"x": jnp.full(2, index / 16)}}
+    run(task(4, **batches), tmp_path)
     write_rows(tmp_path / "metrics.jsonl", [*read_rows(tmp_path / "metrics.jsonl"), {"step": 5, "total": -1.0}])
-    run(task(8), tmp_path)
+    run(task(8, **batches), tmp_path)
     rows = read_rows(tmp_path / "metrics.jsonl")
-    assert [row["total"] for row in rows] == [2.5, 3, 3.5, 4, 4.5, 5, 5.5, 6]
-    assert [row["updates"] for row in rows] == [1, 2, 3, 4, 5, 6, 7, 8]  # the optimiser's state goes on too
+    assert [8 * row["total"] for row in rows] == [0, 1, 3, 6, 10, 15, 21, 28]
+    assert [row["updates"] for row in rows] == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path):

@@ -81,6 +81,13 @@ def more_sft(*, smoke: bool, epochs: float, **fields: Any) -> ConfigDict:
     return with_fields(section, fields)
 
 
+def set_rate(config: ConfigDict, rate: float) -> None:
+    """Set the learning rate of every stage after the shared ones that trains a policy."""
+    for name in config.stages[len(SHARED) :]:
+        if config[name].kind in ("sft", "dpo", "ppo", "group_rl", "online_dpo"):
+            config[name].optimizer.learning_rate = rate
+
+
 def with_fields(section: ConfigDict, fields: dict[str, Any]) -> ConfigDict:
     """Copy of a section with some fields changed."""
     section = section.copy_and_resolve_references()

@@ -8,11 +8,14 @@ a higher one, and all methods read the same labels, so that differences are pair
 Judge and batch: gold judge (TF-IDF ridge on people's ratings); 64 pairs per update; tokens per update are in
 record.json.
 Data: movie reviews (rt_polarity); hashes are in record.json.
-Deviations: a transformer of one layer and width 48; half an epoch on 8,100 pairs at beta 0.1 and Adam 3e-4; flips come
+Deviations: a transformer of one layer and width 48; half an epoch on 8,100 pairs at beta 0.1 and Adam 1e-3; flips come
 on top of the judge's own noise, which disagrees with its scores in one pair of five. rDPO and cDPO are told the share
 of flips, not the judge's own noise. Best-of-16 is by a reward model of the same labels.
 
 Win rates are against the SFT policy by gold score, one answer to each of 400 prompts; gains are in gold score.
+
+A first start at a rate of 3e-4 and with more shares was stopped before any gold score was computed: after training on
+unflipped labels the loss was 0.686, hardly below log 2.
 
 Power, before the run: with 400 prompts a win rate has a standard error of 2.5 points, and seeds of the quickstart
 differ by 0.11 in DPO's gain. Five seeds show a slope of about 1.5 points per 10 % alone and a difference in gain of
@@ -39,11 +42,14 @@ from rlhf_jax.stages.pool import load_pool
 
 REVIEWS = runpy.run_path(str(Path(__file__).parents[1] / "movie_reviews.py"))
 
-SHARES = (0, 10, 20, 30, 40)
+SHARES = (0, 20, 40)
 """Shares of flipped labels, in percent."""
 
-ROBUST = {"rDPO": ("robust", (20, 40)), "cDPO": ("cdpo", (40,))}
-SELECTED, N = (0, 20, 40), 16
+ROBUST = {"rDPO": "robust", "cDPO": "cdpo"}
+"""Losses at the highest share."""
+
+SELECTED, N = (0, 40), 16
+RATE = 1e-3
 COLOURS: dict[str, Colour] = {"DPO": "blue", "rDPO": "green", "cDPO": "sky", "Best-of-16": "orange"}
 
 
@@ -54,20 +60,21 @@ def config(*, smoke: bool) -> ConfigDict:
     for share in (*SHARES, 50):
         labels = {"kind": "noisy_labels", "preferences": "preferences", "pairs": None, "flipped": share / 100}
         add(found, f"pairs_{share}", ConfigDict(labels))
-        own = {"smoke": smoke, "checkpoints": 1000, "preferences": f"pairs_{share}"}
-        add(found, f"dpo_{share}", REVIEWS["dpo"](**own))
-        methods.append(f"dpo_{share}")
-        for name, (loss, shares) in ROBUST.items():
-            if share in shares:
-                losses = {"losses": (loss,), "label_smoothing": share / 100}
-                add(found, f"{name.lower()}_{share}", REVIEWS["dpo"](**own, loss=losses))
-                methods.append(f"{name.lower()}_{share}")
+        losses = {"dpo": "sigmoid"}
+        if share == SHARES[-1]:
+            losses |= {name.lower(): loss for name, loss in ROBUST.items()}
+        for name, loss in losses.items():
+            section = REVIEWS["dpo"](smoke=smoke, checkpoints=1000, preferences=f"pairs_{share}")
+            section.optimizer.learning_rate = RATE
+            section.loss = ConfigDict({"losses": (loss,), "label_smoothing": 0.0 if name == "dpo" else share / 100})
+            add(found, f"{name}_{share}", section)
+            methods.append(f"{name}_{share}")
         if share in SELECTED:
             section = REVIEWS["with_fields"](found.reward_model, {"preferences": f"pairs_{share}"})
             add(found, f"reward_{share}", section)
             rewards.append(f"reward_{share}")
     pool = {"kind": "pool", "policy": "sft", "reward_models": tuple(rewards), "judge": "gold", "temperature": 1.0}
-    add(found, "pool", ConfigDict({**pool, "prompts": 8 if smoke else 200, "samples": 32}))
+    add(found, "pool", ConfigDict({**pool, "prompts": 8 if smoke else 150, "samples": 24}))
     evaluate = {"kind": "evaluate", "reference": "sft", "policies": tuple(methods), "best_of": (), "judge": "gold"}
     sizes = {"prompts": 64 if smoke else 400, "selection_prompts": 16}
     add(found, "evaluate", ConfigDict({**evaluate, **sizes, "reward_model": "reward_model", "temperature": 1.0}))
@@ -114,9 +121,9 @@ def slope(table: pd.DataFrame) -> np.ndarray:
 
 
 def steepest(table: pd.DataFrame) -> np.ndarray:
-    """Largest fall of DPO's win rate over 10 points of flips, for each seed."""
+    """Largest fall of DPO's win rate between neighbouring shares, per 10 points of flips, for each seed."""
     rates = np.stack([at(table, "DPO", share, "win_rate") for share in SHARES])
-    return np.max(-np.diff(rates, axis=0), axis=0)
+    return np.max(-10 * np.diff(rates, axis=0) / np.diff(SHARES)[:, None], axis=0)
 
 
 def kept(table: pd.DataFrame, method: str) -> np.ndarray:
@@ -182,7 +189,7 @@ PAPER = Paper(
             statement="an increase of 10 points of the noise rate can lead to a decrease of 30 points of the win rate",
             number="30",
             statistic=steepest,
-            unit="points of win rate, the largest fall between neighbouring shares",
+            unit="points of win rate per 10 points of flips, the largest fall between neighbouring shares",
             criterion=Above(15.0),
             null=same,
         ),

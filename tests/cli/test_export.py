@@ -11,7 +11,7 @@ from rlhf_jax.core.sequences import joined
 from rlhf_jax.interop import hf
 from rlhf_jax.loading import pretrained
 from rlhf_jax.loading.export import export
-from rlhf_jax.loading.models import Policy, RewardModel
+from rlhf_jax.loading.models import Policy, RewardModel, merged
 from rlhf_jax.loading.pretrained import load_checkpoint
 from rlhf_jax.loading.stage_models import Base
 from rlhf_jax.models.lora import Adapted, LoraConfig
@@ -22,7 +22,7 @@ from rlhf_jax.text.tokenizer import TokenizerConfig, train_tokenizer
 from rlhf_jax.types import RlhfError, Rollout
 from tests.support import checkpoints, tiny, tokenizer_files
 from tests.support.commands import fails, succeeds
-from tests.support.trained_stages import assert_same_model, write_stage
+from tests.support.trained_stages import adapted, assert_same_model, write_stage
 
 
 @pytest.mark.parametrize("make", [checkpoints.policy, checkpoints.reward_model])
@@ -70,6 +70,11 @@ def test_an_adapter_is_merged(tmp_path, capsys):
     write_stage(tmp_path / "run" / "dpo", model._replace(network=network, params=adapted), Base(source, is_stage=False))
     succeeds(capsys, "export", f"--workdir={tmp_path / 'run'}", "--stage=dpo", f"--out={tmp_path / 'out'}")
     assert_same_model(load_checkpoint(str(tmp_path / "out")), model._replace(params=network.merge(adapted)))
+
+
+def test_the_function_merges_an_adapter(tmp_path):
+    model = adapted(load_checkpoint(str(checkpoints.policy(tmp_path / "source"))))
+    assert_same_model(load_checkpoint(str(export(model, tmp_path / "out"))), merged(model))
 
 
 @pytest.mark.parametrize(("kind", "size"), [("word", 16), ("byte_bpe", 270)])

@@ -47,6 +47,7 @@ VERBS = {
     "run": "rlhf_jax.commands:run_verb",
     "fields": "rlhf_jax.cli.fields:fields_verb",
     "fetch": "rlhf_jax.commands:fetch_verb",
+    "compare": "rlhf_jax.cli.compare_runs:compare_verb",
     "reproduce": "rlhf_jax.papers.verb:reproduce_verb",
     "sample": "rlhf_jax.cli.sample:sample_verb",
     "chat": "rlhf_jax.cli.chat:chat_verb",

@@ -128,7 +128,7 @@ def _without_places(tree: dict[str, Json]) -> dict[str, Json]:
 
 
 def _differences(old: dict[str, Json], new: dict[str, Json]) -> list[str]:
-    flat_old, flat_new = _flatten(_without_places(old)), _flatten(_without_places(new))
+    flat_old, flat_new = flatten(_without_places(old)), flatten(_without_places(new))
     return [
         f"{key.split('.', 1)[1]}: {flat_old.get(key)!r} there, {flat_new.get(key)!r} now"
         for key in sorted(flat_old.keys() | flat_new.keys())
@@ -136,8 +136,9 @@ def _differences(old: dict[str, Json], new: dict[str, Json]) -> list[str]:
     ]
 
 
-def _flatten(tree: dict[str, Json], prefix: str = "") -> dict[str, Json]:
+def flatten(tree: dict[str, Json], prefix: str = "") -> dict[str, Json]:
+    """Flatten nested dicts to one, with keys joined by dots."""
     flat: dict[str, Json] = {}
     for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat

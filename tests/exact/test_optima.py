@@ -261,7 +261,7 @@ def test_rloo_ends_at_the_reference_times_the_exponential_reward(space):
 
 @pytest.mark.nightly
 def test_rloo_ends_there_also_where_a_third_token_is_to_be_chosen(larger_space):
-    found = larger_space.train("rloo", rloo(larger_space, 0.5, iterations=600))
+    found = larger_space.train("rloo", rloo(larger_space, 0.5, iterations=1500))
     assert_optimal_for_rl(larger_space, found, 0.5)
 
 

@@ -29,6 +29,7 @@ import runpy
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -53,7 +54,7 @@ def measure(scale: str, seeds: Sequence[int], workdir: Path) -> pd.DataFrame:
     for seed, run in SELECTION["run_each"](scale, seeds, workdir).items():
         pool = SELECTION["pool"](run)
         gold, members = pool["gold"], pool["noisy"]
-        by_row = members.reshape(len(members), -1)
+        by_row = jnp.asarray(members.reshape(len(members), -1), jnp.float32)
         combined = {
             "mean": mean(by_row),
             "WCO": worst_case(by_row),

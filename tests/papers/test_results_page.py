@@ -1,0 +1,41 @@
+"""docs/results.md is the page that the results of the papers give."""
+
+import runpy
+from pathlib import Path
+
+from rlhf_jax.papers.reproduce import overview
+
+ROOT = Path(__file__).parents[2]
+WRITER = runpy.run_path(str(ROOT / "experiments" / "papers" / "write_results.py"))
+
+
+def test_the_page_is_that_of_the_results():
+    found = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    assert found == WRITER["page"](overview()), "run experiments/papers/write_results.py"
+
+
+def test_a_verdict_stands_in_its_papers_section_and_in_the_count_of_its_question():
+    row = {
+        "paper": "schulman_2020",
+        "title": "Approximating KL divergence",
+        "source": "a note",
+        "question": "foundations",
+        "figure": "a figure",
+        "statement": "k1 is unbiased | always",
+        "number": "0",
+        "criterion": "< 0.1",
+        "unit": "nats",
+        "statistic": 0.012345,
+        "low": None,
+        "high": None,
+        "smallest_effect": None,
+        "verdict": "contradicted",
+        "scale": "cpu",
+        "seconds": 1234.5,
+        "date": "2026-11-30T01:02:03",
+        "commit": "0123456789abcdef",
+    }
+    page = WRITER["page"]([row])
+    assert "| Foundations | 1 | 0 | 1 | 0 | 0 |" in page
+    assert "| k1 is unbiased \\| always | 0 | < 0.1 nats | 0.0123 | exact | contradicted |" in page
+    assert "1,234 s, 2026-11-30, commit 0123456789ab." in page

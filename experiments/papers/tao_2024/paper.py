@@ -20,6 +20,10 @@ Power, before the run: three seeds of the quickstart differ with a standard devi
 differences between judges within a seed vary as much, five seeds show 0.18 alone, and about 0.3 as one of six claims
 (Holm); the slope of four judges over 1.5 decades of size has about that error, so that equivalence within 0.15 per
 decade is shown only if judges vary less than this within a seed.
+
+Found: the gain rises by 0.19 [0.10, 0.28] per factor 10 of the judge's size, and the smallest judge's labels gain 0.24
+[0.17, 0.32] less than gold labels; neither is outside its margin once six claims share an error rate. A judge of the
+policy's size is not told apart from gold labels.
 """
 
 import runpy

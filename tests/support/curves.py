@@ -126,6 +126,7 @@ def section(name: str, world: World) -> dict[str, Any]:
         "batch_size": BATCH,
         "epochs": STEPS * BATCH / ROWS,
         "eval_every": STEPS,
+        "pack": False,  # rows as TRL has them: packed ones are summed in another order
         "loop": {"steps_per_call": 10, "checkpoint_every": STEPS},
     }
     policy = {"policy": str(world.policy), "preferences": None, "beta": BETA, "sample_prompts": 0}

@@ -26,6 +26,7 @@ NEEDED = {
     "fields": {"jax"},
     "fetch": {"jax"},
     "reproduce": {"jax"},
+    "compare": {"jax", "pandas", "pyarrow"},
     "sample": {"jax", "pandas", "pyarrow"},
     "chat": {"jax", "pandas", "pyarrow"},
     "logprobs": {"jax", "pandas", "pyarrow"},

@@ -37,9 +37,7 @@ def check(row: dict, kind: str) -> None:
     speeds = np.divide(row["tokens_all"], row["seconds_all"])
     assert row["tokens_per_second"] == pytest.approx(np.median(speeds))
     assert row["utilisation"] == pytest.approx(row["flops"] / row["seconds"] / row["matrix_flops_per_second"])
-    assert (
-        row["compile_seconds"] > 0 and row["first_step_seconds"] > 0
-    )  # some widths compile later
+    assert row["compile_seconds"] > 0 and row["first_step_seconds"] > 0  # some widths compile later
     assert 2**27 < row["peak_bytes"] < 2**33  # an interpreter with JAX, and no more than a tiny model
 
 

@@ -17,8 +17,8 @@ Power, before the run: a pilot with 6 topics held out had an accuracy of 0.746 [
 accuracies of topics deviate by 0.06, 32 topics show a difference of 0.03.
 
 Found: 0.62 [0.59, 0.65], well below the paper's neural model and below length. The model overfits: its accuracy is
-about 0.9 on the training pairs, each of whose arguments is in some 20 pairs. The pilot's larger model, with a byte-level
-tokenizer and one pass, did better (0.75); the settings here were not tuned after the run.
+about 0.9 on the training pairs, each of whose arguments is in some 20 pairs. The pilot's larger model, with a
+byte-level tokenizer and one pass, did better (0.75); the settings here were not tuned after the run.
 """
 
 import runpy

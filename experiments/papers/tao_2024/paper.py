@@ -22,8 +22,8 @@ differences between judges within a seed vary as much, five seeds show 0.18 alon
 decade is shown only if judges vary less than this within a seed.
 
 Found: the gain rises by 0.19 [0.10, 0.28] per factor 10 of the judge's size, and the smallest judge's labels gain 0.24
-[0.17, 0.32] less than gold labels; neither is outside its margin once six claims share an error rate. A judge of the
-policy's size is not told apart from gold labels.
+[0.17, 0.32] less than gold labels; neither is outside its margin once six claims share an error rate. Labels of a
+judge of the policy's size and gold labels do not differ significantly.
 """
 
 import runpy

@@ -15,7 +15,7 @@ from rlhf_jax.types import Packing
 
 
 class PackedRows(NamedTuple):
-    """Rows with several sequences each, for a network."""
+    """Rows with several sequences each: the arguments of `Transformer.__call__`."""
 
     tokens: Int[Array, "GR W"]
     mask: Bool[Array, "GR W"]

@@ -15,7 +15,7 @@ from rlhf_jax.models import head, lora
 from rlhf_jax.models.head import TokenStats
 from rlhf_jax.models.lora import Adapted, LoraConfig
 from rlhf_jax.models.model_config import ModelConfig
-from rlhf_jax.models.reading import hidden_states
+from rlhf_jax.models.reading import reading
 from rlhf_jax.models.transformer import KVCache, Transformer, empty_cache
 from rlhf_jax.types import PreferenceBatch, Sequences, TokenBatch
 
@@ -55,7 +55,7 @@ class PolicyNetwork:
 
         For a packed batch, those of the trained tokens; 0 at the others.
         """
-        hidden = hidden_states(functools.partial(self.apply, params), batch, dropout_keys)
+        hidden = self._hidden(params, batch, dropout_keys)
         if batch.packing is None:
             return self.hidden_stats(params, hidden[:, :-1], batch.tokens[:, 1:], temperature=1.0)
         trained, first = batch.loss_mask[:, 1:], jnp.ones(len(batch.tokens), jnp.int32)
@@ -81,7 +81,7 @@ class PolicyNetwork:
 
         Arrays [B, T, D], or [G, M, D] for packed rows.
         """
-        return predictors(hidden_states(functools.partial(self.apply, params), sequences, dropout_keys), sequences)
+        return predictors(self._hidden(params, sequences, dropout_keys), sequences)
 
     def stats_of_responses(
         self,
@@ -150,6 +150,12 @@ class PolicyNetwork:
     @property
     def _body(self) -> Transformer:
         return Transformer(self.config, self.vocab_size)
+
+    def _hidden(
+        self, params: PyTree, batch: TokenBatch | Sequences, dropout_keys: Key[Array, "B"] | None
+    ) -> Float[Array, "rows width D"]:
+        rows, keys = reading(batch, dropout_keys)
+        return self.apply(params, *rows, dropout_keys=keys)
 
     def apply(
         self, params: PyTree, *args: Any, method: str | None = None, dropout_keys: Key[Array, "B"] | None = None

@@ -13,7 +13,7 @@ from rlhf_jax.core.sequences import by_response, predictors
 from rlhf_jax.models import lora
 from rlhf_jax.models.lora import Adapted, LoraConfig
 from rlhf_jax.models.model_config import ModelConfig
-from rlhf_jax.models.reading import hidden_states, last_hidden, mean_hidden
+from rlhf_jax.models.reading import last_hidden, mean_hidden, reading
 from rlhf_jax.models.reward_ensemble import EnsembleConfig, combined
 from rlhf_jax.models.scalar_transformer import ScalarTransformer
 from rlhf_jax.types import Sequences
@@ -105,7 +105,8 @@ class ScalarNetwork:
         return lora.apply(self._module, params, self.lora, *args, method=method, dropout_keys=dropout_keys)
 
     def _hidden(self, params: PyTree, sequences: Sequences, dropout_keys: Key[Array, "B"] | None) -> Array:
-        return hidden_states(functools.partial(self._apply, params, method="hidden"), sequences, dropout_keys)
+        rows, keys = reading(sequences, dropout_keys)
+        return self._apply(params, *rows, method="hidden", dropout_keys=keys)
 
 
 @functools.partial(jax.jit, static_argnums=0)  # compiled once per architecture

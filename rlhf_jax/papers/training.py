@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import filelock
@@ -18,6 +18,7 @@ from rich.console import Console
 
 from rlhf_jax import experiment
 from rlhf_jax.data.fetch import data_dir
+from rlhf_jax.papers.suite import Scale
 from rlhf_jax.reports.run import Run
 from rlhf_jax.runtime.files import read_json, write_json
 from rlhf_jax.runtime.workdir import Workdir
@@ -68,6 +69,17 @@ def settings_of(config: ConfigDict) -> dict[str, Json]:
     """Convert a config to the settings of a scale: everything but the seed."""
     settings = json.loads(config.to_json_best_effort())
     return {name: section for name, section in settings.items() if name != "seed"}
+
+
+def scales(config: Callable[..., ConfigDict], *, seeds: int, cost: str) -> dict[str, Scale]:
+    """Make the scales of a paper that runs here: `cpu`, and `smoke`, which only tests that everything works.
+
+    Args: config builds the experiment of one seed, given `smoke`.
+    """
+    return {
+        "cpu": Scale(seeds=seeds, settings=settings_of(config(smoke=False)), cost=cost),
+        "smoke": Scale(seeds=2, settings=settings_of(config(smoke=True)), cost="a few minutes, an estimate"),
+    }
 
 
 def _run(config: ConfigDict, place: Workdir, stages: Iterable[str], console: Console) -> None:

@@ -23,7 +23,7 @@ KILLS = {
         ("dapo", "save"),
     ),
 }
-"""Where a run of some stages is killed: in the quick tier one of a table and one of prompts, every night all."""
+"""Stages that are killed in a step or while they save: two stages in the quick tier, all of them every night."""
 
 
 def arguments(workdir: Path, data: Path, stages: tuple[str, ...]) -> list[str]:

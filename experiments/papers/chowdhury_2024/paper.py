@@ -39,7 +39,7 @@ from ml_collections import ConfigDict
 from rlhf_jax.core.selection import best_of_n, best_of_n_win_rate
 from rlhf_jax.papers import training
 from rlhf_jax.papers.claims import Above, Below, Claim, Within
-from rlhf_jax.papers.suite import Paper, Scale
+from rlhf_jax.papers.suite import Paper
 from rlhf_jax.reports import style
 from rlhf_jax.reports.run import Run
 from rlhf_jax.stages.kinds import Colour
@@ -169,14 +169,7 @@ PAPER = Paper(
     source="arXiv:2403.00409, arXiv:2404.09824",
     figure="Figure 2 of Gao Y. et al., and Chowdhury et al. at 40 %",
     question="poor data",
-    scales={
-        "cpu": Scale(
-            seeds=5,
-            settings=training.settings_of(config(smoke=False)),
-            cost="one and a half minutes of one core per seed",
-        ),
-        "smoke": Scale(seeds=2, settings=training.settings_of(config(smoke=True)), cost="two or three minutes"),
-    },
+    scales=training.scales(config, seeds=5, cost="one and a half minutes of one core per seed"),
     measure=measure,
     draw=draw,
     claims=(

@@ -33,7 +33,7 @@ from ml_collections import ConfigDict
 
 from rlhf_jax.papers import training
 from rlhf_jax.papers.claims import Above, Claim
-from rlhf_jax.papers.suite import Paper, Scale
+from rlhf_jax.papers.suite import Paper
 from rlhf_jax.reports import style
 from rlhf_jax.reports.run import Run
 
@@ -120,14 +120,7 @@ PAPER = Paper(
     source="arXiv:2406.09279",
     figure="Figure 1",
     question="preference tuning",
-    scales={
-        "cpu": Scale(
-            seeds=5,
-            settings=training.settings_of(config(smoke=False)),
-            cost="about a minute of one core per seed, an estimate",
-        ),
-        "smoke": Scale(seeds=2, settings=training.settings_of(config(smoke=True)), cost="a minute or two"),
-    },
+    scales=training.scales(config, seeds=5, cost="about a minute of one core per seed, an estimate"),
     measure=measure,
     draw=draw,
     claims=(

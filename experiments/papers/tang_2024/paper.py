@@ -41,7 +41,7 @@ from ml_collections import ConfigDict
 from rlhf_jax.inference.logprobs import logprobs
 from rlhf_jax.papers import training
 from rlhf_jax.papers.claims import Above, Claim
-from rlhf_jax.papers.suite import Paper, Scale
+from rlhf_jax.papers.suite import Paper
 from rlhf_jax.reports import style
 from rlhf_jax.reports.run import Run
 from rlhf_jax.runtime.files import read_rows
@@ -136,14 +136,7 @@ PAPER = Paper(
     source="arXiv:2405.08448",
     figure="Figures 1 and 5",
     question="preference tuning",
-    scales={
-        "cpu": Scale(
-            seeds=5,
-            settings=training.settings_of(config(smoke=False)),
-            cost="about 4 minutes of processor time on one core",
-        ),
-        "smoke": Scale(seeds=2, settings=training.settings_of(config(smoke=True)), cost="a minute or two"),
-    },
+    scales=training.scales(config, seeds=5, cost="about 4 minutes of processor time on one core"),
     measure=measure,
     draw=draw,
     claims=(

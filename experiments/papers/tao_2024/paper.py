@@ -38,7 +38,7 @@ from ml_collections import ConfigDict
 
 from rlhf_jax.papers import training
 from rlhf_jax.papers.claims import Above, Claim, Within
-from rlhf_jax.papers.suite import Paper, Scale
+from rlhf_jax.papers.suite import Paper
 from rlhf_jax.reports import style
 from rlhf_jax.reports.run import Run
 
@@ -144,14 +144,7 @@ PAPER = Paper(
     source="arXiv:2409.08813",
     figure="Figure 2",
     question="weak judge",
-    scales={
-        "cpu": Scale(
-            seeds=5,
-            settings=training.settings_of(config(smoke=False)),
-            cost="about a minute of one core per seed, an estimate",
-        ),
-        "smoke": Scale(seeds=2, settings=training.settings_of(config(smoke=True)), cost="a minute or two"),
-    },
+    scales=training.scales(config, seeds=5, cost="about a minute of one core per seed, an estimate"),
     measure=measure,
     draw=draw,
     claims=(

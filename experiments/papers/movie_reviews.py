@@ -92,6 +92,8 @@ def with_fields(section: ConfigDict, fields: dict[str, Any]) -> ConfigDict:
     """Copy of a section with some fields changed."""
     section = section.copy_and_resolve_references()
     for name, value in fields.items():
+        if isinstance(value, dict) and name in section:
+            del section[name]  # whose type may differ
         section[name] = ConfigDict(value) if isinstance(value, dict) else value
     return section
 
@@ -136,3 +138,20 @@ def area(points: pd.DataFrame, most: float) -> float:
     best = np.maximum.accumulate(np.maximum(ordered["gold"].to_numpy(), start))
     roots = np.linspace(0, np.sqrt(most), 101)
     return float(np.mean(np.interp(roots, ordered["root"].to_numpy(), best) - start))
+
+
+def areas(table: pd.DataFrame, methods: Sequence[str], most: float) -> np.ndarray:
+    """Mean gain over the frontier of all checkpoints of some methods, for each seed; see `area`."""
+    own = table[table["method"].isin(("sft", *methods))]
+    return np.array([area(points, most) for _, points in own.groupby("seed")])
+
+
+def last(table: pd.DataFrame, method: str, column: str = "gold") -> np.ndarray:
+    """Value of a method at the end of training, for each seed."""
+    return table[table["method"] == method].sort_values("step").groupby("seed")[column].last().to_numpy()
+
+
+def without_effect(table: pd.DataFrame) -> pd.DataFrame:
+    """Give every point the gold score of its seed's SFT policy."""
+    start = table[table["method"] == "sft"].set_index("seed")["gold"]
+    return table.assign(gold=table["seed"].map(start))

@@ -37,6 +37,7 @@ from rlhf_jax.reports import style
 from rlhf_jax.reports.run import Run
 
 REVIEWS = runpy.run_path(str(Path(__file__).parents[1] / "movie_reviews.py"))
+last = REVIEWS["last"]
 
 LABELS = {
     "rloo_4": "RLOO, k = 4",
@@ -78,21 +79,14 @@ def rows(seed: int, run: Run) -> pd.DataFrame:
     return points.assign(seed=seed)[["seed", "method", "step", "kl", "gold", "gold_se", "clipped"]]
 
 
-def last(table: pd.DataFrame, method: str, column: str = "gold") -> np.ndarray:
-    """Value at the end of training, for each seed."""
-    return table[table["method"] == method].sort_values("step").groupby("seed")[column].last().to_numpy()
-
-
 def areas(table: pd.DataFrame, method: str) -> np.ndarray:
     """Mean gain over the frontier of a method's checkpoints, for each seed."""
-    own = table[table["method"].isin(("sft", method))]
-    return np.array([REVIEWS["area"](points, MOST) for _, points in own.groupby("seed")])
+    return REVIEWS["areas"](table, (method,), MOST)
 
 
 def without_effect(table: pd.DataFrame) -> pd.DataFrame:
     """Give every point the gold score of its seed's SFT policy, and clip a tenth of all tokens."""
-    start = table[table["method"] == "sft"].set_index("seed")["gold"]
-    return table.assign(gold=table["seed"].map(start), clipped=0.1)
+    return REVIEWS["without_effect"](table).assign(clipped=0.1)
 
 
 def draw(table: pd.DataFrame) -> Figure:

@@ -38,6 +38,7 @@ from rlhf_jax.reports import style
 from rlhf_jax.reports.run import Run
 
 REVIEWS = runpy.run_path(str(Path(__file__).parents[1] / "movie_reviews.py"))
+without_effect = REVIEWS["without_effect"]
 
 POLICIES = {
     "dpo_poor": "DPO, poor data",
@@ -90,12 +91,6 @@ def algorithm(table: pd.DataFrame) -> np.ndarray:
 def data_quality(table: pd.DataFrame) -> np.ndarray:
     """Gold score of good minus poor data, averaged over the algorithms, for each seed."""
     return np.mean([gold(table, f"{name}_good") - gold(table, f"{name}_poor") for name in ("dpo", "ppo")], axis=0)
-
-
-def without_effect(table: pd.DataFrame) -> pd.DataFrame:
-    """Give every policy the gold score of its seed's SFT policy."""
-    start = table[table["method"] == "sft"].set_index("seed")["gold"]
-    return table.assign(gold=table["seed"].map(start))
 
 
 def draw(table: pd.DataFrame) -> Figure:

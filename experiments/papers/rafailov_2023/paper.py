@@ -45,6 +45,7 @@ from rlhf_jax.reports.run import Run
 from rlhf_jax.stages.kinds import Colour
 
 REVIEWS = runpy.run_path(str(Path(__file__).parents[1] / "movie_reviews.py"))
+last, without_effect = REVIEWS["last"], REVIEWS["without_effect"]
 
 BETAS = {"dpo_1": 1.0, "dpo_01": 0.1, "dpo_003": 0.03}
 COEFFICIENTS = {"ppo_03": 0.3, "ppo_005": 0.05}
@@ -99,16 +100,7 @@ def rows(seed: int, run: Run) -> pd.DataFrame:
 
 def areas(table: pd.DataFrame, group: str) -> np.ndarray:
     """Mean gain over the frontier of one group of methods, for each seed."""
-    found = []
-    for _, own in table.groupby("seed"):
-        found.append(REVIEWS["area"](own[own["method"].isin(("sft", *GROUPS[group]))], MOST))
-    return np.array(found)
-
-
-def last(table: pd.DataFrame, method: str) -> np.ndarray:
-    """Gold score at the end of training, for each seed."""
-    own = table[table["method"] == method].sort_values("step")
-    return own.groupby("seed")["gold"].last().to_numpy()
+    return REVIEWS["areas"](table, GROUPS[group], MOST)
 
 
 def at(table: pd.DataFrame, method: str, n: int) -> np.ndarray:
@@ -120,12 +112,6 @@ def at(table: pd.DataFrame, method: str, n: int) -> np.ndarray:
 def best_dpo(table: pd.DataFrame) -> np.ndarray:
     """Gold score of the beta with the highest mean over seeds, at the end of training, for each seed."""
     return max((last(table, name) for name in BETAS), key=np.mean)
-
-
-def without_effect(table: pd.DataFrame) -> pd.DataFrame:
-    """Give every point the gold score of its seed's SFT policy."""
-    start = table[table["method"] == "sft"].set_index("seed")["gold"]
-    return table.assign(gold=table["seed"].map(start))
 
 
 def too_good(table: pd.DataFrame) -> pd.DataFrame:

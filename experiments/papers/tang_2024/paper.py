@@ -47,6 +47,7 @@ from rlhf_jax.reports.run import Run
 from rlhf_jax.runtime.files import read_rows
 
 REVIEWS = runpy.run_path(str(Path(__file__).parents[1] / "movie_reviews.py"))
+last = REVIEWS["last"]
 
 METHODS = {"offline": "offline DPO", "online": "online DPO"}
 MOST = 2.0
@@ -96,21 +97,14 @@ def margins(run: Run, stage: str, pairs: pd.DataFrame) -> np.ndarray:
     return (chosen - rejected).to_numpy()
 
 
-def last(table: pd.DataFrame, method: str, column: str = "gold") -> np.ndarray:
-    """Value at the end of training, for each seed."""
-    return table[table["method"] == method].sort_values("step").groupby("seed")[column].last().to_numpy()
-
-
 def areas(table: pd.DataFrame, method: str) -> np.ndarray:
     """Mean gain over the frontier of a method's checkpoints, for each seed."""
-    own = table[table["method"].isin(("sft", method))]
-    return np.array([REVIEWS["area"](points, MOST) for _, points in own.groupby("seed")])
+    return REVIEWS["areas"](table, (method,), MOST)
 
 
 def without_effect(table: pd.DataFrame) -> pd.DataFrame:
     """Give every point the gold score of its seed's SFT policy, and the accuracy of a coin."""
-    start = table[table["method"] == "sft"].set_index("seed")["gold"]
-    return table.assign(gold=table["seed"].map(start), accuracy=table["accuracy"] * 0 + 0.5)
+    return REVIEWS["without_effect"](table).assign(accuracy=0.5)
 
 
 def draw(table: pd.DataFrame) -> Figure:

@@ -7,6 +7,8 @@ Seeds: 10 random policies over 2,000 responses with log-normal rewards; every ex
 Judge and batch: none.
 Data: none.
 Deviations: the objectives are solved in closed form instead of training; the paper's experiments are not reproduced.
+Source: the objective and its beta (n = 1/beta + 1) were read in the paper's text, the statement on the frontier in its
+abstract, and the invariance in a summary; its proofs were not read.
 
 vBoN maximises $\mathbb{E}_\pi[\log F] - \beta \, \mathrm{KL}(\pi \| \pi_0)$ with F the share of samples of $\pi_0$
 whose reward is at most as high. Its optimum is $\propto \pi_0 F^{1/\beta}$, with $1/\beta = N - 1$ nearly Best-of-N.

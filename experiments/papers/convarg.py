@@ -62,7 +62,8 @@ def run_each(scale: str, folds: Sequence[int], workdir: Path) -> dict[int, tuple
     rows, found = pairs(smoke=smoke), {}
     fold_of = {topic: number % FOLDS for number, topic in enumerate(sorted({row["topic"] for row in rows}))}
     for fold in folds:
-        directory = workdir / f"data_{fold}"
+        # Papers share stages that read the same files.
+        directory = fetch.data_dir() / "papers" / "convarg" / scale / f"fold_{fold}"
         directory.mkdir(parents=True, exist_ok=True)
         held_out = [row for row in rows if fold_of[row["topic"]] == fold]
         parts = {"train": [row for row in rows if fold_of[row["topic"]] != fold], "eval": held_out}

@@ -64,6 +64,7 @@ def test_ties_are_half_correct():
 
 
 def test_topics_are_divided_among_folds_and_never_seen(tmp_path, monkeypatch):
+    monkeypatch.setenv("RLHF_JAX_DATA", str(tmp_path))
     runs = {}
 
     def run_each(config, folds, workdir, *, shared):

@@ -71,14 +71,18 @@ def settings_of(config: ConfigDict) -> dict[str, Json]:
     return {name: section for name, section in settings.items() if name != "seed"}
 
 
-def scales(config: Callable[..., ConfigDict], *, seeds: int, cost: str) -> dict[str, Scale]:
+def scales(
+    config: Callable[..., ConfigDict], *, seeds: int, cost: str, constants: dict[str, Json] | None = None
+) -> dict[str, Scale]:
     """Make the scales of a paper that runs here: `cpu`, and `smoke`, which only tests that everything works.
 
-    Args: config builds the experiment of one seed, given `smoke`.
+    Args: config builds the experiment of one seed, given `smoke`; constants are settings of what `measure` does after
+    the experiment.
     """
+    further: dict[str, Json] = {} if constants is None else {"constants": constants}
     return {
-        "cpu": Scale(seeds=seeds, settings=settings_of(config(smoke=False)), cost=cost),
-        "smoke": Scale(seeds=2, settings=settings_of(config(smoke=True)), cost="a few minutes, an estimate"),
+        "cpu": Scale(seeds=seeds, settings=settings_of(config(smoke=False)) | further, cost=cost),
+        "smoke": Scale(seeds=2, settings=settings_of(config(smoke=True)) | further, cost="a few minutes, an estimate"),
     }
 
 

@@ -1,4 +1,4 @@
-"""Packed rows of an iteration's samples: one packing of the whole batch, and one of each minibatch.
+"""Packed rows of an iteration's samples: one packing of the whole batch, and one of each minibatch that differs.
 
 The host knows which rows share a minibatch, because their order depends on a random key alone.
 """
@@ -33,7 +33,14 @@ class Packings(NamedTuple, Generic[A]):
     """Packings for the second step of an iteration."""
 
     whole: Packing[A]
-    minibatches: Packing[A]  # [G, updates, ...]: groups first, as devices have their own
+    # [G, updates, ...]: groups first, as devices have their own; None: every minibatch is packed as the whole batch
+    minibatches: Packing[A] | None
+
+    def by_update(self, epochs: int) -> Packing:
+        """Arrange the packings of a device's minibatches by update, [updates, G, ...]."""
+        if self.minibatches is None:
+            return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (epochs, *leaf.shape)), self.whole)
+        return jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), self.minibatches)
 
 
 def lengths(rollout: Rollout) -> tuple[Counts, Counts]:
@@ -68,24 +75,19 @@ def plan_packing(iteration: Iteration, devices: int, rollout: Rollout, step: int
     width = packed_width(widths.row, groups.rows_of(rows.shape[-1] // iteration.config.minibatches))
     lay_out = functools.partial(_layout, width=width, response_width=widths.response)
     whole = [lay_out(*each, groups=Groups(devices, 1)) for each in of_runs]
+    size = size_of(whole, width, per_doubling=SIZES_PER_DOUBLING)
+    packing = _arranged([each.packing(size, width) for each in whole], lead)
+    if iteration.config.minibatches * groups.micro_batches == 1:
+        return Plan(widths._replace(packed=tuple(size)), Packings(packing, None))
     minibatches = [
         [lay_out(lengths[chosen], tokens[chosen], groups=groups) for chosen in _order(iteration, key, step, count)]
         for key, (lengths, tokens) in zip(keys, of_runs, strict=True)
     ]
-    size = size_of(whole, width, per_doubling=SIZES_PER_DOUBLING)
     size_of_minibatch = size_of(
         [layout for each in minibatches for layout in each], width, per_doubling=SIZES_PER_DOUBLING
     )
-    packings = Packings(
-        _arranged([each.packing(size, width) for each in whole], lead),
-        _arranged([_of_updates(each, size_of_minibatch, width) for each in minibatches], lead),
-    )
-    return Plan(widths._replace(packed=(*size, *size_of_minibatch)), packings)
-
-
-def by_update(packing: Packing) -> Packing:
-    """Arrange the packings of a device's minibatches by update, [updates, G, ...]."""
-    return jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), packing)
+    of_updates = _arranged([_of_updates(each, size_of_minibatch, width) for each in minibatches], lead)
+    return Plan(widths._replace(packed=(*size, *size_of_minibatch)), Packings(packing, of_updates))
 
 
 def _groups(iteration: Iteration, devices: int, rows: int) -> Groups:
@@ -96,9 +98,9 @@ def _groups(iteration: Iteration, devices: int, rows: int) -> Groups:
 
 def _order(iteration: Iteration, key: Array, step: int, rows: int) -> Int[np.ndarray, "updates M"]:
     config = iteration.config
-    order = iteration.key(key, step, "order")
-    updates = config.epochs * config.minibatches
-    return np.asarray(minibatch_order(order, np.arange(rows), epochs=config.epochs, updates=updates))
+    order, counts = iteration.key(key, step, "order"), {"epochs": config.epochs, "minibatches": config.minibatches}
+    shuffled = minibatch_order(order, np.arange(rows), **counts)
+    return np.tile(np.arange(rows), (config.epochs, 1)) if shuffled is None else np.asarray(shuffled)
 
 
 def _layout(

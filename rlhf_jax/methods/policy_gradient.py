@@ -35,8 +35,8 @@ from rlhf_jax.core.metrics import values as numbers_of
 from rlhf_jax.core.policy_losses import Aggregation, TokenLosses, explained_variance, ratio_metrics, value_loss
 from rlhf_jax.core.sequences import joined
 from rlhf_jax.loading.trainable import dropout_keys
-from rlhf_jax.methods import policy_optimizer
-from rlhf_jax.methods.minibatches import Indices, minibatch_order
+from rlhf_jax.methods import minibatches, policy_optimizer
+from rlhf_jax.methods.minibatches import Indices
 from rlhf_jax.methods.policy_method import KLEstimator, OnlineMethod, Rows
 from rlhf_jax.methods.policy_metrics import objective_metrics, reference_divergence, score_metrics
 from rlhf_jax.methods.policy_parts import (
@@ -216,13 +216,13 @@ class Iteration(Setting, Generic[Rows]):
         config, method, axes, learner = self.config, self.method, self.axes, self.method.learner
         order, dropout, rounding = (self.key(run_key, state.step, name) for name in ("order", "dropout", "rounding"))
         optimizer = policy_optimizer.make_optimizer(config, method)
-        rows, demonstrations = masking.gather_rows((rows, sampled.demonstrations), axes)
-        updates = config.epochs * config.minibatches
-        shuffled = functools.partial(minibatch_order, order, epochs=config.epochs, updates=updates)
+        rows, demonstrations = minibatches.shared((rows, sampled.demonstrations), config.minibatches, axes)
+        counts = {"epochs": config.epochs, "minibatches": config.minibatches}
+        shuffled = functools.partial(minibatches.minibatch_order, order, **counts)
 
         def update_minibatch(carry: tuple[Params, PyTree], given: Indices) -> tuple[tuple[Params, PyTree], Updated]:
             params, opt_state = carry
-            minibatch = masking.take_rows(rows, given.rows, axes)
+            minibatch = minibatches.taken(rows, given.rows, axes)
             if learner.packed is not None and given.packing is not None:
                 minibatch = learner.packed(minibatch, given.packing)
             size = jax.tree.leaves(minibatch)[0].shape[0]
@@ -237,8 +237,8 @@ class Iteration(Setting, Generic[Rows]):
                 grad_fn = accumulated(grad_fn, rows_at_once, lambda part: learner.weight(part[0], axes), axes)
             (loss, metrics), grads = grad_fn(float32(params), (minibatch, keys))
             numbers = {}
-            if method.ptx and given.demonstrations is not None:
-                mixed = masking.take_rows(demonstrations, given.demonstrations, axes)
+            if method.ptx:
+                mixed = minibatches.taken(demonstrations, given.demonstrations, axes)
                 ptx_loss, ptx_grads = method.ptx.gradients(self.networks, config.optimizer, params, frozen, mixed, axes)
                 loss, numbers = loss + method.ptx.coef * ptx_loss, {"loss/ptx_avg": ptx_loss}
                 grads = jax.tree.map(lambda grad, ptx: grad + method.ptx.coef * ptx, grads, ptx_grads)
@@ -248,9 +248,9 @@ class Iteration(Setting, Generic[Rows]):
             return (params, opt_state), (metrics, {**numbers, "loss": loss, **norms})
 
         demonstration_rows = None if demonstrations is None else shuffled(demonstrations, first=config.epochs)
-        given = Indices(shuffled(rows), demonstration_rows, jnp.arange(updates), packings)
+        given = Indices(shuffled(rows), demonstration_rows, jnp.arange(config.epochs * config.minibatches), packings)
         start = (state.params, state.opt_state)
-        (params, opt_state), (metrics, numbers) = jax.lax.scan(update_minibatch, start, given)
+        (params, opt_state), (metrics, numbers) = minibatches.one_by_one(update_minibatch, start, given)
         logged = over_updates(metrics) | jax.tree.map(jnp.mean, numbers)
         logged |= policy_optimizer.learning_rates(config, method, state.step)
         return state._replace(step=state.step + 1, params=params, opt_state=opt_state), logged

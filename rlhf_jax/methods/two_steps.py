@@ -14,7 +14,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from rlhf_jax.core.sequences import compacted
 from rlhf_jax.methods.dynamic_sampling import DynamicSampling, PartialBatch
-from rlhf_jax.methods.packed_samples import Packings, by_update, lengths, longest, plan_packing
+from rlhf_jax.methods.packed_samples import Packings, lengths, longest, plan_packing
 from rlhf_jax.methods.policy_gradient import Iteration, Learned
 from rlhf_jax.methods.policy_parts import Numbers, OnlineBatch, Params, Responses, Sampled
 from rlhf_jax.models.scalars import ScalarNetwork
@@ -146,7 +146,7 @@ def _two_steps(
             of_minibatches = None
             if packings is not None:
                 sequences = sequences._replace(packing=packings.whole)
-                of_minibatches = by_update(packings.minibatches)
+                of_minibatches = packings.by_update(iteration.config.epochs)
             given = responses(found, frozen, sequences)
             return iteration.learn(state, frozen, given, sequences, run_key, of_minibatches)
 

@@ -130,5 +130,6 @@ class Block(nn.Module):
             gate = nn.Dense(config.d_ff, name="gate", **options)(x)
             h = jax.checkpoint(lambda gate, up: activation(gate) * up)(gate, up)
         else:
-            h = jax.checkpoint(activation)(up)
+            # A barrier would keep the compiler from sharing this forward pass with one outside the gradient.
+            h = jax.checkpoint(activation, prevent_cse=False)(up)
         return nn.Dense(config.d_model, name="down", **options)(h)

@@ -32,12 +32,13 @@ ONLINE_DPO = online_dpo.OnlineDPOConfig(
 )
 CASES: dict[str, Any] = {
     "ppo": tiny.with_config(importance_cap=2.0, temperature=0.9),
+    "once": tiny.with_config(epochs=1, minibatches=1),
     "dapo": tiny.group_config("dapo", dynamic_sampling_rounds=ROUNDS, minibatches=2),
     "online_dpo": ONLINE_DPO,
     "grpo": tiny.group_config("grpo", old_logprobs="sampler", epochs=2, minibatches=2),
     "rloo": tiny.group_config("rloo", minibatches=2, reject_truncated=True),
 }
-SLOW = ("dapo", "online_dpo", "grpo", "rloo")
+SLOW = ("once", "dapo", "online_dpo", "grpo", "rloo")
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +50,7 @@ def narrow_buckets(monkeypatch):
 def iteration_of(name: str, axes=(), loop_axes=()) -> Iteration:
     config = CASES[name]
     method = online_dpo.build_method(config) if name == "online_dpo" else tiny.build_method(config)
-    networks = NETWORKS if name == "ppo" else dataclasses.replace(NETWORKS, value=None)
+    networks = NETWORKS if name in ("ppo", "once") else dataclasses.replace(NETWORKS, value=None)
     return Iteration(networks, config, axes, loop_axes, method)
 
 

@@ -20,7 +20,7 @@ from rlhf_jax.data.pipeline import DataConfig
 from rlhf_jax.interop.hub import MODELS, checkpoint_hash
 from rlhf_jax.loading.context import Common, Context
 from rlhf_jax.methods.online_config import OnlineConfig
-from rlhf_jax.runtime import compilation_cache, provenance
+from rlhf_jax.runtime import process, provenance
 from rlhf_jax.runtime.files import read_rows, write_json
 from rlhf_jax.runtime.programs import RuntimeConfig
 from rlhf_jax.runtime.progress import Display
@@ -99,7 +99,7 @@ def run(experiment: Experiment, workdir: Workdir, only: str | None, console: Con
     if workdir.root.exists() and not workdir.root.is_dir():
         raise RlhfError(f"--workdir={workdir.root} is a file: name a directory")
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {experiment.runtime.xla_flags}"
-    compilation_cache.enable()
+    process.set_up()
     display = Display(console)
     worked = False
     here = functools.cache(provenance.environment)  # read once: the source may change while the process runs

@@ -19,7 +19,7 @@ from experiments.benchmarks.training_turns import BETA, KL_COEF, LEARNING_RATE, 
 from rlhf_jax import experiment
 from rlhf_jax.api import load_config
 from rlhf_jax.loading.context import Context
-from rlhf_jax.runtime import provenance
+from rlhf_jax.runtime import process, provenance
 from rlhf_jax.runtime.files import read_rows
 from rlhf_jax.runtime.progress import Bar, Display
 from rlhf_jax.runtime.workdir import Workdir
@@ -82,6 +82,7 @@ def config_of(work: Work) -> ConfigDict:
 
 def main() -> None:
     """Run the stage until the last round, and report tokens and compile time."""
+    process.keep_memory()  # as rlhf-jax does
     work, compiled = read_work(), []
     turns = Turns(work, matrix_rate)
 

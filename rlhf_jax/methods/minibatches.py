@@ -14,7 +14,6 @@ from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 from rlhf_jax.core import masking
 from rlhf_jax.types import Packing
 
-
 Carry = TypeVar("Carry")
 Found = TypeVar("Found")
 

@@ -27,8 +27,6 @@ from rlhf_jax.stages.kinds import find_kind
 
 NEVER = 10**9
 MATRIX = 1024
-COMPILED = "/jax/core/compile/backend_compile_duration"
-"""JAX's event of a compiled program."""
 
 
 class Clock(Bar):
@@ -87,7 +85,7 @@ def main() -> None:
     turns = Turns(work, matrix_rate)
 
     def listen(event: str, duration_secs: float, **_: str | int) -> None:
-        if event == COMPILED:
+        if event == process.COMPILED:
             compiled.append(duration_secs)
 
     jax.monitoring.register_event_duration_secs_listener(listen)

@@ -2,20 +2,21 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from rlhf_jax.papers.claims import LEVEL, Claim, Outcome, judge
+from rlhf_jax.papers.claims import LEVEL, Outcome, judge
 from rlhf_jax.papers.suite import (
     FIGURE,
     RECORD,
     VERDICTS,
     Paper,
+    Question,
     Scale,
     load_paper,
     names,
@@ -109,30 +110,21 @@ def verdicts(name: str, table: pd.DataFrame) -> list[Outcome]:
     Args: table has the paper's results; those of other papers are the ones that come with the package.
     """
     question = load_paper(name).question
-    family: list[tuple[Claim, pd.DataFrame | None]] = []
-    own = []
-    for other in names():
-        paper = load_paper(other)
-        if paper.question != question:
-            continue
-        results = table if other == name else read_results(results_directory(other, next(iter(paper.scales))))
-        for claim in paper.claims:
-            own.append(other == name)
-            family.append((claim, results))
-    return [outcome for outcome, mine in zip(judge(family), own, strict=True) if mine]
+    return _outcomes({other: table if other == name else _results(other) for other in _of_question(question)})[name]
 
 
 def overview() -> list[dict[str, Json]]:
     """List every paper's claims with the paper's number, verdict, interval, power, cost, date and commit, for JSON."""
+    tables = {name: _results(name) for name in names()}
+    outcomes: dict[str, list[Outcome]] = {}
+    for question in get_args(Question):
+        outcomes |= _outcomes({name: tables[name] for name in _of_question(question)})
     rows = []
-    for name in names():
+    for name, table in tables.items():
         paper = load_paper(name)
         scale = next(iter(paper.scales))
-        directory = results_directory(name, scale)
-        table = read_results(directory)
-        record = {} if table is None else read_json(directory / RECORD)
-        outcomes = judge([(claim, None) for claim in paper.claims]) if table is None else verdicts(name, table)
-        for outcome in outcomes:
+        record = {} if table is None else read_json(results_directory(name, scale) / RECORD)
+        for outcome in outcomes[name]:
             row = {"paper": name, "title": paper.title, "source": paper.source, "question": paper.question}
             row |= {"figure": paper.figure, "statement": outcome.claim.statement, "number": outcome.claim.number}
             rows.append(
@@ -190,6 +182,23 @@ def _record(paper: Paper, scale: str, settings: Scale, workdir: Path) -> dict[st
     if (record["scale"], record["settings"]) != (scale, dict(settings.settings)):
         raise RlhfError(f"{workdir} has results with other settings or of another scale: choose another --workdir")
     return record
+
+
+def _of_question(question: Question) -> list[str]:
+    return [name for name in names() if load_paper(name).question == question]
+
+
+def _results(name: str) -> pd.DataFrame | None:
+    return read_results(results_directory(name, next(iter(load_paper(name).scales))))
+
+
+def _outcomes(tables: Mapping[str, pd.DataFrame | None]) -> dict[str, list[Outcome]]:
+    """Judge the claims of all papers of one question together, and return the outcomes by paper."""
+    family = [(name, claim) for name in tables for claim in load_paper(name).claims]
+    found: dict[str, list[Outcome]] = {name: [] for name in tables}
+    for (name, _), outcome in zip(family, judge([(claim, tables[name]) for name, claim in family]), strict=True):
+        found[name].append(outcome)
+    return found
 
 
 def _rounded(value: float) -> float | None:

@@ -8,6 +8,7 @@ experiments/papers/NAME/results/SCALE/seed_K.csv    measurements of one seed
 """
 
 import dataclasses
+import functools
 import runpy
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -63,11 +64,11 @@ def names() -> list[str]:
 
 
 def load_paper(name: str) -> Paper:
-    """Load a paper by the name of its folder. Raises RlhfError, listing the names, if there is none."""
+    """Load a paper by the name of its folder, once a process. Raises RlhfError, listing the names, if there is none."""
     file = papers_directory() / name / "paper.py"
     if not file.is_file():
         raise RlhfError(f"there is no paper {name!r}: give one of {', '.join(names())}")
-    return runpy.run_path(str(file))["PAPER"]
+    return _load(file)
 
 
 def scale_of(paper: Paper, name: str) -> Scale:
@@ -86,3 +87,8 @@ def read_results(directory: Path) -> pd.DataFrame | None:
 def results_directory(name: str, scale: str) -> Path:
     """Directory of the results that come with the package."""
     return papers_directory() / name / "results" / scale
+
+
+@functools.cache
+def _load(file: Path) -> Paper:
+    return runpy.run_path(str(file))["PAPER"]

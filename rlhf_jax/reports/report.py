@@ -4,6 +4,7 @@ import io
 from pathlib import Path
 
 import pandas as pd
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.text import Text
@@ -131,7 +132,9 @@ def _write_csv(table: pd.DataFrame, path: Path) -> None:
 
 def write_png(figure: Figure, path: Path) -> None:
     """Write a figure atomically."""
-    content = io.BytesIO()
+    content, dpi = io.BytesIO(), figure.dpi
     with context():
-        figure.savefig(content, format="png", dpi=PNG_DPI)
+        figure.dpi = PNG_DPI
+        FigureCanvasAgg(figure).print_png(content)  # savefig draws twice, for layouts that change while drawing
+        figure.dpi = dpi
     write_bytes(path, content.getvalue())

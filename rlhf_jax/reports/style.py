@@ -121,7 +121,9 @@ def context() -> Any:
 
 def fix_layout(figure: Figure) -> None:
     """Compute the layout of a figure and freeze it, so that later drawing is faster."""
-    figure.draw_without_rendering()
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        engine.execute(figure)
     figure.set_layout_engine("none")
 
 

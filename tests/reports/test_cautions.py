@@ -30,7 +30,12 @@ def good(tmp_path):
     return tmp_path
 
 
-def test_a_sound_run_has_no_caution(good):
+@pytest.fixture
+def no_figures(monkeypatch):
+    monkeypatch.setattr(report, "draw", lambda run: {})
+
+
+def test_a_sound_run_has_no_caution(good, no_figures):
     assert cautions(Run(good)) == [] and "Caution" not in shown(Run(good))
     report.write_report(good)
     assert '<ul class="caution">' not in (good / "report.html").read_text()
@@ -75,7 +80,7 @@ def test_a_judge_of_its_own_choices_names_the_methods(tmp_path):
         assert len(cautions(Run(tmp_path))) == number, judge
 
 
-def test_cautions_stand_before_every_finding_and_a_meaningless_score_has_no_headline(tmp_path):
+def test_cautions_stand_before_every_finding_and_a_meaningless_score_has_no_headline(tmp_path, no_figures):
     workdirs.write_all(tmp_path, gold=False)
     reward_model_ranks(tmp_path, 0.49, 0.45, 0.53)
     assert meaningless(Run(tmp_path))

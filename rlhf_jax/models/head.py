@@ -205,8 +205,9 @@ def _joined(slices: PyTree, length: int) -> PyTree:
 
 
 def _softmax(temperature: float, softcap: float | None, hidden: Array, weights: Array, allowed: Array) -> _Softmax:
-    # MASKED_LOGIT / temperature is -inf below 1/2, and -inf times probability 0 would make the entropy NaN.
-    scaled = jnp.maximum(logits(hidden, weights, allowed, softcap=softcap) / temperature, MASKED_LOGIT)
+    scaled = logits(hidden, weights, allowed, softcap=softcap) / temperature
+    if temperature <= 0.5:  # MASKED_LOGIT / temperature is -inf, and -inf times probability 0 would be NaN
+        scaled = jnp.maximum(scaled, MASKED_LOGIT)
     most = jnp.max(scaled, axis=-1, keepdims=True)
     shifted = scaled - most
     return _Softmax(shifted, most, jnp.sum(jnp.exp(shifted), axis=-1))
@@ -215,12 +216,20 @@ def _softmax(temperature: float, softcap: float | None, hidden: Array, weights: 
 def _of_slice(softmax: _Softmax, allowed: Array, tokens: Array) -> tuple:
     shifted, _, normaliser = softmax
     exponentials = jnp.exp(shifted)
-    chosen = jnp.sum(jnp.where(_one_hot(tokens, shifted.shape[-1]), shifted, 0), axis=-1)
+    chosen = jax.lax.platform_dependent(shifted, tokens, cpu=_gathered, default=_summed)
     emitted = allowed[tokens]
     logprobs = jnp.where(emitted, chosen - jnp.log(normaliser), 0)
     entropy = jnp.log(normaliser) - jnp.sum(exponentials * shifted, axis=-1) / normaliser
     log_sum_sq_probs = jnp.where(emitted, jnp.log(jnp.sum(jnp.square(exponentials), -1) / jnp.square(normaliser)), 0)
     return logprobs, entropy, (chosen >= 0) & emitted, log_sum_sq_probs
+
+
+def _gathered(shifted: Array, tokens: Array) -> Array:
+    return jnp.take_along_axis(shifted, tokens[..., None], axis=-1)[..., 0]
+
+
+def _summed(shifted: Array, tokens: Array) -> Array:
+    return jnp.sum(jnp.where(_one_hot(tokens, shifted.shape[-1]), shifted, 0), axis=-1)
 
 
 def _of_logprobs(

@@ -19,6 +19,12 @@ rate of all policies was then raised to 1e-3.
 Power, before the run: three seeds of the quickstart differ with a standard deviation of 0.28 in PPO's gain. Within a
 seed, methods share policy and reward model, and the differences should vary less. With 0.14, five seeds show 0.23
 alone, and about 0.5 as one of 20 claims of this question (Holm).
+
+Found (5 seeds, commit 71124d0, 2026-11-30, results/cpu): contrary to the paper, RLOO (k = 4) ends 0.57 [0.30, 0.84]
+below PPO; it ends 0.72 [0.60, 0.83] above DPO. Looked into: at the same rate PPO, whose advantages are whitened, moves
+8 to 10 nats and RLOO 4 to 6; up to 4 nats the two frontiers do not differ (0.04 [-0.01, 0.09] in favour of RLOO). Four
+samples are better than two by 0.21 [0.14, 0.28], and lambda 0.95 better than 0 by 0.80 [0.42, 1.17]. PPO clips 0.5 % of
+tokens; RLOO, whose ratio is that of a whole response, clips 12 % of responses.
 """
 
 import runpy

@@ -105,6 +105,8 @@ def draw(table: pd.DataFrame) -> Figure:
         if name in TARGETS:
             left.axhline(TARGETS[name], ls="--", lw=1.2, color=colour)
     right.set_yscale("log")
+    right.set_yticks((0.03, 0.1, 0.3, 1.0), ("0.03", "0.1", "0.3", "1"))
+    right.minorticks_off()
     right.set_title("KL coefficient")
     left.set_title("KL(policy || SFT), nats")
     left.legend(fontsize=7, frameon=False)

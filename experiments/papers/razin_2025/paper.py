@@ -25,10 +25,10 @@ times on the weak one. The learning rate was 0.05, as here; an earlier pilot at 
 
 Power, before the run: 10 instances show a difference of 0.9 standard deviations of the instances, alone.
 
-Found (10 instances, commit f71f4c0, 2026-11-30, results/cpu): the accurate reward model of the lowest variance needs 3.4
-times as many steps [2.9, 4.0] as one that ranks 78 % of pairs right, and the time grows as the variance to the power
--0.46 [-0.50, -0.41]. The reward that suits a policy is faster on both policies, by a factor of 1.2 [1.06, 1.36] on the
-one where it matters less, which is not significant among this question's claims.
+Found (10 instances, commit f71f4c0, 2026-11-30, results/cpu): the accurate reward model of the lowest variance needs
+3.4 times as many steps [2.9, 4.0] as one that ranks 78 % of pairs right, and the time grows as the variance to the
+power -0.46 [-0.50, -0.41]. The reward that suits a policy is faster on both policies, by a factor of 1.2 [1.06, 1.36]
+on the one where it matters less, which is not significant among this question's claims.
 """
 
 from collections.abc import Sequence

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
+from rlhf_jax.core.row_sharding import split_rows
+
 
 def total(x: Float[Array, "..."] | Int[Array, "..."], axes: tuple[str, ...]) -> Array:
     """Sum of all elements over all devices: the `psum` of the local sum, or the local sum for `axes=()`."""
@@ -92,4 +94,4 @@ def local_rows(indices: Int[Array, "M"], axes: tuple[str, ...]) -> Int[Array, "m
 def take_rows(tree: PyTree, indices: Int[Array, "M"], axes: tuple[str, ...]) -> PyTree:
     """Take the rows with these numbers from a whole batch, and return this device's share of them."""
     own = local_rows(indices, axes)
-    return jax.tree.map(lambda leaf: leaf[own], tree)
+    return split_rows(jax.tree.map(lambda leaf: leaf[own], tree))

@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float
 
 from rlhf_jax.core import masking
 from rlhf_jax.core.advantages import informative_groups
+from rlhf_jax.core.row_sharding import split_rows
 from rlhf_jax.data.prompts import at_round
 from rlhf_jax.methods.policy_parts import OnlineBatch, Responses, Sampled
 from rlhf_jax.runtime.two_programs import Rounds
@@ -101,7 +102,7 @@ class DynamicSampling:
         here = (jnp.arange(self.rounds)[None, :] == partial.rounds[:, None]) & ~full
         lengths = masking.lengths(sampled.rollout.response_mask)
         return PartialBatch(
-            kept=jax.tree.map(lambda leaf: leaf[own], rows),
+            kept=split_rows(jax.tree.map(lambda leaf: leaf[own], rows)),
             rounds=jnp.where(full, partial.rounds, partial.rounds + 1),
             all_scores=jnp.where(here, scores[:, None], partial.all_scores),
             all_lengths=jnp.where(here, lengths[:, None], partial.all_lengths),

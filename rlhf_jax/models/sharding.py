@@ -24,10 +24,6 @@ PARTITIONS: tuple[tuple[str, P], ...] = (
     (r"(attention/o|down)/B$", P(None, "fsdp")),
 )
 
-ROWS = P(("data", "fsdp"))
-"""Rows of a batch are split over the data and fsdp axes."""
-
-
 Where = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 """Function from a parameter's path and shape to its sharding."""
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from rlhf_jax.core.row_sharding import split_rows
 from rlhf_jax.models.layers import Block, Norm, Place
 from rlhf_jax.models.model_config import ModelConfig, Rope
 from rlhf_jax.models.rotary import rope_angles
@@ -116,6 +117,8 @@ class Transformer(nn.Module):
                 angles[rope] = rope_angles(rope, config.head_width, present, room) if rotary else (None, None)
             if window not in masks:
                 masks[window] = _visible(positions, known, window, sequence)
+            if layer is None:  # when decoding, this would gather the weights for every token
+                x = split_rows(x)
             x, layer = block(x, Place(*angles[rope], masks[window], slot), layer)
             layers.append(layer)
         return self.final_norm(x), layers

@@ -22,7 +22,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
 from rlhf_jax.config import Count, check_ranges
-from rlhf_jax.models.sharding import ROWS, sharding_of, shardings
+from rlhf_jax.core.row_sharding import ROWS
+from rlhf_jax.models.sharding import sharding_of, shardings
 from rlhf_jax.types import RlhfError
 
 State = TypeVar("State")
@@ -115,7 +116,7 @@ class MeshPlacement:
         """Compile a program that keeps the shardings of `state` and donates the old state."""
         rows = NamedSharding(self.mesh, P(*([None] * leading_axes(self.seeds)), *ROWS))
         compiled = jax.jit(
-            _several(step, self.seeds),
+            _on_mesh(step, self.seeds, self.mesh),
             donate_argnums=0,
             in_shardings=(_shardings_of(state), None, rows, None),
             out_shardings=(_shardings_of(state), NamedSharding(self.mesh, P()), rows),
@@ -253,6 +254,19 @@ def _several(step: Step, seeds: int) -> Program:
         return state, metrics, samples
 
     return several
+
+
+@functools.lru_cache
+def _on_mesh(step: Step, seeds: int, mesh: Mesh) -> Program:
+    """Make the mesh known to the constraints of `core.row_sharding` while several steps are traced."""
+    several = _several(step, seeds)
+
+    @functools.wraps(several)
+    def on_mesh(state: State, frozen: PyTree, batches: PyTree, run_key: jax.Array) -> tuple[State, dict, PyTree]:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return several(state, frozen, batches, run_key)
+
+    return on_mesh
 
 
 def leading_axes(seeds: int) -> int:

@@ -11,10 +11,11 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from rlhf_jax.core.row_sharding import ROWS
 from rlhf_jax.models.lora import LoraConfig, init_adapter
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
-from rlhf_jax.models.sharding import PARTITIONS, ROWS, shardings
+from rlhf_jax.models.sharding import PARTITIONS, shardings
 from tests.support.networks import config
 
 SHAPE = config(d_model=32, n_heads=4, d_ff=64)

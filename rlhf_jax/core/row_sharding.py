@@ -1,0 +1,28 @@
+"""Placement of rows within a program that `jit` compiles for a mesh of devices.
+
+The compiler chooses where intermediate arrays lie. Without constraints it may replicate the rows of a gathered batch,
+or gather rows and split channels instead. Under `pmap` and without a mesh, these functions change nothing.
+"""
+
+import math
+
+import jax
+from jax.sharding import PartitionSpec as P
+from jaxtyping import PyTree
+
+ROW_AXES = ("data", "fsdp")
+ROWS = P(ROW_AXES)
+"""Rows of a batch are split over the data and fsdp axes."""
+
+
+def row_devices() -> int:
+    """Number of devices that rows are split over in the program that is being traced."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[axis] for axis in ROW_AXES) if set(ROW_AXES) <= set(mesh.axis_names) else 1
+
+
+def split_rows(tree: PyTree) -> PyTree:
+    """Split the first axis of every array over the devices, and replicate the other axes."""
+    if row_devices() == 1:
+        return tree
+    return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, ROWS), tree)

@@ -1,0 +1,102 @@
+"""Devices share the work of every stage under every layout: no product is computed twice, and little travels."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from rlhf_jax.core import masking
+from rlhf_jax.core.row_sharding import ROWS
+from rlhf_jax.runtime.programs import make_placement
+from tests.support import hlo
+from tests.support.layouts import CASES, DEVICES, LAYOUTS, Measured, measure
+
+OFFLINE = [name for name in CASES if name not in ("ppo", "grpo", "online_dpo")]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.nightly
+def test_every_stage_and_layout_shares_the_work(name, layout):
+    assert_shares(measure(name, LAYOUTS[layout]))
+
+
+@pytest.mark.parametrize("layout", ["data=8", "fsdp=8", "pmap=8"])
+@pytest.mark.parametrize("name", OFFLINE)
+@pytest.mark.nightly
+def test_only_weights_and_their_gradients_travel(name, layout):
+    assert_moves_weights(measure(name, LAYOUTS[layout]), fsdp=layout == "fsdp=8")
+
+
+def test_packed_pairs_share_the_work_and_stay_where_they_are():
+    measured = measure("dpo, packed", LAYOUTS["fsdp=8"])
+    assert_shares(measured)
+    assert_moves_weights(measured, fsdp=True)
+
+
+def assert_shares(measured: Measured) -> None:
+    """All devices together compute the FLOPs of the jaxpr, which knows nothing of devices."""
+    assert measured.costs.flops * DEVICES == pytest.approx(measured.flops, rel=0.1)
+
+
+def assert_moves_weights(measured: Measured, *, fsdp: bool) -> None:
+    """One gradient is reduced; with split weights, those of every network are gathered, for each pass at most."""
+    ideal = measured.trained + (2 * measured.trained + measured.frozen if fsdp else 0)
+    assert measured.trained < sum(measured.costs.bytes.values()) < 1.1 * ideal
+
+
+BATCH, WIDTH, STEPS = 16, 32, 5
+MESH = Mesh(jax.devices()[:DEVICES], ("data",), axis_types=(AxisType.Auto,))
+
+
+def products(x, weights):
+    """Products in a loop, a known number of times."""
+    return jax.lax.scan(lambda x, _: (jnp.tanh(x @ weights), None), x, None, length=STEPS)[0]
+
+
+def costs(function, spec, *args):
+    where = NamedSharding(MESH, spec)
+    return hlo.of_compiled(jax.jit(function, in_shardings=(where, None)).lower(*args).compile())
+
+
+ARGS = jnp.ones((BATCH, WIDTH)), jnp.ones((WIDTH, WIDTH))
+FLOPS = STEPS * 2 * BATCH * WIDTH**2
+
+
+def test_loops_are_counted_as_often_as_they_run():
+    assert hlo.of_jaxpr(jax.make_jaxpr(products)(*ARGS).jaxpr) == FLOPS
+    assert costs(products, P("data"), *ARGS).flops == FLOPS / DEVICES
+    assert costs(products, P(), *ARGS).flops == FLOPS  # every device computes everything
+
+
+def test_loops_of_unknown_length_run_as_often_as_stated():
+    def search(x, weights):
+        return jax.lax.while_loop(lambda x: jnp.sum(x) < 1, lambda x: x @ weights, x)
+
+    jaxpr = jax.make_jaxpr(search)(*ARGS).jaxpr
+    compiled = jax.jit(search).lower(*ARGS).compile()
+    assert hlo.of_jaxpr(jaxpr, unknown_loops=STEPS) == hlo.of_compiled(compiled, unknown_loops=STEPS).flops == FLOPS
+
+
+def test_collectives_are_counted_by_kind_in_bytes():
+    def total(x, weights):
+        return jax.lax.scan(
+            lambda carry, _: (carry + jnp.sum(x * carry[None], axis=0), None), weights, None, length=STEPS
+        )[0]
+
+    found = costs(total, P("data"), ARGS[0], ARGS[1][0])
+    assert found.bytes == {"all-reduce": STEPS * 4 * WIDTH} and found.flops == 0
+
+
+def test_rows_taken_from_a_batch_are_split_again():
+    """Rows gathered by number may lie on any device: without a constraint, every device would compute all of them."""
+    mesh = make_placement(LAYOUTS["fsdp=4 x tensor=2"], seeds=1).mesh  # type: ignore[union-attr]
+    rows, weights = NamedSharding(mesh, ROWS), NamedSharding(mesh, P(None, "tensor"))
+
+    def of_some(x, weights):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return masking.take_rows(x, jax.random.permutation(jax.random.key(0), BATCH), ()) @ weights
+
+    compiled = jax.jit(of_some, in_shardings=(rows, weights)).lower(*ARGS).compile()
+    assert hlo.of_compiled(compiled).flops == 2 * BATCH * WIDTH**2 / DEVICES

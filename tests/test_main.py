@@ -162,13 +162,14 @@ def test_what_is_cut_of_the_data_is_said_once_and_whole_on_80_columns(tmp_path):
     lines = printed.getvalue().splitlines()
     assert max(map(len, lines)) <= 80 and not any("…" in line for line in lines)
     said = " ".join(line.strip() for line in lines)
-    assert said.count("lengths in tokens") == 2, "of pairs once, whatever reads them, and of demonstrations"
+    assert said.count("lengths in tokens") == 1, "of the same rows once, whatever reads them"
     data = json.loads((tmp_path / "run" / "dpo" / "data.json").read_text())
     assert set(data["splits"]) == {"train", "eval"}
-    assert [figure["column"] for figure in data["splits"]["train"]] == ["prompt", "chosen", "rejected"]
-    assert [figure["rows"] for figure in data["splits"]["train"]] == [64] * 3
-    assert all(figure["cut"] > 0.05 for figure in data["splits"]["train"][1:])
-    cut, same = data["warnings"]
+    lengths = data["splits"]["train"]["lengths"]
+    assert [figure["column"] for figure in lengths] == ["prompt", "chosen", "rejected"]
+    assert [figure["rows"] for figure in lengths] == [64] * 3
+    assert all(figure["cut"] > 0.05 for figure in lengths[1:])
+    cut, same, *_ = data["warnings"]
     assert f"Warning: {cut}" in said and f"Warning: {same}" in said
     assert "data.max_response_tokens cuts" in cut
     assert same == "chosen and rejected are identical in 1 of 64 rows (train): these rows express no preference."

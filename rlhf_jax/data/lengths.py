@@ -22,11 +22,16 @@ Pairs = tuple[Sequence[Content], Sequence[Content]]
 
 
 def answer_pairs(rows: list[Row]) -> dict[str, Pairs]:
-    """Prompts paired with each column of answers; the answers of ranked rows are one column."""
+    """Prompts paired with each column of answers; the answers of ranked rows are one column.
+
+    The last answers of `messages`, and plain texts, are called `completion`.
+    """
     if "completions" in rows[0]:
         answers = [(row["prompt"], answer) for row in rows for answer in row["completions"]]
         return {"completions": ([prompt for prompt, _ in answers], [answer for _, answer in answers])}
-    columns = ("chosen", "rejected") if "chosen" in rows[0] else ("completion",)
+    columns = [column for column in ("chosen", "rejected") if column in rows[0]] or ["completion"]
+    if columns[0] not in rows[0]:
+        return {"completion": pipeline.demonstration_pairs(rows)}
     return {column: ([row["prompt"] for row in rows], [row[column] for row in rows]) for column in columns}
 
 
@@ -56,8 +61,8 @@ def answer_lengths(pairs: Mapping[str, Pairs], tokenizer: Tokenizer, config: Dat
 
 def prompt_lengths(rows: list[Row], tokenizer: Tokenizer, config: DataConfig) -> list[dict[str, Any]]:
     """Length statistics of prompts; empty for plain texts, whose prompts have lengths set by the config."""
-    measured = rows[:: math.ceil(len(rows) / MOST_ROWS)]
-    if "prompt" not in rows[0] and "messages" not in rows[0]:
+    measured = _measured(rows)
+    if _are_texts(rows):
         return []
     contents: list[Any] = [row["prompt"] if "prompt" in row else chat.question(row["messages"]) for row in measured]
     if isinstance(contents[0], list):
@@ -65,6 +70,22 @@ def prompt_lengths(rows: list[Row], tokenizer: Tokenizer, config: DataConfig) ->
     else:
         lengths = [len(tokenizer.begin(ids)) for ids in tokenizer.encode_all(contents)]
     return [length_statistics("prompt", lengths, config.max_prompt_tokens, "max_prompt_tokens", len(rows))]
+
+
+def share_without_prompt(rows: list[Row], tokenizer: Tokenizer, config: DataConfig) -> float:
+    """Share of plain texts that give no prompt; 0 for other rows."""
+    if not _are_texts(rows):
+        return 0.0
+    prompts = pipeline.text_prompts([row["text"] for row in _measured(rows)], tokenizer, config)
+    return prompts.count(None) / len(prompts)
+
+
+def _measured(rows: list[Row]) -> list[Row]:
+    return rows[:: math.ceil(len(rows) / MOST_ROWS)]
+
+
+def _are_texts(rows: list[Row]) -> bool:
+    return "prompt" not in rows[0] and "messages" not in rows[0]
 
 
 def length_statistics(column: str, lengths: Sequence[int], limit: int, field: str, rows: int) -> dict[str, Any]:
@@ -82,7 +103,7 @@ def length_statistics(column: str, lengths: Sequence[int], limit: int, field: st
     }
 
 
-def warnings(splits: dict[str, list[dict[str, Any]]]) -> list[str]:
+def warnings(splits: Mapping[str, list[dict[str, Any]]]) -> list[str]:
     """Warning for each limit that truncates more than 5 % of a column, with the increase that would avoid it."""
     truncated: dict[str, list[str]] = {}
     needed: dict[str, int] = {}

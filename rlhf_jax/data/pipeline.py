@@ -75,6 +75,21 @@ class Example(NamedTuple):
     response: list[int]
 
 
+class Source(NamedTuple):
+    """Rows and columns of a split's source, before `limit`."""
+
+    name: str
+    rows: int
+    columns: list[str]  # of the first row
+
+
+def read_source(config: DataConfig, split: str) -> Source:
+    """Count the rows and list the columns of a split's source."""
+    source = config.source(split)
+    table = _table(source, formats.file_hash(source))
+    return Source(source, len(table), list(table[0]))
+
+
 def load_rows(config: DataConfig, split: str) -> list[Row]:
     """Load and check the rows of a split. Preference rows get the columns `prompt, chosen, rejected`; others are kept.
 
@@ -145,18 +160,24 @@ def prompts(rows: list[Row], tokenizer: Tokenizer, config: DataConfig) -> Prompt
     elif "prompt" in rows[0]:
         prompt_ids = [_text_prompt(ids, tokenizer, config) for ids in tokenizer.encode_all(contents)]
     else:
-        prompt_ids = []
-        for text, ids in zip(contents, tokenizer.encode_all(contents), strict=True):
-            least, most = config.text_prompt_tokens
-            length = least + zlib.crc32(text.encode()) % (most - least + 1)
-            if len(ids) > length and tokenizer.unknown_id not in ids[:length]:
-                prompt_ids.append(tokenizer.begin(ids[:length]))
+        prompt_ids = [ids for ids in text_prompts(contents, tokenizer, config) if ids is not None]
     if not prompt_ids:
         raise RlhfError(
             "no row of the data gives a prompt: every text is too short for text_prompt_tokens, or starts with words "
             "that the tokenizer does not know"
         )
     return Prompts(*pad_left(prompt_ids, config.max_prompt_tokens))
+
+
+def text_prompts(texts: list[str], tokenizer: Tokenizer, config: DataConfig) -> list[list[int] | None]:
+    """Tokens of each text's prompt, as `prompts` makes them; None for a text that is skipped."""
+    least, most = config.text_prompt_tokens
+    prompts: list[list[int] | None] = []
+    for text, ids in zip(texts, tokenizer.encode_all(texts), strict=True):
+        length = least + zlib.crc32(text.encode()) % (most - least + 1)
+        known = len(ids) > length and tokenizer.unknown_id not in ids[:length]
+        prompts.append(tokenizer.begin(ids[:length]) if known else None)
+    return prompts
 
 
 def preferences(rows: list[Row], tokenizer: Tokenizer, config: DataConfig) -> RaggedPairs:

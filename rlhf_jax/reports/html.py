@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from rlhf_jax.reports import frames, style, table
 from rlhf_jax.reports.cautions import cautions, meaningless
+from rlhf_jax.reports.data_section import data
 from rlhf_jax.reports.differences import differences
 from rlhf_jax.reports.frames import learning_figure, learning_kinds
 from rlhf_jax.reports.markup import text
@@ -130,7 +131,7 @@ def page(run: Run, figures: Mapping[str, Figure]) -> str:
             *learning,
         ]
         main += ["</section>"]
-    main += [stages(run), origins(run), stage_samples(run)]
+    main += [data(run), stages(run), origins(run), stage_samples(run)]
     return "\n".join(
         [
             "<!DOCTYPE html>",

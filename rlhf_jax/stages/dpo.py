@@ -11,7 +11,6 @@ from jaxtyping import PyTree
 from rlhf_jax.config import CountOrZero, ModelSource, NonNegative, Positive, StageName
 from rlhf_jax.data import pipeline
 from rlhf_jax.data.batching import Buckets
-from rlhf_jax.data.lengths import answer_pairs
 from rlhf_jax.data.ragged import pair_table
 from rlhf_jax.loading.context import Context
 from rlhf_jax.loading.data_report import report_answers
@@ -61,12 +60,12 @@ def run(config: DPOConfig, context: Context) -> dict[str, Any]:
     """Train `context.seeds` policies at once, each with its own order of the pairs; evaluate on held-out pairs."""
     reference = load_initial_policy(config.policy, config.tuning, context)
     network, tokenizer = reference.network, reference.tokenizer
-    rows, held_out = load_preferences(context, config.preferences)
-    held_out = evaluation_rows(held_out, config.eval_rows)
+    rows, all_held_out = load_preferences(context, config.preferences)
+    held_out = evaluation_rows(all_held_out, config.eval_rows)
     pairs, eval_pairs = (pipeline.preferences(table, tokenizer, context.data) for table in (rows, held_out))
     eval_fit = Buckets.best(pair_table(eval_pairs).lengths, config.widths).fit
     eval_prompts = pipeline.prompts(pipeline.load_rows(context.data, "eval"), tokenizer, context.data)
-    report_answers(context, tokenizer, {"train": answer_pairs(rows), "eval": answer_pairs(held_out)})
+    report_answers(context, tokenizer, {"train": rows, "eval": all_held_out}, config.preferences)
     eval_reference, data = None, pair_table(pairs)
     if config.cached_reference:
         logps = functools.partial(precomputed_ref_logps, config.loss, network, reference.params)

@@ -21,7 +21,6 @@ from rlhf_jax.core.sequences import mask_read
 from rlhf_jax.core.unpaired_losses import apo_zero_unpaired_loss, kto_baseline, kto_loss
 from rlhf_jax.data import pipeline
 from rlhf_jax.data.batching import Buckets
-from rlhf_jax.data.lengths import answer_pairs
 from rlhf_jax.data.pipeline import DataConfig
 from rlhf_jax.data.ragged import Ragged, RaggedSequences, RowWidths, Table, sequence_table, widest
 from rlhf_jax.loading.context import Context
@@ -89,11 +88,11 @@ def run(config: KTOConfig, context: Context) -> dict[str, Any]:
     """Train on the training responses; evaluate the loss and implicit rewards on held-out ones."""
     reference = load_initial_policy(config.policy, config.tuning, context)
     network, tokenizer = reference.network, reference.tokenizer
-    rows, held_out = load_unpaired(context, config.preferences)
-    held_out = evaluation_rows(held_out, config.eval_rows)
+    rows, all_held_out = load_unpaired(context, config.preferences)
+    held_out = evaluation_rows(all_held_out, config.eval_rows)
     data, eval_data = (labelled(table, tokenizer, context.data) for table in (rows, held_out))
     eval_prompts = pipeline.prompts(pipeline.load_rows(context.data, "eval"), tokenizer, context.data)
-    report_answers(context, tokenizer, {"train": answer_pairs(rows), "eval": answer_pairs(held_out)})
+    report_answers(context, tokenizer, {"train": rows, "eval": all_held_out}, config.preferences)
     frozen = {"reference": reference.params, "beta": jnp.float32(config.beta)}
 
     def start(updates: Updates[PolicyNetwork], run: int) -> TrainState:

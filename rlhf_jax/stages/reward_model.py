@@ -15,7 +15,6 @@ from jaxtyping import Array, Key, PyTree
 from rlhf_jax.config import AtLeastTwo, ModelSource, Positive, StageName, check_ranges
 from rlhf_jax.core.metrics import Metric
 from rlhf_jax.data import pipeline
-from rlhf_jax.data.lengths import answer_pairs
 from rlhf_jax.loading.context import Context
 from rlhf_jax.loading.data_report import report_answers
 from rlhf_jax.loading.models import Pretrained, RewardModel, as_reward_model, refuse_float16
@@ -93,7 +92,7 @@ def run(config: RewardModelConfig, context: Context) -> dict[str, Any]:
         HeldOut(pipeline.preferences(table, model.tokenizer, context.data), table)
         for table in (held_out, evaluation_rows(held_out, config.eval_rows))
     )
-    report_answers(context, model.tokenizer, {"train": answer_pairs(rows), "eval": answer_pairs(held_out)})
+    report_answers(context, model.tokenizer, {"train": rows, "eval": held_out}, config.preferences)
     frozen = {"base": initial[0].base}
 
     def evaluation(trained: PyTree) -> tuple[dict[str, float], Rows]:

@@ -54,8 +54,8 @@ class SFTConfig(OfflineConfig):
 
 def run(config: SFTConfig, context: Context) -> dict[str, Any]:
     """Train on the training rows; evaluate the loss and sample on held-out rows."""
-    rows, held_out = load_demonstrations(context, config.demonstrations)
-    held_out = evaluation_rows(held_out, config.eval_rows)
+    rows, all_held_out = load_demonstrations(context, config.demonstrations)
+    held_out = evaluation_rows(all_held_out, config.eval_rows)
     start = make_policy(config, rows, context)
     tuning = config.model if isinstance(config.model, Pretrained) else None
     network, tokenizer = trainable(start.network, tuning), start.tokenizer
@@ -69,8 +69,7 @@ def run(config: SFTConfig, context: Context) -> dict[str, Any]:
     eval_data = pipeline.demonstrations(held_out, tokenizer, context.data)
     eval_fit = Buckets.best(eval_data.lengths, config.widths).fit
     eval_prompts = pipeline.prompts(held_out, tokenizer, context.data)
-    pairs = {"train": pipeline.demonstration_pairs(rows), "eval": pipeline.demonstration_pairs(held_out)}
-    report_answers(context, tokenizer, {split: {"completion": found} for split, found in pairs.items()})
+    report_answers(context, tokenizer, {"train": rows, "eval": all_held_out}, config.demonstrations)
     frozen = {"base": base}
 
     def evaluation(trained: PyTree) -> tuple[dict[str, float], Rows]:

@@ -66,8 +66,7 @@ def test_a_warning_names_the_field_the_share_and_what_would_do():
 
 def test_plain_texts_have_the_room_of_prompt_and_answer():
     texts = [{"text": words(n)} for n in (3, 30)]
-    pairs = {"completion": pipeline.demonstration_pairs(texts)}
-    (figure,) = lengths.answer_lengths(pairs, TOKENIZER, config(8, 12))
+    (figure,) = lengths.answer_lengths(lengths.answer_pairs(texts), TOKENIZER, config(8, 12))
     assert (figure["column"], figure["limit"], figure["longest"], figure["cut"]) == ("text", 20, BOS + 31, 0.5)
     assert lengths.prompt_lengths(texts, TOKENIZER, config(8, 12)) == [], "beginnings are as long as the config says"
 
@@ -82,3 +81,11 @@ def test_ranked_rows_and_tables_that_are_too_long_to_be_measured_whole(monkeypat
     rows = [{"prompt": "good", "completions": [" good", " bad film"]} for _ in range(10)]
     _, answers = lengths.answer_lengths(lengths.answer_pairs(rows), TOKENIZER, config(8, 12))
     assert (answers["column"], answers["rows"], answers["longest"]) == ("completions", 20, 3)
+
+
+def test_texts_that_give_no_prompt_are_those_that_prompts_leaves_out():
+    texts = [{"text": text} for text in ("good", "good bad film", "unknown good bad", "film bad good")]
+    limits = config(8, 12)
+    kept = pipeline.prompts(texts, TOKENIZER, limits).tokens
+    assert lengths.share_without_prompt(texts, TOKENIZER, limits) == 1 - len(kept) / 4 == 0.5
+    assert lengths.share_without_prompt(PAIRS, TOKENIZER, limits) == 0

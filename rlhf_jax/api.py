@@ -14,7 +14,7 @@ from rlhf_jax import experiment
 from rlhf_jax.config import override
 from rlhf_jax.data import fetch as data_sets
 from rlhf_jax.interop.hub import MODELS, fetch_model
-from rlhf_jax.runtime.workdir import Workdir
+from rlhf_jax.runtime.workdir import Workdir, read_record
 from rlhf_jax.types import RlhfError
 
 if TYPE_CHECKING:
@@ -90,20 +90,20 @@ def run(
             `path/file.py:name`, so that the hash of their file is part of the stage's identity.
         workdir: the directory for all results.
         stage: the only stage to run; no report is written.
-        inputs: a work directory from which missing stages are read.
+        inputs: a work directory from which missing stages are read; by default the one of the last run in `workdir`.
 
     Raises RlhfError for a bad config, bad data, or a work directory with results of another config.
     """
     if not isinstance(config, ConfigDict):
         config = load_config(config)
-    place = Workdir(Path(workdir), None if inputs is None else Path(inputs))
+    place = open_workdir(workdir, inputs)
     console = Console(width=None if sys.stdout.isatty() else 120, force_jupyter=False)
     worked = experiment.run(experiment.parse(config), place, stage, console)
     # Imported after the stages: pandas and matplotlib take a second.
     from rlhf_jax.reports.report import MATCHED, REPORT, RESULTS, is_current, print_summary, write_report
     from rlhf_jax.reports.run import Run
 
-    found = Run(place.root, place.inputs) if place.root.is_dir() or inputs is None else Run(inputs)
+    found = Run(place.root, place.inputs) if place.root.is_dir() or place.inputs is None else Run(place.inputs)
     if stage is not None:
         console.print(f"Stage {stage}: {place.find(stage)}")
         return found
@@ -117,6 +117,11 @@ def run(
             console.print(f"Results: {place.root / name}", soft_wrap=True)
     console.print(f"Report:  {place.root / REPORT}", soft_wrap=True)
     return found
+
+
+def open_workdir(workdir: str | Path, inputs: str | Path | None) -> Workdir:
+    """Return a work directory, by default with the `inputs` of the last run in it."""
+    return Workdir(Path(workdir), read_record(Path(workdir)).inputs if inputs is None else Path(inputs))
 
 
 def fetch(name: str) -> Path:

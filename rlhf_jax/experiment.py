@@ -6,9 +6,9 @@ import functools
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 from rich.console import Console
@@ -19,14 +19,17 @@ from rlhf_jax.data import formats
 from rlhf_jax.data.pipeline import DataConfig
 from rlhf_jax.interop.hub import MODELS, checkpoint_hash
 from rlhf_jax.loading.context import Common, Context
+from rlhf_jax.methods.offline import OfflineConfig
 from rlhf_jax.methods.online_config import OnlineConfig
-from rlhf_jax.runtime import process, provenance
+from rlhf_jax.runtime import compilation_cache, process, provenance, timings
 from rlhf_jax.runtime.files import read_rows, write_json
 from rlhf_jax.runtime.programs import RuntimeConfig
 from rlhf_jax.runtime.progress import Display
+from rlhf_jax.runtime.stage_state import StageState
 from rlhf_jax.runtime.workdir import Identity, Workdir
 from rlhf_jax.stages.kinds import KINDS, StageConfig, find_kind
 from rlhf_jax.stages.online_dpo import OnlineDPOConfig
+from rlhf_jax.stages.sizes import parameters
 from rlhf_jax.types import RlhfError
 
 COMMON = tuple(field.name for field in dataclasses.fields(Common))
@@ -94,24 +97,30 @@ def parse(config: ConfigDict) -> Experiment:
 
 def run(experiment: Experiment, workdir: Workdir, only: str | None, console: Console) -> bool:
     """Run the incomplete stages, or only one stage; return whether there was anything to do."""
+    _check(experiment, workdir, only)
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {experiment.runtime.xla_flags}"
+    process.set_up()
+    display = Display(console)
+    here = functools.cache(provenance.environment)  # read once: the source may change while the process runs
+    names, worked = [only] if only else [*experiment.stages], False
+    with display.running():
+        for place in range(len(names)):
+            worked |= _run_stage(experiment, workdir, names[place:], display, here)
+    return worked
+
+
+def _check(experiment: Experiment, workdir: Workdir, only: str | None) -> None:
     if only is not None and only not in experiment.stages:
         raise RlhfError(f"--stage={only} is not in config.stages = {tuple(experiment.stages)}")
     if workdir.root.exists() and not workdir.root.is_dir():
         raise RlhfError(f"--workdir={workdir.root} is a file: name a directory")
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {experiment.runtime.xla_flags}"
-    process.set_up()
-    display = Display(console)
-    worked = False
-    here = functools.cache(provenance.environment)  # read once: the source may change while the process runs
-    with display.running():
-        for name in [only] if only else experiment.stages:
-            worked |= _run_stage(experiment, workdir, name, display, here)
-    return worked
 
 
 def _run_stage(
-    experiment: Experiment, workdir: Workdir, name: str, display: Display, here: Callable[[], dict[str, Any]]
+    experiment: Experiment, workdir: Workdir, names: Sequence[str], display: Display, here: Callable[[], dict[str, Any]]
 ) -> bool:
+    """Run the first of the stages that are left, unless it is complete; return whether it ran."""
+    name = names[0]
     identity = experiment.identity(name, workdir.fingerprint)
     status = workdir.status(name, identity)
     if status in ("complete", "elsewhere"):
@@ -120,9 +129,20 @@ def _run_stage(
         display.console.print(f"{name}: an earlier start with another config left no results; starting again.")
     directory = workdir.begin(name, identity)
     provenance.begin(directory, here())
+    workdir.record([*experiment.stages])
     stage = experiment.stages[name]
     kind = find_kind(stage.kind, name)
-    with display.bar(name) as bar, _timed(directory) as seconds:
+    display.start(f"Device: {provenance.machine_name(here()['machine'])}")
+    keys, known = cost_keys(experiment, here()), timings.read_timings(compilation_cache.cache_dir())
+    left = [later for later in names[1:] if not (workdir.directory(later) / "complete.json").exists()]
+    with (
+        _recorded(directory) as state,
+        _timed(directory) as seconds,
+        display.bar(
+            name, before=known.get(keys[name]), later=[known.get(keys[each]) for each in left], state=state
+        ) as bar,
+    ):
+        bar.describe(*_sizes(experiment, name))
         context = Context(
             workdir=workdir,
             stages=tuple(experiment.stages),
@@ -138,8 +158,112 @@ def _run_stage(
     batch = _batch(stage, kind.unit, experiment.runtime, directory)
     found = provenance.record(directory, identity, seeds, batch)
     write_json(directory / "summary.json", {**summary, "provenance": found, "time/seconds": seconds[0]})
+    timing = timings.Timing(seconds[0], bar.first_call, bytes_of(directory))
+    timings.add_timing(compilation_cache.cache_dir(), keys[name], timing)
     workdir.complete(name, identity)
     return True
+
+
+class PlannedStage(NamedTuple):
+    """Part of a run that has not started."""
+
+    name: str
+    status: str
+    runs: bool  # False if the stage is complete
+    parameters: int | None  # of the model that the stage trains; None: not known, or none
+    training: str  # batch size and length of the training; empty for other stages
+    seconds: float | None  # of an earlier run of a stage with the same cost
+    bytes: int | None  # of that run, or else of the checkpoints of a model with Adam's state
+
+
+def plan(experiment: Experiment, workdir: Workdir, only: str | None) -> list[PlannedStage]:
+    """Find what `run` would do to each stage. Raises RlhfError as `run` does."""
+    _check(experiment, workdir, only)
+    keys, known = cost_keys(experiment, provenance.environment()), timings.read_timings(compilation_cache.cache_dir())
+    planned: dict[str, PlannedStage] = {}
+    for name in [only] if only else experiment.stages:
+        inputs = configs.input_stages(experiment.stages[name], experiment.stages)
+        if any(planned[input].runs for input in inputs if input in planned):
+            status, runs = "runs", True  # what it depends on is not known yet
+        else:
+            found = workdir.status(name, experiment.identity(name, workdir.fingerprint))
+            runs = found not in ("complete", "elsewhere")
+            status = {"half-done": "continues", "elsewhere": "in inputs", "complete": found}.get(found, "runs")
+        timing = known.get(keys[name])
+        planned[name] = PlannedStage(
+            name,
+            status,
+            runs,
+            parameters(experiment.stages, name),
+            _training(experiment, name),
+            seconds=timing.seconds if timing else None,
+            bytes=timing.bytes if timing else _checkpoint_bytes(experiment, name),
+        )
+    return [*planned.values()]
+
+
+def _training(experiment: Experiment, name: str) -> str:
+    stage = experiment.stages[name]
+    if not isinstance(stage, OfflineConfig | OnlineConfig):
+        return ""
+    length = f"{stage.iterations} iterations" if isinstance(stage, OnlineConfig) else f"{stage.epochs:g} epochs"
+    seeds = experiment.seeds if find_kind(stage.kind, name).seeded else 1
+    return f"batch {_rows(stage)}, {length}" + (f", {seeds} seeds" if seeds > 1 else "")
+
+
+def _checkpoint_bytes(experiment: Experiment, name: str) -> int | None:
+    """Estimate the size of a stage's checkpoints: float32 weights, and two moments for each."""
+    stage, count = experiment.stages[name], parameters(experiment.stages, name)
+    if count is None or not isinstance(stage, OfflineConfig | OnlineConfig):
+        return None
+    seeds = experiment.seeds if find_kind(stage.kind, name).seeded else 1
+    return 12 * count * seeds * stage.loop.keep
+
+
+def cost_keys(experiment: Experiment, here: dict[str, Any]) -> dict[str, str]:
+    """Keys of the stages' timings on this machine; see `timings.cost_key`."""
+    data = dataclasses.asdict(experiment.data)
+    splits = ("train", "eval", "test")
+    common = {
+        "data": {name: value for name, value in data.items() if name not in splits},
+        "rows": [formats.file_hash(experiment.data.source(split)) for split in splits],
+        "runtime": dataclasses.asdict(experiment.runtime),
+        "machine": {name: here["machine"][name] for name in ("platform", "devices", "processor", "threads")},
+        "jax": here["packages"]["jax"],
+    }
+    keys: dict[str, str] = {}
+    for name, stage in experiment.stages.items():
+        inputs = [keys[input] for input in configs.input_stages(stage, experiment.stages)]
+        seeds = experiment.seeds if find_kind(stage.kind, name).seeded else 1
+        keys[name] = timings.cost_key(dataclasses.asdict(stage), {**common, "seeds": seeds}, inputs)
+    return keys
+
+
+def bytes_of(directory: Path) -> int:
+    """Size of the files of a directory and its subdirectories, in bytes."""
+    return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
+
+
+def _sizes(experiment: Experiment, name: str) -> list[str]:
+    """Describe the batch of a stage that trains, and its seeds, for the progress display."""
+    stage = experiment.stages[name]
+    kind = find_kind(stage.kind, name)
+    if kind.unit is None:
+        return []
+    seeds = [f"{experiment.seeds} seeds"] if kind.seeded and experiment.seeds > 1 else []
+    return [*seeds, f"{_rows(stage)} {kind.unit} per update"]
+
+
+@contextlib.contextmanager
+def _recorded(directory: Path) -> Iterator[StageState]:
+    """Keep the state of a stage for other processes while it runs, and its error if it fails."""
+    state = StageState(directory)
+    try:
+        yield state
+    except BaseException as error:
+        state.fail(str(error) if isinstance(error, RlhfError) else f"{type(error).__name__} {error}".strip())
+        raise
+    state.complete()
 
 
 @contextlib.contextmanager
@@ -156,13 +280,12 @@ def _batch(stage: Any, unit: str | None, runtime: RuntimeConfig, directory: Path
     """Return the effective batch of a stage that trains, from its config and its metrics; None for other stages."""
     if unit is None:
         return None
-    metrics = read_rows(directory / "metrics.jsonl")
+    metrics, rows = read_rows(directory / "metrics.jsonl"), _rows(stage)
     if isinstance(stage, OnlineConfig):
-        rows = stage.batch_size // stage.minibatches
         responses = 2 * rows if isinstance(stage, OnlineDPOConfig) else rows
         tokens = [responses * row["completions/mean_length"] for row in metrics]
     else:
-        rows, tokens = stage.batch_size, [row["num_tokens"] for row in metrics]
+        tokens = [row["num_tokens"] for row in metrics]
     return provenance.effective_batch(
         rows=rows,
         unit=unit,
@@ -170,6 +293,11 @@ def _batch(stage: Any, unit: str | None, runtime: RuntimeConfig, directory: Path
         devices=runtime.data * runtime.fsdp,
         tokens=tokens,
     )
+
+
+def _rows(stage: Any) -> int:
+    """Rows of one update of a stage that trains."""
+    return stage.batch_size // stage.minibatches if isinstance(stage, OnlineConfig) else stage.batch_size
 
 
 def _parse_stage(name: str, config: ConfigDict) -> StageConfig:

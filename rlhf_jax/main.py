@@ -7,16 +7,28 @@ import importlib
 import sys
 import traceback
 
+import rlhf_jax
+
 USAGE = """\
 rlhf-jax: learning from human preferences in JAX
 
   rlhf-jax [run] --config=FILE[:ARG] --workdir=DIR [--inputs=DIR]
-                 [--stage=NAME] [--config.SECTION.FIELD=VALUE ...]
+                 [--stage=NAME] [--dry-run] [--config.SECTION.FIELD=VALUE ...]
       Run the stages of an experiment that are not complete, and report. FILE is
       a Python file, or the name of an installed experiment: quickstart:smoke.
+      --dry-run says what would run, and estimates time and disk space.
   rlhf-jax fields [KIND]
       List the kinds of stages, or the fields of one kind, with types, defaults
       and descriptions.
+  rlhf-jax config --config=FILE[:ARG] [--config.SECTION.FIELD=VALUE ...]
+      Print the config of an experiment with all defaults.
+  rlhf-jax status DIR
+      List the stages of a work directory: complete, running with the time left,
+      failed and why, or not started.
+  rlhf-jax show DIR/STAGE
+      Show a stage's config, inputs, metrics and last samples.
+  rlhf-jax compare DIR DIR
+      List the settings in which two runs differ, and where their metrics part.
   rlhf-jax fetch NAME
       Download a data set or a model.
   rlhf-jax reproduce NAME ... | --list | --check
@@ -40,12 +52,15 @@ as the experiments do, or rlhf_jax.evaluate in Python.
 MODEL is --model=DIR|FILE.gguf|OWNER/NAME, or --workdir=DIR --stage=NAME.
 REWARD is --reward-model=DIR, --reward-stage=NAME of --workdir, or
 --reward=FILE.py:FUNC. `rlhf-jax VERB --help` lists the flags of a verb. With
---debug, errors show a traceback.
+--debug, errors show a traceback; --version prints the version.
 """
 
 VERBS = {
     "run": "rlhf_jax.commands:run_verb",
     "fields": "rlhf_jax.cli.fields:fields_verb",
+    "config": "rlhf_jax.commands:config_verb",
+    "status": "rlhf_jax.cli.status:status_verb",
+    "show": "rlhf_jax.cli.show:show_verb",
     "fetch": "rlhf_jax.commands:fetch_verb",
     "compare": "rlhf_jax.cli.compare_runs:compare_verb",
     "reproduce": "rlhf_jax.papers.verb:reproduce_verb",
@@ -74,6 +89,9 @@ def main(argv: list[str]) -> int:
     arguments = [argument for argument in argv if argument != "--debug"]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(USAGE)
+        return 0
+    if arguments[0] in ("--version", "version"):
+        print(f"rlhf-jax {rlhf_jax.__version__}")
         return 0
     verb = "run" if arguments[0].startswith("-") else arguments.pop(0)
     if verb not in VERBS:

@@ -24,6 +24,9 @@ HEAVY = {
 NEEDED = {
     "run": {"jax"},
     "fields": {"jax"},
+    "config": {"jax"},
+    "status": {"jax"},
+    "show": {"jax"},
     "fetch": {"jax"},
     "reproduce": {"jax"},
     "compare": {"jax", "pandas", "pyarrow"},

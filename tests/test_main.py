@@ -6,16 +6,25 @@ import os
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pandas as pd
 import pytest
 from rich.console import Console
 
+import rlhf_jax
 from rlhf_jax import experiment
+from rlhf_jax.cli.status import statuses
 from rlhf_jax.commands import parse_run_flags
 from rlhf_jax.main import main
+from rlhf_jax.models.model_config import ModelConfig
+from rlhf_jax.models.policy import PolicyNetwork
+from rlhf_jax.reports.run import Run
+from rlhf_jax.runtime import compilation_cache, provenance, timings
+from rlhf_jax.runtime.progress import rounded, size
 from rlhf_jax.runtime.workdir import Workdir
 from rlhf_jax.stages.kto import KTOConfig
+from rlhf_jax.stages.sft import SFTConfig
 from tests.support import xla_flags
 from tests.support.own_data import PREFERENCES, ROOT, WRITERS, files, pairs
 
@@ -139,6 +148,53 @@ def test_a_workdir_of_another_config(tmp_path, capsys):
     assert not (tmp_path / "new" / "sft").exists()
     assert (tmp_path / "new" / "reward_model" / "complete.json").exists()
 
+    # From now on --inputs is known.
+    assert Run(tmp_path / "new").directory("sft") == tmp_path / "run" / "sft"
+    capsys.readouterr()
+    assert main([*moved, "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines[1:4]] == [["sft", "in"], ["reward_model", "complete"], ["dpo", "runs"]]
+    assert any(line.startswith("To run: 3 of 5 stages.") for line in lines)
+
+
+def test_a_dry_run_has_sizes_and_the_times_of_earlier_runs(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("RLHF_JAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "80")
+    arguments = [PREFERENCES, f"--workdir={tmp_path / 'run'}", *files(tmp_path)]
+    config, _ = parse_run_flags(arguments)
+    parsed, here = experiment.parse(config), provenance.environment()
+    keys = experiment.cost_keys(parsed, here)
+    timings.add_timing(compilation_cache.cache_dir(), keys["ppo"], timings.Timing(90.0, 20.0, 3_000_000))
+    faster, _ = parse_run_flags([*arguments, "--config.ppo.kl_coef=0.3", "--config.sft.batch_size=8"])
+    changed = experiment.cost_keys(experiment.parse(faster), here)
+    assert changed["sft"] != keys["sft"] and changed["dpo"] != keys["dpo"], "the policy is another one"
+
+    assert main([*arguments, "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line.split()[0]: " ".join(line.split()) for line in lines}
+    sft = parsed.stages["sft"]
+    assert isinstance(sft, SFTConfig) and isinstance(sft.model, ModelConfig)
+    network = PolicyNetwork(sft.model, 320, ())
+    count = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(network.init, jax.random.key(0))))
+    assert rows["sft"] == f"sft runs {rounded(count)} batch 16, 1 epochs {size(24 * count)}"
+    assert rows["ppo"] == f"ppo runs {rounded(count)} batch 8, 2 iterations 90 s 3 MB"
+    assert "To run: 5 of 5 stages. Time: more than 90 s. Disk: more than" in " ".join(lines)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_config_is_printed_with_its_defaults(tmp_path, capsys):
+    assert main(["config", PREFERENCES, "--config.dpo.beta=0.7", "--config.data.train=mine.jsonl"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "config.dpo.beta = 0.7" in lines and "config.data.train = 'mine.jsonl'" in lines
+    assert "config.dpo.cached_reference = False  # default" in lines
+    assert "config.dpo.optimizer.learning_rate = 0.0001" in lines
+    assert "is not a flag of config" in fails(capsys, "config", PREFERENCES, "--workdir=x")
+
+
+def test_the_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"rlhf-jax {rlhf_jax.__version__}\n"
+
 
 def test_a_changed_data_file_is_another_config(tmp_path, capsys):
     arguments = [PREFERENCES, f"--workdir={tmp_path / 'run'}", *files(tmp_path), "--stage=sft"]
@@ -183,9 +239,13 @@ def test_a_start_that_failed_on_a_row_leaves_no_lock(tmp_path, capsys):
     arguments = [PREFERENCES, f"--workdir={tmp_path / 'run'}", *flags, "--stage=sft"]
     assert "contain no completion" in fails(capsys, *arguments)
     assert (tmp_path / "run" / "sft" / "config.json").exists()
+    failed, *others = statuses(tmp_path / "run")
+    assert failed.state == "failed" and "contain no completion" in failed.detail
+    assert {other.state for other in others} == {"not started"} and len(others) == 4
     train.write_text(rows)
     assert main(arguments) == 0
     assert "sft: an earlier start with another config left no results; starting again." in capsys.readouterr().out
+    assert next(statuses(tmp_path / "run")).state == "complete"
     assert (tmp_path / "run" / "sft" / "complete.json").exists()
 
 

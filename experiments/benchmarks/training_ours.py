@@ -35,7 +35,7 @@ class Clock(Bar):
     def __init__(self, turns: Turns) -> None:
         """Add a bar to a display without output."""
         progress = Display(Console(quiet=True)).progress
-        super().__init__(progress, progress.add_task("", figures=""), "")
+        super().__init__(progress, progress.add_task("", details=[]), "")
         self._turns = turns
 
     def update(self, done: int, total: int, figures: Mapping[str, float]) -> None:

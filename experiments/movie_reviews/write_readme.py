@@ -14,9 +14,10 @@ import numpy as np
 import pandas as pd
 
 from rlhf_jax.core.statistics import t_interval
-from rlhf_jax.reports.origins import machine_name, source_name
+from rlhf_jax.reports.origins import source_name
 from rlhf_jax.reports.run import Run
 from rlhf_jax.runtime.files import write_json, write_text
+from rlhf_jax.runtime.provenance import machine_name
 
 HERE = Path(__file__).parent
 README = HERE.parents[1] / "README.md"

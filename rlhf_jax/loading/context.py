@@ -87,6 +87,7 @@ class Context:
 
     def model(self, source: str, tuning: Tuning = NO_CHANGES) -> Policy | RewardModel:
         """Load the model of an earlier stage or a checkpoint, with the dtypes and options of `tuning`."""
+        self.bar.now(f"loading {source}")
         if source not in self.stages:
             found = load_checkpoint(source, tuning, where=self.where)
         elif tuning.family is not None:

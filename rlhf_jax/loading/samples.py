@@ -101,6 +101,7 @@ def draw_and_sample(
     key = context.key(f"{purpose}prompts")
     pool = pipeline.prompts(table, policy.tokenizer, context.data)
     rows = draw_prompts(pool, prompts, key, f"config.{context.name}.{field}")
+    context.bar.now(f"sampling {prompts * samples} responses")
     rollout = sample_all(
         policy.network,
         policy.params,

@@ -19,9 +19,13 @@ class Files(NamedTuple):
 PREFERENCES = Files("preferences.jsonl", "preferences_eval.jsonl")
 DEMONSTRATIONS = Files("demonstrations.jsonl", "demonstrations_eval.jsonl")
 
+READING = "reading and encoding the data"
+"""Activity that the progress display shows."""
+
 
 def load_preferences(context: Context, stage: str | None) -> tuple[list[dict], list[dict]]:
     """Load training and held-out pairs from an earlier stage, or from the experiment's data if stage is None."""
+    context.bar.now(READING)
     if stage is not None:
         directory = context.workdir.find(stage)
         rows = [formats.read_table(str(directory / name)) for name in PREFERENCES]
@@ -45,6 +49,7 @@ def load_demonstrations(context: Context, stage: str | None) -> tuple[list[dict]
     If the stage wrote preferences, SFT trains on the chosen responses ("Preferred-FT", the baseline of Rafailov et al.
     2023, arXiv:2305.18290). Raises RlhfError if it wrote neither preferences nor demonstrations.
     """
+    context.bar.now(READING)
     if stage is None:
         return pipeline.load_rows(context.data, "train"), pipeline.load_rows(context.data, "eval")
     directory = context.workdir.find(stage)

@@ -13,6 +13,7 @@ from rlhf_jax.loading.context import Context
 from rlhf_jax.loading.data_report import report_prompts
 from rlhf_jax.loading.models import Policy, RewardModel
 from rlhf_jax.loading.samples import sample_rows
+from rlhf_jax.loading.tables import READING
 from rlhf_jax.loading.trainable import load_initial_policy, stack
 from rlhf_jax.methods import two_steps
 from rlhf_jax.methods.online_config import OnlineConfig
@@ -53,6 +54,7 @@ OnlineReward = DeviceReward | HostReward
 def read_inputs(config: OnlineConfig, context: Context) -> Inputs:
     """Load the policy and the prompts."""
     reference = load_initial_policy(config.policy, config.tuning, context)
+    context.bar.now(READING)
     rows = pipeline.load_rows(context.data, "train")
     prompts = pipeline.prompts(rows, reference.tokenizer, context.data)
     report_prompts(context, reference.tokenizer, {"train": rows})

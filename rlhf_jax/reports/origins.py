@@ -5,6 +5,7 @@ from typing import Any
 
 from rlhf_jax.reports.markup import as_json, fold, text
 from rlhf_jax.reports.run import Run
+from rlhf_jax.runtime.provenance import machine_name
 
 HASH = 12
 """Characters of a hash that are shown; summaries contain all of it."""
@@ -15,17 +16,6 @@ def source_name(source: dict[str, Any]) -> str:
     if source["commit"] is None:
         return f"version {source['version']} ({source['origin']})"
     return f"commit {source['commit'][:HASH]} ({'clean' if source['clean'] else 'with uncommitted changes'})"
-
-
-def machine_name(machine: dict[str, Any]) -> str:
-    """Describe the machine of a `provenance`: its accelerators, or its processor and the threads used."""
-    if machine["platform"] != "cpu":
-        kinds = machine["devices"]
-        return " and ".join(f"{kinds.count(kind)} × {kind}" for kind in dict.fromkeys(kinds))
-    target = machine["cpu_target"]
-    compiled = f" (compiled for {target['name']})" if target else ""
-    threads = f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
-    return f"{threads} of {machine['processor']}{compiled}"
 
 
 def provenances(run: Run) -> dict[str, dict[str, Any]]:

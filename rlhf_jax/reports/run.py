@@ -14,6 +14,7 @@ from rlhf_jax.loading.models import Policy, RewardModel
 from rlhf_jax.rewards import tfidf
 from rlhf_jax.rewards.judging import JUDGE_FILE
 from rlhf_jax.runtime.files import read_json, read_rows
+from rlhf_jax.runtime.workdir import read_record
 from rlhf_jax.sampling.options import SamplingOptions
 from rlhf_jax.text.tokenizer import TOKENIZER_FILE
 from rlhf_jax.types import RlhfError
@@ -55,12 +56,15 @@ FURTHER_COLUMNS = (
 
 
 class Run:
-    """Stages, tables and models of an experiment in `workdir`; stages missing there are looked up in `inputs`."""
+    """Stages, tables and models of an experiment in `workdir`; stages missing there are looked up in `inputs`.
+
+    By default, `inputs` is the directory that the experiment was last run with.
+    """
 
     def __init__(self, workdir: str | Path, inputs: str | Path | None = None) -> None:
-        """Open a work directory without reading files. Raises RlhfError if a directory does not exist."""
+        """Open a work directory. Raises RlhfError if a directory does not exist."""
         self.workdir = Path(workdir)
-        self.inputs = None if inputs is None else Path(inputs)
+        self.inputs = read_record(self.workdir).inputs if inputs is None else Path(inputs)
         for path in filter(None, (self.workdir, self.inputs)):
             if not path.is_dir():
                 raise RlhfError(f"work directory {path} does not exist: give the --workdir of an experiment")

@@ -16,6 +16,7 @@ from rlhf_jax.reports import frames
 from rlhf_jax.reports.differences import differences
 from rlhf_jax.reports.run import FURTHER_COLUMNS, RESULT_COLUMNS, Run
 from rlhf_jax.runtime.files import write_text
+from rlhf_jax.runtime.progress import printable
 
 CHOSEN = "*"
 PAIRS_WON = "% of pairs won by the row's answer against the column's;\nties count half [Wilson's 95 % interval]."
@@ -221,11 +222,6 @@ def answers_table(run: Run, count: int = 5) -> Table:
             score = row["gold"] if gold else row["score"]
             table.add_row(Text(row["method"]), Text(printable(f"…{row['completion']}")), _number(score, 2))
     return table
-
-
-def printable(text: str) -> str:
-    """Replace newlines by ↵ and other unprintable characters by dots, so that a text cannot control the terminal."""
-    return "".join(char if char.isprintable() else "·" for char in text.replace("\n", "↵"))
 
 
 def _slice(rows: Sequence[Sequence[str]], start: int, stop: int) -> list[list[str]]:

@@ -14,7 +14,7 @@ from rlhf_jax.config import Count, check_ranges
 from rlhf_jax.runtime.checkpoints import Checkpoints, TrainState, abstract
 from rlhf_jax.runtime.files import RowWriter, read_rows
 from rlhf_jax.runtime.programs import Placement, Step
-from rlhf_jax.runtime.progress import Bar
+from rlhf_jax.runtime.progress import Bar, rounded
 from rlhf_jax.runtime.two_programs import TwoPrograms, TwoSteps
 from rlhf_jax.types import RlhfError, Row
 
@@ -82,6 +82,8 @@ def train(task: Task, config: LoopConfig, placement: Placement, first_seed: int,
         if done:
             like, state = abstract(state), None  # a second state need not fit in memory
             state = checkpoints.restore(done, like)
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params)) / placement.seeds
+        bar.describe(f"{rounded(parameters)} parameters")
         state = placement.place_state(state)
         frozen = placement.put_frozen(task.frozen)
         if isinstance(task.step, TwoSteps):
@@ -92,14 +94,19 @@ def train(task: Task, config: LoopConfig, placement: Placement, first_seed: int,
         while done < task.total_steps:
             steps = range(done, done + config.steps_per_call)
             batches = jax.tree.map(lambda *leaves: np.stack(leaves), *map(task.batch_at, steps))
-            state, metrics, samples = program(state, frozen, batches, task.run_key)
-            metrics, samples = jax.device_get((metrics, samples))
+            first = bar.first_call is None
+            with bar.compiling() if first else contextlib.nullcontext():
+                state, metrics, samples = program(state, frozen, batches, task.run_key)
+                metrics, samples = jax.device_get((metrics, samples))
             _check_finite(metrics, steps, directory.name)
             previous, done = done, steps.stop
+            if first:
+                bar.describe(f"{np.mean(metrics['num_tokens']):,.0f} tokens per step")
 
             rows = _metric_rows(metrics, steps, first_seed, placement.seeds)
             sample_rows.write(_sample_rows(samples, steps, first_seed, placement.seeds, task.describe))
             if task.evaluation and _crossed(task.evaluation.every, previous, done, task.total_steps):
+                bar.now("evaluating")
                 params = placement.for_evaluation(state.params)
                 for seed, row in enumerate(rows[-placement.seeds :]):
                     evaluation, described = task.evaluation.run(_of_seed(params, seed, placement.seeds))

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 import rlhf_jax
 from rlhf_jax.runtime.files import read_json, write_json
+from rlhf_jax.runtime.stage_state import LOCK, STATE
 from rlhf_jax.runtime.workdir import Identity
 from rlhf_jax.types import Json
 
@@ -100,6 +101,17 @@ def machine() -> dict[str, Json]:
     }
 
 
+def machine_name(machine: dict[str, Json]) -> str:
+    """Describe the machine of a `provenance`: its accelerators, or its processor and the threads used."""
+    if machine["platform"] != "cpu":
+        kinds = machine["devices"]
+        return " and ".join(f"{kinds.count(kind)} × {kind}" for kind in dict.fromkeys(kinds))
+    target = machine["cpu_target"]
+    compiled = f" (compiled for {target['name']})" if target else ""
+    threads = f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
+    return f"{threads} of {machine['processor']}{compiled}"
+
+
 @functools.cache
 def cpu_target() -> dict[str, Json] | None:
     """Find the name and features, in LLVM's terms, of the processor for which XLA's CPU compiler generates code.
@@ -130,7 +142,8 @@ def environment() -> dict[str, Json]:
 def begin(directory: Path, here: dict[str, Json]) -> None:
     """Add the environment of this process to the stage's list, or start the list for a new stage."""
     path = directory / ENVIRONMENTS
-    resumed = path.exists() and any(entry.name not in ("config.json", ENVIRONMENTS) for entry in directory.iterdir())
+    new = {"config.json", ENVIRONMENTS, STATE, LOCK}
+    resumed = path.exists() and any(entry.name not in new for entry in directory.iterdir())
     write_json(path, [*(read_json(path) if resumed else []), here])
 
 

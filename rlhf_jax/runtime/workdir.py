@@ -4,17 +4,22 @@ import dataclasses
 import hashlib
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from rlhf_jax.runtime.files import read_json, write_json
+from rlhf_jax.runtime.stage_state import LOCK, STATE
 from rlhf_jax.types import Json, RlhfError
 
 Status = Literal["new", "again", "half-done", "complete", "elsewhere"]
 """Status of a stage. "again": started here with another config, without results; "elsewhere": complete in `inputs`."""
 
-BEFORE_RESULTS = {"config.json", "environments.json", "model.json", "tokenizer", "data.json"}
+BEFORE_RESULTS = {"config.json", "environments.json", "model.json", "tokenizer", "data.json", STATE, LOCK}
 """Files in a stage's directory that are written before its first result."""
+
+RECORD = "experiment.json"
+"""File in a work directory with the names of all stages, and the directory given as `--inputs`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +38,22 @@ class Identity:
     def as_json(self) -> dict[str, Json]:
         """Content of `config.json`."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
+
+
+class Record(NamedTuple):
+    """The last experiment that ran in a work directory."""
+
+    stages: tuple[str, ...]
+    inputs: Path | None
+
+
+def read_record(root: Path) -> Record:
+    """Read the record of a work directory; it is empty for a directory of an older release or without a run."""
+    if not (root / RECORD).exists():
+        return Record((), None)
+    found = read_json(root / RECORD)
+    inputs = None if found["inputs"] is None else Path(found["inputs"])
+    return Record(tuple(found["stages"]), inputs if inputs is None or inputs.is_dir() else None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +112,12 @@ class Workdir:
         write_json(directory / "config.json", identity.as_json())
         return directory
 
+    def record(self, stages: Sequence[str]) -> None:
+        """Record the stages of the experiment, and `inputs`, for other commands."""
+        found = {"stages": [*stages], "inputs": None if self.inputs is None else str(self.inputs.absolute())}
+        if not (self.root / RECORD).exists() or read_json(self.root / RECORD) != found:
+            write_json(self.root / RECORD, found)
+
     def complete(self, stage: str, identity: Identity) -> None:
         """Mark a stage complete; the marker is its last file."""
         write_json(self.directory(stage) / "complete.json", {"fingerprint": identity.fingerprint})
@@ -113,7 +140,7 @@ def _has_results(directory: Path) -> bool:
         if path.name == "checkpoints":
             if any(step.name.isdigit() for step in path.iterdir()):
                 return True
-        elif path.name not in BEFORE_RESULTS and (path.is_dir() or path.stat().st_size):
+        elif path.name not in BEFORE_RESULTS and path.suffix != ".tmp" and (path.is_dir() or path.stat().st_size):
             return True
     return False
 

@@ -67,6 +67,7 @@ def run(config: DPOConfig, context: Context) -> dict[str, Any]:
     eval_prompts = pipeline.prompts(pipeline.load_rows(context.data, "eval"), tokenizer, context.data)
     report_answers(context, tokenizer, {"train": rows, "eval": all_held_out}, config.preferences)
     eval_reference, data = None, pair_table(pairs)
+    context.bar.now("computing log-probabilities of the reference")
     if config.cached_reference:
         logps = functools.partial(precomputed_ref_logps, config.loss, network, reference.params)
         known, eval_reference = (logps(each, context.runtime.inference_batch) for each in (pairs, eval_pairs))

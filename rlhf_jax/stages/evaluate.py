@@ -103,6 +103,7 @@ def _compare(
     """Return the table of a split, win rates against every opponent, and the responses."""
     split, answers = _split(config, context, judges, name), []
     for done, method in enumerate(methods, start=1 + len(methods) * (name == "test")):
+        context.bar.now(f"answers of {method.name} ({name} split)")
         answers.append(_answers(method, split, config, context))
         context.bar.update(done, 2 * len(methods), {})
 

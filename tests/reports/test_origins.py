@@ -5,7 +5,7 @@ import copy
 import pytest
 
 from rlhf_jax.reports import report
-from rlhf_jax.reports.origins import headline, machine_name, origins, source_name
+from rlhf_jax.reports.origins import headline, origins, source_name
 from rlhf_jax.reports.run import Run
 from rlhf_jax.runtime import provenance
 from rlhf_jax.runtime.files import read_json, write_json
@@ -69,6 +69,6 @@ def test_names_of_sources_and_machines():
         == "version 1.2 (installed package)"
     )
     gpus = {"platform": "gpu", "devices": ["NVIDIA H100"] * 4}
-    assert machine_name(gpus) == "4 × NVIDIA H100"
+    assert provenance.machine_name(gpus) == "4 × NVIDIA H100"
     cpu = {"platform": "cpu", "threads": 1, "processor": "AMD EPYC", "cpu_target": None}
-    assert machine_name(cpu) == "1 thread of AMD EPYC"
+    assert provenance.machine_name(cpu) == "1 thread of AMD EPYC"

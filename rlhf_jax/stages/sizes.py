@@ -1,0 +1,49 @@
+"""Sizes of the models that stages train, from their configs, without loading or training anything."""
+
+import math
+from collections.abc import Mapping
+
+import jax
+
+from rlhf_jax.loading.models import Pretrained
+from rlhf_jax.methods.online_config import OnlineConfig
+from rlhf_jax.models.policy import PolicyNetwork
+from rlhf_jax.models.scalars import ScalarNetwork
+from rlhf_jax.stages.dpo import DPOConfig
+from rlhf_jax.stages.kinds import StageConfig
+from rlhf_jax.stages.kto import KTOConfig
+from rlhf_jax.stages.reward_model import RewardModelConfig
+from rlhf_jax.stages.sft import SFTConfig
+
+
+def parameters(stages: Mapping[str, StageConfig], name: str) -> int | None:
+    """Count the parameters of the policy or reward model that a stage trains.
+
+    The count of a model trained from scratch is for the largest vocabulary that its tokenizer may have. None for a
+    stage that trains nothing, and for one that starts from a checkpoint.
+
+    Args: stages are the configs of all stages, by name.
+    """
+    network = _network(stages, name)
+    if network is None:
+        return None
+    key = jax.eval_shape(lambda: jax.random.key(0))  # only its shape, to avoid compiling a program
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(jax.eval_shape(network.init, key)))
+
+
+def _network(stages: Mapping[str, StageConfig], name: str) -> PolicyNetwork | ScalarNetwork | None:
+    stage = stages.get(name)
+    if isinstance(stage, DPOConfig | KTOConfig | OnlineConfig):
+        return _network(stages, stage.policy)
+    if not isinstance(stage, SFTConfig | RewardModelConfig):
+        return None
+    if isinstance(stage.model, Pretrained):
+        start = _network(stages, stage.model.init)
+        from_policy = isinstance(stage, RewardModelConfig) and isinstance(start, PolicyNetwork)
+        return ScalarNetwork(start.config, start.vocab_size, stage.pooling) if from_policy else start
+    if isinstance(stage, SFTConfig):
+        assert stage.tokenizer is not None
+        return PolicyNetwork(stage.model, stage.tokenizer.vocab_size, ())
+    assert stage.policy is not None
+    policy = _network(stages, stage.policy)
+    return None if policy is None else ScalarNetwork(stage.model, policy.vocab_size, stage.pooling)

@@ -145,7 +145,7 @@ def make_batches(
 ) -> "PackedBatches[Batch] | PaddedBatches[Batch]":
     """Make the batches of all runs, packed if the config asks for it and the lengths of the sequences differ."""
     orders = [BatchOrder(len(data.lengths), config.batch_size, context.seed + k) for k in range(runs)]
-    if config.pack and data.lengths.mean() <= LEAST_GAIN * data.longest:
+    if config.pack and data.lengths.mean() <= LEAST_GAIN * _longest(data):
         devices = context.runtime.row_devices
         check_divides(config.batch_size, devices)
         groups = Groups(devices, micro_batches(config.batch_size, config.optimizer.micro_batch, devices))
@@ -158,7 +158,7 @@ class PackedBatches(Generic[Batch]):
 
     def __init__(self, data: Table[Batch], orders: list[BatchOrder], groups: Groups, per_call: int) -> None:
         self._data, self._orders, self._groups, self._per_call = data, orders, groups, per_call
-        longest = -(-data.longest // MULTIPLE) * MULTIPLE
+        longest = _longest(data)
         self._padded = RowWidths(longest, data.needed(np.arange(len(data.lengths))).response)
         self._width = packed_width(longest, groups.rows_of(len(orders[0][0])))
         self._sizes: set[PackedSize] = set()
@@ -228,6 +228,10 @@ class PaddedBatches(Generic[Batch]):
     @property
     def _used(self) -> set[RowWidths]:
         return {self._widths(call) for call in range(self._steps // self._per_call)}
+
+
+def _longest(data: Table) -> int:
+    return -(-data.longest // MULTIPLE) * MULTIPLE
 
 
 def _stacked(batches: list[Batch]) -> PyTree:

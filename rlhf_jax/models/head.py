@@ -219,9 +219,18 @@ def _of_slice(softmax: _Softmax, allowed: Array, tokens: Array) -> tuple:
     chosen = jax.lax.platform_dependent(shifted, tokens, cpu=_gathered, default=_summed)
     emitted = allowed[tokens]
     logprobs = jnp.where(emitted, chosen - jnp.log(normaliser), 0)
-    entropy = jnp.log(normaliser) - jnp.sum(exponentials * shifted, axis=-1) / normaliser
+    entropy = jnp.log(normaliser) - _inner(exponentials, shifted) / normaliser
     log_sum_sq_probs = jnp.where(emitted, jnp.log(jnp.sum(jnp.square(exponentials), -1) / jnp.square(normaliser)), 0)
     return logprobs, entropy, (chosen >= 0) & emitted, log_sum_sq_probs
+
+
+def _inner(x: Array, y: Array) -> Array:
+    """Sum products over the last axis: on CPUs as a product of matrices, since XLA's sum uses one thread."""
+    return jax.lax.platform_dependent(x, y, cpu=_product, default=lambda x, y: jnp.sum(x * y, axis=-1))
+
+
+def _product(x: Array, y: Array) -> Array:
+    return jnp.einsum("...v,...v->...", x, y, precision=jax.lax.Precision.HIGHEST)
 
 
 def _gathered(shifted: Array, tokens: Array) -> Array:
@@ -249,7 +258,7 @@ def _of_logprobs_and_entropy(
     shifted, _, normaliser = softmax
     chances = jnp.exp(shifted) / normaliser[..., None]
     # Ruled-out tokens have probability 0 and a finite log-probability, so that their product is 0.
-    surprise = jnp.log(normaliser) - jnp.sum(chances * shifted, axis=-1)
+    surprise = jnp.log(normaliser) - _inner(chances, shifted)
     above = chances * (shifted - jnp.log(normaliser)[..., None] + surprise[..., None])
     d_entropy = -above * (cotangents[1] / temperature)[..., None]
     return _of_logprobs(temperature, softmax, tokens, emitted, cotangents) + d_entropy

@@ -15,6 +15,9 @@ VARIABLE = "RLHF_JAX_KEEP_MEMORY"
 COMPILED = "/jax/core/compile/backend_compile_duration"
 """JAX's event of a compiled program."""
 
+LARGE = 1.0
+"""Seconds that a large program takes to compile, at least."""
+
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
 _NEVER = 2**31 - 1
 
@@ -46,9 +49,8 @@ def _configure() -> bool:
     accepted = [library.mallopt(option, value) == 1 for option, value in options]
 
     def return_memory(event: str, duration_secs: float, **_: str | int) -> None:
-        """Return the memory of a compilation: what it leaves is in pieces that no large array fits into."""
-        del duration_secs
-        if event == COMPILED:
+        """Return the memory of a large program's compilation: it leaves pieces that no large array fits into."""
+        if event == COMPILED and duration_secs > LARGE:
             library.malloc_trim(0)
 
     jax.monitoring.register_event_duration_secs_listener(return_memory)

@@ -13,9 +13,13 @@ def world(tmp_path_factory):
 
 
 RUNS = dict.fromkeys(curves.SECTIONS, curves.run) | dict.fromkeys(curves_online.SECTIONS, curves_online.run)
+# Of these the quick tier compares the loss and its gradient with TRL's, or the decay of an update with its formula.
+SLOW = ("sft_decayed", "ipo", "cdpo", "orpo")
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.nightly) if name in SLOW else name for name in RUNS]
+)
 def test_a_run_begins_as_trls(name, world, tmp_path):
     _, golden = read(curves.GOLDEN)
     ours = RUNS[name](name, world, tmp_path)

@@ -83,7 +83,16 @@ def objective(method, found):
     return np.mean(means)
 
 
-@pytest.mark.parametrize("method", group_rl.METHODS)
+QUICK = ("rloo", "grpo", "dapo")
+"""Methods with the penalty in the reward, in the loss, and with dynamic sampling.
+
+The losses and advantages of all are compared with their formulas in tests/core, and the gradients in tests/exact.
+"""
+
+
+@pytest.mark.parametrize(
+    "method", [name if name in QUICK else pytest.param(name, marks=pytest.mark.nightly) for name in group_rl.METHODS]
+)
 def test_every_method_pleases_the_reward_model(method):
     config = config_of(method)
     state, networks = state_of(config), frozen()

@@ -101,6 +101,7 @@ def section(name: str, world: World) -> dict[str, Any]:
         "optimizer": OPTIMIZER,
         "samples_every": ITERATIONS,
         "samples_written": 1,
+        "trim_padding": False,  # rows as TRL has them, and one program
         "loop": {"steps_per_call": 10, "checkpoint_every": ITERATIONS},
     }
     if name == "ppo":

@@ -26,6 +26,7 @@ from rlhf_jax.runtime.workdir import Workdir
 from rlhf_jax.stages.kto import KTOConfig
 from rlhf_jax.stages.sft import SFTConfig
 from tests.support import xla_flags
+from tests.support.commands import run_without_figures
 from tests.support.own_data import PREFERENCES, ROOT, WRITERS, files, pairs
 
 QUICKSTART = f"--config={ROOT}/experiments/movie_reviews/quickstart.py:smoke"
@@ -320,7 +321,7 @@ def test_sample_prints_continuations_with_scores(tmp_path, capsys):
         *files(tmp_path),
         "--config.stages=('sft','reward_model')",
     ]
-    assert main(arguments) == 0
+    run_without_figures(*arguments)
     capsys.readouterr()
     sample = ["sample", f"--workdir={tmp_path / 'run'}", "--stage=sft", "--prompt=the film", "--n=3"]
     assert main(sample) == 0

@@ -13,11 +13,11 @@ import jax
 import pytest
 
 import rlhf_jax
-from rlhf_jax.main import main
 from rlhf_jax.runtime import provenance
 from rlhf_jax.runtime.files import read_json, read_rows, write_json
 from rlhf_jax.runtime.workdir import Identity
 from tests.support import xla_flags
+from tests.support.commands import run_without_figures
 from tests.support.own_data import PREFERENCES, files
 
 ROOT = Path(rlhf_jax.__file__).parents[1]
@@ -40,8 +40,8 @@ def machine(command: tuple[str, ...] = (), **environment: str) -> dict:
 def run(tmp_path_factory):
     """Three stages, of which the last reads the others."""
     directory = tmp_path_factory.mktemp("run")
-    stages = "--config.stages=('sft','reward_model','ppo')"
-    assert main([PREFERENCES, f"--workdir={directory / 'run'}", *files(directory), stages, "--config.seed=3"]) == 0
+    flags = ["--config.stages=('sft','reward_model','ppo')", "--config.seed=3", "--config.ppo.trim_padding=False"]
+    run_without_figures(PREFERENCES, f"--workdir={directory / 'run'}", *files(directory), *flags)
     return directory
 
 

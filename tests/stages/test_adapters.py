@@ -13,7 +13,6 @@ from rlhf_jax.interop import hf
 from rlhf_jax.interop.peft import save_adapter
 from rlhf_jax.loading.pretrained import load_checkpoint
 from rlhf_jax.loading.trainable import init_trainable
-from rlhf_jax.main import main
 from rlhf_jax.methods import dpo
 from rlhf_jax.methods.dpo import ReferenceUpdate, pair_logps
 from rlhf_jax.methods.offline import Updates
@@ -25,6 +24,7 @@ from rlhf_jax.runtime.programs import make_placement
 from rlhf_jax.stages import kto, reward_model, sft
 from rlhf_jax.types import UnpairedBatch
 from tests.support import checkpoints, tiny
+from tests.support.commands import run_without_figures
 from tests.support.own_data import chat_arguments
 from tests.support.programs import PLACEMENTS, QUICK, assert_close
 from tests.support.tiny import demonstrations
@@ -167,7 +167,7 @@ def finished(tmp_path_factory):
     directory = tmp_path_factory.mktemp("adapters")
     model = adapter_of_others(directory)
     flags = [*chat_arguments(f"{model},lora=2", directory), f"--workdir={directory / 'run'}"]
-    assert main([*flags, "--config.stages=('sft','dpo')"]) == 0
+    run_without_figures(*flags, "--config.stages=('sft','dpo')")
     return directory / "run"
 
 

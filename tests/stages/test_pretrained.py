@@ -23,6 +23,7 @@ from rlhf_jax.reports.run import Run
 from rlhf_jax.rewards.scorers import make_scorer
 from rlhf_jax.types import Rollout
 from tests.support import checkpoints, tokenizer_files
+from tests.support.commands import run_without_figures
 from tests.support.own_data import chat_arguments
 
 DATA = pipeline.DataConfig(
@@ -41,7 +42,7 @@ THREE = "--config.stages=('sft','reward_model','dpo')"
 def finished(tmp_path_factory) -> tuple[Path, Path]:
     directory = tmp_path_factory.mktemp("pretrained")
     model = checkpoints.policy(directory / "model")
-    assert main([*chat_arguments(str(model), directory), THREE, f"--workdir={directory / 'run'}"]) == 0
+    run_without_figures(*chat_arguments(str(model), directory), THREE, f"--workdir={directory / 'run'}")
     return model, directory / "run"
 
 

@@ -4,10 +4,12 @@ import io
 import json
 import sys
 from typing import Any
+from unittest import mock
 
 import pytest
 
 from rlhf_jax.main import main
+from rlhf_jax.reports import report
 
 
 def succeeds(capsys: pytest.CaptureFixture, *arguments: str) -> str:
@@ -15,6 +17,12 @@ def succeeds(capsys: pytest.CaptureFixture, *arguments: str) -> str:
     status, captured = main(list(arguments)), capsys.readouterr()
     assert status == 0, captured.err
     return captured.out
+
+
+def run_without_figures(*arguments: str) -> None:
+    """Run an experiment; figures of its report would take longer than its tiny stages."""
+    with mock.patch.object(report, "draw", return_value={}):
+        assert main(list(arguments)) == 0
 
 
 def fails(capsys: pytest.CaptureFixture, *arguments: str) -> str:

@@ -59,6 +59,21 @@ def smoothed_bradley_terry_loss(
     return loss, _metrics(chosen_scores, rejected_scores, axes)
 
 
+def classification_loss(
+    chosen_scores: Float[Array, "B"], rejected_scores: Float[Array, "B"], *, axes: tuple[str, ...]
+) -> tuple[Float[Array, ""], dict[str, Metric]]:
+    r"""Cross-entropy of a verifier that classifies each response as right (chosen) or wrong (rejected).
+
+    $L = -\tfrac{1}{2} \mathbb{E}[\log \sigma(r(x, y_w)) + \log \sigma(-r(x, y_l))]$: the score is the log-odds that a
+    response is right, if as many are right as wrong. Cobbe et al. 2021 (arXiv:2110.14168) train such a verifier, on
+    every token and with the squared error.
+
+    Returns: as `bradley_terry_loss`.
+    """
+    each = -0.5 * (jax.nn.log_sigmoid(chosen_scores) + jax.nn.log_sigmoid(-rejected_scores))
+    return masking.mean(each, axes), _metrics(chosen_scores, rejected_scores, axes)
+
+
 def raters_loss(
     chosen_scores: Float[Array, "B"],
     rejected_scores: Float[Array, "B"],

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from rlhf_jax.data import arithmetic
 from rlhf_jax.data.readers import Row, read_file
 from rlhf_jax.types import RlhfError
 
@@ -40,14 +41,17 @@ _TURN = "\n\nAssistant:"  # as in Anthropic's HH-RLHF, the best-known data set w
 def read_table(source: str) -> list[Row]:
     """Read every row and column of a table.
 
-    Sources: `tfds:NAME/SPLIT`; a `.jsonl`, `.jsonl.gz`, `.jsonl.xz`, `.json` (a list of objects), `.parquet` or `.csv`
-    file in UTF-8 (all CSV values are strings); a directory written by Hugging Face's `save_to_disk` or containing
-    Parquet files. `DIR/train` also stands for the shards `DIR/train-00000-of-00002.parquet` and so on.
+    Sources: `tfds:NAME/SPLIT`; `arithmetic:SPLIT,...` (`data/arithmetic.py`); a `.jsonl`, `.jsonl.gz`, `.jsonl.xz`,
+    `.json` (a list of objects), `.parquet` or `.csv` file in UTF-8 (all CSV values are strings); a directory written by
+    Hugging Face's `save_to_disk` or containing Parquet files. `DIR/train` also stands for the shards
+    `DIR/train-00000-of-00002.parquet` and so on.
 
     Raises: RlhfError, with file and row, if the source is missing, unreadable, truncated, ragged or empty.
     """
     if source.startswith(_TFDS):
         rows = _read_tfds(source)
+    elif source.startswith(arithmetic.PREFIX):
+        rows = arithmetic.generate(arithmetic.parse(source))
     else:
         with _readable(source):
             rows = [row for file in _files(Path(source)) for row in read_file(file)]
@@ -59,8 +63,8 @@ def read_table(source: str) -> list[Row]:
 def file_hash(source: str) -> str:
     """SHA-256 in hex of a source's content, to detect changed inputs.
 
-    It covers a file's bytes, a directory's file names and bytes in reading order, or the name, version and split of a
-    TFDS data set.
+    It covers a file's bytes, a directory's file names and bytes in reading order, the name, version and split of a TFDS
+    data set, or generated rows.
 
     Raises: RlhfError if the source is missing or cannot be read.
     """
@@ -70,6 +74,8 @@ def file_hash(source: str) -> str:
 
         name, split = _tfds_name(source)
         return hashlib.sha256(f"{builders.full_name(name)}/{split}".encode()).hexdigest()
+    if source.startswith(arithmetic.PREFIX):
+        return hashlib.sha256(json.dumps(read_table(source)).encode()).hexdigest()
     with _readable(source):
         files = _files(Path(source))
         if files == [Path(source)]:

@@ -81,6 +81,7 @@ LOG_2 = float(np.log(2))
 LOSSES: dict[str, RewardLossSpec] = {
     "bradley_terry": RewardLossSpec(_bradley_terry, "Bradley-Terry", LOG_2),
     "margin": RewardLossSpec(reward_losses.margin_loss, "Bradley-Terry with margins"),
+    "classification": RewardLossSpec(reward_losses.classification_loss, "classification"),
     "raters": RewardLossSpec(reward_losses.raters_loss, "raters", LOG_2),
     "k_wise": RewardLossSpec(reward_losses.k_wise_loss, "K-wise", LOG_2),
     "plackett_luce": RewardLossSpec(reward_losses.plackett_luce_loss, "Plackett-Luce", ranked=True),
@@ -126,8 +127,9 @@ def level_at_equal_scores(loss: Row) -> float | None:
 class RewardLossConfig:
     """Loss of a reward model, with label smoothing and centring.
 
-    `margin` reads a column `margin`; `raters` a column `labels` (one entry per rater: 1 prefers chosen, 0 rejected, 0.5
-    neither); `k_wise` ranked rows, or pairs, which are grouped by prompt; `plackett_luce` ranked rows.
+    `classification` trains a verifier of right (chosen) and wrong answers; `margin` reads a column `margin`; `raters` a
+    column `labels` (one entry per rater: 1 prefers chosen, 0 rejected, 0.5 neither); `k_wise` ranked rows, or pairs,
+    which are grouped by prompt; `plackett_luce` ranked rows.
     """
 
     # Loss; `margin`, `raters`, `k_wise` and `plackett_luce` need special columns. Your own: 'mine.py:my_loss'.

@@ -95,15 +95,15 @@ def frontier(
     return figure
 
 
-def best_of_n(curve: pd.DataFrame, deviations: tuple[float, float] | None) -> Figure:
+def best_of_n(curve: pd.DataFrame, deviations: tuple[float, float] | None, *, judge: str) -> Figure:
     """Gain over n = 1 in proxy and gold score against the square root of the KL, after fig. 1 of Gao et al. 2022.
 
     Args: deviations are the standard deviations of the proxy and gold scores of SFT samples, which put both curves on
-    one scale; without them, each has its own panel and unit.
+    one scale; without them, each has its own panel and unit. judge names the judge.
     """
     series = [("proxy", "reward_model", "reward model (proxy)")]
     if curve["gold"].notna().any():
-        series.append(("gold", "gold", "gold judge"))
+        series.append(("gold", "gold", judge))
     shared = deviations is not None
     with context():
         figure, axes = panels(1 if shared else len(series), 3.3)

@@ -83,9 +83,10 @@ def draw(run: Run) -> dict[str, Figure]:
     drawn: dict[str, Figure] = {}
     if run.of_kind("evaluate", complete=True):
         drawn |= _comparisons(run)
-    stages = run.of_kind("best_of_n", complete=True)
-    if stages:
-        drawn["best_of_n"] = figures.best_of_n(run.best_of_n_curve(stages[-1]), frames.sft_deviations(run))
+    for stage in run.of_kind("best_of_n", complete=True)[-1:]:
+        judge = run.config(stage)["section"].get("judge")
+        name = "" if judge is None else frames.judge_name(run, judge)
+        drawn["best_of_n"] = figures.best_of_n(run.best_of_n_curve(stage), frames.sft_deviations(run), judge=name)
     for stage in run.of_kind("frontier", complete=True)[-1:]:
         points, at_kl = run.points(stage), run.matched(stage)
         kinds = {method: run.kind(method) for method in at_kl["method"].unique()}

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from rlhf_jax.config import Count, ModelSource, Positive, StageName, check_ranges
+from rlhf_jax.config import Count, ModelSource, Positive, check_ranges
 from rlhf_jax.core.selection import (
     best_of_n,
     best_of_n_kl,
@@ -27,7 +27,7 @@ from rlhf_jax.loading.context import Context
 from rlhf_jax.loading.data_report import report_prompts
 from rlhf_jax.loading.models import Policy
 from rlhf_jax.loading.samples import draw_and_sample, sample_rows
-from rlhf_jax.rewards.judging import load_judge
+from rlhf_jax.rewards.judging import make_judge
 from rlhf_jax.rewards.scorers import make_scorer
 from rlhf_jax.rewards.sources import RewardSource, find_reward
 from rlhf_jax.runtime.files import measured, write_rows
@@ -40,12 +40,12 @@ SOFT_DRAWS = 16  # number of random partitions of the pool into groups of n
 
 @dataclasses.dataclass(frozen=True)
 class BestOfNConfig:
-    """Policy to sample from, reward model that selects, and optional gold judge."""
+    """Policy to sample from, reward that selects, and an optional judge."""
 
     kind: Literal["best_of_n"]
     policy: ModelSource  # policy to sample from
     reward_model: RewardSource  # reward that selects
-    judge: StageName | None  # gold stage that scores the selected responses; None: no judge
+    judge: RewardSource | None  # gold stage, or reward, that scores the selected responses; None: no judge
     prompts: Count  # prompts of the test split
     pool: Count  # samples per prompt; N is every power of two up to this
     temperature: Positive  # temperature of the samples
@@ -89,8 +89,8 @@ def run(config: BestOfNConfig, context: Context) -> dict[str, Any]:
     shape = (config.prompts, config.pool)
     gold = None
     if config.judge is not None:
-        judged = load_judge(context, config.judge).score([row["prompt"] + row["completion"] for row in rows])
-        gold = judged.reshape(shape)
+        whole = [row["prompt"] + row["completion"] for row in rows]
+        gold = make_judge(config.judge, context)(policy, table)(rollout, whole).reshape(shape)
     pool = Pool(scores.reshape(shape), gold, _logprobs(policy, rollout, config, context).reshape(shape))
 
     sizes = [2**i for i in range(config.pool.bit_length()) if 2**i <= config.pool]

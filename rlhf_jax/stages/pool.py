@@ -10,13 +10,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rlhf_jax.config import Count, ModelSource, Positive, StageName, check_ranges
+from rlhf_jax.config import Count, ModelSource, Positive, check_ranges
 from rlhf_jax.data import pipeline
 from rlhf_jax.loading.context import Context
 from rlhf_jax.loading.data_report import report_prompts
 from rlhf_jax.loading.samples import draw_and_sample, texts
-from rlhf_jax.rewards.judging import load_judge
+from rlhf_jax.rewards.judging import make_judge
 from rlhf_jax.rewards.scorers import make_scorer
+from rlhf_jax.rewards.sources import RewardSource
 
 POOL_FILE = "pool.npz"
 GOLD, LENGTH = "gold", "length"
@@ -29,7 +30,7 @@ class PoolConfig:
     kind: Literal["pool"]
     policy: ModelSource  # policy to sample from
     reward_models: tuple[ModelSource, ...]  # reward models that score the responses
-    judge: StageName | None  # gold stage that scores the responses; None: no judge
+    judge: RewardSource | None  # gold stage, or reward, that scores the responses; None: no judge
     prompts: Count  # prompts of the test split
     samples: Count  # responses per prompt
     temperature: Positive  # temperature of the samples
@@ -57,7 +58,7 @@ def run(config: PoolConfig, context: Context) -> dict[str, Any]:
     found = {LENGTH: rollout.response_mask.sum(axis=1).reshape(shape)}
     if config.judge is not None:
         whole = [prompt + completion for prompt, completion in zip(*texts(policy.tokenizer, rollout), strict=True)]
-        found[GOLD] = load_judge(context, config.judge).score(whole).reshape(shape)
+        found[GOLD] = make_judge(config.judge, context)(policy, table)(rollout, whole).reshape(shape)
     for done, source in enumerate(config.reward_models, start=1):
         members = context.reward_model(source).members()
         scorers = [

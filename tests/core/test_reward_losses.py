@@ -91,6 +91,10 @@ PAIR_LOSSES = {
         lambda c, r, x: reward_losses.smoothed_bradley_terry_loss(c, r, label_smoothing=0.2, axes=()),
         lambda c, r, x: -np.mean(0.8 * log_sigmoid(c - r) + 0.2 * log_sigmoid(r - c)),
     ),
+    "classification": (
+        lambda c, r, x: reward_losses.classification_loss(c, r, axes=()),
+        lambda c, r, x: -np.mean(log_sigmoid(np.concatenate([c, -r]))),
+    ),
     # As many rows as there are labels, each with an order of its own.
     "raters": (
         lambda c, r, x: reward_losses.raters_loss(c, r, x, axes=()),

@@ -16,7 +16,12 @@ EQUAL = {
     "label_smoothing": 0.1,
     "axes": (),
 }
-OTHERS = {"margins": jnp.array([0.1, 0.0, 0.3]), "mask": jnp.array([[1, 1, 0], [1, 1, 0]], bool)}
+OTHERS = {
+    "chosen_scores": jnp.full(3, -1.0),
+    "rejected_scores": jnp.full(3, -1.0),
+    "margins": jnp.array([0.1, 0.0, 0.3]),
+    "mask": jnp.array([[1, 1, 0], [1, 1, 0]], bool),
+}
 
 
 @pytest.mark.parametrize("name", LOSSES)

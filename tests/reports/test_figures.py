@@ -149,7 +149,7 @@ def test_best_of_n_is_measured_in_deviations_of_sft_from_its_first_point(run, dr
 
 def test_best_of_n_without_deviations_gives_each_score_its_own_scale(run):
     curve = run.best_of_n_curve("best_of_n")
-    proxy, gold = figures.best_of_n(curve, None).axes[:2]
+    proxy, gold = figures.best_of_n(curve, None, judge="gold judge").axes[:2]
     assert has_line(proxy, np.sqrt(curve["kl"]), curve["proxy"] - curve["proxy"][0])
     assert has_line(gold, np.sqrt(curve["kl"]), curve["gold"] - curve["gold"][0])
 
@@ -161,7 +161,7 @@ def test_best_of_n_of_one_prompt_has_a_line_and_no_band(tmp_path):
     write_rows(path, [row | {"proxy_se": None} for row in read_rows(path)])
     curve = run.best_of_n_curve("best_of_n")
     assert curve["proxy_se"].isna().all() and curve["proxy_se"].dtype == float
-    axes = figures.best_of_n(curve, None).axes[0]
+    axes = figures.best_of_n(curve, None, judge="gold judge").axes[0]
     assert has_line(axes, np.sqrt(curve["kl"]), curve["proxy"] - curve["proxy"][0])
 
 

@@ -24,6 +24,8 @@ TRAINED = {
 def found(tmp_path_factory):
     directory = tmp_path_factory.mktemp("pool")
     model, judge = experiments.models(directory)
+    counter = directory / "counter.py"
+    counter.write_text("def count(completion_ids, **columns):\n    return [len(ids) for ids in completion_ids]\n")
     stages = {
         "preferences": {
             "kind": "preferences",
@@ -37,6 +39,8 @@ def found(tmp_path_factory):
         },
         "members": TRAINED | {"model": {"init": judge}, "ensemble": {"members": 2, "combine": "mean"}},
         "both": SECTION | {"policy": model, "reward_models": (judge, "members")},
+        "judged": SECTION | {"policy": model, "reward_models": (judge,), "judge": {"model": judge}},
+        "counted": SECTION | {"policy": model, "reward_models": (), "judge": {"functions": (f"{counter}:count",)}},
     }
     place = experiments.run(directory / "run", experiments.questions(directory / "questions.jsonl", 16), stages)
     return judge, place
@@ -53,6 +57,15 @@ def test_every_reward_model_scores_the_same_samples(found):
     for scores in arrays["members"]:
         np.testing.assert_allclose(scores, arrays[judge], rtol=1e-3, atol=1e-4)
     assert arrays[judge].std() > 0.1
+
+
+def test_the_judge_is_any_reward(found):
+    judge, place = found
+    judged, counted = (pool.load_pool(place.find(stage)) for stage in ("judged", "counted"))
+    assert judged["gold"].std() > 0.1
+    np.testing.assert_array_equal(judged["gold"], judged[judge])
+    assert set(counted) == {"gold", "length"} and counted["gold"].std() > 0
+    np.testing.assert_array_equal(counted["gold"], counted["length"])
 
 
 @pytest.mark.parametrize("names", [("a", "a"), ("gold",), ("length", "a")])

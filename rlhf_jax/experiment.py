@@ -21,7 +21,7 @@ from rlhf_jax.interop.hub import MODELS, checkpoint_hash
 from rlhf_jax.loading.context import Common, Context
 from rlhf_jax.methods.offline import OfflineConfig
 from rlhf_jax.methods.online_config import OnlineConfig
-from rlhf_jax.runtime import compilation_cache, process, provenance, timings
+from rlhf_jax.runtime import compilation_cache, provenance, timings
 from rlhf_jax.runtime.files import read_rows, write_json
 from rlhf_jax.runtime.programs import RuntimeConfig
 from rlhf_jax.runtime.progress import Display
@@ -99,7 +99,7 @@ def run(experiment: Experiment, workdir: Workdir, only: str | None, console: Con
     """Run the incomplete stages, or only one stage; return whether there was anything to do."""
     _check(experiment, workdir, only)
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {experiment.runtime.xla_flags}"
-    process.set_up()
+    compilation_cache.enable()
     display = Display(console)
     here = functools.cache(provenance.environment)  # read once: the source may change while the process runs
     names, worked = [only] if only else [*experiment.stages], False

@@ -8,6 +8,7 @@ import sys
 import traceback
 
 import rlhf_jax
+from rlhf_jax.runtime.huge_pages import restart_with_huge_pages
 
 USAGE = """\
 rlhf-jax: learning from human preferences in JAX
@@ -76,6 +77,7 @@ VERBS = {
 
 def entry_point() -> None:
     """Run the command of the console script, and exit with its status."""
+    restart_with_huge_pages()
     if "--debug" not in sys.argv:
         # `main` reports every exception. The default hook would print a failed checkpoint again, from the callbacks of
         # the threads that were still writing it.

@@ -12,7 +12,7 @@ from tests.support import shapes, xla_flags
 # Before JAX is imported, here and in the processes that tests start.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["RLHF_JAX_CACHE"] = "off"  # processes that tests start, and kill, must not write into the user's cache
-os.environ["RLHF_JAX_KEEP_MEMORY"] = "off"  # a worker's memory may shrink between tests
+os.environ["RLHF_JAX_HUGE_PAGES"] = "off"  # commands start once
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {xla_flags.XLA_FLAGS}"
 )

@@ -41,7 +41,7 @@ from rlhf_jax.interop.families import model_config
 from rlhf_jax.interop.hf import load_pretrained, save_pretrained
 from rlhf_jax.models.model_config import AttentionBy, DType
 from rlhf_jax.models.policy import PolicyNetwork
-from rlhf_jax.runtime import process
+from rlhf_jax.runtime.huge_pages import restart_with_huge_pages
 from rlhf_jax.sampling.choice import Sampling
 from rlhf_jax.sampling.continuous import default_refill, generate_queue
 from rlhf_jax.sampling.generate import generate
@@ -320,7 +320,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     """Measure every shape and batch, and return the rows."""
-    process.keep_memory()  # as rlhf-jax does; a peer in this process has it too
     args, rows = parse(arguments), []
     memory = bandwidth()
     for shape in [args.model] if args.model else args.shape:
@@ -350,4 +349,5 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
+    restart_with_huge_pages()  # as rlhf-jax does; a peer in this process has them too
     main()

@@ -19,14 +19,17 @@ from experiments.benchmarks.training_turns import BETA, KL_COEF, LEARNING_RATE, 
 from rlhf_jax import experiment
 from rlhf_jax.api import load_config
 from rlhf_jax.loading.context import Context
-from rlhf_jax.runtime import process, provenance
+from rlhf_jax.runtime import provenance
 from rlhf_jax.runtime.files import read_rows
+from rlhf_jax.runtime.huge_pages import restart_with_huge_pages
 from rlhf_jax.runtime.progress import Bar, Display
 from rlhf_jax.runtime.workdir import Workdir
 from rlhf_jax.stages.kinds import find_kind
 
 NEVER = 10**9
 MATRIX = 1024
+COMPILED = "/jax/core/compile/backend_compile_duration"
+"""JAX's event of a compiled program."""
 
 
 class Clock(Bar):
@@ -80,12 +83,11 @@ def config_of(work: Work) -> ConfigDict:
 
 def main() -> None:
     """Run the stage until the last round, and report tokens and compile time."""
-    process.keep_memory()  # as rlhf-jax does
     work, compiled = read_work(), []
     turns = Turns(work, matrix_rate)
 
     def listen(event: str, duration_secs: float, **_: str | int) -> None:
-        if event == process.COMPILED:
+        if event == COMPILED:
             compiled.append(duration_secs)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
@@ -111,4 +113,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    restart_with_huge_pages()  # as rlhf-jax does
     main()

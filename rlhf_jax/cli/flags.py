@@ -15,7 +15,7 @@ from rlhf_jax.loading import models, pretrained
 from rlhf_jax.loading.models import Policy, RewardModel, Tuning
 from rlhf_jax.reports.run import Run
 from rlhf_jax.rewards.sources import Reward, RewardConfig, load_reward
-from rlhf_jax.runtime import process
+from rlhf_jax.runtime import compilation_cache
 from rlhf_jax.sampling.choice import Sampling
 from rlhf_jax.sampling.options import SamplingOptions
 from rlhf_jax.types import RlhfError
@@ -53,7 +53,7 @@ def load_model(options: argparse.Namespace, tuning: Tuning) -> Policy | RewardMo
     are compiled for the model are kept in the compilation cache.
     Raises RlhfError if the flags name no model, or two.
     """
-    process.set_up()
+    compilation_cache.enable()
     if options.dtype is not None:
         tuning = Tuning(param_dtype=options.dtype, compute_dtype=options.dtype)
     if options.family is not None:
@@ -113,7 +113,7 @@ def _numbers(text: str) -> tuple[float, ...]:
 
 def load_judge(options: argparse.Namespace) -> RewardModel | Reward | None:
     """Load the reward that the flags name, or return None. Raises RlhfError for two rewards or a language model."""
-    process.set_up()
+    compilation_cache.enable()
     flags = [
         f"--{name.replace('_', '-')}" for name in ("reward_model", "reward_stage", "reward") if getattr(options, name)
     ]

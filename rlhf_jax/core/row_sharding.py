@@ -8,7 +8,7 @@ import math
 
 import jax
 from jax.sharding import PartitionSpec as P
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree, Shaped
 
 ROW_AXES = ("data", "fsdp")
 ROWS = P(ROW_AXES)
@@ -26,3 +26,11 @@ def split_rows(tree: PyTree) -> PyTree:
     if row_devices() == 1:
         return tree
     return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, ROWS), tree)
+
+
+def gather_channels(weights: Shaped[Array, "*rows D"]) -> Shaped[Array, "*rows D"]:
+    """Gather the last axis of a weight on every device; the other axes stay split as they are."""
+    if row_devices() == 1:
+        return weights
+    spec = P(*[P.UNCONSTRAINED] * (weights.ndim - 1), None)
+    return jax.lax.with_sharding_constraint(weights, spec)

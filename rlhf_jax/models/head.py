@@ -1,6 +1,7 @@
 """Language-model head: logits, and token statistics computed slice by slice to limit the memory of logits."""
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -8,8 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from rlhf_jax.core.row_sharding import gather_channels, row_devices
+
 LOGIT_SLICE = 2**26
-"""Maximum number of logits in memory (256 MB); larger batches are computed in slices of the time axis."""
+"""Maximum number of a device's logits in memory (256 MB); larger batches are computed in slices of the time axis."""
 
 FEW_ROWS = 32
 """Maximum number of single-token rows for which CPUs use the embedding as the left factor of the product and read it in
@@ -125,7 +128,7 @@ def _stats_forward(
     allowed: Array,
     tokens: Array,
 ) -> tuple:
-    weights, width = embedding.astype(hidden.dtype), _slice_width(tokens, embedding)
+    weights, width = gather_channels(embedding.astype(hidden.dtype)), _slice_width(tokens, embedding)
     if tokens.shape[1] <= width:
         softmax = _softmax(temperature, softcap, hidden, weights, allowed)
         return _of_slice(softmax, allowed, tokens), (hidden, embedding, allowed, tokens, softmax)
@@ -146,10 +149,15 @@ def _stats_backward(
     Automatic differentiation makes separate passes over all logits for a scatter, a select and a transposition, a third
     of the time of a training step on CPUs. This version makes one fused pass and transposes the small factor. It also
     accumulates the slices' embedding gradients in float32: accumulated in bfloat16 over 256 slices, they were 2 to 11 %
-    off.
+    off. Each device sums over its own rows, so that the sum over devices is taken once and not for every slice.
     """
     hidden, embedding, allowed, tokens, kept = saved
-    weights, width = embedding.astype(hidden.dtype), _slice_width(tokens, embedding)
+    weights, width = gather_channels(embedding.astype(hidden.dtype)), _slice_width(tokens, embedding)
+    devices = math.gcd(row_devices(), tokens.shape[0]) if kept is None else 1
+    lead = (devices,) if devices > 1 else ()
+
+    def by_device(x: Array) -> Array:
+        return x.reshape(*lead, -1, *x.shape[1:])
 
     def of_slice(hidden: Array, tokens: Array, softmax: _Softmax, cotangents: Sequence[Array]) -> tuple[Array, Array]:
         d_logits = gradient(temperature, softmax, tokens, allowed[tokens], cotangents)
@@ -158,7 +166,8 @@ def _stats_backward(
             d_logits *= 1 - jnp.square(jnp.clip(capped, -1, 1))
         d_logits = d_logits.astype(hidden.dtype)
         d_hidden = jnp.einsum("btv,vd->btd", d_logits, weights)
-        d_transposed = jnp.einsum("btd,btv->dv", hidden, d_logits, preferred_element_type=jnp.float32)
+        factors = by_device(hidden), by_device(d_logits)
+        d_transposed = jnp.einsum("...btd,...btv->...dv", *factors, preferred_element_type=jnp.float32)
         return d_hidden, jax.lax.optimization_barrier(d_transposed)
 
     def add_slice(total: Array, part: tuple) -> tuple[Array, Array]:
@@ -170,10 +179,11 @@ def _stats_backward(
     if kept is not None:
         d_hidden, d_transposed = of_slice(hidden, tokens, kept, cotangents[:2])
     else:
-        nothing = jnp.zeros(embedding.shape[::-1], jnp.float32)
+        nothing = jnp.zeros((*lead, *embedding.shape[::-1]), jnp.float32)
         parts = _cut((hidden, tokens, *cotangents[:2]), width)
         d_transposed, slices = jax.lax.scan(add_slice, nothing, parts)
         d_hidden = _joined(slices, tokens.shape[1])
+    d_transposed = jnp.sum(d_transposed, axis=tuple(range(len(lead))))
     return d_hidden, d_transposed.T.astype(embedding.dtype), None, None
 
 
@@ -182,7 +192,8 @@ _stats.defvjp(_stats_forward, _stats_backward)
 
 def _slice_width(tokens: Array, embedding: Array) -> int:
     """Number of tokens per row in a slice."""
-    return max(1, LOGIT_SLICE // (tokens.shape[0] * embedding.shape[0]))
+    rows = math.ceil(tokens.shape[0] / row_devices())
+    return max(1, LOGIT_SLICE // (rows * embedding.shape[0]))
 
 
 def _cut(arrays: PyTree, width: int) -> PyTree:

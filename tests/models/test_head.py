@@ -8,12 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
 from rlhf_jax.core import logprobs as core
+from rlhf_jax.core.row_sharding import ROWS
 from rlhf_jax.models import head
 from rlhf_jax.models.policy import PolicyNetwork
-from tests.support import networks
+from rlhf_jax.runtime.programs import make_placement
+from tests.support import hlo, networks
+from tests.support.layouts import DEVICES, LAYOUTS
 
 BATCH, LENGTH, WIDTH, VOCAB = 3, 5, 6, 11
 ALLOWED = np.ones(VOCAB, bool)
@@ -234,3 +239,32 @@ def equations(jaxpr):
 def test_greedy_decoding_has_no_log_probabilities(of_logits):
     with pytest.raises(ValueError, match=r"temperature = 0\.0 must be above 0"):
         of_logits(HIDDEN, EMBEDDING, jnp.asarray(ALLOWED), TOKENS, temperature=0.0, softcap=None)
+
+
+def test_slices_gather_the_head_once_and_reduce_its_gradient_once(monkeypatch):
+    """Four slices of two tokens of a device's two rows; three products, as the backward pass recomputes the logits."""
+    rows, length, width, vocab = 16, 8, 32, 64
+    monkeypatch.setattr(head, "LOGIT_SLICE", 2 * (rows // DEVICES) * vocab)
+    mesh = make_placement(LAYOUTS["fsdp=8"], seeds=1).mesh  # type: ignore[union-attr]
+    rng = np.random.default_rng(0)
+    hidden, embedding = rng.normal(size=(rows, length, width)), rng.normal(size=(vocab, width))
+    tokens = rng.integers(0, vocab, (rows, length))
+
+    def loss(hidden, embedding, tokens):
+        options = {"temperature": 1.0, "softcap": None}
+        return jnp.sum(head.token_stats(hidden, embedding, jnp.ones(vocab, bool), tokens, **options).logprobs)
+
+    def gradient(*args):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return jax.grad(loss, (0, 1))(*args)
+
+    args = jnp.float32(hidden), jnp.float32(embedding), jnp.int32(tokens)
+    where, split = NamedSharding(mesh, ROWS), NamedSharding(mesh, P("tensor", "fsdp"))
+    on_mesh = jax.jit(gradient, in_shardings=(where, split, where), out_shardings=(where, split))
+    compiled = on_mesh.lower(*args).compile()
+    costs = hlo.of_compiled(compiled)
+    assert costs.flops * DEVICES == 3 * 2 * rows * length * width * vocab
+    assert costs.bytes["all-gather"] == costs.bytes["all-reduce"] == embedding.size * 4
+    assert '"known_trip_count":{"n":"4"' in str(compiled.as_text())
+    for found, expected in zip(on_mesh(*args), jax.jit(jax.grad(loss, (0, 1)))(*args), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)

@@ -99,7 +99,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "dpo, packed": lambda: _offline(dpo.make_step, POLICY, "policy", _packed(tiny.preferences(ROWS)), _reference()),
     "kto": lambda: _offline(kto.make_step, POLICY, "policy", _unpaired(), _reference()),
     "ppo": lambda: _online(tiny.PPO, ROWS, value=REWARD),
-    "grpo": lambda: _online(tiny.group_config("grpo", batch_size=2 * ROWS), ROWS // 2),
+    "grpo": lambda: _online(tiny.group_config("grpo", batch_size=2 * ROWS, minibatches=2), ROWS // 2),
     "online_dpo": lambda: _online(ONLINE_DPO, ROWS, online_dpo.build_method(ONLINE_DPO)),
 }
 

@@ -87,6 +87,12 @@ class Context:
 
     def model(self, source: str, tuning: Tuning = NO_CHANGES) -> Policy | RewardModel:
         """Load the model of an earlier stage or a checkpoint, with the dtypes and options of `tuning`."""
+        platform = self.placement().platform
+        if tuning.attention == "cudnn" and platform != "gpu":
+            raise RlhfError(
+                f"config.{self.name}: attention = 'cudnn' needs an NVIDIA GPU, but this runs on {platform}: set it to "
+                "'xla'"
+            )
         self.bar.now(f"loading {source}")
         if source not in self.stages:
             found = load_checkpoint(source, tuning, where=self.where)

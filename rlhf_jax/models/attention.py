@@ -1,4 +1,4 @@
-"""Softmax attention with a hand-written gradient, or cuDNN's on NVIDIA GPUs."""
+"""Softmax attention with a hand-written gradient, or cuDNN's in programs for NVIDIA GPUs."""
 
 import functools
 
@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from rlhf_jax.models.model_config import AttentionBy
-from rlhf_jax.types import RlhfError
 
 
 def attend(
@@ -22,18 +21,25 @@ def attend(
 ) -> Float[Array, "B S H K"]:
     """Attention of S queries to C slots; each of G key-value heads serves H / G query heads.
 
-    Sizes that cuDNN does not support (`cudnn_takes`) and a soft cap are computed by XLA. Queries without a visible slot
-    get 0 from XLA, and an arbitrary value from cuDNN. Raises RlhfError if cuDNN is requested without a GPU.
+    The device that the program is compiled for decides: cuDNN computes on NVIDIA GPUs, XLA elsewhere. XLA also computes
+    sizes that cuDNN does not support (`cudnn_takes`) and a soft cap. Queries without a visible slot get 0 from XLA, and
+    an arbitrary value from cuDNN.
     """
-    if by == "cudnn" and jax.default_backend() != "gpu":
-        raise RlhfError(
-            f"attention = 'cudnn' needs an NVIDIA GPU, but this runs on {jax.default_backend()}: set it to 'xla'"
-        )
+    by_xla = functools.partial(_by_xla, scale, softcap)
     if by == "cudnn" and softcap is None and cudnn_takes(q.shape[1], k.shape[2]):
-        k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
-        return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], scale=scale, implementation="cudnn")
+        by_cudnn = functools.partial(_by_cudnn, scale)
+        return jax.lax.platform_dependent(q, k, v, mask, cuda=by_cudnn, default=by_xla)
+    return by_xla(q, k, v, mask)
+
+
+def _by_xla(scale: float, softcap: float | None, q: Array, k: Array, v: Array, mask: Array) -> Array:
     mixed = _attend(scale, softcap, _by_group(q, k.shape[1]), k, v, mask)
     return _by_position(mixed, q.shape[1])
+
+
+def _by_cudnn(scale: float, q: Array, k: Array, v: Array, mask: Array) -> Array:
+    k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+    return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], scale=scale, implementation="cudnn")
 
 
 def cudnn_takes(queries: int, slots: int) -> bool:

@@ -100,6 +100,11 @@ class MeshPlacement:
     seeds: int
     axes: tuple[str, ...] = ()
 
+    @property
+    def platform(self) -> str:
+        """Kind of the devices: cpu, gpu or tpu."""
+        return self.mesh.devices.flat[0].platform
+
     def put_state(self, state: PyTree) -> PyTree:
         """Shard a copy of a state by the models' partition patterns; programs donate only the copy."""
         return self.place_state(jax.tree.map(jnp.copy, state))
@@ -155,6 +160,11 @@ class PmapPlacement:
     devices: tuple[jax.Device, ...]
     seeds: int
     axes: tuple[str, ...] = (BATCH_AXIS,)
+
+    @property
+    def platform(self) -> str:
+        """Kind of the devices: cpu, gpu or tpu."""
+        return self.devices[0].platform
 
     def put_state(self, state: PyTree) -> PyTree:
         """Replicate a state; every leaf gets a leading device axis."""

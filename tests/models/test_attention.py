@@ -9,7 +9,7 @@ from jax._src.cudnn import fused_attention_stablehlo
 
 from rlhf_jax.models.attention import attend, cudnn_takes
 from rlhf_jax.models.policy import PolicyNetwork
-from rlhf_jax.types import RlhfError, TokenBatch
+from rlhf_jax.types import TokenBatch
 from tests.support.networks import SUPPRESSED, VOCAB, config
 
 SHAPE = functools.partial(config, attention="cudnn", compute_dtype="bfloat16")
@@ -18,15 +18,14 @@ KERNEL = "__cudnn$fmha"
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A machine that says that it has a GPU and cuDNN 9.10; nothing can be run on it."""
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    """A machine that says that it has cuDNN 9.10; nothing can be run on it."""
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
     with jax.numpy_dtype_promotion("standard"):  # of jax's own attention
         yield
 
 
-def lowered(function, *args) -> str:
-    return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+def lowered(function, *args, platform: str = "cuda") -> str:
+    return jax.jit(function).trace(*args).lower(lowering_platforms=(platform,)).as_text()
 
 
 def inputs(queries: int, slots: int, width: int, dtype=jnp.bfloat16) -> list[jax.ShapeDtypeStruct]:
@@ -95,7 +94,15 @@ def test_training_prefill_and_decoding_use_it():
     )
 
 
-def test_it_is_refused_where_there_is_no_gpu():
-    network = PolicyNetwork(SHAPE(), VOCAB, SUPPRESSED)
-    with pytest.raises(RlhfError, match=r"attention = 'cudnn' needs an NVIDIA GPU, but this runs on cpu: set it to"):
-        jax.eval_shape(network.init, jax.random.key(0))
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_programs_for_other_devices_do_without_it(platform):
+    def loss(q, k, v, mask, by):
+        return jnp.sum(attend(q, k, v, mask, scale=1.0, softcap=None, by=by).astype(jnp.float32))
+
+    def text(by, on):
+        return lowered(jax.grad(functools.partial(loss, by=by), (0, 1, 2)), *inputs(16, 16, 8), platform=on)
+
+    assert KERNEL in text("cudnn", "cuda")
+    assert KERNEL not in text("cudnn", platform)
+    assert text("cudnn", platform).count("dot_general") == text("xla", platform).count("dot_general") > 0

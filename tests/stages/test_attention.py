@@ -46,12 +46,25 @@ def test_members_of_an_ensemble_do_without_it():
         RewardModelConfig(**fields, model=model, ensemble=EnsembleConfig(members=2, combine="mean"))
 
 
-def test_several_seeds_do_without_it(tmp_path):
+@pytest.fixture
+def context_of(tmp_path):
+    """Function from a number of seeds to the context of a stage on one CPU device."""
     data = DataConfig(
         train="", eval="", test=None, limit=None, text_prompt_tokens=(1, 2), max_prompt_tokens=4, max_response_tokens=4
     )
     display = Display(Console(file=io.StringIO()))
     with display.running(), display.bar("ppo") as bar:
-        context = Context(Workdir(tmp_path, None), ("ppo",), "ppo", 0, 2, data, tiny.ONE_DEVICE, bar)
+        fields = Workdir(tmp_path, None), ("ppo",), "ppo", 0
+        yield lambda seeds: Context(*fields, seeds, data, tiny.ONE_DEVICE, bar)
+
+
+def test_it_is_refused_where_there_is_no_gpu(context_of):
+    with pytest.raises(
+        RlhfError, match=r"config.ppo: attention = 'cudnn' needs an NVIDIA GPU, but this runs on cpu: set it to 'xla'"
+    ):
+        load_initial_policy(ModelSource("sft"), Tuning(attention="cudnn"), context_of(1))
+
+
+def test_several_seeds_do_without_it(context_of):
     with pytest.raises(RlhfError, match=r"config.ppo: attention = 'cudnn' does not support several seeds at once"):
-        load_initial_policy(ModelSource("sft"), Tuning(attention="cudnn"), context)
+        load_initial_policy(ModelSource("sft"), Tuning(attention="cudnn"), context_of(2))

@@ -51,7 +51,7 @@ class Experiment:
         Args: fingerprint returns the fingerprint of an earlier stage.
         """
         stage = self.stages[name]
-        data = dataclasses.asdict(self.data)
+        data = self.data.settings
         hashes = {split: formats.file_hash(self.data.source(split)) for split in ("train", "eval", "test")}
         common = {"seed": self.seed, "data": data, "data_sha256": hashes}
         if find_kind(stage.kind, name).seeded:
@@ -222,7 +222,7 @@ def _checkpoint_bytes(experiment: Experiment, name: str) -> int | None:
 
 def cost_keys(experiment: Experiment, here: dict[str, Any]) -> dict[str, str]:
     """Keys of the stages' timings on this machine; see `timings.cost_key`."""
-    data = dataclasses.asdict(experiment.data)
+    data = experiment.data.settings
     splits = ("train", "eval", "test")
     common = {
         "data": {name: value for name, value in data.items() if name not in splits},

@@ -158,6 +158,13 @@ def test_a_workdir_of_another_config(tmp_path, capsys):
     assert any(line.startswith("To run: 3 of 5 stages.") for line in lines)
 
 
+def test_columns_are_mapped_from_the_command_line(tmp_path):
+    flags = ["--config.data.columns.prompt=question", "--config.data.columns.chosen=better"]
+    config, _ = parse_run_flags([PREFERENCES, f"--workdir={tmp_path}", *flags])
+    columns = experiment.parse(config).data.columns
+    assert (columns.prompt, columns.chosen, columns.rejected) == ("question", "better", None)
+
+
 def test_a_dry_run_has_sizes_and_the_times_of_earlier_runs(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("RLHF_JAX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("COLUMNS", "80")

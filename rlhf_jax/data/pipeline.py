@@ -1,64 +1,27 @@
 """Tokenise rows of text: prompts to padded arrays, training data to rows of different lengths."""
 
-import dataclasses
-import functools
 import logging
 import zlib
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import jax
 import numpy as np
 
-from rlhf_jax.config import Count, check_ranges
-from rlhf_jax.data import chat, formats
+from rlhf_jax.data import chat
 from rlhf_jax.data.padding import pad_left
 from rlhf_jax.data.ragged import Ragged, RaggedPairs, RaggedSequences, Table, token_table
+from rlhf_jax.data.splits import DataConfig as DataConfig
+from rlhf_jax.data.splits import Row as Row
+from rlhf_jax.data.splits import load_rows as load_rows
 from rlhf_jax.text.tokenizer import NO_TEMPLATE, Messages, Tokenizer
 from rlhf_jax.types import RlhfError, TokenBatch
 
 Batch = TypeVar("Batch", bound=tuple)
-Row = dict[str, Any]
 Content: TypeAlias = Any
 """A text, a chat (`Messages`), or None for no prompt."""
 
 logger = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """Sources of the splits, and maximum lengths of prompts and responses.
-
-    A source is a file, a Hugging Face dataset directory, `tfds:NAME/SPLIT`, or generated (module `arithmetic`). `test`
-    is never used for selection; if it is None, `eval` takes its place. Plain `text` rows become prompts by truncation
-    to a length in `text_prompt_tokens` (least, most). SFT trains on the completion (for `messages`, the assistant's
-    last message), or with loss_on = "assistant" on all messages of the assistant.
-    """
-
-    train: str  # training split: a file, a dataset directory, tfds:NAME/SPLIT, or arithmetic:SPLIT,problems=...
-    eval: str  # source of the validation split, for evaluation during training and model selection
-    test: str | None  # source of the test split, never used for selection; None: eval
-    limit: Count | None  # use only the first rows of each split; None: all
-    text_prompt_tokens: tuple[Count, Count]  # range of prompt lengths for rows of plain `text`
-    max_prompt_tokens: Count  # longest prompt, including BOS; longer ones are truncated on the left
-    max_response_tokens: Count  # longest response, including EOS; longer ones are truncated
-    # Tokens of a chat that SFT trains on: the last answer, or every turn of the assistant.
-    loss_on: Literal["completion", "assistant"] = "completion"
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
-        least, most = self.text_prompt_tokens
-        if not 1 <= least <= most:
-            raise ValueError(f"text_prompt_tokens = {self.text_prompt_tokens} must be (least, most) with 1 <= least")
-        if self.max_prompt_tokens < most + 1:
-            raise ValueError(
-                f"max_prompt_tokens = {self.max_prompt_tokens} has no room for BOS and "
-                f"the {most} tokens of text_prompt_tokens"
-            )
-
-    def source(self, split: str) -> str:
-        """Source of a split ("train", "eval" or "test")."""
-        return {"train": self.train, "eval": self.eval, "test": self.test or self.eval}[split]
 
 
 class Prompts(NamedTuple):
@@ -73,42 +36,6 @@ class Example(NamedTuple):
 
     prompt: list[int]
     response: list[int]
-
-
-class Source(NamedTuple):
-    """Rows and columns of a split's source, before `limit`."""
-
-    name: str
-    rows: int
-    columns: list[str]  # of the first row
-
-
-def read_source(config: DataConfig, split: str) -> Source:
-    """Count the rows and list the columns of a split's source."""
-    source = config.source(split)
-    table = _table(source, formats.file_hash(source))
-    return Source(source, len(table), list(table[0]))
-
-
-def load_rows(config: DataConfig, split: str) -> list[Row]:
-    """Load and check the rows of a split. Preference rows get the columns `prompt, chosen, rejected`; others are kept.
-
-    Raises RlhfError, naming file and row, if a value is missing or neither text nor chat, or if chosen and rejected
-    are equal in every preference row.
-    """
-    source = config.source(split)
-    rows = _table(source, formats.file_hash(source))[: config.limit]
-    kind = formats.kind_of(rows, source)
-    if kind in ("preference", "implicit_prompt_preference"):
-        pairs = formats.preference_rows(rows, source)
-        if all(row["chosen"] == row["rejected"] for row in pairs):
-            raise RlhfError(
-                f"{source}: chosen and rejected are identical in every row, so there is no preference: check the data"
-            )
-        return pairs
-    if kind in ("unpaired", "ranked"):
-        return {"unpaired": formats.unpaired_rows, "ranked": formats.ranked_rows}[kind](rows, source)
-    return formats.checked_rows(rows, formats.COLUMNS[kind], source)
 
 
 def training_texts(rows: list[Row]) -> list[str]:
@@ -264,12 +191,6 @@ def encode_pairs(
 def take(arrays: Batch, rows: np.ndarray) -> Batch:
     """Take rows of every array of a batch."""
     return jax.tree.map(lambda array: array[rows], arrays)
-
-
-@functools.lru_cache(maxsize=4)
-def _table(source: str, content: str) -> list[Row]:
-    del content  # part of the cache key, so that a changed file is read again
-    return formats.read_table(source)
 
 
 def demonstration_pairs(rows: list[Row]) -> tuple[list[Content], list[Content]]:

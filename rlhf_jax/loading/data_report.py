@@ -10,8 +10,8 @@ from typing import Any, TypeAlias
 from rich.table import Table
 from rich.text import Text
 
-from rlhf_jax.data import counts, formats, lengths, pipeline
-from rlhf_jax.data.pipeline import Row
+from rlhf_jax.data import counts, lengths, pipeline
+from rlhf_jax.data.splits import Row, read_source
 from rlhf_jax.loading.context import Context
 from rlhf_jax.runtime.files import read_json, write_json
 from rlhf_jax.text.tokenizer import Tokenizer
@@ -85,12 +85,12 @@ def _described(
     described: dict[str, dict[str, Any]] = {}
     training = pipeline.load_rows(context.data, "train") if splits.keys() - {"train"} else []
     for name, rows in splits.items():
-        source = pipeline.read_source(context.data, name)
-        used = formats.COLUMNS[formats.kind_of([dict.fromkeys(source.columns)], source.name)]
+        source = read_source(context.data, name)
         described[name] = {
             "source": source.name,
-            "columns": list(used),
-            "further_columns": [column for column in source.columns if column not in used],
+            "columns": source.columns,
+            "further_columns": source.further,
+            "convention": source.convention,
             "beyond_limit": source.rows - len(rows) if context.data.limit else 0,
             **_counted(rows),
         }
@@ -145,7 +145,8 @@ def _notes(split: Mapping[str, Any]) -> Iterator[str]:
     rows = split["rows"]
     if "columns" in split:
         further = f"; further columns: {', '.join(split['further_columns'])}" if split["further_columns"] else ""
-        yield f"columns {', '.join(split['columns'])}{further}."
+        convention = f" ({split['convention']})" if split["convention"] else ""
+        yield f"columns {', '.join(split['columns'])}{convention}{further}."
     if beyond := split.get("beyond_limit"):
         yield f"the first {rows} of {rows + beyond} rows are used (data.limit)."
     if share := split.get("without_prompt"):

@@ -107,8 +107,8 @@ def _run_shared(config: ConfigDict, stages: Sequence[str], ready: Sequence[Path]
 def _shared_directory(config: ConfigDict, stages: Sequence[str]) -> Path:
     """Return the directory of shared stages, named by a hash of their sections with all defaults, data and runtime."""
     parsed = experiment.parse(config)
-    used = [parsed.data, parsed.runtime, *(parsed.stages[name] for name in stages)]
-    sections = json.dumps([dataclasses.asdict(section) for section in used], sort_keys=True)
+    used = [parsed.runtime, *(parsed.stages[name] for name in stages)]
+    sections = json.dumps([parsed.data.settings, *map(dataclasses.asdict, used)], sort_keys=True)
     digest = hashlib.sha256(f"{list(stages)} {sections}".encode()).hexdigest()
     return data_dir() / "papers" / digest[:12] / f"seed_{config.seed}"
 

@@ -19,7 +19,7 @@ from rlhf_jax.core.logprobs import sequence_logprobs
 from rlhf_jax.core.metrics import Metric, values
 from rlhf_jax.core.sequences import mask_read
 from rlhf_jax.core.unpaired_losses import apo_zero_unpaired_loss, kto_baseline, kto_loss
-from rlhf_jax.data import pipeline
+from rlhf_jax.data import formats, pipeline
 from rlhf_jax.data.batching import Buckets
 from rlhf_jax.data.pipeline import DataConfig
 from rlhf_jax.data.ragged import Ragged, RaggedSequences, RowWidths, Table, sequence_table, widest
@@ -294,7 +294,7 @@ def load_unpaired(context: Context, stage: str | None) -> tuple[list[dict], list
         tables = tuple(pipeline.load_rows(context.data, split) for split in ("train", "eval"))
         places = tuple(context.data.source(split) for split in ("train", "eval"))
     for rows, place in zip(tables, places, strict=True):
-        pipeline.formats.require_columns(rows, ["prompt", "completion", "label"], place)
+        formats.require_columns(rows, ["prompt", "completion", "label"], place)
         require_both_labels(rows, place)
     return tables[0], tables[1]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from rlhf_jax.cli import flags
 from rlhf_jax.cli.json_lines import RowFile, StandardOutput, read_objects
-from rlhf_jax.cli.output import until_closed
+from rlhf_jax.cli.output import counting_rows, until_closed
 from rlhf_jax.cli.parser import Parser
 from rlhf_jax.inference.best_of_n import (
     ADDED,
@@ -74,7 +74,7 @@ def best_of_n_verb(arguments: list[str]) -> None:
     out: StandardOutput | RowFile = StandardOutput()
     if options.out is not None:
         out = RowFile(options.out, _settings(options, sampling, batch_size), ADDED)
-    with contextlib.closing(out), until_closed():
+    with contextlib.closing(out), until_closed(), counting_rows() as count:
         rows = checked_rows(read_objects(sys.stdin.buffer, "{'prompt': ...}"))
         for first in itertools.count(0, batch_size):
             batch = list(itertools.islice(rows, batch_size))
@@ -87,6 +87,7 @@ def best_of_n_verb(arguments: list[str]) -> None:
                 break
             if done < len(batch):  # recompute the whole batch: in a smaller one, answers could differ in the last bits
                 out.write(answer(chooser, batch, first, batch_size)[done:])
+                count.add(len(batch) - done)
 
 
 def _settings(options: argparse.Namespace, sampling: Sampling, batch_size: int) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from rich.markup import escape
 
 from rlhf_jax.cli import flags
 from rlhf_jax.cli.conversation import Answer, Conversation
-from rlhf_jax.cli.output import until_closed
+from rlhf_jax.cli.output import WholeWords, until_closed
 from rlhf_jax.cli.parser import Parser
 from rlhf_jax.loading.models import RewardModel
 from rlhf_jax.rewards.sources import Reward
@@ -50,6 +50,9 @@ def chat_verb(arguments: list[str]) -> None:
     conversation = Conversation(policy, sampling, jax.random.key(options.seed), options.stop)
     if options.system is not None:
         conversation.set_system(options.system)
+    if sys.stdin.isatty():
+        with console.status("[dim]compiling[/dim]"):
+            conversation.compile()
     Terminal(conversation, judge, console).run()
 
 
@@ -79,12 +82,14 @@ class Terminal:
         answer = Answer()
         pieces = self._conversation.reply(line, answer)
         with _until_interrupted() as interrupted:
-            with self._console.status("[dim]reading[/dim]"):  # and, the first time, compiling
+            with self._console.status("[dim]reading[/dim]"):
                 first = next(pieces, "")
-            self._print(first)
+            lines = WholeWords(self._console.width if self._console.is_terminal else None)
+            self._print(lines.add(first))
             while not interrupted.is_set() and (piece := next(pieces, None)) is not None:
-                self._print(piece)
+                self._print(lines.add(piece))
             pieces.close()
+            self._print(lines.finish())
         self._console.print()
         self._console.print(f"[dim]{_statistics(answer, interrupted.is_set())}[/dim]\n")
 

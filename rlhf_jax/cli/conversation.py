@@ -1,6 +1,7 @@
 """A conversation with a model: its messages, streamed answers, and their scores."""
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Generator
 
@@ -58,6 +59,15 @@ class Conversation:
     def reset(self) -> None:
         """Clear the conversation except for the system message."""
         self.messages = []
+
+    def compile(self) -> None:
+        """Compile the programs that a short first message needs, so that its answer starts without delay."""
+        messages = [{"role": "user", "content": "Hello"}]
+        prompt = self._prompt(messages) if self.is_chat else self.policy.tokenizer.begin([])
+        if prompt:
+            sampling = dataclasses.replace(within_context(self.policy, prompt, self.sampling), stop_ids=())
+            for _ in itertools.islice(self._stream.respond(prompt, self._key, sampling, row=0), 2):
+                pass  # the first token compiles the reading of a prompt, and the second the decoding of a token
 
     def reply(self, text: str, answer: Answer) -> Generator[str, None, None]:
         """Yield the answer to a message piece by piece, updating `answer`.

@@ -9,6 +9,9 @@ from rlhf_jax.sampling.choice import Sampling
 from rlhf_jax.text.tokenizer import Tokenizer
 from rlhf_jax.types import RlhfError
 
+MOST_QUOTED = 80
+"""Maximum length of a prompt in a message."""
+
 
 def encode_prompt(prompt: Content, tokenizer: Tokenizer, max_prompt_tokens: int | None = None) -> list[int]:
     """Encode a text with BOS, or a chat with the header of the assistant's next turn.
@@ -24,15 +27,21 @@ def encode_prompt(prompt: Content, tokenizer: Tokenizer, max_prompt_tokens: int 
         spans = [span for id, span in zip(encoding.ids, encoding.offsets, strict=True) if id == tokenizer.unknown_id]
         unknown = [prompt[start:end].strip() or prompt[start:end] for start, end in spans]
         if unknown:
-            raise RlhfError(f"prompt {prompt!r}: the tokenizer has no token for {', '.join(map(repr, unknown))}")
+            raise RlhfError(f"prompt {_start(prompt)}: the tokenizer has no token for {', '.join(map(repr, unknown))}")
         ids = tokenizer.begin(encoding.ids)
         prefix = len(tokenizer.prefix)
     if max_prompt_tokens is not None and len(ids) > max_prompt_tokens:
         raise RlhfError(
-            f"prompt {prompt!r} has {len(ids) - prefix} tokens, but this run allows at most "
+            f"prompt {_start(prompt)} has {len(ids) - prefix} tokens, but this run allows at most "
             f"{max_prompt_tokens - prefix} (data.max_prompt_tokens = {max_prompt_tokens}, including BOS): shorten it"
         )
     return ids
+
+
+def _start(prompt: Content) -> str:
+    """Quote a prompt, or the start of a long one, for a message."""
+    text = repr(prompt)
+    return text if len(text) <= MOST_QUOTED else f"{text[:MOST_QUOTED]}..."
 
 
 def encode_prompts(prompts: Sequence[Content], policy: Policy, max_prompt_tokens: int | None = None) -> list[list[int]]:

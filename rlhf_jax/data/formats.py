@@ -93,10 +93,8 @@ def kind_of(rows: Sequence[Row], source: str = "the table") -> RowKind:
         if columns >= set(needed):
             return kind
     known = "; ".join(", ".join(needed) for needed in COLUMNS.values())
-    raise RlhfError(
-        f"{source} has the columns {', '.join(columns)}, which match no known format: name them {known}, or map "
-        "them by --config.data.columns.prompt=NAME and so on"
-    )
+    advice = f"name them {known}, or map them by --config.data.columns.prompt=NAME and so on"
+    raise RlhfError(f"{source} has the columns {', '.join(columns)}, which match no known format: {advice}")
 
 
 def require_columns(rows: Sequence[Row], columns: Iterable[str], source: str) -> None:

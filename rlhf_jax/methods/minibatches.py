@@ -4,8 +4,7 @@ A single minibatch is the whole batch, in the order of its rows. With one epoch,
 pass as the old policy, and the compiler computes it once.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +12,6 @@ from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 
 from rlhf_jax.core import masking
 from rlhf_jax.types import Packing
-
-Carry = TypeVar("Carry")
-Found = TypeVar("Found")
 
 
 class Indices(NamedTuple):
@@ -27,18 +23,18 @@ class Indices(NamedTuple):
     packing: Packing | None  # of each minibatch, [updates, G, ...]
 
 
-def minibatch_order(
-    key: PRNGKeyArray, batch: PyTree, *, epochs: int, minibatches: int, first: int = 0
+def shuffled(
+    key: PRNGKeyArray, batch: PyTree, *, epochs: int, updates: int, first: int = 0
 ) -> Int[Array, "updates M"] | None:
     """Shuffle the numbers of a batch's rows anew in every epoch, and divide them over the updates; None: all rows.
 
     Args: first is the number of the first epoch, so that several batches can share a key.
     """
-    if minibatches == 1:
+    if updates == epochs:
         return None
     count = len(jax.tree.leaves(batch)[0])
     permute = jax.vmap(lambda epoch: jax.random.permutation(jax.random.fold_in(key, first + epoch), count))
-    return permute(jnp.arange(epochs)).reshape(epochs * minibatches, -1)
+    return permute(jnp.arange(epochs)).reshape(updates, -1)
 
 
 def shared(batch: PyTree, minibatches: int, axes: tuple[str, ...]) -> PyTree:
@@ -49,16 +45,3 @@ def shared(batch: PyTree, minibatches: int, axes: tuple[str, ...]) -> PyTree:
 def taken(batch: PyTree, rows: Int[Array, "M"] | None, axes: tuple[str, ...]) -> PyTree:
     """Take this device's share of a minibatch from the shared rows. Args: rows are their numbers; None: all."""
     return batch if rows is None else masking.take_rows(batch, rows, axes)
-
-
-def one_by_one(
-    update: Callable[[Carry, Indices], tuple[Carry, Found]], start: Carry, given: Indices
-) -> tuple[Carry, Found]:
-    """Loop over the updates, as `jax.lax.scan` does, but without a loop for a single one.
-
-    In a loop, the compiler would not share the update's forward pass with the old policy's.
-    """
-    if len(given.number) > 1:
-        return jax.lax.scan(update, start, given)
-    carry, found = update(start, jax.tree.map(lambda leaf: leaf[0], given))
-    return carry, jax.tree.map(lambda leaf: leaf[None], found)

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from rlhf_jax.data.layouts import LEAST_GAIN, Groups, Layout, PackedSize, layout_of, packed_width, size_of
-from rlhf_jax.methods.minibatches import minibatch_order
+from rlhf_jax.methods.minibatches import shuffled
 from rlhf_jax.methods.policy_gradient import Iteration
 from rlhf_jax.runtime.optimizers import micro_batches
 from rlhf_jax.runtime.programs import check_divides
@@ -98,9 +98,9 @@ def _groups(iteration: Iteration, devices: int, rows: int) -> Groups:
 
 def _order(iteration: Iteration, key: Array, step: int, rows: int) -> Int[np.ndarray, "updates M"]:
     config = iteration.config
-    order, counts = iteration.key(key, step, "order"), {"epochs": config.epochs, "minibatches": config.minibatches}
-    shuffled = minibatch_order(order, np.arange(rows), **counts)
-    return np.tile(np.arange(rows), (config.epochs, 1)) if shuffled is None else np.asarray(shuffled)
+    updates = config.epochs * config.minibatches
+    found = shuffled(iteration.key(key, step, "order"), np.arange(rows), epochs=config.epochs, updates=updates)
+    return np.tile(np.arange(rows), (updates, 1)) if found is None else np.asarray(found)
 
 
 def _layout(

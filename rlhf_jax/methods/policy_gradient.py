@@ -155,9 +155,8 @@ class Iteration(Setting, Generic[Rows]):
 
         Args: packings of the minibatches, [updates, G, ...].
         """
-        controller, kl_coef = self.method.kl_controller, self.method.kl_coef
-        if controller:
-            kl_coef = state.controller["kl_coef"]
+        controller = self.method.kl_controller
+        kl_coef = state.controller["kl_coef"] if controller else self.method.kl_coef
         params = self.networks.full_params(state.params, frozen)
         evaluated = self.evaluate(params, frozen, responses, sequences)
         objective = objective_metrics(evaluated, kl_coef, self.axes)
@@ -217,16 +216,15 @@ class Iteration(Setting, Generic[Rows]):
         order, dropout, rounding = (self.key(run_key, state.step, name) for name in ("order", "dropout", "rounding"))
         optimizer = policy_optimizer.make_optimizer(config, method)
         rows, demonstrations = minibatches.shared((rows, sampled.demonstrations), config.minibatches, axes)
-        counts = {"epochs": config.epochs, "minibatches": config.minibatches}
-        shuffled = functools.partial(minibatches.minibatch_order, order, **counts)
+        updates = config.epochs * config.minibatches
+        shuffled = functools.partial(minibatches.shuffled, order, epochs=config.epochs, updates=updates)
 
         def update_minibatch(carry: tuple[Params, PyTree], given: Indices) -> tuple[tuple[Params, PyTree], Updated]:
             params, opt_state = carry
             minibatch = minibatches.taken(rows, given.rows, axes)
             if learner.packed is not None and given.packing is not None:
                 minibatch = learner.packed(minibatch, given.packing)
-            size = jax.tree.leaves(minibatch)[0].shape[0]
-            keys = dropout_keys(self.networks.policy, dropout, given.number, size, axes)
+            keys = dropout_keys(self.networks.policy, dropout, given.number, len(jax.tree.leaves(minibatch)[0]), axes)
 
             def loss_fn(params: Params, part: tuple[Rows, Key[Array, "B"] | None]) -> tuple[Array, Metrics]:
                 params = self.networks.full_params(stop_frozen(config.optimizer, params), frozen)
@@ -248,12 +246,16 @@ class Iteration(Setting, Generic[Rows]):
             return (params, opt_state), (metrics, {**numbers, "loss": loss, **norms})
 
         demonstration_rows = None if demonstrations is None else shuffled(demonstrations, first=config.epochs)
-        given = Indices(shuffled(rows), demonstration_rows, jnp.arange(config.epochs * config.minibatches), packings)
-        start = (state.params, state.opt_state)
-        (params, opt_state), (metrics, numbers) = minibatches.one_by_one(update_minibatch, start, given)
-        logged = over_updates(metrics) | jax.tree.map(jnp.mean, numbers)
-        logged |= policy_optimizer.learning_rates(config, method, state.step)
-        return state._replace(step=state.step + 1, params=params, opt_state=opt_state), logged
+        given = Indices(shuffled(rows), demonstration_rows, jnp.arange(updates), packings)
+        carry = state.params, state.opt_state
+        if updates == 1:  # without a loop, the compiler shares the forward pass with the old policy's
+            carry, found = update_minibatch(carry, jax.tree.map(lambda leaf: leaf[0], given))
+            metrics, numbers = jax.tree.map(lambda leaf: leaf[None], found)
+        else:
+            carry, (metrics, numbers) = jax.lax.scan(update_minibatch, carry, given)
+        rates = policy_optimizer.learning_rates(config, method, state.step)
+        state = state._replace(step=state.step + 1, params=carry[0], opt_state=carry[1])
+        return state, over_updates(metrics) | jax.tree.map(jnp.mean, numbers) | rates
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

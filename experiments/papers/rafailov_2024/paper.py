@@ -18,6 +18,12 @@ fit was 0.14, and the rank correlation 0.45. At the rate of 1e-3 of the other pa
 
 Power, before the run: a score has a standard error of 0.05 in a seed. If a difference deviates by 0.1 between seeds,
 five seeds show 0.16 alone, and about 0.35 as one of 19 claims of this question (Holm).
+
+Found (5 seeds, commit fd28c12, 2026-11-30, results/cpu): contradicted, there is no decline within an epoch: beta 0.01
+scores 1.04 [0.80, 1.29] more at its end than at a quarter, on average 1.75 at 13.5 nats. The fit's beta is 0.09 [-0.02,
+0.21], and the rank correlation of the implicit reward's accuracy with the score 0.57 [0.40, 0.74]; neither has a
+verdict. At the end, beta 0.1 scores 1.67 at 6.3 nats and beta 0.3 1.23 at 3.2. The judge is nearly additive in words,
+so that 13 nats may be too few to over-optimise it.
 """
 
 import runpy

@@ -180,15 +180,21 @@ def test_configs_within_the_text_can_be_loaded(place, monkeypatch):
         experiment.parse(config)
 
 
-def test_a_reward_in_python_is_a_section_of_a_config_file(place, monkeypatch):
+REWARDS = re.findall(r"`\"reward_model\": (\{.*?\})`", README, re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    ("snippet", "function"),
+    [*zip(REWARDS, ["rlhf_jax.rewards.exact:exact_answer", "rewards.py:brevity"], strict=True)],
+)
+def test_a_reward_in_python_is_a_section_of_a_config_file(snippet, function, place, monkeypatch):
     monkeypatch.chdir(place)
-    (snippet,) = re.findall(r"`\"reward_model\": (\{.*?\})`", README, re.DOTALL)
     arguments = ["--config=experiments/preferences.py:smoke", "--workdir=x", *files(place)]
     config = parse_run_flags(arguments)[0].unlock()
     ppo = config.ppo.to_dict() | {"reward_model": ast.literal_eval(snippet)}
     del config.ppo
     config.ppo = ppo
-    assert functions(experiment.parse(config).stages["ppo"]) == ("rewards.py:brevity",)
+    assert functions(experiment.parse(config).stages["ppo"]) == (function,)
 
 
 @pytest.mark.nightly

@@ -126,6 +126,8 @@ class Bar:
         return None if self._before is None else max(0.0, self._before.seconds - (time.monotonic() - self._begun))
 
     def _refresh(self) -> None:
+        if self._task not in self._progress.task_ids:  # the stage is complete, and somebody reads its context
+            return
         details = [", ".join(self._sizes()), self._doing or self._figures]
         self._progress.update(
             self._task, completed=self._done, total=self._total or None, details=[text for text in details if text]

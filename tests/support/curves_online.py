@@ -63,8 +63,11 @@ def score(completions: list[str], **columns: Any) -> list[float]:
     return [sum(map(int, re.findall(r"w(\d+)", text))) / 20 for text in completions]
 
 
-def run(name: str, world: World, directory: Path) -> Curve:
-    """Run the stage that `section` describes; losses and norms are means over an iteration's updates."""
+def run(name: str, world: World, directory: Path, *, trim_padding: bool = False) -> Curve:
+    """Run the stage that `section` describes; losses and norms are means over an iteration's updates.
+
+    Args: trim_padding packs the rows, as stages do by default, in two programs instead of one.
+    """
     given = rollouts(name)
     data = directory / "prompts.jsonl"
     texts = [" ".join(f"w{token}" for token in row) for rows in given.prompts for row in rows[::GROUP]]
@@ -76,7 +79,9 @@ def run(name: str, world: World, directory: Path) -> Curve:
         return Sampled(rollout, jnp.zeros(rollout.response.shape), None)
 
     with mock.patch.object(Iteration, "sample", sample):
-        place = experiments.run(directory / "run", data, {name: section(name, world)}).find(name)
+        place = experiments.run(
+            directory / "run", data, {name: section(name, world) | {"trim_padding": trim_padding}}
+        ).find(name)
     clipped = [row["policy/clipfrac_avg"] for row in experiments.rows(place / "metrics.jsonl")]
     assert 0 < max(clipped) < 1  # the bounds on the ratio are part of the run
     weights = experiments.final_state(place)[1]
@@ -101,7 +106,6 @@ def section(name: str, world: World) -> dict[str, Any]:
         "optimizer": OPTIMIZER,
         "samples_every": ITERATIONS,
         "samples_written": 1,
-        "trim_padding": False,  # rows as TRL has them, and one program
         "loop": {"steps_per_call": 10, "checkpoint_every": ITERATIONS},
     }
     if name == "ppo":

@@ -102,10 +102,11 @@ def run(experiment: Experiment, workdir: Workdir, only: str | None, console: Con
     compilation_cache.enable()
     display = Display(console)
     here = functools.cache(provenance.environment)  # read once: the source may change while the process runs
+    keys = functools.cache(lambda: cost_keys(experiment, here()))  # made once, since it reads all data
     names, worked = [only] if only else [*experiment.stages], False
     with display.running():
         for place in range(len(names)):
-            worked |= _run_stage(experiment, workdir, names[place:], display, here)
+            worked |= _run_stage(experiment, workdir, names[place:], display, here, keys)
     return worked
 
 
@@ -117,7 +118,12 @@ def _check(experiment: Experiment, workdir: Workdir, only: str | None) -> None:
 
 
 def _run_stage(
-    experiment: Experiment, workdir: Workdir, names: Sequence[str], display: Display, here: Callable[[], dict[str, Any]]
+    experiment: Experiment,
+    workdir: Workdir,
+    names: Sequence[str],
+    display: Display,
+    here: Callable[[], dict[str, Any]],
+    cost_keys_of: Callable[[], dict[str, str]],
 ) -> bool:
     """Run the first of the stages that are left, unless it is complete; return whether it ran."""
     name = names[0]
@@ -133,7 +139,7 @@ def _run_stage(
     stage = experiment.stages[name]
     kind = find_kind(stage.kind, name)
     display.start(f"Device: {provenance.machine_name(here()['machine'])}")
-    keys, known = cost_keys(experiment, here()), timings.read_timings(compilation_cache.cache_dir())
+    keys, known = cost_keys_of(), timings.read_timings(compilation_cache.cache_dir())
     left = [later for later in names[1:] if not (workdir.directory(later) / "complete.json").exists()]
     with (
         _recorded(directory) as state,

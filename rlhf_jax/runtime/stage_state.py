@@ -27,7 +27,7 @@ class StageState:
         self._path, self._lock = directory / STATE, filelock.FileLock(directory / LOCK)
         try:
             self._lock.acquire(timeout=0)
-        except (filelock.Timeout, OSError, NotImplementedError):  # some network file systems have no locks
+        except (OSError, NotImplementedError):  # another process has it, or the file system has no locks
             self._owner = False
         else:
             self._owner = True
@@ -66,12 +66,13 @@ def read_state(directory: Path) -> Mapping[str, Json] | None:
 
 
 def is_running(directory: Path) -> bool:
-    """Return whether a process works on a stage."""
+    """Return whether a process holds the lock of a stage; False where the file system has no locks."""
     if not (directory / LOCK).exists():
         return False
-    lock = filelock.FileLock(directory / LOCK)
     try:
-        with lock.acquire(timeout=0):
+        with filelock.FileLock(directory / LOCK).acquire(timeout=0):
             return False
     except filelock.Timeout:
         return True
+    except (OSError, NotImplementedError):  # the file system has no locks
+        return False

@@ -274,9 +274,12 @@ def _recorded(directory: Path) -> Iterator[StageState]:
 
 @contextlib.contextmanager
 def _timed(directory: Path) -> Iterator[list[float]]:
-    """Measure the seconds that a stage takes, including the time that interrupted runs logged."""
-    earlier = read_rows(directory / "metrics.jsonl")
-    seconds = [earlier[-1]["time/elapsed"] if earlier else 0.0]
+    """Measure the seconds that a stage takes, including the time that interrupted runs logged.
+
+    A killed run may have written some of the rows of a call only, and the last row of a call has the time.
+    """
+    logged = [row["time/elapsed"] for row in read_rows(directory / "metrics.jsonl") if "time/elapsed" in row]
+    seconds = [logged[-1] if logged else 0.0]
     start = time.perf_counter()
     yield seconds
     seconds[0] += time.perf_counter() - start

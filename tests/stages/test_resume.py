@@ -59,6 +59,8 @@ def runs(request, tmp_path_factory, data) -> tuple[tuple[str, ...], Path, Path]:
     for stage, place in KILLS[stages]:
         Process(directory, cache, stage, place, arguments(disturbed, data, stages)).kill_at_marker()
         assert not (disturbed / stage / "complete.json").exists()
+        with (disturbed / stage / "metrics.jsonl").open("a") as file:  # a kill within a write leaves part of a call
+            file.write('{"step": 7, "seed": 0}\n{"step": 8, "se')
     Process(directory, cache, "none", "never", arguments(disturbed, data, stages)).finish()
     return stages, whole, disturbed
 

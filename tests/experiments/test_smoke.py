@@ -31,7 +31,9 @@ def test_an_experiment_is_found_by_the_end_of_its_name():
         assert included_experiment(name) == file
     for name in ("start", "", "movie_reviews", "machines"):
         with pytest.raises(
-            RlhfError, match=r"are arithmetic, comparison, kl_sweep, preferences, quickstart, sentiment$"
+            RlhfError,
+            match=r"are arithmetic, comparison, hh_pythia, imdb_gpt2, kl_sweep, preferences, quickstart, sentiment, "
+            r"tldr_pythia$",
         ):
             included_experiment(name)
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from rlhf_jax.main import main
 from rlhf_jax.papers import reproduce, suite
 from rlhf_jax.papers.claims import judge
+from rlhf_jax.papers.side_by_side import LOG, run_papers
 from rlhf_jax.types import RlhfError
 
 RECORD = ("Figure", "Command", "Hardware and cost", "Seeds", "Judge and batch", "Data", "Deviations")
@@ -96,6 +97,23 @@ def test_a_run_continues_with_the_seeds_that_it_lacks(tmp_path):
         reproduce.reproduce("beirami_2024", "cpu", 2, tmp_path, QUIET)
 
 
+def test_a_paper_that_fails_in_a_process_of_its_own_is_named_with_its_log(tmp_path):
+    with pytest.raises(RlhfError, match=r"1 papers failed: see .*nobody_1999.log\.txt"):
+        run_papers({"nobody_1999": tmp_path / "nobody_1999"}, [], 1, QUIET)
+    assert "there is no paper 'nobody_1999'" in (tmp_path / "nobody_1999" / LOG).read_text()
+
+
+@pytest.mark.nightly
+def test_papers_run_side_by_side_and_a_failure_does_not_stop_the_others(tmp_path):
+    workdirs = {name: tmp_path / name for name in ("nobody_1999", "beirami_2024")}
+    with pytest.raises(RlhfError, match=r"1 papers failed: see .*nobody_1999.log\.txt"):
+        run_papers(workdirs, ["--seeds=2"], 2, QUIET)
+    found = suite.read_results(tmp_path / "beirami_2024")
+    assert found is not None
+    assert set(found["seed"]) == {0, 1}
+    assert "never violated" in (tmp_path / "beirami_2024" / LOG).read_text()
+
+
 def test_a_seed_is_kept_if_a_later_one_fails(tmp_path, monkeypatch):
     paper = suite.load_paper("beirami_2024")
 
@@ -125,7 +143,9 @@ def test_the_list_has_every_claim_with_its_verdict(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "name a paper"),
+        ([], "name papers, or give --all"),
+        (["beirami_2024", "--all"], "name papers, or give --all"),
+        (["beirami_2024", "--processes=0"], "--processes = 0 should be at least 1"),
         (["nobody_1999"], "there is no paper 'nobody_1999': give one of "),
         (["beirami_2024", "--scale=moon"], "has no scale 'moon': give one of cpu"),
         (["beirami_2024", "azar_2023", "--workdir=x"], "--workdir=x is for one paper"),

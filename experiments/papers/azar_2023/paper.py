@@ -26,6 +26,7 @@ from matplotlib.figure import Figure
 from rlhf_jax.core import preference_losses
 from rlhf_jax.papers.claims import Above, Claim, Within
 from rlhf_jax.papers.suite import Paper, Scale
+from rlhf_jax.papers.tables import exchanged
 from rlhf_jax.reports import style
 
 ACTIONS = ("a", "b", "c")
@@ -95,11 +96,6 @@ def loosening(table: pd.DataFrame) -> np.ndarray:
     return (chances[:, :-1] - chances[:, 1:]).min(axis=1)
 
 
-def exchanged(table: pd.DataFrame) -> pd.DataFrame:
-    """Exchange the losses."""
-    return table.assign(loss=table["loss"].replace({"dpo": "ipo", "ipo": "dpo"}))
-
-
 def draw(table: pd.DataFrame) -> Figure:
     """Draw the probabilities of the actions over the steps, a panel for each loss, a shade for each tau."""
     figure, axes = style.panels(2, 2.8, sharey=True)
@@ -150,7 +146,7 @@ PAPER = Paper(
             statistic=lambda table: final(table, "dpo").groupby("seed")["a"].min().to_numpy(),
             unit="probability of the best action, the smallest over tau",
             criterion=Above(0.99),
-            null=exchanged,
+            null=exchanged("loss", "dpo", "ipo"),
         ),
         Claim(
             name="IPO reaches its closed form",

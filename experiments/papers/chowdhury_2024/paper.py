@@ -40,6 +40,7 @@ from rlhf_jax.core.selection import best_of_n, best_of_n_win_rate
 from rlhf_jax.papers import training
 from rlhf_jax.papers.claims import Above, Below, Claim, Within
 from rlhf_jax.papers.suite import Paper
+from rlhf_jax.papers.tables import per_seed
 from rlhf_jax.reports import style
 from rlhf_jax.reports.run import Run
 from rlhf_jax.stages.kinds import Colour
@@ -115,8 +116,7 @@ def rows(seed: int, run: Run) -> pd.DataFrame:
 
 def at(table: pd.DataFrame, method: str, flipped: int, column: str = "gain") -> np.ndarray:
     """Measurement of one method, for each seed."""
-    own = table[(table["method"] == method) & (table["flipped"] == flipped)]
-    return own.sort_values("seed")[column].to_numpy()
+    return per_seed(table, column, method=method, flipped=flipped)
 
 
 def slope(table: pd.DataFrame) -> np.ndarray:

@@ -22,7 +22,7 @@ deviate by 4 points between seeds, five seeds show 6.5 points alone.
 """
 
 import runpy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +33,7 @@ from rlhf_jax.core.selection import best_of_n
 from rlhf_jax.papers import training
 from rlhf_jax.papers.claims import Above, Below, Claim, Within
 from rlhf_jax.papers.suite import Paper
+from rlhf_jax.papers.tables import exchanged, per_seed
 from rlhf_jax.reports import style
 from rlhf_jax.stages.kinds import Colour
 
@@ -74,18 +75,12 @@ def measure(scale: str, seeds: Sequence[int], workdir: Path) -> pd.DataFrame:
 
 def accuracy(table: pd.DataFrame, generator: str, verifier: str, n: int) -> np.ndarray:
     """Share of problems whose best of n solutions is right, in points, for each seed."""
-    own = table[(table["generator"] == generator) & (table["verifier"] == verifier) & (table["n"] == n)]
-    return 100.0 * own.sort_values("seed")["accuracy"].to_numpy()
+    return 100.0 * per_seed(table, "accuracy", generator=generator, verifier=verifier, n=n)
 
 
 def gain(table: pd.DataFrame, generator: str, verifier: str, n: int = MANY) -> np.ndarray:
     """Accuracy of the best of n minus that of one sample, in points, for each seed."""
     return accuracy(table, generator, verifier, n) - accuracy(table, generator, verifier, 1)
-
-
-def exchanged(column: str, one: str, other: str) -> Callable[[pd.DataFrame], pd.DataFrame]:
-    """Make a null that exchanges two values of a column."""
-    return lambda table: table.assign(**{column: table[column].replace({one: other, other: one})})
 
 
 def draw(table: pd.DataFrame) -> Figure:

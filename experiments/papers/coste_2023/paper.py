@@ -39,6 +39,7 @@ from rlhf_jax.core.selection import best_of_n_kl
 from rlhf_jax.papers import training
 from rlhf_jax.papers.claims import Above, Below, Claim
 from rlhf_jax.papers.suite import Paper, Scale
+from rlhf_jax.papers.tables import per_seed
 from rlhf_jax.reports import style
 from rlhf_jax.stages.kinds import Colour
 
@@ -72,8 +73,7 @@ def measure(scale: str, seeds: Sequence[int], workdir: Path) -> pd.DataFrame:
 
 def at(table: pd.DataFrame, selector: str, n: int) -> np.ndarray:
     """Gold gain of Best-of-n, for each seed."""
-    own = table[(table["selector"] == selector) & (table["n"] == n)]
-    return own.sort_values("seed")["gold"].to_numpy()
+    return per_seed(table, "gold", selector=selector, n=n)
 
 
 def late_slope(table: pd.DataFrame, selector: str) -> np.ndarray:

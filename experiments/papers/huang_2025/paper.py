@@ -39,6 +39,7 @@ from rlhf_jax.core.selection import best_of_n, best_of_n_win_rate
 from rlhf_jax.papers import training
 from rlhf_jax.papers.claims import Above, Below, Claim, Within
 from rlhf_jax.papers.suite import Paper, Scale
+from rlhf_jax.papers.tables import per_seed
 from rlhf_jax.reports import style
 from rlhf_jax.stages.kinds import Colour
 
@@ -100,7 +101,7 @@ def weights(scores: np.ndarray) -> np.ndarray:
 
 def at(table: pd.DataFrame, method: str, n: int, column: str = "gold") -> np.ndarray:
     """Gold gain or win rate with n samples, for each seed."""
-    return table[(table["method"] == method) & (table["n"] == n)].sort_values("seed")[column].to_numpy()
+    return per_seed(table, column, method=method, n=n)
 
 
 def change(table: pd.DataFrame, method: str, column: str = "gold") -> np.ndarray:

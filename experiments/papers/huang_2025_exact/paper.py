@@ -31,6 +31,7 @@ from matplotlib.figure import Figure
 from rlhf_jax.core.selection import best_of_n_distribution
 from rlhf_jax.papers.claims import Above, Below, Claim, Within
 from rlhf_jax.papers.suite import Paper, Scale
+from rlhf_jax.papers.tables import exchanged
 from rlhf_jax.reports import style
 
 RESPONSES = 2000
@@ -95,11 +96,6 @@ def late_fall(table: pd.DataFrame, method: str, column: str = "truth") -> np.nda
     """Greatest value over N minus the value at the largest N, for each seed."""
     values = curve(table, method, column).to_numpy()
     return values.max(axis=1) - values[:, -1]
-
-
-def exchanged(table: pd.DataFrame) -> pd.DataFrame:
-    """Exchange Best-of-N and pessimism."""
-    return table.assign(method=table["method"].replace({"best_of_n": "pessimism", "pessimism": "best_of_n"}))
 
 
 def draw(table: pd.DataFrame) -> Figure:
@@ -176,7 +172,7 @@ PAPER = Paper(
             statistic=lambda table: (curve(table, "pessimism") - curve(table, "best_of_n"))[SIZES[-1]].to_numpy(),
             unit="true reward at N = 4,096, paired by seed",
             criterion=Above(0.0),
-            null=exchanged,
+            null=exchanged("method", "best_of_n", "pessimism"),
         ),
         Claim(
             name="selecting by an unrelated score gains nothing",

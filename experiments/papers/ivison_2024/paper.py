@@ -39,6 +39,7 @@ from ml_collections import ConfigDict
 from rlhf_jax.papers import training
 from rlhf_jax.papers.claims import Above, Claim
 from rlhf_jax.papers.suite import Paper
+from rlhf_jax.papers.tables import per_seed
 from rlhf_jax.reports import style
 from rlhf_jax.reports.run import Run
 
@@ -85,7 +86,7 @@ def rows(seed: int, run: Run) -> pd.DataFrame:
 
 def gold(table: pd.DataFrame, method: str) -> np.ndarray:
     """Gold score of a method, for each seed."""
-    return table[table["method"] == method].sort_values("seed")["gold"].to_numpy()
+    return per_seed(table, "gold", method=method)
 
 
 def algorithm(table: pd.DataFrame) -> np.ndarray:

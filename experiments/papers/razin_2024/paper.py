@@ -46,6 +46,7 @@ from rlhf_jax import Policy, preference_losses, sequence_logprobs
 from rlhf_jax.papers import training
 from rlhf_jax.papers.claims import Above, Below, Claim, Within
 from rlhf_jax.papers.suite import Paper
+from rlhf_jax.papers.tables import per_seed
 from rlhf_jax.reports import style
 from rlhf_jax.stages.kinds import Colour
 from rlhf_jax.types import PreferenceBatch
@@ -150,8 +151,7 @@ def trainer(policy: Policy) -> Any:
 
 def at(table: pd.DataFrame, order: str, quantile: float, column: str = "chosen") -> np.ndarray:
     """Change in a group of pairs, for each seed."""
-    own = table[(table["order"] == order) & (table["quantile"] == quantile)]
-    return own.sort_values("seed")[column].to_numpy()
+    return per_seed(table, column, order=order, quantile=quantile)
 
 
 def spread(table: pd.DataFrame, order: str) -> np.ndarray:

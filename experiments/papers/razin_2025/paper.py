@@ -43,6 +43,7 @@ from matplotlib.figure import Figure
 
 from rlhf_jax.papers.claims import Above, Below, Claim, Within
 from rlhf_jax.papers.suite import Paper, Scale
+from rlhf_jax.papers.tables import per_seed
 from rlhf_jax.reports import style
 
 PROMPTS, RESPONSES, RATE, STEPS = 20, 50, 0.05, 20_000
@@ -116,8 +117,7 @@ def steps_to(curve: np.ndarray) -> int:
 
 def at(table: pd.DataFrame, model: str, column: str = "steps", policy: str = "normal") -> np.ndarray:
     """Select a reward model's values, one per seed."""
-    own = table[(table["policy"] == policy) & (table["model"] == model)]
-    return own.sort_values("seed")[column].to_numpy()
+    return per_seed(table, column, policy=policy, model=model)
 
 
 def slower(table: pd.DataFrame, model: str, other: str, policy: str = "normal") -> np.ndarray:

@@ -39,6 +39,7 @@ from ml_collections import ConfigDict
 from rlhf_jax.papers import training
 from rlhf_jax.papers.claims import Above, Claim, Within
 from rlhf_jax.papers.suite import Paper
+from rlhf_jax.papers.tables import per_seed
 from rlhf_jax.reports import style
 from rlhf_jax.reports.run import Run
 
@@ -92,7 +93,7 @@ def rows(seed: int, run: Run) -> pd.DataFrame:
 
 def at(table: pd.DataFrame, model: str) -> np.ndarray:
     """Accuracy of one model in percent, for each seed."""
-    return table[table["model"] == model].sort_values("seed")["accuracy"].to_numpy()
+    return per_seed(table, "accuracy", model=model)
 
 
 def series(table: pd.DataFrame, kind: str) -> pd.DataFrame:

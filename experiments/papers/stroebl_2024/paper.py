@@ -15,7 +15,7 @@ With q = p + (1 - p) f the chance that an attempt is accepted, n attempts end in
 p / q (1 - (1 - q)^n), and in a wrong one with (1 - p) f / q (1 - (1 - q)^n); otherwise in none.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 
 from rlhf_jax.papers.claims import Above, Below, Claim, Within
 from rlhf_jax.papers.suite import Paper, Scale
+from rlhf_jax.papers.tables import exchanged, per_seed
 from rlhf_jax.reports import style
 
 PROBLEMS = 200
@@ -73,8 +74,7 @@ def simulate(rng: np.random.Generator, solves: np.ndarray, false_positive: np.nd
 
 def values(table: pd.DataFrame, skill: float, verifier: str, n: int, column: str = "right") -> np.ndarray:
     """Select a column's values for one model, verifier and number of attempts, one per seed."""
-    rows = table[(table["skill"] == skill) & (table["verifier"] == verifier) & (table["n"] == n)]
-    return rows.sort_values("seed")[column].to_numpy()
+    return per_seed(table, column, skill=skill, verifier=verifier, n=n)
 
 
 def precision(table: pd.DataFrame, skill: float, n: int) -> np.ndarray:
@@ -96,11 +96,6 @@ def best_number(table: pd.DataFrame, skill: float) -> np.ndarray:
     utility = rows.assign(utility=rows["right"] - COST * rows["wrong"])
     best = utility.loc[utility.groupby("seed")["utility"].idxmax()]
     return best.sort_values("seed")["n"].to_numpy()
-
-
-def with_verifiers(**replaced: str) -> Callable[[pd.DataFrame], pd.DataFrame]:
-    """Make a null that exchanges names of verifiers."""
-    return lambda table: table.assign(verifier=table["verifier"].replace(replaced))
 
 
 def draw(table: pd.DataFrame) -> Figure:
@@ -157,7 +152,7 @@ PAPER = Paper(
             statistic=lambda table: values(table, WEAK, "imperfect", UNLIMITED) - values(table, STRONG, "imperfect", 1),
             unit="accuracy of the weak model with unlimited attempts minus one attempt of the strong one",
             criterion=Below(0.0),
-            null=with_verifiers(perfect="imperfect", imperfect="perfect"),
+            null=exchanged("verifier", "perfect", "imperfect"),
         ),
         Claim(
             name="with a perfect verifier they exceed it",
@@ -166,7 +161,7 @@ PAPER = Paper(
             statistic=lambda table: values(table, WEAK, "perfect", UNLIMITED) - values(table, STRONG, "perfect", 1),
             unit="accuracy of the weak model with unlimited attempts minus one attempt of the strong one",
             criterion=Above(0.0),
-            null=with_verifiers(**{"accepts all": "perfect", "perfect": "accepts all"}),
+            null=exchanged("verifier", "perfect", "accepts all"),
         ),
         Claim(
             name="weaker models have more false positives",
@@ -215,7 +210,7 @@ PAPER = Paper(
             ),
             unit="accuracy of unlimited attempts minus one",
             criterion=Within(0.0, 1e-9),
-            null=with_verifiers(**{"accepts all": "perfect", "perfect": "accepts all"}),
+            null=exchanged("verifier", "perfect", "accepts all"),
             sampled=False,
         ),
     ),

@@ -39,6 +39,7 @@ from ml_collections import ConfigDict
 from rlhf_jax.papers import training
 from rlhf_jax.papers.claims import Above, Claim, Within
 from rlhf_jax.papers.suite import Paper
+from rlhf_jax.papers.tables import per_seed
 from rlhf_jax.reports import style
 from rlhf_jax.reports.run import Run
 
@@ -93,7 +94,7 @@ def parameters(tree: object) -> int:
 
 def values(table: pd.DataFrame, method: str, column: str = "gold") -> np.ndarray:
     """Select one method's values, one per seed."""
-    return table[table["method"] == method].sort_values("seed")[column].to_numpy()
+    return per_seed(table, column, method=method)
 
 
 def slopes(table: pd.DataFrame) -> np.ndarray:

@@ -32,6 +32,7 @@ from matplotlib.figure import Figure
 from rlhf_jax.core.preference_losses import sigmoid_loss
 from rlhf_jax.papers.claims import Above, Below, Claim
 from rlhf_jax.papers.suite import Paper, Scale
+from rlhf_jax.papers.tables import per_seed
 from rlhf_jax.reports import style
 
 PROMPTS = RESPONSES = 8
@@ -133,7 +134,7 @@ def moved(rng: np.random.Generator, share: float) -> dict[str, float]:
 
 def mass(table: pd.DataFrame, method: str, column: str) -> np.ndarray:
     """Select one method's probability of a kind of response, one per seed."""
-    return table[table["method"] == method].sort_values("seed")[column].to_numpy()
+    return per_seed(table, column, method=method)
 
 
 def spread(table: pd.DataFrame, column: str) -> np.ndarray:

@@ -56,11 +56,16 @@ def pairs(*, smoke: bool) -> list[Row]:
     return [row | {"topic": f"topic {number % (2 * FOLDS)}"} for number, row in enumerate(rows)]
 
 
+def folds_of(rows: Sequence[Row]) -> dict[str, int]:
+    """Assign the topics of all pairs to folds."""
+    return {topic: number % FOLDS for number, topic in enumerate(sorted({row["topic"] for row in rows}))}
+
+
 def run_each(scale: str, folds: Sequence[int], workdir: Path) -> dict[int, tuple[Run, list[Row]]]:
     """Train a reward model for each fold, and return its run and the pairs of the topics that it did not see."""
     smoke = scale == "smoke"
     rows, found = pairs(smoke=smoke), {}
-    fold_of = {topic: number % FOLDS for number, topic in enumerate(sorted({row["topic"] for row in rows}))}
+    fold_of = folds_of(rows)
     for fold in folds:
         # Papers share stages that read the same files.
         directory = fetch.data_dir() / "papers" / "convarg" / scale / f"fold_{fold}"

@@ -1,4 +1,4 @@
-"""Write docs/results.md: the verdict on every claim of the papers, question by question, with figures.
+"""Write docs/results.md and docs/results: the verdict on every claim of the papers by question, with figures.
 
     python experiments/papers/write_results.py
 
@@ -8,13 +8,19 @@ Every number comes from the results beside the papers; `rlhf-jax reproduce --che
 from collections import Counter
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
+from rlhf_jax.papers.claims import Above, Below, Criterion
 from rlhf_jax.papers.reproduce import overview
 from rlhf_jax.papers.suite import FIGURE, load_paper, results_directory
+from rlhf_jax.reports import style
 from rlhf_jax.runtime.files import write_text
+from rlhf_jax.stages.kinds import Colour
 from rlhf_jax.types import Json
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "results.md"
+FIGURES = ROOT / "docs" / "results"
 QUESTIONS = {
     "preference tuning": "Does preference tuning improve on SFT alone?",
     "weak judge": "Can a weaker model judge a stronger one?",
@@ -23,6 +29,10 @@ QUESTIONS = {
     "foundations": "Foundations",
 }
 VERDICTS = ("reproduced", "contradicted", "inconclusive", "not run")
+COLOURS: dict[str, Colour] = {"reproduced": "green", "contradicted": "orange", "inconclusive": "grey"}
+FAR = 6.0
+"""Greatest distance from a criterion's bound that an overview shows."""
+
 INTRODUCTION = """\
 # Results
 
@@ -32,12 +42,21 @@ of any wrong one among the claims of a question at 5 % (Holm's method). "Smalles
 show with a chance of 80 %, alone. "Exact" statistics have no sampling error. What a paper's experiment is here, and how
 it differs from the paper's, stands at the head of its `paper.py`. `rlhf-jax reproduce --check` recomputes this page's
 verdicts from the committed results; `experiments/papers/write_results.py` writes the page.
+
+The overview of a question shows how far every statistic is from its criterion's bound, in half-widths of its interval:
+to the right on the side of the claim, to the left on the other. Beyond 1 the interval excludes the bound; the verdicts
+need more, as claims share the error rate. Exact statistics are at the edge, and so are those that are further away.
 """
 
 
 def main() -> None:
-    """Write the page."""
-    write_text(PAGE, page(overview()))
+    """Write the page and the overviews."""
+    rows = overview()
+    write_text(PAGE, page(rows))
+    FIGURES.mkdir(exist_ok=True)
+    for question in QUESTIONS:
+        with style.context():
+            draw(rows, question).savefig(FIGURES / f"{question.replace(' ', '_')}.png")
 
 
 def page(rows: list[dict[str, Json]]) -> str:
@@ -45,20 +64,26 @@ def page(rows: list[dict[str, Json]]) -> str:
     lines = [INTRODUCTION, *summary(rows)]
     for question, heading in QUESTIONS.items():
         own = [row for row in rows if row["question"] == question]
-        lines += ["", f"## {heading}"]
+        figure = f"results/{question.replace(' ', '_')}.png"
+        lines += ["", f"## {heading}", "", f"![Claims on the question: {heading}]({figure})"]
         for name in dict.fromkeys(row["paper"] for row in own):
             lines += ["", *of_paper([row for row in own if row["paper"] == name])]
     return "\n".join(lines) + "\n"
 
 
 def summary(rows: list[dict[str, Json]]) -> list[str]:
-    """Table with the number of claims of every question by verdict."""
+    """Table with the number of claims of every question by verdict, and the cost of all runs."""
     lines = [f"| question | papers | {' | '.join(VERDICTS)} |", "|---" + "|---:" * (1 + len(VERDICTS)) + "|"]
     for question, heading in QUESTIONS.items():
         own = [row for row in rows if row["question"] == question]
         count = Counter(row["verdict"] for row in own)
         cells = [len({row["paper"] for row in own}), *(count[verdict] for verdict in VERDICTS)]
         lines.append(f"| {heading} | {' | '.join(map(str, cells))} |")
+    hours = sum({row["paper"]: row["seconds"] or 0 for row in rows}.values()) / 3600
+    lines += [
+        "",
+        f"The runs took {hours:.1f} hours of one core. `rlhf-jax reproduce --all --processes=2` repeats them.",
+    ]
     return lines
 
 
@@ -81,6 +106,43 @@ def of_paper(rows: list[dict[str, Json]]) -> list[str]:
     if first["date"]:
         lines += ["", f"![{first['figure']} of {first['title']}](../{figure.relative_to(ROOT).as_posix()})"]
     return lines
+
+
+def draw(rows: list[dict[str, Json]], question: str) -> Figure:
+    """Draw how far the statistic of every claim of a question is from its criterion's bound."""
+    own = [row for row in rows if row["question"] == question and row["verdict"] != "not run"]
+    figure, (panel,) = style.panels(1, 0.8 + 0.17 * len(own))
+    for place, row in enumerate(own):
+        (claim,) = (claim for claim in load_paper(row["paper"]).claims if claim.name == row["claim"])
+        exact, far = row["low"] is None, distance(claim.criterion, row)
+        shown = max(-FAR, min(FAR, far))
+        marker = "D" if exact else (">" if far > FAR else "<" if far < -FAR else "o")
+        panel.plot(shown, place, marker, ms=4, color=style.PALETTE[COLOURS[row["verdict"]]])
+    labels = [f"{row['paper']}: {row['claim']}" for row in own]
+    panel.set_yticks(range(len(own)), [label if len(label) <= 62 else f"{label[:61]}…" for label in labels], fontsize=6)
+    panel.invert_yaxis()
+    panel.axvline(0, lw=0.8, color=style.INK)
+    for end in (-1, 1):
+        panel.axvline(end, lw=0.8, ls=":", color=style.MUTED)
+    panel.set_xlim(-FAR - 0.4, FAR + 0.4)
+    panel.set_xlabel("against the claim   |   for the claim (half-widths of the interval)")
+    for verdict, colour in COLOURS.items():
+        panel.plot([], [], "o", ms=4, color=style.PALETTE[colour], label=verdict)
+    figure.legend(*panel.get_legend_handles_labels(), loc="outside upper right", ncols=3, fontsize=7, frameon=False)
+    return figure
+
+
+def distance(criterion: Criterion, row: dict[str, Json]) -> float:
+    """Distance of a statistic from its criterion's bound in half-widths of its interval, positive for the claim."""
+    mean = row["statistic"]
+    if isinstance(criterion, Above):
+        margin = mean - criterion.bound
+    elif isinstance(criterion, Below):
+        margin = criterion.bound - mean
+    else:
+        margin = criterion.margin - abs(mean - criterion.target)
+    half = 0.0 if row["low"] is None else (row["high"] - row["low"]) / 2
+    return margin / half if half else (FAR if margin >= 0 else -FAR)
 
 
 def cells_of(row: dict[str, Json]) -> list[str]:

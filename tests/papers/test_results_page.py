@@ -38,4 +38,5 @@ def test_a_verdict_stands_in_its_papers_section_and_in_the_count_of_its_question
     page = WRITER["page"]([row])
     assert "| Foundations | 1 | 0 | 1 | 0 | 0 |" in page
     assert "| k1 is unbiased \\| always | 0 | < 0.1 nats | 0.0123 | exact | contradicted |" in page
+    assert "The runs took 0.3 hours of one core." in page
     assert "1,234 s, 2026-11-30, commit 0123456789ab." in page

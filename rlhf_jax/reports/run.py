@@ -1,6 +1,7 @@
 """`Run`: read a work directory from Python, also while the experiment is running."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +79,11 @@ class Run:
     def stages(self) -> list[str]:
         """Names of started and complete stages, each after the stages that it reads, otherwise by start time."""
         directories = self._directories()
+        inputs = {name: set(self._read_config(directory)["inputs"]) for name, directory in directories.items()}
         ordered: list[str] = []
         waiting = sorted(directories, key=lambda name: ((directories[name] / "config.json").stat().st_mtime_ns, name))
         while waiting:
-            ready = (name for name in waiting if not set(self._read_config(directories[name])["inputs"]) & set(waiting))
+            ready = (name for name in waiting if not inputs[name] & set(waiting))
             ordered.append(next(ready, waiting[0]))
             waiting.remove(ordered[-1])
         return ordered
@@ -275,23 +277,30 @@ class Run:
         found = {path.parent.name: path.parent for path in self.workdir.glob("*/config.json")}
         if self.inputs is not None:
             others = {path.parent.name: path.parent for path in self.inputs.glob("*/complete.json")}
-            found |= {name: path for name, path in others.items() if name not in found and self._belongs(path)}
+            found |= {name: others[name] for name in self._belonging(self.inputs, others, here=set(found))}
         return found
 
-    def _belongs(self, directory: Path) -> bool:
-        """Return whether a stage in `inputs` was made from this run's stages, rather than from one rerun here."""
-        assert self.inputs is not None
-        roots = (self.workdir, self.inputs)
-        stages = {path.parent.name for root in roots for path in root.glob("*/config.json")}
-        for name, fingerprint in self._read_config(directory)["inputs"].items():
-            if name not in stages:  # a checkpoint or a Python file
-                continue
-            here = self.workdir / name
-            used = here if (here / "config.json").exists() else self.inputs / name
-            marker = used / "complete.json"
-            if not marker.exists() or read_json(marker)["fingerprint"] != fingerprint or not self._belongs(used):
-                return False
-        return True
+    def _belonging(self, inputs: Path, others: Iterable[str], *, here: set[str]) -> list[str]:
+        """Return the stages in `inputs` that were made from this run's stages, rather than from one rerun here.
+
+        Args: others are the names of the complete stages in `inputs`, here those of the stages in `workdir`.
+        """
+        stages = here | {path.parent.name for path in inputs.glob("*/config.json")}
+
+        def directory(name: str) -> Path:
+            return self.workdir / name if name in here else inputs / name
+
+        @functools.cache
+        def belongs(name: str) -> bool:
+            for source, fingerprint in self._read_config(directory(name))["inputs"].items():
+                if source not in stages:  # a checkpoint or a Python file
+                    continue
+                marker = directory(source) / "complete.json"
+                if not marker.exists() or read_json(marker)["fingerprint"] != fingerprint or not belongs(source):
+                    return False
+            return True
+
+        return [name for name in others if name not in here and belongs(name)]
 
     def _read_config(self, directory: Path) -> dict[str, Any]:
         return read_json(directory / "config.json")

@@ -6,7 +6,8 @@ Hardware and cost: one CPU core; an estimate of fifteen minutes, nearly all for 
 Seeds: 8, each a fold: the head is fitted to 27 topics or so and tested on 4. Together they test all 32 topics, which
 are the units of the interval. The loss is convex, so that there is nothing else to draw.
 Judge and batch: no judge, the pairs were ranked by people; all pairs of the training topics at once.
-Data: UKPConvArg1Strict, 11,650 pairs of 1,038 arguments (`rlhf-jax fetch convarg`).
+Data: UKPConvArg1Strict, 11,650 pairs of 1,038 arguments (`rlhf-jax fetch convarg`, by the hashes in
+rlhf_jax/data/convarg.sha256).
 Deviations: SmolLM2-135M-Instruct (`smollm2`, 4-bit weights), frozen: the mean of its last hidden states over the tokens
 of an argument, and a linear head without bias, fitted by the Bradley-Terry loss with an L2 penalty, instead of an SVM
 with 64,000 linguistic features or a BiLSTM with GloVe vectors. 8 folds of 4 topics instead of 32 of one. The strength

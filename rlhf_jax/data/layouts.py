@@ -95,10 +95,35 @@ def layouts(batch: tuple, groups: Groups, width: int) -> list[Layout]:
     ]
 
 
+def needed_by(given: Sequence[Layout]) -> PackedSize:
+    """Smallest size that holds several layouts."""
+    return PackedSize(*np.max([layout.size for layout in given], axis=0).tolist())
+
+
 def size_of(given: Sequence[Layout], width: int, *, per_doubling: int) -> PackedSize:
     """Size that holds several layouts, rounded up as in `PackedSize.rounded`."""
-    size = PackedSize(*np.max([layout.size for layout in given], axis=0).tolist())
-    return size.rounded(width, per_doubling=per_doubling)
+    return needed_by(given).rounded(width, per_doubling=per_doubling)
+
+
+class PackedSizes(NamedTuple):
+    """Sizes that programs are compiled for: a few planned ones, and others for batches that fit into none of them."""
+
+    planned: tuple[PackedSize, ...]  # in ascending order
+    width: int
+
+    @classmethod
+    def plan(cls, needed: Sequence[PackedSize], width: int, *, most: int) -> "PackedSizes":
+        """Choose at most `most` sizes, each for as many of the needed ones. The largest has a twentieth to spare."""
+        ordered = sorted(needed)
+        ends = sorted({max(1, len(ordered) * part // most) for part in range(1, most + 1)})
+        sizes = [PackedSize(ordered[end - 1].rows, max(size.read for size in ordered[:end])) for end in ends]
+        sizes[-1] = PackedSize(*(math.ceil(1.05 * number) for number in sizes[-1]))
+        return cls(tuple(dict.fromkeys(size.rounded(width, per_doubling=12) for size in sizes)), width)
+
+    def fit(self, needed: PackedSize) -> PackedSize:
+        """Return the first planned size that holds the needed one, or round the needed one up by an eighth at most."""
+        holding = (size for size in self.planned if size.rows >= needed.rows and size.read >= needed.read)
+        return next(holding, needed.rounded(self.width, per_doubling=6))
 
 
 def packed(batch: Batch, given: Iterable[Layout], size: PackedSize, width: int) -> Batch:

@@ -13,7 +13,17 @@ from jaxtyping import Array, Key, PRNGKeyArray, PyTree
 from rlhf_jax.config import Count, Positive, check_ranges
 from rlhf_jax.core.metrics import Metric, values
 from rlhf_jax.data.batching import MULTIPLE, BatchOrder, Buckets
-from rlhf_jax.data.layouts import LEAST_GAIN, Groups, Layout, PackedSize, layouts, packed, packed_width, size_of
+from rlhf_jax.data.layouts import (
+    LEAST_GAIN,
+    Groups,
+    Layout,
+    PackedSize,
+    PackedSizes,
+    layouts,
+    needed_by,
+    packed,
+    packed_width,
+)
 from rlhf_jax.data.ragged import RowWidths, Table, widest
 from rlhf_jax.loading.context import Context, steps_for
 from rlhf_jax.loading.trainable import N, dropout_keys, stack
@@ -27,8 +37,11 @@ from rlhf_jax.types import Json
 Batch = TypeVar("Batch", bound=tuple)
 Loss = tuple[Array, dict[str, Metric]]
 
-SIZES_PER_DOUBLING = 6
-"""Numbers of packed rows that programs are compiled for: each is about an eighth larger than the one before."""
+STEPS_PER_PROGRAM = 250
+"""Steps per planned size of packed rows: in fewer, another size saves less time than its program takes to compile."""
+
+MOST_PLANNED = 256
+"""Most steps that are laid out to plan the sizes of packed rows."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,29 +162,43 @@ def make_batches(
         devices = context.runtime.row_devices
         check_divides(config.batch_size, devices)
         groups = Groups(devices, micro_batches(config.batch_size, config.optimizer.micro_batch, devices))
-        return PackedBatches(data, orders, groups, config.loop.steps_per_call)
+        return PackedBatches(data, orders, groups, steps, config.loop.steps_per_call)
     return PaddedBatches(config, data, orders, steps)
 
 
 class PackedBatches(Generic[Batch]):
     """Batches of all runs with a packing, of one size in each call of the program."""
 
-    def __init__(self, data: Table[Batch], orders: list[BatchOrder], groups: Groups, per_call: int) -> None:
+    def __init__(self, data: Table[Batch], orders: list[BatchOrder], groups: Groups, steps: int, per_call: int) -> None:
+        """Plan the sizes of packed rows from batches of an epoch in orders of its own.
+
+        Runs with different seeds then share compiled programs.
+        """
         self._data, self._orders, self._groups, self._per_call = data, orders, groups, per_call
         longest = _longest(data)
         self._padded = RowWidths(longest, data.needed(np.arange(len(data.lengths))).response)
         self._width = packed_width(longest, groups.rows_of(len(orders[0][0])))
-        self._sizes: set[PackedSize] = set()
-        self._call = functools.lru_cache(maxsize=2)(self._laid_out)
+        self._used: set[PackedSize] = set()
+        self._call = functools.lru_cache(maxsize=2)(self._fitted)
+        orders = [dataclasses.replace(order, seed=k) for k, order in enumerate(orders)]
+        planned = min(MOST_PLANNED, len(data.lengths) // len(orders[0][0]))
+        needed = [self._laid_out(orders, call)[1] for call in range(max(1, planned // per_call))]
+        self._sizes = PackedSizes.plan(needed, self._width, most=max(1, steps // STEPS_PER_PROGRAM))
 
-    def _laid_out(self, call: int) -> tuple[list[list[tuple[Batch, list[Layout]]]], PackedSize]:
-        """Batches of a call with their layouts, for each step and run, and the size that holds all of them."""
+    def _laid_out(
+        self, orders: list[BatchOrder], call: int
+    ) -> tuple[list[list[tuple[Batch, list[Layout]]]], PackedSize]:
+        """Batches of a call with their layouts, for each step and run, and the smallest size that holds all of them."""
         steps = range(call * self._per_call, (call + 1) * self._per_call)
-        batches = [[self._data.padded(order[step], self._padded) for order in self._orders] for step in steps]
+        batches = [[self._data.padded(order[step], self._padded) for order in orders] for step in steps]
         found = [[(batch, layouts(batch, self._groups, self._width)) for batch in each] for each in batches]
-        every = [layout for each in found for _, given in each for layout in given]
-        size = size_of(every, self._width, per_doubling=SIZES_PER_DOUBLING)
-        self._sizes.add(size)
+        return found, needed_by([layout for each in found for _, given in each for layout in given])
+
+    def _fitted(self, call: int) -> tuple[list[list[tuple[Batch, list[Layout]]]], PackedSize]:
+        """Batches of a call with their layouts, and the size of their program."""
+        found, needed = self._laid_out(self._orders, call)
+        size = self._sizes.fit(needed)
+        self._used.add(size)
         return found, size
 
     def at(self, step: int) -> PyTree:
@@ -187,7 +214,7 @@ class PackedBatches(Generic[Batch]):
 
     def described(self) -> str:
         """Sentence about the programs that this process compiled."""
-        return f"sequences packed into rows of {self._width} tokens; programs compiled: {len(self._sizes)}"
+        return f"sequences packed into rows of {self._width} tokens; programs compiled: {len(self._used)}"
 
 
 class PaddedBatches(Generic[Batch]):

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_jax.data.layouts import Groups, PackedSize, best_fit_decreasing, layouts, packed_width
+from rlhf_jax.data.layouts import Groups, PackedSize, PackedSizes, best_fit_decreasing, layouts, packed_width
 from rlhf_jax.types import TokenBatch
 
 LENGTHS = st.lists(st.integers(0, 24), min_size=1, max_size=40)
@@ -61,6 +61,28 @@ def test_sizes_are_rounded_up_to_few(rows, read, per_doubling):
 def test_few_sizes_serve_many_batches():
     sizes = {PackedSize(rows, 1).rounded(64, per_doubling=3).rows for rows in range(1, 257)}
     assert len(sizes) <= 25 and max(sizes) == 256
+
+
+NEEDED = st.lists(st.builds(PackedSize, st.integers(1, 200), st.integers(1, 4000)), min_size=1, max_size=30)
+
+
+@given(NEEDED, st.integers(1, 5), st.builds(PackedSize, st.integers(1, 400), st.integers(1, 9000)))
+def test_planned_sizes_are_few_and_hold_every_batch_that_was_planned_for(needed, most, other):
+    sizes = PackedSizes.plan(needed, 64, most=most)
+    assert 1 <= len(sizes.planned) <= most
+    for size in needed:
+        assert sizes.fit(size) in sizes.planned
+    found = sizes.fit(other)  # planned or not
+    assert found.rows >= other.rows and found.read >= other.read
+
+
+def test_more_sizes_waste_fewer_rows_and_the_largest_has_some_to_spare():
+    needed = [PackedSize(rows, 64 * rows) for rows in range(20, 60)]
+    wasted = [
+        sum(PackedSizes.plan(needed, 64, most=most).fit(size).rows - size.rows for size in needed) for most in (1, 2, 4)
+    ]
+    assert wasted[0] > wasted[1] > wasted[2]
+    assert PackedSizes.plan(needed, 64, most=1).planned[0].rows >= 1.05 * 59
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Int
 
-from rlhf_jax.types import Packing, Sequences, TokenBatch, UnpairedBatch
+from rlhf_jax.types import Packing, Sequences, TokenBatch
 
 Batch = TypeVar("Batch", bound=tuple)
 
@@ -83,16 +83,9 @@ class Groups(NamedTuple):
 
 
 def layouts(batch: tuple, groups: Groups, width: int) -> list[Layout]:
-    """Lay out the sequences of a batch, one layout for each of its `Sequences` or `TokenBatch`.
-
-    Mismatched responses are read for the whole batch at once, even with micro-batches.
-    """
-    whole = batch.mismatched if isinstance(batch, UnpairedBatch) else None
-    return [
-        _layout(part, groups._replace(micro_batches=1) if part is whole else groups, width)
-        for part in jax.tree.leaves(batch, is_leaf=_has_sequences)
-        if _has_sequences(part)
-    ]
+    """Lay out the sequences of a batch, one layout for each of its `Sequences` or `TokenBatch`."""
+    parts = jax.tree.leaves(batch, is_leaf=_has_sequences)
+    return [_layout(part, groups, width) for part in parts if _has_sequences(part)]
 
 
 def needed_by(given: Sequence[Layout]) -> PackedSize:

@@ -12,6 +12,7 @@ from jaxtyping import Array, Key, PRNGKeyArray, PyTree
 
 from rlhf_jax.config import Count, Positive, check_ranges
 from rlhf_jax.core.metrics import Metric, values
+from rlhf_jax.core.slices import in_slices
 from rlhf_jax.data.batching import MULTIPLE, BatchOrder, Buckets
 from rlhf_jax.data.layouts import (
     LEAST_GAIN,
@@ -60,6 +61,12 @@ class Updates(Generic[N]):
         checkpoints too.
         """
         return TrainState(jnp.int32(0), params | untrained, make_optimizer(self.optimizer, self.steps).init(params))
+
+    def by_slices(self, function: Callable[[Batch], PyTree], batch: Batch) -> PyTree:
+        """Apply a forward pass to micro-batches of a batch, one after the other; results have the batch's order."""
+        devices = jax.lax.axis_size(self.axes) if self.axes else 1
+        rows = len(jax.tree.leaves(batch)[0]) * devices
+        return in_slices(function, batch, micro_batches(rows, self.optimizer.micro_batch, devices))
 
     def update(
         self,

@@ -90,6 +90,7 @@ def train_online(
     Returns: the summary's fields about prompts.
     """
     _check_slots(config, method, context)
+    devices = context.runtime.row_devices
     reference, placement = inputs.reference, context.placement(context.seeds)
     networks = Networks(
         policy=reference.network,
@@ -99,7 +100,8 @@ def train_online(
     )
     iteration = Iteration(networks, config, placement.axes, (SEED_AXIS,) if context.seeds > 1 else (), method)
     frozen = {**frozen, "reference": reference.params}
-    fit = two_steps.fit_of(iteration, context.runtime.row_devices) if config.trim_padding else two_steps.MAXIMUM
+    iteration.forward_slices(prompts_each * method.num_generations, devices)  # before anything is compiled
+    fit = two_steps.fit_of(iteration, devices) if config.trim_padding else two_steps.MAXIMUM
     if isinstance(reward, DeviceReward):
         network, frozen["reward"] = reward.model.network, reward.model.params
         longest = context.data.max_prompt_tokens + context.data.max_response_tokens

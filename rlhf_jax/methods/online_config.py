@@ -28,6 +28,9 @@ class OnlineConfig:
     # Sample with this many decoding slots, each of which takes the next prompt when its response ends (continuous
     # batching); per device with pmap. None: decode all responses at once, until the longest ends.
     slots: Count | None = None
+    # Responses per forward pass without a gradient, over all devices: old and reference log-probabilities, values and
+    # scores, and sampling without `slots`; None: all responses of an iteration at once.
+    forward_batch: Count | None = None
     missing_eos_penalty: NonNegative = 0.0  # subtracted from the score of a truncated response
     tuning: Tuning = NO_CHANGES
 

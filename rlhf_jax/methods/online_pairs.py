@@ -5,6 +5,7 @@ loss of these pairs (`dpo.py`).
 """
 
 import dataclasses
+import functools
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
@@ -32,7 +33,8 @@ class PairLearner:
         pairs, margins = choose(evaluated.sequences._replace(packing=None), evaluated.scores)
         reference = None
         if self.loss_config.needs_reference:
-            reference = pair_logps(self.loss_config, setting.networks.policy, frozen["reference"], pairs)
+            logps = functools.partial(pair_logps, self.loss_config, setting.networks.policy, frozen["reference"])
+            reference = setting.by_slices(logps, pairs, responses=2)
         metrics = {
             "objective/scores_margin": masking.mean(margins, setting.axes),
             "objective/ties": masking.mean((margins == 0).astype(jnp.float32), setting.axes),

@@ -71,13 +71,15 @@ def plan_packing(iteration: Iteration, devices: int, rollout: Rollout, step: int
     lead, count = rows.shape[:-1], rows.shape[-1]
     keys = run_key.reshape(-1)
     of_runs = list(zip(rows.reshape(-1, count), responses.reshape(-1, count), strict=True))
-    groups = _groups(iteration, devices, rows.shape[-1])
-    width = packed_width(widths.row, groups.rows_of(rows.shape[-1] // iteration.config.minibatches))
+    forward = Groups(devices, iteration.forward_slices(count, devices))
+    groups = _groups(iteration, devices, count)
+    least = min(forward.rows_of(count), groups.rows_of(count // iteration.config.minibatches))
+    width = packed_width(widths.row, least)
     lay_out = functools.partial(_layout, width=width, response_width=widths.response)
-    whole = [lay_out(*each, groups=Groups(devices, 1)) for each in of_runs]
+    whole = [lay_out(*each, groups=forward) for each in of_runs]
     size = size_of(whole, width, per_doubling=SIZES_PER_DOUBLING)
     packing = _arranged([each.packing(size, width) for each in whole], lead)
-    if iteration.config.minibatches * groups.micro_batches == 1:
+    if iteration.config.minibatches == 1 and groups == forward:
         return Plan(widths._replace(packed=tuple(size)), Packings(packing, None))
     minibatches = [
         [lay_out(lengths[chosen], tokens[chosen], groups=groups) for chosen in _order(iteration, key, step, count)]

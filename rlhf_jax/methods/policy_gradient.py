@@ -94,18 +94,16 @@ class Iteration(Setting, Generic[Rows]):
     ) -> Sampled:
         """Sample responses to the prompts from the policy. No prompt has more than `prompt_width` tokens."""
         samples, slots = self.method.num_generations, self.config.slots
-        inputs = (
-            self.networks.policy,
-            self.networks.full_params(state.params, frozen)["policy"],
-            last_tokens(batch.prompts, prompt_width),
-            self.key(run_key, state.step, "sample"),
-            Sampling(self.networks.max_new_tokens, self.config.temperature, self.networks.stop_ids),
-        )
+        policy, params = self.networks.policy, self.networks.full_params(state.params, frozen)["policy"]
+        prompts, key = last_tokens(batch.prompts, prompt_width), self.key(run_key, state.step, "sample")
+        sampling = Sampling(self.networks.max_new_tokens, self.config.temperature, self.networks.stop_ids)
         if slots is None:
-            generation = generate(*inputs, samples=samples, loop_axes=self.loop_axes)
+            options = {"key": key, "sampling": sampling, "samples": samples, "loop_axes": self.loop_axes}
+            sample = functools.partial(generate, policy, params, **options)
+            generation = self.by_slices(sample, prompts, responses=samples, each=samples)
         else:
-            refill = default_refill(slots, samples)
-            generation, _ = generate_queue(*inputs, slots=slots, refill=refill, samples=samples)
+            options = {"slots": slots, "refill": default_refill(slots, samples), "samples": samples}
+            generation, _ = generate_queue(policy, params, prompts, key, sampling, **options)
         prompt, mask = (jnp.repeat(leaf, samples, axis=0) for leaf in batch.prompts[:2])
         return Sampled(
             generation.rollout._replace(prompt=prompt, prompt_mask=mask), generation.logprobs, batch.demonstrations
@@ -136,7 +134,7 @@ class Iteration(Setting, Generic[Rows]):
     ) -> tuple[Sampled, Float[Array, "B"]]:
         """Sample responses and score them."""
         sampled = self.sample(state, frozen, batch, run_key, prompt_width)
-        return sampled, reward.scores(frozen["reward"], joined(sampled.rollout))
+        return sampled, self.scores(reward, frozen["reward"], joined(sampled.rollout))
 
     def scored(self, sampled: Sampled, scores: Float[Array, "B"]) -> Responses:
         """Combine responses with the reward's scores; all of them are trained on."""
@@ -175,13 +173,12 @@ class Iteration(Setting, Generic[Rows]):
         The logged KL divergence is the sum of the method's own estimator over a response.
         """
         old = self.old_policy(params, sequences, responses.sampled.logprobs)
-        reference = self.networks.policy.response_stats(
-            frozen["reference"], sequences, temperature=self.config.temperature
-        )
-        kl = self.method.kl_estimator(old.logprobs, reference.logprobs, old.logprobs)
+        stats = functools.partial(self.networks.policy.response_stats, temperature=self.config.temperature)
+        reference = self.by_slices(lambda rows: stats(frozen["reference"], rows).logprobs, sequences)
+        kl = self.method.kl_estimator(old.logprobs, reference, old.logprobs)
         ended, lengths = self.networks.has_ended(sequences), masking.lengths(sequences.response_mask)
         scores = self.method.shaping(responses.scores, lengths, ended, max_tokens=self.networks.max_new_tokens)
-        return Evaluated(sequences, scores, ended, responses.useful, old, reference.logprobs, kl)
+        return Evaluated(sequences, scores, ended, responses.useful, old, reference, kl)
 
     def old_policy(self, params: Params, sequences: Sequences, sampler_logprobs: Float[Array, "B T"]) -> OldPolicy:
         r"""Recompute old log-probabilities with the learner, so that the first ratio is 1 ("decoupled" in verl).
@@ -193,8 +190,10 @@ class Iteration(Setting, Generic[Rows]):
         mask = sequences.response_mask
         sampler_logprobs = sampler_logprobs[:, : mask.shape[1]]
         if self.method.use_sampler_logprobs:
-            return OldPolicy(sampler_logprobs, -sampler_logprobs, self.networks.values(params, sequences), None, {})
-        stats, values = self.networks.forward(params, sequences, temperature=self.config.temperature)
+            values = self.by_slices(functools.partial(self.networks.values, params), sequences)
+            return OldPolicy(sampler_logprobs, -sampler_logprobs, values, None, {})
+        forward = functools.partial(self.networks.forward, params, temperature=self.config.temperature)
+        stats, values = self.by_slices(forward, sequences)
         metrics, weights = sampler_difference(stats.logprobs, sampler_logprobs, mask, self.axes), None
         if self.method.importance:
             weights = self.method.importance(stats.logprobs, sampler_logprobs, mask)

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from rlhf_jax.core.advantages import clip_scores, overlong_penalty
 from rlhf_jax.core.metrics import Metric
 from rlhf_jax.core.sequences import by_response
+from rlhf_jax.core.slices import in_slices, slice_count
 from rlhf_jax.loading.trainable import full_params
 from rlhf_jax.methods.online_config import OnlineConfig
 from rlhf_jax.models import value_head
@@ -174,6 +175,25 @@ class Setting:
     config: OnlineConfig
     axes: tuple[str, ...]  # axes that rows are split over
     loop_axes: tuple[str, ...]  # axes of the seeds, outside the iteration
+
+    def forward_slices(self, responses: int, devices: int) -> int:
+        """Return the number of slices in which the forward passes without a gradient read all devices' responses."""
+        return slice_count(responses, self.config.forward_batch, devices, field="forward_batch")
+
+    def by_slices(
+        self, function: Callable[[PyTree], PyTree], rows: PyTree, *, responses: int = 1, each: int = 1
+    ) -> PyTree:
+        """Apply a forward pass to slices of `forward_batch` responses, one after the other.
+
+        Args: responses is the number of responses per row, and each the number of rows of the result per row.
+        """
+        devices = jax.lax.axis_size(self.axes) if self.axes else 1
+        count = len(jax.tree.leaves(rows)[0]) * responses * devices
+        return in_slices(function, rows, self.forward_slices(count, devices), each=each)
+
+    def scores(self, reward: ScalarNetwork, params: PyTree, sequences: Sequences) -> Float[Array, "B"]:
+        """Score responses with a reward network that reads the policy's tokens."""
+        return self.by_slices(lambda rows: reward.scores(params, rows), sequences)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -76,7 +76,7 @@ def scored_by_network(iteration: Iteration, reward: ScalarNetwork, fit: Fit) -> 
     if rounds is None:
 
         def score(sampled: Sampled, frozen: Params, sequences: Sequences) -> Responses:
-            return iteration.scored(sampled, reward.scores(frozen["reward"], sequences))
+            return iteration.scored(sampled, iteration.scores(reward, frozen["reward"], sequences))
 
         return _two_steps(iteration, fit, _sample_at(iteration), lambda sampled: sampled.rollout, score)
 

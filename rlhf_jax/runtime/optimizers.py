@@ -18,6 +18,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from rlhf_jax.config import Count, CountOrZero, NonNegative, Positive, Range
 from rlhf_jax.core.metrics import Metric, combine
+from rlhf_jax.core.slices import slice_count, strided
 from rlhf_jax.runtime import rounding
 from rlhf_jax.runtime.rounding import LowPrecision
 from rlhf_jax.types import RlhfError
@@ -251,7 +252,9 @@ def accumulated(
     """
 
     def accumulated_grad_fn(params: PyTree, batch: Rows) -> tuple[LossAndMetrics, PyTree]:
-        parts = _micro_batches(batch, rows, axes)
+        devices = jax.lax.axis_size(axes) if axes else 1
+        count = micro_batches(len(jax.tree.leaves(batch)[0]) * devices, rows, devices)
+        parts = strided(batch, count)
         shares = _shares(weight, parts)
 
         def accumulate(sums: PyTree, part: tuple[Rows, Array]) -> tuple[PyTree, LossAndMetrics]:
@@ -296,26 +299,8 @@ def update(
 
 
 def micro_batches(batch: int, rows: int | None, devices: int) -> int:
-    """Return the number of micro-batches of `rows` rows in a batch over some devices; 1 for None.
-
-    Raises RlhfError unless the rows divide into micro-batches, and these over the devices.
-    """
-    if rows is None:
-        return 1
-    parts = batch // rows
-    if not parts or parts * rows != batch or batch // devices % parts:
-        raise RlhfError(
-            f"a batch of {batch} rows does not divide into micro-batches of {rows}"
-            f"{f' over {devices} devices' if devices > 1 else ''}: change optimizer.micro_batch"
-        )
-    return parts
-
-
-def _micro_batches(batch: Rows, rows: int, axes: tuple[str, ...]) -> Rows:
-    """Split a batch with a stride into micro-batches [parts, rows, ...], so that each device has a share of each."""
-    devices = jax.lax.axis_size(axes) if axes else 1
-    parts = micro_batches(len(jax.tree.leaves(batch)[0]) * devices, rows, devices)
-    return jax.tree.map(lambda leaf: jnp.swapaxes(leaf.reshape(-1, parts, *leaf.shape[1:]), 0, 1), batch)
+    """Return the number of micro-batches of `rows` rows in a batch over some devices, as in `slice_count`."""
+    return slice_count(batch, rows, devices, field="optimizer.micro_batch")
 
 
 def _shares(weight: Callable[[Rows], Array], parts: Rows) -> Array:

@@ -165,8 +165,8 @@ def numbered(prompts: Ragged) -> Int[np.ndarray, "N"]:
 def make_step(updates: Updates[PolicyNetwork], loss_config: UnpairedLossConfig = KTO) -> Step:
     """Make the step: one update on an UnpairedBatch.
 
-    `frozen` holds beta and the reference, which is also an adapter's base. The reference point is estimated on the
-    whole batch, even if gradients are accumulated over micro-batches.
+    `frozen` holds beta and the reference, which is also an adapter's base. The reference point is that of the whole
+    batch, even if the batch is read in micro-batches.
     """
     network, axes = updates.network, updates.axes
 
@@ -178,9 +178,11 @@ def make_step(updates: Updates[PolicyNetwork], loss_config: UnpairedLossConfig =
             raise ValueError(f"{loss_config.loss} and the batch disagree on mismatched responses: use make_table")
         if batch.mismatched is not None:
             policy = full_params(network, state.params["policy"], frozen, "reference")
-            own, reference = (
-                response_logprobs(network, params, batch.mismatched) for params in (policy, frozen["reference"])
-            )
+
+            def both(rows: Sequences) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
+                return response_logprobs(network, policy, rows), response_logprobs(network, frozen["reference"], rows)
+
+            own, reference = updates.by_slices(both, batch.mismatched)
             baseline = kto_baseline(own, reference, axes)
 
         def loss_fn(

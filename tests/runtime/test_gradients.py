@@ -104,7 +104,7 @@ def test_gradients_of_bfloat16_weights_are_taken_and_summed_in_float32(rows):
 
 
 def test_rows_that_do_not_divide_are_refused():
-    with pytest.raises(RlhfError, match=re.escape("16 rows does not divide into micro-batches of 5")):
+    with pytest.raises(RlhfError, match=re.escape("16 rows does not divide into slices of 5")):
         run("sft", with_micro_batch(5))
     section = {**dataclasses.asdict(tiny.OPTIMIZER), "micro_batch": 0}
     with pytest.raises(RlhfError, match=re.escape("config.sft.optimizer.micro_batch = 0 must be at least 1")):

@@ -86,8 +86,8 @@ def test_seeds_trained_at_once_share_the_size_of_the_packing(models, pairs, padd
     ("changes", "devices", "message"),
     [
         ({"batch_size": 15}, 2, "a batch of 15 rows does not divide over 2 devices"),
-        ({"optimizer": {**experiments.OPTIMIZER, "micro_batch": 32}}, 1, "16 rows does not divide into micro-batches"),
-        ({"optimizer": {**experiments.OPTIMIZER, "micro_batch": 6}}, 1, "16 rows does not divide into micro-batches"),
+        ({"optimizer": {**experiments.OPTIMIZER, "micro_batch": 32}}, 1, "16 rows does not divide into slices"),
+        ({"optimizer": {**experiments.OPTIMIZER, "micro_batch": 6}}, 1, "16 rows does not divide into slices"),
     ],
 )
 def test_rows_that_do_not_divide_are_an_error(changes, devices, message, models, pairs, tmp_path):

@@ -1,7 +1,8 @@
 """Placement of rows within a program that `jit` compiles for a mesh of devices.
 
 The compiler chooses where intermediate arrays lie. Without constraints it may replicate the rows of a gathered batch,
-or gather rows and split channels instead. Under `pmap` and without a mesh, these functions change nothing.
+or gather rows and split channels instead. Under `pmap` and `shard_map`, where a program is that of one device, and
+without a mesh, these functions change nothing.
 """
 
 import math
@@ -18,14 +19,20 @@ ROWS = P(ROW_AXES)
 def row_devices() -> int:
     """Number of devices that rows are split over in the program that is being traced."""
     mesh = jax.sharding.get_abstract_mesh()
-    return math.prod(mesh.shape[axis] for axis in ROW_AXES) if set(ROW_AXES) <= set(mesh.axis_names) else 1
+    return math.prod(mesh.shape[axis] for axis in ROW_AXES) if set(ROW_AXES) <= set(mesh.auto_axes) else 1
 
 
 def split_rows(tree: PyTree) -> PyTree:
-    """Split the first axis of every array over the devices, and replicate the other axes."""
-    if row_devices() == 1:
+    """Split the first axis of every array over the devices, and replicate the other axes.
+
+    Arrays whose rows do not divide over the devices are left to the compiler.
+    """
+    devices = row_devices()
+    if devices == 1:
         return tree
-    return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, ROWS), tree)
+    return jax.tree.map(
+        lambda leaf: leaf if len(leaf) % devices else jax.lax.with_sharding_constraint(leaf, ROWS), tree
+    )
 
 
 def gather_channels(weights: Shaped[Array, "*rows D"]) -> Shaped[Array, "*rows D"]:

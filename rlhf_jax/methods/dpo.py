@@ -30,6 +30,7 @@ from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.runtime.programs import Step
 from rlhf_jax.sampling.batches import map_table
 from rlhf_jax.sampling.buckets import bucketed
+from rlhf_jax.sampling.compiled import compiled
 from rlhf_jax.types import A, PreferenceBatch
 
 SIGMOID = PreferenceLossConfig()
@@ -94,7 +95,7 @@ def pair_logps_all(
     return map_table(lambda batch: _compiled_logps(config, network, params, batch), pair_table(pairs), batch_size, fit)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@compiled(0, 1)
 def _compiled_logps(
     config: PreferenceLossConfig, network: PolicyNetwork, params: PyTree, batch: PreferenceBatch
 ) -> PairLogps:

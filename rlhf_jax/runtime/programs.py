@@ -12,6 +12,7 @@ Metrics are reduced by the step and equal on all devices. The first axis of ever
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Literal, Protocol, TypeVar, runtime_checkable
 
 import jax
@@ -88,6 +89,11 @@ class RuntimeConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        if self.inference_batch % self.row_devices:
+            raise ValueError(
+                f"inference_batch = {self.inference_batch} rows do not divide over data x fsdp = {self.row_devices} "
+                "devices: change inference_batch"
+            )
         if self.strategy == "pmap" and self.fsdp * self.tensor > 1:
             raise ValueError("strategy = 'pmap' replicates the weights: set fsdp = tensor = 1, or use strategy = 'jit'")
 
@@ -140,17 +146,13 @@ class MeshPlacement:
 
     def for_evaluation(self, params: PyTree) -> PyTree:
         """Place parameters as `where` places loaded ones, so that the same evaluation programs serve both."""
-        return params if self._splits else jax.device_put(params, self.mesh.devices.flat[0])
+        return params if self.mesh.size > 1 else jax.device_put(params, self.mesh.devices.flat[0])
 
     def where(self, path: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
-        """Sharding of a loaded parameter: split over devices if the mesh splits weights, otherwise on the first."""
-        if self._splits:
+        """Sharding of a loaded parameter: split over the mesh by the models' partition patterns, or replicated."""
+        if self.mesh.size > 1:
             return sharding_of(path, shape, self.mesh)
         return SingleDeviceSharding(self.mesh.devices.flat[0])
-
-    @property
-    def _splits(self) -> bool:
-        return self.mesh.shape["fsdp"] * self.mesh.shape["tensor"] > 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,13 +219,15 @@ class PmapPlacement:
         return jax.tree.map(lambda leaf: leaf[0], state)
 
     def for_evaluation(self, params: PyTree) -> PyTree:
-        """Take the first device's copy of the parameters."""
-        return jax.device_put(self.whole(params), self.devices[0])
+        """Place one copy of the parameters as `where` places loaded ones."""
+        return jax.device_put(self.whole(params), self.where("", ()))
 
     def where(self, path: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
-        """Sharding of a loaded parameter: on the first device; `put_state` replicates it."""
+        """Sharding of a loaded parameter: replicated over a mesh, for programs outside of training."""
         del path, shape
-        return SingleDeviceSharding(self.devices[0])
+        if len(self.devices) == 1:
+            return SingleDeviceSharding(self.devices[0])
+        return NamedSharding(make_mesh(self.devices, (len(self.devices), 1, 1)), P())
 
 
 Placement = MeshPlacement | PmapPlacement
@@ -240,9 +244,12 @@ def make_placement(config: RuntimeConfig, seeds: int) -> Placement:
     devices = present[:needed]
     if config.strategy == "pmap":
         return PmapPlacement(tuple(devices), seeds)
-    sizes = (config.data, config.fsdp, config.tensor)
-    mesh = Mesh(np.array(devices).reshape(sizes), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
-    return MeshPlacement(mesh, seeds)
+    return MeshPlacement(make_mesh(devices, (config.data, config.fsdp, config.tensor)), seeds)
+
+
+def make_mesh(devices: Sequence[jax.Device], sizes: tuple[int, int, int]) -> Mesh:
+    """Arrange devices in a mesh with the axes data, fsdp and tensor, of these sizes."""
+    return Mesh(np.array(devices).reshape(sizes), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 
 
 @functools.lru_cache

@@ -1,20 +1,23 @@
 """Batched sampling, scoring and log-probabilities of any number of rows, with programs of a fixed batch size."""
 
-import functools
 from collections.abc import Callable
 from typing import Generic, NamedTuple, TypeVar
 
 import jax
 import numpy as np
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Int, PRNGKeyArray, PyTree
 
 from rlhf_jax.core import kl, logprobs, masking
+from rlhf_jax.core.row_sharding import ROWS, row_devices, split_rows
+from rlhf_jax.core.slices import by_row, strided
 from rlhf_jax.data.batching import Fit
 from rlhf_jax.data.ragged import RaggedSequences, Table, sequence_table
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
 from rlhf_jax.sampling.buckets import bucketed, trim_prompts
 from rlhf_jax.sampling.choice import Sampling, stated_temperature
+from rlhf_jax.sampling.compiled import compiled, mesh_of, row_devices_of
 from rlhf_jax.sampling.continuous import default_refill, generate_queue
 from rlhf_jax.sampling.generate import generate
 from rlhf_jax.types import A, PromptBatch, Rollout, Sequences, TokenBatch
@@ -69,15 +72,18 @@ def sample_all(
 
     Row i * samples + j is sample j of prompt i. Its random key is that of row (first + i) * samples + j, independent of
     the batch size. The samples of a prompt share its prefill if they fit into a batch. Batches hold prompts of similar
-    length, the longest first, and are padded to the bucket of their longest prompt.
+    length, the longest first, and are padded to the bucket of their longest prompt. Devices share the rows of a batch.
 
     The response lengths of the first batch determine how the remaining rows are sampled. If they vary much, continuous
     batching with `batch_size` slots avoids waiting for the longest response of each batch; otherwise plain batches are
     used, which cost less per token. Both give the same rows up to rounding.
 
+    Batches are plain on devices that split the weights.
+
     Args: limits (maximum tokens per prompt, int32[N]) and stop_strings as in `generate`.
     """
-    shared = samples if samples <= batch_size else 1
+    devices = row_devices_of(params)
+    shared = samples if samples <= batch_size and batch_size // samples % devices == 0 else 1
     tokens, mask = (np.repeat(array, samples // shared, axis=0) for array in prompts)
     rows = PromptBatch(tokens, mask, np.arange(len(tokens), dtype=np.int32) + first * (samples // shared))
     most = np.full(len(prompts[0]), sampling.max_new_tokens) if limits is None else limits
@@ -106,17 +112,19 @@ def _sample_in_order(
 
     def of_batch(part: tuple[PromptBatch[np.ndarray], np.ndarray]) -> tuple[jax.Array, jax.Array]:
         prompts, limits = part
-        return _generate(policy, params, trim_prompts(prompts), limits, key, sampling, samples, stop_strings)
+        return generate_batch(policy, params, trim_prompts(prompts), limits, key, sampling, samples, stop_strings)
 
     first_batch = map_batches(of_batch, _rows(requests, slice(prompts_per_batch)), prompts_per_batch, each=samples)
     rest = _rows(requests, slice(prompts_per_batch, None))
     if not len(rest[1]):
         return first_batch
-    if not _uneven(first_batch[1]):
+    mesh = mesh_of(params)
+    if not _uneven(first_batch[1]) or (mesh is not None and mesh.shape["data"] < mesh.size):
         return _concatenate([first_batch, map_batches(of_batch, rest, prompts_per_batch, each=samples)])
     parts = [first_batch]
-    slots = prompts_per_batch * samples
-    size = min(prompts_per_batch * QUEUE, 1 << (len(rest[1]) - 1).bit_length())  # powers of two: few programs
+    slots, devices = prompts_per_batch * samples, row_devices_of(params)
+    power = 1 << (-(-len(rest[1]) // devices) - 1).bit_length()  # powers of two: few programs
+    size = min(prompts_per_batch * QUEUE, devices * power)
     for start in range(0, len(rest[1]), size):
         part, most = _rows(rest, slice(start, start + size))
         count = len(most)
@@ -159,7 +167,7 @@ def score_all(network: ScalarNetwork, params: PyTree, rollout: Rollout[np.ndarra
 def score_sequences(network: ScalarNetwork, params: PyTree, sequences: RaggedSequences, batch_size: int) -> np.ndarray:
     """Score every row with a reward model: float32[N]."""
     table = sequence_table(sequences)
-    return map_table(lambda batch: _scores(network, params, batch), table, batch_size, bucketed)
+    return map_table(lambda batch: score_batch(network, params, batch), table, batch_size, bucketed)
 
 
 def sequence_kl(
@@ -243,36 +251,45 @@ def sequence_sums(
     return map_table(lambda batch: _sequence_sums(policy, params, batch), table, batch_size, fit)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 5, 6))
-def _generate(policy, params, prompts, limits, key, sampling, samples, stop_strings):
+@compiled(0, 5, 6)
+def generate_batch(policy, params, prompts, limits, key, sampling, samples, stop_strings):
+    """Sample tokens and mask of the responses to one batch of prompts, in one compiled program."""
+    prompts, limits = split_rows((prompts, limits))
     found = generate(policy, params, prompts, key, sampling, samples=samples, limits=limits, stop_strings=stop_strings)
     return found.rollout.response, found.rollout.response_mask
 
 
-@functools.partial(jax.jit, static_argnums=(0, 5, 6, 8))
+@compiled(0, 5, 6, 8)
 def sample_queue(policy, params, prompts, limits, key, sampling, samples, stop_strings, slots):
-    """Sample tokens and mask of responses by continuous batching, in one compiled program."""
-    found, _ = generate_queue(
-        policy,
-        params,
-        prompts,
-        key,
-        sampling,
-        slots=slots,
-        refill=default_refill(slots, samples),
-        samples=samples,
-        limits=limits,
-        stop_strings=stop_strings,
-    )
-    return found.rollout.response, found.rollout.response_mask
+    """Sample tokens and mask of responses by continuous batching, in one compiled program.
+
+    Every device has its share of the slots and of the prompts, and takes prompts until its own are used up.
+    """
+    devices = row_devices()
+    slots //= devices
+    refill = default_refill(slots, samples)
+
+    def sample(params, requests, key, stop_strings):
+        prompts, limits = requests
+        options = {"slots": slots, "refill": refill, "samples": samples, "limits": limits}
+        found, _ = generate_queue(policy, params, prompts, key, sampling, **options, stop_strings=stop_strings)
+        return found.rollout.response, found.rollout.response_mask
+
+    if devices == 1:
+        return sample(params, (prompts, limits), key, stop_strings)
+    # With a stride, every device has prompts of similar length, and those without a response last.
+    shares = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), strided((prompts, limits), devices))
+    on_devices = jax.shard_map(sample, in_specs=(P(), ROWS, P(), P()), out_specs=ROWS, check_vma=False)
+    return by_row(on_devices(params, shares, key, stop_strings), devices, each=samples)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _scores(network, params, sequences):
+@compiled(0)
+def score_batch(network, params, sequences):
+    """Scores of one batch, in one compiled program."""
     return network.scores(params, sequences)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3))
+@compiled(0, 3)
 def logprobs_of(policy, params, sequences, temperature):
     """Log-probabilities of the response tokens of one batch, in one compiled program."""
     return policy.response_stats(params, sequences, temperature=temperature).logprobs
@@ -288,7 +305,7 @@ def _summed_k3(own, reference, mask):
     return logprobs.sequence_logprobs(kl.k3(own, reference), mask)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@compiled(0)
 def _sequence_sums(policy, params, batch):
     stats, trained = policy.sequence_stats(params, batch), batch.loss_mask[:, 1:]
     correct = masking.lengths(stats.correct & trained)

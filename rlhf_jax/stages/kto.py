@@ -35,6 +35,7 @@ from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.runtime.loop import Rows
 from rlhf_jax.runtime.programs import Step
 from rlhf_jax.sampling.batches import map_table
+from rlhf_jax.sampling.compiled import compiled
 from rlhf_jax.text.tokenizer import Tokenizer
 from rlhf_jax.types import RlhfError, Sequences, UnpairedBatch
 
@@ -230,7 +231,7 @@ def response_logprobs(
     return sequence_logprobs(stats.logprobs, sequences.response_mask)
 
 
-_compiled_logprobs = jax.jit(response_logprobs, static_argnums=0)
+_compiled_logprobs = compiled(0)(response_logprobs)
 
 
 def unpaired_loss(

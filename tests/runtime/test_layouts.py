@@ -10,7 +10,7 @@ from rlhf_jax.core import masking
 from rlhf_jax.core.row_sharding import ROWS
 from rlhf_jax.runtime.programs import make_placement
 from tests.support import hlo
-from tests.support.layouts import CASES, DEVICES, LAYOUTS, Measured, measure
+from tests.support.layouts import BULK, CASES, DEVICES, LAYOUTS, Measured, measure, measure_bulk
 
 OFFLINE = [name for name in CASES if name not in ("ppo", "grpo", "online_dpo")]
 
@@ -33,6 +33,23 @@ def test_packed_pairs_share_the_work_and_stay_where_they_are():
     measured = measure("dpo, packed", LAYOUTS["fsdp=8"])
     assert_shares(measured)
     assert_moves_weights(measured, fsdp=True)
+
+
+BULK_LAYOUTS = [(name, layout) for name in BULK for layout in LAYOUTS]
+QUICK = [("generate", "data=8"), ("score", "fsdp=8")]
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [each if each in QUICK else pytest.param(*each, marks=pytest.mark.nightly) for each in BULK_LAYOUTS],
+)
+def test_sampling_and_scoring_in_bulk_share_the_work(name, layout):
+    measured = measure_bulk(name, LAYOUTS[layout])
+    assert_shares(measured)
+    if layout in ("data=8", "pmap=8"):
+        assert sum(measured.costs.bytes.values()) < 0.05 * measured.frozen  # the results alone
+    if name != "generate" and layout == "fsdp=8":
+        assert 0.5 * measured.frozen < sum(measured.costs.bytes.values()) < 1.1 * measured.frozen
 
 
 def assert_shares(measured: Measured) -> None:

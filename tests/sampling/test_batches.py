@@ -79,7 +79,7 @@ def test_prompts_are_sampled_longest_first_at_the_width_of_their_batch_and_retur
     with compilations() as counts:
         found = batches.sample_all(POLICY, PARAMS, prompts, key, sampling, samples=2, batch_size=4, limits=limits)
     # Widths of 72 (70 and 40 tokens), 64 (33 and 10) and 32 (3); the rest of an uneven one is one queue.
-    assert (counts["_generate"], counts["sample_queue"]) == ((1, 1) if eos is None else (3, 0))
+    assert (counts["generate_batch"], counts["sample_queue"]) == ((1, 1) if eos is None else (3, 0))
     padded_batch = PromptBatch(*map(jnp.asarray, (*prompts, np.arange(5, dtype=np.int32))))
     options = {"samples": 2, "limits": jnp.asarray(limits, jnp.int32)}
     at_once = jax.jit(lambda params, prompts: generate(POLICY, params, prompts, key, sampling, **options).rollout)

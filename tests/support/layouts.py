@@ -16,7 +16,11 @@ from rlhf_jax.methods.policy_gradient import Iteration
 from rlhf_jax.methods.policy_parts import Networks
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
+from rlhf_jax.models.sharding import on_devices
 from rlhf_jax.runtime.programs import RuntimeConfig, Step, make_placement
+from rlhf_jax.sampling import batches
+from rlhf_jax.sampling.choice import Sampling
+from rlhf_jax.sampling.compiled import mesh_of
 from rlhf_jax.stages import kto, online_dpo, reward_model, sft
 from tests.support import hlo, networks, tiny
 from tests.support.programs import runtime
@@ -104,6 +108,21 @@ CASES: dict[str, Callable[[], Case]] = {
 }
 
 
+def _bulk_generate(place: Callable) -> tuple:
+    prompts = tiny.prompts(ROWS)
+    sampling = Sampling(tiny.RESPONSE, 1.0, (tiny.EOS,))
+    limits = np.full(ROWS, tiny.RESPONSE, np.int32)
+    return POLICY, place(POLICY), prompts, limits, jax.random.key(0), sampling, 1, None
+
+
+BULK: dict[str, tuple[Callable, Callable[[Callable], tuple]]] = {
+    "generate": (batches.generate_batch, _bulk_generate),
+    "score": (batches.score_batch, lambda place: (REWARD, place(REWARD), tiny.preferences(ROWS).chosen)),
+    "logprobs": (batches.logprobs_of, lambda place: (POLICY, place(POLICY), tiny.preferences(ROWS).chosen, 1.0)),
+}
+"""Programs outside of training: the compiled function, and its arguments, given where parameters lie."""
+
+
 class Measured(NamedTuple):
     """Costs of a program on one device, and quantities of the program that do not depend on the layout."""
 
@@ -130,6 +149,27 @@ def measure(name: str, where: RuntimeConfig) -> Measured:
         hlo.of_jaxpr(jaxpr.jaxpr, unknown_loops=loops),
         _bytes(case.state.params),
         _bytes(case.frozen),
+    )
+
+
+@functools.cache
+def measure_bulk(name: str, where: RuntimeConfig) -> Measured:
+    """Compile a program that samples or scores in bulk for a layout and count."""
+    function, arguments = BULK[name]
+
+    def place(network: PolicyNetwork | ScalarNetwork) -> Any:
+        params = network.init(jax.random.key(0))
+        return jax.device_put(params, on_devices(params, make_placement(where, seeds=1).where))
+
+    arrays = jax.tree.map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf, arguments(place))
+    args, loops = arguments(place), tiny.RESPONSE - 1
+    compiled = function.program.lower(mesh_of(args), *args).compile()  # type: ignore[attr-defined]
+    jaxpr = jax.make_jaxpr(lambda: function.__wrapped__(*arrays))()  # type: ignore[attr-defined]
+    return Measured(
+        hlo.of_compiled(compiled, unknown_loops=loops),
+        hlo.of_jaxpr(jaxpr.jaxpr, unknown_loops=loops),
+        0,
+        _bytes(args[1]),
     )
 
 

@@ -88,10 +88,11 @@ class Context:
     def model(self, source: str, tuning: Tuning = NO_CHANGES) -> Policy | RewardModel:
         """Load the model of an earlier stage or a checkpoint, with the dtypes and options of `tuning`."""
         platform = self.placement().platform
-        if tuning.attention == "cudnn" and platform != "gpu":
+        needed = {"cudnn": ("gpu", "an NVIDIA GPU"), "splash": ("tpu", "a TPU")}.get(tuning.attention)
+        if needed is not None and platform != needed[0]:
             raise RlhfError(
-                f"config.{self.name}: attention = 'cudnn' needs an NVIDIA GPU, but this runs on {platform}: set it to "
-                "'xla'"
+                f"config.{self.name}: attention = {tuning.attention!r} needs {needed[1]}, but this runs on {platform}: "
+                "set it to 'xla'"
             )
         self.bar.now(f"loading {source}")
         if source not in self.stages:

@@ -31,7 +31,7 @@ class Tuning:
     # Dtype of the matrix products; None: as the source stage, float32 for a checkpoint.
     compute_dtype: DType | None = None
     remat: bool | None = None  # recompute activations in the backward pass; None: as the source
-    attention: AttentionBy = "xla"  # implementation of attention: XLA's, or cuDNN's on GPUs
+    attention: AttentionBy = "xla"  # implementation of attention: XLA's, cuDNN's on GPUs, or splash attention on TPUs
     # User-defined family of a checkpoint, file.py:NAME (examples/family.py); None: built-in, found by config.json.
     family: FunctionSource | None = None
     lora: LoraConfig | None = None  # train this adapter and freeze the model; None: train the model

@@ -1,12 +1,16 @@
-"""Softmax attention with a hand-written gradient, or cuDNN's in programs for NVIDIA GPUs."""
+"""Softmax attention with a hand-written gradient, cuDNN's in programs for NVIDIA GPUs, or splash attention on TPUs."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int
 
+from rlhf_jax.core.row_sharding import ROW_AXES, row_devices
 from rlhf_jax.models.model_config import AttentionBy
+from rlhf_jax.models.splash import splash_attend
 
 
 def attend(
@@ -18,18 +22,51 @@ def attend(
     scale: float,
     softcap: float | None,
     by: AttentionBy,
+    segments: Int[Array, "B S"] | None = None,
+    window: int | None = None,
 ) -> Float[Array, "B S H K"]:
     """Attention of S queries to C slots; each of G key-value heads serves H / G query heads.
 
-    The device that the program is compiled for decides: cuDNN computes on NVIDIA GPUs, XLA elsewhere. XLA also computes
-    sizes that cuDNN does not support (`cudnn_takes`) and a soft cap. Queries without a visible slot get 0 from XLA, and
-    an arbitrary value from cuDNN.
+    The device that the program is compiled for decides: cuDNN computes on NVIDIA GPUs, splash attention on TPUs, and
+    XLA elsewhere. XLA also computes sizes that cuDNN does not support (`cudnn_takes`), a soft cap in place of cuDNN,
+    and steps with a cache in place of splash attention, which never reads the mask. Queries without a visible slot get
+    0 from XLA, and an arbitrary value from the others.
+
+    Args: segments and window express the mask of rows without a cache. Segments number the sequences, whose tokens see
+    the same sequence up to themselves, with -1 at padding (None: there is a cache). Window is the number of visible
+    tokens, including the token itself (None: unlimited).
     """
     by_xla = functools.partial(_by_xla, scale, softcap)
     if by == "cudnn" and softcap is None and cudnn_takes(q.shape[1], k.shape[2]):
-        by_cudnn = functools.partial(_by_cudnn, scale)
+        by_cudnn = _on_each_device(functools.partial(_by_cudnn, scale), q, k)
         return jax.lax.platform_dependent(q, k, v, mask, cuda=by_cudnn, default=by_xla)
+    if by == "splash" and segments is not None:
+        splash = functools.partial(splash_attend, scale=scale, softcap=softcap, window=window)
+        by_splash = _on_each_device(splash, q, k)
+        return jax.lax.platform_dependent(
+            q,
+            k,
+            v,
+            mask,
+            segments,
+            tpu=lambda q, k, v, mask, segments: by_splash(q, k, v, segments),
+            default=lambda q, k, v, mask, segments: by_xla(q, k, v, mask),
+        )
     return by_xla(q, k, v, mask)
+
+
+def _on_each_device(kernel: Callable[..., Array], q: Array, k: Array) -> Callable[..., Array]:
+    """Apply a kernel to each device's rows and heads: the compiler cannot split it.
+
+    Args: the kernel takes q, k, v, and another array with rows. Rows and heads that do not divide are not split.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not {*ROW_AXES, "tensor"} <= set(mesh.auto_axes) or mesh.size == 1:
+        return kernel
+    rows = None if len(q) % row_devices() else ROW_AXES
+    heads = None if k.shape[1] % mesh.shape["tensor"] else "tensor"
+    queries, slots = P(rows, None, heads), P(rows, heads)
+    return jax.shard_map(kernel, in_specs=(queries, slots, slots, P(rows)), out_specs=queries, check_vma=False)
 
 
 def _by_xla(scale: float, softcap: float | None, q: Array, k: Array, v: Array, mask: Array) -> Array:

@@ -29,6 +29,7 @@ class Place(NamedTuple):
     sin: Array | None  # [B, S, pairs], or None without rotary positions
     cos: Array | None
     attention_mask: Array  # bool[B, S, C]: slots visible to each new token
+    segments: Array | None  # int32[B, S]: sequences of the new tokens, -1 at padding; None with a cache
     slot: Array | int  # first cache slot of the new tokens
 
 
@@ -60,9 +61,10 @@ def linear_options(config: ModelConfig) -> dict[str, Any]:
 
 
 class Attention(nn.Module):
-    """Causal self-attention with grouped heads."""
+    """Causal self-attention with grouped heads, within a window of tokens (None: unlimited)."""
 
     config: ModelConfig
+    window: int | None
 
     @nn.compact
     def __call__(
@@ -71,9 +73,9 @@ class Attention(nn.Module):
         """Attend from S new tokens to C slots: the tokens themselves, or a cache to which they are written first."""
         config = self.config
         width = config.head_width
-        options = linear_options(config)
+        linear = linear_options(config)
         q, k, v = (
-            nn.DenseGeneral((heads, width), name=name, use_bias=config.qkv_bias, **options)(x)
+            nn.DenseGeneral((heads, width), name=name, use_bias=config.qkv_bias, **linear)(x)
             for name, heads in (("q", config.n_heads), ("k", config.kv_heads), ("v", config.kv_heads))
         )
         if config.qk_norm == "head":
@@ -93,9 +95,17 @@ class Attention(nn.Module):
             )
         scale = config.query_scale if config.query_scale is not None else width**-0.5
         mixed = attend(
-            q, k, v, place.attention_mask, scale=scale, softcap=config.attention_softcap, by=config.attention
+            q,
+            k,
+            v,
+            place.attention_mask,
+            scale=scale,
+            softcap=config.attention_softcap,
+            by=config.attention,
+            segments=place.segments,
+            window=self.window,
         )
-        out = nn.DenseGeneral(config.d_model, axis=(-2, -1), name="o", use_bias=config.out_bias, **options)
+        out = nn.DenseGeneral(config.d_model, axis=(-2, -1), name="o", use_bias=config.out_bias, **linear)
         return out(mixed), cached
 
 
@@ -103,6 +113,7 @@ class Block(nn.Module):
     """Transformer block: attention and an MLP with residual connections, and norms before, after or around them."""
 
     config: ModelConfig
+    window: int | None  # of the attention
 
     @nn.compact
     def __call__(
@@ -114,7 +125,9 @@ class Block(nn.Module):
         def norm(y: Array, where: str, name: str) -> Array:
             return Norm(config, config.norm, name=name)(y) if config.norm_placement in (where, "around") else y
 
-        mixed, cached = Attention(config, name="attention")(norm(x, "before", "attention_norm"), place, cached)
+        mixed, cached = Attention(config, self.window, name="attention")(
+            norm(x, "before", "attention_norm"), place, cached
+        )
         mixed = norm(mixed, "after", "attention_out_norm")
         h = self._mlp(norm(x if config.parallel else x + mixed, "before", "mlp_norm"))
         return x + mixed + norm(h, "after", "mlp_out_norm"), cached

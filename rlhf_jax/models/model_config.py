@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 from rlhf_jax.config import Count, Finite, NonNegative, Positive, Range, check_ranges
 
 DType = Literal["float32", "bfloat16", "float16"]
-AttentionBy = Literal["xla", "cudnn"]
-"""Attention implementation: XLA on any device, or cuDNN's flash attention on NVIDIA GPUs."""
+AttentionBy = Literal["xla", "cudnn", "splash"]
+"""Attention implementation: XLA on any device, cuDNN's flash attention on NVIDIA GPUs, or splash attention on TPUs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ class ModelConfig:
     param_dtype: DType  # dtype of the parameters
     compute_dtype: DType  # dtype of the matrix products
     remat: bool = False  # store only the inputs of blocks for the backward pass, and recompute the rest
-    attention: AttentionBy = "xla"  # implementation of attention: XLA's, or cuDNN's on GPUs
+    attention: AttentionBy = "xla"  # implementation of attention: XLA's, cuDNN's on GPUs, or splash attention on TPUs
     n_kv_heads: Count | None = None  # key-value heads, shared by groups of query heads; None: n_heads
     head_dim: Count | None = None  # channels per head; None: d_model / n_heads
     gated: bool = False  # multiply the activation by a second projection (GLU)

@@ -50,7 +50,7 @@ class Transformer(nn.Module):
         if config.positions == "learned":
             self.position_table = self.param("positions", table, (config.context, config.d_model), config.param_dtype)
         block = nn.remat(Block) if config.remat else Block
-        self.blocks = [block(config, name=f"block_{i}") for i in range(config.n_layers)]
+        self.blocks = [block(config, config.window(i), name=f"block_{i}") for i in range(config.n_layers)]
         self.final_norm = Norm(config, config.norm)
 
     def __call__(
@@ -110,6 +110,8 @@ class Transformer(nn.Module):
         angles: dict[Rope, tuple[Array | None, Array | None]] = {}
         masks: dict[int | None, Array] = {}
         layers = []
+        numbered = jnp.zeros_like(positions) if sequence is None else sequence
+        segments = jnp.where(positions == EMPTY, EMPTY, numbered) if cached[0] is None else None
         for i, (block, layer) in enumerate(zip(self.blocks, cached, strict=True)):
             rope, window = config.layer_rope(i), config.window(i)
             if rope not in angles:
@@ -119,7 +121,7 @@ class Transformer(nn.Module):
                 masks[window] = _visible(positions, known, window, sequence)
             if layer is None:  # when decoding, this would gather the weights for every token
                 x = split_rows(x)
-            x, layer = block(x, Place(*angles[rope], masks[window], slot), layer)
+            x, layer = block(x, Place(*angles[rope], masks[window], segments, slot), layer)
             layers.append(layer)
         return self.final_norm(x), layers
 

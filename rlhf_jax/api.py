@@ -97,7 +97,9 @@ def run(
     if not isinstance(config, ConfigDict):
         config = load_config(config)
     place = open_workdir(workdir, inputs)
-    console = Console(width=None if sys.stdout.isatty() else 120, force_jupyter=False)
+    terminal = sys.stdout.isatty()
+    # A Jupyter kernel sets FORCE_COLOR, for which rich would draw bars in the output of a cell.
+    console = Console(width=None if terminal else 120, force_jupyter=False, force_terminal=None if terminal else False)
     worked = experiment.run(experiment.parse(config), place, stage, console)
     # Imported after the stages: pandas and matplotlib take a second.
     from rlhf_jax.reports.report import MATCHED, REPORT, RESULTS, is_current, print_summary, write_report

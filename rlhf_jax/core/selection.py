@@ -77,6 +77,19 @@ def best_of_n_kl_estimate(logprobs: ArrayLike, n: int) -> Float[np.ndarray, "...
     return np.asarray(among_rest * (best_of_n_kl(n) + (n - 1) * rest) + chosen * ratio)
 
 
+def fit_over_optimisation(kl: Float[np.ndarray, "N"], gains: Float[np.ndarray, "N"]) -> tuple[float, float]:
+    r"""Fit $R(d) = d (\alpha - \beta d)$ with $d = \sqrt{KL}$ to the gold gains of Best-of-N, by least squares.
+
+    The law of Gao et al. 2022 (arXiv:2210.10760) for Best-of-N; its maximum is at $d = \alpha / 2 \beta$.
+
+    Args: kl in nats and gains over a single sample, for several n.
+    Returns: alpha, in units of the gain per root of a nat, and beta, per nat.
+    """
+    root = np.sqrt(kl)
+    alpha, beta = np.linalg.lstsq(np.stack([root, -kl], axis=1), gains, rcond=None)[0]
+    return float(alpha), float(beta)
+
+
 def best_of_n_win_rate(proxy: ArrayLike, gold: ArrayLike, n: int) -> Float[np.ndarray, "B"]:
     r"""Probability, for each prompt, that the best of n by proxy score beats another sample by gold score.
 

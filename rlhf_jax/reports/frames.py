@@ -128,12 +128,15 @@ def best_of_n_points(run: Run, *, gold: bool) -> pd.DataFrame | None:
 def training_paths(run: Run, judge: TfidfJudge | None) -> dict[str, pd.DataFrame]:
     """`step, kl, score` of PPO's training samples, averaged over samples and seeds, by the stage's label.
 
-    The judge scores prompt and completion; without a judge, the score is the reward recorded during training.
+    Stages that wrote no samples are left out. The judge scores prompt and completion; without a judge, the score is the
+    reward recorded during training.
     """
     names = run.of_kind("ppo", complete=True)
     labels, paths = stage_labels(run, names), {}
     for name in names:
         samples = run.samples(name)
+        if samples.empty:  # samples_written = 0
+            continue
         if judge is not None:
             samples["score"] = judge.score((samples["prompt"] + samples["completion"]).tolist())
         paths[labels[name]] = samples.groupby("step", as_index=False)[["kl", "score"]].mean()

@@ -15,6 +15,7 @@ from rlhf_jax.core.selection import (
     best_of_n_kl_estimate,
     best_of_n_win_rate,
     best_of_n_win_rate_bound,
+    fit_over_optimisation,
     order_statistic_weights,
     random_groups,
     soft_best_of_n,
@@ -265,3 +266,15 @@ def test_the_distribution_of_the_best_is_that_of_all_sequences_of_samples(n):
         best = max(samples, key=lambda response: scores[response])  # the first of equals
         expected[best] += np.prod(chances[list(samples)])
     np.testing.assert_allclose(best_of_n_distribution(chances, scores, n), expected, atol=1e-14)
+
+
+def test_the_fit_of_over_optimisation_is_exact_on_its_own_law_and_least_squares_elsewhere():
+    kl = best_of_n_kl([1, 2, 8, 64, 512])
+    root, rng = np.sqrt(kl), np.random.default_rng(0)
+    alpha, beta = fit_over_optimisation(kl, root * (0.8 - 0.3 * root))
+    assert (alpha, beta) == (pytest.approx(0.8), pytest.approx(0.3))
+    gains = rng.normal(size=5)
+    alpha, beta = fit_over_optimisation(kl, gains)
+    errors = [np.sum((gains - root * (a - b * root)) ** 2) for a, b in ((alpha, beta), (alpha + 0.01, beta))]
+    errors.append(np.sum((gains - root * (alpha - (beta + 0.01) * root)) ** 2))
+    assert errors[0] < min(errors[1:])

@@ -32,8 +32,8 @@ def test_an_experiment_is_found_by_the_end_of_its_name():
     for name in ("start", "", "movie_reviews", "machines"):
         with pytest.raises(
             RlhfError,
-            match=r"are arithmetic, comparison, hh_pythia, imdb_gpt2, kl_sweep, preferences, quickstart, sentiment, "
-            r"tldr_pythia$",
+            match=r"are arithmetic, comparison, hh_pythia, imdb_gpt2, kl_sweep, lectures, preferences, quickstart, "
+            r"sentiment, tldr_pythia$",
         ):
             included_experiment(name)
 

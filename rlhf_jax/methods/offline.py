@@ -155,9 +155,9 @@ def train_offline(
         evaluation=Evaluation(config.eval_every, method.evaluate),
         describe=lambda step, samples: [],
     )
-    train(task, config.loop, placement, context.seed, context.directory, context.bar)
+    done = train(task, config.loop, placement, context.seed, context.directory, context.bar)
     context.bar.say(f"{context.name}: {batches.described()}")
-    return {"steps": steps, "widths": batches.widths}
+    return {"steps": done, "widths": batches.widths}
 
 
 def make_batches(

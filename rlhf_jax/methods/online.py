@@ -140,8 +140,9 @@ def train_online(
         evaluation=None,
         describe=describe,
     )
-    train(task, config.loop, placement, context.seed, context.directory, context.bar)
+    done = train(task, config.loop, placement, context.seed, context.directory, context.bar)
     return {
+        **({"steps": done} if done < config.iterations else {}),
         "prompts": len(inputs.prompts.tokens),
         "prompt_key": [np.asarray(jax.random.key_data(key)).tolist() for key in prompt_keys],
     }

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from rlhf_jax.models.sharding import Where, on_devices
+from rlhf_jax.runtime.best import BestSoFar, Preservation, best_step
 from rlhf_jax.types import RlhfError
 
 if TYPE_CHECKING:
@@ -43,18 +44,20 @@ _REPEATED = _Repeated()
 
 
 class Checkpoints:
-    """Checkpoints of one stage; the newest `keep` are retained."""
+    """Checkpoints of one stage; the newest `keep` are retained, and the best one if a metric is given."""
 
-    def __init__(self, directory: Path, keep: int) -> None:
+    def __init__(self, directory: Path, keep: int, best: BestSoFar | None = None) -> None:
         """Open or create a directory, and remove the remains of interrupted saves."""
         import orbax.checkpoint as ocp
 
         self._directory = directory
         logging.getLogger("asyncio").addFilter(_REPEATED)
-        self._manager = ocp.CheckpointManager(
-            directory.absolute(),
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
-        )
+        settings = ocp.CheckpointManagerOptions(cleanup_tmp_directories=True)
+        if best is None:
+            settings.max_to_keep = keep
+        else:
+            settings.preservation_policy = Preservation(keep, best)
+        self._manager = ocp.CheckpointManager(directory.absolute(), options=settings)
 
     def latest_step(self) -> int | None:
         """Newest step with a complete checkpoint, or None."""
@@ -105,7 +108,8 @@ def load_params(directory: Path, network: str, like: PyTree, *, step: int | None
     """Load one network's parameters from a stage's checkpoints.
 
     Args: like gives the shapes (`jax.eval_shape` of the network's init, with a leading axis for several seeds); step is
-    None for the newest checkpoint; where gives the sharding of each parameter (None: the first device).
+    None for the best checkpoint of a stage with `loop.best`, and for the newest of others; where gives the sharding of
+    each parameter (None: the first device).
     Raises RlhfError if there is no such checkpoint.
     """
     import orbax.checkpoint as ocp
@@ -118,7 +122,8 @@ def load_params(directory: Path, network: str, like: PyTree, *, step: int | None
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         places = on_devices(like, where or (lambda path, shape: device))
         target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, places)
-        chosen = max(steps) if step is None else step
+        best = best_step(directory.parent)
+        chosen = step if step is not None else best if best in steps else max(steps)
         return manager.restore(chosen, args=ocp.args.Composite(**{network: ocp.args.StandardRestore(target)}))[network]
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from rlhf_jax.config import Count, check_ranges
+from rlhf_jax.runtime.best import Best, BestSoFar
 from rlhf_jax.runtime.checkpoints import Checkpoints, TrainState, abstract
 from rlhf_jax.runtime.files import RowWriter, read_rows
 from rlhf_jax.runtime.programs import Placement, Step
@@ -28,6 +29,7 @@ class LoopConfig:
     steps_per_call: Count  # steps per device call; logging and checkpoints happen between calls
     checkpoint_every: Count  # steps between checkpoints
     keep: Count = 2  # number of newest checkpoints to keep
+    best: Best | None = None  # keep the best checkpoint by a metric, for later stages; None: they read the newest
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -60,8 +62,10 @@ class Task:
     describe: Callable[[int, PyTree], Rows]  # step, one seed's samples -> sample rows
 
 
-def train(task: Task, config: LoopConfig, placement: Placement, first_seed: int, directory: Path, bar: Bar) -> None:
+def train(task: Task, config: LoopConfig, placement: Placement, first_seed: int, directory: Path, bar: Bar) -> int:
     """Run or resume a task, writing `metrics.jsonl`, `samples.jsonl` and `checkpoints/`.
+
+    Returns: the number of steps, less than total_steps if `config.best` stopped early.
 
     Raises RlhfError unless total_steps is a multiple of steps_per_call, and if a loss is not finite. The steps since
     the last checkpoint are then lost.
@@ -72,12 +76,16 @@ def train(task: Task, config: LoopConfig, placement: Placement, first_seed: int,
             f"{config.steps_per_call}: a shorter last call would compile a second program"
         )
     with contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(directory / "checkpoints", config.keep)))
+        best = None if config.best is None else BestSoFar(config.best)
+        kept = Checkpoints(directory / "checkpoints", config.keep, best)
+        checkpoints = stack.enter_context(contextlib.closing(kept))
         done = checkpoints.latest_step() or 0
         metric_rows, sample_rows = (
             stack.enter_context(contextlib.closing(RowWriter(directory / f"{name}.jsonl", done)))
             for name in ("metrics", "samples")
         )
+        if best and done:
+            _replay(best, config, directory, done, task.total_steps)
         state = task.start()
         if done:
             like, state = abstract(state), None  # a second state need not fit in memory
@@ -91,7 +99,7 @@ def train(task: Task, config: LoopConfig, placement: Placement, first_seed: int,
         else:
             program = placement.compile(task.step, state)
         clock, rounding_loss = _Clock(directory / "metrics.jsonl"), _RoundingLoss()
-        while done < task.total_steps:
+        while done < task.total_steps and not (best and best.out_of_patience(done)):
             steps = range(done, done + config.steps_per_call)
             batches = jax.tree.map(lambda *leaves: np.stack(leaves), *map(task.batch_at, steps))
             first = bar.first_call is None
@@ -116,6 +124,8 @@ def train(task: Task, config: LoopConfig, placement: Placement, first_seed: int,
                 bar.warn(lost)
             rows[-1].update(clock.read(config.steps_per_call, rows[-placement.seeds :]))
             metric_rows.write(rows)
+            if best:
+                best.log(rows)
             bar.update(
                 done,
                 task.total_steps,
@@ -124,9 +134,24 @@ def train(task: Task, config: LoopConfig, placement: Placement, first_seed: int,
             if _crossed(config.checkpoint_every, previous, done, task.total_steps):
                 metric_rows.flush()
                 sample_rows.flush()
+                if best:
+                    best.at_checkpoint(done)
                 checkpoints.save(placement.whole(state))
+        if best:
+            best.write(directory)
+            bar.say(f"{directory.name}: the best checkpoint is that of step {best.step}, of {done} steps")
         if isinstance(program, TwoPrograms) and (compiled := program.describe()):
             bar.say(f"{directory.name}: {compiled}")
+    return done
+
+
+def _replay(best: BestSoFar, config: LoopConfig, directory: Path, done: int, total: int) -> None:
+    """Find the best of the checkpoints up to `done` from the logged rows."""
+    rows = read_rows(directory / "metrics.jsonl")
+    for step in range(config.steps_per_call, done + 1, config.steps_per_call):
+        best.log(row for row in rows if step - config.steps_per_call < row["step"] <= step)
+        if _crossed(config.checkpoint_every, step - config.steps_per_call, step, total):
+            best.at_checkpoint(step)
 
 
 class _Clock:

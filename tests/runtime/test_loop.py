@@ -44,9 +44,9 @@ def task(steps: int, **changes) -> Task:
     )
 
 
-def run(a_task: Task, directory, **config) -> None:
+def run(a_task: Task, directory, *, steps_per_call: int = 2, checkpoint_every: int = 4, keep: int = 2) -> None:
     seeds = a_task.run_key.size
-    settings = LoopConfig(**{"steps_per_call": 2, "checkpoint_every": 4, **config})
+    settings = LoopConfig(steps_per_call, checkpoint_every, keep)
     with contextlib.closing(open(directory / "log", "w")) as log, Display(Console(file=log)).bar("x") as bar:
         train(a_task, settings, make_placement(tiny.ONE_DEVICE, seeds), 7, directory, bar)
 

@@ -52,10 +52,11 @@ class Trap:
 def arm_in(module: Any, trap: Trap) -> None:
     """Arms the trap while the stage trains."""
 
-    def train(*args: Any) -> None:
+    def train(*args: Any) -> int:
         trap.armed = True
-        loop.train(*args)
+        done = loop.train(*args)
         trap.armed = False
+        return done
 
     module.train = train
 

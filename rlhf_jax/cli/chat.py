@@ -1,13 +1,18 @@
 """`rlhf-jax chat`: a conversation in the terminal."""
 
+import argparse
+import atexit
 import contextlib
 import dataclasses
 import importlib
+import json
 import signal
 import sys
 import threading
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import jax
 from rich.console import Console
@@ -17,7 +22,8 @@ from rlhf_jax.cli import flags
 from rlhf_jax.cli.conversation import Answer, Conversation
 from rlhf_jax.cli.output import WholeWords, until_closed
 from rlhf_jax.cli.parser import Parser
-from rlhf_jax.loading.models import RewardModel
+from rlhf_jax.data.fetch import data_dir
+from rlhf_jax.loading.models import Policy, RewardModel
 from rlhf_jax.rewards.sources import Reward
 from rlhf_jax.types import RlhfError
 
@@ -28,9 +34,16 @@ A model without a chat template continues your text. /help lists the commands.
 COMMANDS = """\
 /system TEXT     set the system message; /system alone removes it
 /temperature X   set the sampling temperature; 0 is greedy decoding
-/reset           clear the conversation
+/undo            take back the last message and its answer
+/regenerate      answer the last message again, with another random key
+/compare MODEL   answer the last message by another stage of --workdir, or by a checkpoint
 /score           print the reward of the last answer
+/save FILE       append the conversation to FILE as a row of messages, which sft reads
+/reset           clear the conversation
 /exit            quit (or Ctrl-D); Ctrl-C stops an answer"""
+HISTORY_FILE = "chat_history"
+"""File in the data directory with the lines of earlier conversations."""
+HISTORY_LINES = 1000
 INPUT_PROMPT = "\001\033[1;36m\002> \001\033[0m\002"  # \001 and \002 enclose characters of no width, for readline
 
 
@@ -53,15 +66,29 @@ def chat_verb(arguments: list[str]) -> None:
     if sys.stdin.isatty():
         with console.status("[dim]compiling[/dim]"):
             conversation.compile()
-    Terminal(conversation, judge, console).run()
+    Terminal(conversation, judge, lambda name: _load_other(options, name), console).run()
+
+
+def _load_other(options: argparse.Namespace, name: str) -> Policy:
+    """Load the policy that /compare names: a stage of the work directory, or a checkpoint."""
+    own = options.workdir is not None and (options.workdir / name).is_dir()
+    changed = {"stage": name} if own else {"model": name, "workdir": None, "stage": None, "inputs": None}
+    return flags.load_policy(argparse.Namespace(**{**vars(options), "policy_seed": None, "family": None, **changed}))
 
 
 class Terminal:
     """Terminal loop that reads messages and commands and prints answers."""
 
-    def __init__(self, conversation: Conversation, judge: RewardModel | Reward | None, console: Console) -> None:
-        """Store the conversation, the reward behind /score, and the console."""
-        self._conversation, self._judge, self._console = conversation, judge, console
+    def __init__(
+        self,
+        conversation: Conversation,
+        judge: RewardModel | Reward | None,
+        load: Callable[[str], Policy],
+        console: Console,
+    ) -> None:
+        """Store the conversation, the reward behind /score, the loader of /compare's models, and the console."""
+        self._conversation, self._judge, self._load, self._console = conversation, judge, load, console
+        self._others: dict[str, Policy] = {}
 
     def run(self) -> None:
         """Read and answer lines until the input ends or /exit."""
@@ -74,13 +101,13 @@ class Terminal:
                 if line == "/exit":
                     return
                 try:
-                    self._command(line) if line.startswith("/") else self._answer(line)
+                    self._command(line) if line.startswith("/") else self._answer(self._conversation, line)
                 except RlhfError as error:
                     self._note(f"{error}")
 
-    def _answer(self, line: str) -> None:
+    def _answer(self, conversation: Conversation, line: str) -> None:
         answer = Answer()
-        pieces = self._conversation.reply(line, answer)
+        pieces = conversation.reply(line, answer)
         with _until_interrupted() as interrupted:
             with self._console.status("[dim]reading[/dim]"):
                 first = next(pieces, "")
@@ -106,6 +133,14 @@ class Terminal:
             self._note("System message set." if rest else "System message removed.")
         elif name == "/temperature":
             self._set_temperature(rest)
+        elif name == "/undo":
+            self._note(f"Taken back: {conversation.undo()}")
+        elif name == "/regenerate":
+            self._answer(conversation, conversation.undo())
+        elif name == "/compare":
+            self._compare(rest)
+        elif name == "/save":
+            self._save(rest)
         elif name == "/score":
             if self._judge is None:
                 raise RlhfError(
@@ -114,6 +149,33 @@ class Terminal:
             self._note(f"score {conversation.score(self._judge):+.3f}")
         else:
             raise RlhfError(f"unknown command {name}; /help lists the commands")
+
+    def _compare(self, name: str) -> None:
+        """Answer the last message by another model; the conversation keeps its own answer."""
+        if not name:
+            raise RlhfError("/compare: name a stage of --workdir, or a checkpoint")
+        before = self._conversation.messages
+        if name not in self._others:
+            with self._console.status("[dim]loading[/dim]"):
+                self._others[name] = self._load(name)
+        other = self._conversation.with_policy(self._others[name])
+        self._note(f"{name}:")
+        self._answer(other, before[-2]["content"])
+        if self._judge is not None:
+            own, others = (each.score(self._judge) for each in (self._conversation, other))
+            self._note(f"score {others:+.3f}; of the answer in the conversation {own:+.3f}")
+
+    def _save(self, name: str) -> None:
+        """Append the conversation to a file."""
+        if not name:
+            raise RlhfError("/save: name a file, such as chats.jsonl")
+        row = self._conversation.as_row()
+        try:
+            with Path(name).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise RlhfError(f"/save {name}: {error.strerror}") from error
+        self._note(f"Saved {len(row['messages'])} messages in {name}.")
 
     def _set_temperature(self, text: str) -> None:
         sampling = self._conversation.sampling
@@ -151,8 +213,8 @@ def _lines() -> Iterator[str]:
     """Yield the non-empty input lines, prompting for each if the input is a terminal."""
     terminal = sys.stdin.isatty()
     if terminal:
-        with contextlib.suppress(ImportError):  # line editing and history, where the platform has readline
-            importlib.import_module("readline")
+        with contextlib.suppress(ImportError):  # where the platform has readline
+            _edit_lines(importlib.import_module("readline"), data_dir() / HISTORY_FILE)
     while True:
         try:
             line = input(INPUT_PROMPT if terminal else "").strip()
@@ -165,6 +227,29 @@ def _lines() -> Iterator[str]:
             return
         if line:
             yield line
+
+
+def _edit_lines(readline: Any, history: Path) -> None:
+    """Edit lines with readline, with the history of earlier conversations; Tab completes commands."""
+    names = [line.split()[0] for line in COMMANDS.splitlines()]
+
+    def complete(text: str, number: int) -> str | None:
+        found = [name for name in names if text and name.startswith(text)]
+        return found[number] if number < len(found) else None
+
+    readline.set_completer_delims(" ")
+    readline.set_completer(complete)
+    readline.parse_and_bind("tab: complete")
+    readline.set_history_length(HISTORY_LINES)
+    with contextlib.suppress(OSError):  # a history that cannot be read or written is no reason to stop
+        readline.read_history_file(history)
+
+    def keep() -> None:
+        with contextlib.suppress(OSError):
+            history.parent.mkdir(parents=True, exist_ok=True)
+            readline.write_history_file(history)
+
+    atexit.register(keep)
 
 
 def _statistics(answer: Answer, stopped: bool) -> str:

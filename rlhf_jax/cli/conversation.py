@@ -60,6 +60,29 @@ class Conversation:
         """Clear the conversation except for the system message."""
         self.messages = []
 
+    def undo(self) -> str:
+        """Take back the last message and its answer, and return the message. Raises RlhfError if there is none."""
+        if not self.messages:
+            raise RlhfError("there is no message to take back")
+        *self.messages, message, _ = self.messages
+        return message["content"]
+
+    def with_policy(self, policy: Policy) -> "Conversation":
+        """Return the conversation before its last message, with another policy. Raises RlhfError as `undo` does."""
+        other = Conversation(policy, self.sampling, self._key, self._stops)
+        other.sampling = dataclasses.replace(self.sampling, stop_ids=policy.tokenizer.stop_ids)
+        other.messages = [*self.messages]
+        other.undo()
+        if self.system is not None:
+            other.set_system(self.system)
+        return other
+
+    def as_row(self) -> dict[str, Messages]:
+        """Return the conversation as a row of training data. Raises RlhfError if it is empty."""
+        if not self.messages:
+            raise RlhfError("there is no conversation yet")
+        return {"messages": self._with_system(self.messages)}
+
     def compile(self) -> None:
         """Compile the programs that a short first message needs, so that its answer starts without delay."""
         messages = [{"role": "user", "content": "Hello"}]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_jax.data import formats
 from tests.support import checkpoints, tokenizer_files, xla_flags
 from tests.support.commands import fails, reads, succeeds
 
@@ -29,7 +30,7 @@ SHOW_CURSOR = r"\x1b\[\?25h"
 class Typist:
     """Someone at a terminal."""
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(self, data: Path, *arguments: str) -> None:
         self.terminal, theirs = pty.openpty()
         environment = {
             **os.environ,
@@ -37,6 +38,7 @@ class Typist:
             "TERM": "xterm",
             "COLUMNS": "120",
             "XLA_FLAGS": xla_flags.XLA_FLAGS,
+            "RLHF_JAX_DATA": str(data),
         }
         self.process = subprocess.Popen(
             [sys.executable, "-c", AT_A_TERMINAL, "chat", *arguments],
@@ -82,7 +84,7 @@ def test_a_conversation_in_a_terminal(tmp_path):
     model = checkpoints.policy(tmp_path / "model", context=2**16, never=(2,))
     judge = checkpoints.reward_model(tmp_path / "judge")
     flags = [f"--model={model}", f"--reward-model={judge}", "--temperature=0", "--max-new-tokens=60000"]
-    with Typist(*flags) as person:
+    with Typist(tmp_path, *flags) as person:
         person.reads("/help lists the commands")
         person.reads("> ")
         person.type("Is it good?\r")
@@ -103,12 +105,18 @@ def test_a_conversation_in_a_terminal(tmp_path):
         person.reads("> ")
         person.type(CTRL_D)
         assert person.leaves() == 0
+    assert (tmp_path / "chat_history").read_text().splitlines()[-4:] == [
+        "Is it good?",
+        "/score",
+        "/temperature 0.5",
+        "/help",
+    ]
 
 
 def test_answers_come_in_pieces_of_whole_characters(tmp_path):
     """A model of noise over bytes writes mostly what is no text, and what a terminal would obey."""
     model = checkpoints.policy(tmp_path / "model", never=(2,))
-    with Typist(f"--model={model}", "--max-new-tokens=150") as person:
+    with Typist(tmp_path, f"--model={model}", "--max-new-tokens=150") as person:
         person.reads("> ")
         person.type("Is it good?\r")
         person.reads("reading")
@@ -152,6 +160,40 @@ def test_a_pipe_asks_and_commands(model, capsys, monkeypatch):
     assert answer in chat(capsys, monkeypatch, "/system Be short.\n/system\nIs it good?\n", *short)
 
 
+def test_an_answer_is_taken_back_and_given_again(model, capsys, monkeypatch):
+    short = [model, "--max-new-tokens=5"]
+
+    def answers(lines: str) -> list[str]:
+        said = re.split(r"5 tokens, [\d.]+ per second; cut off.*\n\n", chat(capsys, monkeypatch, lines, *short))
+        return [text.split("\n", 1)[-1] if text.startswith("Taken") else text for text in said[:-1]]
+
+    first, second = answers("Is it good?\nWhy?\n")
+    again, taken = answers("Is it good?\n/undo\nWhy?\n")
+    assert again == first and taken != second, "the second answer does not know of the first question"
+    once, more = answers("Is it good?\n/regenerate\n")
+    assert once == first and more != first, "a new key"
+
+
+def test_another_model_answers_the_same(model, tmp_path, capsys, monkeypatch):
+    other = checkpoints.policy(tmp_path / "other", never=(2,), seed=7)
+    short = ["--max-new-tokens=5", "--temperature=0"]
+    alone = chat(capsys, monkeypatch, "Is it good?\n", f"--model={other}", *short)
+    both = chat(capsys, monkeypatch, f"Is it good?\n/compare {other}\n", model, *short)
+    assert f"{other}:\n{alone[: alone.index('5 tokens')]}" in both
+    assert "name a stage of --workdir" in chat(capsys, monkeypatch, "Is it good?\n/compare\n", model, *short)
+
+
+def test_a_conversation_is_saved_as_training_data(model, tmp_path, capsys, monkeypatch):
+    file = tmp_path / "chats.jsonl"
+    lines = f"Is it good?\n/save {file}\n/save {file}\n/save {tmp_path / 'no' / 'where'}\n"
+    said = chat(capsys, monkeypatch, lines, model, "--max-new-tokens=5", "--system=Be short.")
+    assert said.count("Saved 3 messages") == 2 and "No such file" in said
+    first, second = file.read_text().splitlines()
+    rows = formats.read_table(str(file))
+    assert first == second and formats.kind_of(rows) == "messages"
+    assert [message["role"] for message in rows[0]["messages"]] == ["system", "user", "assistant"]
+
+
 def test_the_last_answer_is_scored_by_python(model, tmp_path, capsys, monkeypatch):
     (tmp_path / "mine.py").write_text(
         "def f(prompts, completions, completion_ids):\n"
@@ -173,6 +215,10 @@ def test_the_last_answer_is_scored_by_python(model, tmp_path, capsys, monkeypatc
         ("/temperature -1", "/temperature -1: give a number >= 0"),
         ("/nonsense", "unknown command /nonsense; /help lists the commands"),
         ("/reset", "Conversation cleared."),
+        ("/undo", "there is no message to take back"),
+        ("/regenerate", "there is no message to take back"),
+        ("/save", "/save: name a file"),
+        ("/save chats.jsonl", "there is no conversation yet"),
         ("word " * 200, "tokens, but the context is 256"),
     ],
 )

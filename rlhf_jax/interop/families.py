@@ -150,6 +150,7 @@ def ends(embedding: str, final_norm: str, head: str = "lm_head.weight") -> tuple
         *norm(final_norm, "final_norm"),
         Tensor(head, ("head",)),
         Tensor("score.weight", ("head/kernel",), "out_in"),
+        Tensor("score.bias", ("head/bias",)),
     )
 
 

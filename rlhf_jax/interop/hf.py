@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+from rlhf_jax.interop import mean_pooled
 from rlhf_jax.interop.families import USER_FAMILY, family_of, pack, tensor_shape, tensors_of, unpack
 from rlhf_jax.interop.tensor_files import (
     ALIGNMENT,
@@ -27,7 +28,7 @@ from rlhf_jax.interop.tensor_files import (
 )
 from rlhf_jax.models.model_config import AttentionBy, DType, ModelConfig
 from rlhf_jax.models.policy import PolicyNetwork
-from rlhf_jax.models.scalars import ScalarNetwork
+from rlhf_jax.models.scalars import Pooling, ScalarNetwork
 from rlhf_jax.types import RlhfError
 
 Place = Callable[[str, np.ndarray], jax.Array]
@@ -102,7 +103,7 @@ def load_pretrained(
     kind = _kind(hf_config, directory)
     how = {"param_dtype": param_dtype or "float32", "compute_dtype": compute_dtype, "remat": remat}
     config, vocab_size = _read_shape(hf_config, directory, **how, attention=attention)
-    shapes = parameter_shapes(kind, config, vocab_size)
+    shapes = parameter_shapes(kind, config, vocab_size, pooling=pooling_of(hf_config))
     stored = find_tensors(directory)
     table = family_of(hf_config, str(directory))
     place = place or (lambda path, array: jax.device_put(array))
@@ -134,7 +135,7 @@ def save_pretrained(directory: Path, kind: Role, params: PyTree, hf_config: dict
     Tensors keep the dtypes of the parameters. Raises RlhfError if the directory exists and is not empty.
     """
     flat = {_path(path, kind): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
-    if kind == "reward":
+    if kind == "reward" and pooling_of(hf_config) == "last":
         refuse_bias(flat.pop("head/bias", None))
     family = family_of(hf_config, "config.json")
     layers = len({path.split("/")[0] for path in flat if path.startswith("block_")})
@@ -152,6 +153,8 @@ def save_pretrained(directory: Path, kind: Role, params: PyTree, hf_config: dict
     hf_config = {name: value for name, value in hf_config.items() if name not in unsaved} | {"dtype": dtype}
     with new_directory(directory) as partial:
         (partial / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n")
+        if pooling_of(hf_config) == "mean":
+            mean_pooled.write_class(partial, hf_config)
         write_tensors(partial / "model.safetensors", header, fetch)
 
 
@@ -206,13 +209,18 @@ def checkpoint_hash(directory: Path) -> str:
 
 def network_of(pretrained: Checkpoint) -> PolicyNetwork | ScalarNetwork:
     """Make the network of a loaded checkpoint."""
-    return _network(pretrained.kind, pretrained.config, pretrained.vocab_size)
+    return _network(pretrained.kind, pretrained.config, pretrained.vocab_size, pooling_of(pretrained.hf_config))
 
 
-def _network(kind: Role, config: ModelConfig, vocab_size: int) -> PolicyNetwork | ScalarNetwork:
+def _network(kind: Role, config: ModelConfig, vocab_size: int, pooling: Pooling) -> PolicyNetwork | ScalarNetwork:
     if kind == "policy":
         return PolicyNetwork(config, vocab_size, ())
-    return ScalarNetwork(config, vocab_size, "last", bias=False)
+    return ScalarNetwork(config, vocab_size, pooling, bias=pooling == "mean")
+
+
+def pooling_of(hf_config: dict[str, Any]) -> Pooling:
+    """Tokens that a classifier's score is read from."""
+    return "mean" if mean_pooled.is_mean_pooled(hf_config) else "last"
 
 
 def _read_shape(hf_config: dict[str, Any], directory: Path, **how: Any) -> tuple[ModelConfig, int]:
@@ -264,15 +272,17 @@ def _kind(hf_config: dict[str, Any], directory: Path) -> Role:
     raise RlhfError(f"{directory} is a {architecture}: give a ...ForCausalLM, or a ...ForSequenceClassification")
 
 
-def parameter_shapes(kind: Role, config: ModelConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
+def parameter_shapes(
+    kind: Role, config: ModelConfig, vocab_size: int, *, pooling: Pooling = "last"
+) -> dict[str, tuple[int, ...]]:
     """Return the shape of every parameter of a network, by its path."""
     key = jax.eval_shape(lambda: jax.random.key(0))  # only its shape, to avoid compiling a program
-    tree = jax.eval_shape(_network(kind, config, vocab_size).init, key)
+    tree = jax.eval_shape(_network(kind, config, vocab_size, pooling).init, key)
     return {_path(path, kind): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _path(path: tuple, kind: Role) -> str:
-    """Path of a parameter within the transformer; the reward model's head stays `head/kernel`."""
+    """Path of a parameter within the transformer; those of a reward model's head stay `head/kernel`, `head/bias`."""
     return jax.tree_util.keystr(path, simple=True, separator="/").removeprefix("body/" if kind == "reward" else "")
 
 
@@ -281,7 +291,7 @@ def _nested(params: dict[str, jax.Array], kind: Role) -> PyTree:
     for path, leaf in params.items():
         *names, last = path.split("/")
         node = tree
-        if kind == "reward" and path != "head/kernel":
+        if kind == "reward" and names != ["head"]:
             node = tree.setdefault("body", {})
         for name in names:
             node = node.setdefault(name, {})

@@ -1,6 +1,7 @@
 """Write models as directories that transformers and PEFT load."""
 
 import contextlib
+import dataclasses
 import json
 import tempfile
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.interop import hf, peft
+from rlhf_jax.interop import hf, mean_pooled, peft
 from rlhf_jax.interop.description import describe
 from rlhf_jax.interop.hub import MODELS, checkpoint_directory
 from rlhf_jax.loading import models, pretrained, stage_models
@@ -31,12 +32,17 @@ def export(model: Policy | RewardModel, directory: str | Path) -> Path:
 
     Returns: the directory, as a path.
 
+    A mean-pooled reward model is written with a class of its own, which transformers loads with
+    `trust_remote_code=True`.
+
     Raises RlhfError if the directory exists, if no family supports the architecture, or if transformers would compute
     different scores with a reward model.
     """
     out = new_directory(directory)
     _check_exportable(model)
     model, hf_config = with_hf_config(models.merged(model))
+    if isinstance(model, RewardModel):
+        model, hf_config = _with_pooling(model, hf_config)
     with _atomic_directory(out) as partial:
         hf.save_pretrained(partial, _kind(model), model.params, hf_config)
         model.tokenizer.save(partial)
@@ -54,6 +60,11 @@ def export_adapter(model: Policy | RewardModel, directory: str | Path, *, base: 
     """
     out = new_directory(directory)
     _check_exportable(model)
+    if isinstance(model, RewardModel) and model.network.pooling != "last":
+        raise RlhfError(
+            f"the reward model has pooling = {model.network.pooling!r}, which PEFT's classifiers do not have: leave "
+            "--adapter out to export the full model with a class of its own"
+        )
     lora = model.network.lora
     if lora is None or not isinstance(model.params, Adapted):
         raise RlhfError("the model has no adapter: use export")
@@ -125,17 +136,22 @@ def _atomic_directory(out: Path) -> Iterator[Path]:
 
 
 def _check_exportable(model: Policy | RewardModel) -> None:
-    """Raise RlhfError for a reward model that transformers cannot represent or would score differently."""
+    """Raise RlhfError for a reward model that a checkpoint cannot hold."""
     if isinstance(model, RewardModel) and model.network.ensemble is not None:
         raise RlhfError(
             f"the reward model is an ensemble of {model.network.ensemble.members}, but a checkpoint holds one model: "
             "export a stage that trained a single model"
         )
-    if isinstance(model, RewardModel) and model.network.pooling != "last":
-        raise RlhfError(
-            f"the reward model has pooling = {model.network.pooling!r}, but transformers' classifiers score the last "
-            "token and would compute different scores: train it with pooling = 'last'"
-        )
+
+
+def _with_pooling(model: RewardModel, hf_config: dict[str, Any]) -> tuple[RewardModel, dict[str, Any]]:
+    """Return the model with its config for its pooling; a mean-pooled model gets a bias if it has none."""
+    head = model.params["head"]
+    if model.network.pooling == "mean" and "bias" not in head:
+        head = head | {"bias": jnp.zeros(1, head["kernel"].dtype)}
+        network = dataclasses.replace(model.network, bias=True)
+        model = model._replace(network=network, params=model.params | {"head": head})
+    return model, mean_pooled.with_pooling(hf_config, model.network.pooling)
 
 
 def with_hf_config(model: Policy | RewardModel) -> tuple[Policy | RewardModel, dict[str, Any]]:

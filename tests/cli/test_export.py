@@ -9,7 +9,6 @@ import pytest
 
 from rlhf_jax.core.sequences import joined
 from rlhf_jax.interop import hf
-from rlhf_jax.loading import pretrained
 from rlhf_jax.loading.export import export
 from rlhf_jax.loading.models import Policy, RewardModel, merged
 from rlhf_jax.loading.pretrained import load_checkpoint
@@ -140,10 +139,29 @@ def test_whole_or_not_at_all(tmp_path, capsys, monkeypatch):
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_a_reward_model_that_transformers_would_read_otherwise_is_refused(tmp_path):
-    model = pretrained.load_checkpoint(str(checkpoints.reward_model(tmp_path / "judge")))
+def test_a_mean_pooled_reward_model_has_a_class_of_its_own(tmp_path):
+    """It has a bias; tests/parity/test_from_scratch.py has the scores that transformers computes with the class."""
+    tokenizer = train_tokenizer(TokenizerConfig("word", 16), ["the film was good"])
+    network = ScalarNetwork(tiny.MODEL, tokenizer.vocab_size, "mean")
+    params = network.init(jax.random.key(0))
+    params["head"]["bias"] = params["head"]["bias"] + 0.5
+    back = load_checkpoint(str(export(RewardModel(network, params, tokenizer), tmp_path / "out")))
+    assert isinstance(back, RewardModel) and back.network.pooling == "mean" and back.network.bias
+    jax.tree.map(np.testing.assert_array_equal, back.params, params)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    module, _, name = config["auto_map"]["AutoModelForSequenceClassification"].partition(".")
+    assert f"class {name}(" in (tmp_path / "out" / f"{module}.py").read_text() and config["architectures"] == [name]
+    again = export(back, tmp_path / "again")
+    assert json.loads((again / "config.json").read_text()) == config
+
+
+def test_the_pooling_of_a_classifier_may_change(tmp_path):
+    model = load_checkpoint(str(checkpoints.reward_model(tmp_path / "judge")))
     assert isinstance(model, RewardModel)
     mean = model._replace(network=dataclasses.replace(model.network, pooling="mean"))
-    with pytest.raises(RlhfError, match="pooling = 'mean'"):
-        export(mean, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    back = load_checkpoint(str(export(mean, tmp_path / "mean")))
+    assert isinstance(back, RewardModel) and back.network.pooling == "mean" and not back.params["head"]["bias"]
+    np.testing.assert_array_equal(back.params["head"]["kernel"], model.params["head"]["kernel"])
+    last = export(back._replace(network=dataclasses.replace(back.network, pooling="last")), tmp_path / "last")
+    assert_same_model(load_checkpoint(str(last)), model)
+    assert not (last / "modeling_mean_pooled.py").exists()

@@ -91,14 +91,15 @@ def test_tokens(kind, size, tmp_path):
     assert set(padded["input_ids"][0][1:]) == {0} and sum(padded["attention_mask"][0]) == 1
 
 
-def test_scores(tmp_path):
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_scores(pooling, tmp_path):
     tokenizer = train_tokenizer(TokenizerConfig("word", 20), ["the film was good", "a bad one"])
-    network = ScalarNetwork(tiny.MODEL, tokenizer.vocab_size, "last")
+    network = ScalarNetwork(tiny.MODEL, tokenizer.vocab_size, pooling)
     params = scaled(network.init(jax.random.key(0)))
-    params["head"]["bias"] = np.zeros(1, np.float32)
+    params["head"]["bias"] = np.full(1, 0.0 if pooling == "last" else 0.7, np.float32)  # only our class has a bias
     export(RewardModel(network, params, tokenizer), tmp_path / "out")
     theirs, info = transformers.AutoModelForSequenceClassification.from_pretrained(
-        tmp_path / "out", output_loading_info=True
+        tmp_path / "out", output_loading_info=True, trust_remote_code=True
     )
     assert not any(info.values()), info
     prompts, responses = np.array([[1, 4, 5]] * 2), np.array([[6, 2, 0], [7, 4, 2]])

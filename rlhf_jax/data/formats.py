@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf_jax.data import arithmetic
+from rlhf_jax.data.named_sources import named_source
 from rlhf_jax.data.readers import Row, read_file
 from rlhf_jax.types import RlhfError
 
@@ -34,24 +34,21 @@ COLUMNS: dict[RowKind, tuple[str, ...]] = {
     "prompt": ("prompt",),
 }
 
-_TFDS = "tfds:"
 _TURN = "\n\nAssistant:"  # as in Anthropic's HH-RLHF, the best-known data set with implicit prompts
 
 
 def read_table(source: str) -> list[Row]:
     """Read every row and column of a table.
 
-    Sources: `tfds:NAME/SPLIT`; `arithmetic:SPLIT,...` (`data/arithmetic.py`); a `.jsonl`, `.jsonl.gz`, `.jsonl.xz`,
-    `.json` (a list of objects), `.parquet` or `.csv` file in UTF-8 (all CSV values are strings); a directory written by
-    Hugging Face's `save_to_disk` or containing Parquet files. `DIR/train` also stands for the shards
-    `DIR/train-00000-of-00002.parquet` and so on.
+    Sources: `tfds:NAME/SPLIT`; `hub:OWNER/NAME[:CONFIG]/SPLIT`; `arithmetic:SPLIT,...` (`data/arithmetic.py`); a
+    `.jsonl`, `.jsonl.gz`, `.jsonl.xz`, `.json` (a list of objects), `.parquet` or `.csv` file in UTF-8 (all CSV values
+    are strings); a directory written by Hugging Face's `save_to_disk` or containing Parquet files. `DIR/train` also
+    stands for the shards `DIR/train-00000-of-00002.parquet` and so on.
 
     Raises: RlhfError, with file and row, if the source is missing, unreadable, truncated, ragged or empty.
     """
-    if source.startswith(_TFDS):
-        rows = _read_tfds(source)
-    elif source.startswith(arithmetic.PREFIX):
-        rows = arithmetic.generate(arithmetic.parse(source))
+    if named := named_source(source):
+        rows = named.read(source)
     else:
         with _readable(source):
             rows = [row for file in _files(Path(source)) for row in read_file(file)]
@@ -64,18 +61,12 @@ def file_hash(source: str) -> str:
     """SHA-256 in hex of a source's content, to detect changed inputs.
 
     It covers a file's bytes, a directory's file names and bytes in reading order, the name, version and split of a TFDS
-    data set, or generated rows.
+    data set, the rows of a data set on the Hub, or generated rows.
 
     Raises: RlhfError if the source is missing or cannot be read.
     """
-    if source.startswith(_TFDS):
-        # Imported here: TFDS takes half a second, which other sources do not need.
-        from rlhf_jax.data import builders
-
-        name, split = _tfds_name(source)
-        return hashlib.sha256(f"{builders.full_name(name)}/{split}".encode()).hexdigest()
-    if source.startswith(arithmetic.PREFIX):
-        return hashlib.sha256(json.dumps(read_table(source)).encode()).hexdigest()
+    if named := named_source(source):
+        return named.content_hash(source)
     with _readable(source):
         files = _files(Path(source))
         if files == [Path(source)]:
@@ -289,20 +280,6 @@ def _readable(source: str) -> Iterator[None]:
         raise RlhfError(
             f"{source} cannot be read: {error.strerror or error}. Check the path and its permissions"
         ) from error
-
-
-def _tfds_name(source: str) -> tuple[str, str]:
-    name, _, split = source.removeprefix(_TFDS).rpartition("/")
-    if not name or not split:
-        raise RlhfError(f"{source} has no split: write {_TFDS}NAME/SPLIT, as in {_TFDS}movie_reviews/train")
-    return name, split
-
-
-def _read_tfds(source: str) -> list[Row]:
-    # Imported here: TFDS takes half a second, which other sources do not need.
-    from rlhf_jax.data import builders
-
-    return builders.load_split(*_tfds_name(source))
 
 
 def _files(path: Path) -> list[Path]:

@@ -16,13 +16,16 @@ Row = dict[str, Any]
 class DataConfig:
     """Sources of the splits, and maximum lengths of prompts and responses.
 
-    A source is a file, a Hugging Face dataset directory, `tfds:NAME/SPLIT`, or generated (module `arithmetic`). `test`
-    is never used for selection; if it is None, `eval` takes its place. Plain `text` rows become prompts by truncation
-    to a length in `text_prompt_tokens` (least, most). SFT trains on the completion (for `messages`, the assistant's
-    last message), or with loss_on = "assistant" on all messages of the assistant.
+    A source is a file, a Hugging Face dataset directory, `tfds:NAME/SPLIT`, `hub:OWNER/NAME[:CONFIG]/SPLIT`, or
+    generated (module `arithmetic`). `test` is never used for selection; if it is None, `eval` takes its place. Plain
+    `text` rows become prompts by truncation to a length in `text_prompt_tokens` (least, most). SFT trains on the
+    completion (for `messages`, the assistant's last message), or with loss_on = "assistant" on all messages of the
+    assistant.
     """
 
-    train: str  # training split: a file, a dataset directory, tfds:NAME/SPLIT, or arithmetic:SPLIT,problems=...
+    # Training split: a file, a dataset directory, hub:OWNER/NAME/SPLIT, tfds:NAME/SPLIT, or
+    # arithmetic:SPLIT,problems=...
+    train: str
     eval: str  # source of the validation split, for evaluation during training and model selection
     test: str | None  # source of the test split, never used for selection; None: eval
     limit: Count | None  # use only the first rows of each split; None: all

@@ -45,6 +45,14 @@ def token_rewards(
     Eq. 2 of Ziegler et al. 2019 (arXiv:1909.08593), where KL_t is estimated for each token. Padding gets 0.
 
     Args: scores of whole responses; kl in nats per token; kl_coef is beta.
+
+    Examples:
+        The second response has two tokens:
+
+        >>> mask = jnp.array([[True, True, True], [True, True, False]])
+        >>> print(token_rewards(jnp.array([1.0, -1.0]), jnp.full((2, 3), 0.5), mask, kl_coef=0.5))
+        [[-0.25 -0.25  0.75]
+         [-0.25 -1.25  0.  ]]
     """
     penalty = jnp.where(response_mask, -kl_coef * kl, 0)
     return penalty + masking.at_last_token(scores, response_mask)
@@ -81,6 +89,17 @@ def gae(
     advantages adds the bias of `reinforce_plus_plus`.
 
     Returns: advantages and returns, 0 on padding.
+
+    Examples:
+        With lambda 1, advantages are the rewards to come minus the values:
+
+        >>> rewards, values = jnp.array([[0.0, 0.0, 1.0]]), jnp.array([[0.25, 0.5, 0.75]])
+        >>> advantages, returns = gae(rewards, values, jnp.ones((1, 3), bool), gamma=1.0, gae_lambda=1.0)
+        >>> print(advantages, returns)
+        [[0.75 0.5  0.25]] [[1. 1. 1.]]
+        >>> advantages, _ = gae(rewards, values, jnp.ones((1, 3), bool), gamma=1.0, gae_lambda=0.0)
+        >>> print(advantages)  # the errors of single steps
+        [[0.25 0.25 0.25]]
     """
     rewards = jnp.where(response_mask, rewards, 0)
     values = jnp.where(response_mask, values, 0)
@@ -103,6 +122,15 @@ def rloo(
     RLOO, Ahmadian et al. 2024 (arXiv:2402.14740). R is the sum of a response's token rewards, and all its tokens have
     the same advantage. Unbiased, because the baseline does not depend on the response itself. Raises ValueError for
     groups of one.
+
+    Examples:
+        Two groups of two responses, with one token each:
+
+        >>> rewards, mask = jnp.array([[1.0], [0.0], [3.0], [3.0]]), jnp.ones((4, 1), bool)
+        >>> print(rloo(rewards, mask, num_generations=2, axes=())[:, 0])
+        [ 1. -1.  0.  0.]
+        >>> print(dr_grpo(rewards, mask, num_generations=2, axes=())[:, 0])
+        [ 0.5 -0.5  0.   0. ]
     """
     del axes
     return _on_tokens(_others_subtracted(_groups(rewards, response_mask, num_generations)), response_mask)
@@ -133,6 +161,13 @@ def grpo(
     remains: the gradient is that of the probability of beating another response. With rewards of 0 and 1 it is the
     gradient of the probability p of a correct response, times a factor. The factor is constant for groups of 2 and 3,
     and $1/\sqrt{p(1-p)}$ for large groups, so that very easy and very hard prompts count more.
+
+    Examples:
+        A group with a small difference of rewards and one with a large difference have the same advantages:
+
+        >>> rewards, mask = jnp.array([[0.1], [0.0], [100.0], [0.0]]), jnp.ones((4, 1), bool)
+        >>> print(jnp.round(grpo(rewards, mask, num_generations=2, axes=())[:, 0], 2))
+        [ 0.71 -0.71  0.71 -0.71]
     """
     del axes
     groups = _groups(rewards, response_mask, num_generations)

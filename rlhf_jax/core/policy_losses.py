@@ -42,6 +42,14 @@ def ppo_clip(
 
     Args: log-probabilities of the sampled tokens, in nats, under the current and the old policy; clip_ratio is epsilon;
     dual_clip is c, above 1 + clip_ratio_high, or infinity for no bound.
+
+    Examples:
+        Ratios of 0.5, 1 and 1.5, with a positive advantage: only a ratio above the bound is clipped.
+
+        >>> logprobs = jnp.log(jnp.array([[0.5, 1.0, 1.5]]))
+        >>> given = {"clip_ratio": 0.2, "clip_ratio_high": 0.2, "dual_clip": jnp.inf}
+        >>> ppo_clip(logprobs, jnp.zeros((1, 3)), jnp.ones((1, 3)), jnp.ones((1, 3), bool), **given).losses
+        Array([[-0.5, -1. , -1.2]], dtype=float32)
     """
     ratio = ratios.ratio(_log_ratio(logprobs, old_logprobs, response_mask))
     return _clipped(ratio, advantages, response_mask, clip_ratio, clip_ratio_high, dual_clip)

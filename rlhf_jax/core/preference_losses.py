@@ -24,6 +24,13 @@ def sigmoid_loss(
     r"""Direct preference optimisation: $-\log \sigma(\beta \rho_w - \beta \rho_l)$.
 
     Eq. 7 of Rafailov et al. 2023 (arXiv:2305.18290).
+
+    Examples:
+        A pair on which policy and reference agree, and one that the policy prefers by 20 nats:
+
+        >>> chosen, rejected = jnp.array([0.0, 10.0]), jnp.array([0.0, -10.0])
+        >>> print(jnp.round(sigmoid_loss(chosen, rejected, beta=0.1), 4))
+        [0.6931 0.1269]
     """
     return -jax.nn.log_sigmoid(beta * chosen_logratios - beta * rejected_logratios)
 
@@ -35,6 +42,13 @@ def cdpo_loss(
 
     Eq. 3 of Mitchell 2023 ("A note on DPO with noisy preferences & relationship to IPO"): a label is flipped with
     probability epsilon. The loss is minimal at $\sigma(m) = 1 - \epsilon$.
+
+    Examples:
+        Beyond that margin (here log 4 = 1.39), a larger one has a higher loss:
+
+        >>> margins = jnp.array([0.0, 1.39, 5.0])
+        >>> print(jnp.round(cdpo_loss(margins, 0 * margins, beta=1.0, label_smoothing=0.2), 2))
+        [0.69 0.5  1.01]
     """
     return smoothed(beta * (chosen_logratios - rejected_logratios), label_smoothing)
 
@@ -46,6 +60,16 @@ def robust_loss(
 
     $\frac{-(1-\epsilon) \log \sigma(m) + \epsilon \log \sigma(-m)}{1 - 2 \epsilon}$ with $m = \beta(\rho_w - \rho_l)$
     and epsilon below 1/2: Chowdhury et al. 2024 (arXiv:2403.00409).
+
+    Examples:
+        Over flips, its mean is the loss of the true label:
+
+        >>> given = {"beta": 1.0, "label_smoothing": 0.2}
+        >>> true, zero = jnp.array([1.5]), jnp.zeros(1)
+        >>> print(jnp.round(0.8 * robust_loss(true, zero, **given) + 0.2 * robust_loss(zero, true, **given), 4))
+        [0.2014]
+        >>> print(jnp.round(sigmoid_loss(true, zero, beta=1.0), 4))
+        [0.2014]
     """
     margins = beta * (chosen_logratios - rejected_logratios)
     kept, flipped = jax.nn.log_sigmoid(margins), jax.nn.log_sigmoid(-margins)
@@ -76,6 +100,13 @@ def ipo_loss(
     tokens; TRL does, and reports that the authors confirmed it. At the optimum
     $\frac{\rho(y)}{|y|} = \frac1\beta \mathbb{E}_{y'}[p(y \succ y')]$ plus a constant: the paper's closed form if all
     responses have one length, with beta over that length as tau.
+
+    Examples:
+        The margin per token has a target, 1 / (2 beta) = 0.5, on either side of which the loss rises:
+
+        >>> margins, one = jnp.array([0.0, 0.5, 1.0]), jnp.ones(3, jnp.int32)
+        >>> print(ipo_loss(margins, 0 * margins, one, one, beta=1.0))
+        [0.25 0.   0.25]
     """
     margins = per_token(chosen_logratios, chosen_tokens) - per_token(rejected_logratios, rejected_tokens)
     return jnp.square(margins - 1 / (2 * beta))

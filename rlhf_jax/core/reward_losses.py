@@ -16,6 +16,15 @@ def bradley_terry_loss(
     $L = -\mathbb{E}[\log \sigma(r(x, y_w) - r(x, y_l))]$, eq. 1 of Ouyang et al. 2022 (arXiv:2203.02155) for pairs.
 
     Returns: the loss, and `accuracy` (a tie counts half), `margin`, and `{min,mean,max}_reward` over both responses.
+
+    Examples:
+        Only the difference of the two scores counts:
+
+        >>> for shift in (0.0, 100.0):
+        ...     loss, metrics = bradley_terry_loss(jnp.array([1.0]) + shift, jnp.array([0.0]) + shift, axes=())
+        ...     print(f"{loss:.4f} {metrics['mean_reward'].value}")
+        0.3133 0.5
+        0.3133 100.5
     """
     loss = masking.mean(-jax.nn.log_sigmoid(chosen_scores - rejected_scores), axes)
     return loss, _metrics(chosen_scores, rejected_scores, axes)

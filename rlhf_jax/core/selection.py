@@ -23,6 +23,12 @@ def best_of_n(proxy: ArrayLike, gold: ArrayLike, n: int) -> Float[np.ndarray, "B
     """Expected gold score, for each prompt, of the response with the highest proxy score among n of the pool.
 
     Args: proxy and gold scores, [B, N]. Ties in the proxy are broken by position, as `argsort(kind="stable")` does.
+
+    Examples:
+        One prompt and a pool of three. The best of two is the third sample in two of three draws, and else the second:
+
+        >>> [round(float(best_of_n([[1, 2, 3]], [[10, 20, 60]], n)[0]), 2) for n in (1, 2, 3)]
+        [30.0, 46.67, 60.0]
     """
     proxy, gold = np.asarray(proxy, np.float64), np.asarray(gold, np.float64)
     order = np.argsort(proxy, axis=1, kind="stable")
@@ -51,6 +57,10 @@ def best_of_n_kl(n: ArrayLike) -> Float[np.ndarray, "..."]:
 
     Stiennon et al. 2020 (arXiv:2009.01325, appendix G.3); an upper bound if responses can repeat (Beirami et al. 2024,
     arXiv:2401.01879).
+
+    Examples:
+        >>> print(best_of_n_kl([1, 4, 16, 256]).round(2))
+        [0.   0.64 1.84 4.55]
     """
     n = np.asarray(n, np.float64)
     return np.asarray(np.log(n) - (n - 1) / n)

@@ -17,6 +17,12 @@ def kto_baseline(
     is a biased estimate of the KL divergence to the reference. No gradient passes through it.
 
     Args: log-probabilities of whole responses in nats, each given another row's prompt.
+
+    Examples:
+        >>> print(kto_baseline(jnp.array([-3.0, -5.0]), jnp.array([-4.0, -5.0]), ()))
+        0.5
+        >>> print(kto_baseline(jnp.array([-5.0]), jnp.array([-4.0]), ()))  # an estimate below 0 counts as 0
+        0.0
     """
     return jax.lax.stop_gradient(jnp.maximum(masking.mean(logprobs - ref_logprobs, axes), 0))
 

@@ -34,18 +34,30 @@ def load_config(source: str | Path, overrides: Mapping[str, Any] | None = None) 
 
     Raises RlhfError if the file does not load. The fields are checked by `run`.
     """
-    file, *variant = str(source).split(":", 1)
-    if not os.path.isfile(file):
-        file = included_experiment(file)
-    try:
-        config = runpy.run_path(file)["get_config"](*variant)
-    except Exception as error:  # the file is the user's code
-        raise RlhfError(f"config {source}: {type(error).__name__}: {error}") from error
+    config = call_config_file(source, "get_config")
     if not isinstance(config, ConfigDict):
         raise RlhfError(f"config {source}: get_config() returned a {type(config).__name__}, not a ConfigDict")
     for name, value in (overrides or {}).items():
         override(config, name, value)
     return config
+
+
+def call_config_file(source: str | Path, name: str) -> Any:
+    """Call a function of a config file, `get_config` or `get_sweep`, with the argument that the source gives.
+
+    Raises RlhfError if there is no such file or function, or if it fails.
+    """
+    file, *variant = str(source).split(":", 1)
+    if not os.path.isfile(file):
+        file = included_experiment(file)
+    try:
+        functions = runpy.run_path(file)
+        if name not in functions:
+            raise RlhfError(f"there is no function {name} in {file}")
+        return functions[name](*variant)
+    except Exception as error:  # the file is the user's code
+        reason = str(error) if isinstance(error, RlhfError) else f"{type(error).__name__}: {error}"
+        raise RlhfError(f"config {source}: {reason}") from error
 
 
 def included_experiment(name: str) -> str:
@@ -55,19 +67,24 @@ def included_experiment(name: str) -> str:
         `movie_reviews.quickstart` and `quickstart` are the same.
     Raises RlhfError, listing the available names, unless exactly one matches.
     """
-    package = Path(__file__).parent
-    places = (package / "experiments", package.parent / "experiments")  # installed; in a checkout
-    directory = next(place for place in places if place.is_dir())
-    files = {
-        ".".join(("rlhf_jax.experiments", *file.relative_to(directory).with_suffix("").parts)): file
-        for file in sorted(directory.rglob("*.py"))
-        if "def get_config(" in file.read_text(encoding="utf-8")
-    }
+    files = included_experiments()
     found = [file for dotted, file in files.items() if f".{dotted}".endswith(f".{name}")]
     if len(found) != 1:
         known = ", ".join(sorted(dotted.rpartition(".")[2] for dotted in files))
         raise RlhfError(f"there is no file {name}, and the experiments that come with rlhf_jax are {known}")
     return str(found[0])
+
+
+def included_experiments() -> dict[str, Path]:
+    """Files of the experiments that are installed with the package, by dotted name."""
+    package = Path(__file__).parent
+    places = (package / "experiments", package.parent / "experiments")  # installed; in a checkout
+    directory = next(place for place in places if place.is_dir())
+    return {
+        ".".join(("rlhf_jax.experiments", *file.relative_to(directory).with_suffix("").parts)): file
+        for file in sorted(directory.rglob("*.py"))
+        if "def get_config(" in file.read_text(encoding="utf-8")
+    }
 
 
 def run(

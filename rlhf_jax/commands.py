@@ -51,7 +51,7 @@ def run_verb(arguments: list[str]) -> None:
 def config_verb(arguments: list[str]) -> None:
     """Print a config with all its defaults."""
     parser = Parser("rlhf-jax config", CONFIG)
-    config, _ = _parse_config(parser, arguments)
+    config, _ = parse_config_flags(parser, arguments)
     given = flatten(json.loads(config.to_json_best_effort()))
     with until_closed():
         for name, value in flatten(resolved(experiment.parse(config))).items():
@@ -119,10 +119,10 @@ def parse_run_flags(arguments: list[str]) -> tuple[ConfigDict, argparse.Namespac
     )
     parser.add_argument("--stage", metavar="NAME", help="run this stage only")
     parser.add_argument("--dry-run", action="store_true", help="print what would run, and run nothing")
-    return _parse_config(parser, arguments)
+    return parse_config_flags(parser, arguments)
 
 
-def _parse_config(parser: Parser, arguments: list[str]) -> tuple[ConfigDict, argparse.Namespace]:
+def parse_config_flags(parser: Parser, arguments: list[str]) -> tuple[ConfigDict, argparse.Namespace]:
     """Parse the flags of a command with a config; return the config with its overrides, and the other flags."""
     parser.add_argument(
         "--config", required=True, metavar="FILE[:ARG]", help="Python file with get_config(ARG), or an experiment"

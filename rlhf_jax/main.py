@@ -21,6 +21,9 @@ rlhf-jax: learning from human preferences in JAX
   rlhf-jax fields [KIND]
       List the kinds of stages, or the fields of one kind, with types, defaults
       and descriptions.
+  rlhf-jax sweep --config=FILE[:ARG] --workdir=DIR [--inputs=DIR]
+                 [--processes=N] [--slurm] [--dry-run]
+      Run an experiment at every point of the file's get_sweep().
   rlhf-jax config --config=FILE[:ARG] [--config.SECTION.FIELD=VALUE ...]
       Print the config of an experiment with all defaults.
   rlhf-jax status DIR
@@ -46,6 +49,8 @@ rlhf-jax: learning from human preferences in JAX
       Sample N responses to each prompt, and add the one with the highest score.
   rlhf-jax export MODEL --out=DIR
       Write a model as a directory that transformers loads.
+  rlhf-jax completion bash|zsh|fish
+      Print a script that completes commands and flags in your shell.
 
 To compare policies, with win rates and intervals, run a stage of kind evaluate,
 as the experiments do, or rlhf_jax.evaluate in Python.
@@ -58,6 +63,7 @@ REWARD is --reward-model=DIR, --reward-stage=NAME of --workdir, or
 
 VERBS = {
     "run": "rlhf_jax.commands:run_verb",
+    "sweep": "rlhf_jax.sweep:sweep_verb",
     "fields": "rlhf_jax.cli.fields:fields_verb",
     "config": "rlhf_jax.commands:config_verb",
     "status": "rlhf_jax.cli.status:status_verb",
@@ -71,6 +77,7 @@ VERBS = {
     "score": "rlhf_jax.cli.score:score_verb",
     "best-of-n": "rlhf_jax.cli.best_of_n:best_of_n_verb",
     "export": "rlhf_jax.cli.export:export_verb",
+    "completion": "rlhf_jax.completion:completion_verb",
 }
 """Functions of the command line's arguments, by the names of the commands."""
 
@@ -104,7 +111,7 @@ def main(argv: list[str]) -> int:
         module, function = VERBS[verb].split(":")
         getattr(importlib.import_module(module), function)(arguments)
     except KeyboardInterrupt:
-        advice = " The same command continues from the last checkpoint." if verb == "run" else ""
+        advice = " The same command continues from the last checkpoint." if verb in ("run", "sweep") else ""
         print(f"\nInterrupted.{advice}", file=sys.stderr)
         return 130
     except Exception as error:

@@ -25,8 +25,8 @@ from matplotlib.figure import Figure
 
 from rlhf_jax.core import preference_losses
 from rlhf_jax.papers.claims import Above, Claim, Within
+from rlhf_jax.papers.columns import exchanged
 from rlhf_jax.papers.suite import Paper, Scale
-from rlhf_jax.papers.tables import exchanged
 from rlhf_jax.reports import style
 
 ACTIONS = ("a", "b", "c")

@@ -31,8 +31,8 @@ from ml_collections import ConfigDict
 from rlhf_jax.inference.score import score
 from rlhf_jax.papers import training
 from rlhf_jax.papers.claims import Above, Below, Claim, Within
+from rlhf_jax.papers.columns import per_seed
 from rlhf_jax.papers.suite import Paper
-from rlhf_jax.papers.tables import per_seed
 from rlhf_jax.reports import style
 from rlhf_jax.reports.run import Run
 from rlhf_jax.runtime.files import read_rows

@@ -33,8 +33,8 @@ from ml_collections import ConfigDict
 from rlhf_jax.core.selection import best_of_n
 from rlhf_jax.papers import training
 from rlhf_jax.papers.claims import Above, Claim
+from rlhf_jax.papers.columns import per_seed
 from rlhf_jax.papers.suite import Paper
-from rlhf_jax.papers.tables import per_seed
 from rlhf_jax.reports import style
 from rlhf_jax.stages.kinds import Colour
 from rlhf_jax.stages.pool import load_pool

@@ -30,8 +30,8 @@ from matplotlib.figure import Figure
 
 from rlhf_jax.core.selection import best_of_n_distribution
 from rlhf_jax.papers.claims import Above, Below, Claim, Within
+from rlhf_jax.papers.columns import exchanged
 from rlhf_jax.papers.suite import Paper, Scale
-from rlhf_jax.papers.tables import exchanged
 from rlhf_jax.reports import style
 
 RESPONSES = 2000

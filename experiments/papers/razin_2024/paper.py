@@ -45,8 +45,8 @@ import rlhf_jax
 from rlhf_jax import Policy, preference_losses, sequence_logprobs
 from rlhf_jax.papers import training
 from rlhf_jax.papers.claims import Above, Below, Claim, Within
+from rlhf_jax.papers.columns import per_seed
 from rlhf_jax.papers.suite import Paper
-from rlhf_jax.papers.tables import per_seed
 from rlhf_jax.reports import style
 from rlhf_jax.stages.kinds import Colour
 from rlhf_jax.types import PreferenceBatch

@@ -42,8 +42,8 @@ from jaxtyping import Array, Float
 from matplotlib.figure import Figure
 
 from rlhf_jax.papers.claims import Above, Below, Claim, Within
+from rlhf_jax.papers.columns import per_seed
 from rlhf_jax.papers.suite import Paper, Scale
-from rlhf_jax.papers.tables import per_seed
 from rlhf_jax.reports import style
 
 PROMPTS, RESPONSES, RATE, STEPS = 20, 50, 0.05, 20_000

@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 
 from rlhf_jax.core import kl
 from rlhf_jax.papers.claims import Above, Claim, Within
+from rlhf_jax.papers.columns import exchanged
 from rlhf_jax.papers.suite import Paper, Scale
-from rlhf_jax.papers.tables import exchanged
 from rlhf_jax.reports import style
 
 SAMPLES = 1_000_000

@@ -23,8 +23,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from rlhf_jax.papers.claims import Above, Below, Claim, Within
+from rlhf_jax.papers.columns import exchanged, per_seed
 from rlhf_jax.papers.suite import Paper, Scale
-from rlhf_jax.papers.tables import exchanged, per_seed
 from rlhf_jax.reports import style
 
 PROBLEMS = 200

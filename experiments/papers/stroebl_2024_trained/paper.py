@@ -31,8 +31,8 @@ from matplotlib.figure import Figure
 from rlhf_jax.core.selection import best_of_n
 from rlhf_jax.papers import training
 from rlhf_jax.papers.claims import Above, Below, Claim, Within
+from rlhf_jax.papers.columns import exchanged, per_seed
 from rlhf_jax.papers.suite import Paper
-from rlhf_jax.papers.tables import exchanged, per_seed
 from rlhf_jax.reports import style
 
 VERIFIERS = runpy.run_path(str(Path(__file__).parents[1] / "verifiers.py"))

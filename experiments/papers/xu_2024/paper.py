@@ -31,8 +31,8 @@ from matplotlib.figure import Figure
 
 from rlhf_jax.core.preference_losses import sigmoid_loss
 from rlhf_jax.papers.claims import Above, Below, Claim
+from rlhf_jax.papers.columns import per_seed
 from rlhf_jax.papers.suite import Paper, Scale
-from rlhf_jax.papers.tables import per_seed
 from rlhf_jax.reports import style
 
 PROMPTS = RESPONSES = 8

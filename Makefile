@@ -27,6 +27,7 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 SETUP := .venv/.setup-$(VERSION)-$(DEVICE)
 DEV := .venv/.dev-$(VERSION)
 JUPYTER := .venv/.notebooks-$(VERSION)
+DOCS := .venv/.docs-$(VERSION)
 PARITY := .venv-parity/.parity-$(VERSION)
 LOCK := .venv-requirements/.lock-$(VERSION)
 
@@ -35,7 +36,7 @@ PYTEST := -m pytest -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup dev quickstart notebooks test nightly versions mutation lint format parity requirements clean
+.PHONY: help setup dev docs quickstart notebooks test nightly versions mutation lint format parity requirements clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -79,6 +80,9 @@ format: $(DEV) ## format the code, and fix what ruff can fix
 
 dev: $(DEV) ## setup, and install the tools for tests, lint and notebooks
 
+docs: $(DOCS) ## build the documentation site in build/site, with warnings as errors
+	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --quiet
+
 parity: $(PARITY) ## compare with torch, TRL, transformers and PEFT (in .venv-parity; a large download)
 	.venv-parity/bin/python $(PYTEST) tests/parity $(ARGS)
 
@@ -87,14 +91,14 @@ requirements: $(LOCK) ## pin the dependencies of pyproject.toml; ARGS=--upgrade 
 	compile() { .venv-requirements/bin/uv pip compile --quiet --universal --python-version 3.11 --no-annotate \
 	  --custom-compile-command 'make requirements' "$$@" pyproject.toml >/dev/null; }; \
 	compile $(ARGS) --output-file requirements-cpu.txt; \
-	for extra in cuda12 tpu dev notebooks; do \
+	for extra in cuda12 tpu dev notebooks docs; do \
 	  all=.venv-requirements/$$extra.txt; \
 	  cat requirements-cpu.txt requirements-$$extra.txt 2>/dev/null | grep -v '^-r' >$$all || true; \
 	  compile $(ARGS) --constraints requirements-cpu.txt --extra $$extra --output-file $$all; \
 	  { grep '^#' $$all; echo '-r requirements-cpu.txt'; grep -vxFf requirements-cpu.txt $$all; } >$$all.new; \
 	  mv $$all.new requirements-$$extra.txt; \
 	done; \
-	if grep -i '^torch' requirements-cpu.txt requirements-cuda12.txt requirements-tpu.txt requirements-dev.txt requirements-notebooks.txt; then \
+	if grep -i '^torch' requirements-*.txt --exclude=requirements-parity.txt; then \
 	  echo 'torch takes gigabytes, and only `make parity` may install it: find the dependency that requires it' >&2; exit 1; \
 	fi
 
@@ -126,6 +130,11 @@ $(DEV): requirements-dev.txt $(SETUP)
 $(JUPYTER): requirements-notebooks.txt $(SETUP)
 	@echo "Installing requirements-notebooks.txt into .venv"
 	@.venv/bin/python $(PIP_INSTALL) -r requirements-notebooks.txt
+	@touch $@
+
+$(DOCS): requirements-docs.txt $(SETUP)
+	@echo "Installing requirements-docs.txt into .venv"
+	@.venv/bin/python $(PIP_INSTALL) -r requirements-docs.txt
 	@touch $@
 
 # torch first and alone, so that a package that requires any "torch" cannot choose another release.

@@ -1,12 +1,10 @@
-"""One name, one thing: names of modules and of public classes, and the map of the rooms in the README."""
+"""One name, one thing: names of modules and of public classes."""
 
 import ast
 import collections
-import re
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-PACKAGE = ROOT / "rlhf_jax"
+PACKAGE = Path(__file__).parents[1] / "rlhf_jax"
 
 MODULES = {
     "best_of_n": "a command, the function behind it, and a stage kind",
@@ -35,12 +33,3 @@ def test_public_classes_have_names_of_their_own():
     names = [node.name for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)]
     counts = collections.Counter(name for name in names if not name.startswith("_"))
     assert not {name for name, count in counts.items() if count > 1}
-
-
-def test_the_map_of_the_rooms_is_the_tree_on_disk():
-    readme = (ROOT / "README.md").read_text()
-    tree = readme.partition("## Code")[2].partition("```")[2].partition("```")[0]
-    named = set(re.findall(r"(?:^  |(?<= ))(\w+)/(?= )", tree, re.MULTILINE))
-    rooms = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
-    assert rooms <= named
-    assert named - rooms <= {path.name for path in ROOT.iterdir()} | {"parity", "support"}

@@ -1,4 +1,4 @@
-"""Write the table of finished quickstart runs into the README, and keep the runs' results beside this file.
+"""Write the table of finished quickstart runs into the docs, its claims into the README, and keep the runs' results.
 
     python experiments/movie_reviews/write_readme.py runs/seed0 runs/seed1 runs/seed2
 
@@ -20,24 +20,31 @@ from rlhf_jax.runtime.files import write_json, write_text
 from rlhf_jax.runtime.provenance import machine_name
 
 HERE = Path(__file__).parent
-README = HERE.parents[1] / "README.md"
+ROOT = HERE.parents[1]
+TUTORIAL = Path("docs") / "tutorials" / "quickstart.md"
 BEGIN, END = "<!-- results: begin -->\n", "<!-- results: end -->\n"
 CLAIM_WIN_RATE, CLAIM_KL = 0.6, 15.0
 LEVEL = 0.95
 
 
 def main(workdirs: list[str]) -> None:
-    """Read the runs, keep their results, and replace the text between the README's marks."""
+    """Read the runs, keep their results, and replace the text between the marks of the README and of the tutorial."""
     if len(workdirs) < 2:
         raise SystemExit("name two runs or more, of different seeds: one run has no interval over seeds")
     runs = [Run(workdir) for workdir in workdirs]
     tables = [run.results() for run in runs]
     for run, table in zip(runs, tables, strict=True):
         keep(run, int(table["seed"].iloc[0]))
-    text = README.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    lines = [*markdown(pd.concat(tables), selected(runs)), "", *record(runs, tables), "", *claims(runs, tables)]
-    write_text(README, before + BEGIN + "\n".join(lines) + "\n" + END + rest.split(END)[1])
+    found = claims(runs, tables)
+    table = markdown(pd.concat(tables), selected(runs))
+    replace(ROOT / "README.md", [*found, "", record(runs, tables, "")])
+    replace(ROOT / TUTORIAL, [*table, "", record(runs, tables, "../../"), "", *found])
+
+
+def replace(file: Path, lines: list[str]) -> None:
+    """Replace the text between the marks of a file."""
+    before, rest = file.read_text(encoding="utf-8").split(BEGIN)
+    write_text(file, before + BEGIN + "\n".join(lines) + "\n" + END + rest.split(END)[1])
 
 
 def keep(run: Run, seed: int) -> None:
@@ -69,21 +76,21 @@ def markdown(results: pd.DataFrame, chosen: set[str]) -> list[str]:
     return lines
 
 
-def record(runs: list[Run], tables: list[pd.DataFrame]) -> list[str]:
-    """Machine, versions, date, seeds, prompts and time, from the stages' summaries."""
+def record(runs: list[Run], tables: list[pd.DataFrame], up: str) -> str:
+    """Machine, versions, date, seeds, prompts and time, from the stages' summaries. Args: up is the way to the root."""
     summaries = [[run.summary(name) for name in run.stages] for run in runs]
     places = [summary["provenance"] for stages in summaries for summary in stages]
     ran = dict.fromkeys(f"{machine_name(one['machine'])}, {source_name(one['source'])}" for one in places)
     found = places[-1]
     minutes = [sum(summary["time/seconds"] for summary in stages) / 60 for stages in summaries]
     seeds = ", ".join(str(table["seed"].iloc[0]) for table in tables)
-    return [
-        f"Mean over the whole pipeline run with seeds {seeds} [95 % t interval over seeds], "
-        f"{tables[0]['n_prompts'].iloc[0]} test prompts, one answer each; * selected on the validation split. "
+    return (
+        f"The whole pipeline, run with seeds {seeds} [95 % t interval over seeds], "
+        f"{tables[0]['n_prompts'].iloc[0]} test prompts, one answer each. "
         f"{' and '.join(ran)}; Python {found['machine']['python']}, JAX {found['packages']['jax']}, {found['date']}; "
         f"{' / '.join(f'{m:.1f}' for m in minutes)} minutes per run. "
-        "Files: [experiments/movie_reviews/results](experiments/movie_reviews/results)."
-    ]
+        f"Files: [experiments/movie_reviews/results]({up}experiments/movie_reviews/results)."
+    )
 
 
 def claims(runs: list[Run], tables: list[pd.DataFrame]) -> list[str]:
@@ -116,7 +123,7 @@ def claims(runs: list[Run], tables: list[pd.DataFrame]) -> list[str]:
         f"method wins more than {CLAIM_WIN_RATE:.0%} of pairs on average, and PPO stays below {CLAIM_KL:.0f} nats: "
         f"**{'holds' if held else 'does not hold'}**",
         f"- Differences between methods, paired over seeds: {_intervals(others)}",
-        "- `dpo` uses the value of beta that each run selected on its validation split",
+        "- `dpo` uses the value of beta that each run selected on its validation split (marked by * in a table)",
     ]
 
 

@@ -49,7 +49,7 @@ def descriptions(section: type) -> dict[str, str]:
         if dataclasses.is_dataclass(cls):
             found |= _comments(cls)
     for name, hint in typing.get_type_hints(section).items():
-        sections = _sections(hint)
+        sections = sections_of(hint)
         if name not in found and sections and set(_union_members(hint)) <= {*sections, types.NoneType}:
             first = [(inspect.getdoc(member) or "").split("\n\n")[0].replace("\n", " ") for member in sections]
             found[name] = " Or: ".join(first)
@@ -90,7 +90,7 @@ def _overview(columns: int) -> Iterator[str]:
         field
         for kind in KINDS.values()
         for field, hint in typing.get_type_hints(kind.config).items()
-        if _sections(hint)
+        if sections_of(hint)
     )
     shared = sorted(field for field, count in sections.items() if count > 2)
     yield ""
@@ -112,12 +112,12 @@ def _fields(section: type, indent: int, columns: int, shown: dict[type, str], pa
     for field in dataclasses.fields(section):
         if field.name == "kind" and not path:
             continue
-        yield from _wrapped(
-            f"{field.name}{_default(field)}   {type_text(hints[field.name])}", indent, columns, hanging=6
-        )
+        default = default_text(field)
+        shown_default = " *" if default is None else f" = {default}" if default else ""
+        yield from _wrapped(f"{field.name}{shown_default}   {type_text(hints[field.name])}", indent, columns, hanging=6)
         text = texts.get(field.name, "")
         yield from _wrapped(text[:1].upper() + text[1:].removesuffix("."), indent + 6, columns)
-        sections = _sections(hints[field.name])
+        sections = sections_of(hints[field.name])
         for inner in sections:
             place = f"{path}{field.name}"
             if inner in shown:
@@ -161,16 +161,18 @@ def _range_text(bounds: Range) -> str:
     return ", ".join(filter(None, (low, high)))
 
 
-def _default(field: dataclasses.Field) -> str:
+def default_text(field: dataclasses.Field) -> str | None:
+    """Write a field's default; None if the field must be set, and nothing for a section that has defaults."""
     if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-        return " *"
+        return None
     if dataclasses.is_dataclass(field.default):
         return ""
     text = repr(field.default)
-    return f" = {text}" if len(text) <= 60 else f" = {text[:50]}..."
+    return text if len(text) <= 60 else f"{text[:50]}..."
 
 
-def _sections(hint: Any) -> list[Any]:
+def sections_of(hint: Any) -> list[Any]:
+    """Return the dataclasses among the members of a type."""
     return [member for member in _union_members(hint) if dataclasses.is_dataclass(member)]
 
 

@@ -1,4 +1,4 @@
-"""The README's table: every number from the runs, with intervals over seeds."""
+"""The tutorial's table and the README's claims: every number from the runs, with intervals over seeds."""
 
 import runpy
 import types
@@ -32,10 +32,14 @@ def written(tmp_path_factory):
         (run / "results.csv").write_text("")
         runs.append(str(run))
     script = runpy.run_path(str(ROOT / "experiments" / "movie_reviews" / "write_readme.py"))
-    script["main"].__globals__.update(HERE=root, README=root / "README.md")
-    (root / "README.md").write_text(f"before\n{script['BEGIN']}stale\n{script['END']}after\n")
+    script["main"].__globals__.update(HERE=root, ROOT=root)
+    tutorial = root / script["TUTORIAL"]
+    tutorial.parent.mkdir(parents=True)
+    for file in (root / "README.md", tutorial):
+        file.write_text(f"before\n{script['BEGIN']}stale\n{script['END']}after\n")
     script["main"](runs)
-    return types.SimpleNamespace(root=root, main=script["main"], runs=runs, text=(root / "README.md").read_text())
+    readme = (root / "README.md").read_text()
+    return types.SimpleNamespace(root=root, main=script["main"], runs=runs, text=tutorial.read_text(), readme=readme)
 
 
 def interval(values) -> str:
@@ -55,6 +59,7 @@ def test_methods_are_compared_within_runs(written):
     assert f"`dpo` {interval(np.subtract(CHOSEN, GOLD['sft']))}" in written.text, "as each run has chosen"
     assert f"`ppo` minus `best_of_16` {interval(np.subtract(GOLD['ppo'], GOLD['best_of_16']))}" in written.text
     assert "**holds**" in written.text
+    assert "**holds**" in written.readme and "stale" not in written.readme and "| `ppo`" not in written.readme
 
 
 def test_it_says_where_the_runs_were_made(written):

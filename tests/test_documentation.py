@@ -1,39 +1,71 @@
-"""Every command and snippet of the README, run: as it stands where that takes seconds, else in its smoke form.
+"""Every command and snippet of the README and of docs/, run or parsed.
+
+Commands of the README and of the tutorials run as they stand where that takes seconds, else in their smoke form; the
+flags of all others are parsed. Blocks of Python run in the order of their page; a block with a title is a file of that
+name.
 
 What is put in the place of something else: a tiny random model for `smollm2` (98 MB from a package index; the real one
-is run by tests/parity/test_smollm2.py), a tiny reward model for DIR, and an experiment's `smoke` variant for the whole.
-Not run: `pip install` and `make setup`, which install gigabytes; of make's targets it is seen that they are there.
+is run by tests/parity/test_smollm2.py) and for MODEL, a tiny reward model for DIR, and an experiment's `smoke` variant
+for the whole. Not run: `pip install` and `make setup`, which install gigabytes; of make's targets it is seen that they
+are there.
 """
 
+import argparse
 import ast
+import importlib
 import json
 import re
 import shlex
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import pytest
 
 from rlhf_jax import experiment
+from rlhf_jax.cli.parser import Parser
 from rlhf_jax.commands import parse_run_flags
 from rlhf_jax.config import functions
-from rlhf_jax.main import main
+from rlhf_jax.main import VERBS, main
 from rlhf_jax.stages.kinds import find_kind
 from tests.support import checkpoints
 from tests.support.commands import reads, succeeds
 from tests.support.own_data import ROOT, files
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-PROGRAM = ".venv/bin/rlhf-jax"
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in DOCUMENTS}
+TEXT = "\n".join(TEXTS.values())
+
+
+class Block(NamedTuple):
+    """A fenced block of a document."""
+
+    document: str
+    language: str
+    title: str
+    body: str
+
+
+BLOCKS = [
+    Block(document, *found)
+    for document, text in TEXTS.items()
+    for found in re.findall(r"^```(\w*)(?: title=\"(\S+)\")?\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+]
+NEEDS_A_RUN = {"docs/how-to/python.md": 0, "docs/how-to/debug.md": 0}
+"""Blocks of Python that read the run of a command, by document and place; nightly tests run them."""
 
 
 def commands() -> list[list[str]]:
-    """The words of each command of the README's shell blocks, without comments."""
-    lines = "\n".join(body.replace("\\\n", " ") for language, body in BLOCKS if language == "bash").splitlines()
-    return [words for line in lines if (words := shlex.split(line, comments=True))]
+    """The words of each command of the shell blocks, without comments and variables of the environment."""
+    lines = "\n".join(block.body.replace("\\\n", " ") for block in BLOCKS if block.language == "bash").splitlines()
+    found = []
+    for line in lines:
+        words = [word for word in shlex.split(line, comments=True) if not re.match(r"[A-Z_]+=", word)]
+        if words and words[0].endswith("rlhf-jax"):
+            words[0] = "rlhf-jax"
+        found += [words] if words and words not in found else []
+    return found
 
 
 def group(words: list[str]) -> str:
@@ -44,21 +76,22 @@ def group(words: list[str]) -> str:
     if words[:2] == ["pip", "install"]:
         return "pip"
     for name, sign in (
-        ("smoke", "runs/smoke"),
+        ("smoke", "--config=quickstart:smoke --workdir=runs/smoke"),
         ("quickstart", "runs/quickstart"),
-        ("own", "runs/mine"),
+        ("own", "--workdir=runs/mine --config.data.train=train.jsonl --config.data.eval=eval.jsonl"),
+        ("own loss", "runs/own"),
         ("chats", "runs/chats"),
     ):
-        if sign in line:
+        if line.endswith(sign) or (sign in line and name in ("quickstart", "own loss", "chats")):
             return name
     if words[1] == "fields":
         return "fields"
-    return "verbs" if "--model=smollm2" in line or words[1] == "score" else "none"
+    return "verbs" if "--model=smollm2" in line or words[1] == "score" else "parsed"
 
 
 COMMANDS = commands()
-FLAGS = [flag for found in re.findall(r"`(--config\.[^`]+)`", README) for flag in shlex.split(found)]
-"""Flags that stand in the text, beside those of the commands."""
+FLAGS = [shlex.split(found) for found in dict.fromkeys(re.findall(r"`(--config\.[^`]+)`", TEXT))]
+"""Flags that stand together in the text, beside those of the commands."""
 
 
 def of(name: str) -> list[list[str]]:
@@ -79,19 +112,26 @@ def place(tmp_path_factory):
     files(directory)
     (directory / "prompts.jsonl").write_text('{"prompt": "The film"}\n{"prompt": "It"}\n')
     (directory / "rows.jsonl").write_text('{"prompt": "The film", "completion": " was good."}\n')
-    (directory / "rewards.py").write_text("def brevity(prompts, completions, **_):\n    return [1.0] * len(prompts)\n")
+    (directory / "examples").symlink_to(ROOT / "examples")
+    for block in BLOCKS:
+        if block.title:
+            file = directory / block.title
+            assert not file.exists() or file.read_text() == block.body, "two files of the same name"
+            file.write_text(block.body)
     return directory
 
 
 def call(words: list[str], models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, typed: str = "") -> list[str]:
     """Runs a command of the package's program with its redirections; returns the words that were run."""
-    assert words[0] in (PROGRAM, "rlhf-jax")
+    assert words[0] == "rlhf-jax"
     policy, judge = map(str, models)
     replaced = []
     for word in words[1:]:
         word = re.sub(r"^--out=smollm2\S+", "--out=exported", word).replace("init=smollm2", f"init={policy},smoke")
         word = word.replace("=smollm2", f"={policy}").replace("=DIR", f"={judge}")
-        replaced.append(re.sub(r"(quickstart|preferences)\.py$", r"\1.py:smoke", word))
+        replaced.append(
+            re.sub(r"(quickstart\.py|preferences\.py|=quickstart|=preferences|mine\.py)$", r"\1:smoke", word)
+        )
     given = typed
     if "<" in replaced:
         given = Path(replaced[replaced.index("<") + 1]).read_text()
@@ -101,10 +141,68 @@ def call(words: list[str], models: tuple[Path, Path], monkeypatch: pytest.Monkey
     return arguments
 
 
-def test_every_command_has_a_test():
-    assert len(COMMANDS) > 15
-    assert not of("none"), "say in `group` which test runs it"
-    assert {language for language, _ in BLOCKS} == {"bash", "python", ""}, "the others are output and the map"
+def test_every_block_has_a_test():
+    assert len(COMMANDS) > 30
+    assert {block.language for block in BLOCKS} == {"bash", "python", "json", "text", ""}, "the others are output"
+    for name in ("smoke", "own", "own loss", "chats"):
+        assert len(of(name)) == 1, name
+
+
+def test_examples_of_json_are_json():
+    found = [line for block in BLOCKS if block.language == "json" for line in block.body.splitlines()]
+    assert found and all(json.loads(line) for line in found)
+
+
+class Parsed(Exception):
+    """Raised in the place of a command, once its arguments are parsed."""
+
+
+@pytest.mark.parametrize("words", of("parsed"), ids=" ".join)
+def test_the_arguments_of_commands_are_known(words, models, place, monkeypatch):
+    monkeypatch.chdir(place)
+    assert words[0] == "rlhf-jax", "name a test in `group`"
+    arguments = words[1:]
+    arguments = arguments[: min([arguments.index(sign) for sign in "<>" if sign in arguments], default=None)]
+    if arguments[0].startswith("--"):
+        data = files(place) if "preferences" in arguments[0] else []
+        experiment.parse(parse_run_flags([*data, *arguments])[0])
+        return
+
+    def parsed(self: Parser, given: list[str]) -> argparse.Namespace:
+        raise Parsed(argparse.ArgumentParser.parse_args(self, given))
+
+    monkeypatch.setattr(Parser, "parse_args", parsed)
+    monkeypatch.setattr(Parser, "parse_known_args", argparse.ArgumentParser.parse_known_args)
+    module, function = VERBS[arguments[0]].split(":")
+    harmless = ["--dry-run"] if arguments[0] == "sweep" else []
+    try:
+        getattr(importlib.import_module(module), function)([*arguments[1:], *harmless])
+    except Parsed:
+        return
+    assert arguments[0] in ("config", "sweep"), "they take the flags of any config"
+
+
+def run_python(document: str, which: slice) -> list[Any]:
+    """Run blocks of a document in one namespace; return the values of their expressions."""
+    known: dict[str, Any] = {}
+    values = []
+    for block in [block for block in BLOCKS if block[:3] == (document, "python", "")][which]:
+        for statement in ast.parse(block.body).body:
+            value = isinstance(statement, ast.Expr)
+            code = compile(ast.unparse(statement), document, "eval" if value else "exec")
+            values.append(eval(code, known) if value else exec(code, known))
+    return values
+
+
+PYTHON = dict.fromkeys(block.document for block in BLOCKS if block.language == "python" and not block.title)
+del PYTHON["docs/style.md"]  # an excerpt, whose names stand elsewhere
+
+
+@pytest.mark.parametrize("document", PYTHON)
+def test_blocks_of_python(document, place, monkeypatch):
+    monkeypatch.chdir(place)
+    monkeypatch.syspath_prepend(str(place))
+    run_python(document, slice(1 + NEEDS_A_RUN.get(document, -1), None))
 
 
 @pytest.mark.parametrize("words", of("make") + [["make", name] for name in ("test", "parity")], ids=" ".join)
@@ -140,13 +238,15 @@ def test_verbs(words, models, place, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("words", of("fields"), ids=" ".join)
-def test_fields(words, models, monkeypatch, capsys):
+def test_fields(words, models, place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
     call(words, models, monkeypatch)
-    assert "\nclip_ratio *   number > 0\n" in capsys.readouterr().out
+    field = "\nclip_ratio *   number > 0\n" if words[2] == "ppo" else "\nmargin = 0.0   number >= 0\n"
+    assert field in capsys.readouterr().out
 
 
 def test_kinds_in_the_text_are_kinds():
-    named = re.findall(r"`\"kind\": \"(\S+?)\"`", README)
+    named = re.findall(r"`\"kind\": \"(\S+?)\"`", TEXT)
     assert named
     for name in named:
         place, _, kind = name.rpartition(":")
@@ -154,38 +254,40 @@ def test_kinds_in_the_text_are_kinds():
 
 
 def test_best_of_n_by_a_function(models, place, monkeypatch, capsys):
-    assert "--reward=rewards.py:brevity" in README
+    assert "--reward=rewards.py:brevity" in TEXT
     monkeypatch.chdir(place)
     reads(monkeypatch, (place / "prompts.jsonl").read_text())
     flags = [f"--model={models[0]}", "--reward=rewards.py:brevity", "--n=2", "--max-new-tokens=4"]
-    assert all(json.loads(line)["score"] == 1 for line in succeeds(capsys, "best-of-n", *flags).splitlines())
+    rows = [json.loads(line) for line in succeeds(capsys, "best-of-n", *flags).splitlines()]
+    assert rows and all(row["score"] == max(row["scores"]) for row in rows)
 
 
 def test_flags_within_the_text_are_keys_of_the_configs(models, place, monkeypatch):
     monkeypatch.chdir(place)
-    assert len(FLAGS) >= 8
-    for flag in FLAGS:
+    assert len(FLAGS) >= 15
+    for flags in FLAGS:
         arguments = ["--config=experiments/preferences.py:smoke", "--workdir=x", *files(place)]
-        config, _ = parse_run_flags([*arguments, flag.replace("=DIR", f"={models[1]}")])
+        config, _ = parse_run_flags([*arguments, *(flag.replace("=DIR", f"={models[1]}") for flag in flags)])
         experiment.parse(config)
 
 
-def test_configs_within_the_text_can_be_loaded(place, monkeypatch):
+def test_configs_within_the_text_can_be_loaded(models, place, monkeypatch):
     monkeypatch.chdir(place)
-    named = re.findall(r"--config=([^\s`]+)", README)
-    assert len(named) >= 5
-    for argument in named:
+    named = set(re.findall(r"--config=(\w[^\s`]*)", TEXT)) - {"FILE[:ARG]", "EXPERIMENT.py"}
+    assert len(named) >= 8
+    for argument in sorted(named):
+        argument = argument.replace("MODEL", str(models[0]))
         data = files(place) if "preferences" in argument else []
         config, _ = parse_run_flags([f"--config={argument}", "--workdir=x", *data])
         experiment.parse(config)
 
 
-REWARDS = re.findall(r"`\"reward_model\": (\{.*?\})`", README, re.DOTALL)
+REWARDS = re.findall(r"`\"reward_model\": (\{.*?\})`", TEXT, re.DOTALL)
 
 
 @pytest.mark.parametrize(
     ("snippet", "function"),
-    [*zip(REWARDS, ["rlhf_jax.rewards.exact:exact_answer", "rewards.py:brevity"], strict=True)],
+    [*zip(REWARDS, ["rewards.py:brevity", "rlhf_jax.rewards.exact:exact_answer"], strict=True)],
 )
 def test_a_reward_in_python_is_a_section_of_a_config_file(snippet, function, place, monkeypatch):
     monkeypatch.chdir(place)
@@ -204,26 +306,33 @@ def test_a_smoke_variant_downloads_nothing(models, place, monkeypatch):
     (words,) = of("smoke")
     call(words, models, monkeypatch)
     assert (place / "runs" / "smoke" / "report.html").exists() and not (place / "data" / "movie_reviews").exists()
+    values = run_python("docs/how-to/debug.md", slice(1))
+    assert len(values[1]) == 5 and list(values[1]) == ["step", "objective/scores", "objective/kl"]
 
 
 @pytest.mark.nightly
-def test_own_preferences_with_fields_set_in_the_text_and_the_python_snippet(models, place, monkeypatch, capsys):
+def test_own_preferences_and_the_functions_of_python(models, place, monkeypatch):
     monkeypatch.chdir(place)
     (words,) = of("own")
-    flags = [flag for flag in FLAGS if re.match(r"--config\.(sft|dpo|ppo)\.", flag) and "=DIR" not in flag]
+    flags = [
+        flag for flags in FLAGS for flag in flags if re.match(r"--config\.(sft|dpo|ppo)\.", flag) and "=DIR" not in flag
+    ]
+    flags = [flag for flag in flags if ".py:" not in flag and "loss_weights" not in flag]
     assert len(flags) >= 6
     flags += ["--config.data.max_prompt_tokens=32"]  # as much as the snippet's prompt needs
     call([*words, *flags], models, monkeypatch)
-    (snippet,) = [body for language, body in BLOCKS if language == "python"]
-    known: dict[str, Any] = {}
-    values = []
-    for statement in ast.parse(snippet).body:
-        value = isinstance(statement, ast.Expr)
-        code = compile(ast.unparse(statement), "README.md", "eval" if value else "exec")
-        values.append(eval(code, known) if value else exec(code, known))
-    tables = [value for value in values if isinstance(value, pd.DataFrame)]
+    tables = [value for value in run_python("docs/how-to/python.md", slice(1)) if isinstance(value, pd.DataFrame)]
     assert len(tables) == 4 and all(len(table) for table in tables)
     assert (place / "exported" / "model.safetensors").exists()
+
+
+@pytest.mark.nightly
+def test_the_loss_of_the_tutorial_beside_dpo(models, place, monkeypatch):
+    monkeypatch.chdir(place)
+    (words,) = of("own loss")
+    call([word for word in words if "--inputs" not in word], models, monkeypatch)
+    results = pd.read_csv(place / "runs" / "own" / "results.csv")
+    assert {"dpo", "own", "ppo"} <= set(results["method"])
 
 
 @pytest.mark.nightly

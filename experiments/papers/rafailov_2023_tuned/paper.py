@@ -9,9 +9,9 @@ PPO; tokens per update are in record.json.
 Data: movie reviews (rt_polarity); hashes are in record.json.
 Deviations: those of rafailov_2023, but for DPO's learning rate. select_rates.py trains both methods with several rates
 on a seed that is not among the paper's, and selects for each the rate with the highest frontier on validation prompts
-(rates.csv). PPO's is the one of rafailov_2023, whose points of PPO and Best-of-n are used again: its seeds are the
-same. The seeds are scored on test prompts. DPO has as many updates and checkpoints as in rafailov_2023,
-which has the controls.
+(rates.csv). DPO has its selected rate, as many updates and as many checkpoints as in rafailov_2023. PPO's and
+Best-of-n's points are those of rafailov_2023, whose seeds are the same, at PPO's old rate of 1e-3, although 3e-3 was
+selected: the comparison favours DPO. The seeds are scored on test prompts. rafailov_2023 has the controls.
 
 Statistic of a frontier: the mean gain in gold score over SFT for divergences up to 4 nats, evenly in the root of the
 divergence. Divergences beyond 4 nats do not count.

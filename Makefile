@@ -145,10 +145,10 @@ $(PARITY): requirements-parity.txt requirements-dev.txt requirements-cpu.txt pyp
 	@.venv-parity/bin/python $(PIP_INSTALL) --no-deps --editable .
 	@touch $@
 
-.venv-newest/.ready: requirements-dev.txt requirements-cpu.txt pyproject.toml
-	@echo "Installing requirements-dev.txt into .venv-newest, with Python $(NEWEST_PYTHON)"
+.venv-newest/.ready: requirements-dev.txt requirements-tpu.txt requirements-cpu.txt pyproject.toml
+	@echo "Installing requirements-dev.txt and libtpu into .venv-newest, with Python $(NEWEST_PYTHON)"
 	@$(call find_python,$(NEWEST_PYTHON)) -m venv --clear .venv-newest
-	@.venv-newest/bin/python $(PIP_INSTALL) -r requirements-dev.txt
+	@.venv-newest/bin/python $(PIP_INSTALL) -r requirements-dev.txt -r requirements-tpu.txt
 	@.venv-newest/bin/python $(PIP_INSTALL) --no-deps --editable .
 	@touch $@
 

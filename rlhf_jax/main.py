@@ -26,6 +26,9 @@ rlhf-jax: learning from human preferences in JAX
       Run an experiment at every point of the file's get_sweep().
   rlhf-jax config --config=FILE[:ARG] [--config.SECTION.FIELD=VALUE ...]
       Print the config of an experiment with all defaults.
+  rlhf-jax plan --config=FILE[:ARG] --topology=v5e:2x2 [--stage=NAME] [--json]
+      Compile an experiment for a machine that need not be at hand, and print
+      memory, costs, the smallest mesh that fits, and the least time of the run.
   rlhf-jax status DIR
       List the stages of a work directory: complete, running with the time left,
       failed and why, or not started.
@@ -66,6 +69,7 @@ VERBS = {
     "sweep": "rlhf_jax.sweep:sweep_verb",
     "fields": "rlhf_jax.cli.fields:fields_verb",
     "config": "rlhf_jax.commands:config_verb",
+    "plan": "rlhf_jax.planning.plan_verb:plan_verb",
     "status": "rlhf_jax.cli.status:status_verb",
     "show": "rlhf_jax.cli.show:show_verb",
     "fetch": "rlhf_jax.commands:fetch_verb",

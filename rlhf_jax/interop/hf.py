@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -39,6 +39,8 @@ Role = Literal["policy", "reward"]
 # Buffers that some old checkpoints contain and that follow from the config.
 _BUFFERS = re.compile(r"(\.attn\.(masked_)?bias|\.attention\.(masked_bias|bias)|rotary_emb\.inv_freq)$")
 _WEIGHTS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
+OUTLINE = ["config.json", "adapter_config.json", "tokenizer.json"]
+"""Files of a checkpoint that `read_outline` and a comparison of tokenizers need."""
 
 
 class Checkpoint(NamedTuple):
@@ -51,8 +53,11 @@ class Checkpoint(NamedTuple):
     hf_config: dict[str, Any]
 
 
-def find_checkpoint(source: str) -> Path:
-    """Directory of a checkpoint: the source itself, or the downloaded Hub repository with that name."""
+def find_checkpoint(source: str, *, files: Sequence[str] = _WEIGHTS) -> Path:
+    """Directory of a checkpoint: the source itself, or the downloaded Hub repository with that name.
+
+    Args: files are the patterns of the files to download.
+    """
     if Path(source).is_dir():
         return Path(source)
     if source.startswith((".", "/", "~")) or source.count("/") > 1 or Path(source).exists():
@@ -61,7 +66,7 @@ def find_checkpoint(source: str) -> Path:
     from huggingface_hub import errors
 
     try:
-        return Path(huggingface_hub.snapshot_download(source, allow_patterns=_WEIGHTS))
+        return Path(huggingface_hub.snapshot_download(source, allow_patterns=[*files]))
     except errors.GatedRepoError as error:
         raise RlhfError(
             f"{source} is gated: request access on its hub page, and set HF_TOKEN to a token of that account"
@@ -127,6 +132,28 @@ def load_pretrained(
         dtype: Any = params[next(path for path in params if path.endswith("embedding"))].dtype.name
         config = dataclasses.replace(config, param_dtype=dtype)
     return Checkpoint(kind, config, vocab_size, _nested(params, kind), hf_config)
+
+
+def read_outline(
+    directory: Path,
+    *,
+    param_dtype: DType | None,
+    compute_dtype: DType,
+    remat: bool,
+    attention: AttentionBy,
+    family: str | None,
+) -> Checkpoint:
+    """Read a checkpoint's config.json alone: `load_pretrained` with the shapes of the parameters in their place.
+
+    Args: as of `load_pretrained`. A stored dtype is the one that config.json names.
+    """
+    hf_config = read_config(directory, family)
+    stored = hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32"
+    how = {"compute_dtype": compute_dtype, "remat": remat, "attention": attention}
+    config, vocab_size = _read_shape(hf_config, directory, param_dtype=param_dtype or stored, **how)
+    kind = _kind(hf_config, directory)
+    params = jax.eval_shape(lambda: _network(kind, config, vocab_size).init(jax.random.key(0)))
+    return Checkpoint(kind, config, vocab_size, params, hf_config)
 
 
 def save_pretrained(directory: Path, kind: Role, params: PyTree, hf_config: dict[str, Any]) -> None:

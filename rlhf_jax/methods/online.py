@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import PRNGKeyArray
 
 from rlhf_jax.data import pipeline
+from rlhf_jax.data.pipeline import DataConfig
 from rlhf_jax.data.prompts import DemonstrationSource, PromptSource
 from rlhf_jax.loading.context import Context
 from rlhf_jax.loading.data_report import report_prompts
@@ -23,7 +24,8 @@ from rlhf_jax.methods.policy_parts import Networks, OnlineBatch, Params, Samples
 from rlhf_jax.rewards.scorers import HostScorer, joins_program, make_host_scorer
 from rlhf_jax.rewards.sources import Reward
 from rlhf_jax.runtime.loop import Task, train
-from rlhf_jax.runtime.programs import SEED_AXIS
+from rlhf_jax.runtime.programs import SEED_AXIS, RuntimeConfig, Step
+from rlhf_jax.runtime.two_programs import TwoSteps
 from rlhf_jax.sampling import buckets
 from rlhf_jax.types import Json, RlhfError, Row
 
@@ -101,14 +103,8 @@ def train_online(
     iteration = Iteration(networks, config, placement.axes, (SEED_AXIS,) if context.seeds > 1 else (), method)
     frozen = {**frozen, "reference": reference.params}
     iteration.forward_slices(prompts_each * method.num_generations, devices)  # before anything is compiled
-    fit = two_steps.fit_of(iteration, devices) if config.trim_padding else two_steps.MAXIMUM
     if isinstance(reward, DeviceReward):
-        network, frozen["reward"] = reward.model.network, reward.model.params
-        longest = context.data.max_prompt_tokens + context.data.max_response_tokens
-        trims = config.trim_padding and longest > buckets.LEAST
-        step = two_steps.scored_by_network(iteration, network, fit) if trims else iteration.step(network)
-    else:
-        step = two_steps.scored_on_host(iteration, reward.score, fit)
+        frozen["reward"] = reward.model.params
 
     seeds = range(context.seeds)
     prompt_keys = tuple(context.key("prompts", k) for k in seeds)
@@ -130,7 +126,7 @@ def train_online(
         return sample_rows(reference.tokenizer, shown.rollout, shown.scores.tolist(), shown.kl.tolist())
 
     task = Task(
-        step=step,
+        step=make_step(iteration, reward, context.runtime, context.data),
         start=lambda: stack([iteration.init_state(init_params(context.key("init", k))) for k in seeds]),
         frozen=frozen,
         batch_at=batch_at,
@@ -146,6 +142,18 @@ def train_online(
         "prompts": len(inputs.prompts.tokens),
         "prompt_key": [np.asarray(jax.random.key_data(key)).tolist() for key in prompt_keys],
     }
+
+
+def make_step(iteration: Iteration, reward: OnlineReward, runtime: RuntimeConfig, data: DataConfig) -> Step | TwoSteps:
+    """Make the iteration: one program, or two, the second of which drops padding or learns from the host's scores."""
+    trims = iteration.config.trim_padding
+    fit = two_steps.fit_of(iteration, runtime.row_devices) if trims else two_steps.MAXIMUM
+    if isinstance(reward, HostReward):
+        return two_steps.scored_on_host(iteration, reward.score, fit)
+    longest = data.max_prompt_tokens + data.max_response_tokens
+    if trims and longest > buckets.LEAST:
+        return two_steps.scored_by_network(iteration, reward.model.network, fit)
+    return iteration.step(reward.model.network)
 
 
 def _check_slots(config: OnlineConfig, method: OnlineMethod, context: Context) -> None:

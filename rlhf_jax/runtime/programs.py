@@ -111,6 +111,10 @@ class MeshPlacement:
         """Kind of the devices: cpu, gpu or tpu."""
         return self.mesh.devices.flat[0].platform
 
+    def rows(self, before: int) -> NamedSharding:
+        """Sharding of a batch whose rows have a number of axes before them."""
+        return NamedSharding(self.mesh, P(*([None] * before), *ROWS))
+
     def put_state(self, state: PyTree) -> PyTree:
         """Shard a copy of a state by the models' partition patterns; programs donate only the copy."""
         return self.place_state(jax.tree.map(jnp.copy, state))
@@ -125,7 +129,7 @@ class MeshPlacement:
 
     def compile(self, step: Step, state: PyTree) -> Program:
         """Compile a program that keeps the shardings of `state` and donates the old state."""
-        rows = NamedSharding(self.mesh, P(*([None] * leading_axes(self.seeds)), *ROWS))
+        rows = self.rows(leading_axes(self.seeds))
         compiled = jax.jit(
             _on_mesh(step, self.seeds, self.mesh),
             donate_argnums=0,
@@ -233,18 +237,21 @@ class PmapPlacement:
 Placement = MeshPlacement | PmapPlacement
 
 
-def make_placement(config: RuntimeConfig, seeds: int) -> Placement:
-    """Select the number of devices that the config requires. Raises RlhfError if there are fewer."""
-    needed, present = config.data * config.fsdp * config.tensor, jax.devices()
+def make_placement(config: RuntimeConfig, seeds: int, devices: Sequence[jax.Device] | None = None) -> Placement:
+    """Select the number of devices that the config requires. Raises RlhfError if there are fewer.
+
+    Args: devices to choose from, None: those of this machine.
+    """
+    needed, present = config.data * config.fsdp * config.tensor, devices or jax.devices()
     if needed > len(present):
         raise RlhfError(
             f"config.runtime requires {needed} devices (data={config.data}, fsdp={config.fsdp}, "
             f"tensor={config.tensor}), but only {len(present)} are available: lower them"
         )
-    devices = present[:needed]
+    used = present[:needed]
     if config.strategy == "pmap":
-        return PmapPlacement(tuple(devices), seeds)
-    return MeshPlacement(make_mesh(devices, (config.data, config.fsdp, config.tensor)), seeds)
+        return PmapPlacement(tuple(used), seeds)
+    return MeshPlacement(make_mesh(used, (config.data, config.fsdp, config.tensor)), seeds)
 
 
 def make_mesh(devices: Sequence[jax.Device], sizes: tuple[int, int, int]) -> Mesh:

@@ -16,8 +16,9 @@ from rlhf_jax.core import logprobs as core
 from rlhf_jax.core.row_sharding import ROWS
 from rlhf_jax.models import head
 from rlhf_jax.models.policy import PolicyNetwork
+from rlhf_jax.runtime import program_costs
 from rlhf_jax.runtime.programs import make_placement
-from tests.support import hlo, networks
+from tests.support import networks
 from tests.support.layouts import DEVICES, LAYOUTS
 
 BATCH, LENGTH, WIDTH, VOCAB = 3, 5, 6, 11
@@ -262,7 +263,7 @@ def test_slices_gather_the_head_once_and_reduce_its_gradient_once(monkeypatch):
     where, split = NamedSharding(mesh, ROWS), NamedSharding(mesh, P("tensor", "fsdp"))
     on_mesh = jax.jit(gradient, in_shardings=(where, split, where), out_shardings=(where, split))
     compiled = on_mesh.lower(*args).compile()
-    costs = hlo.of_compiled(compiled)
+    costs = program_costs.of_compiled(compiled)
     assert costs.flops * DEVICES == 3 * 2 * rows * length * width * vocab
     assert costs.bytes["all-gather"] == costs.bytes["all-reduce"] == embedding.size * 4
     assert '"known_trip_count":{"n":"4"' in str(compiled.as_text())

@@ -17,12 +17,13 @@ from rlhf_jax.methods.policy_parts import Networks
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
 from rlhf_jax.models.sharding import on_devices
+from rlhf_jax.runtime import program_costs
 from rlhf_jax.runtime.programs import RuntimeConfig, Step, make_placement
 from rlhf_jax.sampling import batches
 from rlhf_jax.sampling.choice import Sampling
 from rlhf_jax.sampling.compiled import mesh_of
 from rlhf_jax.stages import kto, online_dpo, reward_model, sft
-from tests.support import hlo, networks, tiny
+from tests.support import networks, tiny
 from tests.support.programs import runtime
 
 DEVICES, ROWS, VOCAB = 8, 16, 64
@@ -126,7 +127,7 @@ BULK: dict[str, tuple[Callable, Callable[[Callable], tuple]]] = {
 class Measured(NamedTuple):
     """Costs of a program on one device, and quantities of the program that do not depend on the layout."""
 
-    costs: hlo.Costs
+    costs: program_costs.Costs
     flops: float  # of the jaxpr: those of all devices together
     trained: int  # bytes of the trained parameters
     frozen: int  # bytes of the frozen parameters
@@ -145,8 +146,8 @@ def measure(name: str, where: RuntimeConfig) -> Measured:
     compiled = program.compiled.lower(state, frozen, batches, key).compile()  # type: ignore[attr-defined]
     jaxpr = jax.make_jaxpr(case.step(()))(case.state, case.frozen, case.batch, key)
     return Measured(
-        hlo.of_compiled(compiled, unknown_loops=loops),
-        hlo.of_jaxpr(jaxpr.jaxpr, unknown_loops=loops),
+        program_costs.of_compiled(compiled, unknown_loops=loops),
+        program_costs.of_jaxpr(jaxpr.jaxpr, unknown_loops=loops),
         _bytes(case.state.params),
         _bytes(case.frozen),
     )
@@ -166,8 +167,8 @@ def measure_bulk(name: str, where: RuntimeConfig) -> Measured:
     compiled = function.program.lower(mesh_of(args), *args).compile()  # type: ignore[attr-defined]
     jaxpr = jax.make_jaxpr(lambda: function.__wrapped__(*arrays))()  # type: ignore[attr-defined]
     return Measured(
-        hlo.of_compiled(compiled, unknown_loops=loops),
-        hlo.of_jaxpr(jaxpr.jaxpr, unknown_loops=loops),
+        program_costs.of_compiled(compiled, unknown_loops=loops),
+        program_costs.of_jaxpr(jaxpr.jaxpr, unknown_loops=loops),
         0,
         _bytes(args[1]),
     )

@@ -1,0 +1,50 @@
+"""A stage compiled for a TPU, without one, by libtpu."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'rlhf-jax[plan]'"
+)
+
+
+def plan(*flags: str) -> tuple[list[dict], str]:
+    """Records that the command prints, and its errors, in a process of its own: libtpu allows one at a time."""
+    command = [sys.executable, "-m", "rlhf_jax", "plan", "--config=preferences:smoke", "--json", *flags]
+    environment = os.environ | {"XLA_FLAGS": "", "TPU_LOG_DIR": "disabled"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    return [json.loads(line) for line in done.stdout.splitlines()], done.stderr
+
+
+@needs_libtpu
+def test_dpo_is_compiled_for_four_chips():
+    (stage, whole), error = plan("--topology=v5e:2x2", "--stage=dpo", "--config.runtime.fsdp=4")
+    assert not error
+    (program,) = stage["programs"]
+    assert program["fits"] and program["replication"] == pytest.approx(1, abs=0.1)
+    assert program["collectives"] and program["times"]["interconnect"] > 0
+    assert whole["smallest"]["mesh"] == {"data": 1, "fsdp": 1, "tensor": 1} and whole["smallest"]["fits"]
+
+
+@needs_libtpu
+@pytest.mark.nightly
+def test_memory_that_runs_out_is_an_answer():
+    sizes = ("--config.data.max_response_tokens=16384", "--config.dpo.batch_size=64")
+    (stage, _), error = plan("--topology=v5e:1", "--stage=dpo", *sizes)
+    assert not error
+    (program,) = stage["programs"]
+    assert program["fits"] is False and program["needed"] > program["limit"]
+
+
+@needs_libtpu
+@pytest.mark.nightly
+def test_all_stages_are_compiled_for_four_chips():
+    records, error = plan("--topology=v5e:2x2", "--config.runtime.data=2", "--config.runtime.fsdp=2")
+    assert not error
+    assert [record["stage"] for record in records[:-1]] == ["sft", "reward_model", "dpo", "ppo", "evaluate"]
+    assert all(program["fits"] for record in records[:-1] for program in record["programs"])

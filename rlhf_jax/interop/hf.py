@@ -152,7 +152,7 @@ def read_outline(
     how = {"compute_dtype": compute_dtype, "remat": remat, "attention": attention}
     config, vocab_size = _read_shape(hf_config, directory, param_dtype=param_dtype or stored, **how)
     kind = _kind(hf_config, directory)
-    params = jax.eval_shape(lambda: _network(kind, config, vocab_size).init(jax.random.key(0)))
+    params = jax.eval_shape(lambda: _network(kind, config, vocab_size, pooling_of(hf_config)).init(jax.random.key(0)))
     return Checkpoint(kind, config, vocab_size, params, hf_config)
 
 

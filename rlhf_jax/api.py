@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from rlhf_jax import experiment
+from rlhf_jax import experiment, processes
 from rlhf_jax.config import override
 from rlhf_jax.data import fetch as data_sets
 from rlhf_jax.interop.hub import MODELS, fetch_model
@@ -100,7 +100,7 @@ def run(
         smoke.results()
 
     An interrupted stage continues from its last checkpoint, whether it was started from Python or from the command
-    line. Progress is printed.
+    line. Progress is printed. After `jax.distributed.initialize`, all processes run the experiment together.
 
     Args:
         config: the result of `load_config`, or its argument `source`. It names your own functions, such as rewards, as
@@ -116,7 +116,12 @@ def run(
     place = open_workdir(workdir, inputs)
     terminal = sys.stdout.isatty()
     # A Jupyter kernel sets FORCE_COLOR, for which rich would draw bars in the output of a cell.
-    console = Console(width=None if terminal else 120, force_jupyter=False, force_terminal=None if terminal else False)
+    console = Console(
+        width=None if terminal else 120,
+        force_jupyter=False,
+        force_terminal=None if terminal else False,
+        quiet=not processes.is_first(),
+    )
     worked = experiment.run(experiment.parse(config), place, stage, console)
     # Imported after the stages: pandas and matplotlib take a second.
     from rlhf_jax.reports.report import MATCHED, REPORT, RESULTS, is_current, print_summary, write_report
@@ -126,15 +131,19 @@ def run(
     if stage is not None:
         console.print(f"Stage {stage}: {place.find(stage)}")
         return found
-    if worked or not is_current(place.root, place.inputs):
-        write_report(place.root, place.inputs)
-        print_summary(found, console)
-    else:
-        console.print("Every stage is complete; nothing to do.")
-    for name in (RESULTS, MATCHED):
-        if (place.root / name).exists():
-            console.print(f"Results: {place.root / name}", soft_wrap=True)
-    console.print(f"Report:  {place.root / REPORT}", soft_wrap=True)
+
+    def report() -> None:
+        if worked or not is_current(place.root, place.inputs):
+            write_report(place.root, place.inputs)
+            print_summary(found, console)
+        else:
+            console.print("Every stage is complete; nothing to do.")
+        for name in (RESULTS, MATCHED):
+            if (place.root / name).exists():
+                console.print(f"Results: {place.root / name}", soft_wrap=True)
+        console.print(f"Report:  {place.root / REPORT}", soft_wrap=True)
+
+    processes.on_first(report)
     return found
 
 

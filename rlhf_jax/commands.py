@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from rlhf_jax import experiment
+from rlhf_jax import experiment, processes
 from rlhf_jax.api import fetch, load_config, open_workdir, run
 from rlhf_jax.cli.output import until_closed
 from rlhf_jax.cli.parser import Parser
@@ -42,6 +42,8 @@ Print the config of an experiment with all its defaults, one field per line, as
 def run_verb(arguments: list[str]) -> None:
     """Run an experiment and report on it, or print what would run."""
     config, options = parse_run_flags(arguments)
+    if options.distributed or options.coordinator is not None:
+        processes.connect(options.coordinator, options.processes, options.process)
     if options.dry_run:
         show_plan(config, open_workdir(options.workdir, options.inputs), options.stage)
     else:
@@ -119,6 +121,13 @@ def parse_run_flags(arguments: list[str]) -> tuple[ConfigDict, argparse.Namespac
     )
     parser.add_argument("--stage", metavar="NAME", help="run this stage only")
     parser.add_argument("--dry-run", action="store_true", help="print what would run, and run nothing")
+    several = parser.add_argument_group("several processes, each of which runs the same command")
+    several.add_argument(
+        "--distributed", action="store_true", help="find them from SLURM, Open MPI, Kubernetes or a Cloud TPU"
+    )
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0, with a free port")
+    several.add_argument("--processes", type=int, metavar="N", help="number of processes")
+    several.add_argument("--process", type=int, metavar="I", help="index of this process, from 0")
     return parse_config_flags(parser, arguments)
 
 

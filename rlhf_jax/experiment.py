@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from rlhf_jax import config as configs
-from rlhf_jax import user_code
+from rlhf_jax import processes, user_code
 from rlhf_jax.data import formats
 from rlhf_jax.data.pipeline import DataConfig
 from rlhf_jax.interop.hub import MODELS, checkpoint_hash
@@ -25,8 +25,9 @@ from rlhf_jax.runtime import compilation_cache, provenance, timings
 from rlhf_jax.runtime.files import read_rows, write_json
 from rlhf_jax.runtime.programs import RuntimeConfig
 from rlhf_jax.runtime.progress import Display
-from rlhf_jax.runtime.stage_state import StageState
+from rlhf_jax.runtime.stage_state import recorded
 from rlhf_jax.runtime.workdir import Identity, Workdir
+from rlhf_jax.runtime.workdir_lock import locked
 from rlhf_jax.stages.kinds import KINDS, StageConfig, find_kind
 from rlhf_jax.stages.online_dpo import OnlineDPOConfig
 from rlhf_jax.stages.sizes import parameters
@@ -101,12 +102,14 @@ def run(experiment: Experiment, workdir: Workdir, only: str | None, console: Con
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {experiment.runtime.xla_flags}"
     compilation_cache.enable()
     display = Display(console)
-    here = functools.cache(provenance.environment)  # read once: the source may change while the process runs
+    # Read once: the source may change while the process runs.
+    here = functools.cache(lambda: provenance.environment() | {"layout": layout(experiment.runtime)})
     keys = functools.cache(lambda: cost_keys(experiment, here()))  # made once, since it reads all data
     names, worked = [only] if only else [*experiment.stages], False
-    with display.running():
+    with display.running(), contextlib.ExitStack() as held:
+        lock = functools.cache(lambda: held.enter_context(locked(workdir.root)))  # when the first stage starts
         for place in range(len(names)):
-            worked |= _run_stage(experiment, workdir, names[place:], display, here, keys)
+            worked |= _run_stage(experiment, workdir, names[place:], display, here, keys, lock)
     return worked
 
 
@@ -124,6 +127,7 @@ def _run_stage(
     display: Display,
     here: Callable[[], dict[str, Any]],
     cost_keys_of: Callable[[], dict[str, str]],
+    lock: Callable[[], None],
 ) -> bool:
     """Run the first of the stages that are left, unless it is complete; return whether it ran."""
     name = names[0]
@@ -133,16 +137,24 @@ def _run_stage(
         return False
     if status == "again":
         display.console.print(f"{name}: an earlier start with another config left no results; starting again.")
-    directory = workdir.begin(name, identity)
-    provenance.begin(directory, here())
-    workdir.record([*experiment.stages])
+    directory = workdir.directory(name)
+
+    def begin() -> None:
+        lock()
+        workdir.begin(name, identity)
+        if changed := provenance.begin(directory, here()):
+            display.console.print(changed, highlight=False, soft_wrap=True)
+        workdir.record([*experiment.stages])
+
+    processes.wait()  # until all have read what the first one now replaces
+    processes.on_first(begin)
     stage = experiment.stages[name]
     kind = find_kind(stage.kind, name)
     display.start(f"Device: {provenance.machine_name(here()['machine'])}")
     keys, known = cost_keys_of(), timings.read_timings(compilation_cache.cache_dir())
     left = [later for later in names[1:] if not (workdir.directory(later) / "complete.json").exists()]
     with (
-        _recorded(directory) as state,
+        recorded(directory) as state,
         _timed(directory) as seconds,
         display.bar(
             name, before=known.get(keys[name]), later=[known.get(keys[each]) for each in left], state=state
@@ -160,14 +172,36 @@ def _run_stage(
             bar=bar,
         )
         summary = kind.run(stage, context)
-    seeds = range(experiment.seed, experiment.seed + (experiment.seeds if kind.seeded else 1))
-    batch = _batch(stage, kind.unit, experiment.runtime, directory)
-    found = provenance.record(directory, identity, seeds, batch)
-    write_json(directory / "summary.json", {**summary, "provenance": found, "time/seconds": seconds[0]})
-    timing = timings.Timing(seconds[0], bar.first_call, bytes_of(directory))
-    timings.add_timing(compilation_cache.cache_dir(), keys[name], timing)
-    workdir.complete(name, identity)
+    _check_data(experiment, identity)
+
+    def complete() -> None:
+        seeds = range(experiment.seed, experiment.seed + (experiment.seeds if kind.seeded else 1))
+        batch = _batch(stage, kind.unit, experiment.runtime, directory)
+        found = provenance.record(directory, identity, seeds, batch)
+        write_json(directory / "summary.json", {**summary, "provenance": found, "time/seconds": seconds[0]})
+        timing = timings.Timing(seconds[0], bar.first_call, bytes_of(directory))
+        timings.add_timing(compilation_cache.cache_dir(), keys[name], timing)
+        workdir.complete(name, identity)
+
+    processes.on_first(complete)
     return True
+
+
+def _check_data(experiment: Experiment, identity: Identity) -> None:
+    """Raise RlhfError if a data file is not the one that the stage was started with."""
+    for split, before in identity.common["data_sha256"].items():
+        source = experiment.data.source(split)
+        if formats.file_hash(source) != before:
+            raise RlhfError(
+                f"{source} changed while a stage read it: put the earlier file back and run again, or give a new "
+                "--workdir"
+            )
+
+
+def layout(runtime: RuntimeConfig) -> dict[str, Any]:
+    """Division of the work over devices and processes, which changes results by rounding."""
+    names = ("strategy", "data", "fsdp", "tensor")
+    return {**{name: getattr(runtime, name) for name in names}, "processes": processes.count()}
 
 
 class PlannedStage(NamedTuple):
@@ -258,18 +292,6 @@ def _sizes(experiment: Experiment, name: str) -> list[str]:
         return []
     seeds = [f"{experiment.seeds} seeds"] if kind.seeded and experiment.seeds > 1 else []
     return [*seeds, f"{_rows(stage)} {kind.unit} per update"]
-
-
-@contextlib.contextmanager
-def _recorded(directory: Path) -> Iterator[StageState]:
-    """Keep the state of a stage for other processes while it runs, and its error if it fails."""
-    state = StageState(directory)
-    try:
-        yield state
-    except BaseException as error:
-        state.fail(str(error) if isinstance(error, RlhfError) else f"{type(error).__name__} {error}".strip())
-        raise
-    state.complete()
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import traceback
 
 import rlhf_jax
 from rlhf_jax.runtime.huge_pages import restart_with_huge_pages
+from rlhf_jax.runtime.termination import STATUS, Terminated, raise_on_sigterm
 
 USAGE = """\
 rlhf-jax: learning from human preferences in JAX
@@ -89,6 +90,7 @@ VERBS = {
 def entry_point() -> None:
     """Run the command of the console script, and exit with its status."""
     restart_with_huge_pages()
+    raise_on_sigterm()
     if "--debug" not in sys.argv:
         # `main` reports every exception. The default hook would print a failed checkpoint again, from the callbacks of
         # the threads that were still writing it.
@@ -97,7 +99,7 @@ def entry_point() -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Run one command and return its exit status: 0, or 1 (130 if interrupted) with a message on stderr."""
+    """Run one command and return its exit status: 0; 1 after an error, 130 after Ctrl-C, 143 after SIGTERM."""
     debug = "--debug" in argv
     arguments = [argument for argument in argv if argument != "--debug"]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -114,16 +116,26 @@ def main(argv: list[str]) -> int:
         _limit_logging(debug=debug)
         module, function = VERBS[verb].split(":")
         getattr(importlib.import_module(module), function)(arguments)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Terminated) as error:
+        word, status = ("Terminated", STATUS) if isinstance(error, Terminated) else ("Interrupted", 130)
         advice = " The same command continues from the last checkpoint." if verb in ("run", "sweep") else ""
-        print(f"\nInterrupted.{advice}", file=sys.stderr)
-        return 130
+        print(f"\n{word}.{advice}", file=sys.stderr)
+        _leave(status)
+        return status
     except Exception as error:
         if debug:
             traceback.print_exc()
         print(_message(error), file=sys.stderr)
+        _leave(1)
         return 1
     return 0
+
+
+def _leave(status: int) -> None:
+    """End at once if other processes of the experiment wait for this one."""
+    from rlhf_jax import processes
+
+    processes.leave(status)
 
 
 def _limit_logging(*, debug: bool) -> None:

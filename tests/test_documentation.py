@@ -86,6 +86,8 @@ def group(words: list[str]) -> str:
             return name
     if words[1] == "fields":
         return "fields"
+    if "/shared/run" in line:
+        return "machines"
     return "verbs" if "--model=smollm2" in line or words[1] == "score" else "parsed"
 
 
@@ -211,6 +213,15 @@ def test_make_has_the_targets(words):
     assert "No rule to make target" not in shown.stderr
     named = re.findall(r"requirements-\w+\.txt", shown.stdout)
     assert "DEVICE=tpu" not in words or "requirements-tpu.txt" in named
+
+
+@pytest.mark.parametrize("words", of("machines"), ids=lambda words: words[0])
+def test_commands_of_several_machines_have_known_flags_and_a_layout(words):
+    inner = [word.removeprefix("--command=") for word in words if word.startswith("--command=")]
+    words = shlex.split(inner[0]) if inner else words
+    config, options = parse_run_flags(words[words.index("run") + 1 :])
+    assert options.distributed or (options.coordinator, options.processes, options.process) == ("HOST:1234", 2, 0)
+    assert experiment.parse(config).runtime.row_devices >= (1 if options.processes else 32)
 
 
 @pytest.mark.parametrize("words", of("verbs"), ids=" ".join)

@@ -13,14 +13,14 @@ from rlhf_jax.cli.output import until_closed
 from rlhf_jax.cli.parser import Parser
 from rlhf_jax.runtime.files import read_json
 from rlhf_jax.runtime.progress import duration
-from rlhf_jax.runtime.stage_state import is_running, read_state
+from rlhf_jax.runtime.stage_state import INTERRUPTED, is_running, read_state
 from rlhf_jax.runtime.workdir import read_record
 from rlhf_jax.types import Json, RlhfError
 
 DESCRIPTION = """\
 List the stages of a work directory: complete, running (with step, rate and time
-left), failed (with the error), interrupted (by Ctrl-C), killed, or not started.
-The same `rlhf-jax run` command continues a stage that ended early."""
+left), failed (with the error), interrupted (by Ctrl-C or SIGTERM), killed, or
+not started. The same `rlhf-jax run` command continues a stage that ended early."""
 
 
 class StageStatus(NamedTuple):
@@ -82,7 +82,7 @@ def stage_status(directory: Path) -> StageStatus:
         return StageStatus(name, "running", steps, _running(state), state["doing"] or state.get("figures", ""))
     when = f"{duration(time.time() - state['written'])} ago"
     if state["error"] is not None:
-        stopped = "interrupted" if state["error"] == "KeyboardInterrupt" else "failed"
+        stopped = "interrupted" if state["error"] == INTERRUPTED else "failed"
         return StageStatus(name, stopped, steps, when, "" if stopped == "interrupted" else state["error"])
     return StageStatus(name, "killed", steps, when)
 

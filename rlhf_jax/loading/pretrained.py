@@ -4,8 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import jax
-
+from rlhf_jax import processes
 from rlhf_jax.config import FunctionSource
 from rlhf_jax.interop import hf, peft
 from rlhf_jax.interop.families import USER_FAMILY
@@ -66,7 +65,7 @@ def load_checkpoint(source: str, tuning: Tuning = NO_CHANGES, *, where: Where | 
         remat=bool(tuning.remat),
         attention=tuning.attention,
         family=tuning.family,
-        place=None if where is None else lambda path, array: jax.device_put(array, where(path, array.shape)),
+        place=None if where is None else lambda path, array: processes.place(array, where(path, array.shape)),
     )
     tokenizer = checkpoint_tokenizer(directory, base)
     if base != directory:

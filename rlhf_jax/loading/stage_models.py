@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 
 from rlhf_jax import config as configs
+from rlhf_jax import processes
 from rlhf_jax.interop.hub import MODELS
 from rlhf_jax.loading.models import Policy, RewardModel, body_of, cast, merged
 from rlhf_jax.loading.pretrained import load_checkpoint, same_family
@@ -138,7 +139,8 @@ def base_of(directory: Path) -> Base | None:
 
 
 def _save_spec(directory: Path, model: Policy | RewardModel, more: dict[str, Any], base: Base | None) -> None:
-    model.tokenizer.save(directory / "tokenizer")
+    if processes.is_first():
+        model.tokenizer.save(directory / "tokenizer")
     network = model.network
     lora = None if network.lora is None else dataclasses.asdict(network.lora)
     config = dataclasses.replace(network.config, attention="xla")  # the model may be loaded on other hardware

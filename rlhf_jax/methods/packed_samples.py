@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from rlhf_jax import processes
 from rlhf_jax.data.layouts import LEAST_GAIN, Groups, Layout, PackedSize, layout_of, packed_width, size_of
 from rlhf_jax.methods.minibatches import shuffled
 from rlhf_jax.methods.policy_gradient import Iteration
@@ -45,7 +46,7 @@ class Packings(NamedTuple, Generic[A]):
 
 def lengths(rollout: Rollout) -> tuple[Counts, Counts]:
     """Numbers of tokens of each row and of its response, on the host. A row has at least one token of the prompt."""
-    rows, responses = jax.device_get(_lengths(rollout.prompt_mask, rollout.response_mask))
+    rows, responses = processes.on_host(_lengths(rollout.prompt_mask, rollout.response_mask))
     return rows, responses
 
 

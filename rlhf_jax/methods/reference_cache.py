@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
+from rlhf_jax import processes
 from rlhf_jax.data.fetch import data_dir
 from rlhf_jax.data.ragged import RaggedPairs
 from rlhf_jax.methods.dpo import PairLogps, pair_logps_all
@@ -30,16 +31,21 @@ def precomputed_ref_logps(
     Raises RlhfError if the file cannot be written or read.
     """
     path = cache_path(config, network, params, data)
-    computed = None if path.exists() else pair_logps_all(config, network, params, data, batch_size)
-    try:
-        if computed is not None:
-            _write(path, computed)
-        chosen, rejected, full_chosen, full_rejected = np.load(path)
-    except (OSError, ValueError) as error:
-        raise RlhfError(
-            f"{path} cannot be written or read ({error}): remove it or make room, set RLHF_JAX_DATA to another "
-            "directory, or set cached_reference = False"
-        ) from error
+    known = bool(processes.from_first(lambda: np.array(path.exists())))
+    computed = None if known else pair_logps_all(config, network, params, data, batch_size)
+
+    def written_and_read() -> np.ndarray:
+        try:
+            if computed is not None:
+                _write(path, computed)
+            return np.load(path)
+        except (OSError, ValueError) as error:
+            raise RlhfError(
+                f"{path} cannot be written or read ({error}): remove it or make room, set RLHF_JAX_DATA to another "
+                "directory, or set cached_reference = False"
+            ) from error
+
+    chosen, rejected, full_chosen, full_rejected = processes.from_first(written_and_read)
     return PairLogps(chosen, rejected, full_chosen, full_rejected)
 
 
@@ -54,7 +60,7 @@ def cache_path(config: PreferenceLossConfig, network: PolicyNetwork, params: PyT
     )
     rows = {side: dataclasses.asdict(getattr(data, side)) for side in data._fields}
     for path, leaf in jax.tree_util.tree_leaves_with_path({"params": params, "data": rows}):
-        array = np.asarray(leaf)
+        array = np.asarray(processes.on_host(leaf))
         digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
     return data_dir() / "reference_logprobs" / f"{digest.hexdigest()[:32]}.npy"

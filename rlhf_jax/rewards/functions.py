@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_jax import user_code
+from rlhf_jax import processes, user_code
 from rlhf_jax.types import RlhfError
 
 
@@ -23,11 +23,15 @@ class RewardFunction:
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, list]) -> np.ndarray:
         """Score completions: float64[N], with NaN where the function returns None or NaN because it does not apply.
 
+        The first of several processes calls the function.
         A function with `**kwargs` receives every column, any other function the columns that it names.
 
         Raises RlhfError, naming the function, if it raises, needs a missing column, or does not return one number or
         None per completion.
         """
+        return processes.from_first(lambda: self._scores(prompts, completions, columns))
+
+    def _scores(self, prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, list]) -> np.ndarray:
         available = {"prompts": list(prompts), "completions": list(completions), **columns}
         try:
             rewards = self.function(**self._arguments(available))

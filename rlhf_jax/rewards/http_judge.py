@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from rlhf_jax import processes
 from rlhf_jax.config import Count, CountOrZero, NonNegative, Positive, check_ranges
 from rlhf_jax.rewards.endpoint import Endpoint, Reply, Stopped, key_of
 from rlhf_jax.types import RlhfError
@@ -95,12 +96,16 @@ class HTTPJudge:
     ) -> Float[np.ndarray, "N"]:
         """Compare pairs: 1 if the first answer is preferred in both orders, 0 if the second is, otherwise 1/2 (a tie).
 
-        Equal answers are a tie and cost no request. A reply without a verdict makes its pair a tie.
+        Equal answers are a tie and cost no request. A reply without a verdict makes its pair a tie. The first of
+        several processes asks.
 
         Args: progress is called with the numbers of answered questions and of all questions.
         Raises: RlhfError if the endpoint fails, or returns more than `max_unparseable` replies without a verdict.
             Earlier replies are kept and not requested again.
         """
+        return processes.from_first(lambda: self._preferences(pairs, progress))
+
+    def _preferences(self, pairs: Sequence[Pair], progress: Callable[[int, int], None]) -> Float[np.ndarray, "N"]:
         distinct = [pair for pair in pairs if pair.first != pair.second]
         self._ask_all(list(dict.fromkeys(order for pair in distinct for order in (pair, _swapped(pair)))), progress)
         for pair in distinct:

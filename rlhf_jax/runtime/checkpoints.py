@@ -1,11 +1,15 @@
 """Asynchronous Orbax checkpoints of training states, one directory per step with one item per network.
 
+Each has the hashes of its files, so that a file that was cut short or changed on disk is never read.
+
 Orbax takes half a second to import, so it is imported when a directory of checkpoints is opened.
 """
 
 import contextlib
+import hashlib
+import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -15,12 +19,21 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+from rlhf_jax import processes
 from rlhf_jax.models.sharding import Where, on_devices
 from rlhf_jax.runtime.best import BestSoFar, Preservation, best_step
+from rlhf_jax.runtime.files import write_json
 from rlhf_jax.types import RlhfError
 
 if TYPE_CHECKING:
     import orbax.checkpoint
+
+
+HASHES = "_sha256.json"
+"""File in a checkpoint with the hashes of its other files, by path; older releases wrote none."""
+
+WRITTEN_LATER = "_CHECKPOINT_METADATA"
+"""File that Orbax still changes when all others are complete; it has times only."""
 
 
 class TrainState(NamedTuple):
@@ -50,18 +63,40 @@ class Checkpoints:
         """Open or create a directory, and remove the remains of interrupted saves."""
         import orbax.checkpoint as ocp
 
-        self._directory = directory
+        self._directory, self._saving = directory, 0
         logging.getLogger("asyncio").addFilter(_REPEATED)
-        settings = ocp.CheckpointManagerOptions(cleanup_tmp_directories=True)
+        settings = ocp.CheckpointManagerOptions(
+            cleanup_tmp_directories=True,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_hashes),
+        )
         if best is None:
             settings.max_to_keep = keep
         else:
             settings.preservation_policy = Preservation(keep, best)
         self._manager = ocp.CheckpointManager(directory.absolute(), options=settings)
 
-    def latest_step(self) -> int | None:
-        """Newest step with a complete checkpoint, or None."""
-        return self._manager.latest_step()
+    def newest_whole(self) -> tuple[int, list[str]]:
+        """Find the newest step whose checkpoint is undamaged, 0 for none, and remove the damaged ones after it.
+
+        Returns: the step, and a damaged file of each removed checkpoint.
+        """
+        damaged: list[str] = []
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            file = damaged_file(self._directory / str(step))
+            if file is None:
+                return step, damaged
+            damaged.append(f"{step}/{file}")
+            self._manager.delete(step)
+        return 0, damaged
+
+    def keep_only(self, wanted: Callable[[int], bool]) -> None:
+        """Remove the checkpoints of other steps, unless there is no other."""
+        self._manager.wait_until_finished()
+        steps = self._manager.all_steps()
+        if any(map(wanted, steps)):
+            for step in steps:
+                if not wanted(step):
+                    self._manager.delete(step)
 
     def save(self, state: TrainState) -> None:
         """Start saving a state under its step, and return before the files are written.
@@ -78,7 +113,15 @@ class Checkpoints:
                 state = jax.tree.map(jnp.copy, state)
             items = {name: ocp.args.StandardSave(tree) for name, tree in state.params.items()}
             rest = ocp.args.StandardSave(_rest(state))
-            self._manager.save(int(np.ravel(state.step)[0]), args=ocp.args.Composite(rest=rest, **items))
+            self._saving = int(np.ravel(processes.on_host(state.step))[0])
+            self._manager.save(self._saving, args=ocp.args.Composite(rest=rest, **items))
+
+    def _write_hashes(self) -> None:
+        """Hash the files of a checkpoint before Orbax gives its directory the final name."""
+        if not processes.is_first():
+            return
+        for partial in self._directory.glob(f"{self._saving}.*"):
+            write_json(partial / HASHES, {name: _hash(partial / name) for name in _files(partial)})
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """Restore the state saved at a step, with the shapes, dtypes and shardings of `like` (see `abstract`)."""
@@ -110,7 +153,7 @@ def load_params(directory: Path, network: str, like: PyTree, *, step: int | None
     Args: like gives the shapes (`jax.eval_shape` of the network's init, with a leading axis for several seeds); step is
     None for the best checkpoint of a stage with `loop.best`, and for the newest of others; where gives the sharding of
     each parameter (None: the first device).
-    Raises RlhfError if there is no such checkpoint.
+    Raises RlhfError if there is no such checkpoint, or if it is damaged.
     """
     import orbax.checkpoint as ocp
 
@@ -119,12 +162,49 @@ def load_params(directory: Path, network: str, like: PyTree, *, step: int | None
         if not steps or (step is not None and step not in steps):
             kept = ", ".join(map(str, sorted(steps))) or "none"
             raise RlhfError(f"{directory} has no checkpoint{'' if step is None else f' at step {step}'} (kept: {kept})")
+        best = best_step(directory.parent)
+        chosen = step if step is not None else best if best in steps else max(steps)
+        if file := damaged_file(directory / str(chosen), network):
+            raise RlhfError(
+                f"the checkpoint {directory / str(chosen)} is damaged ({file}): remove complete.json in "
+                f"{directory.parent}, and run its stage again"
+            )
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         places = on_devices(like, where or (lambda path, shape: device))
         target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, places)
-        best = best_step(directory.parent)
-        chosen = step if step is not None else best if best in steps else max(steps)
         return manager.restore(chosen, args=ocp.args.Composite(**{network: ocp.args.StandardRestore(target)}))[network]
+
+
+def damaged_file(checkpoint: Path, item: str = "") -> str | None:
+    """Return the first file of a checkpoint, or of one item, that is missing or has another hash; None if all agree.
+
+    The first of several processes reads the files.
+    """
+    found = processes.from_first(lambda: np.array(_damaged_file(checkpoint, item)))
+    return str(found) or None
+
+
+def _damaged_file(checkpoint: Path, item: str) -> str:
+    if not (checkpoint / HASHES).exists():
+        return ""
+    try:
+        hashes = json.loads((checkpoint / HASHES).read_bytes())
+        wanted = {name: value for name, value in hashes.items() if name.startswith(f"{item}/" if item else "")}
+    except (ValueError, AttributeError):
+        return HASHES
+    there = _files(checkpoint)
+    return next((name for name, value in wanted.items() if name not in there or _hash(checkpoint / name) != value), "")
+
+
+def _files(checkpoint: Path) -> list[str]:
+    """Paths of a checkpoint's files that have a hash."""
+    files = (str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file())
+    return sorted(name for name in files if name not in (HASHES, WRITTEN_LATER))
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Atomic file writes, and row files that can be truncated to a step."""
+"""Atomic file writes, and row files that can be truncated to a step. The first of several processes writes alone."""
 
 import json
 import math
@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TextIO
 
+from rlhf_jax.processes import is_first
 from rlhf_jax.types import Json, RlhfError, Row
 
 
@@ -17,6 +18,8 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file atomically, by renaming a temporary file."""
+    if not is_first():
+        return
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -89,7 +92,7 @@ class RowWriter:
         self._path = path
         kept = [row for row in read_rows(path) if row["step"] <= after_step]
         write_rows(path, kept)
-        self._file: TextIO = path.open("a", encoding="utf-8")
+        self._file: TextIO = (path if is_first() else Path(os.devnull)).open("a", encoding="utf-8")
 
     def write(self, rows: Iterable[Row]) -> None:
         """Add rows to the buffer. Raises RlhfError for a number that is not finite."""
@@ -99,7 +102,8 @@ class RowWriter:
     def flush(self) -> None:
         """Write all buffered rows to disk."""
         self._file.flush()
-        os.fsync(self._file.fileno())
+        if is_first():
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Flush and close the file."""

@@ -10,12 +10,14 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
+from rlhf_jax import processes
 from rlhf_jax.config import Count, check_ranges
 from rlhf_jax.runtime.best import Best, BestSoFar
-from rlhf_jax.runtime.checkpoints import Checkpoints, TrainState, abstract
+from rlhf_jax.runtime.checkpoints import Checkpoints, TrainState
 from rlhf_jax.runtime.files import RowWriter, read_rows
 from rlhf_jax.runtime.programs import Placement, Step
 from rlhf_jax.runtime.progress import Bar, rounded
+from rlhf_jax.runtime.termination import Terminated, noted_sigterm
 from rlhf_jax.runtime.two_programs import TwoPrograms, TwoSteps
 from rlhf_jax.types import RlhfError, Row
 
@@ -65,10 +67,12 @@ class Task:
 def train(task: Task, config: LoopConfig, placement: Placement, first_seed: int, directory: Path, bar: Bar) -> int:
     """Run or resume a task, writing `metrics.jsonl`, `samples.jsonl` and `checkpoints/`.
 
+    After SIGTERM, the current call is completed and its state saved.
+
     Returns: the number of steps, less than total_steps if `config.best` stopped early.
 
     Raises RlhfError unless total_steps is a multiple of steps_per_call, and if a loss is not finite. The steps since
-    the last checkpoint are then lost.
+    the last checkpoint are then lost. Raises Terminated after SIGTERM.
     """
     if task.total_steps % config.steps_per_call:
         raise RlhfError(
@@ -79,7 +83,9 @@ def train(task: Task, config: LoopConfig, placement: Placement, first_seed: int,
         best = None if config.best is None else BestSoFar(config.best)
         kept = Checkpoints(directory / "checkpoints", config.keep, best)
         checkpoints = stack.enter_context(contextlib.closing(kept))
-        done = checkpoints.latest_step() or 0
+        done, damaged = checkpoints.newest_whole()
+        if damaged:
+            bar.warn(f"removed damaged checkpoints ({', '.join(damaged)}); continuing from step {done}")
         metric_rows, sample_rows = (
             stack.enter_context(contextlib.closing(RowWriter(directory / f"{name}.jsonl", done)))
             for name in ("metrics", "samples")
@@ -88,7 +94,7 @@ def train(task: Task, config: LoopConfig, placement: Placement, first_seed: int,
             _replay(best, config, directory, done, task.total_steps)
         state = task.start()
         if done:
-            like, state = abstract(state), None  # a second state need not fit in memory
+            like, state = placement.restored(state), None  # a second state need not fit in memory
             state = checkpoints.restore(done, like)
         parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params)) / placement.seeds
         bar.describe(f"{rounded(parameters)} parameters")
@@ -99,13 +105,14 @@ def train(task: Task, config: LoopConfig, placement: Placement, first_seed: int,
         else:
             program = placement.compile(task.step, state)
         clock, rounding_loss = _Clock(directory / "metrics.jsonl"), _RoundingLoss()
+        terminated, is_planned = stack.enter_context(noted_sigterm()), _planned(config, task.total_steps)
         while done < task.total_steps and not (best and best.out_of_patience(done)):
             steps = range(done, done + config.steps_per_call)
             batches = jax.tree.map(lambda *leaves: np.stack(leaves), *map(task.batch_at, steps))
             first = bar.first_call is None
             with bar.compiling() if first else contextlib.nullcontext():
                 state, metrics, samples = program(state, frozen, batches, task.run_key)
-                metrics, samples = jax.device_get((metrics, samples))
+                metrics, samples = processes.on_host((metrics, samples))
             _check_finite(metrics, steps, directory.name)
             previous, done = done, steps.stop
             if first:
@@ -131,12 +138,18 @@ def train(task: Task, config: LoopConfig, placement: Placement, first_seed: int,
                 task.total_steps,
                 {name: rows[-1][name] for name in task.key_figures if rows[-1].get(name) is not None},
             )
-            if _crossed(config.checkpoint_every, previous, done, task.total_steps):
+            ends = processes.any_of(terminated())
+            if ends or is_planned(done):
                 metric_rows.flush()
                 sample_rows.flush()
-                if best:
-                    best.at_checkpoint(done)
+                if is_planned(done):  # the kept ones are then those of a run that nothing ended
+                    if best:
+                        best.at_checkpoint(done)
+                    checkpoints.keep_only(is_planned)
                 checkpoints.save(placement.whole(state))
+            if ends:
+                raise Terminated
+        checkpoints.keep_only(is_planned)
         if best:
             best.write(directory)
             bar.say(f"{directory.name}: the best checkpoint is that of step {best.step}, of {done} steps")
@@ -245,6 +258,11 @@ def _check_finite(metrics: dict[str, np.ndarray], steps: range, stage: str) -> N
             f"{stage}: the loss is not finite at step {step + 1} (batch {step}): lower the learning rate or inspect "
             "that batch; the last checkpoint is kept"
         )
+
+
+def _planned(config: LoopConfig, total: int) -> Callable[[int], bool]:
+    """Return whether a checkpoint is due at a step. After SIGTERM there is one at another step too."""
+    return lambda step: _crossed(config.checkpoint_every, step - config.steps_per_call, step, total)
 
 
 def _crossed(every: int, previous: int, done: int, total: int) -> bool:

@@ -22,9 +22,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
+from rlhf_jax import processes
 from rlhf_jax.config import Count, check_ranges
 from rlhf_jax.core.row_sharding import ROWS
 from rlhf_jax.models.sharding import sharding_of, shardings
+from rlhf_jax.runtime.checkpoints import abstract
 from rlhf_jax.types import RlhfError
 
 State = TypeVar("State")
@@ -121,11 +123,11 @@ class MeshPlacement:
 
     def place_state(self, state: PyTree) -> PyTree:
         """Shard a state that nothing else refers to: arrays stay where they are if possible, and are then donated."""
-        return jax.device_put(state, shardings(state, self.mesh, leading_axes=int(self.seeds > 1)))
+        return jax.tree.map(processes.place, state, self._state_shardings(state))
 
     def put_frozen(self, frozen: PyTree) -> PyTree:
         """Shard frozen parameters by the same patterns. They have no seed axis."""
-        return jax.device_put(frozen, shardings(frozen, self.mesh, leading_axes=0))
+        return jax.tree.map(processes.place, frozen, shardings(frozen, self.mesh, leading_axes=0))
 
     def compile(self, step: Step, state: PyTree) -> Program:
         """Compile a program that keeps the shardings of `state` and donates the old state."""
@@ -139,6 +141,8 @@ class MeshPlacement:
 
         def program(state: State, frozen: PyTree, batches: PyTree, run_key: jax.Array) -> tuple[State, dict, PyTree]:
             _check_rows(batches, self.seeds, self.mesh.shape["data"] * self.mesh.shape["fsdp"])
+            if processes.count() > 1:
+                batches = jax.tree.map(lambda leaf: processes.place(leaf, rows), batches)
             return compiled(state, frozen, batches, run_key)
 
         program.compiled = compiled  # type: ignore[attr-defined]
@@ -147,6 +151,14 @@ class MeshPlacement:
     def whole(self, state: PyTree) -> PyTree:
         """Convert a state to the form that checkpoints have: here the same."""
         return state
+
+    def restored(self, state: PyTree) -> PyTree:
+        """Shapes, dtypes and shardings with which to restore a state's checkpoint."""
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            state,
+            self._state_shardings(state),
+        )
 
     def for_evaluation(self, params: PyTree) -> PyTree:
         """Place parameters as `where` places loaded ones, so that the same evaluation programs serve both."""
@@ -157,6 +169,9 @@ class MeshPlacement:
         if self.mesh.size > 1:
             return sharding_of(path, shape, self.mesh)
         return SingleDeviceSharding(self.mesh.devices.flat[0])
+
+    def _state_shardings(self, state: PyTree) -> PyTree:
+        return shardings(state, self.mesh, leading_axes=int(self.seeds > 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,6 +237,10 @@ class PmapPlacement:
         """Convert a state to the form that checkpoints have: the copy of one device."""
         return jax.tree.map(lambda leaf: leaf[0], state)
 
+    def restored(self, state: PyTree) -> PyTree:
+        """Shapes, dtypes and shardings with which to restore a state's checkpoint."""
+        return abstract(state)
+
     def for_evaluation(self, params: PyTree) -> PyTree:
         """Place one copy of the parameters as `where` places loaded ones."""
         return jax.device_put(self.whole(params), self.where("", ()))
@@ -238,16 +257,20 @@ Placement = MeshPlacement | PmapPlacement
 
 
 def make_placement(config: RuntimeConfig, seeds: int, devices: Sequence[jax.Device] | None = None) -> Placement:
-    """Select the number of devices that the config requires. Raises RlhfError if there are fewer.
+    """Select the number of devices that the config requires.
 
-    Args: devices to choose from, None: those of this machine.
+    Args: devices to choose from, None: those of this machine, or of all processes.
+    Raises RlhfError if there are fewer, or, with several processes, if there are more, or the strategy is `pmap`.
     """
     needed, present = config.data * config.fsdp * config.tensor, devices or jax.devices()
+    required = f"config.runtime requires {needed} devices (data={config.data}, fsdp={config.fsdp}, "
+    required += f"tensor={config.tensor})"
     if needed > len(present):
-        raise RlhfError(
-            f"config.runtime requires {needed} devices (data={config.data}, fsdp={config.fsdp}, "
-            f"tensor={config.tensor}), but only {len(present)} are available: lower them"
-        )
+        raise RlhfError(f"{required}, but only {len(present)} are available: lower them")
+    if processes.count() > 1 and needed < len(present):
+        raise RlhfError(f"{required}, but {processes.count()} processes have {len(present)}: raise them to use all")
+    if processes.count() > 1 and config.strategy == "pmap":
+        raise RlhfError("config.runtime.strategy = 'pmap' uses the devices of one process: set it to 'jit'")
     used = present[:needed]
     if config.strategy == "pmap":
         return PmapPlacement(tuple(used), seeds)

@@ -139,12 +139,27 @@ def environment() -> dict[str, Json]:
     return {"source": source(), "packages": packages(), "machine": machine(), "date": time.strftime("%Y-%m-%d")}
 
 
-def begin(directory: Path, here: dict[str, Json]) -> None:
-    """Add the environment of this process to the stage's list, or start the list for a new stage."""
+def begin(directory: Path, here: dict[str, Json]) -> str | None:
+    """Add the environment of this process to the stage's list, or start the list for a new stage.
+
+    Returns a sentence if the stage was worked on with another layout of devices.
+    """
     path = directory / ENVIRONMENTS
     new = {"config.json", ENVIRONMENTS, STATE, LOCK}
     resumed = path.exists() and any(entry.name not in new for entry in directory.iterdir())
-    write_json(path, [*(read_json(path) if resumed else []), here])
+    before = read_json(path) if resumed else []
+    write_json(path, [*before, here])
+    old, now = before[-1].get("layout") if before else None, here.get("layout")
+    if old is None or now is None or old == now:
+        return None
+    return (
+        f"{directory.name} continues on {_described(now)}; it was started on {_described(old)}. Results agree with "
+        "those of one layout up to rounding, not bit for bit."
+    )
+
+
+def _described(layout: dict[str, Json]) -> str:
+    return ", ".join(f"{name} = {value}" for name, value in layout.items())
 
 
 def record(directory: Path, identity: Identity, seeds: Iterable[int], batch: dict[str, Json] | None) -> dict[str, Json]:

@@ -6,15 +6,20 @@ ends. A stage with a state and without a lock has been interrupted.
 
 import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import filelock
 
+from rlhf_jax import processes
 from rlhf_jax.runtime.files import read_json, write_json
-from rlhf_jax.types import Json
+from rlhf_jax.runtime.termination import Terminated
+from rlhf_jax.types import Json, RlhfError
 
 STATE, LOCK = "state.json", ".running"
+INTERRUPTED = "KeyboardInterrupt"
+"""Error of a stage that Ctrl-C or SIGTERM ended."""
+
 INTERVAL = 2.0
 """Seconds between writes of a stage's progress."""
 
@@ -57,6 +62,27 @@ class StageState:
     def _write(self) -> None:
         self._written = time.monotonic()
         write_json(self._path, {**self._state, "written": time.time()})
+
+
+@contextlib.contextmanager
+def recorded(directory: Path) -> Iterator[StageState | None]:
+    """Keep the state of a stage for other commands while it runs, and its error if it fails.
+
+    The first of several processes keeps it.
+    """
+    if not processes.is_first():
+        yield None
+        return
+    state = StageState(directory)
+    try:
+        yield state
+    except (KeyboardInterrupt, Terminated):
+        state.fail(INTERRUPTED)
+        raise
+    except BaseException as error:
+        state.fail(str(error) if isinstance(error, RlhfError) else f"{type(error).__name__} {error}".strip())
+        raise
+    state.complete()
 
 
 def read_state(directory: Path) -> Mapping[str, Json] | None:

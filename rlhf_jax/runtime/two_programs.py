@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
+from rlhf_jax import processes
 from rlhf_jax.runtime.programs import Placement, Program, State, Step, leading_axes
 
 W = TypeVar("W", int, "Widths")
@@ -101,10 +102,10 @@ class TwoPrograms:
         for i in range(len(jax.tree.leaves(batches)[0])):
             batch = jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], batches)
             state, found, logged = self._gather(state, frozen, batch, run_key)
-            step = int(np.max(jax.device_get(self._placement.whole(state).step)))  # equal for all seeds
+            step = int(np.max(processes.on_host(self._placement.whole(state).step)))  # equal for all seeds
             plan = self._steps.plan(found, step, run_key)
             state, metrics, samples = self._learn(plan.widths, state, frozen, (found, plan.given), run_key)
-            metrics, samples = jax.device_get((metrics, samples))
+            metrics, samples = processes.on_host((metrics, samples))
             results.append((metrics | logged, samples))
         metrics, samples = jax.tree.map(lambda *leaves: np.concatenate(leaves), *results)
         return state, metrics, samples
@@ -139,7 +140,7 @@ def _scored_on_host(placement: Placement, steps: TwoSteps, host: HostScoring, sa
 
     def scored(state: PyTree, frozen: PyTree, batch: PyTree, run_key: jax.Array) -> tuple[PyTree, PyTree, dict]:
         state, _, samples = sample(steps.prompt_width(batch), state, frozen, batch, run_key)
-        samples = jax.device_get(samples)
+        samples = processes.on_host(samples)
         flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[leading:]), samples)
         shape, found = jax.tree.leaves(samples)[0].shape[:leading], host.score(flat)
         logged = {name: np.asarray(values, np.float64).reshape(shape) for name, values in found.logged.items()}

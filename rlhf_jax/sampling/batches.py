@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Int, PRNGKeyArray, PyTree
 
+from rlhf_jax import processes
 from rlhf_jax.core import kl, logprobs, masking
 from rlhf_jax.core.row_sharding import ROWS, row_devices, split_rows
 from rlhf_jax.core.slices import by_row, strided
@@ -47,7 +48,7 @@ def map_batches(function: Callable[[Rows], PyTree], arrays: Rows, batch_size: in
     parts = []
     for start in range(0, count, batch_size):
         rows = np.minimum(np.arange(start, start + batch_size), count - 1)
-        parts.append(function(jax.tree.map(lambda leaf, rows=rows: leaf[rows], arrays)))
+        parts.append(processes.on_host(function(jax.tree.map(lambda leaf, rows=rows: leaf[rows], arrays))))
     return jax.tree.map(lambda *leaves: np.concatenate(leaves)[: count * each], *parts)
 
 
@@ -131,7 +132,7 @@ def _sample_in_order(
         filled = trim_prompts(_rows(part, np.minimum(np.arange(size), count - 1)))
         most = np.pad(most, (0, size - count))  # limit 0: no tokens are sampled
         responses = sample_queue(policy, params, filled, most, key, sampling, samples, stop_strings, slots)
-        parts.append(_rows(jax.device_get(responses), slice(count * samples)))
+        parts.append(_rows(processes.on_host(responses), slice(count * samples)))
     return _concatenate(parts)
 
 
@@ -230,7 +231,8 @@ def logprobs_of_sequences(
     """Log-probability of every response token in nats: float32[N, width], 0 at padding."""
 
     def of_batch(batch: Sequences[np.ndarray]) -> np.ndarray:
-        found = np.where(batch.response_mask, logprobs_of(policy, params, batch, temperature), 0)[:, :width]
+        logprobs = processes.on_host(logprobs_of(policy, params, batch, temperature))
+        found = np.where(batch.response_mask, logprobs, 0)[:, :width]
         return np.pad(found, ((0, 0), (0, width - found.shape[1])))
 
     return map_table(of_batch, sequence_table(sequences), batch_size, bucketed)

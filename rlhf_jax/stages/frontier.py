@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from rlhf_jax import processes
 from rlhf_jax.config import AtLeastTwo, ModelSource, NonNegative, Positive, StageName, check_ranges
 from rlhf_jax.core.interpolation import score_at_kl
 from rlhf_jax.core.statistics import standard_error, t_interval
@@ -73,6 +74,7 @@ def run(config: FrontierConfig, context: Context) -> dict[str, Any]:
 
     path = context.directory / POINTS
     points = read_rows(path)
+    processes.wait()  # until all have read what the first one is about to add to
     known = {(point["method"], point["seed"], point["step"]) for point in points}
     start = config.reference if config.reference in context.stages else "reference"
     places = [(start, context.seed, 0), *_checkpoints(config.policies, context)]

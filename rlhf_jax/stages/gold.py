@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from rlhf_jax import processes
 from rlhf_jax.data import pipeline
 from rlhf_jax.data.formats import require_columns
 from rlhf_jax.loading.context import Context
@@ -35,7 +36,8 @@ def run(config: GoldConfig, context: Context) -> dict[str, Any]:
         for split, rows in (("train", train), ("eval", held_out))
     )
     judge = tfidf.fit(config.model, [row["text"] for row in train], given)
-    judge.save(context.directory / JUDGE_FILE)
+    if processes.is_first():
+        judge.save(context.directory / JUDGE_FILE)
     texts = [row["text"] for row in held_out]
     scores = judge.score(texts)
     figures = {

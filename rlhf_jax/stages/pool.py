@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from rlhf_jax import processes
 from rlhf_jax.config import Count, ModelSource, Positive, check_ranges
 from rlhf_jax.data import pipeline
 from rlhf_jax.loading.context import Context
@@ -67,8 +68,9 @@ def run(config: PoolConfig, context: Context) -> dict[str, Any]:
         scores = [scorer(rollout).reshape(shape) for scorer in scorers]
         found[source] = np.stack(scores) if len(scores) > 1 else scores[0]
         context.bar.update(done, len(config.reward_models), {})
-    with (context.directory / POOL_FILE).open("wb") as file:
-        np.savez_compressed(file, **{name: values.astype(np.float32) for name, values in found.items()})
+    if processes.is_first():
+        with (context.directory / POOL_FILE).open("wb") as file:
+            np.savez_compressed(file, **{name: values.astype(np.float32) for name, values in found.items()})
     return {"prompts": config.prompts, "samples": config.samples, "prompt_key": drawn.key}
 
 

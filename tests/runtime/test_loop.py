@@ -2,17 +2,22 @@
 
 import contextlib
 import dataclasses
+import os
+import shutil
+import signal
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 from rich.console import Console
 
-from rlhf_jax.runtime.checkpoints import TrainState
+from rlhf_jax.runtime.checkpoints import HASHES, TrainState, load_params, steps_of
 from rlhf_jax.runtime.files import RowWriter, read_rows, write_json, write_rows
 from rlhf_jax.runtime.loop import Evaluation, LoopConfig, Task, train
 from rlhf_jax.runtime.programs import make_placement
 from rlhf_jax.runtime.progress import Display
+from rlhf_jax.runtime.termination import Terminated
 from rlhf_jax.types import RlhfError
 from tests.support import tiny
 
@@ -130,6 +135,88 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
     assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
     run(task(8), tmp_path)
     assert len(read_rows(tmp_path / "metrics.jsonl")) == 8
+
+
+def test_sigterm_ends_a_run_after_its_call_with_a_checkpoint(tmp_path):
+    def batch_at(index):
+        if index == 2:  # the first step of the second call, before the first checkpoint
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {"x": jnp.ones(2) / 16}
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Terminated) as ended:
+        run(task(8, batch_at=batch_at), tmp_path, checkpoint_every=100)
+    assert ended.value.code == 143 and signal.getsignal(signal.SIGTERM) is before
+    assert steps_of(tmp_path / "checkpoints") == [4] and len(read_rows(tmp_path / "metrics.jsonl")) == 4
+    run(task(8, batch_at=lambda index: {"x": jnp.ones(2) / 16}), tmp_path, checkpoint_every=100)
+    assert steps_of(tmp_path / "checkpoints") == [8], "as if nothing had happened"
+    assert [8 * row["total"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def largest(checkpoint: Path) -> Path:
+    return max(
+        (path for path in checkpoint.rglob("*") if path.is_file() and path.name != HASHES),
+        key=lambda path: path.stat().st_size,
+    )
+
+
+def flip_a_bit(checkpoint: Path) -> None:
+    path = largest(checkpoint)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "bit": flip_a_bit,
+    "short": lambda checkpoint: os.truncate(largest(checkpoint), 10),
+    "missing": lambda checkpoint: largest(checkpoint).unlink(),
+    "item": lambda checkpoint: shutil.rmtree(checkpoint / "rest"),
+    "hashes": lambda checkpoint: (checkpoint / HASHES).write_text("{"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_skipped_and_said(damage, tmp_path):
+    whole, disturbed = tmp_path / "whole", tmp_path / "disturbed"
+    for directory in (whole, disturbed):
+        directory.mkdir()
+        run(task(8), directory, checkpoint_every=2, keep=4)
+    for step in (8, 6):
+        DAMAGES[damage](disturbed / "checkpoints" / str(step))
+    run(task(8), disturbed, checkpoint_every=2, keep=4)
+    assert "removed damaged checkpoints (8/" in (said := (disturbed / "log").read_text())
+    assert "continuing from step 4" in said
+    rows, others = (
+        [{name: value for name, value in row.items() if not name.startswith("time/")} for row in found]
+        for found in (read_rows(directory / "metrics.jsonl") for directory in (whole, disturbed))
+    )
+    assert rows == others and steps_of(disturbed / "checkpoints") == [2, 4, 6, 8]
+
+
+def test_a_run_starts_again_if_all_its_checkpoints_are_damaged(tmp_path):
+    run(task(4), tmp_path)
+    flip_a_bit(tmp_path / "checkpoints" / "4")
+    run(task(4), tmp_path)
+    assert "continuing from step 0" in (tmp_path / "log").read_text()
+    assert len(read_rows(tmp_path / "metrics.jsonl")) == 4
+
+
+def test_weights_of_a_damaged_checkpoint_are_not_loaded(tmp_path):
+    run(task(4), tmp_path)
+    like = {"x": jax.ShapeDtypeStruct((), jnp.float32)}
+    assert load_params(tmp_path / "checkpoints", "sum", like, step=None)["x"] == 4.0
+    flip_a_bit(tmp_path / "checkpoints" / "4" / "sum")
+    with pytest.raises(RlhfError, match="checkpoints/4 is damaged"):
+        load_params(tmp_path / "checkpoints", "sum", like, step=None)
+
+
+def test_a_checkpoint_without_hashes_is_one_of_an_older_release(tmp_path):
+    run(task(4), tmp_path)
+    (tmp_path / "checkpoints" / "4" / HASHES).unlink()
+    run(task(8), tmp_path)
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert "damaged" not in (tmp_path / "log").read_text()
 
 
 def test_steps_that_are_no_whole_calls_are_refused(tmp_path):

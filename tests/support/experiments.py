@@ -168,7 +168,8 @@ def final_state(stage_directory: Path) -> tuple[int, dict[str, Any]]:
     with ocp.CheckpointManager(stage_directory / "checkpoints") as manager:
         step = manager.latest_step()
         names = [path.name for path in (stage_directory / "checkpoints" / str(step)).iterdir()]
-        items = {name: ocp.args.StandardRestore() for name in names if not name.startswith(("_", "commit"))}
+        here = ocp.args.StandardRestore(fallback_sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+        items = {name: here for name in names if not name.startswith(("_", "commit"))}
         return step, dict(manager.restore(step, args=ocp.args.Composite(**items)).items())
 
 

@@ -21,7 +21,14 @@ from rlhf_jax.methods import offline, online
 from rlhf_jax.runtime import loop
 from tests.support import xla_flags
 
-STAGES = {"sft": offline, "reward_model": offline, "dpo": offline, "ppo": online, "dapo": online}
+STAGES = {
+    "sft": offline,
+    "reward_model": offline,
+    "dpo": offline,
+    "ppo": online,
+    "host_ppo": online,
+    "dapo": online,
+}
 """The module whose `train` each stage calls."""
 FILES = {
     "rejection_sampling": ("demonstrations.jsonl", 1),
@@ -69,6 +76,13 @@ def trap_steps(trap: Trap) -> None:
         return device_get(tree)
 
     jax.device_get = trapped  # pyrefly: ignore[bad-assignment]
+
+
+def trap_step_of(stage: str, marker: Path) -> None:
+    """Stop this process in the third call of a stage's program."""
+    trap = Trap(marker, 3)
+    arm_in(STAGES[stage], trap)
+    trap_steps(trap)
 
 
 def trap_saves(trap: Trap) -> None:

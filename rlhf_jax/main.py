@@ -35,6 +35,8 @@ rlhf-jax: learning from human preferences in JAX
       failed and why, or not started.
   rlhf-jax show DIR/STAGE
       Show a stage's config, inputs, metrics and last samples.
+  rlhf-jax report DIR [DIR ...] [--out=FILE]
+      Write one HTML file about one or several runs: results, curves, samples.
   rlhf-jax compare DIR DIR
       List the settings in which two runs differ, and where their metrics part.
   rlhf-jax fetch NAME
@@ -74,6 +76,7 @@ VERBS = {
     "status": "rlhf_jax.cli.status:status_verb",
     "show": "rlhf_jax.cli.show:show_verb",
     "fetch": "rlhf_jax.commands:fetch_verb",
+    "report": "rlhf_jax.cli.report_runs:report_verb",
     "compare": "rlhf_jax.cli.compare_runs:compare_verb",
     "reproduce": "rlhf_jax.papers.verb:reproduce_verb",
     "sample": "rlhf_jax.cli.sample:sample_verb",

@@ -8,13 +8,16 @@ from rlhf_jax.reports.run import Run
 FEWEST_PROMPTS = 100
 """With fewer prompts, the 95 % interval of a win rate is more than 20 points wide."""
 
+ERRORS = 3
+"""Number of standard errors by which two estimates must differ to be taken as different."""
+
 
 def cautions(run: Run) -> list[str]:
     """List the reasons to mistrust the evaluation; empty if there are none or there is no evaluation.
 
     The reasons are a reward model no better than chance on held-out pairs (the 95 % interval of its accuracy contains
-    50 % or lies below it), a judge that is also the reward that selected or trained some of the answers, and an
-    evaluation on few prompts.
+    50 % or lies below it), a judge that is also the reward that selected or trained some of the answers, an evaluation
+    on few prompts, a divergence below 0, and a reference with another score on Best-of-N's prompts.
     """
     if not run.of_kind("evaluate", complete=True):
         return []
@@ -37,7 +40,38 @@ def cautions(run: Run) -> list[str]:
             f"Only {prompts} prompt{'s' if prompts > 1 else ''}: small differences between methods may be noise. "
             f"Evaluate on {FEWEST_PROMPTS} prompts or more."
         )
-    return [reason for reason in reasons if reason is not None]
+    return [reason for reason in [*reasons, _negative_kl(run), _heights(run)] if reason is not None]
+
+
+def _negative_kl(run: Run) -> str | None:
+    """Caution about measured divergences that are below 0 by more than their errors, or None."""
+    results = run.results()
+    below = results[results["kl"] + ERRORS * results["kl_se"].fillna(0.0) < 0]
+    if below.empty:
+        return None
+    methods = list(dict.fromkeys(below["method"]))
+    return (
+        f"The KL divergence of {_list(methods)} was measured below 0 ({below['kl'].min():.3g} nats), which is "
+        "impossible: answers were sampled otherwise than they were scored, for example with a temperature or a filter. "
+        "Do not compare methods by KL."
+    )
+
+
+def _heights(run: Run) -> str | None:
+    """Caution about a reference whose score on Best-of-N's prompts is not the one on the evaluation's, or None."""
+    results = frames.comparison(run)
+    column = "gold" if frames.judged_by_gold(results) else "proxy"
+    start = results[results["reference"]].iloc[0]
+    for stage in run.of_kind("best_of_n", complete=True)[-1:]:
+        first = run.best_of_n_curve(stage).iloc[0]
+        gap, error = abs(first[column] - start["score"]), (first[f"{column}_se"] ** 2 + start["score_se"] ** 2) ** 0.5
+        if gap > ERRORS * error:
+            return (
+                f"{start['label']} scores {start['score']:.2f} on the prompts of the evaluation and "
+                f"{first[column]:.2f} on those of {stage}: compare Best-of-N's gains with those of other methods, not "
+                "its scores."
+            )
+    return None
 
 
 def meaningless(run: Run) -> bool:

@@ -1,7 +1,7 @@
 """Section of the report about the data: lengths, columns, repeated rows, and warnings, as printed before training."""
 
 from rlhf_jax.loading.data_report import SHOWN, joined, read_reports, unseen
-from rlhf_jax.reports.markup import text
+from rlhf_jax.reports.markup import table_of, text
 from rlhf_jax.reports.run import Run
 
 
@@ -23,15 +23,13 @@ def data(run: Run) -> str:
     if not parts:
         return ""
     note = "Lengths in tokens, by the first stage that reads the rows. Cut: the share of rows above the limit."
-    return f'<section id="data"><h2>Data</h2><p class="note">{note}</p>{"".join(parts)}</section>'
+    return f'<p class="note">{note}</p>{"".join(parts)}'
 
 
 def _lengths(splits: dict[str, dict]) -> str:
     rows = []
     for split, described in splits.items():
         for row in described["lengths"]:
-            values = (f"{row[name]:.0%}" if name == "cut" else str(row[name]) for name in SHOWN[1:])
-            cells = "".join(f"<td>{text(value)}</td>" for value in values)
-            rows.append(f"<tr><th>{text(split)} · {text(row['column'])}</th>{cells}</tr>")
-    head = "".join(f"<th>{text(name)}</th>" for name in ("", *SHOWN[1:]))
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+            values = [f"{row[name]:.0%}" if name == "cut" else str(row[name]) for name in SHOWN[1:]]
+            rows.append([f"{split} · {row['column']}", *values])
+    return table_of(["", *SHOWN[1:]], rows)

@@ -57,12 +57,14 @@ def differences(run: Run) -> pd.DataFrame:
         index="step", columns=["method", "seed"], values="value"
     )
     names = list(dict.fromkeys(results["method"]))
+    by_seed = {name: answers[name].mean() for name in names}
+    first = {name: answers[name].iloc[:, 0].to_numpy(np.float64) for name in names}
     rows = []
     for own in names:
         for other in (name for name in names if name != own):
-            gap = over_seeds(answers[own].mean(), answers[other].mean())
+            gap = over_seeds(by_seed[own], by_seed[other])
             if gap is None:
-                gap = _over_prompts((answers[own].iloc[:, 0] - answers[other].iloc[:, 0]).to_numpy(np.float64))
+                gap = _over_prompts(first[own] - first[other])
             over = "prompts" if gap.seeds == 1 else "seeds"
             rows.append((own, other, gap.mean, gap.low, gap.high, over, gap.seeds, len(answers)))
     names = ["method", "against", "difference", "low", "high", "over", "seeds", "n_prompts"]

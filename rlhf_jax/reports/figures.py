@@ -62,24 +62,17 @@ def learning_curves(kind: Kind, stages: Mapping[str, Training]) -> Figure:
     return figure
 
 
-def frontier(
-    points: pd.DataFrame, curve: pd.DataFrame | None, paths: Mapping[str, pd.DataFrame], *, score: str, start: str
-) -> Figure:
+def frontier(points: pd.DataFrame, curve: pd.DataFrame | None, *, score: str, start: str) -> Figure:
     """Score against KL divergence for every method.
 
     Args: points has `kind, label, kl, kl_se, score, score_se`, one row per method and seed, DPO in the order of beta;
-    curve is Best-of-N for all n (`n, kl, score, score_se`); paths maps a method's label to `kl, score` during training,
-    drawn as dots with a running mean of three that ends at the method's point. score labels the y axis; start is the
-    method from which the divergence is measured.
+    curve is Best-of-N for all n (`n, kl, score, score_se`). score labels the y axis; start is the method from which the
+    divergence is measured.
     """
     with context():
         figure, (ax,) = panels(1, 4.4)
         scale_by_root(ax)
         labels, obstacles = [], []
-        for label, path in paths.items():
-            color = colour(_kind_of(points, label))
-            ends = points[points["label"] == label][["kl", "score"]].mean()
-            obstacles += _path(ax, path, (ends["kl"], ends["score"]), color)
         if curve is not None:
             labels += _best_of_n_line(ax, curve)
             obstacles += _along(curve["kl"], curve["score"])
@@ -246,15 +239,6 @@ def _line_of_means(ax: Axes, points: pd.DataFrame, color: str) -> list[tuple[flo
     return _along(means["kl"], means["score"])
 
 
-def _path(ax: Axes, path: pd.DataFrame, end: tuple[float, float], color: str) -> list[tuple[float, float]]:
-    ax.plot(path["kl"], path["score"], color=color, alpha=0.45, linestyle="none", marker="o", markersize=2.5, zorder=2)
-    trend = path[["kl", "score"]].rolling(3, min_periods=1, center=True).mean()
-    trend.iloc[0] = path[["kl", "score"]].iloc[0]
-    xs, ys = [*trend["kl"], end[0]], [*trend["score"], end[1]]
-    ax.plot(xs, ys, color=color, alpha=0.7, linewidth=1.2, zorder=2)
-    return _along(xs, ys)
-
-
 def _along(xs: Iterable[float], ys: Iterable[float]) -> list[tuple[float, float]]:
     """Interpolate points along a polyline, as obstacles for labels."""
     vertices = np.array([*zip(xs, ys, strict=True)])
@@ -262,11 +246,6 @@ def _along(xs: Iterable[float], ys: Iterable[float]) -> list[tuple[float, float]
     return [
         (float(x), float(y)) for x, y in zip(*(np.interp(at, range(len(vertices)), v) for v in vertices.T), strict=True)
     ]
-
-
-def _kind_of(points: pd.DataFrame, label: str) -> str:
-    kinds = points.loc[points["label"] == label, "kind"]
-    return kinds.iloc[0] if len(kinds) else ""
 
 
 def _sizes_on_top(ax: Axes, curve: pd.DataFrame) -> None:

@@ -1,6 +1,7 @@
 """DataFrames for the tables and figures of a run: compared methods, points of the frontier, answers side by side."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,8 +10,8 @@ import pandas as pd
 
 from rlhf_jax.core.statistics import standard_error
 from rlhf_jax.reports.run import Run
-from rlhf_jax.rewards.tfidf import TfidfJudge
-from rlhf_jax.stages.kinds import KINDS, Kind, shown_kind
+from rlhf_jax.runtime.files import read_json
+from rlhf_jax.stages.kinds import KINDS, Colour, Kind, shown_kind
 from rlhf_jax.types import Row
 
 GOLD = "gold judge"
@@ -106,7 +107,7 @@ def learning_figure(kind: str) -> str:
 
 def curves(run: Run, kind: str) -> dict[str, Training]:
     """All stages of a kind that have started training, by label; DPO stages by ascending beta."""
-    names = sorted(run.of_kind(kind), key=lambda name: -_strength(run, name))
+    names = by_strength(run, run.of_kind(kind))
     labels = stage_labels(run, names)
     started = [name for name in names if (run.directory(name) / "metrics.jsonl").exists()]
     found = {
@@ -116,31 +117,19 @@ def curves(run: Run, kind: str) -> dict[str, Training]:
 
 
 def best_of_n_points(run: Run, *, gold: bool) -> pd.DataFrame | None:
-    """`n, kl, score, score_se` of the last complete Best-of-N stage, in gold or proxy score."""
+    """`n, kl, score, score_se` of the last complete Best-of-N stage, in gold or proxy score.
+
+    The stage has prompts of its own. Its scores are shifted so that n = 1, a sample of the reference, has the
+    reference's score on the evaluation's prompts.
+    """
     stages = run.of_kind("best_of_n", complete=True)
     curve = run.best_of_n_curve(stages[-1]) if stages else None
     column = "gold" if gold else "proxy"
     if curve is None or curve[column].isna().all():
         return None
-    return curve.assign(score=curve[column], score_se=curve[f"{column}_se"])
-
-
-def training_paths(run: Run, judge: TfidfJudge | None) -> dict[str, pd.DataFrame]:
-    """`step, kl, score` of PPO's training samples, averaged over samples and seeds, by the stage's label.
-
-    Stages that wrote no samples are left out. The judge scores prompt and completion; without a judge, the score is the
-    reward recorded during training.
-    """
-    names = run.of_kind("ppo", complete=True)
-    labels, paths = stage_labels(run, names), {}
-    for name in names:
-        samples = run.samples(name)
-        if samples.empty:  # samples_written = 0
-            continue
-        if judge is not None:
-            samples["score"] = judge.score((samples["prompt"] + samples["completion"]).tolist())
-        paths[labels[name]] = samples.groupby("step", as_index=False)[["kl", "score"]].mean()
-    return paths
+    results = comparison(run)
+    level = results.loc[results["reference"], "score"].iloc[0]
+    return curve.assign(score=curve[column] - curve[column].iloc[0] + level, score_se=curve[f"{column}_se"])
 
 
 def sft_deviations(run: Run) -> tuple[float, float] | None:
@@ -153,6 +142,19 @@ def sft_deviations(run: Run) -> tuple[float, float] | None:
     if len(table) < 2 or table["gold"].isna().all():
         return None
     return float(table["score"].astype(float).std()), float(table["gold"].astype(float).std())
+
+
+def calibration_of(run: Run) -> dict[str, Any] | None:
+    """Content of the last complete reward model's calibration.json; None if there is none."""
+    for stage in run.of_kind("reward_model", complete=True)[-1:]:
+        if (run.directory(stage) / "calibration.json").exists():  # not written by older versions
+            return read_json(run.directory(stage) / "calibration.json")
+    return None
+
+
+def best_method(results: pd.DataFrame) -> str:
+    """Method with the highest mean score over seeds in a `comparison`."""
+    return str(results.groupby("method", sort=False)["score"].mean().idxmax())
 
 
 def answers(run: Run, count: int) -> list[tuple[str, pd.DataFrame]]:
@@ -173,6 +175,23 @@ def judge_name(run: Run, judge: str | dict[str, Any]) -> str:
     if "url" in judge:
         return f"judge {judge['model']}"
     return " + ".join([*([judge["model"]] if judge["model"] else []), *judge["functions"]])
+
+
+def by_strength(run: Run, names: Sequence[str]) -> list[str]:
+    """Sort stages by ascending beta; stages without beta keep their order."""
+    return sorted(names, key=lambda name: -_strength(run, name))
+
+
+def colour_of(run: Run, method: str) -> Colour:
+    """Name of the colour of a method's kind; grey for methods that are no stage's, such as a checkpoint."""
+    row = shown_kind(_kind(run, method))
+    return "grey" if row is None else row.colour
+
+
+def step_of(kind: str) -> str:
+    """Name of the steps that a kind's metrics count."""
+    row = shown_kind(kind)
+    return "step" if row is None else row.step
 
 
 def _kind(run: Run, method: str) -> str:

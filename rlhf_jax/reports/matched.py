@@ -94,13 +94,19 @@ def matched_tables(matched: pd.DataFrame, score: str, width: int) -> list[Table 
 
     `2/4` means that two of four seeds reached the divergence. Intervals are Student's t over those seeds.
     """
+    headings, rows = matched_cells(matched)
+    caption = f"{score[0].upper()}{score[1:]} at equal KL: mean over seeds [95 % interval over seeds]"
+    return split_to_width(headings, rows, width, caption=caption)
+
+
+def matched_cells(matched: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows of the table of scores at equal KL; each row begins with the method's name."""
     targets = sorted(matched["kl"].unique())
     rows = []
     for method in _order(matched):
         by_kl = matched[matched["method"] == method].set_index("kl")
         rows.append([method, *(_cell(by_kl.loc[target]) for target in targets)])
-    caption = f"{score[0].upper()}{score[1:]} at equal KL: mean over seeds [95 % interval over seeds]"
-    return split_to_width([f"KL {target:g}" for target in targets], rows, width, caption=caption)
+    return [f"KL {target:g}" for target in targets], rows
 
 
 def _cell(row: pd.Series) -> str:

@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from rlhf_jax.reports.markup import as_json, fold, text
+from rlhf_jax.reports.markup import as_json, fold, table_of, text
 from rlhf_jax.reports.run import Run
 from rlhf_jax.runtime.provenance import machine_name
 
@@ -44,30 +44,26 @@ def origins(run: Run) -> str:
         return ""
     parts = []
     for stages, provenance in _environments(run):
-        rows = {
+        terms = {
             "stages": ", ".join(stages),
             "source": source_name(provenance["source"]),
             "machine": machine_name(provenance["machine"]),
             "packages": ", ".join(f"{name} {version}" for name, version in provenance["packages"].items()),
         }
         if provenance["source"].get("changed"):
-            rows["changed files"] = ", ".join(provenance["source"]["changed"])
+            terms["changed files"] = ", ".join(provenance["source"]["changed"])
         if provenance.get("earlier"):
-            rows["started by"] = "; ".join(
+            terms["started by"] = "; ".join(
                 f"{source_name(other['source'])}, {machine_name(other['machine'])}" for other in provenance["earlier"]
             )
-        terms = "".join(f"<dt>{text(term)}</dt><dd>{text(value)}</dd>" for term, value in rows.items())
+        items = "".join(f"<dt>{text(term)}</dt><dd>{text(value)}</dd>" for term, value in terms.items())
         machine = fold("Machine", "devices, CPU features, flags", as_json(provenance["machine"]))
-        parts.append(f"<dl>{terms}</dl>{machine}")
-    body = "".join(_row(name, provenance) for name, provenance in by_stage.items())
+        parts.append(f"<dl>{items}</dl>{machine}")
+    rows = [_row(name, provenance) for name, provenance in by_stage.items()]
     unknown = [name for name in run.stages if run.is_complete(name) and name not in by_stage]
     note = f'<p class="note">Not recorded: {text(", ".join(unknown))}.</p>' if unknown else ""
-    return (
-        f'<section id="origins"><h2>Where the numbers come from</h2>{"".join(parts)}'
-        '<div class="scroll"><table><thead><tr><th>stage</th><th>seeds</th><th>rows per update</th>'
-        "<th>tokens per update</th><th>data, SHA-256</th><th>config and inputs</th></tr></thead>"
-        f"<tbody>{body}</tbody></table></div>{note}</section>"
-    )
+    headings = ["stage", "seeds", "rows per update", "tokens per update", "data, SHA-256", "config and inputs"]
+    return "".join(parts) + table_of(headings, rows) + note
 
 
 def _environments(run: Run) -> list[tuple[list[str], dict[str, Any]]]:
@@ -79,7 +75,7 @@ def _environments(run: Run) -> list[tuple[list[str], dict[str, Any]]]:
     return [*groups.values()]
 
 
-def _row(name: str, provenance: dict[str, Any]) -> str:
+def _row(name: str, provenance: dict[str, Any]) -> list[str]:
     batch = provenance.get("batch")
     rows = "–" if batch is None else f"{batch['rows']} {batch['unit']}"
     if batch is not None and batch["micro_batches"] * batch["devices"] > 1:
@@ -87,5 +83,4 @@ def _row(name: str, provenance: dict[str, Any]) -> str:
     hashes = ", ".join(f"{split} {digest[:HASH]}" for split, digest in provenance["sha256"].items() if digest)
     seeds = ", ".join(map(str, provenance["seeds"]))
     tokens = "–" if batch is None else f"{batch['tokens']:,.0f}"
-    cells = [seeds, text(rows), tokens, text(hashes), provenance["config"]]
-    return f"<tr><th>{text(name)}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+    return [name, seeds, rows, tokens, hashes, provenance["config"]]

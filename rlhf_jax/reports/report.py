@@ -13,8 +13,9 @@ from rlhf_jax.reports import figures, frames, html, matched, reward_figures, tab
 from rlhf_jax.reports.cautions import cautions
 from rlhf_jax.reports.differences import at_equal_kl, differences
 from rlhf_jax.reports.run import Run
+from rlhf_jax.reports.snapshot import Snapshot
 from rlhf_jax.reports.style import context
-from rlhf_jax.runtime.files import read_json, write_bytes, write_text
+from rlhf_jax.runtime.files import write_bytes, write_text
 
 REPORT, RESULTS, WIN_RATES, MATCHED = "report.html", "results.csv", "win_rates.csv", "matched.csv"
 DIFFERENCES, MATCHED_DIFFERENCES = "differences.csv", "matched_differences.csv"
@@ -31,7 +32,7 @@ def write_report(workdir: str | Path, inputs: str | Path | None = None) -> Path:
 
     Each file is written atomically. Incomplete stages are shown too.
     """
-    run = Run(workdir, inputs)
+    run = Snapshot(Run(workdir, inputs))
     if run.of_kind("evaluate", complete=True):
         table.write_csv(run.results(), run.workdir / RESULTS)
         _write_csv(differences(run), run.workdir / DIFFERENCES)
@@ -45,7 +46,7 @@ def write_report(workdir: str | Path, inputs: str | Path | None = None) -> Path:
         (run.workdir / FIGURES).mkdir(exist_ok=True)
     for name, figure in drawn.items():
         write_png(figure, run.workdir / FIGURES / f"{name}.png")
-    write_text(run.workdir / REPORT, html.page(run, drawn))
+    html.write_page([run], run.workdir / REPORT)
     return run.workdir / REPORT
 
 
@@ -93,11 +94,9 @@ def draw(run: Run) -> dict[str, Figure]:
         score = frames.frontier_score(run, stage)
         drawn["runs"] = matched.runs(points, kinds, points["method"].iloc[0], score)
         drawn["equal_kl"] = matched.ranking(at_kl, kinds, score)
-    for stage in run.of_kind("reward_model", complete=True)[-1:]:
-        if (run.directory(stage) / "calibration.json").exists():  # not written by older versions
-            report = read_json(run.directory(stage) / "calibration.json")
-            drawn["reward_calibration"] = reward_figures.calibration(report)
-            drawn["reward_accuracy"] = reward_figures.accuracy(report)
+    if (report := frames.calibration_of(run)) is not None:
+        drawn["reward_calibration"] = reward_figures.calibration(report)
+        drawn["reward_accuracy"] = reward_figures.accuracy(report)
     for name, kind in frames.learning_kinds(run).items():
         tables = frames.curves(run, name)
         if 0 < len(tables) <= MOST_CURVES:
@@ -109,14 +108,10 @@ def _comparisons(run: Run) -> dict[str, Figure]:
     results = frames.comparison(run)
     gold = frames.judged_by_gold(results)
     start = results.loc[results["reference"], "label"].iloc[0]
-    judge = run.load_judge() if gold else None
-    # A judge that is a model has not scored the training samples, and is not loaded for them here.
-    has_training_scores = judge is not None or not gold
     drawn = {
         "frontier": figures.frontier(
             results,
             frames.best_of_n_points(run, gold=gold),
-            frames.training_paths(run, judge) if has_training_scores else {},
             score=frames.compared_score(run) if gold else "score of the reward model",
             start=start,
         )

@@ -81,13 +81,14 @@ def _groups(ax: Axes, rows: Sequence[dict[str, Any]]) -> None:
         ax.plot([low, high], [line, line], color=color, linewidth=2.2, solid_capstyle="butt")
         ax.plot([middle], [line], color=color, marker="o", markersize=5, linestyle="none")
     ax.axvline(50, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
-    ax.set_yticks(range(len(rows)), [_range(row["from"], row["to"]) for row in rows])
+    ax.set_yticks(range(len(rows)), [span(row["from"], row["to"]) for row in rows])
     ax.tick_params(axis="y", length=0)
     ax.grid(axis="y", visible=False)
     ax.set_ylim(len(rows) - 0.4, -0.6)
 
 
-def _range(low: float, high: float) -> str:
+def span(low: float, high: float) -> str:
+    """Write a range of numbers with at most two decimals."""
     ends = [f"{end:.2f}".rstrip("0").rstrip(".").replace("-", "−") for end in (low, high)]
     ends = ["0" if end in ("", "−0") else end for end in ends]
     return ends[0] if ends[0] == ends[1] else f"{ends[0]} to {ends[1]}"

@@ -1,16 +1,19 @@
-"""Sections of the report about individual stages: wall times, configs and samples."""
+"""Section of the report about the time that stages took, with the other numbers of their summaries."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pandas as pd
 
-from rlhf_jax.reports.markup import as_json, fold, plain, text
+from rlhf_jax.reports.markup import plain, table_of
 from rlhf_jax.reports.run import Run
+
+HEADINGS = ("stage", "kind", "seed", "wall time", "steps", "s per step", "tokens per s", "share of tokens", "summary")
 
 
 def stages(run: Run) -> str:
-    """Render the table of stages with wall times and summary values, and each config in a fold."""
-    rows, configs, total = [], [], 0.0
+    """Render the table of stages with wall times, rates (medians over the training) and summary values."""
+    rows, total = [], 0.0
     for name in run.stages:
         config, complete = run.config(name), run.is_complete(name)
         summary = run.summary(name) if complete else {}
@@ -23,39 +26,28 @@ def stages(run: Run) -> str:
         facts = ", ".join(
             f"{key.replace('_', ' ')} {plain(value)}" for key, value in summary.items() if _is_fact(key, value)
         )
-        cells = f"<td>{text(config['section']['kind'])}</td><td>{seeds}</td><td>{wall}</td>"
-        rows.append(f'<tr><th>{text(name)}</th>{cells}<td class="text">{text(facts)}</td></tr>')
-        configs.append(fold(name, config["section"]["kind"], as_json(config)))
-    return (
-        '<section id="stages"><h2>Stages, times and configs</h2><div class="scroll"><table><thead><tr><th>stage</th>'
-        "<th>kind</th><th>seed</th><th>wall time</th><th></th></tr></thead>"
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
-        f'<p class="note">{total:.0f} s in total.</p><h3>Configs</h3>{"".join(configs)}</section>'
+        rows.append([name, config["section"]["kind"], seeds, wall, *_rates(run, name), facts])
+    note = (
+        f"{total:.0f} s in total. Rates are medians over the training, of all seeds together. Share of tokens: the "
+        "part of a batch's positions that is not padding."
     )
+    return f'{table_of(HEADINGS, rows)}<p class="note">{note}</p>' if rows else ""
 
 
-def stage_samples(run: Run) -> str:
-    """Render the last samples of each stage in folds."""
-    folds = []
-    for name in run.stages:
-        if run.kind(name) == "evaluate" or not (run.directory(name) / "samples.jsonl").exists():
-            continue
-        samples = run.samples(name)
-        if len(samples):
-            last = samples[samples["step"] == samples["step"].max()].head(12)
-            detail = "best of n =" if run.kind(name) == "best_of_n" else "at step"
-            folds.append(fold(name, f"{detail} {last['step'].iloc[0]}", _samples(last)))
-    return f'<section id="samples"><h2>Samples of each stage</h2>{"".join(folds)}</section>' if folds else ""
-
-
-def _samples(rows: pd.DataFrame) -> str:
-    body = []
-    for _, row in rows.iterrows():
-        numbers = "".join(f"<td>{plain(row[name])}</td>" for name in ("score", "kl", "length"))
-        prompt = f'<span class="prompt">{text(row["prompt"])}</span>'
-        body.append(f'<tr><td class="text">{prompt}{text(row["completion"])}</td>{numbers}</tr>')
-    head = "<th>prompt and completion</th><th>score</th><th>KL, nats</th><th>tokens</th>"
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
+def _rates(run: Run, stage: str) -> list[str]:
+    """Steps, and medians of seconds per step, tokens per second and the share of tokens; dashes if not logged."""
+    logged = (run.directory(stage) / "metrics.jsonl").exists()
+    metrics = run.metrics(stage) if logged else pd.DataFrame()
+    columns: list[tuple[str, Callable[[pd.Series], str]]] = [
+        ("step", lambda values: f"{values.max():.0f}"),
+        ("time/seconds_per_step", lambda values: f"{values.median():.3g}"),
+        ("time/tokens_per_second", lambda values: f"{values.median():,.0f}"),
+        ("token_share", lambda values: f"{values.median():.0%}"),
+    ]
+    return [
+        write(metrics[name].dropna()) if name in metrics and metrics[name].notna().any() else "–"
+        for name, write in columns
+    ]
 
 
 def _is_fact(key: str, value: Any) -> bool:

@@ -80,6 +80,26 @@ def test_a_judge_of_its_own_choices_names_the_methods(tmp_path):
         assert len(cautions(Run(tmp_path))) == number, judge
 
 
+def test_a_divergence_below_zero_is_named_with_its_method(good):
+    path = good / "evaluate" / "results.jsonl"
+    rows = read_rows(path)
+    for kl, number in ((-0.05, 0), (-0.07, 1)):  # the standard error is 0.02
+        write_rows(path, [row | ({"kl": kl} if row["method"] == "ppo" else {}) for row in rows])
+        found = cautions(Run(good))
+        assert len(found) == number
+    assert "divergence of ppo was measured below 0 (−0.07 nats)".replace("−", "-") in found[0]
+
+
+def test_a_reference_with_two_scores_is_named_with_both(good):
+    path = good / "best_of_n" / "curve.jsonl"
+    rows = read_rows(path)
+    for shift, number in ((0.15, 0), (0.25, 1)):  # the standard errors are 0.05 and 0.04
+        write_rows(path, [row | {"gold": row["gold"] + shift} for row in rows])
+        found = cautions(Run(good))
+        assert len(found) == number
+    assert "SFT scores 0.10 on the prompts of the evaluation and 0.35 on those of best_of_n" in found[0]
+
+
 def test_cautions_stand_before_every_finding_and_a_meaningless_score_has_no_headline(tmp_path, no_figures):
     workdirs.write_all(tmp_path, gold=False)
     reward_model_ranks(tmp_path, 0.49, 0.45, 0.53)

@@ -24,7 +24,7 @@ def test_lengths_notes_and_warnings_are_shown_once(tmp_path):
     more = REPORT | {"notes": ["train: columns prompt, completion."]}
     page = written(tmp_path, sft=REPORT, dpo=REPORT, ppo=more)
     assert page.count("<h3>") == 2 and page.count("<table>") == 1
-    assert "<th>train · prompt</th><td>7</td><td>3</td><td>4</td><td>9</td><td>8</td><td>25%</td>" in page
+    assert '<th scope="row">train · prompt</th><td>7</td><td>3</td><td>4</td><td>9</td><td>8</td><td>25%</td>' in page
     assert page.count("<li>train, test: columns prompt.</li>") == 1
     assert page.count("<strong>Warning:</strong> data.max_prompt_tokens cuts") == 1
     assert "<script>" not in page and "train: columns prompt, completion." in page

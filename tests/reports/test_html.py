@@ -1,30 +1,33 @@
-import html.parser
-import re
-import shutil
-import subprocess
+"""The report's HTML: whole, without references to other files, and with what was written as text."""
 
-import pandas as pd
+import html.parser
+import json
+import re
+
 import pytest
 
 from rlhf_jax.reports import html as page
-from rlhf_jax.reports import report
+from rlhf_jax.reports import markup, report
+from rlhf_jax.reports.run import Run
+from rlhf_jax.runtime.files import read_rows, write_rows
 from tests.support import workdirs
 
 VOID = {"meta", "br", "img", "link", "hr", "input"}
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 
 
 class Page(html.parser.HTMLParser):
-    """Every element with its attributes, and the text; fails on tags that are not closed in order."""
+    """Every element with its attributes, the text, and the report's data; fails on tags not closed in order."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.elements: list[tuple[str, dict]] = []
         self.open: list[str] = []
         self.text = ""
+        self.scripts: list[str] = []
         self.feed(text)
         self.close()
         assert not self.open
+        self.data = json.loads(self.scripts[0])
 
     def handle_starttag(self, tag, attrs):
         assert len(dict(attrs)) == len(attrs), f"an attribute stands twice in {tag}"
@@ -39,14 +42,15 @@ class Page(html.parser.HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        self.text += data
+        if self.open and self.open[-1] == "script":
+            self.scripts.append(data)
+        elif self.open and self.open[-1] != "style":
+            self.text += data
 
 
-@pytest.fixture(scope="module", autouse=True)
-def coarse():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "PNG_DPI", 20)
-        yield
+def written(root):
+    page.write_page([Run(root)], root / report.REPORT)
+    return root / report.REPORT
 
 
 @pytest.fixture(scope="module")
@@ -54,12 +58,12 @@ def evil(tmp_path_factory):
     root = workdirs.write_all(tmp_path_factory.mktemp("a <b> & c"), gold=False, seeds=2, text=workdirs.EVIL, more=True)
     rows = workdirs.metric_rows({"loss": (2, 1)})
     workdirs.write_stage(root, "sft<i>", {"kind": "sft", "note": "</pre><script>"}, files={"metrics.jsonl": rows})
-    return report.write_report(root)
+    return written(root)
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    return report.write_report(workdirs.write_all(tmp_path_factory.mktemp("plain")))
+    return written(workdirs.write_all(tmp_path_factory.mktemp("plain")))
 
 
 @pytest.fixture(scope="module", params=["plain", "evil"])
@@ -74,7 +78,7 @@ def test_the_document_is_whole(parsed, plain):
 
 
 def test_nothing_is_fetched_from_anywhere(parsed, evil):
-    assert not {tag for tag, _ in parsed.elements} & {"script", "link", "img", "iframe", "object", "base"}
+    assert not {tag for tag, _ in parsed.elements} & {"link", "img", "iframe", "object", "base"}
     for tag, attributes in parsed.elements:
         for name, value in attributes.items():
             if name in ("src", "href", "xlink:href", "srcset", "data", "action", "poster"):
@@ -86,82 +90,113 @@ def test_nothing_is_fetched_from_anywhere(parsed, evil):
     assert len(styles) == 1 and not any("@import" in style or "url(" in style for style in styles)
 
 
-def test_ids_are_unique_and_every_reference_within_a_figure_is_to_its_own(parsed):
+def test_ids_are_unique_and_every_reference_is_to_one(parsed):
     ids = [attributes["id"] for _, attributes in parsed.elements if "id" in attributes]
     assert len(ids) == len(set(ids))
     referred = {attributes["href"][1:] for _, attributes in parsed.elements if "href" in attributes}
-    values = " ".join(value or "" for _, attributes in parsed.elements for value in attributes.values())
-    referred |= set(re.findall(r"url\(#([^)]+)\)", values))
-    assert len(referred) > 20
-    assert referred <= set(ids)
+    assert len(referred) > 6 and referred <= set(ids)
+    charts = {attributes["data-chart"] for _, attributes in parsed.elements if "data-chart" in attributes}
+    assert charts == set(parsed.data["charts"])
 
 
 def test_what_models_and_people_wrote_is_text(evil):
     parsed = Page(evil.read_text())
-    assert f"{workdirs.EVIL} (ppo 0)" in parsed.text
+    assert f" {workdirs.EVIL} (ppo 0)" in parsed.data["samples"]["rows"]["text"]
     assert "sft<i>" in parsed.text and "</pre><script>" in parsed.text
     assert "a <b> & c" in parsed.text
 
 
 def test_further_tables_are_shown_where_their_columns_were_measured(plain, evil):
-    parsed = Page(evil.read_text())
+    parsed, other = Page(evil.read_text()), Page(plain.read_text())
     for text in ("LC wins, %", "63 ± 2.1", "Pairwise win rates", "rep-4"):
-        assert text in parsed.text and text not in plain.read_text(), text
+        assert text in parsed.text and text not in other.text, text
 
 
 def test_controls_that_html_forbids_are_replaced():
-    assert page.text("a\x00b\x1b\ud800\tc\n<") == "a\ufffdb\ufffd\ufffd\tc\n&lt;"
+    assert markup.text("a\x00b\x1b\ud800\tc\n<") == "a\ufffdb\ufffd\ufffd\tc\n&lt;"
 
 
-def test_the_page_shows_results_answers_configs_and_times(plain):
+def test_the_page_shows_results_configs_and_times_and_marks_the_best(plain):
     parsed = Page(plain.read_text())
-    for text in ("1.70 ± 0.05", "61 [51, 71]", "dpo_01 *", "DPO β = 0.1", '"beta": 0.1', "gold: the judge", "12 s"):
-        assert text.replace("gold: ", "") in parsed.text, text
+    for text in ("1.70 ± 0.05", "61 [51, 71]", "dpo_01 *", "DPO β = 0.1", '"beta": 0.1', "the judge", "12 s"):
+        assert text in parsed.text, text
     assert "PPO has the highest gold score: 1.70, which is 1.60 above SFT (95 % interval over prompts" in parsed.text
-    assert parsed.text.count("a fine film (ppo") == workdirs.PROMPTS
-    folded = plain.read_text().split("<summary>3 more prompts</summary>")[1]
-    assert "(ppo 5)" in folded and "(ppo 4)" not in folded.split("</details>")[0]
+    (best,) = re.findall(r'<tr class="best"><th scope="row">(\w+)', plain.read_text())
+    assert best == "ppo"
 
 
-def test_a_long_prompt_is_not_repeated_before_every_answer():
-    row = {"label": "SFT", "kind": "sft", "completion": " yes", "gold": 1.0, "score": 0.5}
-    for prompt, times in (("short", 3), ("long " * 30, 1)):
-        rows = pd.DataFrame([{**row, "prompt": prompt}] * 2)
-        assert page.answers_to(prompt, rows, gold=True).count(prompt) == times
+def test_curves_are_of_every_metric_with_every_seed(evil):
+    run, groups = Run(evil.parent), {group["kind"]: group for group in Page(evil.read_text()).data["curves"]}
+    assert set(groups) == {run.kind(stage) for stage in run.stages if (run.directory(stage) / "metrics.jsonl").exists()}
+    for stage in ("ppo", "dpo_1"):
+        charts = groups[run.kind(stage)]["charts"]
+        assert {column for chart in charts for column in chart["columns"]} == {*run.metrics(stage).columns} - {
+            "step",
+            "seed",
+        }
+    kl = next(chart for chart in groups["ppo"]["charts"] if chart["columns"] == ["objective/kl"])
+    by_seed = run.metrics("ppo").pivot(index="step", columns="seed", values="objective/kl")
+    (line,) = kl["lines"]
+    assert line["x"] == [*by_seed.index] and line["y"] == [
+        pytest.approx([*by_seed[seed]], rel=1e-4) for seed in by_seed
+    ]
 
 
-def test_figures_have_text_to_select_and_follow_the_page_by_day_and_night(plain):
-    text = plain.read_text()
-    assert text.count("<svg") == 7
-    assert re.search(r"<text[^>]*>DPO β = 0.1</text>", text)
-    figures = "".join(re.findall(r"<svg.*?</svg>", text, re.DOTALL))
-    assert "var(--1f2328)" in figures and not re.search("#1f2328|#0072b2", figures)
-    for color, night in page.style.DARK.items():
-        assert f"--{color[1:]}: {color};" in text and f"--{color[1:]}: {night};" in text
+def test_long_curves_are_thinned_to_means(tmp_path):
+    rows = workdirs.metric_rows({"loss": (2, 1)}, steps=2500)
+    workdirs.write_stage(tmp_path, "sft", {"kind": "sft"}, files={"metrics.jsonl": rows})
+    (group,) = Page(written(tmp_path).read_text()).data["curves"]
+    (line,) = group["charts"][0]["lines"]
+    assert group["every"] == 3 and len(line["x"]) == 834 and line["x"][:2] == [3, 6] and line["x"][-1] == 2500
+    assert line["y"][0][1] == pytest.approx(sum(row["loss"] for row in rows[3:6]) / 3, rel=1e-4)
 
 
-def browse(path, profile):
-    flags = ["headless", "no-sandbox", "disable-gpu", "disable-background-networking", "no-first-run", "dump-dom"]
-    flags += ["enable-logging=stderr", f"user-data-dir={profile}"]
-    command = [str(CHROMIUM), *(f"--{flag}" for flag in flags), path.as_uri()]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+def test_runs_that_differ_in_their_seeds_share_lines(tmp_path):
+    for seed in (0, 1):
+        for name, rate in (("sft", 0.1), ("other", 0.1 + seed)):
+            rows = [row | {"seed": seed} for row in workdirs.metric_rows({"loss": (2, 1)}, steps=3)]
+            section = {"kind": "sft", "rate": rate}
+            workdirs.write_stage(tmp_path / f"run_{seed}", name, section, files={"metrics.jsonl": rows}, seed=seed)
+    runs = [Run(tmp_path / f"run_{seed}") for seed in (0, 1)]
+    page.write_page(runs, tmp_path / "both.html")
+    parsed = Page((tmp_path / "both.html").read_text())
+    (group,) = parsed.data["curves"]
+    assert [len(line["y"]) for line in group["charts"][0]["lines"]] == [2, 1, 1]
+    assert group["stages"][0].endswith("2 runs") and {label[-5:] for label in group["stages"][1:]} == {"run_0", "run_1"}
+    row = next(line for line in (tmp_path / "both.html").read_text().split("<tr>") if ">rate<" in line)
+    assert re.findall(r"<td>([\d.]+)</td>", row) == ["0.1", "0.1", "0.1", "1.1"]
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
-@pytest.mark.parametrize("name", ["plain", "evil"])
-def test_a_browser_opens_the_page_without_an_error_and_it_fits_a_telephone(name, request, tmp_path):
-    text = request.getfixturevalue(name).read_text()
-    measure = (
-        "<script>addEventListener('load', () => { const page = document.getElementById('page').contentDocument;"
-        "document.title = [page.documentElement.scrollWidth, page.querySelectorAll('svg text').length,"
-        "page.querySelectorAll('script').length].join(' '); })</script>"
-    )
-    frame = f'<iframe id="page" width="390" height="800" srcdoc="{page.text(text)}"></iframe>'
-    (tmp_path / "frame.html").write_text(f'<!DOCTYPE html><meta charset="utf-8"><title></title>{frame}{measure}')
-    found = browse(tmp_path / "frame.html", tmp_path / "profile")
-    assert "CONSOLE" not in found.stderr, found.stderr
-    match = re.search(r"<title>(\d+) (\d+) (\d+)</title>", found.stdout)
-    assert match, found.stdout[:500]
-    width, texts, scripts = map(int, match.groups())
-    assert width <= 390, "tables and figures scroll by themselves, the page does not"
-    assert texts > 50 and scripts == 0
+def test_all_samples_are_there_the_first_in_the_page_and_the_others_beside_it(tmp_path, plain):
+    rows = [workdirs.sample_row(i, 0, f"answer {i}", 0.1, 0.2) for i in range(6500)]
+    workdirs.write_stage(tmp_path, "ppo", {"kind": "ppo"}, files={"samples.jsonl": rows})
+    found = Page(written(tmp_path).read_text()).data["samples"]
+    script = (tmp_path / "report.samples.js").read_text()
+    assert script.startswith("reportSamples({") and found["file"] == "report.samples.js"
+    rest = json.loads(script.removeprefix("reportSamples(").removesuffix(");\n"))
+    assert [*found["rows"]["text"], *rest["text"]] == [f" answer {i}" for i in range(6500)]
+    assert found["more"] == len(rest["step"]) == 500
+    write_rows(tmp_path / "ppo" / "samples.jsonl", rows[:10])
+    assert Page(written(tmp_path).read_text()).data["samples"]["more"] == 0
+    assert not (tmp_path / "report.samples.js").exists(), "samples of an earlier report do not stay"
+    assert not plain.with_suffix(".samples.js").exists()
+
+
+def test_best_of_n_starts_at_the_height_of_the_reference(tmp_path):
+    run = Run(workdirs.write_all(tmp_path))
+    path = tmp_path / "best_of_n" / "curve.jsonl"
+    write_rows(path, [row | {"gold": row["gold"] + 0.5} for row in read_rows(path)])
+    data = Page(written(tmp_path).read_text()).data
+    marks = {mark["label"]: mark for mark in data["charts"]["frontier"]["marks"] if mark["kind"] != "band"}
+    curve, results = run.best_of_n_curve("best_of_n"), run.results().set_index("method")
+    assert marks["SFT"]["y"] == [pytest.approx(results["gold_score"]["sft"])]
+    gains = curve["gold"] - curve["gold"][0] + results["gold_score"]["sft"]
+    assert marks["Best-of-N"]["y"] == pytest.approx([*gains], rel=1e-4)
+    assert marks["PPO"]["x"] == [pytest.approx(results["kl"]["ppo"])]
+
+
+def test_runs_of_one_name_are_told_apart_by_their_parents(tmp_path):
+    for parent in ("a", "b"):
+        (tmp_path / parent / "run").mkdir(parents=True)
+    assert [*page.named([Run(tmp_path / "a" / "run"), Run(tmp_path / "b" / "run")])] == ["a/run", "b/run"]
+    assert [*page.named([Run(tmp_path / "a" / "run")])] == ["run"]

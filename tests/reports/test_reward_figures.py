@@ -53,4 +53,5 @@ def test_the_report_shows_them_where_the_stage_wrote_them(found, tmp_path):
         drawn = report.draw(Run(root))
         assert set(drawn) == ({"reward_calibration", "reward_accuracy"} if written else set())
     html = report.write_report(root).read_text()
-    assert 'id="reward_calibration"' in html and 'id="reward_accuracy"' in html
+    assert 'data-chart="reliability-0"' in html and 'data-chart="scores-0"' in html
+    assert "Pairs ranked correctly, by margin: difference of scores" in html

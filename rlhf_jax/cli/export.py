@@ -5,14 +5,17 @@ from pathlib import Path
 
 from rlhf_jax.cli import flags
 from rlhf_jax.cli.parser import Parser
+from rlhf_jax.interop.hub_upload import upload_directory
 from rlhf_jax.loading.export import adapter_base, checked_base, export, export_adapter, new_directory
 from rlhf_jax.loading.models import NO_CHANGES
+from rlhf_jax.reports.model_card import CARD, model_card
 from rlhf_jax.types import RlhfError
 
 DESCRIPTION = """\
 Write a policy or reward model, with its tokenizer and chat template, for transformers' AutoModelForCausalLM (or
 AutoModelForSequenceClassification) and AutoTokenizer. The directory is created atomically. Weights keep their dtype
-unless --dtype is given.
+unless --dtype is given. The README.md of a stage's export has the record of its run: results with intervals, where and
+how it was trained, and its config. --push uploads the directory to the Hugging Face Hub.
 """
 
 
@@ -25,7 +28,11 @@ def export_verb(arguments: list[str]) -> None:
     parser.add_argument(
         "--base", metavar="DIR", help="with --adapter: base checkpoint on which PEFT will load the adapter"
     )
+    parser.add_argument("--push", metavar="OWNER/NAME", help="upload the directory to this repository on the Hub")
+    parser.add_argument("--private", action="store_true", help="with --push: a new repository is private")
     options = parser.parse_args(arguments)
+    if options.private and options.push is None:
+        raise RlhfError("--private is only used with --push: add --push=OWNER/NAME or leave --private out")
     if options.adapter:
         _export_adapter(options)
     elif options.base is not None:
@@ -33,7 +40,12 @@ def export_verb(arguments: list[str]) -> None:
     else:
         new_directory(options.out)
         export(flags.load_model(options, NO_CHANGES), options.out)
+    if options.stage is not None:
+        name = options.out.name if options.push is None else options.push.rpartition("/")[2]
+        (options.out / CARD).write_text(model_card(flags.stage_run(options), options.stage, name), encoding="utf-8")
     print(options.out)
+    if options.push is not None:
+        print(upload_directory(options.out, options.push, private=options.private))
 
 
 def _export_adapter(options: argparse.Namespace) -> None:

@@ -1,5 +1,6 @@
 """A hub on this machine: what huggingface_hub asks of one to download a model, and how one refuses."""
 
+import base64
 import contextlib
 import hashlib
 import json
@@ -62,6 +63,62 @@ def serving(models: dict[str, Path], refused: dict[str, tuple[int, str]]) -> Ite
 
     with listening(Handler) as url:
         yield Hub(url, asked)
+
+
+class Upload(NamedTuple):
+    """What a hub was sent."""
+
+    created: list[dict]  # the requests for repositories
+    files: dict[str, bytes]  # by path in the repository
+    token: list[str]  # headers of the commits
+
+
+@contextlib.contextmanager
+def receiving(*, refused: int | None = None) -> Iterator[tuple[str, Upload]]:
+    """A hub that takes the files of a commit, or refuses a repository with a status; its address and what it has."""
+    got = Upload([], {}, [])
+
+    class Handler(Quiet):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            self.answer(404, {"error": "nothing here yet"})
+
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            path = unquote(urlsplit(self.path).path)
+            if refused is not None:
+                self.answer(refused, {"error": "not yours"})
+            elif path == "/api/repos/create":
+                got.created.append(json.loads(body))
+                self.answer(200, {"url": f"http://{self.headers['Host']}/me/mine", "id": "me/mine"})
+            elif path == "/api/validate-yaml":
+                self.answer(200, {"errors": [], "warnings": []})
+            elif path == "/api/models/me/mine/preupload/main":
+                files = [
+                    {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                    for file in json.loads(body)["files"]
+                ]
+                self.answer(200, {"files": files})
+            else:
+                assert path == "/api/models/me/mine/commit/main", path
+                lines = [json.loads(line) for line in body.splitlines()]
+                sent = [line["value"] for line in lines if line["key"] == "file"]
+                got.files.update({file["path"]: base64.b64decode(file["content"]) for file in sent})
+                got.token.append(self.headers["Authorization"])
+                url = f"http://{self.headers['Host']}/me/mine/commit/{REVISION}"
+                self.answer(200, {"commitUrl": url, "commitOid": REVISION, "success": True})
+
+        def answer(self, status: int, content: dict) -> None:
+            body = json.dumps(content).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+    with listening(Handler) as url:
+        yield url, got
 
 
 def oid(file: Path) -> str:

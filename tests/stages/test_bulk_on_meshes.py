@@ -53,6 +53,7 @@ def written(inputs, tmp_path_factory):
 def files(root: Path) -> dict[str, Any]:
     """Results of all stages: rows by file, and arrays."""
     rows = {str(path.relative_to(root)): experiments.rows(path) for path in root.glob("*/*.jsonl")}
+    del rows["trained/metrics.jsonl"]  # shares of pairs whose rewards are next to equal
     with np.load(root / "pool" / "pool.npz") as arrays:
         return rows | {f"pool {name}": arrays[name] for name in arrays.files}
 

@@ -26,7 +26,8 @@ def describe(config: ModelConfig, vocab_size: int, **tokens: int) -> dict[str, A
         except RlhfError:  # the family cannot express this architecture at all
             continue
         differing[family] = _differences(
-            config, dataclasses.replace(parsed, remat=config.remat, attention=config.attention)
+            config,
+            dataclasses.replace(parsed, remat=config.remat, scan_layers=config.scan_layers, attention=config.attention),
         )
         if not differing[family]:
             return hf_config

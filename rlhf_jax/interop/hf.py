@@ -26,7 +26,7 @@ from rlhf_jax.interop.tensor_files import (
     read_tensor,
     write_tensors,
 )
-from rlhf_jax.models.model_config import AttentionBy, DType, ModelConfig
+from rlhf_jax.models.model_config import AttentionBy, DType, ModelConfig, Remat
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import Pooling, ScalarNetwork
 from rlhf_jax.types import RlhfError
@@ -90,7 +90,8 @@ def load_pretrained(
     *,
     param_dtype: DType | None = None,
     compute_dtype: DType = "float32",
-    remat: bool = False,
+    remat: Remat = False,
+    scan_layers: bool = False,
     attention: AttentionBy = "xla",
     place: Place | None = None,
     family: str | None = None,
@@ -106,8 +107,8 @@ def load_pretrained(
     directory = find_checkpoint(source)
     hf_config = read_config(directory, family)
     kind = _kind(hf_config, directory)
-    how = {"param_dtype": param_dtype or "float32", "compute_dtype": compute_dtype, "remat": remat}
-    config, vocab_size = _read_shape(hf_config, directory, **how, attention=attention)
+    how = {"remat": remat, "scan_layers": scan_layers, "attention": attention, "compute_dtype": compute_dtype}
+    config, vocab_size = _read_shape(hf_config, directory, **how, param_dtype=param_dtype or "float32")
     shapes = parameter_shapes(kind, config, vocab_size, pooling=pooling_of(hf_config))
     stored = find_tensors(directory)
     table = family_of(hf_config, str(directory))
@@ -139,7 +140,8 @@ def read_outline(
     *,
     param_dtype: DType | None,
     compute_dtype: DType,
-    remat: bool,
+    remat: Remat,
+    scan_layers: bool,
     attention: AttentionBy,
     family: str | None,
 ) -> Checkpoint:
@@ -149,7 +151,7 @@ def read_outline(
     """
     hf_config = read_config(directory, family)
     stored = hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32"
-    how = {"compute_dtype": compute_dtype, "remat": remat, "attention": attention}
+    how = {"compute_dtype": compute_dtype, "remat": remat, "scan_layers": scan_layers, "attention": attention}
     config, vocab_size = _read_shape(hf_config, directory, param_dtype=param_dtype or stored, **how)
     kind = _kind(hf_config, directory)
     params = jax.eval_shape(lambda: _network(kind, config, vocab_size, pooling_of(hf_config)).init(jax.random.key(0)))
@@ -260,7 +262,7 @@ def _read_shape(hf_config: dict[str, Any], directory: Path, **how: Any) -> tuple
 def read_shape(hf_config: dict[str, Any], **how: Any) -> tuple[ModelConfig, int]:
     """Read architecture and vocabulary size from a config.json; missing fields get transformers' defaults.
 
-    Args: how are the fields of ModelConfig that config.json does not have: dtypes, remat, attention.
+    Args: how are the fields of ModelConfig that config.json does not have: dtypes, remat, scan_layers, attention.
     Raises RlhfError if the config is invalid or not supported.
     """
     # Silences transformers' warning that PyTorch was not found.

@@ -10,7 +10,7 @@ from jaxtyping import PyTree
 from rlhf_jax.config import FunctionSource, ModelSource
 from rlhf_jax.interop import hf
 from rlhf_jax.models.lora import Adapted, LoraConfig
-from rlhf_jax.models.model_config import AttentionBy, DType, ModelConfig
+from rlhf_jax.models.model_config import AttentionBy, DType, ModelConfig, Remat
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
 from rlhf_jax.text.tokenizer import Tokenizer
@@ -30,7 +30,12 @@ class Tuning:
     param_dtype: DType | None = None
     # Dtype of the matrix products; None: as the source stage, float32 for a checkpoint.
     compute_dtype: DType | None = None
-    remat: bool | None = None  # recompute activations in the backward pass; None: as the source
+    # Recompute activations in the backward pass, and store only the inputs of blocks (True), or also the products with
+    # weights ('dots'); None: as the source.
+    remat: Remat | None = None
+    # Run the blocks as a loop over their stacked weights: the compile time does not depend on the depth; None: as the
+    # source.
+    scan_layers: bool | None = None
     attention: AttentionBy = "xla"  # implementation of attention: XLA's, cuDNN's on GPUs, or splash attention on TPUs
     # User-defined family of a checkpoint, file.py:NAME (examples/family.py); None: built-in, found by config.json.
     family: FunctionSource | None = None
@@ -92,6 +97,7 @@ def tuned(model: Policy | RewardModel, tuning: Tuning) -> Policy | RewardModel:
             param_dtype=tuning.param_dtype or old.param_dtype,
             compute_dtype=tuning.compute_dtype or old.compute_dtype,
             remat=old.remat if tuning.remat is None else tuning.remat,
+            scan_layers=old.scan_layers if tuning.scan_layers is None else tuning.scan_layers,
             attention=tuning.attention,
         )
     except ValueError as error:

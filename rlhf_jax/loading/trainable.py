@@ -33,14 +33,14 @@ def trainable(network: N, tuning: Tuning | None) -> N:
     """Configure a network for training: with an adapter, or with parameters in the dtype of `tuning` (float32 if None).
 
     Args: tuning is None for a model trained from scratch, which keeps the dtype of its own config.
-    Raises RlhfError for training in float16.
+    Raises RlhfError for training in float16, and for an adapter of layers in a loop.
     """
-    if tuning is not None and tuning.lora is not None:
-        network = dataclasses.replace(network, lora=tuning.lora)
-    elif tuning is not None:
-        config = dataclasses.replace(network.config, param_dtype=tuning.param_dtype or "float32")
-        network = dataclasses.replace(network, config=config)
     try:
+        if tuning is not None and tuning.lora is not None:
+            network = dataclasses.replace(network, lora=tuning.lora)
+        elif tuning is not None:
+            config = dataclasses.replace(network.config, param_dtype=tuning.param_dtype or "float32")
+            network = dataclasses.replace(network, config=config)
         refuse_float16(network.config, adapter=network.lora is not None)
     except ValueError as error:
         raise RlhfError(str(error)) from error

@@ -26,7 +26,7 @@ from rlhf_jax.runtime.optimizers import (
 
 def check_value_optimizer(value: OptimizerConfig | None) -> None:
     """Raise ValueError for a field that can only be set in `optimizer`, for policy and value function together."""
-    for name in ("micro_batch", "freeze", "low_precision"):
+    for name in ("micro_batch", "freeze", "low_precision", "moments"):
         if value is not None and getattr(value, name) != OptimizerConfig.__dataclass_fields__[name].default:
             raise ValueError(
                 f"value_optimizer.{name} = {getattr(value, name)!r} has no effect: optimizer.{name} applies to policy "

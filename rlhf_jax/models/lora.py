@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Key, PRNGKeyArray, PyTree
 
 from rlhf_jax.config import Count, Positive, Range, check_ranges
+from rlhf_jax.models.model_config import ModelConfig
 from rlhf_jax.types import RlhfError
 
 SHARED: dict[str, tuple[str, ...]] = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
@@ -168,6 +169,12 @@ def apply(
 
     with nn.intercept_methods(intercept):
         return module.apply({"params": params.base}, *args, method=method)
+
+
+def check_layers(config: ModelConfig, adapter: LoraConfig | None) -> None:
+    """Raise ValueError for an adapter of layers in a loop, which it could not tell apart."""
+    if adapter is not None and config.scan_layers:
+        raise ValueError("scan_layers = True does not support adapters: set it to False, or lora to None")
 
 
 def layers_of(adapter: PyTree) -> dict[str, Layer]:

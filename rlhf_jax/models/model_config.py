@@ -5,6 +5,9 @@ from typing import Annotated, Literal
 
 from rlhf_jax.config import Count, Finite, NonNegative, Positive, Range, check_ranges
 
+Remat = bool | Literal["dots"]
+"""Activations to recompute in the backward pass: none (False), all but the inputs of blocks (True), or all but these
+and the products with weights ('dots')."""
 DType = Literal["float32", "bfloat16", "float16"]
 AttentionBy = Literal["xla", "cudnn", "splash"]
 """Attention implementation: XLA on any device, cuDNN's flash attention on NVIDIA GPUs, or splash attention on TPUs."""
@@ -51,7 +54,12 @@ class ModelConfig:
     activation: Literal["relu", "relu2", "gelu", "gelu_exact", "silu"]
     param_dtype: DType  # dtype of the parameters
     compute_dtype: DType  # dtype of the matrix products
-    remat: bool = False  # store only the inputs of blocks for the backward pass, and recompute the rest
+    # Recompute activations in the backward pass, and store only the inputs of blocks (True), or also the products with
+    # weights ('dots'); False: store all.
+    remat: Remat = False
+    # Run the blocks outside of decoding as a loop over their stacked weights, which are a copy: the compile time does
+    # not depend on the depth.
+    scan_layers: bool = False
     attention: AttentionBy = "xla"  # implementation of attention: XLA's, cuDNN's on GPUs, or splash attention on TPUs
     n_kv_heads: Count | None = None  # key-value heads, shared by groups of query heads; None: n_heads
     head_dim: Count | None = None  # channels per head; None: d_model / n_heads
@@ -122,6 +130,12 @@ class ModelConfig:
     def kv_heads(self) -> int:
         """Number of key-value heads."""
         return self.n_kv_heads if self.n_kv_heads is not None else self.n_heads
+
+    @property
+    def period(self) -> int:
+        """Number of layers after which windows and rotary positions repeat."""
+        kinds = [(self.window(i), self.layer_rope(i)) for i in range(self.n_layers)]
+        return next(n for n in range(1, self.n_layers + 1) if kinds[n:] == kinds[:-n] and self.n_layers % n == 0)
 
     def window(self, layer: int) -> int | None:
         """Attention window of a layer in tokens, including the token itself; None for full attention."""

@@ -36,6 +36,9 @@ class PolicyNetwork:
     suppressed: tuple[int, ...]
     lora: LoraConfig | None = None
 
+    def __post_init__(self) -> None:
+        lora.check_layers(self.config, self.lora)
+
     def init(self, key: PRNGKeyArray) -> PyTree:
         """Initialise random parameters."""
         return _init(self._body, key)

@@ -37,6 +37,9 @@ class ScalarNetwork:
     lora: LoraConfig | None = None
     ensemble: EnsembleConfig | None = None
 
+    def __post_init__(self) -> None:
+        lora.check_layers(self.config, self.lora)
+
     @property
     def alone(self) -> "ScalarNetwork":
         """Network of one member of an ensemble."""

@@ -5,11 +5,11 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from rlhf_jax.core.row_sharding import split_rows
 from rlhf_jax.models.layers import Block, Norm, Place
-from rlhf_jax.models.model_config import ModelConfig, Rope
+from rlhf_jax.models.model_config import ModelConfig, Remat, Rope
 from rlhf_jax.models.rotary import rope_angles
 
 EMPTY = -1
@@ -49,8 +49,9 @@ class Transformer(nn.Module):
             self.head = self.param("head", table, (self.vocab_size, config.d_model), config.param_dtype)
         if config.positions == "learned":
             self.position_table = self.param("positions", table, (config.context, config.d_model), config.param_dtype)
-        block = nn.remat(Block) if config.remat else Block
-        self.blocks = [block(config, config.window(i), name=f"block_{i}") for i in range(config.n_layers)]
+        self.blocks = [
+            _block(config.remat)(config, config.window(i), name=f"block_{i}") for i in range(config.n_layers)
+        ]
         self.final_norm = Norm(config, config.norm)
 
     def __call__(
@@ -109,21 +110,49 @@ class Transformer(nn.Module):
             x = x + jnp.take(self.position_table, present, axis=0).astype(config.compute_dtype)
         angles: dict[Rope, tuple[Array | None, Array | None]] = {}
         masks: dict[int | None, Array] = {}
-        layers = []
         numbered = jnp.zeros_like(positions) if sequence is None else sequence
         segments = jnp.where(positions == EMPTY, EMPTY, numbered) if cached[0] is None else None
-        for i, (block, layer) in enumerate(zip(self.blocks, cached, strict=True)):
+        places = []
+        for i in range(config.n_layers):
             rope, window = config.layer_rope(i), config.window(i)
             if rope not in angles:
                 rotary = config.positions == "rotary"
                 angles[rope] = rope_angles(rope, config.head_width, present, room) if rotary else (None, None)
             if window not in masks:
                 masks[window] = _visible(positions, known, window, sequence)
+            places.append(Place(*angles[rope], masks[window], segments, slot))
+        if config.scan_layers and cached[0] is None and not self.is_initializing():
+            return self.final_norm(self._scanned(x, places[: config.period])), cached
+        layers = []
+        for block, place, layer in zip(self.blocks, places, cached, strict=True):
             if layer is None:  # when decoding, this would gather the weights for every token
                 x = split_rows(x)
-            x, layer = block(x, Place(*angles[rope], masks[window], segments, slot), layer)
+            x, layer = block(x, place, layer)
             layers.append(layer)
         return self.final_norm(x), layers
+
+    def _scanned(self, x: Float[Array, "B S D"], places: list[Place]) -> Float[Array, "B S D"]:
+        """Run the blocks as a loop of periods. Args: places of the layers of one period."""
+        config = self.config
+        blocks = [_block(config.remat)(config, config.window(i), parent=None) for i in range(config.period)]
+
+        def run(x: Array, weights: list[PyTree]) -> tuple[Array, None]:
+            for block, place, params in zip(blocks, places, weights, strict=True):
+                x, _ = block.apply({"params": params}, split_rows(x), place, None)
+            return x, None
+
+        each = [block.variables["params"] for block in self.blocks]
+        stacked = [
+            jax.tree.map(lambda *leaves: jnp.stack(leaves), *each[i :: config.period]) for i in range(config.period)
+        ]
+        return jax.lax.scan(run, x, stacked)[0]
+
+
+def _block(remat: Remat) -> type[Block]:
+    """Block whose activations are recomputed in the backward pass as `ModelConfig.remat` says."""
+    if not remat:
+        return Block
+    return nn.remat(Block, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None)
 
 
 def _positions(mask: Bool[Array, "B S"]) -> Int[Array, "B S"]:

@@ -142,7 +142,8 @@ def _of_checkpoint(source: str, tuning: Tuning) -> Policy | RewardModel:
         directory,
         param_dtype=tuning.param_dtype,
         compute_dtype=tuning.compute_dtype or "float32",
-        remat=bool(tuning.remat),
+        remat=tuning.remat or False,
+        scan_layers=bool(tuning.scan_layers),
         attention=tuning.attention,
         family=tuning.family,
     )

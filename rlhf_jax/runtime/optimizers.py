@@ -66,6 +66,8 @@ class OptimizerConfig:
     # How to update bfloat16 weights, whose precision may be coarser than an update: keep float32 master weights, round
     # stochastically, or round to nearest, which loses small updates.
     low_precision: LowPrecision = "masters"
+    # Dtype in which the optimiser's moments are stored; bfloat16 halves their memory and rounds them stochastically.
+    moments: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
         for field in ("freeze", "no_decay"):
@@ -156,15 +158,17 @@ def learning_rate(config: OptimizerConfig, updates: int) -> optax.Schedule:
 
 
 class Optimizer(NamedTuple):
-    """An optax transformation, and the way in which its updates are added to low-precision weights."""
+    """An optax transformation, the way in which its updates are added to low-precision weights, and its storage."""
 
     transformation: optax.GradientTransformation
     low_precision: LowPrecision
+    moments: Literal["float32", "bfloat16"] = "float32"
 
     def init(self, params: PyTree) -> rounding.State:
-        """Initialise the state, which is float32 for parameters of any dtype."""
+        """Initialise the state; its moments have the same dtype for parameters of any dtype."""
         masters = rounding.init_masters(self.low_precision, params)
-        return rounding.State(self.transformation.init(rounding.float32(params)), masters)
+        inner = self.transformation.init(rounding.float32(params))
+        return rounding.State(rounding.bfloat16_moments(inner) if self.moments == "bfloat16" else inner, masters)
 
 
 def make_optimizer(config: OptimizerConfig, updates: int) -> Optimizer:
@@ -203,7 +207,7 @@ def with_freezing(config: OptimizerConfig, transformation: optax.GradientTransfo
     if config.freeze:
         labels = functools.partial(_frozen, config.freeze)
         transformation = optax.multi_transform({False: transformation, True: optax.set_to_zero()}, labels)
-    return Optimizer(transformation, config.low_precision)
+    return Optimizer(transformation, config.low_precision, config.moments)
 
 
 def gradients(
@@ -289,9 +293,10 @@ def update(
     """
     if axes:
         grads = jax.lax.pmean(grads, axes)
-    updates, inner = optimizer.transformation.update(
-        grads, opt_state.inner, rounding.trained_values(params, opt_state.masters)
+    updates, moments = optimizer.transformation.update(
+        grads, rounding.float32_moments(opt_state.inner), rounding.trained_values(params, opt_state.masters)
     )
+    inner = rounding.stored_moments(moments, opt_state.inner, key)
     params, masters, kept = rounding.apply(optimizer.low_precision, params, opt_state.masters, updates, key)
     each = {f"grad_norm/{name}": optax.tree.norm(grads[name]) for name in grads} if len(grads) > 1 else {}
     norms = {"grad_norm": optax.tree.norm(grads), **each}

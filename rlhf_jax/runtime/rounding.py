@@ -8,7 +8,8 @@ nearest, does not change a weight. Bytes per parameter while training with Adam,
     bfloat16, stochastic   2 weight           + 8 moments + 4 gradient = 14   exact in expectation, with noise
     bfloat16, nearest      2 weight           + 8 moments + 4 gradient = 14   loses small updates
 
-Every update logs `update_survived`, the share of it that the weights kept.
+Every update logs `update_survived`, the share of it that the weights kept. Moments in bfloat16, rounded stochastically,
+need 4 bytes less: their averages over many updates are exact in expectation, where rounding to nearest would stall.
 """
 
 from typing import Literal, NamedTuple
@@ -103,6 +104,27 @@ def stochastic_bfloat16(values: Float[Array, "*shape"], key: PRNGKeyArray) -> Fl
     cut = ((bits + noise) >> 16).astype(jnp.uint16)
     rounded = jax.lax.bitcast_convert_type(cut, jnp.bfloat16)
     return jnp.where(jnp.isfinite(values), rounded, values.astype(jnp.bfloat16))
+
+
+def bfloat16_moments(state: optax.OptState) -> optax.OptState:
+    """Cast an optimiser's new moments, which are 0, to bfloat16."""
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16) if leaf.dtype == jnp.float32 else leaf, state)
+
+
+def float32_moments(state: optax.OptState) -> optax.OptState:
+    """Cast stored moments to float32."""
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32) if leaf.dtype == jnp.bfloat16 else leaf, state)
+
+
+def stored_moments(moments: optax.OptState, like: optax.OptState, key: PRNGKeyArray) -> optax.OptState:
+    """Round moments stochastically to bfloat16 where the stored state `like` has bfloat16."""
+    leaves, structure = jax.tree.flatten(moments)
+    key = derive(key, "moments")
+    rounded = [
+        stochastic_bfloat16(value, jax.random.fold_in(key, number)) if stored.dtype == jnp.bfloat16 else value
+        for number, (value, stored) in enumerate(zip(leaves, jax.tree.leaves(like), strict=True))
+    ]
+    return jax.tree.unflatten(structure, rounded)
 
 
 def survived(before: dict[str, PyTree], after: dict[str, PyTree], updates: dict[str, PyTree]) -> Float[Array, ""]:

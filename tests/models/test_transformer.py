@@ -11,6 +11,8 @@ import pytest
 import scipy.special
 
 from rlhf_jax.core.sequences import joined
+from rlhf_jax.models.lora import LoraConfig
+from rlhf_jax.models.model_config import Rope
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.transformer import EMPTY, Transformer
 from rlhf_jax.types import PreferenceBatch, TokenBatch
@@ -327,7 +329,39 @@ def test_remat_keeps_less_and_changes_nothing():
         pullback = jax.eval_shape(lambda params: jax.vjp(loss(network), params)[1], PARAMS)
         return sum(leaf.size for leaf in jax.tree.leaves(pullback))
 
-    again = PolicyNetwork(config(remat=True), VOCAB, SUPPRESSED)
-    assert kept(again) < 0.8 * kept(POLICY)
-    expected, got = (jax.jit(jax.grad(loss(network)))(PARAMS) for network in (POLICY, again))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, expected)
+    inputs, products = (PolicyNetwork(config(remat=remat), VOCAB, SUPPRESSED) for remat in (True, "dots"))
+    assert kept(inputs) < 0.8 * kept(products) and kept(products) < 0.9 * kept(POLICY)
+    expected, *others = (jax.jit(jax.grad(loss(network)))(PARAMS) for network in (POLICY, inputs, products))
+    for got in others:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, expected)
+
+
+PERIODIC = {"windows": (3, None, 3, None), "local_rope": Rope(theta=100.0)}
+
+
+@pytest.mark.parametrize("changes", [{}, pytest.param(PERIODIC, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("remat", [False, pytest.param(True, marks=pytest.mark.nightly)])
+def test_layers_in_a_loop_compute_the_same_in_a_program_of_constant_size(changes, remat):
+    tokens = jnp.asarray(random_tokens(3, 4, 12))
+    batch = TokenBatch(tokens, jnp.ones(tokens.shape, bool), jnp.ones(tokens.shape, bool))
+
+    def gradient_of(layers, loop):
+        windows = changes["windows"] * (layers // 4) if changes else None
+        shape = config(n_layers=layers, scan_layers=loop, remat=remat, **{**changes, "windows": windows})
+        network = PolicyNetwork(shape, VOCAB, SUPPRESSED)
+        return network, jax.jit(jax.grad(lambda params: jnp.sum(network.sequence_stats(params, batch).logprobs)))
+
+    def products(layers, loop):
+        network, gradient = gradient_of(layers, loop)
+        return gradient.lower(jax.eval_shape(network.init, jax.random.key(0))).as_text().count("stablehlo.dot_general")
+
+    network, gradient = gradient_of(4, False)
+    params = random_params(network)
+    expected, got = gradient(params), gradient_of(4, True)[1](params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, expected)
+    assert products(8, True) == products(4, True) < products(4, False) < products(8, False)
+
+
+def test_layers_in_a_loop_have_no_adapter():
+    with pytest.raises(ValueError, match="scan_layers = True does not support adapters: set it to False"):
+        PolicyNetwork(config(scan_layers=True), VOCAB, SUPPRESSED, LoraConfig(2, 1.0, ("up",)))

@@ -11,18 +11,21 @@ import pytest
 
 from rlhf_jax.interop import hf
 from rlhf_jax.interop.peft import save_adapter
+from rlhf_jax.loading.models import Policy, Tuning, tuned
 from rlhf_jax.loading.pretrained import load_checkpoint
-from rlhf_jax.loading.trainable import init_trainable
+from rlhf_jax.loading.trainable import init_trainable, trainable
 from rlhf_jax.methods import dpo
 from rlhf_jax.methods.dpo import ReferenceUpdate, pair_logps
 from rlhf_jax.methods.offline import Updates
 from rlhf_jax.models.lora import Adapted, LoraConfig, merge
+from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.reports.run import Run
 from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.runtime.optimizers import make_optimizer
 from rlhf_jax.runtime.programs import make_placement
 from rlhf_jax.stages import kto, reward_model, sft
-from rlhf_jax.types import UnpairedBatch
+from rlhf_jax.text.tokenizer import TokenizerConfig, train_tokenizer
+from rlhf_jax.types import RlhfError, UnpairedBatch
 from tests.support import checkpoints, tiny
 from tests.support.commands import run_without_figures
 from tests.support.own_data import chat_arguments
@@ -198,3 +201,12 @@ def test_an_adapters_base_is_what_it_started_from(finished):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), tuned.params.base, sft.network.merge(sft.params)
     )
+
+
+def test_layers_in_a_loop_are_a_setting_of_the_model_and_have_no_adapter():
+    model = Policy(tiny.POLICY, None, train_tokenizer(TokenizerConfig("word", tiny.VOCAB), ["a b"]))
+    loop = tuned(model, Tuning(scan_layers=True, remat="dots")).network
+    assert isinstance(loop, PolicyNetwork)
+    assert loop.config == dataclasses.replace(tiny.POLICY.config, scan_layers=True, remat="dots")
+    with pytest.raises(RlhfError, match="scan_layers = True does not support adapters: set it to False"):
+        trainable(loop, Tuning(lora=LORA))

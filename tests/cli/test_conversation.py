@@ -120,6 +120,31 @@ def test_a_refused_message_is_forgotten(load, policy):
     say(llama2, "Is it good?")
 
 
+def test_a_message_is_taken_back_and_answered_with_a_new_key(policy):
+    conversation = begin(policy)
+    first, _ = say(conversation, "Is it good?")
+    say(conversation, "Why?")
+    assert conversation.undo() == "Why?" and conversation.messages == [user("Is it good?"), assistant(first)]
+    again, _ = say(conversation, conversation.undo())
+    asked = policy.tokenizer.render([user("Is it good?")], add_generation_prompt=True)
+    assert again == expected(policy, asked, 2) and conversation.messages == [user("Is it good?"), assistant(again)]
+    conversation.reset()
+    with pytest.raises(RlhfError, match="there is no message to take back"):
+        conversation.undo()
+
+
+def test_another_policy_continues_before_the_last_message(policy):
+    conversation = begin(policy)
+    conversation.set_system("Be short.")
+    first, _ = say(conversation, "Is it good?")
+    second, _ = say(conversation, "Why?")
+    other = conversation.with_policy(policy._replace(params=jax.tree.map(lambda leaf: 2 * leaf, policy.params)))
+    assert other.messages == [user("Is it good?"), assistant(first)] and other.system == "Be short."
+    say(other, "Why?")
+    assert conversation.messages[-1] == assistant(second), "it keeps its own answer"
+    assert conversation.as_row()["messages"][0] == {"role": "system", "content": "Be short."}
+
+
 def test_the_context_cuts_an_answer(policy):
     conversation = begin(policy, tokens=1000, temperature=0.0)
     _, answer = say(conversation, "Is it good?")

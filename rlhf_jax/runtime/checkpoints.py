@@ -91,7 +91,8 @@ class Checkpoints:
 
     def keep_only(self, wanted: Callable[[int], bool]) -> None:
         """Remove the checkpoints of other steps, unless there is no other."""
-        self._manager.wait_until_finished()
+        with _writing(self._directory):
+            self._manager.wait_until_finished()
         steps = self._manager.all_steps()
         if any(map(wanted, steps)):
             for step in steps:
@@ -190,7 +191,7 @@ def _damaged_file(checkpoint: Path, item: str) -> str:
     try:
         hashes = json.loads((checkpoint / HASHES).read_bytes())
         wanted = {name: value for name, value in hashes.items() if name.startswith(f"{item}/" if item else "")}
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         return HASHES
     there = _files(checkpoint)
     return next((name for name, value in wanted.items() if name not in there or _hash(checkpoint / name) != value), "")

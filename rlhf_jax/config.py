@@ -141,7 +141,7 @@ def build(cls: type[T], section: Mapping[str, Any] | ConfigDict, path: str, defa
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in section:
         if key not in fields:
-            raise RlhfError(f"{path}.{key} is not a field of {cls.__name__}.{suggestion(key, list(fields))}")
+            raise RlhfError(f"{path}.{key} is not a field of {cls.__name__}.{suggestion(str(key), list(fields))}")
     values = {}
     for name, field in fields.items():
         if name in section:
@@ -248,7 +248,7 @@ def convert(hint: Hint, value: object, path: str, default: object = None) -> Any
         sections = [member for member in _union_members(hint) if dataclasses.is_dataclass(member)]
         if not sections:
             raise RlhfError(f"{path} should be {describe(hint)}: it has no fields, such as {next(iter(value), None)!r}")
-        section = max(sections, key=lambda section: _likeness(section, value))
+        section = max(sections, key=lambda section: _likeness(section, [*map(str, value)]))
         return build(section, value, path, default if type(default) is section else None)
     if not _matches(hint, value):
         raise RlhfError(f"{path} = {value!r} should be {describe(hint)}: set it with --{path}=....")
@@ -290,7 +290,7 @@ def _literal(text: str) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a regular expression may have escapes that are invalid in Python strings
             return ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError, TypeError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # the last two for deep nesting
         return text
 
 

@@ -44,7 +44,7 @@ def _read_jsonl(file: Path) -> list[Row]:
 def _parse_object(line: bytes, where: str) -> Row:
     try:
         value = json.loads(line.decode("utf-8-sig"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RlhfError(
             f"{where} is not JSON ({error}): correct it, or copy the file again if it is truncated"
         ) from error
@@ -63,7 +63,7 @@ def _read_json(file: Path) -> list[Row]:
         return _read_jsonl(file)
     try:
         values = json.loads(content.decode("utf-8-sig"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RlhfError(f"{file} is not JSON ({error}): correct it, or copy it again if it is truncated") from error
     return [_object(value, f"{file}, row {number}") for number, value in enumerate(values, start=1)]
 

@@ -127,14 +127,22 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             raise RlhfError(f"{file} is truncated or not a safetensors file: download it again")
         try:
             header = json.loads(content.read(length))
-        except ValueError as error:
+            entries = {name: _entry(entry) for name, entry in header.items() if name != "__metadata__"}
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise RlhfError(f"{file} is truncated or not a safetensors file: download it again") from error
     tensors = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        start, end = (8 + length + offset for offset in entry["data_offsets"])
-        if end > size:
+    for name, (dtype, shape, start, end) in entries.items():
+        if 8 + length + end > size:
             raise RlhfError(f"{file} is truncated: tensor {name} extends beyond its end. Download it again")
-        tensors[name] = StoredTensor(file, entry["dtype"], tuple(entry["shape"]), start, end - start)
+        if dtype in DTYPES and end - start != math.prod(shape) * DTYPES[dtype].itemsize:
+            raise RlhfError(f"{file} is damaged: tensor {name} has not the size of its shape. Download it again")
+        tensors[name] = StoredTensor(file, dtype, shape, 8 + length + start, end - start)
     return tensors
+
+
+def _entry(entry: Any) -> tuple[str, tuple[int, ...], int, int]:
+    """Return dtype, shape, start and end of a header's entry. Raises ValueError, TypeError or KeyError for others."""
+    dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    if not isinstance(dtype, str) or not all(type(number) is int and number >= 0 for number in (*shape, start, end)):
+        raise ValueError("not an entry of a safetensors file")
+    return dtype, shape, start, end

@@ -95,8 +95,6 @@ class PretrainedTokenizer(Tokenizer):
         return encoding.ids, written
 
     def _apply(self, messages: Messages, **arguments: Any) -> Any:
-        from jinja2 import TemplateError
-
         if self.chat_template is None:
             raise RlhfError(
                 "the tokenizer has no chat template, which chat messages need: save the template of the checkpoint's "
@@ -106,7 +104,7 @@ class PretrainedTokenizer(Tokenizer):
             return self.wrapped.apply_chat_template(
                 messages, chat_template=_without_clock(self.chat_template), **arguments
             )
-        except (TemplateError, TypeError, LookupError, ValueError) as error:
+        except Exception as error:  # the template is code of the checkpoint's authors
             raise RlhfError(
                 f"the chat template rejects these messages ({error}): use its roles, in its order"
             ) from error
@@ -225,7 +223,7 @@ def _download(name: str) -> Path:
 def _check_json(file: Path) -> None:
     try:
         json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RlhfError(f"{file} cannot be read ({error}): copy it again from the checkpoint") from error
 
 

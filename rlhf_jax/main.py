@@ -30,6 +30,8 @@ rlhf-jax: learning from human preferences in JAX
   rlhf-jax plan --config=FILE[:ARG] --topology=v5e:2x2 [--stage=NAME] [--json]
       Compile an experiment for a machine that need not be at hand, and print
       memory, costs, the smallest mesh that fits, and the least time of the run.
+  rlhf-jax doctor [--budget=5m] [--json]
+      Check numbers, determinism, resuming and speed on this machine.
   rlhf-jax status DIR
       List the stages of a work directory: complete, running with the time left,
       failed and why, or not started.
@@ -73,6 +75,7 @@ VERBS = {
     "fields": "rlhf_jax.cli.fields:fields_verb",
     "config": "rlhf_jax.commands:config_verb",
     "plan": "rlhf_jax.planning.plan_verb:plan_verb",
+    "doctor": "rlhf_jax.doctor.doctor_verb:doctor_verb",
     "status": "rlhf_jax.cli.status:status_verb",
     "show": "rlhf_jax.cli.show:show_verb",
     "fetch": "rlhf_jax.commands:fetch_verb",

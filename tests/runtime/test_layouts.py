@@ -6,11 +6,11 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from rlhf_jax.core import masking
-from rlhf_jax.core.row_sharding import ROWS
+from rlhf_jax.core import masking, row_sharding
 from rlhf_jax.runtime import program_costs
 from rlhf_jax.runtime.programs import make_placement
-from tests.support.layouts import BULK, CASES, DEVICES, LAYOUTS, Measured, measure, measure_bulk
+from tests.support import tiny
+from tests.support.layouts import BULK, CASES, DEVICES, LAYOUTS, MODEL, ROWS, Measured, measure, measure_bulk
 
 OFFLINE = [name for name in CASES if name not in ("ppo", "grpo", "online_dpo")]
 
@@ -27,6 +27,23 @@ def test_every_stage_and_layout_shares_the_work(name, layout):
 @pytest.mark.nightly
 def test_only_weights_and_their_gradients_travel(name, layout):
     assert_moves_weights(measure(name, LAYOUTS[layout]), fsdp=layout == "fsdp=8")
+
+
+SEQUENCES = {"sft": (1, 0), "reward_model": (2, 0), "dpo": (2, 2), "kto": (1, 3)}
+"""Sequences per row that a step reads with a gradient and without: by the reference, and KTO's mismatched ones."""
+
+
+@pytest.mark.parametrize("layout", ["data=2 x tensor=4", "fsdp=4 x tensor=2"])
+@pytest.mark.parametrize("name", SEQUENCES)
+@pytest.mark.nightly
+def test_activations_travel_twice_a_layer_and_pass_where_layers_are_split(name, layout):
+    measured, where = measure(name, LAYOUTS[layout]), LAYOUTS[layout]
+    learned, read = SEQUENCES[name]
+    activations = 4 * ROWS // where.row_devices * (tiny.PROMPT + tiny.RESPONSE) * MODEL.d_model
+    reductions = 2 * MODEL.n_layers + 1  # with that of the embedding, or of the head's gradient
+    weights = measured.trained + (2 * measured.trained + measured.frozen if where.fsdp > 1 else 0)
+    ideal = activations * reductions * (2 * learned + read) + weights / where.tensor
+    assert sum(measured.costs.bytes.values()) < 1.5 * ideal
 
 
 def test_packed_pairs_share_the_work_and_stay_where_they_are():
@@ -70,7 +87,7 @@ ARGS = jnp.ones((BATCH, WIDTH)), jnp.ones((WIDTH, WIDTH))
 def test_rows_taken_from_a_batch_are_split_again():
     """Rows gathered by number may lie on any device: without a constraint, every device would compute all of them."""
     mesh = make_placement(LAYOUTS["fsdp=4 x tensor=2"], seeds=1).mesh  # type: ignore[union-attr]
-    rows, weights = NamedSharding(mesh, ROWS), NamedSharding(mesh, P(None, "tensor"))
+    rows, weights = NamedSharding(mesh, row_sharding.ROWS), NamedSharding(mesh, P(None, "tensor"))
 
     def of_some(x, weights):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):

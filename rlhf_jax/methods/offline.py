@@ -155,7 +155,8 @@ def train_offline(
         evaluation=Evaluation(config.eval_every, method.evaluate),
         describe=lambda step, samples: [],
     )
-    done = train(task, config.loop, placement, context.seed, context.directory, context.bar)
+    services = context.runtime.trackers
+    done = train(task, config.loop, placement, context.seed, context.directory, context.bar, services)
     context.bar.say(f"{context.name}: {batches.described()}")
     return {"steps": done, "widths": batches.widths}
 

@@ -136,7 +136,8 @@ def train_online(
         evaluation=None,
         describe=describe,
     )
-    done = train(task, config.loop, placement, context.seed, context.directory, context.bar)
+    services = context.runtime.trackers
+    done = train(task, config.loop, placement, context.seed, context.directory, context.bar, services)
     return {
         **({"steps": done} if done < config.iterations else {}),
         "prompts": len(inputs.prompts.tokens),

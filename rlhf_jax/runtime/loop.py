@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -18,6 +18,7 @@ from rlhf_jax.runtime.files import RowWriter, read_rows
 from rlhf_jax.runtime.programs import Placement, Step
 from rlhf_jax.runtime.progress import Bar, rounded
 from rlhf_jax.runtime.termination import Terminated, noted_sigterm
+from rlhf_jax.runtime.trackers import Service, opened
 from rlhf_jax.runtime.two_programs import TwoPrograms, TwoSteps
 from rlhf_jax.types import RlhfError, Row
 
@@ -64,8 +65,18 @@ class Task:
     describe: Callable[[int, PyTree], Rows]  # step, one seed's samples -> sample rows
 
 
-def train(task: Task, config: LoopConfig, placement: Placement, first_seed: int, directory: Path, bar: Bar) -> int:
-    """Run or resume a task, writing `metrics.jsonl`, `samples.jsonl` and `checkpoints/`.
+def train(
+    task: Task,
+    config: LoopConfig,
+    placement: Placement,
+    first_seed: int,
+    directory: Path,
+    bar: Bar,
+    services: Sequence[Service] = (),
+) -> int:
+    """Run or resume a task, writing `metrics.jsonl`, `samples.jsonl`, `checkpoints/` and TensorBoard's files.
+
+    Args: services also get the metrics.
 
     After SIGTERM, the current call is completed and its state saved.
 
@@ -90,6 +101,7 @@ def train(task: Task, config: LoopConfig, placement: Placement, first_seed: int,
             stack.enter_context(contextlib.closing(RowWriter(directory / f"{name}.jsonl", done)))
             for name in ("metrics", "samples")
         )
+        trackers = stack.enter_context(opened(services, directory)) if processes.is_first() else []
         if best and done:
             _replay(best, config, directory, done, task.total_steps)
         state = task.start()
@@ -131,6 +143,8 @@ def train(task: Task, config: LoopConfig, placement: Placement, first_seed: int,
                 bar.warn(lost)
             rows[-1].update(clock.read(config.steps_per_call, rows[-placement.seeds :]))
             metric_rows.write(rows)
+            for tracker in trackers:
+                tracker.write(rows)
             if best:
                 best.log(rows)
             bar.update(

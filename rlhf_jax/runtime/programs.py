@@ -27,6 +27,7 @@ from rlhf_jax.config import Count, check_ranges
 from rlhf_jax.core.row_sharding import ROWS
 from rlhf_jax.models.sharding import sharding_of, shardings
 from rlhf_jax.runtime.checkpoints import abstract
+from rlhf_jax.runtime.trackers import Service
 from rlhf_jax.types import RlhfError
 
 State = TypeVar("State")
@@ -63,7 +64,7 @@ BATCH_AXIS = "batch"
 
 @dataclasses.dataclass(frozen=True)
 class RuntimeConfig:
-    """Devices and other settings of speed. They change results only by rounding."""
+    """Devices, other settings of speed, and where metrics go. They change results only by rounding."""
 
     # Parallelism: jit over a mesh of data x fsdp x tensor devices, or pmap over `data` devices with replicated weights.
     strategy: Literal["jit", "pmap"]
@@ -73,6 +74,7 @@ class RuntimeConfig:
     inference_batch: Count  # rows per call when sampling and scoring outside of training
     deterministic: bool  # use XLA's deterministic operations on GPUs, so that resumed runs are bitwise identical
     compile_quickly: bool  # compile faster, to slower programs, for runs that take seconds
+    trackers: tuple[Service, ...] = ()  # services that get the metrics besides TensorBoard: "wandb", "mlflow"
 
     @property
     def xla_flags(self) -> str:

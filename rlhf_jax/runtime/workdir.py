@@ -15,7 +15,10 @@ from rlhf_jax.types import Json, RlhfError
 Status = Literal["new", "again", "half-done", "complete", "elsewhere"]
 """Status of a stage. "again": started here with another config, without results; "elsewhere": complete in `inputs`."""
 
-BEFORE_RESULTS = {"config.json", "environments.json", "model.json", "tokenizer", "data.json", STATE, LOCK}
+TENSORBOARD = "tensorboard"
+"""Directory in a stage's directory with a copy of its metrics for TensorBoard."""
+
+BEFORE_RESULTS = {"config.json", "environments.json", "model.json", "tokenizer", "data.json", TENSORBOARD, STATE, LOCK}
 """Files in a stage's directory that are written before its first result."""
 
 RECORD = "experiment.json"

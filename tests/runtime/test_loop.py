@@ -20,6 +20,7 @@ from rlhf_jax.runtime.progress import Display
 from rlhf_jax.runtime.termination import Terminated
 from rlhf_jax.types import RlhfError
 from tests.support import tiny
+from tests.support.event_files import scalars
 
 
 def step(state, frozen, batch, run_key):
@@ -124,6 +125,8 @@ def test_a_longer_run_goes_on_from_the_checkpoint(tmp_path):
     write_rows(tmp_path / "metrics.jsonl", [*read_rows(tmp_path / "metrics.jsonl"), {"step": 5, "total": -1.0}])
     run(task(8, **batches), tmp_path)
     rows = read_rows(tmp_path / "metrics.jsonl")
+    copied = scalars(tmp_path / "tensorboard" / "seed_7")
+    assert [copied[step, "total"] for step in range(1, 9)] == [[row["total"]] for row in rows]
     assert [8 * row["total"] for row in rows] == [0, 1, 3, 6, 10, 15, 21, 28]
     assert [row["updates"] for row in rows] == [1, 2, 3, 4, 5, 6, 7, 8]
 

@@ -66,7 +66,7 @@ def serving(models: dict[str, Path], refused: dict[str, tuple[int, str]]) -> Ite
 
 
 class Upload(NamedTuple):
-    """What a hub was sent."""
+    """Requests of an upload."""
 
     created: list[dict]  # the requests for repositories
     files: dict[str, bytes]  # by path in the repository

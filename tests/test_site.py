@@ -88,7 +88,8 @@ def test_the_page_of_a_stage_has_all_of_its_fields(kind):
     anchors = set(re.findall(r"\{ #([\w-]+) \}", page))
     assert set(re.findall(r"\]\(#([\w-]+)\)", page)) == anchors
     rows = [line for line in page.splitlines() if line.startswith("| ")]
-    assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {5}
+    assert {re.sub(r"`[^`]*`", "", row).count("|") for row in rows} == {5}
+    assert not re.search(r"`[^`\n]*\\[^`\n]*`", "\n".join(row.split("|")[2] for row in rows)), "code has no escapes"
 
 
 def test_stages_with_an_explanation_link_to_it():

@@ -6,6 +6,7 @@ import io
 import os
 import typing
 from collections.abc import Iterator
+from itertools import zip_longest
 
 from rlhf_jax.cli.fields import default_text, descriptions, sections_of, type_text
 from rlhf_jax.loading.context import Common
@@ -112,15 +113,19 @@ def anchor(place: str) -> str:
 
 
 def _without_bars(cell: str) -> str:
-    """Keep bars from ending a cell of a table."""
-    return cell.replace("|", "\\|")
+    """Keep bars from ending a cell of a table; within code they do not."""
+    return _outside_of_code(cell, {"|": "&#124;"})
 
 
 def _escaped(text: str) -> str:
     """Keep `*`, `<` and `_` of descriptions from being read as Markdown."""
-    for character in "*<_[":
-        text = text.replace(character, f"\\{character}")
-    return text
+    return _outside_of_code(text, {character: f"\\{character}" for character in "*<_["})
+
+
+def _outside_of_code(text: str, replacements: dict[str, str]) -> str:
+    parts = text.split("`")
+    changed = [part.translate(str.maketrans(replacements)) for part in parts[::2]]
+    return "`".join(part for pair in zip_longest(changed, parts[1::2]) for part in pair if part is not None)
 
 
 def commands_page() -> str:

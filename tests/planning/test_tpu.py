@@ -18,6 +18,7 @@ def plan(*flags: str) -> tuple[list[dict], str]:
     command = [sys.executable, "-m", "rlhf_jax", "plan", "--config=preferences:smoke", "--json", *flags]
     environment = os.environ | {"XLA_FLAGS": "", "TPU_LOG_DIR": "disabled"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()], done.stderr
 
 

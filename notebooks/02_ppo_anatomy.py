@@ -20,7 +20,7 @@
 # do they look like on a real response, and which equation makes each from the ones before?
 #
 # The notebook trains a small language model on movie reviews, runs PPO for a while, then stops and takes one iteration
-# apart. About a minute on two cores; the reviews are a small download.
+# apart. About a minute and a half on two cores; the reviews are a small download.
 
 # %%
 # Install rlhf_jax where it is missing, as on Colab. RLHF_JAX_SOURCE may name a wheel or another repository.

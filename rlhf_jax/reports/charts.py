@@ -14,7 +14,7 @@ from rlhf_jax.stages.kinds import Colour
 from rlhf_jax.types import Json
 
 CYCLE: tuple[Colour, ...] = ("grey", "green", "blue", "amber", "sky", "violet", "orange", "pink", "brown")
-"""Colours of methods where those of one kind must be told apart."""
+"""Colours that distinguish methods of one kind."""
 
 BINS = 5
 """Groups of equal size in which the mean score is shown against length."""

@@ -23,6 +23,11 @@ HEAVY = {
 }
 NEEDED = {
     "run": {"jax"},
+    "sweep": {"jax", "pandas", "pyarrow"},
+    "plan": {"jax"},
+    "doctor": {"jax"},
+    "completion": {"jax"},
+    "report": {"jax", "matplotlib", "pandas", "pyarrow", "scipy"},
     "fields": {"jax"},
     "config": {"jax"},
     "status": {"jax"},

@@ -48,6 +48,7 @@ def run_verb(arguments: list[str]) -> None:
         show_plan(config, open_workdir(options.workdir, options.inputs), options.stage)
     else:
         run(config, options.workdir, stage=options.stage, inputs=options.inputs)
+    processes.disconnect()
 
 
 def config_verb(arguments: list[str]) -> None:

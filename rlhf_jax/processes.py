@@ -132,6 +132,12 @@ def place(leaf: jax.Array | np.ndarray, sharding: jax.sharding.Sharding) -> jax.
     return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
 
 
+def disconnect() -> None:
+    """End the connection once all processes have come to this call: the first one serves the others until then."""
+    if jax.distributed.is_initialized():
+        jax.distributed.shutdown()
+
+
 def leave(status: int) -> None:
     """End this process after an error, even if others wait for it; they then end too."""
     if count() == 1:

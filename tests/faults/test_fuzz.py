@@ -2,12 +2,12 @@
 
 import contextlib
 import json
-import os
 import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
@@ -22,20 +22,18 @@ from rlhf_jax.runtime.checkpoints import WRITTEN_LATER, damaged_file
 from rlhf_jax.text.gguf_tokenizer import write_tokenizer
 from rlhf_jax.text.tokenizer import load_tokenizer
 from rlhf_jax.types import RlhfError
-from tests.support import checkpoints, gguf_files, own_data, tokenizer_files
+from tests.support import checkpoints, gguf_files, own_data, tokenizer_files, watched
 from tests.support.damage import edits, json_edits
+from tests.support.fuzzing import fuzzed, reading, write_counts
 
-EXAMPLES = int(os.environ.get("RLHF_JAX_FUZZ", "15"))
-"""Inputs of each test; `RLHF_JAX_FUZZ=10000` for a long run."""
-
-fuzzed = settings(max_examples=EXAMPLES, suppress_health_check=list(HealthCheck))
 MESSAGES = [{"role": "user", "content": "is it?"}, {"role": "assistant", "content": "it is"}]
 
 
-@contextlib.contextmanager
-def only_our_errors():
-    with contextlib.suppress(RlhfError):
+@pytest.fixture(scope="module", autouse=True)
+def bounded_and_counted() -> Iterator[None]:
+    with watched.bounded_memory():
         yield
+    write_counts()
 
 
 def tables() -> dict[str, bytes]:
@@ -73,7 +71,7 @@ def test_tables(ending, tmp_path_factory, data):
     content = data.draw(edits(TABLES[ending]) | st.binary(max_size=64))
     path = tmp_path_factory.getbasetemp() / f"damaged.{ending}"
     path.write_bytes(content)
-    with only_our_errors():
+    with reading(f"a table in {ending}", path.parent):
         assert all(isinstance(row, dict) for row in read_table(str(path)))
 
 
@@ -95,10 +93,10 @@ VALUES = [
 
 
 @fuzzed
-@given(st.sampled_from(FIELDS), st.sampled_from(VALUES) | st.text(max_size=20))
-def test_overrides(field, value):
+@given(field=st.sampled_from(FIELDS), value=st.sampled_from(VALUES) | st.text(max_size=20))
+def test_overrides(field, value, tmp_path_factory):
     config = ConfigDict(CONFIG.to_dict())
-    with only_our_errors():
+    with reading("a field on the command line", tmp_path_factory.getbasetemp()):
         override(config, field, value)
         experiment.parse(config)
 
@@ -143,7 +141,7 @@ def rendered(tokenizer, template: str) -> str:
 @fuzzed
 @given(parts=st.lists(st.sampled_from(PIECES) | st.text(max_size=5), max_size=12))
 def test_chat_templates(parts, chatml):
-    with only_our_errors():
+    with reading("a chat template", chatml):
         assert isinstance(rendered(load_tokenizer(chatml), "".join(parts)), str)
 
 
@@ -171,7 +169,7 @@ def test_safetensors(data, model, tmp_path_factory):
     directory = tmp_path_factory.getbasetemp() / "safetensors"
     directory.mkdir(exist_ok=True)
     (directory / "model.safetensors").write_bytes(data.draw(valid | edits(content)))
-    with only_our_errors():
+    with reading("model.safetensors", directory):
         for tensor in find_tensors(directory).values():
             assert read_tensor(tensor).dtype == DTYPES[tensor.dtype]
 
@@ -185,7 +183,7 @@ def test_checkpoints_of_transformers(data, name, model, tmp_path_factory):
         (directory / file).write_bytes((model / file).read_bytes())
     content = (model / name).read_bytes()
     (directory / name).write_bytes(data.draw(json_edits(content) if name == "config.json" else edits(content)))
-    with only_our_errors():
+    with reading("a checkpoint of transformers", directory):
         assert hf.load_pretrained(str(directory)).params
 
 
@@ -206,7 +204,7 @@ def test_gguf(data, gguf_file, tmp_path_factory):
     directory.mkdir(exist_ok=True)
     (directory / "model.gguf").write_bytes(changed)
     tracemalloc.start()
-    with only_our_errors():
+    with reading("model.gguf", directory):
         file = read_gguf(directory / "model.gguf")
         write_tokenizer(file.metadata, directory, source=directory / "model.gguf")
     assert tracemalloc.get_traced_memory()[1] < 100e6
@@ -222,7 +220,7 @@ def test_tokenizers(data, name, chatml, tmp_path_factory):
         (directory / file.name).write_bytes(file.read_bytes())
     content = (chatml / name).read_bytes()
     (directory / name).write_bytes(data.draw(json_edits(content) | edits(content)))
-    with only_our_errors():
+    with reading("tokenizer.json", directory):
         assert isinstance(load_tokenizer(directory).encode("it is"), list)
 
 
@@ -236,7 +234,11 @@ def test_every_change_of_a_checkpoint_is_found(data, saved):
     changed = data.draw(edits(content).filter(lambda changed: changed != content))
     path.write_bytes(changed)
     try:
-        assert damaged_file(saved) is not None or json.loads(changed) == json.loads(content)
+        with reading("a checkpoint of a run", saved):
+            damaged = damaged_file(saved)
+            assert damaged is not None or json.loads(changed) == json.loads(content)
+            if damaged is not None:
+                raise RlhfError(f"{damaged} is damaged")
     finally:
         path.write_bytes(content)
     assert damaged_file(saved) is None

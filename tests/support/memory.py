@@ -14,8 +14,17 @@ LIMIT = 1900 * 2**20
 
 def resident() -> int:
     """Resident bytes of this process, or 0 on a system without /proc."""
+    return _pages(1)
+
+
+def reserved() -> int:
+    """Bytes of the address space of this process, or 0 on a system without /proc."""
+    return _pages(0)
+
+
+def _pages(field: int) -> int:
     statm = Path("/proc/self/statm")
-    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
+    return int(statm.read_text().split()[field]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
 
 
 def drop_programs() -> None:

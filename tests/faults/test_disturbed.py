@@ -13,9 +13,9 @@ import pytest
 
 from rlhf_jax.main import main
 from rlhf_jax.stages import sft
-from tests.support import many_stages, own_data, xla_flags
+from tests.support import clocks, many_stages, own_data, xla_flags
 from tests.support.commands import fails
-from tests.support.faulty_runs import FAULTS, Disturbed, table
+from tests.support.faulty_runs import CLOCK, FAULTS, Disturbed, table
 
 SFT = [own_data.PREFERENCES, "--config.stages=sft", "--config.sft.loop.checkpoint_every=2"]
 
@@ -23,8 +23,9 @@ SFT = [own_data.PREFERENCES, "--config.stages=sft", "--config.sft.loop.checkpoin
 def disturb(directory: Path, stages: tuple[str, ...], faults: int, seed: int) -> None:
     """Disturb runs until they met every fault, and at least so many."""
     rng, disturbed, outcomes = random.Random(seed), Disturbed(directory, stages), []
+    kinds = [fault for fault in FAULTS if fault != CLOCK or clocks.library() is not None]
     while len(outcomes) < faults:
-        outcomes += disturbed.run(rng.choices(list(FAULTS), k=min(faults, 40)), rng)
+        outcomes += disturbed.run(rng.choices(kinds, k=min(faults, 40)), rng)
     print(table(outcomes))
     assert len(outcomes) >= faults
 
@@ -32,6 +33,13 @@ def disturb(directory: Path, stages: tuple[str, ...], faults: int, seed: int) ->
 @pytest.mark.nightly
 def test_disturbed_runs_end_as_if_nothing_had_happened(tmp_path):
     disturb(tmp_path, ("sft", "preferences"), faults=6, seed=0)
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif(clocks.library() is None, reason="libfaketime is not installed")
+def test_a_clock_that_is_set_back_changes_nothing(tmp_path):
+    outcomes = list(Disturbed(tmp_path, ("sft",)).run([CLOCK, CLOCK], random.Random(0)))
+    assert outcomes and {each.fault for each in outcomes} == {CLOCK}
 
 
 @pytest.mark.nightly

@@ -3,20 +3,14 @@
 import json
 import os
 import re
-import tempfile
-import time
-from collections.abc import Callable
-from pathlib import Path
 
-import jax
 from rich.console import Console
 from rich.table import Table
 
 from rlhf_jax.cli.output import until_closed
 from rlhf_jax.cli.parser import Parser
-from rlhf_jax.doctor import exactness, numerics, rates, workloads
-from rlhf_jax.doctor.workloads import Lengths, Workload
-from rlhf_jax.runtime import compilation_cache, provenance
+from rlhf_jax.doctor.examination import examine
+from rlhf_jax.runtime import provenance
 from rlhf_jax.types import Json, RlhfError
 
 DESCRIPTION = """\
@@ -39,12 +33,11 @@ def doctor_verb(arguments: list[str]) -> None:
     parser.add_argument("--budget", default="5m", metavar="TIME", help="time to spend at most: 30s, 5m (default), 1h")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
-    end = time.monotonic() + seconds_in(options.budget)
+    budget = seconds_in(options.budget)
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true"
-    compilation_cache.enable()
     progress = Console(stderr=True, highlight=False)
     with progress.status("checking") as status, until_closed():
-        found = examine(end, large=seconds_in(options.budget) >= LARGE_BUDGET, report=status.update)
+        found = examine(budget, large=budget >= LARGE_BUDGET, report=status.update)
     console = Console(highlight=False)
     with until_closed():
         console.print(json.dumps(found), soft_wrap=True, markup=False) if options.json else show(found, console)
@@ -53,103 +46,64 @@ def doctor_verb(arguments: list[str]) -> None:
         raise RlhfError(f"{len(failed)} checks failed: {'; '.join(failed)}")
 
 
-def examine(end: float, *, large: bool, report: Callable[[str], None]) -> dict[str, Json]:
-    """Check and measure this machine.
-
-    Args: end is the time of the monotonic clock after which nothing more is measured.
-    """
-    device = jax.devices()[0]
-    found: dict[str, Json] = {
-        "machine": provenance.machine(),
-        "packages": provenance.packages(),
-        "source": provenance.source(),
-        "memory": (device.memory_stats() or {}).get("bytes_limit"),
-        "date": time.strftime("%Y-%m-%d"),
-    }
-    report("numbers against float64")
-    found["numerics"] = [check._asdict() | {"passed": check.passed} for check in numerics.checks(device)]
-    found["exactness"], found["skipped"] = [], []
-    if time.monotonic() < end:
-        report("determinism and resuming: training four small models three times")
-        with tempfile.TemporaryDirectory() as directory:
-            found["exactness"] = [check._asdict() for check in exactness.checks(Path(directory))]
-    else:
-        found["skipped"].append("determinism and resuming")
-    report("rates of products, memory and connections")
-    measured = rates.measure(jax.devices())
-    found["rates"], found["speeds"] = measured._asdict(), []
-    lengths, planned = workloads_of(device.platform, large=large)
-    for workload in planned:
-        if time.monotonic() > end:
-            found["skipped"].append(f"speed of {workload.stage}, shape {workload.shape}, {workload.rows} rows")
-            continue
-        report(f"speed of {workload.stage}, shape {workload.shape}, {workload.rows} rows")
-        seconds = min(10.0, max(1.0, (end - time.monotonic()) / 10))
-        speed = workloads.measure(workload, lengths, device, measured, seconds)
-        if speed is None:
-            found["skipped"].append(f"{workload.stage}, shape {workload.shape}: does not fit into the memory")
-        else:
-            rate = {"tokens_per_second": speed.tokens_per_second}
-            found["speeds"].append(workload._asdict() | speed._asdict() | rate)
-    return found
-
-
-def workloads_of(platform: str, *, large: bool) -> tuple[Lengths, list[Workload]]:
-    """Return the sizes to measure: models of accelerators, or one that a CPU trains in seconds."""
-    if platform == "cpu":
-        return Lengths(32, 32), [
-            Workload("sampling", "tiny", 16),
-            Workload("dpo", "tiny", 8),
-            Workload("ppo", "tiny", 8),
-        ]
-    shapes = ("S", "L") if large else ("S",)
-    return Lengths(128, 128), [
-        workload
-        for shape in shapes
-        for workload in (
-            Workload("sampling", shape, 64),
-            Workload("dpo", shape, 32 if shape == "S" else 16),
-            Workload("ppo", shape, 64),
-            Workload("sampling", shape, 256),
-        )
-    ]
-
-
 def show(found: dict[str, Json], console: Console) -> None:
     """Print what was found."""
-    machine = found["machine"]
-    versions = ", ".join(f"{name} {version}" for name, version in found["packages"].items())
-    memory = f", {found['memory'] / 1e9:.1f} GB each" if found["memory"] else ""
-    console.print(f"{provenance.machine_name(machine)}{memory}; Python {machine['python']}; {versions}\n")
-    checks = Table("numbers against float64 on the CPU", "largest error", "limit", "", box=None, pad_edge=False)
-    for check in found["numerics"]:
-        worst = f" ({check['worst']})" if check["worst"] else ""
-        checks.add_row(f"{check['name']}{worst}", f"{check['error']:.1e}", f"{check['limit']:.0e}", verdict(check))
-    console.print(checks, "")
-    exact = Table("determinism and resuming", "largest difference", "", box=None, pad_edge=False)
-    for check in found["exactness"]:
-        exact.add_row(check["name"], "same bits" if check["passed"] else f"{check['difference']:.1e}", verdict(check))
+    if "machine" in found:
+        machine = found["machine"]
+        versions = ", ".join(f"{name} {version}" for name, version in found["packages"].items())
+        memory = f", {found['memory'] / 1e9:.1f} GB each" if found["memory"] else ""
+        console.print(f"{provenance.machine_name(machine)}{memory}; Python {machine['python']}; {versions}\n")
+    if found["numerics"]:
+        console.print(numerics_table(found["numerics"]), "")
     if found["exactness"]:
-        console.print(exact, "")
-    measured = found["rates"]
-    products = ", ".join(f"{rate / 1e12:.3g} TFLOP/s in {dtype}" for dtype, rate in measured["products"].items())
-    links = f"; {measured['links'] / 1e9:.3g} GB/s received in sums over all devices" if measured["links"] else ""
-    console.print(f"Rates of a device: products {products}; memory {measured['memory'] / 1e9:.3g} GB/s{links}\n")
+        console.print(exactness_table(found["exactness"]), "")
+    if found["rates"]:
+        console.print(rates_sentence(found["rates"]))
     if found["speeds"]:
         console.print(speed_table(found["speeds"]))
         console.print("Share: least time by these rates, for the FLOPs and the memory traffic, over the measured time.")
-    if found["skipped"]:
-        console.print(f"Not measured, as the budget is spent or the memory too small: {'; '.join(found['skipped'])}.")
+    for reason in ("does not fit into the memory", "the budget is spent"):
+        if names := [each["name"] for each in found["skipped"] if each["reason"] == reason]:
+            console.print(f"Left out, as {reason}: {'; '.join(names)}.")
+    if found["only_accelerators"]:
+        console.print("Larger models are measured on accelerators only.")
+
+
+def numerics_table(checks: list[dict[str, Json]]) -> Table:
+    """Lay out the largest errors."""
+    table = Table("numbers against float64 on the CPU", "largest error", "limit", "", box=None, pad_edge=False)
+    for check in checks:
+        worst = f" ({check['worst']})" if check["worst"] else ""
+        table.add_row(f"{check['name']}{worst}", f"{check['error']:.1e}", f"{check['limit']:.0e}", verdict(check))
+    return table
+
+
+def exactness_table(checks: list[dict[str, Json]]) -> Table:
+    """Lay out the comparisons of runs."""
+    table = Table("determinism and resuming", "largest difference", "", box=None, pad_edge=False)
+    for check in checks:
+        table.add_row(check["name"], "same bits" if check["passed"] else f"{check['difference']:.1e}", verdict(check))
+    return table
+
+
+def rates_sentence(rates: dict[str, Json]) -> str:
+    """Describe the rates of a device."""
+    products = ", ".join(f"{rate / 1e12:.3g} TFLOP/s in {dtype}" for dtype, rate in rates["products"].items())
+    links = f"; {rates['links'] / 1e9:.3g} GB/s received in sums over all devices" if rates["links"] else ""
+    return f"Rates of a device: products {products}; memory {rates['memory'] / 1e9:.3g} GB/s{links}\n"
 
 
 def speed_table(speeds: list[dict[str, Json]]) -> Table:
-    """Lay out the measured speeds."""
-    headings = ("speed", "shape", "rows", "seconds", "tokens/s", "share", "bound by", "memory")
-    table = Table(*headings, box=None, pad_edge=False)
+    """Lay out the measured speeds, beside those of other libraries at the same sizes."""
+    headings = ["speed", "shape", "rows", "seconds", "tokens/s", "share", "bound by", "memory"]
+    compared = any(speed["peer"] for speed in speeds)
+    table = Table(*headings, *(["fastest peer on an H100"] if compared else []), box=None, pad_edge=False)
     for speed in speeds:
         start = (speed["stage"], speed["shape"], str(speed["rows"]))
         numbers = f"{speed['seconds']:.3g}", f"{speed['tokens_per_second']:,.0f}", f"{speed['share']:.0%}"
-        table.add_row(*start, *numbers, speed["bound"], f"{speed['peak'] / 1e9:.2f} GB")
+        end = speed["bound"], f"{speed['peak'] / 1e9:.2f} GB"
+        peer = [f"{speed['peer']['seconds']:.3g} s, {speed['peer']['name']}"] if speed["peer"] else []
+        table.add_row(*start, *numbers, *end, *peer)
     return table
 
 

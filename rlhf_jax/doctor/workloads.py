@@ -31,6 +31,8 @@ class Workload(NamedTuple):
     stage: str  # sampling, dpo or ppo
     shape: str
     rows: int  # responses, or pairs
+    prompt: int  # tokens of every prompt
+    response: int  # tokens of every response
 
 
 class Speed(NamedTuple):
@@ -49,17 +51,10 @@ class Speed(NamedTuple):
         return self.tokens / self.seconds
 
 
-class Lengths(NamedTuple):
-    """Maximum lengths of prompts and responses."""
-
-    prompt: int
-    response: int
-
-
-def measure(workload: Workload, lengths: Lengths, device: jax.Device, rates: Rates, seconds: float) -> Speed | None:
+def measure(workload: Workload, device: jax.Device, rates: Rates, seconds: float) -> Speed | None:
     """Compile a workload, and run it for some seconds; None if it does not fit."""
     machine = Machine(f"{device.platform}:1", chip_of(device, rates))
-    programs, row_tokens = programs_of(workload, lengths, device)
+    programs, row_tokens = programs_of(workload, device)
     measured, spent, needed = [], 0.0, 0
     for program in programs:
         compiled = compile_program(program, machine, 1)
@@ -91,16 +86,16 @@ def chip_of(device: jax.Device, rates: Rates) -> Chip:
     )
 
 
-def programs_of(workload: Workload, lengths: Lengths, device: jax.Device) -> tuple[tuple[ProgramOutline, ...], int]:
+def programs_of(workload: Workload, device: jax.Device) -> tuple[tuple[ProgramOutline, ...], int]:
     """Return the programs of a workload, and the tokens of a row that count."""
-    checked = experiment.parse(config_of(workload, lengths))
+    checked = experiment.parse(config_of(workload))
     placement = make_placement(checked.runtime, 1, [device])
     assert isinstance(placement, MeshPlacement)
     run = RunOutline(Outlines(checked.stages), checked.stages, checked.data, checked.runtime, placement)
     found = outline(run, workload.stage)
     assert found is not None
-    whole = lengths.prompt + lengths.response
-    return found.programs, {"sampling": lengths.response, "dpo": 2 * whole, "ppo": whole}[workload.stage]
+    whole = workload.prompt + workload.response
+    return found.programs, {"sampling": workload.response, "dpo": 2 * whole, "ppo": whole}[workload.stage]
 
 
 def _seconds(program: ProgramOutline, budget: float) -> float:
@@ -130,7 +125,7 @@ def filled(shapes: PyTree) -> PyTree:
     return jax.jit(lambda: jax.tree.map(fill, shapes), out_shardings=places)()
 
 
-def config_of(workload: Workload, lengths: Lengths) -> ConfigDict:
+def config_of(workload: Workload) -> ConfigDict:
     """Experiment whose stage has the sizes of a workload: bfloat16 products, float32 weights."""
     shape = dict(SHAPES[workload.shape])
     vocabulary = shape.pop("vocab_size")
@@ -202,8 +197,8 @@ def config_of(workload: Workload, lengths: Lengths) -> ConfigDict:
                 "test": None,
                 "limit": None,
                 "text_prompt_tokens": (1, 1),
-                "max_prompt_tokens": lengths.prompt,
-                "max_response_tokens": lengths.response,
+                "max_prompt_tokens": workload.prompt,
+                "max_response_tokens": workload.response,
             },
             "runtime": {
                 "strategy": "jit",

@@ -80,15 +80,20 @@ def stage_status(directory: Path) -> StageStatus:
     steps = f"{state['done']}/{state['total']}" if state.get("total") else ""
     if is_running(directory):
         return StageStatus(name, "running", steps, _running(state), state["doing"] or state.get("figures", ""))
-    when = f"{duration(time.time() - state['written'])} ago"
+    when = f"{_since(state['written'])} ago"
     if state["error"] is not None:
         stopped = "interrupted" if state["error"] == INTERRUPTED else "failed"
         return StageStatus(name, stopped, steps, when, "" if stopped == "interrupted" else state["error"])
     return StageStatus(name, "killed", steps, when)
 
 
+def _since(moment: float) -> str:
+    """Time since a moment; 0 s if the clock was set back behind it."""
+    return duration(max(0.0, time.time() - moment))
+
+
 def _running(state: Mapping[str, Json]) -> str:
-    found = f"for {duration(time.time() - state['started'])}"
+    found = f"for {_since(state['started'])}"
     if state.get("seconds_per_step"):
         left = (state["total"] - state["done"]) * state["seconds_per_step"]
         found += f", {1 / state['seconds_per_step']:.3g} steps/s, {duration(left)} left"

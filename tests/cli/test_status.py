@@ -77,6 +77,8 @@ def test_a_failed_stage_has_its_error_and_a_killed_one_has_none(run, monkeypatch
     write_json(run / "dpo" / "state.json", {"error": None, "written": time.time() - 300, "done": 7, "total": 9})
     (run / "dpo" / LOCK).touch()  # left behind, and nobody holds it
     assert status(run)["dpo"][1:4] == ("killed", "7/9", "5 min ago")
+    write_json(run / "dpo" / "state.json", {"error": None, "written": time.time() + 9e6, "done": 7, "total": 9})
+    assert status(run)["dpo"].time == "0 s ago", "the clock was set back since"
     StageState(run / "dpo").fail("KeyboardInterrupt")
     assert status(run)["dpo"].state == "interrupted" and not status(run)["dpo"].detail
 

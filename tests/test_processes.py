@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -47,6 +48,13 @@ def assert_same_files(one: Path, other: Path, stage: str) -> None:
         assert experiments.without_clock(path) == experiments.without_clock(other / stage / path.name), path.name
 
 
+def assert_same_run(one: Path, other: Path, stage: str) -> None:
+    """Rows and states are the same bits."""
+    assert_same_files(one, other, stage)
+    if stage in TRAINED:
+        experiments.assert_same_bits(*(experiments.final_state(run / stage) for run in (one, other)))
+
+
 def test_two_processes_train_as_one_with_as_many_devices(tmp_path):
     flags = ("--config.data.limit=32",)
     stages = ("sft", "host_ppo")
@@ -60,34 +68,40 @@ def test_two_processes_train_as_one_with_as_many_devices(tmp_path):
     assert "host_ppo" not in (tmp_path / "two" / "log-1").read_text(), "the first process alone prints"
 
 
-@pytest.fixture(scope="module", params=[(2, "fsdp"), (4, "")], ids=["two, fsdp", "four, data"])
-def runs(request, tmp_path_factory) -> tuple[Path, Path, Path]:
+class Runs(NamedTuple):
     """All stages by one process, and twice by several."""
-    count, flag = request.param
+
+    one: Path
+    several: Path
+    again: Path
+    count: int
+    flags: tuple[str, ...]
+
+
+@pytest.fixture(scope="module", params=[(2, "fsdp"), (4,)], ids=["two, fsdp", "four, data"])
+def runs(request, tmp_path_factory) -> Runs:
+    count, *flags = request.param
     directory = tmp_path_factory.mktemp("runs")
-    flags = (flag,) if flag else ()
-    one, several = run(directory / "one", 1, STAGES, *flags), run(directory / "several", count, STAGES, *flags)
-    return one, several, run(directory / "again", count, STAGES, *flags)
+    one = run(directory / "one", 1, STAGES, *flags)
+    several, again = (run(directory / name, count, STAGES, *flags) for name in ("several", "again"))
+    return Runs(one, several, again, count, tuple(flags))
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("stage", TRAINED)
 def test_every_stage_trains_as_in_one_process(stage, runs):
-    assert_trained_alike(runs[0], runs[1], stage)
+    assert_trained_alike(runs.one, runs.several, stage)
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_same_run_twice_gives_the_same_bits(stage, runs):
-    _, one, again = runs
-    assert_same_files(one, again, stage)
-    if stage in TRAINED:
-        experiments.assert_same_bits(experiments.final_state(one / stage), experiments.final_state(again / stage))
+    assert_same_run(runs.several, runs.again, stage)
 
 
 @pytest.mark.nightly
 def test_sampling_and_evaluation_are_those_of_one_process(runs):
-    one, several, _ = runs
+    one, several = runs.one, runs.several
     for file in ("preferences/preferences.jsonl", "best_of_n/curve.jsonl", "evaluate/results.jsonl"):
         rows, others = experiments.rows(one / file), experiments.rows(several / file)
         assert len(rows) == len(others) > 1
@@ -100,24 +114,21 @@ def test_sampling_and_evaluation_are_those_of_one_process(runs):
 
 @pytest.mark.nightly
 def test_python_rewards_are_called_once_and_in_the_first_process(runs):
-    calls = [(workdir.parent / "calls").read_text().split() for workdir in runs]
+    calls = [(workdir.parent / "calls").read_text().split() for workdir in runs[:3]]
     assert {*calls[0], *calls[1]} == {"0"} and len(calls[0]) == len(calls[1]) == len(calls[2])
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("stage", ["sft", "host_ppo"])
-def test_a_killed_process_changes_nothing_once_all_are_started_again(stage, tmp_path):
-    stages = ("sft", "host_ppo")
-    whole = run(tmp_path / "whole", 2, stages, "fsdp")
-    (tmp_path / "disturbed").mkdir()
-    marker = tmp_path / "marker"
-    first = Together(tmp_path / "disturbed", 2, stages, "fsdp", trap=(stage, marker))
-    first.kill_at(marker)
-    disturbed = Together(tmp_path / "disturbed", 2, stages, "fsdp").finish()
-    for name in stages:
-        assert_same_files(whole, disturbed, name)
-        states = (experiments.final_state(directory / name) for directory in (whole, disturbed))
-        experiments.assert_same_bits(*states)
+@pytest.mark.parametrize("stage", ["sft", "ppo", "host_ppo"])
+def test_a_killed_process_changes_nothing_once_all_are_started_again(stage, runs):
+    directory = runs.several.parents[1] / f"killed-{stage}"
+    directory.mkdir()
+    marker = directory / "marker"
+    Together(directory, runs.count, STAGES, *runs.flags, trap=(stage, marker)).kill_at(marker)
+    assert not (directory / "run" / stage / "complete.json").exists()
+    disturbed = Together(directory, runs.count, STAGES, *runs.flags).finish()
+    for name in STAGES:
+        assert_same_run(runs.several, disturbed, name)
 
 
 @pytest.mark.nightly

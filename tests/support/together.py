@@ -5,6 +5,7 @@ import socket
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 
@@ -16,14 +17,23 @@ from tests.support.own_data import files
 DEVICES = 4
 
 
-def work(index: int, count: int, port: int, directory: Path, trap: tuple[str, Path] | None, args: list[str]) -> None:
+class Place(NamedTuple):
+    """Where a run's processes write."""
+
+    directory: Path  # output, calls of rewards, and the work directory
+    cache: Path  # compiled programs, of runs by as many processes
+
+
+def work(index: int, count: int, port: int, place: Place, trap: tuple[str, Path] | None, args: list[str]) -> None:
     """Run the command line as one of several processes, with all output in a file."""
+    directory = place.directory
     with (directory / f"log-{index}").open("w") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
     flags = f"--xla_force_host_platform_device_count={DEVICES // count}"
     os.environ |= {"XLA_FLAGS": f"{xla_flags.XLA_FLAGS} {flags}", CALLS: str(directory / "calls")}
-    jax.config.update("jax_compilation_cache_dir", str(directory / f"cache-{count}"))
+    jax.config.update("jax_compilation_cache_dir", str(place.cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     if trap is not None and index == count - 1:
         stage, marker = trap
         interrupted.trap_step_of(stage, marker)
@@ -39,8 +49,8 @@ class Together:
     ) -> None:
         """Start the processes.
 
-        Args: directory has the files and the work directory; trap names a stage and a marker, for the last process to
-        stop in that stage's third call.
+        Args: directory has the files and the work directory, and lies beside the cache of programs, which runs by as
+        many processes share; trap names a stage and a marker, for the last process to stop in that stage's third call.
         """
         self.workdir, self.directory, self.trap = directory / "run", directory, trap
         with socket.socket() as free:
@@ -50,8 +60,9 @@ class Together:
         arguments = [f"--config={many_stages.__file__}", f"--workdir={self.workdir}", *files(directory)]
         arguments += [f"--config.runtime.{axis}" for axis in layout]
         arguments += [f"--config.stages={','.join(stages)}", *(flag for flag in flags if flag != "fsdp")]
+        place = Place(directory, directory.parent / f"cache-{count}{'-fsdp' if 'fsdp' in flags else ''}")
         self.processes = [
-            interrupted.SERVER.Process(target=work, args=(index, count, port, directory, trap, arguments), daemon=True)
+            interrupted.SERVER.Process(target=work, args=(index, count, port, place, trap, arguments), daemon=True)
             for index in range(count)
         ]
         for process in self.processes:

@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -60,8 +61,11 @@ class Tokenizer(abc.ABC):
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def encode_all(self, texts: list[str]) -> list[list[int]]:
-        """Encode many texts in parallel, without prefix and EOS."""
-        return [encoding.ids for encoding in self.backend.encode_batch(texts, add_special_tokens=False)]
+        """Encode many texts in parallel, without prefix and EOS; each different text is encoded once."""
+        different = [*dict.fromkeys(texts)]
+        found = self.backend.encode_batch(different, add_special_tokens=False)
+        ids = {text: encoding.ids for text, encoding in zip(different, found, strict=True)}
+        return [ids[text] for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Decode ids, skipping special tokens."""
@@ -83,9 +87,14 @@ class Tokenizer(abc.ABC):
         for i in reversed(range(len(response))):
             if response[i] in self.stop_ids:
                 length = i + 1
-            elif self.decode([response[i]]).strip():
+            elif not self._is_blank(response[i]):
                 break
         return response[:length]
+
+    @functools.cached_property
+    def _is_blank(self) -> Callable[[int], bool]:
+        """Function, with a cache, that tells whether a token alone decodes to whitespace or nothing."""
+        return functools.cache(lambda token: not self.decode([token]).strip())
 
     def end(self, response: list[int]) -> list[int]:
         """Trim a complete response and append EOS unless it already ends with a stop token."""

@@ -49,6 +49,7 @@ def test_tests_that_name_the_changed_function_or_a_caller_run_before_the_others(
     assert not any("test_advantages.py" in name or "test_axes.py" in name for name in named)
 
 
+@pytest.mark.nightly
 def test_the_modules_by_default_are_those_of_core(capsys):
     assert mutation.main(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()

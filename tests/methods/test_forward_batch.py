@@ -77,7 +77,7 @@ def assert_same(found, expected):
     assert_close(one, other, 1e-4)
 
 
-SLOW = ("sampler", "dapo", "online_dpo")
+SLOW = ("sampler", "dapo", "online_dpo", "grpo")
 EACH = [pytest.param(name, marks=pytest.mark.nightly) if name in SLOW else name for name in CASES]
 
 

@@ -34,7 +34,8 @@ def test_gradient_shares_its_forward_pass_with_one_outside_it(activation, gated)
     assert products(lambda params: (loss(params), gradient(params)), params) == products(gradient, params)
 
 
-@pytest.mark.parametrize("name", ["grpo", pytest.param("ppo", marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", ["grpo", "ppo"])
 def test_single_update_has_no_forward_pass_of_its_own(name):
     params, networks = {"policy": tiny.policy_params()}, tiny.NETWORKS
     if name == "ppo":

@@ -39,7 +39,7 @@ CASES: dict[str, Any] = {
     "grpo": tiny.group_config("grpo", old_logprobs="sampler", epochs=2, minibatches=2),
     "rloo": tiny.group_config("rloo", minibatches=2, reject_truncated=True),
 }
-SLOW = ("once", "dapo", "online_dpo", "grpo", "rloo")
+SLOW = ("ppo", "dapo", "online_dpo", "grpo", "rloo")
 
 
 @pytest.fixture(autouse=True)
@@ -131,7 +131,7 @@ def test_packed_rows_give_the_iteration_of_padded_ones(name):
         at = dataclasses.replace(at, config=dataclasses.replace(at.config, optimizer=optimizer))
     found = run(at, two_steps.scored_by_network(at, tiny.REWARD, watched(two_steps.fit_of(at, 1), seen)))
     for plan in seen[1::2]:
-        for packing in plan.given:
+        for packing in [each for each in plan.given if each is not None]:  # a single update has that of the whole batch
             assert np.any((packing.sequence >= 0) & (packing.sequence != packing.sequence[..., :1]))  # rows are shared
     equal(found, run(at, at.step(tiny.REWARD)) if name == "rloo" else padded(name))
 

@@ -63,6 +63,8 @@ CASES = {
     "reward model, last": (LAST, reward_model.make_step, lambda: pair_table(pairs())),
     "reward model, k-wise": (tiny.REWARD, k_wise_step, comparisons),
 }
+ALIKE = ("reward model, last", "reward model, k-wise")
+"""Cases with the layout of a quicker one."""
 
 
 def packed_batch(batch, groups, width):
@@ -86,7 +88,9 @@ def step_of(network, make_step, optimizer=tiny.OPTIMIZER):
     return run
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.nightly if name in ALIKE else ()) for name in CASES]
+)
 def test_the_width_of_a_batch_changes_no_gradient_and_no_metric_but_the_share_of_tokens(name):
     network, make_step, make_table = CASES[name]
     table, run = make_table(), step_of(network, make_step)
@@ -105,7 +109,7 @@ def test_padding_before_the_prompt_changes_nothing():
     assert_close(run(pair_table(pairs()).all()), run(tiny.preferences(8)))
 
 
-@pytest.mark.parametrize("micro_batch", [None, 4])
+@pytest.mark.parametrize("micro_batch", [None, pytest.param(4, marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("name", CASES)
 def test_packing_changes_no_gradient_and_no_metric_but_the_share_of_tokens(name, micro_batch):
     network, make_step, make_table = CASES[name]

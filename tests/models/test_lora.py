@@ -31,7 +31,11 @@ NETWORKS = {
     "remat": PolicyNetwork(dataclasses.replace(GROUPED, remat=True), VOCAB, SUPPRESSED, TOGETHER),
 }
 ROLLOUT = jax.tree.map(jnp.asarray, uneven_rollout())
-every_network = pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS)
+QUICK = ("each", "sharing")
+every_network = pytest.mark.parametrize(
+    "network",
+    [pytest.param(NETWORKS[name], id=name, marks=() if name in QUICK else pytest.mark.nightly) for name in NETWORKS],
+)
 
 
 @functools.cache
@@ -165,13 +169,21 @@ def test_configs_that_cannot_be_are_refused(change, message):
         dataclasses.replace(EACH, **change)
 
 
-def test_a_new_adapter_is_the_base():
-    for network in (POLICY, SHARING, ScalarNetwork(GROUPED, VOCAB, "mean", lora=TOGETHER)):
-        base = random_params(network)
-        adapter = network.init_adapter(base, jax.random.key(0))
-        got, expected = outputs(network, Adapted(base, adapter)), outputs(without_adapter(network), base)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, expected)
-        assert not all_close(outputs(network, adapted(network)), expected)
+@pytest.mark.parametrize(
+    "network",
+    [
+        POLICY,
+        pytest.param(SHARING, marks=pytest.mark.nightly),
+        pytest.param(ScalarNetwork(GROUPED, VOCAB, "mean", lora=TOGETHER), marks=pytest.mark.nightly),
+    ],
+    ids=["each", "sharing", "scalars"],
+)
+def test_a_new_adapter_is_the_base(network):
+    base = random_params(network)
+    adapter = network.init_adapter(base, jax.random.key(0))
+    got, expected = outputs(network, Adapted(base, adapter)), outputs(without_adapter(network), base)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, expected)
+    assert not all_close(outputs(network, adapted(network)), expected)
 
 
 def test_a_is_uniform_by_the_number_of_inputs_and_b_is_0_and_both_are_float32():
@@ -421,6 +433,7 @@ def test_there_is_no_dropout_without_keys_or_without_a_rate():
     np.testing.assert_array_equal(dropped(x, keys, rate=0.0)[0], x)
 
 
+@pytest.mark.nightly
 def test_keys_reach_every_loss_side_function_and_only_the_adapter():
     rollout, keys = ROLLOUT, jax.random.split(jax.random.key(1), 4)
     pairs = pairs_of(rollout.response, rollout.response_mask)  # twice the same
@@ -451,6 +464,7 @@ def test_keys_reach_every_loss_side_function_and_only_the_adapter():
     assert np.all(np.abs(chosen - rejected) > 1e-3)  # each has a mask of its own
 
 
+@pytest.mark.nightly
 def test_what_is_computed_again_is_computed_with_the_same_mask():
     rollout, keys = ROLLOUT, jax.random.split(jax.random.key(1), 4)
     policy = dataclasses.replace(POLICY, lora=dataclasses.replace(EACH, dropout=0.3))
@@ -500,6 +514,7 @@ def test_only_the_adapter_is_trained_and_it_learns():
     jax.tree.map(np.testing.assert_array_equal, base, before)
 
 
+@pytest.mark.nightly
 def test_seeds_share_one_base():
     rollout, seeds = ROLLOUT, [adapted(POLICY, seed) for seed in (1, 2, 3)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(params.adapter for params in seeds))

@@ -97,6 +97,7 @@ def test_a_run_continues_with_the_seeds_that_it_lacks(tmp_path):
         reproduce.reproduce("beirami_2024", "cpu", 2, tmp_path, QUIET)
 
 
+@pytest.mark.nightly
 def test_a_paper_that_fails_in_a_process_of_its_own_is_named_with_its_log(tmp_path):
     with pytest.raises(RlhfError, match=r"1 papers failed: see .*nobody_1999.log\.txt"):
         run_papers({"nobody_1999": tmp_path / "nobody_1999"}, [], 1, QUIET)

@@ -83,6 +83,7 @@ def places(tmp_path_factory):
     return directory, model, judge
 
 
+@pytest.mark.nightly
 def test_both_paths_give_the_same_learning_step(places):
     """The same network, within the compiled iteration and as a Python function between its two halves."""
     directory, model, judge = places

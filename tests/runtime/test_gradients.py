@@ -54,7 +54,9 @@ def run(name: str, optimizer: OptimizerConfig, where=tiny.ONE_DEVICE):
     return jax.device_get((placement.whole(state).params, metrics))
 
 
-@pytest.mark.parametrize("name", ["sft", "dpo", "reward_model", "ppo"])
+@pytest.mark.parametrize(
+    "name", [*(pytest.param(name, marks=pytest.mark.nightly) for name in ("sft", "ppo")), "dpo", "reward_model"]
+)
 def test_micro_batches_give_the_step_of_the_whole_batch(name):
     whole, parts = run(name, tiny.OPTIMIZER), run(name, with_micro_batch(4))
     nonlinear = ("val/ratio_var",)  # a variance within micro-batches is not the batch's

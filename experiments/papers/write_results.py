@@ -8,11 +8,12 @@ Every number comes from the results beside the papers; `rlhf-jax reproduce --che
 from collections import Counter
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rlhf_jax.papers.claims import Above, Below, Criterion
 from rlhf_jax.papers.reproduce import overview
-from rlhf_jax.papers.suite import FIGURE, load_paper, results_directory
+from rlhf_jax.papers.suite import FIGURE, load_paper, read_results, results_directory
 from rlhf_jax.reports import style
 from rlhf_jax.runtime.files import write_text
 from rlhf_jax.stages.kinds import Colour
@@ -45,7 +46,7 @@ verdicts from the committed results; `experiments/papers/write_results.py` write
 
 The overview of a question shows how far every statistic is from its criterion's bound, in half-widths of its interval:
 to the right on the side of the claim, to the left on the other. Beyond 1 the interval excludes the bound; the verdicts
-need more, as claims share the error rate. Exact statistics are at the edge, and so are those that are further away.
+need more, as claims share the error rate. Exact statistics are at the edge, and so are distances of 6 or more.
 """
 
 
@@ -100,6 +101,8 @@ def of_paper(rows: list[dict[str, Json]]) -> list[str]:
         ]
     else:
         lines += [f"{first['figure']}. Not run. Record: [`paper.py`](../experiments/papers/{name}/paper.py)."]
+    if "gpu" in load_paper(name).scales and read_results(results_directory(name, "gpu")) is None:
+        lines += ["", f"`rlhf-jax reproduce {name} --scale=gpu`, the paper's own setting: not run."]
     lines += ["", "| claim | paper | criterion | here | smallest effect | verdict |", "|---|---|---|---|---|---|"]
     lines += [f"| {' | '.join(cells_of(row))} |" for row in rows]
     figure = results_directory(name, first["scale"]) / FIGURE
@@ -109,27 +112,44 @@ def of_paper(rows: list[dict[str, Json]]) -> list[str]:
 
 
 def draw(rows: list[dict[str, Json]], question: str) -> Figure:
-    """Draw how far the statistic of every claim of a question is from its criterion's bound."""
+    """Draw how far the statistic of every claim of a question is from its criterion's bound, paper by paper."""
     own = [row for row in rows if row["question"] == question and row["verdict"] != "not run"]
-    figure, (panel,) = style.panels(1, 0.8 + 0.17 * len(own))
-    for place, row in enumerate(own):
-        (claim,) = (claim for claim in load_paper(row["paper"]).claims if claim.name == row["claim"])
-        exact, far = row["low"] is None, distance(claim.criterion, row)
-        shown = max(-FAR, min(FAR, far))
-        marker = "D" if exact else (">" if far > FAR else "<" if far < -FAR else "o")
-        panel.plot(shown, place, marker, ms=4, color=style.PALETTE[COLOURS[row["verdict"]]])
-    labels = [f"{row['paper']}: {row['claim']}" for row in own]
-    panel.set_yticks(range(len(own)), [label if len(label) <= 62 else f"{label[:61]}…" for label in labels], fontsize=6)
-    panel.invert_yaxis()
+    papers = list(dict.fromkeys(row["paper"] for row in own))
+    labels: list[str] = []
+    figure, (panel,) = style.panels(1, 1.0 + 0.15 * (len(own) + len(papers)))
+    for name in papers:
+        labels.append(name)
+        for row in own:
+            if row["paper"] == name:
+                draw_claim(panel, row, len(labels))
+                labels.append(row["claim"])
+    panel.set_yticks(range(len(labels)), labels, fontsize=6)
+    for label in panel.get_yticklabels():
+        label.set_fontweight("bold" if label.get_text() in papers else "normal")
+    panel.tick_params(axis="y", length=0)
+    panel.set_ylim(len(labels) - 0.4, -0.6)
+    panel.set_xlim(-FAR - 0.5, FAR + 0.5)
     panel.axvline(0, lw=0.8, color=style.INK)
     for end in (-1, 1):
         panel.axvline(end, lw=0.8, ls=":", color=style.MUTED)
-    panel.set_xlim(-FAR - 0.4, FAR + 0.4)
-    panel.set_xlabel("against the claim   |   for the claim (half-widths of the interval)")
+    for place, side, text in ((-0.2, "right", "against the claim"), (0.2, "left", "for the claim")):
+        panel.text(place, 1, text, ha=side, va="bottom", fontsize=7, transform=panel.get_xaxis_transform())
+    panel.set_xlabel("distance from the bound, in half-widths of the interval", fontsize=7)
     for verdict, colour in COLOURS.items():
         panel.plot([], [], "o", ms=4, color=style.PALETTE[colour], label=verdict)
-    figure.legend(*panel.get_legend_handles_labels(), loc="outside upper right", ncols=3, fontsize=7, frameon=False)
+    panel.plot([], [], "D", ms=4, color=style.MUTED, label="exact")
+    panel.plot([], [], ">", ms=4, color=style.MUTED, label=f"{FAR:g} or more")
+    figure.legend(*panel.get_legend_handles_labels(), loc="outside upper center", ncols=5, fontsize=7, frameon=False)
     return figure
+
+
+def draw_claim(panel: Axes, row: dict[str, Json], place: int) -> None:
+    """Draw the mark of one claim: a circle, a diamond without sampling error, an arrow beyond the edge."""
+    (claim,) = (claim for claim in load_paper(row["paper"]).claims if claim.name == row["claim"])
+    far = distance(claim.criterion, row)
+    marker = "D" if row["low"] is None else ">" if far >= FAR else "<" if far <= -FAR else "o"
+    shown = max(-FAR, min(FAR, far))
+    panel.plot(shown, place, marker, ms=4, color=style.PALETTE[COLOURS[row["verdict"]]])
 
 
 def distance(criterion: Criterion, row: dict[str, Json]) -> float:

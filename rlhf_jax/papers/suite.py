@@ -72,9 +72,11 @@ def load_paper(name: str) -> Paper:
 
 
 def scale_of(paper: Paper, name: str) -> Scale:
-    """Look up a scale of a paper. Raises RlhfError, listing the scales, if it has none of that name."""
+    """Look up a scale of a paper. Raises RlhfError, listing its scales and the papers with this one, if it has none."""
     if name not in paper.scales:
-        raise RlhfError(f"{paper.title} has no scale {name!r}: give one of {', '.join(paper.scales)}")
+        others = [other for other in names() if name in load_paper(other).scales]
+        having = f"; papers with the scale {name}: {', '.join(others)}" if others else ""
+        raise RlhfError(f"{paper.title} has no scale {name!r}: give one of {', '.join(paper.scales)}{having}")
     return paper.scales[name]
 
 

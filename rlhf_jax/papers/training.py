@@ -86,6 +86,15 @@ def scales(
     }
 
 
+def full_scales(config: Callable[..., ConfigDict], *, seeds: int, cost: str) -> dict[str, Scale]:
+    """Make the scales of a paper's own setting: `gpu`, and `gpu:smoke`, which only tests that everything works.
+
+    Args: config builds the experiment of one seed, given `smoke`.
+    """
+    found = scales(config, seeds=seeds, cost=cost)
+    return {"gpu": found["cpu"], "gpu:smoke": found["smoke"]}
+
+
 def _run(config: ConfigDict, place: Workdir, stages: Iterable[str], console: Console) -> None:
     own = config.copy_and_resolve_references().unlock()
     own.stages = tuple(stages)

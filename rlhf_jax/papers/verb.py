@@ -28,7 +28,7 @@ def reproduce_verb(arguments: list[str]) -> None:
     parser = Parser("rlhf-jax reproduce", DESCRIPTION)
     parser.add_argument("names", nargs="*", metavar="NAME", help="folders of papers in experiments/papers")
     parser.add_argument(
-        "--scale", default="cpu", help="size of the run: cpu; smoke, a test; or gpu, where a paper has it"
+        "--scale", default="cpu", help="cpu; smoke, a test; or gpu, a paper's own setting, and gpu:smoke, its test"
     )
     parser.add_argument("--seeds", type=int, metavar="N", help="number of seeds (default: the scale's own)")
     parser.add_argument("--workdir", type=Path, metavar="DIR", help="default: runs/papers/NAME/SCALE")

@@ -149,6 +149,10 @@ def test_the_list_has_every_claim_with_its_verdict(capsys):
         (["beirami_2024", "--processes=0"], "--processes = 0 should be at least 1"),
         (["nobody_1999"], "there is no paper 'nobody_1999': give one of "),
         (["beirami_2024", "--scale=moon"], "has no scale 'moon': give one of cpu"),
+        (
+            ["beirami_2024", "--scale=gpu"],
+            "has no scale 'gpu': give one of cpu; papers with the scale gpu: rafailov_2023",
+        ),
         (["beirami_2024", "azar_2023", "--workdir=x"], "--workdir=x is for one paper"),
         (["beirami_2024", "--seeds=0"], "--seeds = 0 should be at least 1"),
     ],

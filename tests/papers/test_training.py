@@ -13,6 +13,7 @@ from rlhf_jax.papers import controls, reproduce, suite, training
 from rlhf_jax.runtime.files import read_json, write_json
 
 TRAINED = [name for name in suite.names() if "smoke" in suite.load_paper(name).scales]
+SMOKE = [(name, scale) for name in TRAINED for scale in suite.load_paper(name).scales if scale.endswith("smoke")]
 
 
 def test_random_scores_are_uniform_and_a_function_of_the_text():
@@ -58,10 +59,10 @@ def test_settings_are_those_of_an_experiment(name):
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("name", TRAINED)
-def test_a_paper_that_trains_runs_from_data_to_verdicts(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("name", "scale"), SMOKE)
+def test_a_paper_that_trains_runs_from_data_to_verdicts(name, scale, tmp_path, monkeypatch):
     monkeypatch.setenv("RLHF_JAX_DATA", str(tmp_path / "data"))
-    judged = reproduce.reproduce(name, "smoke", None, tmp_path / "run", Console(quiet=True))
+    judged = reproduce.reproduce(name, scale, None, tmp_path / "run", Console(quiet=True))
     assert all(outcome.units >= 2 for _, outcome in judged)
     tables = [pd.read_csv(tmp_path / "run" / f"seed_{seed}.csv") for seed in (0, 1)]
     assert not tables[0].drop(columns="seed").equals(tables[1].drop(columns="seed"))
@@ -73,5 +74,5 @@ def test_a_paper_that_trains_runs_from_data_to_verdicts(name, tmp_path, monkeypa
     places = (tmp_path / "data" / "papers").glob("*/seed_*/sft/complete.json")
     assert len({place.resolve() for place in places}) == 2, "each seed trains it once"
     assert not (tmp_path / "run" / "work" / "seed_0" / "sft").exists(), "SFT is shared"
-    settings = suite.load_paper(name).scales["smoke"].settings
+    settings = suite.load_paper(name).scales[scale].settings
     assert json.loads(json.dumps(record["settings"])) == settings

@@ -13,6 +13,10 @@ Deviations: a transformer of 77 thousand parameters on sentences, not GPT-2 larg
 Bradley-Terry probabilities.
 No unlikelihood, and no PPO with the gold judge as reward.
 
+`rlhf-jax reproduce rafailov_2023 --scale=gpu`, not run: the paper's setting, GPT-2 large on IMDb, with the config
+experiments/full_scale/imdb_gpt2.py and our controls. `--scale=gpu:smoke` tests that everything works. Its claims,
+statistics and criteria are those of `cpu`.
+
 Statistic of a frontier: the mean gain in gold score over SFT for divergences up to 4 nats, evenly in the root of the
 divergence. Divergences of PPO beyond 4 nats do not count, as DPO does not reach them.
 
@@ -31,7 +35,7 @@ here: the order may be that of the learning rate, which was not tuned for either
 """
 
 import runpy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -47,13 +51,14 @@ from rlhf_jax.reports.run import Run
 from rlhf_jax.stages.kinds import Colour
 
 REVIEWS = runpy.run_path(str(Path(__file__).parents[1] / "movie_reviews.py"))
+FULL = runpy.run_path(str(Path(__file__).parents[2] / "full_scale" / "imdb_gpt2.py"))
 last, without_effect = REVIEWS["last"], REVIEWS["without_effect"]
 
 BETAS = {"dpo_1": 1.0, "dpo_01": 0.1, "dpo_003": 0.03}
 COEFFICIENTS = {"ppo_03": 0.3, "ppo_005": 0.05}
 GROUPS = {
-    "DPO": tuple(BETAS),
-    "PPO": tuple(COEFFICIENTS),
+    "DPO": tuple(BETAS | FULL["BETAS"]),
+    "PPO": tuple(COEFFICIENTS | FULL["TARGETS"]),
     "Preferred-FT": ("preferred_ft",),
     "more SFT": ("more_sft",),
     "DPO, shuffled labels": ("dpo_shuffled",),
@@ -63,7 +68,7 @@ MOST = 4.0
 
 
 def config(*, smoke: bool) -> ConfigDict:
-    """Build the experiment of one seed."""
+    """Build the experiment of one seed at the scale `cpu`."""
     found = REVIEWS["task"](smoke=smoke)
     add, size = REVIEWS["add"], {"smoke": smoke}
     for name, beta in BETAS.items():
@@ -73,21 +78,46 @@ def config(*, smoke: bool) -> ConfigDict:
     # Both see as many responses as DPO, which reads two per pair.
     add(found, "preferred_ft", REVIEWS["more_sft"](**size, epochs=1.0, demonstrations="preferences"))
     add(found, "more_sft", REVIEWS["more_sft"](**size, epochs=1.25))
-    shuffled = REVIEWS["with_fields"](found.preferences, {"label_beta": 0.0})
-    add(found, "shuffled", shuffled)
-    add(found, "dpo_shuffled", REVIEWS["dpo"](**size, checkpoints=60, preferences="shuffled"))
-    add(found, "best_of_n", REVIEWS["best_of_n"]("reward_model", **size, prompts=100, pool=128))
-    by_chance = {"functions": ("rlhf_jax.papers.controls:random_score",)}
-    add(found, "random_of_n", REVIEWS["best_of_n"](by_chance, **size, prompts=200, pool=16))
-    policies = [name for names in GROUPS.values() for name in names]
+    add_controls(found, REVIEWS["dpo"](**size, checkpoints=60), smoke=smoke)
+    policies = [*BETAS, *COEFFICIENTS, "preferred_ft", "more_sft", "dpo_shuffled"]
     add(found, "frontier", REVIEWS["frontier"](policies, **size, prompts=400))
     REVIEWS["set_rate"](found, 1e-3)
     return found
 
 
+def full_config(*, smoke: bool) -> ConfigDict:
+    """Build the experiment of one seed at the scale `gpu`."""
+    found = FULL["get_config"]("smoke" if smoke else "").unlock()
+    found.stages = found.stages[:-1]
+    # Both see as many responses as DPO, which reads two of each of 150,000 pairs; there are 25,000 reviews.
+    preferred, reviews = {"demonstrations": "preferences", "epochs": 2.0}, {"epochs": 12.0}
+    for name, fields in (("preferred_ft", preferred), ("more_sft", reviews)):
+        further = {"tokenizer": None, "model": {"init": "sft"}, "sample_prompts": 0, **fields}
+        section = REVIEWS["with_fields"](found.sft, further)
+        section.optimizer = found.dpo_01.optimizer
+        if smoke:
+            section.epochs = 1.0
+        REVIEWS["add"](found, name, section)
+    add_controls(found, found.dpo_01, smoke=smoke)
+    found.frontier.policies += ("preferred_ft", "more_sft", "dpo_shuffled")
+    found.stages = (*found.stages, "frontier")
+    return found
+
+
+def add_controls(found: ConfigDict, dpo: ConfigDict, *, smoke: bool) -> None:
+    """Add DPO on shuffled labels, Best-of-n, and a random selector. Args: dpo is the section on true labels."""
+    add, with_fields = REVIEWS["add"], REVIEWS["with_fields"]
+    add(found, "shuffled", with_fields(found.preferences, {"label_beta": 0.0}))
+    add(found, "dpo_shuffled", with_fields(dpo, {"preferences": "shuffled"}))
+    add(found, "best_of_n", REVIEWS["best_of_n"]("reward_model", smoke=smoke, prompts=100, pool=128))
+    by_chance = {"functions": ("rlhf_jax.papers.controls:random_score",)}
+    add(found, "random_of_n", REVIEWS["best_of_n"](by_chance, smoke=smoke, prompts=200, pool=16))
+
+
 def measure(scale: str, seeds: Sequence[int], workdir: Path) -> pd.DataFrame:
     """Train every method, and score its checkpoints."""
-    runs = training.run_each(config(smoke=scale == "smoke"), seeds, workdir, shared=REVIEWS["SHARED"])
+    build = full_config if scale.startswith("gpu") else config
+    runs = training.run_each(build(smoke=scale.endswith("smoke")), seeds, workdir, shared=REVIEWS["SHARED"])
     return pd.concat([rows(seed, run) for seed, run in runs.items()], ignore_index=True)
 
 
@@ -113,7 +143,8 @@ def at(table: pd.DataFrame, method: str, n: int) -> np.ndarray:
 
 def best_dpo(table: pd.DataFrame) -> np.ndarray:
     """Gold score of the beta with the highest mean over seeds, at the end of training, for each seed."""
-    return max((last(table, name) for name in BETAS), key=np.mean)
+    measured = [name for name in GROUPS["DPO"] if name in set(table["method"])]
+    return max((last(table, name) for name in measured), key=np.mean)
 
 
 def too_good(table: pd.DataFrame) -> pd.DataFrame:
@@ -124,25 +155,29 @@ def too_good(table: pd.DataFrame) -> pd.DataFrame:
 
 def draw(table: pd.DataFrame) -> Figure:
     """Draw the points of all seeds, and the statistic of every frontier."""
+    return draw_groups(table, GROUPS)
+
+
+def draw_groups(table: pd.DataFrame, groups: Mapping[str, Sequence[str]]) -> Figure:
+    """Draw points and frontiers of groups of methods, with Best-of-n and SFT. Args: groups has the methods of each."""
     figure, (left, right) = style.panels(2, 3.6, width_ratios=(1.6, 1))
-    colours = {group: style.PALETTE[colour] for group, colour in zip(GROUPS, COLOURS, strict=True)}
-    for group, names in GROUPS.items():
-        own = table[table["method"].isin(names)]
-        left.plot(own["kl"], own["gold"], "o", ms=3, alpha=0.7, color=colours[group], label=group)
+    for place, (group, colour) in enumerate(zip(groups, COLOURS, strict=False)):
+        own = table[table["method"].isin(groups[group])]
+        left.plot(own["kl"], own["gold"], "o", ms=3, alpha=0.7, color=style.PALETTE[colour], label=group)
+        found = REVIEWS["areas"](table, groups[group], MOST)
+        right.plot(found, np.full(len(found), place), "o", ms=4, alpha=0.6, color=style.PALETTE[colour])
+        right.plot(found.mean(), place, "|", ms=14, mew=2, color=style.INK)
     chosen = table[table["method"] == "best_of_n"]
     left.plot(chosen["kl"], chosen["gold"], "^", ms=3, alpha=0.7, color=style.PALETTE["green"], label="Best-of-n")
     start = table[table["method"] == "sft"]
     left.plot(start["kl"], start["gold"], "s", ms=4, color=style.INK, label="SFT")
+    left.axvline(MOST, lw=0.8, ls=":", color=style.MUTED)
     left.set_xlabel("KL(policy || SFT), nats (Best-of-n: bound)")
     left.set_ylabel("gold score")
     left.set_title("Reward against divergence")
     left.legend(fontsize=7, frameon=False)
-    for place, group in enumerate(GROUPS):
-        found = areas(table, group)
-        right.plot(found, np.full(len(found), place), "o", ms=4, alpha=0.6, color=colours[group])
-        right.plot(found.mean(), place, "|", ms=14, mew=2, color=style.INK)
-    right.set_yticks(range(len(GROUPS)), [group.replace(", ", ",\n") for group in GROUPS])
-    right.invert_yaxis()
+    right.set_yticks(range(len(groups)), [group.replace(", ", ",\n") for group in groups])
+    right.set_ylim(len(groups) - 0.5, -0.5)
     right.set_xlabel("mean gain over SFT")
     right.set_title(f"Frontier up to {MOST:g} nats")
     return figure
@@ -153,7 +188,10 @@ PAPER = Paper(
     source="arXiv:2305.18290",
     figure="Figure 2, left",
     question="preference tuning",
-    scales=training.scales(config, seeds=5, cost="about a minute of one core per seed, an estimate"),
+    scales={
+        **training.scales(config, seeds=5, cost="about a minute of one core per seed, an estimate"),
+        **training.full_scales(full_config, seeds=5, cost="not run"),
+    },
     measure=measure,
     draw=draw,
     claims=(

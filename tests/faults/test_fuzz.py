@@ -29,11 +29,11 @@ from tests.support.fuzzing import fuzzed, reading, write_counts
 MESSAGES = [{"role": "user", "content": "is it?"}, {"role": "assistant", "content": "it is"}]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def bounded_and_counted() -> Iterator[None]:
+@pytest.fixture(autouse=True)
+def bounded_and_counted(request) -> Iterator[None]:
     with watched.bounded_memory():
         yield
-    write_counts()
+    write_counts(request.node.name)
 
 
 def tables() -> dict[str, bytes]:

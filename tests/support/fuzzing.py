@@ -2,8 +2,8 @@
 
     python -m tests.support.fuzzing --inputs=1000 --seeds=8 --rows=runs/fuzz.jsonl --out=docs/explanation/faults.md
 
-Every seed is a process that runs `tests/faults/test_fuzz.py` with so many inputs a test. Rows that are there already
-are not computed again.
+Every seed is a process that runs `tests/faults/test_fuzz.py` with so many inputs a test, and adds a row for each. Tests
+with a row are not run again: the same command continues.
 """
 
 import argparse
@@ -27,6 +27,8 @@ from tests.support import records, watched
 
 INPUTS, SEED, ROWS = "RLHF_JAX_FUZZ", "RLHF_JAX_FUZZ_SEED", "RLHF_JAX_FUZZ_ROWS"
 """Environment variables: inputs of each test, their seed (by default derived from the test), and a file for counts."""
+
+TESTS = "tests/faults/test_fuzz.py"
 
 _counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
 """Inputs of each test that were read, and that were refused."""
@@ -52,15 +54,14 @@ def reading(test: str, directory: Path) -> Iterator[None]:
     _counts[test][outcome] += 1
 
 
-def write_counts() -> None:
-    """Append the counts of this process to the file that the environment names."""
+def write_counts(test: str) -> None:
+    """Append the counts of a test to the file that the environment names."""
     if path := os.environ.get(ROWS):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        row = {"test": test, "seed": int(os.environ[SEED]), "peak_bytes": peak} | records.environment()
         with open(path, "a") as file:
-            for test, found in _counts.items():
-                row = {"test": test, "seed": int(os.environ[SEED]), "peak_bytes": peak}
-                file.write(json.dumps({**row, "read": found["read"], "refused": found["refused"]}) + "\n")
-        _counts.clear()
+            file.writelines(json.dumps(row | {"input": name} | found) + "\n" for name, found in _counts.items())
+    _counts.clear()
 
 
 def main() -> None:
@@ -73,38 +74,41 @@ def main() -> None:
     options = parser.parse_args()
     path: Path = options.rows
     path.parent.mkdir(parents=True, exist_ok=True)
-    done = {json.loads(line)["seed"] for line in path.read_text().splitlines()} if path.exists() else set()
-    for seed in sorted(set(range(options.seeds)) - done):
-        begun, new = time.monotonic(), path.with_suffix(f".{seed}")
-        new.unlink(missing_ok=True)
-        environment = os.environ | {INPUTS: str(options.inputs), SEED: str(seed), ROWS: str(new)}
+    for seed in range(options.seeds):
+        begun = time.monotonic()
+        done = [row["test"] for row in _rows(path) if row["seed"] == seed]
+        environment = os.environ | {INPUTS: str(options.inputs), SEED: str(seed), ROWS: str(path.absolute())}
         subprocess.run(
-            [sys.executable, "-m", "pytest", "tests/faults/test_fuzz.py", "-n", "0", "-q", "--tb=short"],
+            [
+                *(sys.executable, "-m", "pytest", TESTS, "-n", "0", "-q", "--tb=short"),
+                *(f"--deselect={TESTS}::{test}" for test in done),
+            ],
             env=environment,
             check=True,
         )
-        rows = [json.loads(line) | records.environment() for line in new.read_text().splitlines()]
-        with path.open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-        new.unlink()
         print(f"seed {seed}: {time.monotonic() - begun:.0f} s", flush=True)
     if options.out is not None:
-        records.replace_section(options.out, "inputs", table([json.loads(line) for line in path.open()]))
+        records.replace_section(options.out, "inputs", table(_rows(path)))
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Write the counts as a table, with a sentence on where they come from."""
-    tests = list(dict.fromkeys(row["test"] for row in rows))
+    inputs = list(dict.fromkeys(row["input"] for row in rows))
     lines = ["| input | inputs | read | refused |", "|---|---:|---:|---:|"]
-    for test in [*tests, "all"]:
-        read, refused = (sum(row[kind] for row in rows if test in (row["test"], "all")) for kind in ("read", "refused"))
-        lines.append(f"| {test} | {read + refused:,} | {read:,} | {refused:,} |")
+    for name in [*inputs, "all"]:
+        chosen = [row for row in rows if name in (row["input"], "all")]
+        read, refused = (sum(row.get(kind, 0) for row in chosen) for kind in ("read", "refused"))
+        lines.append(f"| {name} | {read + refused:,} | {read:,} | {refused:,} |")
     seeds = sorted({row["seed"] for row in rows})
     peak = max(row["peak_bytes"] for row in rows) / 2**30
     return (
         "\n".join(lines)
-        + f"\n\nSeeds {seeds[0]} to {seeds[-1]}. The largest process took {peak:.1f} GiB at its peak, most of which "
-        f"is compiled code. {records.provenance(rows)}\n"
+        + f"\n\nSeeds {seeds[0]} to {seeds[-1]}. The largest process had {peak:.1f} GiB of memory at its peak. "
+        f"{records.provenance(rows)}\n"
     )
 
 

@@ -2,7 +2,7 @@
 
 Figure: Table 2, accuracy across topics of UKPConvArg1Strict, here topic by topic beside length alone.
 Command: rlhf-jax reproduce habernal_2016_frozen
-Hardware and cost: one CPU core; an estimate of fifteen minutes, nearly all for the forward pass. Not run yet.
+Hardware and cost: one CPU core; results/cpu/record.json has the seconds, nearly all of them for the forward pass.
 Seeds: 8, each a fold: the head is fitted to 27 topics or so and tested on 4. Together they test all 32 topics, which
 are the units of the interval. The loss is convex, so that there is nothing else to draw.
 Judge and batch: no judge, the pairs were ranked by people; all pairs of the training topics at once.
@@ -15,6 +15,11 @@ of the penalty is selected on the topics of the next fold, which are left out of
 
 Power, before the run: in habernal_2016 the accuracies of topics deviate by 0.09. 32 topics then show a difference of
 0.05, and of about 0.07 as one of 24 claims of this question (Holm).
+
+Found: the head's accuracy on unseen topics is 0.814 [0.793, 0.834], above the SVM's 0.78; that it is within 0.03 of it
+is inconclusive. It exceeds length's 0.774 by 0.039 [0.017, 0.062], and is above it on 24 of the 32 topics. A head of
+shuffled labels is at chance (0.517). The transformer from scratch of habernal_2016, with the same folds, has 0.620 and
+stays below length: the difference is that of the pretrained features.
 """
 
 import runpy
@@ -119,7 +124,7 @@ PAPER = Paper(
         "cpu": Scale(
             seeds=CONVARG["FOLDS"],
             settings={"model": MODEL, "pooling": "mean", "strengths": list(STRENGTHS), "folds": CONVARG["FOLDS"]},
-            cost="fifteen minutes of one core, an estimate",
+            cost="seven minutes of one core",
         )
     },
     measure=measure,

@@ -24,7 +24,8 @@ about 0.35 as one of 18 claims (Holm).
 
 Found: with 300 comparisons Best-of-N still rises on average from n = 32 to 256; from 128 to 256 it falls in
 two seeds of five, and rises steeply in one. Pessimism does not change with n, as stated, but at beta = 0.5 it stays at
-a win rate of 0.55 where Best-of-N reaches 0.65: contradicted. Beta was not tuned; a smaller one approaches Best-of-N.
+a win rate of 0.55 where Best-of-N reaches 0.65. That contradicts the claim alone, but not among all claims of the
+question: inconclusive. Beta was not tuned; a smaller one approaches Best-of-N.
 """
 
 import runpy

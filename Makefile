@@ -122,9 +122,12 @@ $(SETUP): requirements-$(DEVICE).txt requirements-cpu.txt pyproject.toml | .venv
 	@.venv/bin/python $(PIP_INSTALL) --no-deps --editable .
 	@touch $@
 
-$(DEV): requirements-dev.txt $(SETUP)
-	@echo "Installing requirements-dev.txt into .venv"
-	@.venv/bin/python $(PIP_INSTALL) -r requirements-dev.txt
+# libtpu compiles for TPUs without one, so that the tests of `rlhf-jax plan` run; it exists for this platform only.
+TPU_COMPILER := $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),requirements-tpu.txt)
+
+$(DEV): requirements-dev.txt $(TPU_COMPILER) $(SETUP)
+	@echo "Installing requirements-dev.txt $(TPU_COMPILER) into .venv"
+	@.venv/bin/python $(PIP_INSTALL) $(addprefix -r ,requirements-dev.txt $(TPU_COMPILER))
 	@touch $@
 
 $(JUPYTER): requirements-notebooks.txt $(SETUP)

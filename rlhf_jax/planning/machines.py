@@ -48,8 +48,10 @@ TPU_HOST = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
 }
-"""Environment in which libtpu compiles without a TPU; it would ask the cloud's metadata server for these."""
+"""Environment in which libtpu compiles without a TPU, in several processes at once. It would otherwise ask the cloud's
+metadata server for the names of the host, and lock the host for one process."""
 
 
 class Machine(NamedTuple):

@@ -101,6 +101,7 @@ class Planner:
         self.machine, self.mesh = machine, MeshSizes(runtime.data, runtime.fsdp, runtime.tensor)
         self._experiment, self._devices = experiment, machines.devices(machine)
         self._outlines = Outlines(experiment.stages)
+        self._programs: dict[tuple[str, int, MeshSizes], ProgramPlan] = {}
 
     def stages(self, only: str | None) -> Iterator[StagePlan]:
         """Plan the stages one after another, or only one. Stages without programs of their own are left out."""
@@ -117,14 +118,15 @@ class Planner:
                 found.rows,
                 found.row,
                 calls(self._experiment, name),
-                tuple(self._compiled(found, program, self.mesh) for program in found.programs),
+                tuple(self._program(name, found, place, self.mesh) for place in range(len(found.programs))),
             )
 
     def smallest(self, plans: Sequence[StagePlan], report: Callable[[str], None]) -> SmallestMesh | None:
         """Find the smallest mesh of the machine that holds all programs; None if the memory of its chips is not known.
 
         States and frozen networks are counted as they lie on a mesh, and temporaries are taken to be proportional to a
-        device's rows. The program that needs the most is then compiled, and for the next mesh again if it does not fit.
+        device's rows. The program that needs the most is then compiled, unless it has been for this mesh, and for the
+        next mesh again if it does not fit.
         """
         limit = self.machine.memory
         if limit is None or any(program.needed is None for plan in plans for program in plan.programs):
@@ -136,7 +138,7 @@ class Planner:
             report(f"compiling {need.stage} for {mesh.devices} devices, to see whether it fits")
             found = self._outline(need.stage, mesh)
             assert found is not None
-            best = SmallestMesh(mesh, need, bool(self._compiled(found, found.programs[need.program], mesh).fits))
+            best = SmallestMesh(mesh, need, bool(self._program(need.stage, found, need.program, mesh).fits))
             if best.fits:
                 return best
         return best
@@ -148,6 +150,13 @@ class Planner:
         assert isinstance(placement, MeshPlacement)
         run = RunOutline(self._outlines, experiment.stages, experiment.data, runtime, placement)
         return outline(run, name)
+
+    def _program(self, name: str, stage: StageOutline, place: int, mesh: MeshSizes) -> ProgramPlan:
+        """Plan one program of a stage, compiled once for each mesh."""
+        key = name, place, mesh
+        if key not in self._programs:
+            self._programs[key] = self._compiled(stage, stage.programs[place], mesh)
+        return self._programs[key]
 
     def _compiled(self, stage: StageOutline, program: ProgramOutline, mesh: MeshSizes) -> ProgramPlan:
         compiled = compile_program(program, self.machine, mesh.devices)

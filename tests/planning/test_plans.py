@@ -79,6 +79,14 @@ def test_a_program_that_does_not_fit_is_said_to():
     assert smallest.need.bytes > 1000
 
 
+def test_a_mesh_that_was_planned_is_not_compiled_again(monkeypatch):
+    enough = planner(1e12)
+    plans = list(enough.stages(None))
+    monkeypatch.delattr("rlhf_jax.planning.plans.compile_program")
+    smallest = enough.smallest(plans, print)
+    assert smallest is not None and smallest.mesh == (1, 1, 1) and smallest.fits
+
+
 @pytest.mark.nightly
 def test_the_smallest_mesh_is_found_by_arithmetic_and_compiled():
     """With memory for a program on four devices, one on a single device does not fit."""

@@ -14,7 +14,7 @@ needs_libtpu = pytest.mark.skipif(
 
 
 def plan(*flags: str) -> tuple[list[dict], str]:
-    """Records that the command prints, and its errors, in a process of its own: libtpu allows one at a time."""
+    """Records that the command prints, and its errors, in a process of its own."""
     command = [sys.executable, "-m", "rlhf_jax", "plan", "--config=preferences:smoke", "--json", *flags]
     environment = os.environ | {"XLA_FLAGS": "", "TPU_LOG_DIR": "disabled"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)

@@ -18,7 +18,7 @@ DEVICES = 4
 
 
 class Place(NamedTuple):
-    """Where a run's processes write."""
+    """Directories that a run's processes write to."""
 
     directory: Path  # output, calls of rewards, and the work directory
     cache: Path  # compiled programs, of runs by as many processes

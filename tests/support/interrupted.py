@@ -21,7 +21,7 @@ from rlhf_jax.methods import offline, online
 from rlhf_jax.runtime import loop
 from tests.support import xla_flags
 
-STAGES = {
+STAGES: dict[str, Any] = {
     "sft": offline,
     "reward_model": offline,
     "dpo": offline,
@@ -56,16 +56,16 @@ class Trap:
             time.sleep(600)
 
 
-def arm_in(module: Any, trap: Trap) -> None:
+def arm_in(stage: str, trap: Trap) -> None:
     """Arms the trap while the stage trains."""
 
-    def train(*args: Any) -> int:
-        trap.armed = True
-        done = loop.train(*args)
+    def train(task: Any, config: Any, placement: Any, first_seed: int, directory: Path, *others: Any) -> int:
+        trap.armed = directory.name == stage  # stages share a module
+        done = loop.train(task, config, placement, first_seed, directory, *others)
         trap.armed = False
         return done
 
-    module.train = train
+    STAGES[stage].train = train
 
 
 def trap_steps(trap: Trap) -> None:
@@ -81,7 +81,7 @@ def trap_steps(trap: Trap) -> None:
 def trap_step_of(stage: str, marker: Path) -> None:
     """Stop this process in the third call of a stage's program."""
     trap = Trap(marker, 3)
-    arm_in(STAGES[stage], trap)
+    arm_in(stage, trap)
     trap_steps(trap)
 
 
@@ -123,7 +123,7 @@ def run(stage: str, place: str, marker: Path, cache: Path, log: Path, arguments:
         trap_writes(trap, name)
     elif place != "never":
         trap = Trap(marker, 3 if place == "step" else 2)
-        arm_in(STAGES[stage], trap)
+        arm_in(stage, trap)
         (trap_steps if place == "step" else trap_saves)(trap)
     sys.exit(main.main(arguments))
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from ml_collections import ConfigDict, config_dict
 
 SMOKE_DATA = Path(__file__).absolute().parents[1] / "smoke"
-DPO_BETAS = {"dpo_1": 1.0, "dpo_03": 0.3, "dpo_01": 0.1, "dpo_005": 0.05}
+DPO_BETAS = {"dpo_1": 1.0, "dpo_01": 0.1, "dpo_005": 0.05}
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -53,7 +53,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "batch_size": 64,
             "epochs": 4.0,
             "sample_prompts": 8,
-            "eval_every": 130,
+            "eval_every": 260,
             "loop": loop(steps_per_call=10),
         }
     )
@@ -89,7 +89,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "reward_model": "reward_model",
             "judge": "gold",
             "prompts": 64,
-            "pool": 256,
+            "pool": 128,
             "temperature": 1.0,
         }
     )
@@ -114,7 +114,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "kind": "ppo",
             "policy": "sft",
             "reward_model": "reward_model",
-            "iterations": 100,
+            "iterations": 80,
             "batch_size": 128,
             "minibatches": 2,
             "epochs": 2,

@@ -8,6 +8,7 @@ Every number comes from the results beside the papers; `rlhf-jax reproduce --che
 from collections import Counter
 from pathlib import Path
 
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -105,10 +106,19 @@ def of_paper(rows: list[dict[str, Json]]) -> list[str]:
         lines += ["", f"`rlhf-jax reproduce {name} --scale=gpu`, the paper's own setting: not run."]
     lines += ["", "| claim | paper | criterion | here | smallest effect | verdict |", "|---|---|---|---|---|---|"]
     lines += [f"| {' | '.join(cells_of(row))} |" for row in rows]
-    figure = results_directory(name, first["scale"]) / FIGURE
+    directory, details = results_directory(name, first["scale"]), load_paper(name).details
     if first["date"]:
-        lines += ["", f"![{first['figure']} of {first['title']}](../{figure.relative_to(ROOT).as_posix()})"]
+        figure = (directory / FIGURE).relative_to(ROOT).as_posix()
+        lines += ["", f"![{first['figure']} of {first['title']}](../{figure})"]
+        if details is not None:
+            lines += ["", *table_of(details(read_results(directory)))]
     return lines
+
+
+def table_of(found: pd.DataFrame) -> list[str]:
+    """Lines of a table in Markdown; all columns but the first are aligned on the right."""
+    rows = [list(found.columns), ["---", *["---:"] * (len(found.columns) - 1)], *found.astype(str).to_numpy().tolist()]
+    return [f"| {' | '.join(row)} |" for row in rows]
 
 
 def draw(rows: list[dict[str, Json]], question: str) -> Figure:

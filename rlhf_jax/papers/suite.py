@@ -49,6 +49,8 @@ class Paper:
     measure: Callable[[str, Sequence[int], Path], pd.DataFrame]
     draw: Callable[[pd.DataFrame], Figure]  # table of results -> the paper's figure
     claims: tuple[Claim, ...]
+    # Table of results -> a table of text for the page of results, such as one row per topic.
+    details: Callable[[pd.DataFrame], pd.DataFrame] | None = None
 
 
 def papers_directory() -> Path:

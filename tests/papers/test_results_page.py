@@ -3,6 +3,8 @@
 import runpy
 from pathlib import Path
 
+import pandas as pd
+
 from rlhf_jax.papers.reproduce import overview
 
 ROOT = Path(__file__).parents[2]
@@ -40,3 +42,8 @@ def test_a_verdict_stands_in_its_papers_section_and_in_the_count_of_its_question
     assert "| k1 is unbiased \\| always | 0 | < 0.1 nats | 0.0123 | exact | contradicted |" in page
     assert "The runs took 0.3 hours of one core." in page
     assert "1,234 s, 2026-11-30, commit 0123456789ab." in page
+
+
+def test_a_table_of_details_is_markdown():
+    found = WRITER["table_of"](pd.DataFrame({"topic": ["a: b", "mean"], "pairs": [3, 30]}))
+    assert found == ["| topic | pairs |", "| --- | ---: |", "| a: b | 3 |", "| mean | 30 |"]

@@ -32,13 +32,14 @@ import pandas as pd
 from matplotlib.figure import Figure
 from sklearn.linear_model import LogisticRegression
 
+from rlhf_jax.core.statistics import t_interval
 from rlhf_jax.data.pipeline import encode_pairs, ragged
 from rlhf_jax.data.ragged import sequence_table
 from rlhf_jax.data.rows import NO_TRUNCATION
 from rlhf_jax.loading.pretrained import load_policy
 from rlhf_jax.models.reading import mean_hidden, reading
 from rlhf_jax.papers.claims import Above, Claim, Within
-from rlhf_jax.papers.suite import Paper, Scale
+from rlhf_jax.papers.suite import Paper, Scale, read_results, results_directory
 from rlhf_jax.sampling.batches import map_table
 from rlhf_jax.sampling.buckets import bucketed
 from rlhf_jax.types import Row
@@ -115,6 +116,22 @@ def draw(table: pd.DataFrame) -> Figure:
     return HABERNAL["draw"](table)
 
 
+def details(table: pd.DataFrame) -> pd.DataFrame:
+    """Tabulate by topic the accuracy of length, of a model from scratch (habernal_2016), and of the head."""
+    scratch = read_results(results_directory("habernal_2016", "cpu"))
+    assert scratch is not None
+    both = table.merge(scratch[["topic", "model"]], on="topic", suffixes=("", "_scratch")).sort_values("topic")
+    columns = {"length": "length", "from scratch": "model_scratch", "head on SmolLM2": "model"}
+    topics = both["topic"].str.strip("-").str.replace("-_", "_").str.replace("_", ": ").str.replace("-", " ")
+    found = pd.DataFrame({"topic": topics, "pairs": both["pairs"]})
+    last = {"topic": "mean over topics", "pairs": both["pairs"].sum()}
+    for heading, column in columns.items():
+        low, high = t_interval(both[column].to_numpy(), level=0.95)
+        found[heading] = both[column].map("{:.3f}".format)
+        last[heading] = f"{both[column].mean():.3f} [{low:.3f}, {high:.3f}]"
+    return pd.concat([found, pd.DataFrame([last])], ignore_index=True)
+
+
 PAPER = Paper(
     title="Which argument is more convincing? A head on frozen features of SmolLM2",
     source="ACL 2016, P16-1150",
@@ -129,6 +146,7 @@ PAPER = Paper(
     },
     measure=measure,
     draw=draw,
+    details=details,
     claims=(
         Claim(
             name="a head on frozen features ranks arguments on unseen topics",

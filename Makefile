@@ -122,12 +122,19 @@ $(SETUP): requirements-$(DEVICE).txt requirements-cpu.txt pyproject.toml | .venv
 	@.venv/bin/python $(PIP_INSTALL) --no-deps --editable .
 	@touch $@
 
-# libtpu compiles for TPUs without one, so that the tests of `rlhf-jax plan` run; it exists for this platform only.
-TPU_COMPILER := $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),requirements-tpu.txt)
+# libtpu compiles for TPUs without one, so that the tests of `rlhf-jax plan` run. It exists for this platform only, and has
+# a directory of its own, since JAX looks for a TPU, and complains, in every environment that has it.
+TPU_COMPILER := $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),.venv/libtpu/.ready)
 
-$(DEV): requirements-dev.txt $(TPU_COMPILER) $(SETUP)
-	@echo "Installing requirements-dev.txt $(TPU_COMPILER) into .venv"
-	@.venv/bin/python $(PIP_INSTALL) $(addprefix -r ,requirements-dev.txt $(TPU_COMPILER))
+$(DEV): requirements-dev.txt $(SETUP) | $(TPU_COMPILER)
+	@echo "Installing requirements-dev.txt into .venv"
+	@.venv/bin/python $(PIP_INSTALL) -r requirements-dev.txt
+	@touch $@
+
+.venv/libtpu/.ready: requirements-tpu.txt $(SETUP)
+	@echo "Installing libtpu into .venv/libtpu"
+	@grep '^libtpu' requirements-tpu.txt >.venv/libtpu.txt
+	@.venv/bin/python $(PIP_INSTALL) --no-deps --upgrade --target .venv/libtpu -r .venv/libtpu.txt
 	@touch $@
 
 $(JUPYTER): requirements-notebooks.txt $(SETUP)

@@ -5,18 +5,24 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+LIBTPU = Path(sys.prefix) / "libtpu"
+"""Directory of its own in which `make dev` installs libtpu."""
+
 needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'rlhf-jax[plan]'"
+    importlib.util.find_spec("libtpu") is None and not (LIBTPU / "libtpu").exists(),
+    reason="libtpu is not installed: make dev, or pip install 'rlhf-jax[plan]'",
 )
 
 
 def plan(*flags: str) -> tuple[list[dict], str]:
     """Records that the command prints, and its errors, in a process of its own."""
     command = [sys.executable, "-m", "rlhf_jax", "plan", "--config=preferences:smoke", "--json", *flags]
-    environment = os.environ | {"XLA_FLAGS": "", "TPU_LOG_DIR": "disabled"}
+    paths = os.pathsep.join([str(LIBTPU), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"XLA_FLAGS": "", "TPU_LOG_DIR": "disabled", "PYTHONPATH": paths}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()], done.stderr

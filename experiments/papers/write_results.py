@@ -110,8 +110,9 @@ def of_paper(rows: list[dict[str, Json]]) -> list[str]:
     if first["date"]:
         figure = (directory / FIGURE).relative_to(ROOT).as_posix()
         lines += ["", f"![{first['figure']} of {first['title']}](../{figure})"]
-        if details is not None:
-            lines += ["", *table_of(details(read_results(directory)))]
+        table = read_results(directory)
+        if details is not None and table is not None:
+            lines += ["", *table_of(details(table))]
     return lines
 
 

@@ -52,7 +52,7 @@ def write_report(workdir: str | Path, inputs: str | Path | None = None) -> Path:
 
 def is_current(workdir: str | Path, inputs: str | Path | None = None) -> bool:
     """Return whether report.html, which is written last, exists and is newer than every complete stage."""
-    run = Run(workdir, inputs)
+    run = Snapshot(Run(workdir, inputs))
     report = run.workdir / REPORT
     evaluated = bool(run.of_kind("evaluate", complete=True))
     if not report.exists() or (evaluated and not (run.workdir / RESULTS).exists()):
@@ -63,6 +63,7 @@ def is_current(workdir: str | Path, inputs: str | Path | None = None) -> bool:
 
 def print_summary(run: Run, console: Console) -> None:
     """Print cautions, the frontier table, example answers and the results table, as far as the stages exist."""
+    run = Snapshot(run)
     for sentence in cautions(run):
         console.print(Text(f"Caution: {sentence}", style="bold yellow"))
     for stage in run.of_kind("frontier", complete=True)[-1:]:
@@ -81,6 +82,7 @@ def print_summary(run: Run, console: Console) -> None:
 
 def draw(run: Run) -> dict[str, Figure]:
     """Draw every figure for which the run has data, by file name, in the order of the report."""
+    run = Snapshot(run)
     drawn: dict[str, Figure] = {}
     if run.of_kind("evaluate", complete=True):
         drawn |= _comparisons(run)

@@ -5,6 +5,7 @@ import pytest
 
 from rlhf_jax.reports import table
 from rlhf_jax.reports.run import Run
+from rlhf_jax.reports.snapshot import Snapshot
 from tests.support import workdirs
 from tests.support.workdirs import shown
 
@@ -107,7 +108,7 @@ def test_with_one_seed_the_table_says_that_its_intervals_are_over_prompts_only(r
 @pytest.mark.parametrize("width", [100, 80, 50])
 @pytest.mark.parametrize("name", ["run", "seeds", "more", "more_seeds"])
 def test_a_terminal_of_any_width_shows_every_cell_whole(name, width, request):
-    run = request.getfixturevalue(name)
+    run = Snapshot(request.getfixturevalue(name))
     text = shown(run, width)
     assert max(map(len, text.splitlines())) <= width
     lines = [line for line in text.splitlines() if line]

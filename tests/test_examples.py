@@ -93,6 +93,7 @@ def starcoder(place):
     return place
 
 
+@pytest.mark.nightly
 def test_a_model_family_of_ones_own(starcoder, capsys):
     flags = [*chat_arguments("coder", starcoder), "--workdir=run", "--stage=sft"]
     message = fails(capsys, *flags)
@@ -137,6 +138,7 @@ def test_a_checkpoint_does_not_choose_the_code_that_reads_it(starcoder, capsys):
     assert "is not supported" in fails(capsys, "sample", "--model=coder", "--prompt=film")
 
 
+@pytest.mark.nightly
 def test_a_reward_loss_of_ones_own(place):
     """At a scale at which no pair is beyond the hinge, the loss is the scale plus the margins that are left."""
     name, file = "examples/reward_loss.py:hinge", place / "examples" / "reward_loss.py"

@@ -63,6 +63,7 @@ def test_own_preferences_run_whole(tmp_path, capsys):
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
 
 
+@pytest.mark.nightly
 def test_every_kind_of_file_gives_the_same_run(tmp_path):
     summaries, hashes = [], set()
     for ending in WRITERS:

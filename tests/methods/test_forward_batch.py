@@ -86,7 +86,8 @@ def test_slices_give_the_iteration_of_the_whole_batch(name):
     assert_same(run(iteration_of(name, forward_batch=4)), run(iteration_of(name)))
 
 
-@pytest.mark.parametrize("name", ["ppo", pytest.param("grpo", marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", ["ppo", "grpo"])
 def test_packed_slices_are_groups_of_their_own(name, monkeypatch):
     monkeypatch.setattr(buckets, "LEAST", 1)
     iteration = iteration_of(name, forward_batch=8)

@@ -266,7 +266,7 @@ def library_promotes(monkeypatch):
 
 
 @pytest.mark.usefixtures("library_promotes")
-@pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("param_dtype", [pytest.param("float32", marks=pytest.mark.nightly), "bfloat16"])
 def test_bfloat16_computes_near_float32_and_reduces_in_float32(param_dtype):
     exact_network = PolicyNetwork(config(n_layers=1), VOCAB, SUPPRESSED)
     shape = config(n_layers=1, param_dtype=param_dtype, compute_dtype="bfloat16")

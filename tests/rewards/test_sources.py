@@ -185,6 +185,7 @@ def test_parts_are_weighted_and_functions_see_the_columns_of_their_prompts(place
     assert joins_program(judge, policy) and not joins_program(source, policy)
 
 
+@pytest.mark.nightly
 def test_means_that_are_logged_are_of_the_rows_to_which_a_reward_applies(places):
     """Compute scores by hand: the first function scores half of the prompts, the second all of them."""
     directory, model, _ = places

@@ -218,6 +218,7 @@ def test_scanned_iterations_equal_single_calls():
     assert_close(jax.device_get(together.params), jax.device_get(single.params), 1e-6)
 
 
+@pytest.mark.nightly
 def test_seed_k_of_several_is_the_single_run_with_that_seed():
     """Over 20 iterations: the same tokens, parameters within 1e-5."""
     seeds, iterations = 3, 20

@@ -69,6 +69,7 @@ def one_device():
     return run(tiny.ONE_DEVICE)
 
 
+@pytest.mark.nightly
 def test_a_seed_of_two_over_devices_and_scored_on_the_host_is_the_run_of_that_seed(one_device):
     placement, frozen = make_placement(dataclasses.replace(PLACEMENTS["pmap=8"], data=2), seeds=2), tiny.ppo_frozen()
     scores = jax.jit(tiny.REWARD.scores)

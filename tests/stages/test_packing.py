@@ -65,7 +65,7 @@ def test_packed_rows_give_the_same_numbers_and_resume_exactly(models, pairs, pad
     experiments.assert_resumes(place.root, pairs, stages)
 
 
-@pytest.mark.parametrize("strategy", ["jit", "pmap"])
+@pytest.mark.parametrize("strategy", ["jit", pytest.param("pmap", marks=pytest.mark.nightly)])
 def test_devices_and_micro_batches_hold_whole_groups(strategy, models, pairs, padded, tmp_path):
     optimizer = {**experiments.OPTIMIZER, "micro_batch": 8}
     runtime = {**experiments.RUNTIME, "strategy": strategy, "data": 2}

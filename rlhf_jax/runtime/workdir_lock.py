@@ -1,7 +1,8 @@
 """Lock of a work directory, so that two runs never write into it at once.
 
-The operating system releases the lock when the process ends, however it ends. On a file system without locks, a file
-with the process's number stands for it, which is ignored once no such process exists on this machine.
+The operating system releases the lock when the process ends, however it ends; the empty file stays. On a file system
+without locks, a file with the process's number stands for it, which is ignored once no such process exists on this
+machine.
 """
 
 import contextlib
@@ -27,8 +28,8 @@ def locked(root: Path) -> Iterator[None]:
         write_json(root / HOLDER, {"process": os.getpid(), "host": socket.gethostname()})
         yield
     finally:
-        for name in (HOLDER, LOCK):
-            (root / name).unlink(missing_ok=True)
+        (root / HOLDER).unlink(missing_ok=True)
+        # The file of the lock stays: a process that opened it a moment ago would lock a file that others do not see.
         lock.release()
 
 

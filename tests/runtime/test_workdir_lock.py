@@ -1,6 +1,7 @@
 """Two runs in one work directory: the second refuses, and reading commands still work."""
 
 import errno
+import fcntl
 import multiprocessing
 import os
 import socket
@@ -8,7 +9,7 @@ import socket
 import filelock
 import pytest
 
-from rlhf_jax.runtime.workdir_lock import locked
+from rlhf_jax.runtime.workdir_lock import LOCK, locked
 from rlhf_jax.types import RlhfError
 from tests.support import workdirs
 from tests.support.commands import fails, succeeds
@@ -51,7 +52,20 @@ def test_the_lock_of_a_killed_process_is_free(holder, tmp_path):
     holder.join()
     with locked(tmp_path / "run"):
         pass
-    assert list((tmp_path / "run").iterdir()) == [], "nothing is left of the lock"
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [LOCK], "nothing is left but the empty file"
+
+
+def test_a_process_that_opened_the_file_before_the_release_excludes_others_too(tmp_path):
+    with locked(tmp_path / "run"):
+        early = os.open(tmp_path / "run" / LOCK, os.O_RDWR)
+    try:
+        fcntl.flock(early, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with pytest.raises(RlhfError, match="another process"), locked(tmp_path / "run"):
+            pass
+    finally:
+        os.close(early)
+    with locked(tmp_path / "run"):
+        pass
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])

@@ -33,10 +33,13 @@ LOCK := .venv-requirements/.lock-$(VERSION)
 
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 PYTEST := -m pytest -n $(JOBS) --dist worksteal
+# Tests for .venv-parity, which also has the clients of Weights & Biases and MLflow.
+COMPARED := tests/parity tests/runtime/test_trackers.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup dev docs quickstart notebooks test nightly versions mutation lint format parity requirements clean
+.PHONY: help setup dev docs quickstart notebooks test nightly versions mutation lint format parity requirements \
+  address clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,7 +60,7 @@ test: lint ## run lint, type checks and the quick tests
 nightly: lint $(PARITY) ## run all tests: quick, slow, parity, and the oldest and newest versions
 	@status=0; \
 	.venv/bin/python $(PYTEST) -m "" $(ARGS) || status=1; \
-	.venv-parity/bin/python $(PYTEST) -m "" tests/parity $(ARGS) || status=1; \
+	.venv-parity/bin/python $(PYTEST) -m "" $(COMPARED) $(ARGS) || status=1; \
 	exit $$status
 	$(MAKE) versions
 
@@ -84,7 +87,7 @@ docs: $(DOCS) ## build the documentation site in build/site, with warnings as er
 	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --quiet
 
 parity: $(PARITY) ## compare with torch, TRL, transformers and PEFT (in .venv-parity; a large download)
-	.venv-parity/bin/python $(PYTEST) tests/parity $(ARGS)
+	.venv-parity/bin/python $(PYTEST) $(COMPARED) $(ARGS)
 
 requirements: $(LOCK) ## pin the dependencies of pyproject.toml; ARGS=--upgrade takes the newest releases
 	@set -e; \
@@ -101,6 +104,12 @@ requirements: $(LOCK) ## pin the dependencies of pyproject.toml; ARGS=--upgrade 
 	if grep -i '^torch' requirements-*.txt --exclude=requirements-parity.txt; then \
 	  echo 'torch takes gigabytes, and only `make parity` may install it: find the dependency that requires it' >&2; exit 1; \
 	fi
+
+address: ## write the address of the repository where it belongs: make address URL=https://github.com/OWNER/NAME
+	@case '$(URL)' in https://github.com/?*/?*) ;; *) echo 'URL=https://github.com/OWNER/NAME is missing' >&2; exit 1;; esac
+	@old=$$(sed -n 's|^Repository = "https://github.com/\(.*\)"|\1|p' pyproject.toml); new='$(URL:https://github.com/%=%)'; \
+	sed -i "s|\(github[.com]*/\)$$old|\1$$new|g" pyproject.toml README.md CONTRIBUTING.md notebooks/*.py notebooks/*.ipynb; \
+	sed -i "s|git+URL|git+https://github.com/$$new|g; s|git clone URL|git clone https://github.com/$$new|" README.md CONTRIBUTING.md
 
 clean: ## remove the environments and caches, but not runs/
 	rm -rf .venv .venv-parity .venv-requirements .venv-oldest .venv-newest build dist *.egg-info

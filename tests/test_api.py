@@ -138,6 +138,13 @@ def test_overrides_are_those_of_the_command_line():
         rlhf_jax.run(rlhf_jax.load_config("preferences:smoke", {"ppo.kl_cof": 1.0}), "x")
 
 
+def test_more_seeds_change_only_the_stages_that_train_several_seeds(tmp_path):
+    one, four = (experiment.parse(rlhf_jax.load_config("quickstart:smoke", {"seeds": seeds})) for seeds in (1, 4))
+    same = {name for name in one.stages if one.identity(name, str) == four.identity(name, str)}
+    assert {"sft", "preferences", "reward_model", "best_of_n", "evaluate"} <= same
+    assert {one.stages[name].kind for name in one.stages.keys() - same} == {"dpo", "ppo"}
+
+
 def test_python_and_the_command_line_run_the_same_experiment(tmp_path, capsys):
     config = rlhf_jax.load_config("preferences:smoke", {"sft.epochs": 0.5})
     run = rlhf_jax.run(config, tmp_path / "run", stage="sft")

@@ -2,6 +2,8 @@
 
 import importlib
 import re
+import shutil
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -26,6 +28,25 @@ def test_documents_are_found():
 def generated(link: str) -> bool:
     """True for a page that only the site has, made from the code; tests/test_site.py makes them."""
     return bool(re.search(r"(^|/)reference/(stages/\w+|commands)\.md$", link) or re.fullmatch(r"stages/\w+\.md", link))
+
+
+def test_the_address_of_the_repository_is_set_in_one_place(tmp_path):
+    places = ["Makefile", "pyproject.toml", "README.md", "CONTRIBUTING.md"]
+    places += [path.relative_to(ROOT).as_posix() for path in (ROOT / "notebooks").glob("0*")]
+    (tmp_path / "notebooks").mkdir()
+    for place in places:
+        shutil.copy(ROOT / place, tmp_path / place)
+    for address in ("https://github.com/first/name", "https://github.com/second/other"):
+        subprocess.run(["make", "address", f"URL={address}"], cwd=tmp_path, check=True)
+    texts = {place: (tmp_path / place).read_text(encoding="utf-8") for place in places}
+    for place, text in texts.items():
+        assert "first/name" not in text, place
+    assert tomllib.loads(texts["pyproject.toml"])["project"]["urls"]["Repository"] == address
+    assert f"pip install git+{address} " in texts["README.md"] and "git+URL" not in texts["README.md"]
+    assert f"git clone {address} " in texts["CONTRIBUTING.md"]
+    for place in places[4:]:
+        assert "colab.research.google.com/github/second/other/blob/main/notebooks/" in texts[place]
+        assert f"git+{address}" in texts[place]
 
 
 @pytest.mark.parametrize("document", TEXTS)

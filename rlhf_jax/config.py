@@ -1,6 +1,7 @@
 """Conversion of an ml_collections ConfigDict to frozen dataclasses, with one clear error for each bad key."""
 
 import ast
+import copy
 import dataclasses
 import difflib
 import math
@@ -154,6 +155,18 @@ def build(cls: type[T], section: Mapping[str, Any] | ConfigDict, path: str, defa
         return cls(**values)
     except ValueError as error:
         raise RlhfError(f"{path}: {error}") from error
+
+
+def with_values(config: T, values: Mapping[str, Any]) -> T:
+    """Return a copy of a frozen dataclass with other values of some fields, given by dotted path.
+
+    The values are not checked, so that they may be arrays that a compiled program gets.
+    """
+    made = copy.copy(config)
+    for path, value in values.items():
+        name, _, rest = path.partition(".")
+        object.__setattr__(made, name, with_values(getattr(made, name), {rest: value}) if rest else value)
+    return made
 
 
 def check_ranges(config: Section) -> None:

@@ -23,7 +23,7 @@ rlhf-jax: learning from human preferences in JAX
       List the kinds of stages, or the fields of one kind, with types, defaults
       and descriptions.
   rlhf-jax sweep --config=FILE[:ARG] --workdir=DIR [--inputs=DIR]
-                 [--processes=N] [--slurm] [--dry-run]
+                 [--processes=N] [--vmap] [--slurm] [--dry-run]
       Run an experiment at every point of the file's get_sweep().
   rlhf-jax config --config=FILE[:ARG] [--config.SECTION.FIELD=VALUE ...]
       Print the config of an experiment with all defaults.

@@ -27,6 +27,7 @@ from rlhf_jax.experiment import Experiment
 from rlhf_jax.runtime.files import read_json, write_json, write_text
 from rlhf_jax.stages.kinds import find_kind
 from rlhf_jax.types import RlhfError
+from rlhf_jax.vmapped import train_points
 
 DESCRIPTION = """\
 Run an experiment at every point of a sweep. The config file has a function
@@ -63,6 +64,7 @@ def sweep_verb(arguments: list[str]) -> None:
     parser.add_argument("--workdir", type=Path, required=True, metavar="DIR", help="directory for all results")
     parser.add_argument("--inputs", type=Path, metavar="DIR", help="work directory that has the shared stages already")
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="points to run at once (default 1)")
+    parser.add_argument("--vmap", action="store_true", help="train points that differ in numbers only in one program")
     parser.add_argument("--slurm", action="store_true", help="print a SLURM array job, and run the shared stages only")
     parser.add_argument("--point", metavar="NAME", help="run this point only, after the shared stages")
     parser.add_argument("--dry-run", action="store_true", help="list the points and the shared stages, and run nothing")
@@ -70,6 +72,8 @@ def sweep_verb(arguments: list[str]) -> None:
     found = points(options.config, config, arguments)
     if options.processes < 1:
         raise RlhfError(f"--processes={options.processes} must be at least 1")
+    if options.vmap and (options.processes > 1 or options.slurm or options.point is not None):
+        raise RlhfError("--vmap trains the points in one process: leave out --processes, --slurm and --point")
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     parsed = [experiment.parse(point.config) for point in found]  # every point is checked before the first one runs
     shared = shared_stages(parsed)
@@ -92,6 +96,11 @@ def sweep_verb(arguments: list[str]) -> None:
     if options.slurm:
         print(slurm_script(commands, options.workdir))
         return
+    if options.vmap:
+        places = [open_workdir(options.workdir / point.name, inputs) for point in found]
+        for name in parsed[0].stages:
+            if name not in shared:
+                train_points([*zip(parsed, places, strict=True)], name, console)
     if options.processes == 1:
         for number, point in enumerate(found, start=1):
             console.rule(f"{number} of {len(found)}: {point.name}")
@@ -241,7 +250,7 @@ def slurm_script(commands: Sequence[Sequence[str]], workdir: Path) -> str:
 
 def _command(arguments: Sequence[str]) -> list[str]:
     """Return the command of this sweep without the flags that say how to run it."""
-    own = ("--processes", "--slurm", "--point", "--dry-run")
+    own = ("--processes", "--vmap", "--slurm", "--point", "--dry-run")
     kept, rest = list[str](), iter(arguments)
     for argument in rest:
         if argument in ("--processes", "--point"):

@@ -1,10 +1,13 @@
 """Context of a stage: shared settings, and access to the outputs of earlier stages."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
-from jaxtyping import PRNGKeyArray
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from rlhf_jax.config import Count, CountOrZero
 from rlhf_jax.core.keys import derive
@@ -32,6 +35,13 @@ class Common:
     runtime: RuntimeConfig
 
 
+class Together(NamedTuple):
+    """Stages of several work directories that train at once, and differ in numbers of their configs."""
+
+    directories: tuple[Path, ...]
+    numbers: Mapping[str, tuple[float, ...]]  # values of a field, given by dotted path, in each stage
+
+
 @dataclasses.dataclass(frozen=True)
 class Context:
     """Everything that a stage runs with: its name and directory, seeds, data, devices, and earlier stages."""
@@ -44,11 +54,33 @@ class Context:
     data: DataConfig
     runtime: RuntimeConfig
     bar: Bar
+    together: Together | None = None  # None: the stage trains alone
 
     @property
     def directory(self) -> Path:
         """Output directory of this stage."""
         return self.workdir.directory(self.name)
+
+    @property
+    def directories(self) -> tuple[Path, ...]:
+        """Output directories of all stages that train at once."""
+        return self.together.directories if self.together else (self.directory,)
+
+    @property
+    def runs(self) -> tuple[int, ...]:
+        """Number k of the seed, `seed` + k, of each run that trains at once: the seeds of each stage."""
+        return tuple(range(self.seeds)) * len(self.directories)
+
+    @property
+    def per_run(self) -> dict[str, Float[Array, "runs"]]:
+        """Numbers of the config that differ between the runs, by dotted path."""
+        numbers = self.together.numbers if self.together else {}
+        return {path: jnp.repeat(jnp.array(values, jnp.float32), self.seeds) for path, values in numbers.items()}
+
+    def number_of_runs(self, path: str, alone: float) -> list[float]:
+        """Value of a number of the config in each run; `alone` if the runs do not differ in it."""
+        numbers = self.together.numbers if self.together else {}
+        return [value for value in numbers.get(path, (alone,) * len(self.directories)) for _ in range(self.seeds)]
 
     def key(self, tag: str, seed_index: int = 0) -> PRNGKeyArray:
         """Derive the random key for one purpose, the tag, in run `seed_index` from its seed and the stage's name."""

@@ -77,7 +77,7 @@ def dropout_keys(
 
 def load_initial_policy(source: ModelSource, tuning: Tuning, context: Context) -> Policy:
     """Load a stage's initial policy (also its reference), configure it for training, and save its spec."""
-    if tuning.attention == "cudnn" and context.seeds > 1:
+    if tuning.attention == "cudnn" and len(context.runs) > 1:
         raise RlhfError(
             f"config.{context.name}: attention = 'cudnn' does not support several seeds at once: set config.seeds to "
             "1, or attention to 'xla'"

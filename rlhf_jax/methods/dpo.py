@@ -23,6 +23,7 @@ from rlhf_jax.data.batching import Fit
 from rlhf_jax.data.ragged import RaggedPairs, pair_table
 from rlhf_jax.loading.trainable import full_params
 from rlhf_jax.methods.offline import Updates
+from rlhf_jax.methods.per_run import IN_UPDATES, beta_of_run, of_run
 from rlhf_jax.methods.preference_table import DIVERGENCES, LOSS_OPTIONS, LossSpec, PreferenceLossConfig
 from rlhf_jax.models.head import TokenStats
 from rlhf_jax.models.policy import PolicyNetwork, both_responses
@@ -310,7 +311,7 @@ def _make_step(
         state: TrainState, frozen: dict[str, PyTree], batch: PreferenceBatch | ReferencedBatch, run_key: jax.Array
     ) -> tuple[TrainState, dict[str, Array], tuple]:
         rows = batch if isinstance(batch, ReferencedBatch) else ReferencedBatch(batch, None)
-        whole_batch = tokens_per_pair(rows.pairs, axes)
+        whole_batch, beta = tokens_per_pair(rows.pairs, axes), beta_of_run(frozen)
 
         def loss_fn(
             params: PyTree, rows: ReferencedBatch, keys: Key[Array, "B"] | None
@@ -319,7 +320,7 @@ def _make_step(
                 rows = rows._replace(reference=pair_logps(loss_config, network, reference_params(), rows.pairs))
             policy = full_params(network, params["policy"], frozen, "reference")
             return pair_loss(
-                loss_config, network, policy, rows, keys, beta=frozen["beta"], axes=axes, tokens_per_pair=whole_batch
+                loss_config, network, policy, rows, keys, beta=beta, axes=axes, tokens_per_pair=whole_batch
             )
 
         def reference_params() -> PyTree:
@@ -330,7 +331,9 @@ def _make_step(
         def pairs(rows: ReferencedBatch) -> Array:
             return masking.rows(rows.pairs.chosen.tokens, axes)
 
-        state, logged = updates.update(state, rows, run_key, loss_fn, weight=pairs, trained=("policy",))
+        state, logged = of_run(updates, frozen, IN_UPDATES).update(
+            state, rows, run_key, loss_fn, weight=pairs, trained=("policy",)
+        )
         if reference_update:
             policy, reference = state.params["policy"], state.params["reference"]
             reference = sync_reference(reference_update, reference, policy, state.step)

@@ -31,7 +31,7 @@ from rlhf_jax.loading.trainable import N, dropout_keys, stack
 from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.runtime.loop import Evaluation, LoopConfig, Rows, Task, train
 from rlhf_jax.runtime.optimizers import OptimizerConfig, gradients, learning_rate, make_optimizer, micro_batches, update
-from rlhf_jax.runtime.programs import Step, check_divides
+from rlhf_jax.runtime.programs import PER_RUN, Step, check_divides
 from rlhf_jax.runtime.rounding import update_key
 from rlhf_jax.types import Json
 
@@ -128,44 +128,51 @@ class OfflineMethod(Generic[N]):
     step: Callable[[Updates[N]], Step]
     start: Callable[[Updates[N], int], TrainState]  # run number -> state before the first step
     frozen: dict[str, PyTree]
-    evaluate: Callable[[PyTree], tuple[dict[str, float], Rows]]  # one run's parameters -> metrics and sample rows
+    # Parameters of one run, and its number among those that train at once -> metrics and sample rows.
+    evaluate: Callable[[PyTree, int], tuple[dict[str, float], Rows]]
     key_figures: tuple[str, ...]  # metrics shown beside the bar
 
 
 def train_offline(
-    config: OfflineConfig, context: Context, network: N, data: Table[Batch], method: OfflineMethod[N], *, runs: int
+    config: OfflineConfig,
+    context: Context,
+    network: N,
+    data: Table[Batch],
+    method: OfflineMethod[N],
+    *,
+    runs: Sequence[int],
 ) -> dict[str, Json]:
     """Train on a table and return the summary's fields about steps and widths.
 
-    Args: data holds all training rows; runs is the number of runs, trained at once in one program. The row order of run
-    k comes from seed + k, and each run has its own random keys.
+    Args: data holds all training rows; runs are the numbers k of the runs, trained at once in one program. The row
+    order of run k comes from seed + k, as do its random keys.
     """
     steps = steps_for(config.epochs, len(data.lengths), config.batch_size, config.loop.steps_per_call)
-    placement = context.placement(runs)
+    placement = context.placement(len(runs))
     updates = Updates(network, config.optimizer, steps, placement.axes)
     batches = make_batches(config, context, data, steps, runs)
     task = Task(
         step=method.step(updates),
-        start=lambda: stack([method.start(updates, k) for k in range(runs)]),
-        frozen=method.frozen,
+        start=lambda: stack([method.start(updates, k) for k in runs]),
+        frozen=method.frozen | ({PER_RUN: context.per_run} if context.per_run else {}),
         batch_at=batches.at,
-        run_key=stack([context.key("run", k) for k in range(runs)]),
+        run_key=stack([context.key("run", k) for k in runs]),
         total_steps=steps,
         key_figures=method.key_figures,
         evaluation=Evaluation(config.eval_every, method.evaluate),
         describe=lambda step, samples: [],
     )
     services = context.runtime.trackers
-    done = train(task, config.loop, placement, context.seed, context.directory, context.bar, services)
+    done = train(task, config.loop, placement, context.seed, context.directories, context.bar, services)
     context.bar.say(f"{context.name}: {batches.described()}")
     return {"steps": done, "widths": batches.widths}
 
 
 def make_batches(
-    config: OfflineConfig, context: Context, data: Table[Batch], steps: int, runs: int
+    config: OfflineConfig, context: Context, data: Table[Batch], steps: int, runs: Sequence[int]
 ) -> "PackedBatches[Batch] | PaddedBatches[Batch]":
     """Make the batches of all runs, packed if the config asks for it and the lengths of the sequences differ."""
-    orders = [BatchOrder(len(data.lengths), config.batch_size, context.seed + k) for k in range(runs)]
+    orders = [BatchOrder(len(data.lengths), config.batch_size, context.seed + k) for k in runs]
     if config.pack and data.lengths.mean() <= LEAST_GAIN * _longest(data):
         devices = context.runtime.row_devices
         check_divides(config.batch_size, devices)

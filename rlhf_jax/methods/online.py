@@ -24,7 +24,7 @@ from rlhf_jax.methods.policy_parts import Networks, OnlineBatch, Params, Samples
 from rlhf_jax.rewards.scorers import HostScorer, joins_program, make_host_scorer
 from rlhf_jax.rewards.sources import Reward
 from rlhf_jax.runtime.loop import Task, train
-from rlhf_jax.runtime.programs import SEED_AXIS, RuntimeConfig, Step
+from rlhf_jax.runtime.programs import PER_RUN, SEED_AXIS, RuntimeConfig, Step
 from rlhf_jax.runtime.two_programs import TwoSteps
 from rlhf_jax.sampling import buckets
 from rlhf_jax.types import Json, RlhfError, Row
@@ -93,27 +93,29 @@ def train_online(
     """
     _check_slots(config, method, context)
     devices = context.runtime.row_devices
-    reference, placement = inputs.reference, context.placement(context.seeds)
+    runs = context.runs
+    reference, placement = inputs.reference, context.placement(len(runs))
     networks = Networks(
         policy=reference.network,
         value=value,
         stop_ids=reference.tokenizer.stop_ids,
         max_new_tokens=context.data.max_response_tokens,
     )
-    iteration = Iteration(networks, config, placement.axes, (SEED_AXIS,) if context.seeds > 1 else (), method)
+    iteration = Iteration(networks, config, placement.axes, (SEED_AXIS,) if len(runs) > 1 else (), method)
     frozen = {**frozen, "reference": reference.params}
     iteration.forward_slices(prompts_each * method.num_generations, devices)  # before anything is compiled
     if isinstance(reward, DeviceReward):
         frozen["reward"] = reward.model.params
+    if context.per_run:
+        frozen[PER_RUN] = context.per_run
 
-    seeds = range(context.seeds)
-    prompt_keys = tuple(context.key("prompts", k) for k in seeds)
+    prompt_keys = tuple(context.key("prompts", k) for k in runs)
     rounds = method.dynamic_sampling.rounds if method.dynamic_sampling else 0
     prompts = PromptSource(inputs.prompts, prompt_keys, prompts_each, rounds=rounds)
     demonstrations = None
     if method.ptx is not None:
         data = pipeline.demonstrations(inputs.rows, reference.tokenizer, context.data)
-        keys = tuple(context.key("demonstrations", k) for k in seeds)
+        keys = tuple(context.key("demonstrations", k) for k in runs)
         demonstrations = DemonstrationSource(data, keys, method.ptx.batch_size)
 
     def batch_at(step: int) -> OnlineBatch[np.ndarray]:
@@ -127,21 +129,21 @@ def train_online(
 
     task = Task(
         step=make_step(iteration, reward, context.runtime, context.data),
-        start=lambda: stack([iteration.init_state(init_params(context.key("init", k))) for k in seeds]),
+        start=lambda: stack([iteration.init_state(init_params(context.key("init", k))) for k in runs]),
         frozen=frozen,
         batch_at=batch_at,
-        run_key=stack([context.key("run", k) for k in seeds]),
+        run_key=stack([context.key("run", k) for k in runs]),
         total_steps=config.iterations,
         key_figures=key_figures,
         evaluation=None,
         describe=describe,
     )
     services = context.runtime.trackers
-    done = train(task, config.loop, placement, context.seed, context.directory, context.bar, services)
+    done = train(task, config.loop, placement, context.seed, context.directories, context.bar, services)
     return {
         **({"steps": done} if done < config.iterations else {}),
         "prompts": len(inputs.prompts.tokens),
-        "prompt_key": [np.asarray(jax.random.key_data(key)).tolist() for key in prompt_keys],
+        "prompt_key": [np.asarray(jax.random.key_data(key)).tolist() for key in prompt_keys[: context.seeds]],
     }
 
 
@@ -162,5 +164,5 @@ def _check_slots(config: OnlineConfig, method: OnlineMethod, context: Context) -
     where = f"config.{context.name}.slots = {config.slots}"
     if config.slots is not None and config.slots < method.num_generations:
         raise RlhfError(f"{where} must be at least {method.num_generations}, the responses to a prompt: raise it")
-    if config.slots is not None and context.seeds > 1:
-        raise RlhfError(f"{where} cannot sample for seeds = {context.seeds} at once: set it to None, or seeds to 1")
+    if config.slots is not None and len(context.runs) > 1:
+        raise RlhfError(f"{where} cannot sample for {len(context.runs)} runs at once: set it to None, or seeds to 1")

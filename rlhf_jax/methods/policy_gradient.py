@@ -37,6 +37,7 @@ from rlhf_jax.core.sequences import joined
 from rlhf_jax.loading.trainable import dropout_keys
 from rlhf_jax.methods import minibatches, policy_optimizer
 from rlhf_jax.methods.minibatches import Indices
+from rlhf_jax.methods.per_run import IN_ITERATION, of_run
 from rlhf_jax.methods.policy_method import KLEstimator, OnlineMethod, Rows
 from rlhf_jax.methods.policy_metrics import objective_metrics, reference_divergence, score_metrics
 from rlhf_jax.methods.policy_parts import (
@@ -153,7 +154,7 @@ class Iteration(Setting, Generic[Rows]):
 
         Args: packings of the minibatches, [updates, G, ...].
         """
-        controller = self.method.kl_controller
+        self, controller = of_run(self, frozen, IN_ITERATION), self.method.kl_controller
         kl_coef = state.controller["kl_coef"] if controller else self.method.kl_coef
         params = self.networks.full_params(state.params, frozen)
         evaluated = self.evaluate(params, frozen, responses, sequences)

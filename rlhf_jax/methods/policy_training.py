@@ -51,7 +51,7 @@ def train_policy(
     def init_params(key: PRNGKeyArray) -> Params:
         adapter_key, value_key, value_adapter_key = (derive(key, tag) for tag in ("adapter", "value", "value adapter"))
         params, own = {"policy": init_trainable(policy, base, adapter_key).trained}, value.params
-        if context.seeds > 1:
+        if len(context.runs) > 1:
             own = start_value(inputs.reference, reward_model, value_key).params
         if isinstance(network, ScalarNetwork):
             params["value"] = init_trainable(network, own, value_adapter_key).trained

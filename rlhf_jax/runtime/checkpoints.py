@@ -75,19 +75,29 @@ class Checkpoints:
             settings.preservation_policy = Preservation(keep, best)
         self._manager = ocp.CheckpointManager(directory.absolute(), options=settings)
 
-    def newest_whole(self) -> tuple[int, list[str]]:
-        """Find the newest step whose checkpoint is undamaged, 0 for none, and remove the damaged ones after it.
+    def steps(self) -> frozenset[int]:
+        """Return the steps that have a checkpoint."""
+        return frozenset(self._manager.all_steps())
+
+    def newest_whole(self, among: frozenset[int]) -> tuple[int, list[str]]:
+        """Find the newest of some steps with an undamaged checkpoint, 0 for none, and remove the damaged ones after it.
 
         Returns: the step, and a damaged file of each removed checkpoint.
         """
         damaged: list[str] = []
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        for step in sorted(among, reverse=True):
             file = damaged_file(self._directory / str(step))
             if file is None:
                 return step, damaged
             damaged.append(f"{step}/{file}")
             self._manager.delete(step)
         return 0, damaged
+
+    def remove_after(self, done: int) -> None:
+        """Remove the checkpoints of later steps."""
+        for step in self._manager.all_steps():
+            if step > done:
+                self._manager.delete(step)
 
     def keep_only(self, wanted: Callable[[int], bool]) -> None:
         """Remove the checkpoints of other steps, unless there is no other."""

@@ -11,14 +11,13 @@ import numpy as np
 from jaxtyping import PyTree
 
 from rlhf_jax import processes
-from rlhf_jax.config import Count, check_ranges
-from rlhf_jax.runtime.best import Best, BestSoFar
-from rlhf_jax.runtime.checkpoints import Checkpoints, TrainState
-from rlhf_jax.runtime.files import RowWriter, read_rows
+from rlhf_jax.runtime.checkpoints import TrainState
+from rlhf_jax.runtime.files import read_rows
+from rlhf_jax.runtime.outputs import LoopConfig, Output, abstract_part, joined, resume, runs_of, split
 from rlhf_jax.runtime.programs import Placement, Step
 from rlhf_jax.runtime.progress import Bar, rounded
 from rlhf_jax.runtime.termination import Terminated, noted_sigterm
-from rlhf_jax.runtime.trackers import Service, opened
+from rlhf_jax.runtime.trackers import Service
 from rlhf_jax.runtime.two_programs import TwoPrograms, TwoSteps
 from rlhf_jax.types import RlhfError, Row
 
@@ -26,24 +25,12 @@ Rows = list[Row]
 
 
 @dataclasses.dataclass(frozen=True)
-class LoopConfig:
-    """Numbers of steps per device call and between checkpoints."""
-
-    steps_per_call: Count  # steps per device call; logging and checkpoints happen between calls
-    checkpoint_every: Count  # steps between checkpoints
-    keep: Count = 2  # number of newest checkpoints to keep
-    best: Best | None = None  # keep the best checkpoint by a metric, for later stages; None: they read the newest
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
-
-
-@dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Evaluation of each seed every `every` steps and after the last one."""
+    """Evaluation of each run every `every` steps and after the last one."""
 
     every: int
-    run: Callable[[PyTree], tuple[dict[str, float], Rows]]  # one seed's params -> metrics and sample rows
+    # Parameters of one run, and its number among those that train at once -> metrics and sample rows.
+    run: Callable[[PyTree, int], tuple[dict[str, float], Rows]]
 
     def __post_init__(self) -> None:
         if self.every < 1:
@@ -70,13 +57,14 @@ def train(
     config: LoopConfig,
     placement: Placement,
     first_seed: int,
-    directory: Path,
+    directories: Sequence[Path],
     bar: Bar,
     services: Sequence[Service] = (),
 ) -> int:
     """Run or resume a task, writing `metrics.jsonl`, `samples.jsonl`, `checkpoints/` and TensorBoard's files.
 
-    Args: services also get the metrics.
+    Args: directories of the stages that train at once, usually one; the runs are those of the first stage, one per
+    seed, then those of the next. services also get the metrics.
 
     After SIGTERM, the current call is completed and its state saved.
 
@@ -87,27 +75,22 @@ def train(
     """
     if task.total_steps % config.steps_per_call:
         raise RlhfError(
-            f"{directory.name}: {task.total_steps} steps are not a multiple of steps_per_call = "
+            f"{directories[0].name}: {task.total_steps} steps are not a multiple of steps_per_call = "
             f"{config.steps_per_call}: a shorter last call would compile a second program"
         )
+    is_planned = _planned(config, task.total_steps)
     with contextlib.ExitStack() as stack:
-        best = None if config.best is None else BestSoFar(config.best)
-        kept = Checkpoints(directory / "checkpoints", config.keep, best)
-        checkpoints = stack.enter_context(contextlib.closing(kept))
-        done, damaged = checkpoints.newest_whole()
+        outputs = [stack.enter_context(contextlib.closing(Output(each, config, services))) for each in directories]
+        done, damaged = resume(outputs)
         if damaged:
             bar.warn(f"removed damaged checkpoints ({', '.join(damaged)}); continuing from step {done}")
-        metric_rows, sample_rows = (
-            stack.enter_context(contextlib.closing(RowWriter(directory / f"{name}.jsonl", done)))
-            for name in ("metrics", "samples")
-        )
-        trackers = stack.enter_context(opened(services, directory)) if processes.is_first() else []
-        if best and done:
-            _replay(best, config, directory, done, task.total_steps)
+        for output in outputs:
+            output.open(done, config.steps_per_call, is_planned)
         state = task.start()
         if done:
-            like, state = placement.restored(state), None  # a second state need not fit in memory
-            state = checkpoints.restore(done, like)
+            part = abstract_part(state, placement, len(outputs))
+            state = None  # a second state need not fit in memory
+            state = joined([output.checkpoints.restore(done, part) for output in outputs], placement.seeds)
         parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params)) / placement.seeds
         bar.describe(f"{rounded(parameters)} parameters")
         state = placement.place_state(state)
@@ -116,69 +99,61 @@ def train(
             program = TwoPrograms(placement, task.step)
         else:
             program = placement.compile(task.step, state)
-        clock, rounding_loss = _Clock(directory / "metrics.jsonl"), _RoundingLoss()
-        terminated, is_planned = stack.enter_context(noted_sigterm()), _planned(config, task.total_steps)
-        while done < task.total_steps and not (best and best.out_of_patience(done)):
+        clock, rounding_loss = _Clock(directories[0] / "metrics.jsonl"), _RoundingLoss()
+        terminated = stack.enter_context(noted_sigterm())
+        while done < task.total_steps and not any(output.out_of_patience(done) for output in outputs):
             steps = range(done, done + config.steps_per_call)
             batches = jax.tree.map(lambda *leaves: np.stack(leaves), *map(task.batch_at, steps))
             first = bar.first_call is None
             with bar.compiling() if first else contextlib.nullcontext():
                 state, metrics, samples = program(state, frozen, batches, task.run_key)
                 metrics, samples = processes.on_host((metrics, samples))
-            _check_finite(metrics, steps, directory.name)
+            _check_finite(metrics, steps, [each.parent.name for each in directories], directories[0].name)
             previous, done = done, steps.stop
             if first:
                 bar.describe(f"{np.mean(metrics['num_tokens']):,.0f} tokens per step")
-
-            rows = _metric_rows(metrics, steps, first_seed, placement.seeds)
-            sample_rows.write(_sample_rows(samples, steps, first_seed, placement.seeds, task.describe))
+            evaluations: list[tuple[dict[str, float], Rows]] = [({}, [])] * placement.seeds
             if task.evaluation and _crossed(task.evaluation.every, previous, done, task.total_steps):
                 bar.now("evaluating")
-                params = placement.for_evaluation(state.params)
-                for seed, row in enumerate(rows[-placement.seeds :]):
-                    evaluation, described = task.evaluation.run(_of_seed(params, seed, placement.seeds))
-                    row.update({name: _number(np.asarray(value)) for name, value in evaluation.items()})
-                    sample_rows.write({"step": done, **found} | {"seed": first_seed + seed} for found in described)
-            if lost := rounding_loss.after(rows, done / task.total_steps):
+                params, evaluate = placement.for_evaluation(state.params), task.evaluation.run
+                evaluations = [evaluate(_of_run(params, run, placement.seeds), run) for run in range(placement.seeds)]
+            written: list[Rows] = []
+            for output, runs in zip(outputs, runs_of(placement.seeds, len(outputs)), strict=True):
+                rows = _metric_rows(metrics, steps, first_seed, runs, placement.seeds)
+                output.samples.write(_sample_rows(samples, steps, first_seed, runs, placement.seeds, task.describe))
+                for seed, (found, described) in enumerate(evaluations[runs.start : runs.stop]):
+                    rows[seed - len(runs)].update({name: _number(np.asarray(x)) for name, x in found.items()})
+                    output.samples.write({"step": done, **each} | {"seed": first_seed + seed} for each in described)
+                written.append(rows)
+            if lost := rounding_loss.after([row for rows in written for row in rows], done / task.total_steps):
                 bar.warn(lost)
-            rows[-1].update(clock.read(config.steps_per_call, rows[-placement.seeds :]))
-            metric_rows.write(rows)
-            for tracker in trackers:
-                tracker.write(rows)
-            if best:
-                best.log(rows)
+            times = clock.read(config.steps_per_call, [row for rows in written for row in rows if row["step"] == done])
+            for output, rows in zip(outputs, written, strict=True):
+                rows[-1].update(times)
+                output.log(rows)
+            last = written[-1][-1]
             bar.update(
                 done,
                 task.total_steps,
-                {name: rows[-1][name] for name in task.key_figures if rows[-1].get(name) is not None},
+                {name: last[name] for name in task.key_figures if last.get(name) is not None},
             )
             ends = processes.any_of(terminated())
             if ends or is_planned(done):
-                metric_rows.flush()
-                sample_rows.flush()
-                if is_planned(done):  # the kept ones are then those of a run that nothing ended
-                    if best:
-                        best.at_checkpoint(done)
-                    checkpoints.keep_only(is_planned)
-                checkpoints.save(placement.whole(state))
+                parts = split(placement.whole(state), placement.seeds, len(outputs))
+                for output, part in zip(outputs, parts, strict=True):
+                    output.save(part, done, is_planned)
             if ends:
                 raise Terminated
-        checkpoints.keep_only(is_planned)
-        if best:
-            best.write(directory)
-            bar.say(f"{directory.name}: the best checkpoint is that of step {best.step}, of {done} steps")
+        for output in outputs:
+            output.checkpoints.keep_only(is_planned)
+            if output.best:
+                output.best.write(output.directory)
+                bar.say(
+                    f"{output.directory.name}: the best checkpoint is that of step {output.best.step}, of {done} steps"
+                )
         if isinstance(program, TwoPrograms) and (compiled := program.describe()):
-            bar.say(f"{directory.name}: {compiled}")
+            bar.say(f"{directories[0].name}: {compiled}")
     return done
-
-
-def _replay(best: BestSoFar, config: LoopConfig, directory: Path, done: int, total: int) -> None:
-    """Find the best of the checkpoints up to `done` from the logged rows."""
-    rows = read_rows(directory / "metrics.jsonl")
-    for step in range(config.steps_per_call, done + 1, config.steps_per_call):
-        best.log(row for row in rows if step - config.steps_per_call < row["step"] <= step)
-        if _crossed(config.checkpoint_every, step - config.steps_per_call, step, total):
-            best.at_checkpoint(step)
 
 
 class _Clock:
@@ -228,30 +203,30 @@ class _RoundingLoss:
         )
 
 
-def _metric_rows(metrics: dict[str, np.ndarray], steps: range, first_seed: int, seeds: int) -> Rows:
+def _metric_rows(metrics: dict[str, np.ndarray], steps: range, first_seed: int, runs: range, of: int) -> Rows:
     return [
         {
             "step": step + 1,
             "seed": first_seed + seed,
-            **{name: _number(_pick(values, index, seed, seeds)) for name, values in metrics.items()},
+            **{name: _number(_pick(values, index, run, of)) for name, values in metrics.items()},
         }
         for index, step in enumerate(steps)
-        for seed in range(seeds)
+        for seed, run in enumerate(runs)
     ]
 
 
-def _of_seed(params: PyTree, seed: int, seeds: int) -> PyTree:
-    return jax.tree.map(lambda leaf: leaf[seed], params) if seeds > 1 else params
+def _of_run(params: PyTree, run: int, of: int) -> PyTree:
+    return jax.tree.map(lambda leaf: leaf[run], params) if of > 1 else params
 
 
 def _sample_rows(
-    samples: PyTree, steps: range, first_seed: int, seeds: int, describe: Callable[[int, PyTree], Rows]
+    samples: PyTree, steps: range, first_seed: int, runs: range, of: int, describe: Callable[[int, PyTree], Rows]
 ) -> Rows:
     return [
         {"step": step + 1, "seed": first_seed + seed, **row}
         for index, step in enumerate(steps)
-        for seed in range(seeds)
-        for row in describe(step + 1, jax.tree.map(lambda leaf, i=index, k=seed: _pick(leaf, i, k, seeds), samples))
+        for seed, run in enumerate(runs)
+        for row in describe(step + 1, jax.tree.map(lambda leaf, i=index, k=run: _pick(leaf, i, k, of), samples))
     ]
 
 
@@ -260,17 +235,19 @@ def _number(value: np.ndarray | np.generic) -> float | None:
     return value.item() if np.isfinite(value) else None
 
 
-def _pick(leaf: np.ndarray, index: int, seed: int, seeds: int) -> np.ndarray | np.generic:
-    return leaf[index, seed] if seeds > 1 else leaf[index]
+def _pick(leaf: np.ndarray, index: int, run: int, of: int) -> np.ndarray | np.generic:
+    return leaf[index, run] if of > 1 else leaf[index]
 
 
-def _check_finite(metrics: dict[str, np.ndarray], steps: range, stage: str) -> None:
+def _check_finite(metrics: dict[str, np.ndarray], steps: range, points: Sequence[str], stage: str) -> None:
     bad = ~np.isfinite(metrics["loss"])
     if bad.any():
-        step = steps[int(np.argwhere(bad)[0][0])]
+        where = np.argwhere(bad)[0]
+        step = steps[int(where[0])]
+        of = f" of {points[int(where[1]) * len(points) // bad.shape[1]]}" if len(points) > 1 else ""
         raise RlhfError(
-            f"{stage}: the loss is not finite at step {step + 1} (batch {step}): lower the learning rate or inspect "
-            "that batch; the last checkpoint is kept"
+            f"{stage}: the loss{of} is not finite at step {step + 1} (batch {step}): lower the learning rate or "
+            "inspect that batch; the last checkpoint is kept"
         )
 
 

@@ -59,6 +59,8 @@ class Program(Protocol[State, Frozen, Batch, Samples]):
 
 
 SEED_AXIS = "seed"
+PER_RUN = "per_run"
+"""Entry of `frozen` with the numbers of a config that differ between runs that train at once: arrays float32[runs]."""
 BATCH_AXIS = "batch"
 
 
@@ -291,7 +293,7 @@ def _several(step: Step, seeds: int) -> Program:
     The result is cached, so that JAX compiles a step only once.
     """
     if seeds > 1:
-        step = jax.vmap(step, in_axes=(0, None, 0, 0), axis_name=SEED_AXIS)
+        step = _of_runs(step)
 
     @functools.wraps(step)
     def several(state: State, frozen: PyTree, batches: PyTree, run_key: jax.Array) -> tuple[State, dict, PyTree]:
@@ -303,6 +305,16 @@ def _several(step: Step, seeds: int) -> Program:
         return state, metrics, samples
 
     return several
+
+
+def _of_runs(step: Step) -> Step:
+    @functools.wraps(step)
+    def of_runs(state: State, frozen: PyTree, batch: PyTree, run_key: jax.Array) -> tuple[State, dict, PyTree]:
+        mapped = isinstance(frozen, dict) and PER_RUN in frozen
+        axes = {name: 0 if name == PER_RUN else None for name in frozen} if mapped else None
+        return jax.vmap(step, in_axes=(0, axes, 0, 0), axis_name=SEED_AXIS)(state, frozen, batch, run_key)
+
+    return of_runs
 
 
 @functools.lru_cache

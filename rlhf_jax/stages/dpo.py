@@ -75,7 +75,7 @@ def run(config: DPOConfig, context: Context) -> dict[str, Any]:
     elif config.loss.needs_reference and config.reference_update is None:
         logps = functools.partial(pair_logps_all, config.loss, network, reference.params)
         eval_reference = logps(eval_pairs, context.runtime.inference_batch, eval_fit)
-    frozen = {"beta": jnp.float32(config.beta)}
+    frozen, betas = {"beta": jnp.float32(config.beta)}, context.number_of_runs("beta", config.beta)
     live = config.loss.needs_reference and not (config.cached_reference or config.reference_update)
     if live or config.tuning.lora:
         frozen["reference"] = reference.params
@@ -85,14 +85,14 @@ def run(config: DPOConfig, context: Context) -> dict[str, Any]:
         follower = {"reference": jax.tree.map(jnp.copy, trained)} if config.reference_update else {}
         return updates.init({"policy": trained}, **follower)
 
-    def evaluation(trained: PyTree) -> tuple[dict[str, float], Rows]:
+    def evaluation(trained: PyTree, run: int) -> tuple[dict[str, float], Rows]:
         policy = reference._replace(params=full_params(network, trained["policy"], frozen, "reference"))
         logps, known = functools.partial(pair_logps_all, config.loss, network), eval_reference
         if config.reference_update:
             following = full_params(network, trained["reference"], frozen, "reference")
             known = logps(following, eval_pairs, context.runtime.inference_batch, eval_fit)
         own = logps(policy.params, eval_pairs, context.runtime.inference_batch, eval_fit)
-        metrics = evaluate(config.loss, own, known, eval_pairs, config.beta)
+        metrics = evaluate(config.loss, own, known, eval_pairs, betas[run])
         return metrics, policy_samples(policy, eval_prompts, config.sample_prompts, context, config.sample_temperature)
 
     method = OfflineMethod(
@@ -102,5 +102,5 @@ def run(config: DPOConfig, context: Context) -> dict[str, Any]:
         evaluate=evaluation,
         key_figures=("loss", "rewards/accuracies", "rewards/margins", "token_share"),
     )
-    figures = train_offline(config, context, network, data, method, runs=context.seeds)
+    figures = train_offline(config, context, network, data, method, runs=context.runs)
     return {"train_pairs": len(rows), "eval_pairs": len(held_out), **figures}

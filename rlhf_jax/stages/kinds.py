@@ -14,6 +14,7 @@ from rlhf_jax import user_code
 from rlhf_jax.config import Section
 from rlhf_jax.loading.context import Context
 from rlhf_jax.methods import preference_table, reward_table
+from rlhf_jax.methods.per_run import OPTIMIZER
 from rlhf_jax.stages import (
     best_of_n,
     dpo,
@@ -80,6 +81,8 @@ class Kind:
     # config; None: the stage's name.
     label: str | Callable[[Row], str] | None = None
     seeded: bool = False  # trains `seeds` runs at once; other kinds train one, with `seed`
+    # Numbers of the config, by dotted path, that may differ between runs that train at once.
+    numbers: tuple[str, ...] = ()
     unit: str | None = None  # plural name of a batch's rows, for kinds that train with `batch_size` and `optimizer`
     curves: tuple[Panel, ...] = ()  # learning curves: lines for training batches, dots for held-out data
     caption: str = ""  # below the learning curves
@@ -207,6 +210,7 @@ KINDS = {
         title="DPO",
         label=_loss_and_beta,
         seeded=True,
+        numbers=("beta", *OPTIMIZER),
         unit="pairs",
         curves=(
             _pair_loss(Series("loss", ""), Series("eval/loss", "")),
@@ -227,6 +231,7 @@ KINDS = {
         summary="Train a policy on single responses, each labelled good or bad",
         title="KTO",
         seeded=True,
+        numbers=("beta", *OPTIMIZER),
         unit="responses",
         curves=(
             Panel("Loss", "per response", (Series("loss", ""), Series("eval/loss", ""))),
@@ -248,6 +253,7 @@ KINDS = {
         title="Online DPO",
         label=lambda section: f"online {_loss_and_beta(section)}",
         seeded=True,
+        numbers=("beta", *OPTIMIZER),
         unit="pairs",
         curves=(*SAMPLING, _pair_loss(Series("loss", ""))),
         caption="Dashed: where the policy equals the reference.",
@@ -261,6 +267,7 @@ KINDS = {
         title="PPO",
         label="PPO",
         seeded=True,
+        numbers=("kl_coef", *OPTIMIZER),
         unit="responses",
         curves=SAMPLING,
         step="iteration",
@@ -272,6 +279,7 @@ KINDS = {
         summary="Train a policy with GRPO, RLOO, REINFORCE++ or another method without a critic",
         title="Policy gradients without a value function",
         seeded=True,
+        numbers=("kl_coef", *OPTIMIZER),
         unit="responses",
         curves=SAMPLING,
         step="iteration",

@@ -30,6 +30,7 @@ from rlhf_jax.loading.samples import policy_samples
 from rlhf_jax.loading.tables import evaluation_rows, load_preferences
 from rlhf_jax.loading.trainable import full_params, init_trainable, load_initial_policy
 from rlhf_jax.methods.offline import OfflineConfig, OfflineMethod, Updates, train_offline
+from rlhf_jax.methods.per_run import IN_UPDATES, beta_of_run, of_run
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.runtime.loop import Rows
@@ -94,16 +95,19 @@ def run(config: KTOConfig, context: Context) -> dict[str, Any]:
     data, eval_data = (labelled(table, tokenizer, context.data) for table in (rows, held_out))
     eval_prompts = pipeline.prompts(pipeline.load_rows(context.data, "eval"), tokenizer, context.data)
     report_answers(context, tokenizer, {"train": rows, "eval": all_held_out}, config.preferences)
-    frozen = {"reference": reference.params, "beta": jnp.float32(config.beta)}
+    frozen, betas = (
+        {"reference": reference.params, "beta": jnp.float32(config.beta)},
+        context.number_of_runs("beta", config.beta),
+    )
 
     def start(updates: Updates[PolicyNetwork], run: int) -> TrainState:
         return updates.init({"policy": init_trainable(network, reference.params, context.key("init", run)).trained})
 
-    def evaluation(trained: PyTree) -> tuple[dict[str, float], Rows]:
+    def evaluation(trained: PyTree, run: int) -> tuple[dict[str, float], Rows]:
         policy = reference._replace(params=full_params(network, trained["policy"], frozen, "reference"))
         models = (policy.params, reference.params)
         metrics = evaluate(
-            config.loss, network, models, eval_data, config.beta, context.runtime.inference_batch, config.widths
+            config.loss, network, models, eval_data, betas[run], context.runtime.inference_batch, config.widths
         )
         return metrics, policy_samples(policy, eval_prompts, config.sample_prompts, context, config.sample_temperature)
 
@@ -114,7 +118,7 @@ def run(config: KTOConfig, context: Context) -> dict[str, Any]:
         evaluate=evaluation,
         key_figures=("loss", "rewards/margins", "kl", "token_share"),
     )
-    figures = train_offline(config, context, network, make_table(config.loss, data), method, runs=context.seeds)
+    figures = train_offline(config, context, network, make_table(config.loss, data), method, runs=context.runs)
     return {
         "desirable_rows": int(data.label.sum()),
         "undesirable_rows": int((~data.label).sum()),
@@ -174,7 +178,7 @@ def make_step(updates: Updates[PolicyNetwork], loss_config: UnpairedLossConfig =
     def step(
         state: TrainState, frozen: dict[str, PyTree], batch: UnpairedBatch, run_key: jax.Array
     ) -> tuple[TrainState, dict[str, Array], tuple]:
-        baseline = None
+        baseline, beta = None, beta_of_run(frozen)
         if loss_config.estimates_kl != (batch.mismatched is not None):
             raise ValueError(f"{loss_config.loss} and the batch disagree on mismatched responses: use make_table")
         if batch.mismatched is not None:
@@ -192,9 +196,9 @@ def make_step(updates: Updates[PolicyNetwork], loss_config: UnpairedLossConfig =
             reference = response_logprobs(network, frozen["reference"], rows.sequences)
             policy = full_params(network, params["policy"], frozen, "reference")
             own = response_logprobs(network, policy, rows.sequences, keys)
-            return unpaired_loss(loss_config, own, reference, rows.label, baseline, beta=frozen["beta"], axes=axes)
+            return unpaired_loss(loss_config, own, reference, rows.label, baseline, beta=beta, axes=axes)
 
-        state, logged = updates.update(
+        state, logged = of_run(updates, frozen, IN_UPDATES).update(
             state, batch._replace(mismatched=None), run_key, loss_fn, weight=lambda rows: masking.rows(rows.label, axes)
         )
         num_tokens = masking.count(batch.sequences.response_mask, axes)

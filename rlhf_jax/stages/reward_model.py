@@ -95,7 +95,8 @@ def run(config: RewardModelConfig, context: Context) -> dict[str, Any]:
     report_answers(context, model.tokenizer, {"train": rows, "eval": held_out}, config.preferences)
     frozen = {"base": initial[0].base}
 
-    def evaluation(trained: PyTree) -> tuple[dict[str, float], Rows]:
+    def evaluation(trained: PyTree, member: int) -> tuple[dict[str, float], Rows]:
+        del member
         return evaluate(network, full_params(network, trained["reward"], frozen, "base"), eval_data, context)
 
     method = OfflineMethod(
@@ -105,7 +106,7 @@ def run(config: RewardModelConfig, context: Context) -> dict[str, Any]:
         evaluate=evaluation,
         key_figures=("loss", "accuracy", "eval/accuracy", "token_share"),
     )
-    trained = train_offline(config, context, network, data, method, runs=members)
+    trained = train_offline(config, context, network, data, method, runs=range(members))
     load = functools.partial(load_stage_reward_model, context.directory, find=context.workdir.find, where=context.where)
     if config.normalise is not None:
         found = score_moments(config.normalise, load(), context)

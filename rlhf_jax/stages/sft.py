@@ -72,7 +72,8 @@ def run(config: SFTConfig, context: Context) -> dict[str, Any]:
     report_answers(context, tokenizer, {"train": rows, "eval": all_held_out}, config.demonstrations)
     frozen = {"base": base}
 
-    def evaluation(trained: PyTree) -> tuple[dict[str, float], Rows]:
+    def evaluation(trained: PyTree, run: int) -> tuple[dict[str, float], Rows]:
+        del run
         policy = start._replace(params=full_params(network, trained["policy"], frozen, "base"))
         metrics = evaluate(network, policy.params, eval_data, context.runtime.inference_batch, eval_fit)
         return metrics, policy_samples(policy, eval_prompts, config.sample_prompts, context, config.sample_temperature)
@@ -84,7 +85,7 @@ def run(config: SFTConfig, context: Context) -> dict[str, Any]:
         evaluate=evaluation,
         key_figures=("loss", "eval/loss", "token_share"),
     )
-    figures = train_offline(config, context, network, data, method, runs=1)
+    figures = train_offline(config, context, network, data, method, runs=[0])
     return {"rows": len(rows), **figures, "vocab_size": network.vocab_size}
 
 

@@ -96,7 +96,7 @@ def run(directory, best: Best | None) -> int:
     )
     settings = LoopConfig(steps_per_call=1, checkpoint_every=2, keep=2, best=best)
     with contextlib.closing(open(directory / "log", "w")) as log, Display(Console(file=log)).bar("x") as bar:
-        return train(a_task, settings, make_placement(tiny.ONE_DEVICE, 1), 0, directory, bar)
+        return train(a_task, settings, make_placement(tiny.ONE_DEVICE, 1), 0, [directory], bar)
 
 
 def read(directory, step: int | None) -> float:

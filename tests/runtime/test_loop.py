@@ -43,7 +43,7 @@ def task(steps: int, **changes) -> Task:
             run_key=jax.random.key(0),
             total_steps=steps,
             key_figures=("loss",),
-            evaluation=Evaluation(4, lambda params: ({"eval/total": float(params["sum"]["x"])}, [{"text": "a"}])),
+            evaluation=Evaluation(4, lambda params, run: ({"eval/total": float(params["sum"]["x"])}, [{"text": "a"}])),
             describe=lambda number, samples: [{"seen": float(samples["row"][0])}] if number == 1 else [],
         ),
         **changes,
@@ -54,7 +54,7 @@ def run(a_task: Task, directory, *, steps_per_call: int = 2, checkpoint_every: i
     seeds = a_task.run_key.size
     settings = LoopConfig(steps_per_call, checkpoint_every, keep)
     with contextlib.closing(open(directory / "log", "w")) as log, Display(Console(file=log)).bar("x") as bar:
-        train(a_task, settings, make_placement(tiny.ONE_DEVICE, seeds), 7, directory, bar)
+        train(a_task, settings, make_placement(tiny.ONE_DEVICE, seeds), 7, [directory], bar)
 
 
 def test_numbers_that_are_not_finite_are_null_in_metrics(tmp_path):
@@ -62,7 +62,7 @@ def test_numbers_that_are_not_finite_are_null_in_metrics(tmp_path):
         state, metrics, samples = step(state, frozen, batch, run_key)
         return state, metrics | {"ratio": metrics["total"] * jnp.inf, "apart": metrics["total"] * jnp.nan}, samples
 
-    evaluation = Evaluation(4, lambda params: ({"eval/total": float("nan")}, []))
+    evaluation = Evaluation(4, lambda params, run: ({"eval/total": float("nan")}, []))
     run(task(4, step=overflowing, evaluation=evaluation), tmp_path)
     rows = read_rows(tmp_path / "metrics.jsonl")
     assert [row["ratio"] for row in rows] == [row["apart"] for row in rows] == [None] * 4

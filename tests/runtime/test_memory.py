@@ -32,7 +32,7 @@ def step(state, frozen, batch, run_key):
 def test_one_state_is_alive_and_two_while_a_checkpoint_is_written(tmp_path, monkeypatch):
     found: list[tuple[str, int, int]] = []
 
-    def evaluate(params):
+    def evaluate(params, run):
         found.append(("evaluation", alive(TRAINED), alive(FROZEN)))
         return {}, []
 
@@ -58,7 +58,7 @@ def test_one_state_is_alive_and_two_while_a_checkpoint_is_written(tmp_path, monk
         )
         with contextlib.closing(open(tmp_path / "log", "w")) as log, Display(Console(file=log)).bar("x") as bar:
             config = LoopConfig(steps_per_call=1, checkpoint_every=checkpoint_every)
-            train(task, config, make_placement(tiny.ONE_DEVICE, 1), 0, tmp_path, bar)
+            train(task, config, make_placement(tiny.ONE_DEVICE, 1), 0, [tmp_path], bar)
 
     run(2, checkpoint_every=2)
     assert found == [("evaluation", 1, 1), ("evaluation", 1, 1), ("save", 2, 1)]

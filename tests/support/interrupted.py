@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +60,11 @@ class Trap:
 def arm_in(stage: str, trap: Trap) -> None:
     """Arms the trap while the stage trains."""
 
-    def train(task: Any, config: Any, placement: Any, first_seed: int, directory: Path, *others: Any) -> int:
-        trap.armed = directory.name == stage  # stages share a module
-        done = loop.train(task, config, placement, first_seed, directory, *others)
+    def train(
+        task: Any, config: Any, placement: Any, first_seed: int, directories: Sequence[Path], *others: Any
+    ) -> int:
+        trap.armed = directories[0].name == stage  # stages share a module
+        done = loop.train(task, config, placement, first_seed, directories, *others)
         trap.armed = False
         return done
 

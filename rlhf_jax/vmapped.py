@@ -1,0 +1,140 @@
+"""Training of a stage of several points of a sweep in one program, where the points differ in numbers only.
+
+Each point gets the metrics, samples and checkpoints of its own run, in its own work directory, up to rounding. Its
+training is then complete, and the point runs on like an interrupted run, which writes the summary and later stages.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from rich.console import Console
+
+from rlhf_jax import config as configs
+from rlhf_jax.experiment import Experiment, layout
+from rlhf_jax.loading.context import Context, Together
+from rlhf_jax.methods.offline import OfflineConfig
+from rlhf_jax.methods.online_config import OnlineConfig
+from rlhf_jax.methods.policy_config import PolicyGradientConfig
+from rlhf_jax.runtime import compilation_cache, provenance
+from rlhf_jax.runtime.progress import Display
+from rlhf_jax.runtime.stage_state import recorded
+from rlhf_jax.runtime.workdir import Identity, Workdir, flatten
+from rlhf_jax.runtime.workdir_lock import locked
+from rlhf_jax.stages.kinds import StageConfig, find_kind
+
+
+class Member(NamedTuple):
+    """A stage of one point that is not complete."""
+
+    experiment: Experiment
+    place: Workdir
+    identity: Identity
+
+
+def train_points(points: Sequence[tuple[Experiment, Workdir]], name: str, console: Console) -> None:
+    """Train one stage of all points that allow it, in a program for each group of points that differ in numbers only.
+
+    Prints how many points train together, and why others do not. Stages that are complete are left out.
+    """
+    kind = find_kind(points[0][0].stages[name].kind, name)
+    if kind.unit is None:
+        return
+    for members in groups(points, name):
+        numbers = differing(members, name)
+        reason = obstacle(members[0].experiment.stages[name], [*numbers])
+        if len(members) > 1 and reason is None:
+            console.print(f"{name}: {len(members)} points, which differ in {', '.join(numbers)}, train in one program")
+            train(members, numbers, name, console)
+        elif len(members) > 1:
+            console.print(f"{name}: {len(members)} points train one after the other, because {reason}")
+    apart = ", ".join(kind.numbers) or "nothing, since this kind trains one run at a time"
+    if alone := [members for members in groups(points, name) if len(members) == 1]:
+        console.print(
+            f"{name}: {len(alone)} points train alone: no other has the same inputs and differs only in {apart}"
+        )
+
+
+def groups(points: Sequence[tuple[Experiment, Workdir]], name: str) -> list[list[Member]]:
+    """Group the points whose stage is not complete by what has to be equal in one program.
+
+    A stage whose inputs are not complete forms no group, since they may differ.
+    """
+    found: dict[str, list[Member]] = {}
+    for experiment, place in points:
+        stage = experiment.stages[name]
+        if not all(is_complete(place, each) for each in configs.input_stages(stage, experiment.stages)):
+            continue
+        identity = experiment.identity(name, place.fingerprint)
+        if place.status(name, identity) not in ("complete", "elsewhere"):
+            equal = {**identity.as_json(), "section": without_numbers(identity.section, stage, name)}
+            key = json.dumps([equal, dataclasses.asdict(experiment.runtime)], sort_keys=True)
+            found.setdefault(key, []).append(Member(experiment, place, identity))
+    return [*found.values()]
+
+
+def is_complete(place: Workdir, stage: str) -> bool:
+    """Return whether a stage is complete in a work directory or its inputs."""
+    roots = [place.root, *([place.inputs] if place.inputs else [])]
+    return any((root / stage / "complete.json").exists() for root in roots)
+
+
+def without_numbers(section: dict[str, Any], stage: StageConfig, name: str) -> dict[str, Any]:
+    """Flatten a stage's section, without the numbers that may differ. A zero is kept: it changes the program."""
+    numbers = find_kind(stage.kind, name).numbers
+    return {path: None if path in numbers and value else value for path, value in flatten(section).items()}
+
+
+def differing(members: Sequence[Member], name: str) -> dict[str, tuple[float, ...]]:
+    """Values of the numbers in which the points of a group differ, by dotted path."""
+    sections = [flatten(member.identity.section) for member in members]
+    numbers = find_kind(members[0].experiment.stages[name].kind, name).numbers
+    values = {path: tuple(section[path] for section in sections) for path in numbers}
+    return {path: each for path, each in values.items() if len(set(each)) > 1}
+
+
+def obstacle(stage: StageConfig, numbers: Sequence[str]) -> str | None:
+    """Return why runs of a stage cannot train at once; None if they can."""
+    if isinstance(stage, OfflineConfig | OnlineConfig) and stage.loop.best and stage.loop.best.patience:
+        return "loop.best.patience may stop them at different steps"
+    if isinstance(stage, OnlineConfig) and stage.slots is not None:
+        return f"slots = {stage.slots} samples for one run at a time"
+    if isinstance(stage, PolicyGradientConfig) and stage.kl_controller and "kl_coef" in numbers:
+        return "kl_controller changes kl_coef during training"
+    return None
+
+
+def train(members: Sequence[Member], numbers: dict[str, tuple[float, ...]], name: str, console: Console) -> None:
+    """Train the stage of all members in one program, from the newest step that all of them have."""
+    first = members[0].experiment
+    stage = first.stages[name]
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {first.runtime.xla_flags}"
+    compilation_cache.enable()
+    here = provenance.environment() | {"layout": layout(first.runtime)}
+    here |= {"together": [member.place.root.name for member in members]}
+    display = Display(console)
+    with display.running(), contextlib.ExitStack() as held:
+        display.start(f"Device: {provenance.machine_name(here['machine'])}")
+        directories = tuple(member.place.directory(name) for member in members)
+        for member, directory in zip(members, directories, strict=True):
+            held.enter_context(locked(member.place.root))
+            member.place.begin(name, member.identity)
+            provenance.begin(directory, here)
+            member.place.record([*member.experiment.stages])
+        states = [held.enter_context(recorded(directory)) for directory in directories]
+        bar = held.enter_context(display.bar(f"{name}, {len(members)} points", state=states[0]))
+        context = Context(
+            workdir=members[0].place,
+            stages=tuple(first.stages),
+            name=name,
+            seed=first.seed,
+            seeds=first.seeds,
+            data=first.data,
+            runtime=first.runtime,
+            bar=bar,
+            together=Together(directories, numbers),
+        )
+        find_kind(stage.kind, name).run(stage, context)

@@ -179,8 +179,9 @@ def _run_stage(
         batch = _batch(stage, kind.unit, experiment.runtime, directory)
         found = provenance.record(directory, identity, seeds, batch)
         write_json(directory / "summary.json", {**summary, "provenance": found, "time/seconds": seconds[0]})
-        timing = timings.Timing(seconds[0], bar.first_call, bytes_of(directory))
-        timings.add_timing(compilation_cache.cache_dir(), keys[name], timing)
+        if kind.unit is None or bar.first_call is not None:  # else it was trained before, maybe with other points
+            timing = timings.Timing(seconds[0], bar.first_call, bytes_of(directory))
+            timings.add_timing(compilation_cache.cache_dir(), keys[name], timing)
         workdir.complete(name, identity)
 
     processes.on_first(complete)

@@ -38,7 +38,7 @@ def examine(seconds: float, *, large: bool, report: Callable[[str], None]) -> di
     waiting, part = [NUMERICS, EXACTNESS, RATES], "the start of JAX"
     receiver, sender = PROCESSES.Pipe(duplex=False)
     with tempfile.TemporaryDirectory() as directory:
-        process = PROCESSES.Process(target=_work, args=(sender, Path(directory), seconds, large), daemon=True)
+        process = PROCESSES.Process(target=work, args=(sender, Path(directory), seconds, large), daemon=True)
         process.start()
         sender.close()
         try:
@@ -70,7 +70,7 @@ def examine(seconds: float, *, large: bool, report: Callable[[str], None]) -> di
     return found
 
 
-def _work(sender: Connection, directory: Path, seconds: float, large: bool) -> None:
+def work(sender: Connection, directory: Path, seconds: float, large: bool) -> None:
     """Do all parts, and send what is found as soon as it is known."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, which ends this process
     end = time.monotonic() + seconds

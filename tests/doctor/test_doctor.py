@@ -138,7 +138,7 @@ def dying(sender, directory, seconds, large) -> None:
 
 def test_the_budget_ends_a_part_that_does_not(monkeypatch):
     """Keep what was found before, and name the rest."""
-    monkeypatch.setattr(examination, "_work", endless)
+    monkeypatch.setattr(examination, "work", endless)
     monkeypatch.setattr(examination, "PROCESSES", interrupted.SERVER)
     clock = [0.0]
     monkeypatch.setattr(examination, "time", SimpleNamespace(monotonic=lambda: clock[0]))
@@ -152,7 +152,7 @@ def test_the_budget_ends_a_part_that_does_not(monkeypatch):
 
 
 def test_a_crash_names_its_part(monkeypatch):
-    monkeypatch.setattr(examination, "_work", dying)
+    monkeypatch.setattr(examination, "work", dying)
     monkeypatch.setattr(examination, "PROCESSES", interrupted.SERVER)
     with pytest.raises(RlhfError, match="died with exit status -9 in: rates of the devices"):
         examination.examine(300.0, large=False, report=lambda text: None)

@@ -41,6 +41,7 @@ from rlhf_jax.interop.families import model_config
 from rlhf_jax.interop.hf import load_pretrained, save_pretrained
 from rlhf_jax.models.model_config import AttentionBy, DType
 from rlhf_jax.models.policy import PolicyNetwork
+from rlhf_jax.runtime import provenance
 from rlhf_jax.runtime.huge_pages import restart_with_huge_pages
 from rlhf_jax.sampling.choice import Sampling
 from rlhf_jax.sampling.continuous import default_refill, generate_queue
@@ -322,6 +323,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     """Measure every shape and batch, and return the rows."""
     args, rows = parse(arguments), []
     memory = bandwidth()
+    here = provenance.source()
     for shape in [args.model] if args.model else args.shape:
         model = load(shape, args.model, args.dtype, args.attention)
         for batch in args.batch:
@@ -334,8 +336,10 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
                 "attention": args.attention,
                 "repeats": args.repeats,
                 "device": jax.devices()[0].device_kind,
-                "cores": os.cpu_count(),
                 "jax": jax.__version__,
+                "commit": here["commit"],
+                "clean": here["clean"],
+                "machine": provenance.machine(),
                 "xla_flags": os.environ.get("XLA_FLAGS", ""),
                 "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             }

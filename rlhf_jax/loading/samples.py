@@ -1,11 +1,12 @@
 """Decoded responses, and rows of `samples.jsonl`."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Float
 
 from rlhf_jax.data import pipeline
 from rlhf_jax.data.padding import pad_left
@@ -16,6 +17,7 @@ from rlhf_jax.loading.models import Policy
 from rlhf_jax.sampling.batches import sample_all
 from rlhf_jax.sampling.buckets import bucket
 from rlhf_jax.sampling.choice import Sampling
+from rlhf_jax.text.incremental import token_texts
 from rlhf_jax.text.stop_strings import cut, stop_table
 from rlhf_jax.text.tokenizer import Tokenizer
 from rlhf_jax.types import Rollout
@@ -133,6 +135,20 @@ def sample_rows(
         {"prompt": prompt, "completion": completion, "score": _number(s), "kl": _number(k), "length": int(length)}
         for prompt, completion, s, k, length in zip(*texts(tokenizer, rollout), score, kl, lengths, strict=True)
     ]
+
+
+def add_tokens(
+    rows: Sequence[dict[str, Any]],
+    tokenizer: Tokenizer,
+    rollout: Rollout[np.ndarray],
+    values: Mapping[str, Float[np.ndarray, "N T"]],
+) -> None:
+    """Add `tokens` to the rows of the first samples: the `text` of each response token, and its value by name."""
+    first = zip(rows, *map(np.asarray, rollout), strict=False)
+    for number, (row, prompt, prompt_mask, response, mask) in enumerate(first):
+        ids = response[mask].tolist()
+        numbers = {name: [float(f"{x:.4g}") for x in value[number, : len(ids)]] for name, value in values.items()}
+        row["tokens"] = {"text": token_texts(tokenizer, prompt[prompt_mask].tolist(), ids), **numbers}
 
 
 def policy_samples(

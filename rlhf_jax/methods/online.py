@@ -13,7 +13,7 @@ from rlhf_jax.data.prompts import DemonstrationSource, PromptSource
 from rlhf_jax.loading.context import Context
 from rlhf_jax.loading.data_report import report_prompts
 from rlhf_jax.loading.models import Policy, RewardModel
-from rlhf_jax.loading.samples import sample_rows
+from rlhf_jax.loading.samples import add_tokens, sample_rows
 from rlhf_jax.loading.tables import READING
 from rlhf_jax.loading.trainable import load_initial_policy, stack
 from rlhf_jax.methods import two_steps
@@ -125,7 +125,9 @@ def train_online(
         if step % config.samples_every and step != 1:
             return []
         shown = jax.tree.map(lambda leaf: leaf[: config.samples_written], samples)
-        return sample_rows(reference.tokenizer, shown.rollout, shown.scores.tolist(), shown.kl.tolist())
+        rows = sample_rows(reference.tokenizer, shown.rollout, shown.scores.tolist(), shown.kl.tolist())
+        add_tokens(rows[: config.tokens_recorded], reference.tokenizer, shown.rollout, shown.tokens)
+        return rows
 
     task = Task(
         step=make_step(iteration, reward, context.runtime, context.data),

@@ -31,6 +31,9 @@ class OnlineConfig:
     # Responses per forward pass without a gradient, over all devices: old and reference log-probabilities, values and
     # scores, and sampling without `slots`; None: all responses of an iteration at once.
     forward_batch: Count | None = None
+    # Number of the written samples whose tokens are written with their KL, reward, advantage and value, for the
+    # report; None: 4, or samples_written if that is less.
+    tokens_written: CountOrZero | None = None
     missing_eos_penalty: NonNegative = 0.0  # subtracted from the score of a truncated response
     tuning: Tuning = NO_CHANGES
 
@@ -39,6 +42,16 @@ class OnlineConfig:
         check_ranges(self)
         if self.batch_size % self.minibatches:
             raise ValueError(f"batch_size = {self.batch_size} is not a multiple of minibatches = {self.minibatches}")
+        written, shown = self.tokens_written, self.samples_written
+        if written is not None and written > shown:
+            raise ValueError(
+                f"tokens_written = {written} is more than samples_written = {shown}: lower it, or raise that"
+            )
+
+    @property
+    def tokens_recorded(self) -> int:
+        """Number of samples whose tokens are written with their values."""
+        return min(4, self.samples_written) if self.tokens_written is None else self.tokens_written
 
     @property
     def updates(self) -> int:

@@ -39,7 +39,7 @@ from rlhf_jax.methods import minibatches, policy_optimizer
 from rlhf_jax.methods.minibatches import Indices
 from rlhf_jax.methods.per_run import IN_ITERATION, of_run
 from rlhf_jax.methods.policy_method import KLEstimator, OnlineMethod, Rows
-from rlhf_jax.methods.policy_metrics import objective_metrics, reference_divergence, score_metrics
+from rlhf_jax.methods.policy_metrics import objective_metrics, score_metrics
 from rlhf_jax.methods.policy_parts import (
     Advantages,
     Coefficient,
@@ -56,6 +56,7 @@ from rlhf_jax.methods.policy_parts import (
     Setting,
     ValueTargets,
 )
+from rlhf_jax.methods.token_record import samples_of
 from rlhf_jax.models.head import token_stats, token_stats_with_entropy
 from rlhf_jax.models.scalars import ScalarNetwork
 from rlhf_jax.runtime.checkpoints import TrainState
@@ -165,8 +166,7 @@ class Iteration(Setting, Generic[Rows]):
             adapted = controller.next(kl_coef, objective["objective/kl"], self.config.batch_size)
             state = state._replace(controller={"kl_coef": adapted})
         logged = objective | numbers_of(evaluated.old.metrics) | prepared | responses.metrics | updated
-        samples = Samples(responses.sampled.rollout, responses.scores, reference_divergence(evaluated))
-        return state, logged, samples
+        return state, logged, samples_of(responses, evaluated, rows, kl_coef, self.config.tokens_recorded)
 
     def evaluate(self, params: Params, frozen: Params, responses: Responses, sequences: Sequences) -> Evaluated:
         """Compute log-probabilities and values before the first update, and shape the scores.

@@ -112,6 +112,7 @@ class Samples(NamedTuple):
     rollout: Rollout
     scores: jax.Array  # [B]
     kl: jax.Array  # [B], nats, by k1
+    tokens: Numbers  # values of the tokens of the first samples, by name, [rows, T]
 
 
 @dataclasses.dataclass(frozen=True)

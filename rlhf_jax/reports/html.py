@@ -39,7 +39,7 @@ LENGTHS = (
 )
 CHECKPOINTS = "One line per method and seed, one point per checkpoint."
 
-SCRIPTS = ("uPlot.iife.min.js", "charts.js", "curves.js", "explorer.js")
+SCRIPTS = ("uPlot.iife.min.js", "charts.js", "curves.js", "tokens.js", "explorer.js")
 
 
 class Page(NamedTuple):
@@ -81,6 +81,7 @@ def page(runs: Mapping[str, Run], samples_file: str) -> Page:
             "rows": found.inline,
             "more": 0 if found.rest is None else len(found.rest["writer"]),
             "file": samples_file,
+            "tokens": found.with_tokens,
             "compare": found.default,
         },
     }

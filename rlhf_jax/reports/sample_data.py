@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from rlhf_jax.reports import frames
@@ -15,8 +16,8 @@ from rlhf_jax.reports.markup import allowed
 from rlhf_jax.reports.run import Run
 from rlhf_jax.types import Json
 
-MOST_ROWS, MOST_CHARACTERS = 6000, 2_000_000
-"""Rows of the page, at most, and the characters of their texts."""
+MOST_ROWS, MOST_BYTES, MOST_OF_TOKENS = 6000, 2_500_000, 1_000_000
+"""Rows of the page, at most, the bytes of their contents, and those of samples with values of tokens."""
 
 NUMBERS = ("score", "gold", "kl", "length")
 
@@ -28,6 +29,7 @@ class ExplorerData(NamedTuple):
     inline: Json  # columns of the rows in the page
     rest: Json | None  # columns of the other rows
     default: tuple[int, int] | None  # writers to compare at first: the best method and the reference
+    with_tokens: int  # number of samples whose tokens have values
 
 
 def samples(runs: Mapping[str, Run]) -> ExplorerData:
@@ -67,13 +69,26 @@ def samples(runs: Mapping[str, Run]) -> ExplorerData:
             tables.append(table.assign(writer=[known[pair] for pair in names]))
             if default is None and stage in evaluations[-1:]:
                 default = _best_and_reference(run, known)
-    columns = ["writer", "step", "prompt", "completion", *NUMBERS]
+    columns = ["writer", "step", "prompt", "completion", *NUMBERS, "tokens"]
     whole = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=columns)
     whole = whole.reindex(columns=columns)
-    texts = whole["prompt"].astype(str).str.len() + whole["completion"].astype(str).str.len()
-    fits = (texts.cumsum() <= MOST_CHARACTERS) & (whole.index < MOST_ROWS)
+    whole["tokens"] = whole["tokens"].map(lambda found: _tokens(found) if isinstance(found, dict) else None)
+    fits = _fits(whole)
     rest = whole[~fits]
-    return ExplorerData(writers, _columns(whole[fits]), _columns(rest) if len(rest) else None, default)
+    known = int(whole["tokens"].notna().sum())
+    return ExplorerData(writers, _columns(whole[fits]), _columns(rest) if len(rest) else None, default, known)
+
+
+def _fits(table: pd.DataFrame) -> pd.Series:
+    """Choose the rows of the page: those with values of tokens, up to a share of its size, then the first others."""
+    sizes = table[["completion", "tokens"]].map(lambda value: len(embedded(value).encode())).sum(axis=1)
+    coloured = table["tokens"].notna()
+    first = coloured & (sizes.where(coloured, 0).cumsum() <= MOST_OF_TOKENS)
+    ordered = table.loc[(~first).sort_values(kind="stable").index]
+    once = ~ordered["prompt"].duplicated()  # the page has each prompt once
+    prompts = ordered["prompt"].map(lambda prompt: len(str(prompt).encode(errors="replace"))).where(once, 0)
+    fits = ((sizes.loc[ordered.index] + prompts).cumsum() <= MOST_BYTES) & (np.arange(len(table)) < MOST_ROWS)
+    return fits.sort_index()
 
 
 def script(rest: Json) -> str:
@@ -98,7 +113,12 @@ def _columns(table: pd.DataFrame) -> Json:
         "prompt": [numbers[prompt] for prompt in prompts],
         "text": [allowed(str(completion)) for completion in table["completion"]],
         **{name: [*_numbers(table[name])] for name in NUMBERS},
+        "tokens": {i: tokens for i, tokens in enumerate(table["tokens"]) if tokens is not None},
     }
+
+
+def _tokens(tokens: Mapping[str, Json]) -> Json:
+    return {**tokens, "text": [allowed(text) for text in tokens["text"]]}
 
 
 def _numbers(column: pd.Series) -> Iterable[float | None]:

@@ -48,6 +48,24 @@ class IncrementalText:
         return more
 
 
+def token_texts(tokenizer: Tokenizer, prompt: Sequence[int], response: Sequence[int]) -> list[str]:
+    """Return the text that each token of a response adds; they make up the completion.
+
+    A character of several tokens belongs to the last of them, and a special token without text has its name.
+    """
+    texts: list[str] = []
+    before, pending = list(prompt[-CONTEXT:]), []
+    for position, token in enumerate(response):
+        pending.append(token)
+        text = tokenizer.decode_completion(before, pending)
+        if text.endswith(INCOMPLETE) and position + 1 < len(response):
+            texts.append("")
+            continue
+        texts.append(text or tokenizer.backend.id_to_token(token) or "")
+        before, pending = [*before, *pending][-CONTEXT:], []
+    return texts
+
+
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest proper prefix of a stop string that is a suffix of the text."""
     return next((length for length in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:length])), 0)

@@ -14,6 +14,19 @@ from tests.support.browsing import chromium, opened
 
 MANY = 50_000
 
+PAINTED = """token => {
+  const at = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+  const painted = colour => {
+    at.fillStyle = colour;
+    at.fillRect(0, 0, 1, 1);
+    return [...at.getImageData(0, 0, 1, 1).data].slice(0, 3).map(value => value / 255);
+  };
+  const { color, backgroundColor } = getComputedStyle(token), ink = painted(color);
+  painted(getComputedStyle(token.closest("dialog")).backgroundColor);
+  return [ink, painted(backgroundColor)];
+}"""
+"""Function of an element in the dialog: the colours of its text and of the ground below it."""
+
 
 @pytest.fixture(scope="module")
 def browser():
@@ -158,6 +171,75 @@ def test_the_keyboard_moves_through_the_samples_and_opens_one(browser, plain):
         page.locator("#samples-view .list").focus()
         page.keyboard.press("End")
         assert current.get_attribute("aria-posinset") == str(workdirs.PROMPTS)
+
+
+def opened_sample(page):
+    """The dialog of the last sample that has values of tokens."""
+    page.locator("#sample-tokens").check()
+    page.locator("#samples-view .list").focus()
+    page.keyboard.press("End")
+    page.keyboard.press("Enter")
+    return page.locator("dialog[open]")
+
+
+def contrast(one, other):
+    """Contrast of two colours by WCAG 2.2."""
+
+    def luminance(colour):
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    dark, light = sorted(map(luminance, (one, other)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
+def test_tokens_are_coloured_by_a_quantity_on_a_scale_that_is_read_in_both_schemes(browser, plain, width, scheme):
+    with opened(browser, plain, width=width, scheme=scheme) as page:
+        dialog = opened_sample(page)
+        tokens = dialog.locator(".tokens [role=option]")
+        assert page.inner_text("#samples-view [role=status]").startswith("3 of ")
+        assert tokens.all_inner_texts() == [" it", " <b>is</b>⏎\n", "<eos>"]
+        strengths = "tokens => tokens.map(t => [t.className, Number(t.style.getPropertyValue('--share'))])"
+        assert tokens.evaluate_all(strengths) == [["above", 1], ["below", 0.5], ["above", 0.8]]
+        assert dialog.locator(".scale span").all_inner_texts() == ["−0.5", "+0.5"]
+        page.select_option("#token-quantity", "advantage")
+        assert tokens.evaluate_all(strengths) == [["above", 0.5], ["below", 1], ["above", 0]]
+        assert dialog.locator(".scale span").all_inner_texts() == ["−1.5", "+1.5"]
+        assert page.evaluate("document.activeElement.id") == "token-quantity"
+        lines = tokens.evaluate_all("tokens => tokens.map(t => getComputedStyle(t).textDecorationStyle)")
+        assert lines == ["solid", "dotted", "solid"], "the sign is not shown by colour alone"
+        for quantity, place in (("advantage", 1), ("kl", 0)):
+            page.select_option("#token-quantity", quantity)
+            ink, ground = tokens.nth(place).evaluate(PAINTED)
+            assert contrast(ink, ground) > 4.5, (quantity, ink, ground)
+        assert dialog.evaluate("d => d.scrollWidth") <= dialog.evaluate("d => d.clientWidth") <= width
+        page.select_option("#token-quantity", "")
+        assert tokens.count() == 0 and dialog.locator(".text").inner_text() == " it is"
+
+
+def test_values_of_tokens_are_read_by_keyboard_pointer_and_table(browser, plain):
+    with opened(browser, plain) as page:
+        dialog = opened_sample(page)
+        tokens, reading = dialog.locator(".tokens [role=option]"), dialog.locator(".reading")
+        tokens.first.focus()
+        page.keyboard.press("ArrowRight")
+        assert page.evaluate("document.activeElement.getAttribute('aria-label')") == "<b>is</b>: KL −0.25"
+        assert dialog.locator("[aria-selected=true]").count() == 1
+        assert (
+            reading.inner_text() == "“<b>is</b>”, token 2 of 3: KL −0.25 · reward +0.025 · value +0.4 · advantage −1.5"
+        )
+        page.keyboard.press("End")
+        assert "“<eos>”, token 3 of 3: KL +0.4 ·" in reading.inner_text()
+        tokens.first.hover()
+        assert reading.inner_text().startswith("“it”, token 1 of 3: KL +0.5")
+        dialog.locator("summary").click()
+        assert dialog.locator("table tbody tr").all_inner_texts()[0].split() == ["it", "0.5", "−0.05", "0.2", "0.75"]
+        page.keyboard.press("Escape")
+        page.locator("#sample-tokens").uncheck()
+        page.fill("#sample-search", "fine film (sft 0)")
+        page.locator("#samples-view article").first.click()
+        assert dialog.locator("#token-quantity").count() == 0, "an evaluation records no values of tokens"
 
 
 def test_every_control_has_a_name(browser, plain):

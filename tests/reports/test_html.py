@@ -7,7 +7,7 @@ import re
 import pytest
 
 from rlhf_jax.reports import html as page
-from rlhf_jax.reports import markup, report
+from rlhf_jax.reports import markup, report, sample_data
 from rlhf_jax.reports.run import Run
 from rlhf_jax.runtime.files import read_rows, write_rows
 from tests.support import workdirs
@@ -180,6 +180,25 @@ def test_all_samples_are_there_the_first_in_the_page_and_the_others_beside_it(tm
     assert Page(written(tmp_path).read_text()).data["samples"]["more"] == 0
     assert not (tmp_path / "report.samples.js").exists(), "samples of an earlier report do not stay"
     assert not plain.with_suffix(".samples.js").exists()
+
+
+def test_values_of_tokens_are_in_the_page_up_to_a_share_of_its_size(tmp_path, monkeypatch):
+    values = workdirs.token_values(40)
+    rows = [workdirs.sample_row(i, 0, f"answer {i}", 0.1, 0.2) for i in range(40)]
+    coloured = [row | ({"tokens": values} if row["step"] % 2 else {}) for row in rows]
+    workdirs.write_stage(tmp_path, "ppo", {"kind": "ppo"}, files={"samples.jsonl": coloured})
+    size = len(json.dumps(values))
+    monkeypatch.setattr(sample_data, "MOST_ROWS", 12)
+    monkeypatch.setattr(sample_data, "MOST_OF_TOKENS", 8 * size)
+    found = Page(written(tmp_path).read_text()).data["samples"]
+    rest = json.loads((tmp_path / "report.samples.js").read_text().removeprefix("reportSamples(").removesuffix(");\n"))
+    assert found["tokens"] == 20 and len(found["rows"]["text"]) == 12 and len(rest["text"]) == 28
+    assert 6 <= len(found["rows"]["tokens"]) <= 12 and len(rest["tokens"]) == 20 - len(found["rows"]["tokens"])
+    for block in (found["rows"], rest):
+        assert {block["step"][int(i)] % 2 for i in block["tokens"]} == {1}
+        assert all(tokens == values for tokens in block["tokens"].values())
+    monkeypatch.setattr(sample_data, "MOST_BYTES", 0)
+    assert Page(written(tmp_path).read_text()).data["samples"]["rows"]["text"] == []
 
 
 def test_best_of_n_starts_at_the_height_of_the_reference(tmp_path):

@@ -91,6 +91,17 @@ def sample_row(step: int, seed: int, text: str, score: float | None, kl: float |
     }
 
 
+def token_values(step: int) -> dict[str, Any]:
+    """Tokens of a sample and their values, as an online stage writes them."""
+    return {
+        "text": [" it", " <b>is</b>\n", "<eos>"],
+        "kl": [0.5, -0.25, 0.01 * step],
+        "reward": [-0.05, 0.025, 1.0],
+        "advantage": [0.75, -1.5, 0.0],
+        "value": [0.2, 0.4, 0.6],
+    }
+
+
 def result_row(method: str, seed: int, gold: float | None, reward: float, kl: float, seconds: float | None) -> dict:
     """One row of results.jsonl, keys in the order that evaluate writes them."""
     judged = gold is not None
@@ -190,6 +201,8 @@ def write_training(root: Path, *, seeds: int = 1) -> None:
         for seed in range(seeds)
         for _ in range(2)
     ]
+    for row in path[::2]:
+        row["tokens"] = token_values(row["step"])
     section = {"kind": "ppo", "policy": "sft", "reward_model": "reward_model"}
     inputs, files = ("sft", "reward_model"), {"metrics.jsonl": ppo, "samples.jsonl": path}
     write_stage(root, "ppo", section, inputs=inputs, files=files, seeds=seeds)

@@ -6,7 +6,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, normalizers
 
-from rlhf_jax.text.incremental import IncrementalText
+from rlhf_jax.text.incremental import IncrementalText, token_texts
 from rlhf_jax.text.tokenizer import load_tokenizer
 from tests.support.tokenizer_files import chatml, gemma, gpt2, save
 
@@ -40,6 +40,20 @@ def test_pieces_are_characters_and_make_the_whole(make, tmp_path):
     assert any(piece == "" for piece in given)  # of the characters that several tokens make
     assert sum(piece != "" for piece in given) > 20
     assert not text.stopped
+
+
+@pytest.mark.parametrize("make", [gpt2, chatml, gemma, llama2])
+def test_texts_of_tokens_make_up_the_completion(make, tmp_path):
+    tokenizer = load_tokenizer(make(tmp_path))
+    whole = tokenizer.encode("A:" + TEXT)
+    count = len(tokenizer.encode("A:"))
+    texts = token_texts(tokenizer, whole[:count], [*whole[count:], tokenizer.eos_id])
+    assert len(texts) == len(whole) - count + 1
+    assert "".join(texts[:-1]) == tokenizer.decode_completion(whole[:count], whole[count:]) == TEXT
+    assert texts[-1] == tokenizer.backend.id_to_token(tokenizer.eos_id) != ""
+    assert any(text == "" for text in texts), "a character of several tokens belongs to its last"
+    half = token_texts(tokenizer, whole[:count], tokenizer.encode("A: x日")[count:-1])
+    assert "".join(half).rstrip("\ufffd") == " x"
 
 
 @pytest.mark.parametrize("make", [chatml, llama2])

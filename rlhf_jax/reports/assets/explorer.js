@@ -16,6 +16,7 @@ class Explorer {
   constructor(root, samples) {
     this.samples = samples;
     this.rows = { prompts: [], ...Object.fromEntries(COLUMNS.map(name => [name, []])) };
+    this.tokens = new Map();
     this.add(samples.rows);
     this.judged = this.rows.gold.some(value => value !== null);
     const options = samples.writers.map((writer, i) => [i, writer.label]);
@@ -26,6 +27,12 @@ class Explorer {
     const sorts = Object.entries(SORTS).filter(([name]) => name !== "gold" || this.judged);
     this.sort = select("sample-sort", sorts.map(([name, [title]]) => [name, title]), "order", () => this.update());
     this.descending = element("input", { type: "checkbox", onchange: () => this.update() });
+    this.coloured = element("input", { type: "checkbox", id: "sample-tokens", onchange: () => {
+      if (this.coloured.checked) this.of.value = this.against.value = "";
+      this.update();
+    } });
+    this.quantity = select("token-quantity", [["", "nothing"], ...Object.entries(QUANTITIES).map(([name, [title]]) => [name, title])],
+      "kl", () => { this.open(); this.quantity.focus(); });
     this.status = element("span", { role: "status" });
     const field = (title, control) => element("label", {}, title, control);
     this.items = element("div", { class: "items", role: "list", "aria-label": "samples" });
@@ -36,7 +43,8 @@ class Explorer {
     root.append(
       element("div", { class: "controls", onfocusin: () => this.load() },
         field("Search", this.search), field("Answers of", this.of), field("beside", this.against),
-        field("Sort by", this.sort), element("label", {}, this.descending, "highest first"), this.status),
+        field("Sort by", this.sort), element("label", {}, this.descending, "highest first"),
+        samples.tokens ? element("label", {}, this.coloured, `with values of tokens (${number(samples.tokens)})`) : "", this.status),
       this.view, this.full);
     new ResizeObserver(() => this.render()).observe(this.view);
     this.update();
@@ -51,6 +59,8 @@ class Explorer {
       const target = this.rows[name];
       for (const value of columns[name]) target.push(name === "prompt" ? value + first : value);
     }
+    const before = this.length - columns.writer.length;
+    for (const [i, tokens] of Object.entries(columns.tokens)) this.tokens.set(before + Number(i), tokens);
     this.lower = null;
   }
 
@@ -98,7 +108,9 @@ class Explorer {
     const query = this.search.value.trim().toLowerCase(), { writer, text, prompt, prompts } = this.rows;
     this.lower ??= text.map((value, i) => `${prompts[prompt[i]]}${value}`.toLowerCase());
     const of = this.of.value === "" ? null : Number(this.of.value), all = [];
-    for (let i = 0; i < this.length; i++) if (of === null || writer[i] === of) all.push(i);
+    for (let i = 0; i < this.length; i++) {
+      if ((of === null || writer[i] === of) && (!this.coloured.checked || this.tokens.has(i))) all.push(i);
+    }
     this.pair(all);
     const compared = this.against.value !== "";
     this.shown = all.filter(i => (!query || this.lower[i].includes(query) || (this.partner.has(i) && this.lower[this.partner.get(i)].includes(query)))
@@ -162,11 +174,33 @@ class Explorer {
     const numbers = [
       gold[i] === null ? "" : `gold ${number(gold[i])}`, score[i] === null ? "" : `reward ${number(score[i])}`,
       kl[i] === null ? "" : `KL ${number(kl[i])}`, length[i] === null ? "" : `${number(length[i])} tokens`,
-      whole ? `${by.step} ${step[i]}` : "",
+      whole ? `${by.step} ${step[i]}` : "", !whole && this.tokens.has(i) ? "values of tokens" : "",
     ].filter(Boolean).join(" · ");
     return element("div", { class: "answer", style: `--colour: var(--${by.colour})` },
       element("header", {}, element("b", {}, by.label), element("span", {}, change ? `${change} · ${numbers}` : numbers)),
-      element("p", { class: "text" }, ...words));
+      ...(whole ? this.whole(i, words, by.label) : [element("p", { class: "text" }, ...words)]));
+  }
+
+  // The text of an answer in full, as coloured tokens where their values were recorded.
+  whole(i, words, label) {
+    const tokens = this.tokens.get(i), name = this.quantity.value;
+    if (!tokens) return [element("p", { class: "text" }, ...words)];
+    const read = text => { this.reading.textContent = text; };
+    return [name in tokens ? tokenView(tokens, name, this.largest, read) : element("p", { class: "text" }, ...words),
+      tokenTable(tokens, label)];
+  }
+
+  // Choice and legend of the colours of the open sample, and the place where a token's values are read.
+  colours(i) {
+    const found = [i, this.partner.get(i)].map(row => this.tokens.get(row)).filter(Boolean);
+    if (!found.length) return [[], []];
+    for (const option of this.quantity.options) option.disabled = option.value !== "" && !found.some(tokens => option.value in tokens);
+    if (this.quantity.selectedOptions[0].disabled) this.quantity.value = "kl";
+    const name = this.quantity.value;
+    this.largest = largestOf(found, name);
+    this.reading = element("p", { class: "reading" }, "Point at a token, or move among them with the arrow keys.");
+    return [[element("div", { class: "controls" }, element("label", {}, "Colour tokens by", this.quantity),
+      name ? tokenLegend(name, this.largest) : "")], name ? [this.reading] : []];
   }
 
   key(event) {
@@ -192,7 +226,8 @@ class Explorer {
     if (!this.shown.length) return;
     const go = by => { this.select(this.selected + by); this.open(); };
     const button = (title, action) => element("button", { type: "button", onclick: action }, title);
-    this.full.replaceChildren(...this.contents(this.shown[this.selected], true), element("footer", {},
+    const i = this.shown[this.selected], [above, below] = this.colours(i);
+    this.full.replaceChildren(...above, ...this.contents(i, true), ...below, element("footer", {},
       button("Previous", () => go(-1)), button("Next", () => go(1)),
       element("span", {}, `${number(this.selected + 1)} of ${number(this.shown.length)}`),
       button("Close", () => this.full.close())));

@@ -1,9 +1,14 @@
 """Reasons to mistrust a comparison of methods, shown before its results."""
 
-from typing import Any
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import pandas as pd
 
 from rlhf_jax.reports import frames
 from rlhf_jax.reports.run import Run
+from rlhf_jax.types import Json
 
 FEWEST_PROMPTS = 100
 """With fewer prompts, the 95 % interval of a win rate is more than 20 points wide."""
@@ -12,41 +17,97 @@ ERRORS = 3
 """Number of standard errors by which two estimates must differ to be taken as different."""
 
 
+class _Judgement(NamedTuple):
+    """A stage that compares methods: the judge's reward, the rewards that the methods optimised, and its prompts."""
+
+    judge: Any
+    optimised: dict[str, Any]
+    prompts: int
+
+
 def cautions(run: Run) -> list[str]:
-    """List the reasons to mistrust the evaluation; empty if there are none or there is no evaluation.
+    """List the reasons to mistrust the evaluation and the scores at equal KL; empty if there are none.
 
     The reasons are a reward model no better than chance on held-out pairs (the 95 % interval of its accuracy contains
-    50 % or lies below it), a judge that is also the reward that selected or trained some of the answers, an evaluation
-    on few prompts, a divergence below 0, and a reference with another score on Best-of-N's prompts.
+    50 % or lies below it), a judge that is also the reward that selected or trained some of the answers, a comparison
+    on few prompts, a divergence below 0, and a reference with another score on Best-of-N's prompts. Before methods are
+    compared, every reward model is checked, and afterwards those that the comparison depends on.
     """
-    if not run.of_kind("evaluate", complete=True):
-        return []
-    section = run.config(run.evaluation())["section"]
-    judge = section["reward_model"] if section.get("judge") is None else section["judge"]
-    optimised = _optimised_rewards(run)
-    rewards = {name for reward in [section["reward_model"], judge, *optimised.values()] for name in _models(reward)}
-    reasons = [_chance(run, name) for name in run.of_kind("reward_model", complete=True) if name in rewards]
-    circular = [method for method, reward in optimised.items() if set(_parts(reward)) & set(_parts(judge))]
-    if circular:
-        reasons.append(
-            f"The judge scores answers that were optimised for it: {_list(circular)} "
-            f"{'was' if len(circular) == 1 else 'were'} selected by, or trained on, the score of "
-            f"{frames.judge_name(run, judge)}, which is also the judge here. A high score or win rate shows that this "
-            "score was optimised, not that the answers are better."
-        )
-    prompts = int(run.results()["n_prompts"].max())
-    if prompts < FEWEST_PROMPTS:
+    judgements = _judgements(run)
+    rewards = [reward for found in judgements for reward in (found.judge, *found.optimised.values())]
+    used = {name for reward in [*rewards, *_selecting(run)] for name in _models(reward)}
+    models = run.of_kind("reward_model", complete=True)
+    reasons = [_chance(run, name) for name in models if name in used or not judgements]
+    reasons += [_circular(run, found) for found in judgements]
+    if judgements and (prompts := min(found.prompts for found in judgements)) < FEWEST_PROMPTS:
         reasons.append(
             f"Only {prompts} prompt{'s' if prompts > 1 else ''}: small differences between methods may be noise. "
             f"Evaluate on {FEWEST_PROMPTS} prompts or more."
         )
-    return [reason for reason in [*reasons, _negative_kl(run), _heights(run)] if reason is not None]
+    return list(dict.fromkeys(reason for reason in [*reasons, _negative_kl(run), _heights(run)] if reason is not None))
+
+
+def of_several(runs: Mapping[str, Run]) -> list[str]:
+    """List the reasons to mistrust a comparison of the runs with each other, as on the shared chart of score and KL."""
+    evaluated = {name: run for name, run in runs.items() if run.of_kind("evaluate", complete=True)}
+    if len(evaluated) < 2:
+        return []
+    starts = {name: _start(run) for name, run in evaluated.items()}
+    low, high = (choose(starts, key=lambda name: starts[name]["score"]) for choose in (min, max))
+    error = (starts[low]["score_se"] ** 2 + starts[high]["score_se"] ** 2) ** 0.5
+    reasons = []
+    if len({json.dumps(_judge_identity(run), sort_keys=True) for run in evaluated.values()}) > 1:
+        reasons.append("The runs were not judged by the same judge: do not compare their scores.")
+    elif starts[high]["score"] - starts[low]["score"] > ERRORS * error:
+        values = (f"{starts[name]['score']:.2f} in {name} ({starts[name]['label']})" for name in (low, high))
+        reasons.append(
+            f"The references of the runs differ: they score {' and '.join(values)}. Compare the gains over the "
+            "references, not the scores."
+        )
+    return reasons
+
+
+def _judgements(run: Run) -> list[_Judgement]:
+    found = []
+    for stage in run.of_kind("evaluate", complete=True)[-1:]:
+        section, results = run.config(stage)["section"], run.results()
+        judge = section["reward_model"] if section.get("judge") is None else section["judge"]
+        optimised = _optimised(run, results["method"].unique(), section["reward_model"])
+        found.append(_Judgement(judge, optimised, int(results["n_prompts"].max())))
+    for stage in run.of_kind("frontier", complete=True)[-1:]:
+        section = run.config(stage)["section"]
+        methods = run.points(stage)["method"].unique()
+        found.append(_Judgement(section["judge"], _optimised(run, methods, None), int(section["prompts"])))
+    return found
+
+
+def _selecting(run: Run) -> list[Any]:
+    """Reward of the last evaluation, which selects Best-of-N's answers."""
+    return [run.config(stage)["section"]["reward_model"] for stage in run.of_kind("evaluate", complete=True)[-1:]]
+
+
+def _circular(run: Run, judgement: _Judgement) -> str | None:
+    """Caution about a judge whose score the methods optimised, or None."""
+    judge = set(_parts(judgement.judge))
+    circular = [method for method, reward in judgement.optimised.items() if set(_parts(reward)) & judge]
+    if not circular:
+        return None
+    return (
+        f"The judge scores answers that were optimised for it: {_list(circular)} "
+        f"{'was' if len(circular) == 1 else 'were'} selected by, or trained on, the score of "
+        f"{frames.judge_name(run, judgement.judge)}, which is also the judge here. A high score or win rate shows that "
+        "this score was optimised, not that the answers are better."
+    )
 
 
 def _negative_kl(run: Run) -> str | None:
     """Caution about measured divergences that are below 0 by more than their errors, or None."""
-    results = run.results()
-    below = results[results["kl"] + ERRORS * results["kl_se"].fillna(0.0) < 0]
+    tables = [run.results()] if run.of_kind("evaluate", complete=True) else []
+    tables += [run.points(stage) for stage in run.of_kind("frontier", complete=True)[-1:]]
+    if not tables:
+        return None
+    measured = pd.concat([table[["method", "kl", "kl_se"]].astype({"kl": float, "kl_se": float}) for table in tables])
+    below = measured[measured["kl"] + ERRORS * measured["kl_se"].fillna(0.0) < 0]
     if below.empty:
         return None
     methods = list(dict.fromkeys(below["method"]))
@@ -59,9 +120,10 @@ def _negative_kl(run: Run) -> str | None:
 
 def _heights(run: Run) -> str | None:
     """Caution about a reference whose score on Best-of-N's prompts is not the one on the evaluation's, or None."""
-    results = frames.comparison(run)
-    column = "gold" if frames.judged_by_gold(results) else "proxy"
-    start = results[results["reference"]].iloc[0]
+    if not run.of_kind("evaluate", complete=True):
+        return None
+    start = _start(run)
+    column = "gold" if frames.judged_by_gold(run.results()) else "proxy"
     for stage in run.of_kind("best_of_n", complete=True)[-1:]:
         first = run.best_of_n_curve(stage).iloc[0]
         gap, error = abs(first[column] - start["score"]), (first[f"{column}_se"] ** 2 + start["score_se"] ** 2) ** 0.5
@@ -97,18 +159,28 @@ def _chance(run: Run, stage: str) -> str | None:
     )
 
 
-def _optimised_rewards(run: Run) -> dict[str, Any]:
-    """Map each compared method to the reward that it was selected by or trained on."""
-    section = run.config(run.evaluation())["section"]
-    rewards: dict[str, Any] = {}
-    for method in run.results()["method"].unique():
-        if method.startswith("best_of_"):
-            rewards[method] = section["reward_model"]
-        elif method in run.stages:
-            reward = _reward_of(run, method)
-            if reward is not None:
-                rewards[method] = reward
-    return rewards
+def _start(run: Run) -> pd.Series:
+    """Results of the evaluation's reference."""
+    results = frames.comparison(run)
+    return results[results["reference"]].iloc[0]
+
+
+def _judge_identity(run: Run) -> Json:
+    """Judge of an evaluation with the fingerprint of its stage, if it is one."""
+    config = run.config(run.evaluation())
+    section = config["section"]
+    judge = section["reward_model"] if section.get("judge") is None else section["judge"]
+    return [judge, config["inputs"].get(judge) if isinstance(judge, str) else None]
+
+
+def _optimised(run: Run, methods: Iterable[str], selecting: Any) -> dict[str, Any]:
+    """Map each method to the reward that it was trained on or, for Best-of-N, selected by."""
+    rewards = {
+        method: selecting if method.startswith("best_of_") else _reward_of(run, method)
+        for method in methods
+        if method.startswith("best_of_") or method in run.stages
+    }
+    return {method: reward for method, reward in rewards.items() if reward is not None}
 
 
 def _reward_of(run: Run, stage: str) -> Any:

@@ -10,11 +10,12 @@ from typing import NamedTuple
 
 from rlhf_jax.reports import charts, style
 from rlhf_jax.reports.calibration_section import calibration
+from rlhf_jax.reports.cautions import of_several
 from rlhf_jax.reports.curve_data import curves
 from rlhf_jax.reports.data_section import data
 from rlhf_jax.reports.markup import chart, text
 from rlhf_jax.reports.origins import origins
-from rlhf_jax.reports.results_section import equal_kl, first_screen, results
+from rlhf_jax.reports.results_section import equal_kl, first_screen, mistrusted, results
 from rlhf_jax.reports.run import Run
 from rlhf_jax.reports.sample_data import embedded, samples, script
 from rlhf_jax.reports.settings import configs
@@ -91,7 +92,7 @@ def page(runs: Mapping[str, Run], samples_file: str) -> Page:
         f'<section id="{name}"><h2>{text(heading)}</h2>{content}</section>' for name, heading, content in sections
     )
     several = len(runs) > 1
-    heads = "".join(
+    heads = mistrusted(of_several(runs)) + "".join(
         (f'<article class="run"><h2>{text(name)}</h2>' if several else "")
         + first_screen(run)
         + ("</article>" if several else "")

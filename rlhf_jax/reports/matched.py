@@ -73,7 +73,7 @@ def ranking(matched: pd.DataFrame, kinds: dict[str, str], score: str) -> Figure:
                     ax.text(0.02, place, "not reached", transform=ax.get_yaxis_transform(), fontsize=7, color=MUTED,
                             va="center")  # fmt: skip
                     continue
-                low, _ = _interval(row)  # symmetric around the mean
+                low, _ = interval(row)  # symmetric around the mean
                 error = 0.0 if pd.isna(low) else row["gold"] - low
                 ax.errorbar(row["gold"], place, xerr=error, color=color, marker="o", markersize=3.5, linewidth=1.2)
             ax.set_yticks(range(len(order)), reversed(order))
@@ -112,13 +112,13 @@ def matched_cells(matched: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
 def _cell(row: pd.Series) -> str:
     if not row["reached"]:
         return "–"
-    low, high = _interval(row)
-    interval = "" if pd.isna(low) else f" [{low:.2f}, {high:.2f}]"
+    low, high = interval(row)
+    between = "" if pd.isna(low) else f" [{low:.2f}, {high:.2f}]"
     seeds = "" if row["reached"] == row["seeds"] else f" ({row['reached']}/{row['seeds']})"
-    return f"{row['gold']:.2f}{interval}{seeds}".replace("-", "−")
+    return f"{row['gold']:.2f}{between}{seeds}".replace("-", "−")
 
 
-def _interval(row: pd.Series) -> tuple[float, float]:
+def interval(row: pd.Series) -> tuple[float, float]:
     """95 % interval over seeds, computed from the standard error for stages of older versions."""
     if "gold_low" in row:
         return row["gold_low"], row["gold_high"]

@@ -1,35 +1,43 @@
 """First screen of the report, and the tables of results."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import pandas as pd
 
 from rlhf_jax.core.statistics import t_interval
 from rlhf_jax.reports import frames, table
 from rlhf_jax.reports.cautions import cautions, meaningless
-from rlhf_jax.reports.differences import differences
+from rlhf_jax.reports.differences import at_equal_kl, differences
 from rlhf_jax.reports.markup import scrolling, table_of, text
-from rlhf_jax.reports.matched import matched_cells
+from rlhf_jax.reports.matched import interval, matched_cells
 from rlhf_jax.reports.origins import headline
 from rlhf_jax.reports.run import Run
 
 
 def first_screen(run: Run) -> str:
     """Render what was run, when and where, reasons to mistrust the results, and the finding with its interval."""
-    evaluated = bool(run.of_kind("evaluate", complete=True))
-    if not evaluated:
+    findings = []
+    if run.of_kind("evaluate", complete=True):
+        findings += [] if meaningless(run) else [_finding(frames.comparison(run), differences(run))]
+    for stage in run.of_kind("frontier", complete=True)[-1:]:
+        findings += _at_kl(run, stage)
+    if not run.of_kind("evaluate", complete=True) and not run.of_kind("frontier", complete=True):
         complete = ", ".join(name for name in run.stages if run.is_complete(name)) or "none"
-        finding = f"There is no evaluation yet. Complete stages: {complete}."
-    else:
-        finding = "" if meaningless(run) else _finding(frames.comparison(run), differences(run))
-    warnings = "".join(f"<li>{text(sentence)}</li>" for sentence in cautions(run))
+        findings.append(f"There is no evaluation yet. Complete stages: {complete}.")
     origin = headline(run)
     return (
         (f'<p class="note">{text(origin)}</p>' if origin else "")
         + (f'<p class="note">{text(described)}</p>' if (described := _extent(run)) else "")
-        + (f'<h3>What not to believe</h3><ul class="caution">{warnings}</ul>' if warnings else "")
-        + (f'<p class="lede">{text(finding)}</p>' if finding else "")
+        + mistrusted(cautions(run))
+        + "".join(f'<p class="lede">{text(finding)}</p>' for finding in findings)
     )
+
+
+def mistrusted(sentences: Sequence[str]) -> str:
+    """Render reasons to mistrust results; empty if there are none."""
+    items = "".join(f"<li>{text(sentence)}</li>" for sentence in sentences)
+    return f'<h3>What not to believe</h3><ul class="caution">{items}</ul>' if items else ""
 
 
 def results(run: Run) -> str:
@@ -70,18 +78,26 @@ def equal_kl(run: Run) -> str:
 
 
 def _extent(run: Run) -> str:
-    """Describe the size of a run: stages, seeds, prompts and wall time."""
+    """Describe the size of a run: stages, seeds, prompts, data and wall time."""
     stages = run.stages
     seconds = sum(run.summary(name).get("time/seconds") or 0.0 for name in stages if run.is_complete(name))
     seeds = max((run.config(name)["common"].get("seeds", 1) for name in stages), default=1)
-    prompts = int(run.results()["n_prompts"].max()) if run.of_kind("evaluate", complete=True) else None
+    prompts = [int(run.results()["n_prompts"].max()) for _ in run.of_kind("evaluate", complete=True)[-1:]]
+    prompts += [run.config(stage)["section"]["prompts"] for stage in run.of_kind("frontier", complete=True)[-1:]]
     parts = [
         f"Stages: {', '.join(stages)}" if stages else "No stage yet",
         f"{seeds} seed{'s' if seeds > 1 else ''}",
-        *([] if prompts is None else [f"{prompts} test prompts"]),
+        *(f"{count} test prompts" for count in dict.fromkeys(prompts)),
+        *(f"data: {name}" for name in _data(run)),
         f"{seconds:,.0f} s of wall time",
     ]
     return "; ".join(parts) + "."
+
+
+def _data(run: Run) -> list[str]:
+    """Names of the training data of all stages: the name of a file, or of a data set."""
+    sources = dict.fromkeys(str(run.config(name)["common"]["data"]["train"]) for name in run.stages)
+    return [source if ":" in source else Path(source).name for source in sources]
 
 
 def _finding(results: pd.DataFrame, gaps: pd.DataFrame) -> str:
@@ -103,6 +119,30 @@ def _finding(results: pd.DataFrame, gaps: pd.DataFrame) -> str:
         f"(95 % interval over {over}: {gain['low']:.2f} to {gain['high']:.2f}). It wins {100 * row['win_rate']:.0f} % "
         f"of pairs against {labels[start]}, at a KL divergence of {at_most}{row['kl']:.1f} nats.{ties}"
     ).replace("-", "−")
+
+
+def _at_kl(run: Run, stage: str) -> list[str]:
+    """Describe the best method at the largest divergence that all methods of a frontier stage reached."""
+    table = run.matched(stage)
+    scores = table.pivot(index="method", columns="kl", values="gold").astype(float)
+    common = [kl for kl in scores.columns if scores[kl].notna().all()]
+    if not common:
+        return ["No divergence from the reference was reached by all methods, so that none is the best at equal KL."]
+    kl = max(common)
+    best = str(scores[kl].idxmax())
+    row = table[(table["kl"] == kl) & (table["method"] == best)].iloc[0]
+    low, high = interval(row)
+    seeds = int(row["reached"])
+    over = (
+        f"95 % interval over {seeds} seeds: {low:.2f} to {high:.2f}" if seeds > 1 else "one seed, without an interval"
+    )
+    gaps = at_equal_kl(run.at_kl(stage))
+    gaps = gaps[(gaps["kl"] == kl) & (gaps["method"] == best) & (gaps["low"] <= 0)]
+    close = f" It does not differ significantly from {', '.join(gaps['against'])}." if len(gaps) else ""
+    return [
+        f"At a KL divergence of {kl:g} nats, {best} has the highest {frames.frontier_score(run, stage)}: "
+        f"{row['gold']:.2f} ({over}).{close}".replace("-", "−")
+    ]
 
 
 def _win_rates(run: Run) -> str:

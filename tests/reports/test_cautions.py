@@ -3,7 +3,8 @@
 import pytest
 
 from rlhf_jax.reports import report
-from rlhf_jax.reports.cautions import cautions, meaningless
+from rlhf_jax.reports.cautions import cautions, meaningless, of_several
+from rlhf_jax.reports.html import page
 from rlhf_jax.reports.run import Run
 from rlhf_jax.runtime.files import read_json, read_rows, write_json, write_rows
 from tests.support import workdirs
@@ -114,3 +115,27 @@ def test_cautions_stand_before_every_finding_and_a_meaningless_score_has_no_head
     page = (tmp_path / "report.html").read_text()
     assert page.index("<h1>") < page.index("no better than chance") < page.index("<table>")
     assert "has the highest reward score" not in page
+
+
+def test_a_reward_model_at_chance_is_named_before_anything_is_evaluated(tmp_path):
+    workdirs.write_training(tmp_path)
+    assert cautions(Run(tmp_path)) == []
+    reward_model_ranks(tmp_path, 0.49, 0.45, 0.53)
+    (sentence,) = cautions(Run(tmp_path))
+    assert "no better than chance" in sentence
+
+
+def test_runs_whose_references_or_judges_differ_are_not_to_be_compared_by_score(good, tmp_path_factory):
+    other = workdirs.write_all(tmp_path_factory.mktemp("other"))
+    runs = {"one": Run(good), "two": Run(other)}
+    assert of_several(runs) == [] == of_several({"one": Run(good)})
+    path = other / "evaluate" / "results.jsonl"
+    raised = [row | ({"gold_score": 0.5} if row["method"] == "sft" else {}) for row in read_rows(path)]
+    write_rows(path, raised)  # the standard errors are 0.05
+    (sentence,) = of_several(runs)
+    assert "they score 0.10 in one (SFT) and 0.50 in two (SFT)" in sentence
+    assert sentence in page(runs, "samples.js").html
+    config = other / "evaluate" / "config.json"
+    whole = read_json(config)
+    write_json(config, {**whole, "section": {**whole["section"], "judge": "another"}})
+    assert of_several(runs) == ["The runs were not judged by the same judge: do not compare their scores."]

@@ -1,5 +1,7 @@
 """A frontier stage in the report: its figures, its table and its file."""
 
+import shutil
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -7,7 +9,10 @@ import scipy.stats
 from rich.console import Console
 
 from rlhf_jax.reports import frames, report
+from rlhf_jax.reports.cautions import cautions
+from rlhf_jax.reports.results_section import first_screen
 from rlhf_jax.reports.run import Run
+from rlhf_jax.runtime.files import read_json, write_json, write_rows
 from rlhf_jax.stages.frontier import at_kl, match
 from tests.support import workdirs
 
@@ -39,7 +44,7 @@ def run(tmp_path_factory):
         "at_kl.jsonl": at_kl(points, tuple(SLOPES), TARGETS),
     }
     workdirs.write_gold(root)
-    section = {"kind": "frontier", "judge": {"functions": ["mine.py:f"], "model": "rm"}}
+    section = {"kind": "frontier", "judge": {"functions": ["mine.py:f"], "model": "rm"}, "prompts": 200}
     workdirs.write_stage(root, "frontier", section, inputs=("gold", "sft", *SLOPES), files=files)
     return Run(root)
 
@@ -113,3 +118,26 @@ def test_other_judges_have_names_too(tmp_path):
     for number, (judge, named) in enumerate(judges.items()):
         workdirs.write_stage(tmp_path, f"frontier_{number}", {"kind": "frontier", "judge": judge}, inputs=("gold",))
         assert frames.frontier_score(Run(tmp_path), f"frontier_{number}") == named
+
+
+def test_the_first_screen_says_what_was_found_at_equal_kl(run):
+    low, high = 3.05 + np.array([-1, 1]) * 0.05 * scipy.stats.t.ppf(0.975, 1)
+    text = first_screen(run)
+    assert (
+        "At a KL divergence of 1 nats, ppo has the highest score by rm + mine.py:f: 3.05 (95 % interval over 2 seeds: "
+        f"{low:.2f} to {high:.2f})."
+    ) in text
+    assert "200 test prompts; data: train.jsonl;" in text and "no evaluation yet" not in text
+
+
+def test_the_cautions_of_an_evaluation_hold_at_equal_kl_too(run, tmp_path):
+    root = shutil.copytree(run.workdir, tmp_path / "run")
+    assert cautions(Run(root)) == []
+    config = root / "frontier" / "config.json"
+    whole = read_json(config)
+    write_json(config, {**whole, "section": {**whole["section"], "judge": "reward_model", "prompts": 50}})
+    points = written_points()
+    write_rows(root / "frontier" / "points.jsonl", [*points[:-1], points[-1] | {"kl": -0.4}])
+    circular, few, negative = cautions(Run(root))
+    assert circular.startswith("The judge scores answers that were optimised for it: ppo was selected by, or trained")
+    assert few.startswith("Only 50 prompts") and "divergence of ppo was measured below 0 (-0.4 nats)" in negative

@@ -5,15 +5,15 @@ from typing import Any
 
 import pandas as pd
 
-from rlhf_jax.reports.markup import plain, table_of
+from rlhf_jax.reports.markup import fold, plain, table_of, text
 from rlhf_jax.reports.run import Run
 
-HEADINGS = ("stage", "kind", "seed", "wall time", "steps", "s per step", "tokens per s", "share of tokens", "summary")
+HEADINGS = ("stage", "kind", "seed", "wall time", "steps", "s per step", "tokens per s", "share of tokens")
 
 
 def stages(run: Run) -> str:
     """Render the table of stages with wall times, rates (medians over the training) and summary values."""
-    rows, total = [], 0.0
+    rows, facts, total = [], {}, 0.0
     for name in run.stages:
         config, complete = run.config(name), run.is_complete(name)
         summary = run.summary(name) if complete else {}
@@ -23,15 +23,19 @@ def stages(run: Run) -> str:
         last = common["seed"] + common.get("seeds", 1) - 1
         seeds = f"{common['seed']}" if last == common["seed"] else f"{common['seed']}–{last}"
         wall = "not complete" if seconds is None else f"{seconds:.0f} s"
-        facts = ", ".join(
-            f"{key.replace('_', ' ')} {plain(value)}" for key, value in summary.items() if _is_fact(key, value)
+        facts[name] = ", ".join(
+            f"{text(key.replace('_', ' '))} {plain(value)}" for key, value in summary.items() if _is_fact(key, value)
         )
-        rows.append([name, config["section"]["kind"], seeds, wall, *_rates(run, name), facts])
+        rows.append([name, config["section"]["kind"], seeds, wall, *_rates(run, name)])
     note = (
         f"{total:.0f} s in total. Rates are medians over the training, of all seeds together. Share of tokens: the "
         "part of a batch's positions that is not padding."
     )
-    return f'{table_of(HEADINGS, rows)}<p class="note">{note}</p>' if rows else ""
+    items = "".join(f"<dt>{text(name)}</dt><dd>{fact}</dd>" for name, fact in facts.items() if fact)
+    summaries = (
+        fold("Summaries of the stages", "sizes, selections and accuracies", f"<dl>{items}</dl>") if items else ""
+    )
+    return f'{table_of(HEADINGS, rows)}<p class="note">{note}</p>{summaries}' if rows else ""
 
 
 def _rates(run: Run, stage: str) -> list[str]:

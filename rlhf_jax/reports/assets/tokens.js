@@ -9,7 +9,8 @@ const QUANTITIES = {
 };
 
 const quantitiesOf = tokens => Object.keys(QUANTITIES).filter(name => name in tokens);
-const largestOf = (all, name) => Math.max(0, ...all.flatMap(tokens => (tokens[name] ?? []).map(Math.abs)));
+const LEAST = 1e-3; // smaller values, such as errors of rounding, do not get the full colour
+const largestOf = (all, name) => Math.max(LEAST, ...all.flatMap(tokens => (tokens[name] ?? []).map(Math.abs)));
 const signed = value => (value > 0 ? "+" : "") + number(value);
 const readable = text => text.replaceAll("\n", "⏎\n") || "·"; // a part of a character has no text
 
@@ -20,9 +21,9 @@ function tokenView(tokens, name, largest, read) {
   const told = i => read(`“${tokens.text[i].trim() || readable(tokens.text[i])}”, token ${i + 1} of ${values.length}: `
     + quantitiesOf(tokens).map(name => `${QUANTITIES[name][0]} ${signed(tokens[name][i])}`).join(" · "));
   view.append(...values.map((value, i) => element("span", {
-    role: "option", class: value < 0 ? "below" : "above", tabindex: i ? -1 : 0, "aria-selected": "false",
+    role: "option", class: ["below", "zero", "above"][Math.sign(value) + 1], tabindex: i ? -1 : 0, "aria-selected": "false",
     "aria-label": `${tokens.text[i].trim() || "blank"}: ${title} ${signed(value)}`, title: `${title} ${signed(value)}`,
-    style: `--share: ${largest ? (Math.abs(value) / largest).toFixed(3) : 0}`,
+    style: `--share: ${(Math.abs(value) / largest).toFixed(3)}`,
     onfocus: event => {
       view.querySelector("[aria-selected=true]")?.setAttribute("aria-selected", "false");
       event.target.setAttribute("aria-selected", "true");

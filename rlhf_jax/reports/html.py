@@ -3,6 +3,7 @@
 Tables are HTML. Curves, charts and the explorer of samples are drawn by the scripts in `assets` from one JSON object.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -52,13 +53,22 @@ class Page(NamedTuple):
 
 def write_page(runs: Sequence[Run], path: Path) -> None:
     """Write a report and, before it, the samples that it does not hold, to a script named after it."""
-    beside = path.with_suffix(".samples.js")
+    beside, end = path.with_suffix(".samples.js"), mark(runs)
     made = page(named([Snapshot(run) for run in runs]), beside.name)
     if made.samples is None:
         beside.unlink(missing_ok=True)
     else:
         write_text(beside, made.samples)
-    write_text(path, made.html)
+    write_text(path, made.html + end)
+
+
+def mark(runs: Sequence[Run]) -> str:
+    """Return a comment at the end of a page that identifies the complete stages of its runs."""
+    found = hashlib.sha256()
+    for run in runs:
+        for name in sorted(filter(run.is_complete, run.stages)):
+            found.update(f"{name} {(run.directory(name) / 'complete.json').read_text()}".encode())
+    return f"\n<!-- {found.hexdigest()} -->\n"
 
 
 def named(runs: Sequence[Run]) -> dict[str, Run]:

@@ -51,14 +51,13 @@ def write_report(workdir: str | Path, inputs: str | Path | None = None) -> Path:
 
 
 def is_current(workdir: str | Path, inputs: str | Path | None = None) -> bool:
-    """Return whether report.html, which is written last, exists and is newer than every complete stage."""
+    """Return whether report.html, which is written last, exists and is of all complete stages."""
     run = Snapshot(Run(workdir, inputs))
     report = run.workdir / REPORT
     evaluated = bool(run.of_kind("evaluate", complete=True))
     if not report.exists() or (evaluated and not (run.workdir / RESULTS).exists()):
         return False
-    markers = (run.directory(name) / "complete.json" for name in run.stages if run.is_complete(name))
-    return all(marker.stat().st_mtime_ns <= report.stat().st_mtime_ns for marker in markers)
+    return report.read_text(encoding="utf-8").endswith(html.mark([run]))
 
 
 def print_summary(run: Run, console: Console) -> None:

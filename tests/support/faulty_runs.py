@@ -23,7 +23,7 @@ from unittest import mock
 
 import jax
 
-from rlhf_jax.main import main
+from rlhf_jax.main import entry_point
 from rlhf_jax.runtime import termination
 from rlhf_jax.runtime.checkpoints import HASHES, steps_of
 from tests.support import clocks, experiments, interrupted, many_stages, records, xla_flags
@@ -65,8 +65,9 @@ def work(log: Path, cache: Path, least: float, limit: int | None, arguments: lis
     jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
     if limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    termination.raise_on_sigterm()
-    sys.exit(main(arguments))
+    os.environ["RLHF_JAX_HUGE_PAGES"] = "off"  # the command would start again
+    sys.argv = ["rlhf-jax", *arguments]
+    entry_point()
 
 
 class Disturbed:

@@ -40,8 +40,16 @@ def train_points(points: Sequence[tuple[Experiment, Workdir]], name: str, consol
 
     Prints how many points train together, and why others do not. Stages that are complete are left out.
     """
-    kind = find_kind(points[0][0].stages[name].kind, name)
-    if kind.unit is None:
+    experiment, place = points[0]
+    stage = experiment.stages[name]
+    kind = find_kind(stage.kind, name)
+    if kind.unit is None or all(is_complete(each, name) for _, each in points):
+        return
+    apart = [each for each in configs.input_stages(stage, experiment.stages) if not is_complete(place, each)]
+    if not kind.numbers or apart:
+        reads = f"it reads {', '.join(apart)}, which they do not share"
+        reason = reads if kind.numbers else "this kind of stage trains one run at a time"
+        console.print(f"{name}: points train one after the other, because {reason}")
         return
     for members in groups(points, name):
         numbers = differing(members, name)
@@ -51,10 +59,10 @@ def train_points(points: Sequence[tuple[Experiment, Workdir]], name: str, consol
             train(members, numbers, name, console)
         elif len(members) > 1:
             console.print(f"{name}: {len(members)} points train one after the other, because {reason}")
-    apart = ", ".join(kind.numbers) or "nothing, since this kind trains one run at a time"
     if alone := [members for members in groups(points, name) if len(members) == 1]:
         console.print(
-            f"{name}: {len(alone)} points train alone: no other has the same inputs and differs only in {apart}"
+            f"{name}: {len(alone)} points train alone: no other has the same inputs and differs only in "
+            f"{', '.join(kind.numbers)}"
         )
 
 
@@ -83,9 +91,12 @@ def is_complete(place: Workdir, stage: str) -> bool:
 
 
 def without_numbers(section: dict[str, Any], stage: StageConfig, name: str) -> dict[str, Any]:
-    """Flatten a stage's section, without the numbers that may differ. A zero is kept: it changes the program."""
+    """Flatten a stage's section, without the numbers that may differ.
+
+    A zero is kept, since it changes the program, and so is None, a preset of the method.
+    """
     numbers = find_kind(stage.kind, name).numbers
-    return {path: None if path in numbers and value else value for path, value in flatten(section).items()}
+    return {path: "a number" if path in numbers and value else value for path, value in flatten(section).items()}
 
 
 def differing(members: Sequence[Member], name: str) -> dict[str, tuple[float, ...]]:

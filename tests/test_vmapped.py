@@ -1,5 +1,6 @@
 """Points of a sweep that differ in numbers only train in one program, and each is the run that it would be alone."""
 
+import dataclasses
 import io
 import json
 import shutil
@@ -12,6 +13,7 @@ from rlhf_jax import experiment, vmapped
 from rlhf_jax.config import override
 from rlhf_jax.runtime.checkpoints import steps_of
 from rlhf_jax.runtime.workdir import Workdir
+from rlhf_jax.stages.kinds import KINDS
 from tests.support import experiments
 
 TOLERANCE = {"rel": 1e-4, "abs": 1e-5}
@@ -167,10 +169,25 @@ def test_points_that_cannot_train_together_are_named_with_the_reason(points, sai
     assert said in sweep.train()
 
 
+@pytest.mark.parametrize(
+    ("numbers", "reads", "said"),
+    [
+        ((), None, "because this kind of stage trains one run at a time"),
+        (("beta",), "sft", "because it reads sft, which they do not share"),
+    ],
+)
+def test_equal_stages_of_other_kinds_and_of_different_inputs_train_alone(numbers, reads, said, tmp_path, monkeypatch):
+    monkeypatch.setattr(vmapped, "train", lambda *_: pytest.fail("these points train alone"))
+    monkeypatch.setattr(vmapped, "find_kind", lambda kind, name: dataclasses.replace(KINDS["dpo"], numbers=numbers))
+    sweep = Sweep(tmp_path, experiments.dpo_section(str(tmp_path)), {"beta": 0.1}, {"beta": 0.1})
+    monkeypatch.setattr(vmapped.configs, "input_stages", lambda stage, known: [reads] if reads else [])
+    assert f"dpo: points train one after the other, {said}" in sweep.train()
+
+
 def test_a_zero_is_another_program(tmp_path, monkeypatch):
     monkeypatch.setattr(experiment, "checkpoint_hash", lambda source: "hash")
     section = {"kind": "group_rl", "method": "grpo", "num_generations": 4}
     section |= {"policy": str(tmp_path), "reward_model": str(tmp_path), **ONLINE}
-    sweep = Sweep(tmp_path, section, *({"kl_coef": coefficient} for coefficient in (0.0, 0.1, 0.2)))
+    sweep = Sweep(tmp_path, section, *({"kl_coef": coefficient} for coefficient in (0.0, 0.1, 0.2, None)))
     sizes = [len(members) for members in vmapped.groups(sweep.points, "group_rl")]
-    assert sizes == [1, 2], "without a penalty, the program does not compute it"
+    assert sizes == [1, 2, 1], "without a penalty, the program does not compute it; None is the preset"

@@ -1,9 +1,10 @@
 """Verifiers of two sizes for generators of two sizes, on arithmetic word problems.
 
-The task is that of experiments/arithmetic.py. Both generators learn the same worked solutions. The solutions that each
-samples for training problems are labelled by their answers, and verifiers of both sizes, which start from the generator
-of their own size, learn to classify them. A control learns from shuffled labels. For each generator there is one pool
-of solutions of test problems, with the scores of its verifiers and the exact reward.
+The task is that of experiments/arithmetic.py, with 12,000 training problems, all of which SFT reads. Both generators
+learn the same worked solutions. The solutions that each samples for training problems are labelled by their answers,
+and verifiers of both sizes, which start from the generator of their own size, learn to classify them. A control learns
+from shuffled labels. For each generator there is one pool of solutions of test problems, with the scores of its
+verifiers and the exact reward.
 """
 
 from collections.abc import Sequence
@@ -42,6 +43,9 @@ def config(*, smoke: bool) -> ConfigDict:
     found = ConfigDict({name: task[name] for name in ("seed", "seeds", "data", "runtime", "sft")})
     found.stages = ("sft",)
     found.sft.update({"sample_prompts": 0, "eval_every": 1000})
+    if not smoke:
+        found.data.train = "arithmetic:train,problems=12000,steps=1-2,largest=10"
+        found.sft.epochs = 1.2
     small = found.sft.copy_and_resolve_references()
     small.model.update({"d_model": 24, "d_ff": 96} if smoke else SMALL)
     add(found, "sft_small", small)

@@ -169,8 +169,9 @@ rlhf_jax.sample(
 #
 # ## Exercise
 #
-# Weaken the penalty of PPO to `kl_coef=0.02` without running the other stages again. Predict the direction in which
-# `gold_score`, `reward_score` and `kl` will move, and check.
+# Weaken the penalty of PPO from `kl_coef=0.1` to 0.02, without running the other stages again. Predict the direction in which
+# `gold_score`, `reward_score` and `kl` will move, and check. Two arguments help: the second of `load_config` overrides
+# fields, as in `{"ppo.kl_coef": 0.02}`, and `inputs` of `run` names a work directory to read complete stages from.
 #
 # <details><summary>Answer</summary>
 #

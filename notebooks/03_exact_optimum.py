@@ -94,8 +94,9 @@ optimum_figure
 # $$L_{DPO} = -\mathbb{E}\left[\log \sigma\left(\beta \log \tfrac{\pi(y_w)}{\pi_{ref}(y_w)}
 # - \beta \log \tfrac{\pi(y_l)}{\pi_{ref}(y_l)}\right)\right].$$
 #
-# `train_on_pairs` minimises this loss (`rlhf_jax.preference_losses.sigmoid_loss`) with exact gradients. The pairs are all
-# ordered pairs of responses, weighted by the probability of their label, so that there is no sampling noise.
+# `train_on_pairs` minimises this loss (`rlhf_jax.preference_losses.sigmoid_loss`) with exact gradients. `pairs` holds all
+# ordered pairs of responses: the indices `chosen` and `rejected`, and as `share` the probability of the label, so that there
+# is no sampling noise.
 
 # %%
 beta = 0.5
@@ -225,8 +226,8 @@ plane_figure
 #
 # ## Exercise
 #
-# DPO saw all pairs. Keep only the pairs among the five best responses, `rewards > 1.5`, and train again. Which
-# probabilities does the loss still determine, and what happens to the other five responses?
+# DPO saw all pairs. Keep only the pairs in which both responses are among the five best, `rewards > 1.5`, scale their `share`
+# to sum 1, and train again. Which probabilities does the loss still determine, and what happens to the other five responses?
 #
 # <details><summary>Answer</summary>
 #

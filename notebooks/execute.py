@@ -44,6 +44,7 @@ def execute(script: Path, directory: Path, **environment: str) -> Any:
         timeout=3600,
         kernel_name="python3",
         record_timing=False,
+        coalesce_streams=True,
         resources={"metadata": {"path": str(directory)}},
     )
     client.execute(env={**os.environ, "PYTHONPATH": paths, **environment})

@@ -71,12 +71,12 @@ def notebooks() -> dict[str, tuple[str, dict[str, bytes]]]:
 
 
 def listed() -> str:
-    """List of the notebooks: title, and first paragraph."""
+    """List of the notebooks: title, and question."""
     lines = []
     for name, (text, _) in notebooks().items():
         title, _, rest = text.strip().partition("\n")
-        first = " ".join(rest.strip().split("\n\n")[0].split())
-        lines.append(f"- [{name[:2]} {title.lstrip('# ')}](notebooks/{name}.md): {first}")
+        question = rest.partition("**Question.** ")[2].partition("\n\n")[0]
+        lines.append(f"- [{title.lstrip('# ')}](notebooks/{name}.md): {' '.join(question.split())}")
     return "\n".join(lines)
 
 

@@ -193,7 +193,10 @@ calibration_figure
 scored = {"gold": gold, "reward_model": reward, "hurried": pool["hurried"]}
 within = {name: (array - array.mean(axis=1, keepdims=True)).reshape(-1) for name, array in scored.items()}
 tokens = (length - length.mean(axis=1, keepdims=True)).reshape(-1)
-{f"correlation of {name} with length": round(np.corrcoef(array, tokens)[0, 1], 2) for name, array in within.items()}
+{
+    f"correlation of {name} with length": round(float(np.corrcoef(array, tokens)[0, 1]), 2)
+    for name, array in within.items()
+}
 
 # %%
 longer = gap["length"] * np.sign(gap["gold"])  # length of the better answer minus length of the worse one
@@ -206,6 +209,7 @@ with style.context():
         left.plot(by_length["score"].mean(), "o-", ms=4, color=style.PALETTE[colour], label=name)
     left.margins(y=0.2)
     left.legend(fontsize=7.5, frameon=False, loc="upper left", ncols=3, columnspacing=1, handlelength=1.2)
+    left.set_xticks(range(0, 13, 3))
     left.set_xlabel("length of the answer, tokens")
     left.set_title("Mean score, deviations")
     for key, colour in (("reward", "blue"), ("hurried", "orange")):

@@ -151,7 +151,7 @@ with style.context():
         panel.set_yscale("log")
         panel.set_ylim(least, None)
     figures[1].axes[1].set_ylim(-1, 1)
-    figures[0].axes[0].legend(fontsize=7, frameon=False, loc="lower right")
+    figures[0].axes[2].legend(fontsize=7, frameon=False, loc="upper right")
 figures[0]
 
 # %% [markdown]
@@ -208,11 +208,11 @@ pd.concat([table[table["step"] == table["step"].max()].head(2).assign(run=name) 
 # | `hotter` | divergence: KL shoots up, then the policy is stuck in another place | the same curves, at once; later `completions/mean_length` | the same |
 #
 # - **The score does not tell the runs apart.** The highest one belongs to the bug, whose gold score is the lowest.
-# - **The total is only the sum.** With several rewards, look at each part: the score of `bug` rises to 6 while its
-#   part from the reward model ends where `healthy` does.
-# - **An alarm is not a verdict.** `hot` sets off every alarm, and ends with the highest gold score, because it has moved furthest
-#   and the judge likes the direction. Whether 17 nats are too far is a question for your eyes: read the answers. `hotter` is what
-#   the same alarms announce when nobody acts on them.
+# - **The total is only the sum.** With several rewards, look at each part: the score of `bug` rises above 6, while
+#   its part from the reward model falls back to 0.2.
+# - **An alarm is not a verdict.** `hot` sets off every alarm, and ends with the highest gold score: it has moved far, and the
+#   judge likes the direction. Whether 12 nats are too far is a question for your eyes: read the answers. `hotter`, which moved up
+#   to 34 nats, is what the same alarms announce when nobody acts on them.
 # - **KL tells early.** `hotter` has moved 5 nats in its second iteration, `healthy` 2 in twenty.
 # - Runs are exact: a run that went wrong can be run again with a small `loop.checkpoint_every`, and will go wrong at the same
 #   iteration, where you can look at it.
@@ -230,8 +230,8 @@ pd.concat([table[table["step"] == table["step"].max()].head(2).assign(run=name) 
 # pd.DataFrame({name: rung.idxmax().where(rung.any()) for name, rung in above.items()})
 # ```
 #
-# `healthy` sets off nothing. `hot` and `hotter` set off all three within three iterations. `no_penalty` and `bug` exceed 4 nats
-# in iteration 12 and never move fast: their updates look perfect. Alarms on the updates find faults of the optimiser, and
+# `healthy` sets off nothing. `hot` and `hotter` set off all three within four iterations. `no_penalty` and `bug` exceed 4
+# nats in iterations 14 and 12 and never move fast: their updates look perfect. Alarms on the updates find faults of the optimiser, and
 # only KL, samples and another judge find faults of the objective.
 #
 # </details>

@@ -39,11 +39,14 @@ INTRODUCTION = """\
 # Results
 
 Each claim of a paper has a criterion that was committed before the run that it judges. The statistic has one value per
-seed (or per problem, topic, or other independent unit); the interval is Student's t at 95 %. Verdicts hold the chance
-of any wrong one among the claims of a question at 5 % (Holm's method). "Smallest effect" is the one that these units
-show with a chance of 80 %, alone. "Exact" statistics have no sampling error. What a paper's experiment is here, and how
-it differs from the paper's, stands at the head of its `paper.py`. `rlhf-jax reproduce --check` recomputes this page's
-verdicts from the committed results; `experiments/papers/write_results.py` writes the page.
+seed (or per problem, topic, or other independent unit); "here" is its mean with Student's t interval at 95 %, which is
+not adjusted for other claims. Verdicts hold the chance of any wrong one among the claims of a question at 5 % (Holm's
+method), so that a claim may be inconclusive although its interval excludes the bound. "Smallest effect" is the distance
+from the bound that these units, with the spread measured here, show with a chance of 80 % as the only claim. "Exact"
+statistics have no sampling error. [Reading results](explanation/reading-results.md#papers) defines the verdicts. What a
+paper's experiment is here, and how it differs from the paper's, stands at the head of its `paper.py`, with doubts about
+the result under "Found" and "Learning rate". `rlhf-jax reproduce --check` recomputes this page's verdicts from the
+committed results; `experiments/papers/write_results.py` writes the page.
 
 The overview of a question shows how far every statistic is from its criterion's bound, in half-widths of its interval:
 to the right on the side of the claim, to the left on the other. Beyond 1 the interval excludes the bound; the verdicts

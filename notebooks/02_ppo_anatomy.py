@@ -264,6 +264,6 @@ clip_figure
 #
 # A few per cent of the tokens change sign. Without the penalty, tokens that the policy already likes more than the
 # reference (positive KL) are no longer held back: they would be made more likely still. In one iteration this is a small
-# change. Over a hundred iterations it is what takes a policy from 8 nats to 80; notebook 10 shows such a run.
+# change. It adds up: in notebook 10, twenty iterations take a policy to 1.8 nats with the penalty, and to 7.6 without.
 #
 # </details>

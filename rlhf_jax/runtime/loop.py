@@ -76,7 +76,8 @@ def train(
     if task.total_steps % config.steps_per_call:
         raise RlhfError(
             f"{directories[0].name}: {task.total_steps} steps are not a multiple of steps_per_call = "
-            f"{config.steps_per_call}: a shorter last call would compile a second program"
+            f"{config.steps_per_call}: a shorter last call would compile a second program. Train for a multiple of it, "
+            f"or set config.{directories[0].name}.loop.steps_per_call"
         )
     is_planned = _planned(config, task.total_steps)
     with contextlib.ExitStack() as stack:

@@ -124,7 +124,8 @@ def main(argv: list[str]) -> int:
         getattr(importlib.import_module(module), function)(arguments)
     except (KeyboardInterrupt, Terminated) as error:
         word, status = ("Terminated", STATUS) if isinstance(error, Terminated) else ("Interrupted", 130)
-        advice = " The same command continues from the last checkpoint." if verb in ("run", "sweep") else ""
+        otherwise = "" if isinstance(error, Terminated) else ", or starts the stage again if there is none"
+        advice = f" The same command continues from the last checkpoint{otherwise}." if verb in ("run", "sweep") else ""
         print(f"\n{word}.{advice}", file=sys.stderr)
         _leave(status)
         return status

@@ -48,6 +48,11 @@ def family_of(hf_config: dict[str, Any], where: str) -> Family:
     if source := hf_config.get(USER_FAMILY):
         return _load_family(source, hf_config, where)
     name = hf_config.get("model_type")
+    if name is None:
+        raise RlhfError(
+            f"{where} has no model_type: give a Hugging Face checkpoint. If this is the directory of a stage, export "
+            "its model first: rlhf-jax export --workdir=DIR --stage=NAME --out=MODEL"
+        )
     if name not in FAMILIES:
         raise RlhfError(
             f"{where}: model_type = {name!r} is not supported: it should be one of {', '.join(FAMILIES)}. For another "

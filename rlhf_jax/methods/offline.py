@@ -107,7 +107,7 @@ class OfflineConfig:
 
     optimizer: OptimizerConfig
     batch_size: Count  # rows in an update: demonstrations, pairs, responses, or prompts with their ranked responses
-    epochs: Positive  # passes over the training rows
+    epochs: Positive  # passes over the training rows, rounded to whole calls of loop.steps_per_call, at least one
     eval_every: Count  # steps between evaluations
     loop: LoopConfig
     eval_rows: Count | None = 1024  # held-out rows of an evaluation, the same ones every time; None: all

@@ -30,7 +30,7 @@ from rlhf_jax.runtime.workdir import Identity, Workdir
 from rlhf_jax.runtime.workdir_lock import locked
 from rlhf_jax.stages.kinds import KINDS, StageConfig, find_kind
 from rlhf_jax.stages.online_dpo import OnlineDPOConfig
-from rlhf_jax.stages.sizes import parameters
+from rlhf_jax.stages.sizes import check_batches, parameters, update_rows
 from rlhf_jax.types import RlhfError
 
 COMMON = tuple(field.name for field in dataclasses.fields(Common))
@@ -92,6 +92,10 @@ def parse(config: ConfigDict) -> Experiment:
                 raise RlhfError(
                     f"config.{name} reads stage {input!r}, which is not before it in config.stages = {common.stages}"
                 )
+        try:
+            check_batches(sections[name], devices=common.runtime.row_devices, seeds=common.seeds)
+        except RlhfError as error:
+            raise RlhfError(f"config.{name}: {error}") from error
         stages[name] = sections[name]
     return Experiment(common.seed, common.seeds, common.data, common.runtime, stages)
 
@@ -249,7 +253,7 @@ def _training(experiment: Experiment, name: str) -> str:
         return ""
     length = f"{stage.iterations} iterations" if isinstance(stage, OnlineConfig) else f"{stage.epochs:g} epochs"
     seeds = experiment.seeds if find_kind(stage.kind, name).seeded else 1
-    return f"batch {_rows(stage)}, {length}" + (f", {seeds} seeds" if seeds > 1 else "")
+    return f"batch {update_rows(stage)}, {length}" + (f", {seeds} seeds" if seeds > 1 else "")
 
 
 def _checkpoint_bytes(experiment: Experiment, name: str) -> int | None:
@@ -292,7 +296,7 @@ def _sizes(experiment: Experiment, name: str) -> list[str]:
     if kind.unit is None:
         return []
     seeds = [f"{experiment.seeds} seeds"] if kind.seeded and experiment.seeds > 1 else []
-    return [*seeds, f"{_rows(stage)} {kind.unit} per update"]
+    return [*seeds, f"{update_rows(stage)} {kind.unit} per update"]
 
 
 @contextlib.contextmanager
@@ -312,7 +316,7 @@ def _batch(stage: Any, unit: str | None, runtime: RuntimeConfig, directory: Path
     """Return the effective batch of a stage that trains, from its config and its metrics; None for other stages."""
     if unit is None:
         return None
-    metrics, rows = read_rows(directory / "metrics.jsonl"), _rows(stage)
+    metrics, rows = read_rows(directory / "metrics.jsonl"), update_rows(stage)
     if isinstance(stage, OnlineConfig):
         responses = 2 * rows if isinstance(stage, OnlineDPOConfig) else rows
         tokens = [responses * row["completions/mean_length"] for row in metrics]
@@ -325,11 +329,6 @@ def _batch(stage: Any, unit: str | None, runtime: RuntimeConfig, directory: Path
         devices=runtime.data * runtime.fsdp,
         tokens=tokens,
     )
-
-
-def _rows(stage: Any) -> int:
-    """Rows of one update of a stage that trains."""
-    return stage.batch_size // stage.minibatches if isinstance(stage, OnlineConfig) else stage.batch_size
 
 
 def _parse_stage(name: str, config: ConfigDict) -> StageConfig:

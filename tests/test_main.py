@@ -110,6 +110,41 @@ def test_flags_that_cannot_be(flag, words, tmp_path, capsys):
     assert not (tmp_path / "run" / "sft" / "complete.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--config.ppo.iterations=7", "--dry-run"],
+            "config.ppo: iterations = 7 is not a multiple of loop.steps_per_call = 2: a shorter last call would "
+            "compile a second program. Change one of them",
+        ),
+        (
+            ["--config.ppo.optimizer.micro_batch=3"],
+            "config.ppo: a batch of 8 rows does not divide into slices of 3: change optimizer.micro_batch",
+        ),
+        (
+            ["--config.ppo.forward_batch=6"],
+            "config.ppo: a batch of 16 rows does not divide into slices of 6: change forward_batch",
+        ),
+        (
+            ["--config.ppo.slots=4", "--config.seeds=2"],
+            "config.ppo: slots = 4 cannot sample for seeds = 2 at once: set slots to None, or seeds to 1",
+        ),
+        (
+            ["--config.dpo.optimizer.micro_batch=32"],
+            "config.dpo: a batch of 16 rows does not divide into slices of 32: change optimizer.micro_batch",
+        ),
+        (
+            ["--config.runtime.data=2", "--config.ppo.minibatches=16"],
+            "config.ppo: a batch of 1 rows does not divide over 2 devices: change the batch size",
+        ),
+    ],
+)
+def test_batches_and_calls_that_do_not_divide_stop_a_run_before_its_first_stage(flags, message, tmp_path, capsys):
+    assert message in fails(capsys, PREFERENCES, f"--workdir={tmp_path / 'run'}", *files(tmp_path), *flags)
+    assert not (tmp_path / "run").exists()
+
+
 def test_configs_that_cannot_be(tmp_path, capsys):
     broken = tmp_path / "broken.py"
     broken.write_text("def get_config(:\n")

@@ -46,6 +46,7 @@ def get_config(arg: str = "") -> ConfigDict:
         for name, rows in BATCHES.items():
             config[name].update({"batch_size": rows, "epochs": 1.0})
             config[name].optimizer.micro_batch = 8
-        config.ppo.update({"batch_size": 512, "iterations": EPISODES // 512})
+        calls = EPISODES // 512 // config.ppo.loop.steps_per_call
+        config.ppo.update({"batch_size": 512, "iterations": calls * config.ppo.loop.steps_per_call})
         config.ppo.optimizer.micro_batch = 8
     return config.lock()

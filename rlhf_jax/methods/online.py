@@ -27,7 +27,7 @@ from rlhf_jax.runtime.loop import Task, train
 from rlhf_jax.runtime.programs import PER_RUN, SEED_AXIS, RuntimeConfig, Step
 from rlhf_jax.runtime.two_programs import TwoSteps
 from rlhf_jax.sampling import buckets
-from rlhf_jax.types import Json, RlhfError, Row
+from rlhf_jax.types import Json, Row
 
 
 class Inputs(NamedTuple):
@@ -91,8 +91,6 @@ def train_online(
     the reference and the reward.
     Returns: the summary's fields about prompts.
     """
-    _check_slots(config, method, context)
-    devices = context.runtime.row_devices
     runs = context.runs
     reference, placement = inputs.reference, context.placement(len(runs))
     networks = Networks(
@@ -103,7 +101,6 @@ def train_online(
     )
     iteration = Iteration(networks, config, placement.axes, (SEED_AXIS,) if len(runs) > 1 else (), method)
     frozen = {**frozen, "reference": reference.params}
-    iteration.forward_slices(prompts_each * method.num_generations, devices)  # before anything is compiled
     if isinstance(reward, DeviceReward):
         frozen["reward"] = reward.model.params
     if context.per_run:
@@ -159,12 +156,3 @@ def make_step(iteration: Iteration, reward: OnlineReward, runtime: RuntimeConfig
     if trims and longest > buckets.LEAST:
         return two_steps.scored_by_network(iteration, reward.model.network, fit)
     return iteration.step(reward.model.network)
-
-
-def _check_slots(config: OnlineConfig, method: OnlineMethod, context: Context) -> None:
-    """Raise RlhfError if continuous batching cannot sample for this method or for several seeds at once."""
-    where = f"config.{context.name}.slots = {config.slots}"
-    if config.slots is not None and config.slots < method.num_generations:
-        raise RlhfError(f"{where} must be at least {method.num_generations}, the responses to a prompt: raise it")
-    if config.slots is not None and len(context.runs) > 1:
-        raise RlhfError(f"{where} cannot sample for {len(context.runs)} runs at once: set it to None, or seeds to 1")

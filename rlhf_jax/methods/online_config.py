@@ -42,6 +42,11 @@ class OnlineConfig:
         check_ranges(self)
         if self.batch_size % self.minibatches:
             raise ValueError(f"batch_size = {self.batch_size} is not a multiple of minibatches = {self.minibatches}")
+        if self.iterations % self.loop.steps_per_call:
+            raise ValueError(
+                f"iterations = {self.iterations} is not a multiple of loop.steps_per_call = "
+                f"{self.loop.steps_per_call}: a shorter last call would compile a second program. Change one of them"
+            )
         written, shown = self.tokens_written, self.samples_written
         if written is not None and written > shown:
             raise ValueError(

@@ -25,6 +25,12 @@ def test_a_smoke_variant_reads_the_data_that_come_with_it(name, tmp_path, monkey
     assert "smollm2" not in str([dataclasses.asdict(stage) for stage in parsed.stages.values()])
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_full_variant_is_a_valid_config(name):
+    config = load_config(name, {"data.train": "train.jsonl", "data.eval": "eval.jsonl"})
+    assert [*experiment.parse(config).stages] == [*config.stages]
+
+
 def test_an_experiment_is_found_by_the_end_of_its_name():
     file = str(EXPERIMENTS / "movie_reviews" / "quickstart.py")
     for name in ("quickstart", "movie_reviews.quickstart", "rlhf_jax.experiments.movie_reviews.quickstart"):

@@ -47,10 +47,10 @@ def test_a_stage_at_the_widths_of_its_batches_learns_the_same_and_resumes(tmp_pa
     texts = [[row["completion"] for row in experiments.rows(place / "rloo/samples.jsonl")] for place in places]
     assert texts[0] == texts[1]
     section = {**SECTION, "policy": policy, "reward_model": judge, "trim_padding": True}
-    for changes, seeds, message in (
-        ({"slots": 1}, 1, r"config\.rloo\.slots = 1 must be at least 2"),
-        ({"slots": 4}, 2, r"config\.rloo\.slots = 4 cannot sample for seeds = 2 at once"),
-    ):
-        with pytest.raises(RlhfError, match=message):
-            experiments.run(tmp_path / f"refused {seeds}", data, {"rloo": section | changes}, seeds=seeds)
     experiments.assert_resumes(places[0], data, {"rloo": section})
+
+
+def test_too_few_slots_for_the_responses_to_a_prompt_are_refused(tmp_path):
+    section = {**SECTION, "policy": str(tmp_path), "reward_model": str(tmp_path), "slots": 1}
+    with pytest.raises(RlhfError, match=r"config\.rloo: slots = 1 must be at least 2, the responses to a prompt"):
+        experiments.run(tmp_path / "run", tmp_path / "none.jsonl", {"rloo": section})

@@ -1,8 +1,6 @@
 """Settings of all tests: eight CPU devices, checked shapes, no silent broadcasting or promotion."""
 
-import fcntl
 import gc
-import itertools
 import os
 from contextlib import nullcontext
 from pathlib import Path
@@ -11,7 +9,6 @@ from tests.support import shapes, xla_flags
 
 # Before JAX is imported, here and in the processes that tests start.
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["RLHF_JAX_CACHE"] = "off"  # processes that tests start, and kill, must not write into the user's cache
 os.environ["RLHF_JAX_HUGE_PAGES"] = "off"  # commands start once
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {xla_flags.XLA_FLAGS}"
@@ -22,7 +19,7 @@ import jax
 import jaxtyping
 import pytest
 
-from tests.support import memory
+from tests.support import memory, program_cache
 
 # Before rlhf_jax is imported.
 jaxtyping.install_import_hook("rlhf_jax", f"{shapes.__name__}.{shapes.checked.__name__}")
@@ -30,6 +27,7 @@ jaxtyping.install_import_hook("rlhf_jax", f"{shapes.__name__}.{shapes.checked.__
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Hundreds of small programs: with all of them kept, the second run of tests/core takes half the time it does with 0.3.
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # else a key contains the directory of the cache
 
 # The same examples in every run, and no deadline: the first example compiles.
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, max_examples=25)
@@ -41,26 +39,10 @@ STRICT_PROMOTION = {"core", "models", "sampling"}  # optax breaks under it elsew
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # Not by an environment variable: processes that tests start, and kill, must not write into this cache.
-    jax.config.update("jax_compilation_cache_dir", str(_own_cache(config)))
+    # Processes that tests start, and kill, write into another cache, which is not the user's either.
+    os.environ["RLHF_JAX_CACHE"] = str(config.cache.mkdir("commands"))
+    jax.config.update("jax_compilation_cache_dir", str(program_cache.own_cache(config)))
     config.addinivalue_line("filterwarnings", "ignore:Error reading persistent compilation cache entry:UserWarning")
-
-
-def _own_cache(config: pytest.Config) -> Path:
-    # JAX does not write entries atomically, so that no two processes may share a cache: this is the first one of this
-    # worker's that no other process holds.
-    worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
-    for number in itertools.count():
-        directory = config.cache.mkdir(f"jax-{worker}-{number}")
-        lock = (directory / "lock").open("w")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.close()
-        else:
-            config.add_cleanup(lock.close)
-            return directory
-    raise AssertionError("unreachable")
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,7 @@
 """Devices share the work of every stage under every layout: no product is computed twice, and little travels."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -27,6 +29,32 @@ def test_every_stage_and_layout_shares_the_work(name, layout):
 @pytest.mark.nightly
 def test_only_weights_and_their_gradients_travel(name, layout):
     assert_moves_weights(measure(name, LAYOUTS[layout]), fsdp=layout == "fsdp=8")
+
+
+WHOLE = {"fsdp=8": r"(embedding|kernel)$"}
+"""Parameters that devices gather whole, by the layout. Under the others, no device ever has all of a matrix that is
+split: it computes with its part or, with fsdp x tensor, gathers its part of each layer."""
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.nightly
+def test_no_parameter_is_gathered_whole_except_where_the_table_says_so(name, layout):
+    found = measure(name, LAYOUTS[layout]).whole
+    assert unlisted(found, layout) == set()
+    assert bool(found) == (layout in WHOLE)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", BULK)
+@pytest.mark.nightly
+def test_nor_is_one_where_samples_are_drawn_and_scored_in_bulk(name, layout):
+    assert unlisted(measure_bulk(name, LAYOUTS[layout]).whole, layout) == set()
+
+
+def unlisted(paths: frozenset[str], layout: str) -> set[str]:
+    """Parameters that the table does not name for a layout."""
+    return {path for path in paths if layout not in WHOLE or not re.search(WHOLE[layout], path)}
 
 
 SEQUENCES = {"sft": (1, 0), "reward_model": (2, 0), "dpo": (2, 2), "kto": (1, 3)}

@@ -1,6 +1,7 @@
 """Programs of all stages at sizes that divide over eight devices, for the layouts that a config can name."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from rlhf_jax.methods.policy_parts import Networks
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import ScalarNetwork
 from rlhf_jax.models.sharding import on_devices
-from rlhf_jax.runtime import program_costs
+from rlhf_jax.runtime import hlo, program_costs
 from rlhf_jax.runtime.programs import RuntimeConfig, Step, make_placement
 from rlhf_jax.sampling import batches
 from rlhf_jax.sampling.choice import Sampling
@@ -131,6 +132,7 @@ class Measured(NamedTuple):
     flops: float  # of the jaxpr: those of all devices together
     trained: int  # bytes of the trained parameters
     frozen: int  # bytes of the frozen parameters
+    whole: frozenset[str]  # parameters of which some device gathers all elements
 
 
 @functools.cache
@@ -150,6 +152,7 @@ def measure(name: str, where: RuntimeConfig) -> Measured:
         program_costs.of_jaxpr(jaxpr.jaxpr, unknown_loops=loops),
         _bytes(case.state.params),
         _bytes(case.frozen),
+        _gathered_whole(compiled, (case.state.params, case.frozen)),
     )
 
 
@@ -171,7 +174,28 @@ def measure_bulk(name: str, where: RuntimeConfig) -> Measured:
         program_costs.of_jaxpr(jaxpr.jaxpr, unknown_loops=loops),
         0,
         _bytes(args[1]),
+        _gathered_whole(compiled, args[1]),
     )
+
+
+def _gathered_whole(compiled: jax.stages.Compiled, params: Any) -> frozenset[str]:
+    """Names of the matrices whose shape an all-gather of a program has."""
+    program = hlo.parse(compiled.as_text() or "")
+    gathered = {
+        tuple(sorted(size for size in array.sizes if size > 1))
+        for computation in program.computations.values()
+        for each in computation
+        if each.op.removesuffix("-start") == "all-gather"
+        for array in hlo.arrays_of(each.shape)
+    }
+    names = set()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        sizes = leaf.shape
+        if len(sizes) > 1:
+            forms = (sizes, (sizes[0], math.prod(sizes[1:])), (math.prod(sizes[:-1]), sizes[-1]))  # heads joined
+            if any(tuple(sorted(form)) in gathered for form in forms):
+                names.add(jax.tree_util.keystr(path, simple=True, separator="/"))
+    return frozenset(names)
 
 
 def _bytes(params: Any) -> int:

@@ -341,7 +341,7 @@ function label(ctx, bbox, marks, X, Y, ratio) {
         const outside = box.left < bbox.left || box.right > bbox.left + bbox.width || box.top < bbox.top || box.bottom > bbox.top + bbox.height;
         const hits = boxes.filter(other => overlap(box, other)).length;
         const covered = taken.filter(([px, py]) => px > box.left - 3 && px < box.right + 3 && py > box.top - 3 && py < box.bottom + 3).length;
-        const cost = 1000 * outside + 300 * hits + 20 * covered + away;
+        const cost = 10_000 * outside + 3000 * hits + 20 * Math.min(covered, 100) + away;
         if (!best || cost < best.cost) best = { ...box, cost };
       }
     }

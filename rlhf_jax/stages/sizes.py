@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 
@@ -56,8 +57,8 @@ def _network(stages: Mapping[str, StageConfig], name: str) -> PolicyNetwork | Sc
     return None if policy is None else ScalarNetwork(stage.model, policy.vocab_size, stage.pooling)
 
 
-def update_rows(stage: OfflineConfig | OnlineConfig) -> int:
-    """Rows of one update."""
+def update_rows(stage: Any) -> int:
+    """Rows of one update of a stage that trains."""
     return stage.batch_size // stage.minibatches if isinstance(stage, OnlineConfig) else stage.batch_size
 
 

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rlhf_jax.papers.claims import Above, Below, Criterion
+from rlhf_jax.papers.listing import probability
 from rlhf_jax.papers.reproduce import overview
 from rlhf_jax.papers.suite import FIGURE, load_paper, read_results, results_directory
 from rlhf_jax.reports import style
@@ -40,13 +41,14 @@ INTRODUCTION = """\
 
 Each claim of a paper has a criterion that was committed before the run that it judges. The statistic has one value per
 seed (or per problem, topic, or other independent unit); "here" is its mean with Student's t interval at 95 %, which is
-not adjusted for other claims. Verdicts hold the chance of any wrong one among the claims of a question at 5 % (Holm's
-method), so that a claim may be inconclusive although its interval excludes the bound. "Smallest effect" is the distance
-from the bound that these units, with the spread measured here, show with a chance of 80 % as the only claim. "Exact"
-statistics have no sampling error. [Reading results](explanation/reading-results.md#papers) defines the verdicts. What a
-paper's experiment is here, and how it differs from the paper's, stands at the head of its `paper.py`, with doubts about
-the result under "Found" and "Learning rate". `rlhf-jax reproduce --check` recomputes this page's verdicts from the
-committed results; `experiments/papers/write_results.py` writes the page.
+not adjusted for other claims. Verdicts hold the chance of any wrong one among the claims of a question at 5 %: "p" is
+adjusted for them (Holm's method), so that a claim may be inconclusive although its interval excludes the bound.
+"Smallest effect" is the distance from the bound that these units, with the spread measured here, show with a chance of
+80 % as the only claim. "Exact" statistics have no sampling error. [Reading
+results](explanation/reading-results.md#papers) defines the verdicts. What a paper's experiment is here, and how it
+differs from the paper's, stands at the head of its `paper.py`, with doubts about the result under "Found" and "Learning
+rate". `rlhf-jax reproduce --check` recomputes this page's verdicts from the committed results, `rlhf-jax reproduce
+--list` prints them, and `experiments/papers/write_results.py` writes the page.
 
 The overview of a question shows how far every statistic is from its criterion's bound, in half-widths of its interval:
 to the right on the side of the claim, to the left on the other. Beyond 1 the interval excludes the bound; the verdicts
@@ -107,7 +109,8 @@ def of_paper(rows: list[dict[str, Json]]) -> list[str]:
         lines += [f"{first['figure']}. Not run. Record: [`paper.py`](../experiments/papers/{name}/paper.py)."]
     if "gpu" in load_paper(name).scales and read_results(results_directory(name, "gpu")) is None:
         lines += ["", f"`rlhf-jax reproduce {name} --scale=gpu`, the paper's own setting: not run."]
-    lines += ["", "| claim | paper | criterion | here | smallest effect | verdict |", "|---|---|---|---|---|---|"]
+    headings = ("claim", "the paper says", "criterion", "here", "p", "smallest effect", "verdict")
+    lines += ["", f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
     lines += [f"| {' | '.join(cells_of(row))} |" for row in rows]
     directory, details = results_directory(name, first["scale"]), load_paper(name).details
     if first["date"]:
@@ -187,7 +190,10 @@ def cells_of(row: dict[str, Json]) -> list[str]:
     smallest = "" if row["smallest_effect"] is None else f"{row['smallest_effect']:.2g}"
     if found and row["low"] is None:
         smallest = "exact"
-    cells = [row["statement"], row["number"], f"{row['criterion']} {row['unit']}", found, smallest, row["verdict"]]
+    paper = row["statement"] if row["number"] == "-" else f"{row['statement']}; {row['number']}"
+    adjusted = "" if row["p"] is None else probability(row["p"])
+    criterion = f"{row['criterion']} {row['unit']}"
+    cells = [row["claim"], paper, criterion, found, adjusted, smallest, row["verdict"]]
     return [str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells]
 
 

@@ -132,6 +132,7 @@ def overview() -> list[dict[str, Json]]:
                     **row,
                     **verdict_row(outcome),
                     "scale": scale,
+                    "cost": paper.scales[scale].cost,
                     "seconds": record.get("seconds"),
                     "date": record.get("environment", {}).get("date"),
                     "commit": record.get("environment", {}).get("source", {}).get("commit"),

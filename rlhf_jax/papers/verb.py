@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from rlhf_jax.cli.parser import Parser
+from rlhf_jax.papers.listing import listing
 from rlhf_jax.papers.side_by_side import run_papers
 from rlhf_jax.types import Json, RlhfError
 
@@ -18,7 +19,8 @@ contradicted, inconclusive, or not run.
   rlhf-jax reproduce NAME ...          run, or continue, in runs/papers/NAME
   rlhf-jax reproduce --all             run, or continue, the whole suite
   ... --processes=2                    two papers at a time, one thread each
-  rlhf-jax reproduce --list [--json]   every claim and its verdict
+  rlhf-jax reproduce --list [NAME ...] every claim with its verdict, and the
+                                       cost of every run; --json: as JSON
   rlhf-jax reproduce --check [NAME]    recompute verdicts and figures, without
                                        training, from the results of the package"""
 
@@ -34,7 +36,7 @@ def reproduce_verb(arguments: list[str]) -> None:
     parser.add_argument("--workdir", type=Path, metavar="DIR", help="default: runs/papers/NAME/SCALE")
     parser.add_argument("--all", action="store_true", help="run every paper that has the scale")
     parser.add_argument("--processes", type=int, metavar="N", help="run N papers at a time, in processes of one thread")
-    parser.add_argument("--list", action="store_true", help="list every paper's claims and verdicts")
+    parser.add_argument("--list", action="store_true", help="list claims, verdicts and costs, of all papers or of some")
     parser.add_argument("--json", action="store_true", help="with --list: as JSON")
     parser.add_argument("--check", action="store_true", help="recompute verdicts and figures from the results")
     options = parser.parse_args(arguments)
@@ -42,7 +44,10 @@ def reproduce_verb(arguments: list[str]) -> None:
 
     console = Console(width=None if sys.stdout.isatty() else 120)
     if options.list:
-        _list(reproduce.overview(), console, as_json=options.json)
+        for name in options.names:
+            suite.load_paper(name)
+        rows = [row for row in reproduce.overview() if row["paper"] in (options.names or suite.names())]
+        _list(rows, console, as_json=options.json)
     elif options.check:
         for name in options.names or suite.names():
             reproduce.check(name, console)
@@ -69,8 +74,5 @@ def _list(rows: list[dict[str, Json]], console: Console, *, as_json: bool) -> No
     if as_json:
         print(json.dumps(rows, indent=2, ensure_ascii=False))
         return
-    for row in rows:
-        found = "" if row["statistic"] is None else f": {row['statistic']:.3g} {row['unit']}"
-        interval = "" if row["low"] is None else f" [{row['low']:.3g}, {row['high']:.3g}]"
-        line = f"{row['paper']}: {row['claim']}: {row['verdict']}{found}{interval}"
+    for line in listing(rows, console.width):
         console.print(line, soft_wrap=True, highlight=False, markup=False)

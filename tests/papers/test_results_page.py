@@ -23,6 +23,7 @@ def test_a_verdict_stands_in_its_papers_section_and_in_the_count_of_its_question
         "source": "a note",
         "question": "foundations",
         "figure": "a figure",
+        "claim": "bias of k1",
         "statement": "k1 is unbiased | always",
         "number": "0",
         "criterion": "< 0.1",
@@ -30,6 +31,7 @@ def test_a_verdict_stands_in_its_papers_section_and_in_the_count_of_its_question
         "statistic": 0.012345,
         "low": None,
         "high": None,
+        "p": None,
         "smallest_effect": None,
         "verdict": "contradicted",
         "scale": "cpu",
@@ -39,9 +41,12 @@ def test_a_verdict_stands_in_its_papers_section_and_in_the_count_of_its_question
     }
     page = WRITER["page"]([row])
     assert "| Foundations | 1 | 0 | 1 | 0 | 0 |" in page
-    assert "| k1 is unbiased \\| always | 0 | < 0.1 nats | 0.0123 | exact | contradicted |" in page
+    assert "| bias of k1 | k1 is unbiased \\| always; 0 | < 0.1 nats | 0.0123 |  | exact | contradicted |" in page
     assert "The runs took 0.3 hours of one core." in page
     assert "1,234 s, 2026-11-30, commit 0123456789ab." in page
+    sampled = row | {"low": -0.1, "high": 0.2, "p": 0.04123, "smallest_effect": 0.3, "number": "-"}
+    page = WRITER["page"]([sampled])
+    assert "| k1 is unbiased \\| always | < 0.1 nats | 0.0123 [-0.1, 0.2] | 0.041 | 0.3 | contradicted |" in page
 
 
 def test_a_table_of_details_is_markdown():

@@ -12,7 +12,9 @@ from rich.console import Console
 from rlhf_jax.main import main
 from rlhf_jax.papers import reproduce, suite
 from rlhf_jax.papers.claims import judge
+from rlhf_jax.papers.listing import listing
 from rlhf_jax.papers.side_by_side import LOG, run_papers
+from rlhf_jax.runtime.progress import duration
 from rlhf_jax.types import RlhfError
 
 RECORD = ("Figure", "Command", "Hardware and cost", "Seeds", "Judge and batch", "Data", "Deviations")
@@ -137,8 +139,24 @@ def test_the_list_has_every_claim_with_its_verdict(capsys):
     assert [(row["paper"], row["claim"]) for row in rows] == claims
     assert all(row["statement"] and row["number"] and row["figure"] for row in rows)
     assert all(row["commit"] and row["date"] for row in rows if row["verdict"] != "not run")
-    assert main(["reproduce", "--list"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == len(claims)
+
+
+def test_the_list_fits_a_narrow_terminal_and_names_papers_claims_and_costs(capsys):
+    lines = listing(reproduce.overview(), 80)
+    assert max(map(len, lines)) <= 80
+    whole = " ".join(" ".join(lines).split())
+    for name in suite.names():
+        paper = suite.load_paper(name)
+        assert f"{name}: {paper.title} ({paper.source})" in whole
+        assert all(f": {claim.name}" in whole for claim in paper.claims)
+    assert main(["reproduce", "--list", "ahmadian_2024"]) == 0
+    found = " ".join(capsys.readouterr().out.split())
+    record = json.loads((suite.results_directory("ahmadian_2024", "cpu") / suite.RECORD).read_text())
+    assert f"scale cpu, {duration(record['seconds'])} of one core, {record['environment']['date'][:10]}" in found
+    assert "reproduced: RLOO ends above DPO 0.718 [0.601, 0.834] difference in gold score; criterion: > 0" in found
+    assert "azar_2023" not in found
+    assert main(["reproduce", "--list", "nobody_1999"]) == 1
+    assert "there is no paper 'nobody_1999'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -218,7 +218,8 @@ with style.context():
     ches_figure, (panel,) = style.panels(1, 3.0)
     for name, colour in (("DPO", "blue"), ("DPOP, λ = 5", "amber")):
         own = changes[changes["loss"] == name]
-        panel.plot(own["CHES"], own["change"], "o", ms=4, alpha=0.7, color=style.PALETTE[colour], label=name)
+        mark = {"ms": 4} if name == "DPO" else {"ms": 7, "mfc": "none"}
+        panel.plot(own["CHES"], own["change"], "o", color=style.PALETTE[colour], label=name, **mark)
     panel.axhline(0, color=style.MUTED, lw=0.8)
     panel.set_xlabel("CHES score of the pair")
     panel.set_title("Change in the log-probability of the chosen response, nats")
@@ -240,8 +241,11 @@ ches_figure
 #
 # ## Exercise
 #
-# `PreferenceLossConfig(losses=("apo_down",))` is meant for responses that are all worse than the model's own. Predict what
-# it does to "No" in the example above. Then run it.
+# `PreferenceLossConfig(losses=("apo_down",))` is meant for pairs of which both responses are worse than the model's own:
+#
+# $$L = \sigma(\beta \rho_w) + \sigma(\beta (\rho_l - \rho_w)).$$
+#
+# Predict what it does to "No" in the example above. Then train on `pair` with it, and print the last probabilities.
 #
 # <details><summary>Answer</summary>
 #
@@ -251,8 +255,8 @@ ches_figure
 # dict(zip(names, jnp.exp(curve[-1])))
 # ```
 #
-# APO-down adds $\sigma(\beta \rho_w)$ to the loss: it lowers the chosen response on purpose, and only asks that the
-# rejected one falls further. "Yes" gains nearly everything. A loss encodes an assumption about the data, here that both
+# The first term of the loss lowers the chosen response on purpose, and the second one only asks that the rejected one falls
+# further. "Yes" gains nearly everything. A loss encodes an assumption about the data, here that both
 # responses are bad. Applied to other data, it does harm without any sign of it in the margin.
 #
 # </details>

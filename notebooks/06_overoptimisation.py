@@ -148,8 +148,8 @@ with style.context():
 paper_figure
 
 # %% [markdown]
-# In this reproduction $\beta$ is near 0: the judge is simple and the models make no absurd errors, so that nothing turns
-# down up to $n = 512$. A rise over the measured range does not show that there is no turn beyond it.
+# In this reproduction $\beta$ is near 0: the judge is simple and the models make no absurd errors, so that no curve clearly
+# turns down up to $n = 512$. A rise over the measured range does not show that there is no turn beyond it.
 #
 # ## Ensembles
 #

@@ -52,7 +52,7 @@ quickstart: $(SETUP) ## run SFT, a reward model, Best-of-N, DPO and PPO on movie
 	.venv/bin/python -m rlhf_jax --config=experiments/movie_reviews/quickstart.py --workdir=runs/quickstart $(ARGS)
 
 notebooks: $(JUPYTER) ## open the notebooks in JupyterLab
-	cd notebooks && ../.venv/bin/jupyter lab README.md $(ARGS)
+	cd notebooks && ../.venv/bin/jupyter lab 01_quickstart.ipynb $(ARGS)
 
 test: lint ## run lint, type checks and the quick tests
 	.venv/bin/python $(PYTEST) $(ARGS)

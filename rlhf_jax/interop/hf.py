@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ from rlhf_jax.interop.tensor_files import (
 from rlhf_jax.models.model_config import AttentionBy, DType, ModelConfig, Remat
 from rlhf_jax.models.policy import PolicyNetwork
 from rlhf_jax.models.scalars import Pooling, ScalarNetwork
+from rlhf_jax.text.hf_tokenizer import quieten_transformers
 from rlhf_jax.types import RlhfError
 
 Place = Callable[[str, np.ndarray], jax.Array]
@@ -265,8 +265,7 @@ def read_shape(hf_config: dict[str, Any], **how: Any) -> tuple[ModelConfig, int]
     Args: how are the fields of ModelConfig that config.json does not have: dtypes, remat, scan_layers, attention.
     Raises RlhfError if the config is invalid or not supported.
     """
-    # Silences transformers' warning that PyTorch was not found.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    quieten_transformers()
     from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig  # takes two seconds
 

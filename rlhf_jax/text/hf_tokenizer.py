@@ -6,6 +6,7 @@ import json
 import os
 import re
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -155,7 +156,7 @@ def suppression(ids: tuple[int, ...]) -> dict[str, list[int]]:
 
 def as_pretrained(tokenizer: Tokenizer) -> PretrainedTokenizer:
     """Convert a TrainedTokenizer: same ids, BOS before every text, special tokens not recognised within texts."""
-    _quieten()
+    quieten_transformers()
     from transformers import PreTrainedTokenizerFast
 
     backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
@@ -179,7 +180,7 @@ def load_pretrained_tokenizer(source: str | Path, *, generation: Path | None = N
     for file in sorted(directory.glob("*.json")):
         if file.name in (CONFIG_FILE, TOKENIZER_FILE, GENERATION_FILE):
             _check_json(file)
-    _quieten()
+    quieten_transformers()
     from transformers import AutoTokenizer
 
     try:
@@ -199,9 +200,10 @@ def load_pretrained_tokenizer(source: str | Path, *, generation: Path | None = N
         raise RlhfError(f"{directory}: {error}") from error
 
 
-def _quieten() -> None:
-    """Silence transformers' warning, given at import, that PyTorch was not found."""
+def quieten_transformers() -> None:
+    """Silence two warnings of its import: PyTorch was not found, and a notebook has no ipywidgets for tqdm's bars."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    warnings.filterwarnings("ignore", "IProgress not found")
 
 
 def _download(name: str) -> Path:

@@ -26,11 +26,12 @@ def listing(rows: Iterable[dict[str, Json]], columns: int) -> list[str]:
 
 
 def ran(row: dict[str, Json]) -> str:
-    """Describe a paper's run by scale, cost, date and commit, or its expected cost if it was not run."""
+    """Describe a paper's run by scale, seeds, cost, date and commit, or its expected cost if it was not run."""
     if row["date"] is None:
         return f"not run at scale {row['scale']}: {row['cost']}"
-    took = duration(row["seconds"])
-    return f"scale {row['scale']}, {took} of one core, {row['date'][:10]}, commit {row['commit'][:12]}"
+    seeds = f"{row['seeds']} {'seed' if row['seeds'] == 1 else 'seeds'}"
+    took = f"{duration(row['seconds'])} of one core"
+    return f"scale {row['scale']}, {seeds}, {took}, {row['date'][:10]}, commit {row['commit'][:12]}"
 
 
 def measured(row: dict[str, Json]) -> str:
@@ -39,7 +40,10 @@ def measured(row: dict[str, Json]) -> str:
     if row["low"] is not None:
         text += f" [{row['low']:.3g}, {row['high']:.3g}]"
     text += f" {row['unit']}; criterion: {row['criterion']}"
-    return text if row["p"] is None else f"{text}; p {probability(row['p'])}"
+    if row["p"] is None:
+        return text
+    p = probability(row["p"])
+    return f"{text}; p {p}" if p.startswith("<") else f"{text}; p = {p}"
 
 
 def probability(p: float) -> str:

@@ -133,6 +133,7 @@ def overview() -> list[dict[str, Json]]:
                     **verdict_row(outcome),
                     "scale": scale,
                     "cost": paper.scales[scale].cost,
+                    "seeds": 0 if table is None else int(table["seed"].nunique()),
                     "seconds": record.get("seconds"),
                     "date": record.get("environment", {}).get("date"),
                     "commit": record.get("environment", {}).get("source", {}).get("commit"),

@@ -152,7 +152,9 @@ def test_the_list_fits_a_narrow_terminal_and_names_papers_claims_and_costs(capsy
     assert main(["reproduce", "--list", "ahmadian_2024"]) == 0
     found = " ".join(capsys.readouterr().out.split())
     record = json.loads((suite.results_directory("ahmadian_2024", "cpu") / suite.RECORD).read_text())
-    assert f"scale cpu, {duration(record['seconds'])} of one core, {record['environment']['date'][:10]}" in found
+    assert (
+        f"scale cpu, 5 seeds, {duration(record['seconds'])} of one core, {record['environment']['date'][:10]}" in found
+    )
     assert "reproduced: RLOO ends above DPO 0.718 [0.601, 0.834] difference in gold score; criterion: > 0" in found
     assert "azar_2023" not in found
     assert main(["reproduce", "--list", "nobody_1999"]) == 1

@@ -21,6 +21,9 @@ from rlhf_jax.types import RlhfError
 Network = PolicyNetwork | ScalarNetwork
 N = TypeVar("N", PolicyNetwork, ScalarNetwork)
 
+DEEP = 8
+"""Number of layers from which a loop over them saves much of the compilation."""
+
 
 class Start(NamedTuple):
     """Initial parameters of a model, split into trained ones, which are checkpointed, and frozen ones."""
@@ -87,6 +90,17 @@ def load_initial_policy(source: ModelSource, tuning: Tuning, context: Context) -
     seeds = range(context.seed, context.seed + context.seeds)
     save_policy_spec(context.directory, policy, seeds, base=context.base(source, tuning))
     return policy
+
+
+def depth_advice(network: Network) -> str | None:
+    """Advise to compile one layer instead of many; None for a network with few layers, and if it is not possible."""
+    layers = network.config.n_layers
+    if layers < DEEP or network.config.scan_layers or network.lora is not None:
+        return None
+    return (
+        f"the first call takes more than a minute, as it compiles {layers} layers one by one. With scan_layers = True "
+        "in the stage's section model or tuning, it compiles one (results differ by rounding)"
+    )
 
 
 def stack(trees: Sequence[PyTree]) -> PyTree:

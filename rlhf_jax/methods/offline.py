@@ -27,7 +27,7 @@ from rlhf_jax.data.layouts import (
 )
 from rlhf_jax.data.ragged import RowWidths, Table, widest
 from rlhf_jax.loading.context import Context, steps_for
-from rlhf_jax.loading.trainable import N, dropout_keys, stack
+from rlhf_jax.loading.trainable import N, depth_advice, dropout_keys, stack
 from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.runtime.loop import Evaluation, LoopConfig, Rows, Task, train
 from rlhf_jax.runtime.optimizers import OptimizerConfig, gradients, learning_rate, make_optimizer, micro_batches, update
@@ -162,6 +162,7 @@ def train_offline(
         evaluation=Evaluation(config.eval_every, method.evaluate),
         describe=lambda step, samples: [],
     )
+    context.bar.advise(depth_advice(network))
     services = context.runtime.trackers
     done = train(task, config.loop, placement, context.seed, context.directories, context.bar, services)
     context.bar.say(f"{context.name}: {batches.described()}")

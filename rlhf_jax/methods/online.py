@@ -15,7 +15,7 @@ from rlhf_jax.loading.data_report import report_prompts
 from rlhf_jax.loading.models import Policy, RewardModel
 from rlhf_jax.loading.samples import add_tokens, sample_rows
 from rlhf_jax.loading.tables import READING
-from rlhf_jax.loading.trainable import load_initial_policy, stack
+from rlhf_jax.loading.trainable import depth_advice, load_initial_policy, stack
 from rlhf_jax.methods import two_steps
 from rlhf_jax.methods.online_config import OnlineConfig
 from rlhf_jax.methods.policy_gradient import Iteration
@@ -137,6 +137,7 @@ def train_online(
         evaluation=None,
         describe=describe,
     )
+    context.bar.advise(depth_advice(reference.network))
     services = context.runtime.trackers
     done = train(task, config.loop, placement, context.seed, context.directories, context.bar, services)
     return {

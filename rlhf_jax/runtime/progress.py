@@ -16,6 +16,9 @@ from rlhf_jax.runtime.timings import Timing
 INTERVAL = 30.0
 """Seconds between lines of progress where there is no bar: in notebooks and log files."""
 
+SLOW = 60.0
+"""Seconds of a first call after which the advice about slow compilation is printed."""
+
 MOST_BAR = 24
 """Maximum width of a bar in columns; narrow terminals shrink it."""
 
@@ -49,6 +52,7 @@ class Bar:
         self._before, self._later = before, later
         self._facts: list[str] = []
         self._figures, self._doing = "", ""
+        self._advice: str | None = None
         self._done, self._total = 0, 0
         self._begun, self._first, self._seconds_per_step = time.monotonic(), (0.0, 0), 0.0
         self.first_call: float | None = None
@@ -63,13 +67,23 @@ class Bar:
         self._facts += facts
         self._refresh()
 
+    def advise(self, advice: str | None) -> None:
+        """Keep a sentence that is printed if the program's first call takes more than `SLOW` seconds."""
+        self._advice = advice
+
     @contextmanager
     def compiling(self) -> Iterator[None]:
         """Show that a program is compiled, with the seconds that it took the last time, and measure them."""
         earlier = self._before.first_call if self._before else None
         self.now("compiling" if earlier is None else f"compiling ({duration(earlier)} the last time)")
         start = time.monotonic()
-        yield
+        slow = threading.Timer(SLOW, self._say_advice)
+        slow.daemon = True
+        slow.start()
+        try:
+            yield
+        finally:
+            slow.cancel()
         self.first_call = time.monotonic() - start
 
     def update(self, done: int, total: int, figures: Mapping[str, float]) -> None:
@@ -105,6 +119,10 @@ class Bar:
         elapsed = self._progress.tasks[self._progress.task_ids.index(self._task)].elapsed or 0.0
         self._progress.remove_task(self._task)
         self._progress.console.print(f"{self._name}: {elapsed:.1f} s  {self._figures}".rstrip(), highlight=False)
+
+    def _say_advice(self) -> None:
+        if self._advice:
+            self.say(Text(f"{self._name}: {self._advice}"))
 
     def _sizes(self) -> list[str]:
         """List facts, rate and time left."""

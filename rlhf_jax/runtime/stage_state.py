@@ -40,9 +40,10 @@ class StageState:
         self._write()
 
     def update(self, **values: Json) -> None:
-        """Replace some values, and write the state unless it was written a moment ago."""
+        """Replace some values, and write the state: at once if the activity changed, otherwise every `INTERVAL`."""
+        before = self._state["doing"]
         self._state |= values
-        if time.monotonic() - self._written >= INTERVAL:
+        if self._state["doing"] != before or time.monotonic() - self._written >= INTERVAL:
             self._write()
 
     def fail(self, message: str) -> None:

@@ -124,6 +124,20 @@ def test_off_a_terminal_progress_is_a_line_now_and_then_also_while_nothing_retur
     assert file.getvalue() == written, "no line after the end of the stage"
 
 
+def test_advice_about_compilation_is_printed_only_if_it_takes_long(monkeypatch):
+    file = io.StringIO()
+    display = Display(Console(width=120, file=file))
+    with display.running(), display.bar("ppo") as bar:
+        bar.advise("30 layers are compiled one by one.")
+        with bar.compiling():
+            pass
+        assert file.getvalue() == ""
+        monkeypatch.setattr(progress, "SLOW", 0.01)
+        with bar.compiling():
+            until(lambda: file.getvalue() == "ppo: 30 layers are compiled one by one.\n")
+    assert file.getvalue().count("layers") == 1
+
+
 def until(condition) -> None:
     deadline = time.monotonic() + 30
     while not condition():

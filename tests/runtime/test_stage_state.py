@@ -61,6 +61,17 @@ def test_progress_is_written_now_and_then(tmp_path, monkeypatch):
     assert written(tmp_path)["done"] == 2
 
 
+def test_another_activity_is_written_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(stage_state.time, "monotonic", lambda: 0.0)
+    state = StageState(tmp_path)
+    state.update(doing="loading sft", done=0)
+    assert written(tmp_path)["doing"] == "loading sft"
+    state.update(doing="loading sft", done=1)
+    assert written(tmp_path)["done"] == 0
+    state.update(doing="", done=2)
+    assert (written(tmp_path)["doing"], written(tmp_path)["done"]) == ("", 2)
+
+
 def test_a_second_process_leaves_the_lock_to_the_first(tmp_path):
     first = StageState(tmp_path)
     second = StageState(tmp_path)

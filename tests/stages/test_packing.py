@@ -6,6 +6,8 @@ import json
 import numpy as np
 import pytest
 
+from rlhf_jax.loading import trainable
+from rlhf_jax.runtime import progress
 from rlhf_jax.types import RlhfError
 from tests.support import experiments
 
@@ -57,10 +59,14 @@ def padded(models, pairs, tmp_path_factory):
     return metrics(experiments.run(place, pairs, {"dpo": dpo(models[0], pack=False)}), "dpo")
 
 
-def test_packed_rows_give_the_same_numbers_and_resume_exactly(models, pairs, padded, tmp_path):
+def test_packed_rows_give_the_same_numbers_and_resume_exactly(models, pairs, padded, tmp_path, monkeypatch):
+    monkeypatch.setattr(progress, "SLOW", 0.0)
+    monkeypatch.setattr(trainable, "DEEP", 1)
     console, stages = io.StringIO(), {"dpo": dpo(models[0])}
     place = experiments.run(tmp_path / "run", pairs, stages, console=console)
-    assert "sequences packed into rows of" in " ".join(console.getvalue().split())
+    printed = " ".join(console.getvalue().split())
+    assert "sequences packed into rows of" in printed
+    assert printed.count("dpo: the first call takes more than a minute, as it compiles 1 layers one by one") == 1
     assert_same(metrics(place, "dpo"), [dict(row) for row in padded])
     experiments.assert_resumes(place.root, pairs, stages)
 

@@ -181,6 +181,8 @@ def make_smaller(config: ConfigDict) -> None:
         config[name].loop.steps_per_call = 2
     config.ppo.update({"iterations": 2, "batch_size": 16, "samples_every": 1})
     config.ppo.loop.steps_per_call = 2
+    for name in ("sft", "reward_model", "dpo", "ppo"):
+        config[name].optimizer.warmup_steps = 2
     config.evaluate.update({"prompts": 16, "selection_prompts": 16})
 
 

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from rlhf_jax import experiment, processes
+from rlhf_jax import dry_run, experiment, processes
 from rlhf_jax.api import fetch, load_config, open_workdir, run
 from rlhf_jax.cli.output import until_closed
 from rlhf_jax.cli.parser import Parser
@@ -71,7 +71,7 @@ def resolved(parsed: experiment.Experiment) -> dict[str, Any]:
 
 def show_plan(config: ConfigDict, workdir: Workdir, only: str | None) -> None:
     """Print what a run would do to each stage, with sizes, and time and disk space where an earlier run tells them."""
-    plan = experiment.plan(experiment.parse(config), workdir, only)
+    plan = dry_run.plan(experiment.parse(config), workdir, only)
     table = Table(box=None, pad_edge=False)
     for heading in ("stage", "", "parameters", "training", "time", "disk"):
         table.add_column(heading, justify="right" if heading in ("parameters", "time", "disk") else "left")
@@ -81,6 +81,9 @@ def show_plan(config: ConfigDict, workdir: Workdir, only: str | None) -> None:
         table.add_row(stage.name, stage.status, count, stage.training, *costs)
     console = Console(highlight=False)
     console.print(table)
+    for stage in plan:
+        if stage.reason:
+            console.print(f"{stage.name}: {stage.reason}", soft_wrap=True)
     todo = [stage for stage in plan if stage.runs]
     if not todo:
         console.print("Every stage is complete; nothing to do.")

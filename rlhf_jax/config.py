@@ -92,6 +92,14 @@ Share = Annotated[float, Range(at_least=0, at_most=1)]
 """A fraction, from 0 to 1."""
 
 
+class UnknownFieldError(RlhfError):
+    """Error for a key that is not a field of its section. `fault` is the message without the closest known field."""
+
+    def __init__(self, fault: str, key: str, known: list[str]) -> None:
+        super().__init__(fault + suggestion(key, known))
+        self.fault, self.key = fault, key
+
+
 @dataclasses.dataclass(frozen=True)
 class Typed:
     """A value as typed on the command line. `build` parses it once it knows the type of the field."""
@@ -142,7 +150,7 @@ def build(cls: type[T], section: Mapping[str, Any] | ConfigDict, path: str, defa
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in section:
         if key not in fields:
-            raise RlhfError(f"{path}.{key} is not a field of {cls.__name__}.{suggestion(str(key), list(fields))}")
+            raise UnknownFieldError(f"{path}.{key} is not a field of {cls.__name__}.", str(key), list(fields))
     values = {}
     for name, field in fields.items():
         if name in section:

@@ -8,29 +8,29 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ml_collections import ConfigDict
 from rich.console import Console
 
 from rlhf_jax import config as configs
 from rlhf_jax import processes, user_code
+from rlhf_jax.cli.fields import places
 from rlhf_jax.data import formats
 from rlhf_jax.data.pipeline import DataConfig
-from rlhf_jax.interop.hub import MODELS, checkpoint_hash
-from rlhf_jax.loading.context import Common, Context
-from rlhf_jax.methods.offline import OfflineConfig
+from rlhf_jax.interop.hub import MODELS, check_local, checkpoint_hash
+from rlhf_jax.loading.context import Common, Context, Together
 from rlhf_jax.methods.online_config import OnlineConfig
 from rlhf_jax.runtime import compilation_cache, provenance, timings
 from rlhf_jax.runtime.files import read_rows, write_json
 from rlhf_jax.runtime.programs import RuntimeConfig
-from rlhf_jax.runtime.progress import Display
+from rlhf_jax.runtime.progress import Bar, Display
 from rlhf_jax.runtime.stage_state import recorded
 from rlhf_jax.runtime.workdir import Identity, Workdir
 from rlhf_jax.runtime.workdir_lock import locked
 from rlhf_jax.stages.kinds import KINDS, StageConfig, find_kind
 from rlhf_jax.stages.online_dpo import OnlineDPOConfig
-from rlhf_jax.stages.sizes import check_batches, parameters, update_rows
+from rlhf_jax.stages.sizes import check_batches, update_rows
 from rlhf_jax.types import RlhfError
 
 COMMON = tuple(field.name for field in dataclasses.fields(Common))
@@ -65,6 +65,20 @@ class Experiment:
         if stage.kind not in KINDS:
             inputs[stage.kind] = user_code.file_hash(stage.kind)
         return Identity(dataclasses.asdict(stage), common, inputs)
+
+    def context(self, name: str, workdir: Workdir, bar: Bar, together: Together | None = None) -> Context:
+        """Make the context that a stage runs in. Args: together as in `Context`."""
+        return Context(
+            workdir=workdir,
+            stages=tuple(self.stages),
+            name=name,
+            seed=self.seed,
+            seeds=self.seeds,
+            data=self.data,
+            runtime=self.runtime,
+            bar=bar,
+            together=together,
+        )
 
 
 def parse(config: ConfigDict) -> Experiment:
@@ -102,12 +116,12 @@ def parse(config: ConfigDict) -> Experiment:
 
 def run(experiment: Experiment, workdir: Workdir, only: str | None, console: Console) -> bool:
     """Run the incomplete stages, or only one stage; return whether there was anything to do."""
-    _check(experiment, workdir, only)
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {experiment.runtime.xla_flags}"
-    compilation_cache.enable()
+    check(experiment, workdir, only)
+    start_compiler(experiment.runtime)
     display = Display(console)
-    # Read once: the source may change while the process runs.
-    here = functools.cache(lambda: provenance.environment() | {"layout": layout(experiment.runtime)})
+    here = functools.cache(
+        lambda: environment(experiment.runtime)
+    )  # once: the source may change while the process runs
     keys = functools.cache(lambda: cost_keys(experiment, here()))  # made once, since it reads all data
     names, worked = [only] if only else [*experiment.stages], False
     with display.running(), contextlib.ExitStack() as held:
@@ -117,11 +131,42 @@ def run(experiment: Experiment, workdir: Workdir, only: str | None, console: Con
     return worked
 
 
-def _check(experiment: Experiment, workdir: Workdir, only: str | None) -> None:
+def check(experiment: Experiment, workdir: Workdir, only: str | None) -> None:
+    """Raise RlhfError for a bad `--stage` or `--workdir`, and for a checkpoint on this machine that cannot be read."""
     if only is not None and only not in experiment.stages:
         raise RlhfError(f"--stage={only} is not in config.stages = {tuple(experiment.stages)}")
     if workdir.root.exists() and not workdir.root.is_dir():
         raise RlhfError(f"--workdir={workdir.root} is a file: name a directory")
+    for name in [only] if only else experiment.stages:
+        for source in configs.checkpoints(experiment.stages[name], experiment.stages):
+            try:
+                check_local(source)
+            except RlhfError as error:
+                raise RlhfError(f"config.{name}: {error}") from error
+
+
+def start_compiler(runtime: RuntimeConfig) -> None:
+    """Set the compiler's flags, and keep the programs that it compiles."""
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {runtime.xla_flags}"
+    compilation_cache.enable()
+
+
+def environment(runtime: RuntimeConfig) -> dict[str, Any]:
+    """Environment of this process, for the provenance of stages."""
+    return provenance.environment() | {"layout": layout(runtime)}
+
+
+def begin_stage(
+    experiment: Experiment, workdir: Workdir, name: str, identity: Identity, here: dict[str, Any]
+) -> str | None:
+    """Create or continue a stage's directory, and record the environment and the experiment.
+
+    Returns a sentence if the stage was worked on with another layout of devices.
+    """
+    workdir.begin(name, identity)
+    changed = provenance.begin(workdir.directory(name), here)
+    workdir.record([*experiment.stages])
+    return changed
 
 
 def _run_stage(
@@ -139,16 +184,16 @@ def _run_stage(
     status = workdir.status(name, identity)
     if status in ("complete", "elsewhere"):
         return False
+    if changes := workdir.not_reused(name, identity):
+        display.console.print(f"{name}: {changes}", highlight=False, soft_wrap=True)
     if status == "again":
-        display.console.print(f"{name}: an earlier start with another config left no results; starting again.")
+        display.console.print(f"{name}: an earlier start with another config left no checkpoint; starting again.")
     directory = workdir.directory(name)
 
     def begin() -> None:
         lock()
-        workdir.begin(name, identity)
-        if changed := provenance.begin(directory, here()):
+        if changed := begin_stage(experiment, workdir, name, identity, here()):
             display.console.print(changed, highlight=False, soft_wrap=True)
-        workdir.record([*experiment.stages])
 
     processes.wait()  # until all have read what the first one now replaces
     processes.on_first(begin)
@@ -165,17 +210,7 @@ def _run_stage(
         ) as bar,
     ):
         bar.describe(*_sizes(experiment, name))
-        context = Context(
-            workdir=workdir,
-            stages=tuple(experiment.stages),
-            name=name,
-            seed=experiment.seed,
-            seeds=experiment.seeds,
-            data=experiment.data,
-            runtime=experiment.runtime,
-            bar=bar,
-        )
-        summary = kind.run(stage, context)
+        summary = kind.run(stage, experiment.context(name, workdir, bar))
     _check_data(experiment, identity)
 
     def complete() -> None:
@@ -207,62 +242,6 @@ def layout(runtime: RuntimeConfig) -> dict[str, Any]:
     """Division of the work over devices and processes, which changes results by rounding."""
     names = ("strategy", "data", "fsdp", "tensor")
     return {**{name: getattr(runtime, name) for name in names}, "processes": processes.count()}
-
-
-class PlannedStage(NamedTuple):
-    """Part of a run that has not started."""
-
-    name: str
-    status: str
-    runs: bool  # False if the stage is complete
-    parameters: int | None  # of the model that the stage trains; None: not known, or none
-    training: str  # batch size and length of the training; empty for other stages
-    seconds: float | None  # of an earlier run of a stage with the same cost
-    bytes: int | None  # of that run, or else of the checkpoints of a model with Adam's state
-
-
-def plan(experiment: Experiment, workdir: Workdir, only: str | None) -> list[PlannedStage]:
-    """Find what `run` would do to each stage. Raises RlhfError as `run` does."""
-    _check(experiment, workdir, only)
-    keys, known = cost_keys(experiment, provenance.environment()), timings.read_timings(compilation_cache.cache_dir())
-    planned: dict[str, PlannedStage] = {}
-    for name in [only] if only else experiment.stages:
-        inputs = configs.input_stages(experiment.stages[name], experiment.stages)
-        if any(planned[input].runs for input in inputs if input in planned):
-            status, runs = "runs", True  # what it depends on is not known yet
-        else:
-            found = workdir.status(name, experiment.identity(name, workdir.fingerprint))
-            runs = found not in ("complete", "elsewhere")
-            status = {"half-done": "continues", "elsewhere": "in inputs", "complete": found}.get(found, "runs")
-        timing = known.get(keys[name])
-        planned[name] = PlannedStage(
-            name,
-            status,
-            runs,
-            parameters(experiment.stages, name),
-            _training(experiment, name),
-            seconds=timing.seconds if timing else None,
-            bytes=timing.bytes if timing else _checkpoint_bytes(experiment, name),
-        )
-    return [*planned.values()]
-
-
-def _training(experiment: Experiment, name: str) -> str:
-    stage = experiment.stages[name]
-    if not isinstance(stage, OfflineConfig | OnlineConfig):
-        return ""
-    length = f"{stage.iterations} iterations" if isinstance(stage, OnlineConfig) else f"{stage.epochs:g} epochs"
-    seeds = experiment.seeds if find_kind(stage.kind, name).seeded else 1
-    return f"batch {update_rows(stage)}, {length}" + (f", {seeds} seeds" if seeds > 1 else "")
-
-
-def _checkpoint_bytes(experiment: Experiment, name: str) -> int | None:
-    """Estimate the size of a stage's checkpoints: float32 weights, and two moments for each."""
-    stage, count = experiment.stages[name], parameters(experiment.stages, name)
-    if count is None or not isinstance(stage, OfflineConfig | OnlineConfig):
-        return None
-    seeds = experiment.seeds if find_kind(stage.kind, name).seeded else 1
-    return 12 * count * seeds * stage.loop.keep
 
 
 def cost_keys(experiment: Experiment, here: dict[str, Any]) -> dict[str, str]:
@@ -334,9 +313,30 @@ def _batch(stage: Any, unit: str | None, runtime: RuntimeConfig, directory: Path
 def _parse_stage(name: str, config: ConfigDict) -> StageConfig:
     section = config[name]
     if not isinstance(section, ConfigDict) or "kind" not in section:
-        known = [*COMMON, *(other for other in config if isinstance(config[other], ConfigDict) and other != name)]
-        raise RlhfError(
-            f"config.{name} is not the section of a stage: it has no kind.{configs.suggestion(name, known)}"
-        )
+        sections = [other for other in config if isinstance(config[other], ConfigDict) and other != name]
+        known = [*dict.fromkeys([*COMMON, *sections])]
+        owners = {other: _section_class(config, other) for other in known}
+        paths = [f"{other}.{path}" for other, cls in owners.items() if cls for path in places(cls, name)]
+        closest = f" Did you mean {paths[0]!r}?" if paths else configs.suggestion(name, known)
+        raise RlhfError(f"config.{name} is not the section of a stage: it has no kind.{closest}")
     kind = configs.convert(str, section.kind, f"config.{name}.kind")
-    return configs.build(find_kind(kind, f"config.{name}.kind").config, config[name], f"config.{name}")
+    cls = find_kind(kind, f"config.{name}.kind").config
+    try:
+        return configs.build(cls, section, f"config.{name}")
+    except configs.UnknownFieldError as error:
+        where = {name: cls, "data": DataConfig, "runtime": RuntimeConfig}
+        paths = [f"{section}.{path}" for section, cls in where.items() for path in places(cls, error.key)]
+        if paths and not error.fault.startswith(f"config.{paths[0]} "):  # a field of another member of a union
+            raise RlhfError(f"{error.fault} Did you mean {paths[0]!r}?") from error
+        kinds = [kind for kind, row in KINDS.items() if error.key in places(row.config, error.key)]
+        if kinds and error.fault.startswith(f"config.{name}.{error.key} "):
+            raise RlhfError(f"{error.fault} It is a field of {' and of '.join(kinds)}.") from error
+        raise
+
+
+def _section_class(config: ConfigDict, name: str) -> type | None:
+    """Class of a section of the config; None if it has none, or an unknown kind."""
+    if name in ("data", "runtime"):
+        return {"data": DataConfig, "runtime": RuntimeConfig}[name]
+    kind = config[name].get("kind") if isinstance(config[name], ConfigDict) else None
+    return KINDS[kind].config if kind in KINDS else None

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rlhf_jax import config as configs
-from rlhf_jax import experiment
+from rlhf_jax import dry_run, experiment
 from rlhf_jax.api import call_config_file, open_workdir, run
 from rlhf_jax.cli.parser import Parser
 from rlhf_jax.commands import parse_config_flags
@@ -176,7 +176,7 @@ def has_stages(parsed: Experiment, shared: Sequence[str], inputs: Path | None) -
     if inputs is None:
         return False
     part = dataclasses.replace(parsed, stages={name: parsed.stages[name] for name in shared})
-    return not any(stage.runs for stage in experiment.plan(part, open_workdir(inputs, None), None))
+    return not any(stage.runs for stage in dry_run.plan(part, open_workdir(inputs, None), None))
 
 
 def run_shared(parsed: Experiment, shared: Sequence[str], directory: Path, console: Console) -> None:

@@ -7,19 +7,18 @@ training is then complete, and the point runs on like an interrupted run, which 
 import contextlib
 import dataclasses
 import json
-import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from rich.console import Console
 
 from rlhf_jax import config as configs
-from rlhf_jax.experiment import Experiment, layout
-from rlhf_jax.loading.context import Context, Together
+from rlhf_jax.experiment import Experiment, begin_stage, environment, start_compiler
+from rlhf_jax.loading.context import Together
 from rlhf_jax.methods.offline import OfflineConfig
 from rlhf_jax.methods.online_config import OnlineConfig
 from rlhf_jax.methods.policy_config import PolicyGradientConfig
-from rlhf_jax.runtime import compilation_cache, provenance
+from rlhf_jax.runtime import provenance
 from rlhf_jax.runtime.progress import Display
 from rlhf_jax.runtime.stage_state import recorded
 from rlhf_jax.runtime.workdir import Identity, Workdir, flatten
@@ -122,30 +121,16 @@ def train(members: Sequence[Member], numbers: dict[str, tuple[float, ...]], name
     """Train the stage of all members in one program, from the newest step that all of them have."""
     first = members[0].experiment
     stage = first.stages[name]
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {first.runtime.xla_flags}"
-    compilation_cache.enable()
-    here = provenance.environment() | {"layout": layout(first.runtime)}
-    here |= {"together": [member.place.root.name for member in members]}
+    start_compiler(first.runtime)
+    here = environment(first.runtime) | {"together": [member.place.root.name for member in members]}
     display = Display(console)
     with display.running(), contextlib.ExitStack() as held:
         display.start(f"Device: {provenance.machine_name(here['machine'])}")
         directories = tuple(member.place.directory(name) for member in members)
-        for member, directory in zip(members, directories, strict=True):
+        for member in members:
             held.enter_context(locked(member.place.root))
-            member.place.begin(name, member.identity)
-            provenance.begin(directory, here)
-            member.place.record([*member.experiment.stages])
+            begin_stage(member.experiment, member.place, name, member.identity, here)
         states = [held.enter_context(recorded(directory)) for directory in directories]
         bar = held.enter_context(display.bar(f"{name}, {len(members)} points", state=states[0]))
-        context = Context(
-            workdir=members[0].place,
-            stages=tuple(first.stages),
-            name=name,
-            seed=first.seed,
-            seeds=first.seeds,
-            data=first.data,
-            runtime=first.runtime,
-            bar=bar,
-            together=Together(directories, numbers),
-        )
+        context = first.context(name, members[0].place, bar, Together(directories, numbers))
         find_kind(stage.kind, name).run(stage, context)

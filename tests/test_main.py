@@ -88,6 +88,12 @@ def test_every_kind_of_file_gives_the_same_run(tmp_path):
         ("--config.nothing=3", "config.nothing is not the section of a stage: it has no kind. Known fields: seed,"),
         ("--config.pppo.kl_coef=3", "config.pppo is not the section of a stage: it has no kind. Did you mean 'ppo'?"),
         ("--config.sed=3", "Did you mean 'seed'?"),
+        ("--config.ppo.advantage=rloo", "config.ppo.advantage is not a field of PPOConfig. It is a field of group_rl."),
+        ("--config.ppo.learning_rate=1", "PPOConfig. Did you mean 'ppo.optimizer.learning_rate'?"),
+        ("--config.ppo.optimizer.kl_coef=1", "OptimizerConfig. Did you mean 'ppo.kl_coef'?"),
+        ("--config.sft.max_response_tokens=9", "SFTConfig. Did you mean 'data.max_response_tokens'?"),
+        ("--config.kl_coef=1", "it has no kind. Did you mean 'ppo.kl_coef'?"),
+        ("--config.inference_batch=8", "it has no kind. Did you mean 'runtime.inference_batch'?"),
         ("--config.ppo=3", "config.ppo is not the section of a stage"),
         ("--config.sft.epochs", "--config.sft.epochs has no value: write --config.sft.epochs=VALUE"),
         ("--config.ppo.optimizer.b1=1.5", "config.ppo.optimizer.b1 = 1.5 must be below 1"),
@@ -288,7 +294,7 @@ def test_a_start_that_failed_on_a_row_leaves_no_lock(tmp_path, capsys):
     assert {other.state for other in others} == {"not started"} and len(others) == 4
     train.write_text(rows)
     assert main(arguments) == 0
-    assert "sft: an earlier start with another config left no results; starting again." in capsys.readouterr().out
+    assert "sft: an earlier start with another config left no checkpoint; starting again." in capsys.readouterr().out
     assert next(statuses(tmp_path / "run")).state == "complete"
     assert (tmp_path / "run" / "sft" / "complete.json").exists()
 

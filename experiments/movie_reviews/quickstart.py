@@ -171,6 +171,8 @@ def make_smaller(config: ConfigDict) -> None:
     for name in betas:
         config[name].update({"epochs": 0.5, "sample_prompts": 4})
     config.ppo.update({"iterations": 5, "batch_size": 64, "samples_every": 5, "samples_written": 16})
+    for name in ("sft", "reward_model", *betas, "ppo"):
+        config[name].optimizer.warmup_steps = 2
     config.evaluate.update({"policies": (*betas, "ppo"), "best_of": (4,)})
     config.evaluate.update({"prompts": 128, "selection_prompts": 64})
 

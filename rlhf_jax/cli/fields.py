@@ -171,6 +171,13 @@ def default_text(field: dataclasses.Field) -> str | None:
     return text if len(text) <= 60 else f"{text[:50]}..."
 
 
+def places(section: type, key: str) -> list[str]:
+    """Dotted paths of the fields with a name in a section and in the sections within it, outer ones first."""
+    hints = typing.get_type_hints(section)
+    inner = [(name, each) for name, hint in hints.items() for each in sections_of(hint)]
+    return ([key] if key in hints else []) + [f"{name}.{path}" for name, each in inner for path in places(each, key)]
+
+
 def sections_of(hint: Any) -> list[Any]:
     """Return the dataclasses among the members of a type."""
     return [member for member in _union_members(hint) if dataclasses.is_dataclass(member)]

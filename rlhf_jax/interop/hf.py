@@ -211,6 +211,16 @@ def refuse_bias(bias: Any | None) -> None:
 
 def read_config(directory: Path, family: str | None = None) -> dict[str, Any]:
     """Read a checkpoint's config.json. Raises RlhfError if it is missing or malformed, or its family is unknown."""
+    config = read_json_config(directory)
+    config.pop(USER_FAMILY, None)  # a checkpoint from elsewhere must not choose code that runs here
+    if family is not None:
+        config[USER_FAMILY] = family
+    family_of(config, str(directory / "config.json"))
+    return config
+
+
+def read_json_config(directory: Path) -> dict[str, Any]:
+    """Read a checkpoint's config.json, of any family. Raises RlhfError if it is missing or malformed."""
     file = directory / "config.json"
     try:
         config = json.loads(file.read_bytes())
@@ -220,10 +230,6 @@ def read_config(directory: Path, family: str | None = None) -> dict[str, Any]:
         raise RlhfError(f"{file} is not JSON ({error}): download it again") from error
     if not isinstance(config, dict):
         raise RlhfError(f"{file} is not a JSON object: download it again")
-    config.pop(USER_FAMILY, None)  # a checkpoint from elsewhere must not choose code that runs here
-    if family is not None:
-        config[USER_FAMILY] = family
-    family_of(config, str(file))
     return config
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from rlhf_jax.data.fetch import DataSet, download_distribution, obtain
 from rlhf_jax.interop import hf, peft
-from rlhf_jax.interop.tensor_files import ORIGIN
+from rlhf_jax.interop.families import family_of
+from rlhf_jax.interop.tensor_files import ORIGIN, find_tensors
 from rlhf_jax.models.model_config import DType
 from rlhf_jax.text.hf_tokenizer import GENERATION_FILE, load_pretrained_tokenizer
 from rlhf_jax.text.tokenizer import CONFIG_FILE, Tokenizer, load_tokenizer
@@ -70,6 +71,29 @@ def fetch_model(name: str) -> Path:
     if name not in MODELS:
         raise RlhfError(f"{name} cannot be fetched: choose one of {', '.join(MODELS)}")
     return obtain(name, MODELS[name])
+
+
+def check_local(source: str) -> None:
+    """Raise RlhfError if a file or directory on this machine is not a checkpoint. The Hub is not asked about others."""
+    path = Path(source)
+    if source in MODELS or not path.exists():
+        return
+    if source.endswith(".gguf"):
+        try:
+            with path.open("rb") as file:
+                first = file.read(4)
+        except OSError as error:
+            raise RlhfError(f"{path} cannot be read: {error.strerror}") from error
+        if first != b"GGUF":
+            raise RlhfError(f"{path} is not a GGUF file: download it again")
+        return
+    base = peft.base_of(hf.find_checkpoint(source))
+    if base is not None:
+        check_local(base)
+        return
+    if "model_type" not in hf.read_json_config(path):
+        family_of({}, str(path / "config.json"))  # raises; the file itself must not choose a family
+    find_tensors(path)
 
 
 def quantisation_note(name: str, hf_config: dict[str, Any] | None) -> str | None:

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 from rich.table import Table
 from rich.text import Text
 
-from rlhf_jax.data import counts, lengths, pipeline
+from rlhf_jax.data import counts, formats, lengths, pipeline
 from rlhf_jax.data.splits import Row, read_source
 from rlhf_jax.loading.context import Context
 from rlhf_jax.runtime.files import read_json, write_json
@@ -95,9 +95,14 @@ def _described(
             **_counted(rows),
         }
         if name != "train":
+            described[name]["is_test"] = name == "eval" and _hash(context, "eval") == _hash(context, "test")
             described[name]["shared"], described[name]["compared"] = counts.shared(rows, training)
         described[name]["lengths"] = figures[name]
     return described
+
+
+def _hash(context: Context, split: str) -> str:
+    return formats.file_hash(context.data.source(split))
 
 
 def _counted(rows: list[Row]) -> dict[str, Any]:
@@ -147,6 +152,8 @@ def _notes(split: Mapping[str, Any]) -> Iterator[str]:
         further = f"; further columns: {', '.join(split['further_columns'])}" if split["further_columns"] else ""
         convention = f" ({split['convention']})" if split["convention"] else ""
         yield f"columns {', '.join(split['columns'])}{convention}{further}."
+    if split.get("is_test"):
+        yield "these rows are the test split too (data.test): a stage that is selected on them looks better than it is."
     if beyond := split.get("beyond_limit"):
         yield f"the first {rows} of {rows + beyond} rows are used (data.limit)."
     if share := split.get("without_prompt"):

@@ -30,7 +30,15 @@ from rlhf_jax.loading.context import Context, steps_for
 from rlhf_jax.loading.trainable import N, depth_advice, dropout_keys, stack
 from rlhf_jax.runtime.checkpoints import TrainState
 from rlhf_jax.runtime.loop import Evaluation, LoopConfig, Rows, Task, train
-from rlhf_jax.runtime.optimizers import OptimizerConfig, gradients, learning_rate, make_optimizer, micro_batches, update
+from rlhf_jax.runtime.optimizers import (
+    OptimizerConfig,
+    gradients,
+    learning_rate,
+    make_optimizer,
+    micro_batches,
+    update,
+    warmup_warning,
+)
 from rlhf_jax.runtime.programs import PER_RUN, Step, check_divides
 from rlhf_jax.runtime.rounding import update_key
 from rlhf_jax.types import Json
@@ -162,6 +170,8 @@ def train_offline(
         evaluation=Evaluation(config.eval_every, method.evaluate),
         describe=lambda step, samples: [],
     )
+    if warning := warmup_warning(config.optimizer, steps):
+        context.bar.warn(warning)
     context.bar.advise(depth_advice(network))
     services = context.runtime.trackers
     done = train(task, config.loop, placement, context.seed, context.directories, context.bar, services)

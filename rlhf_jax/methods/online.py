@@ -24,6 +24,7 @@ from rlhf_jax.methods.policy_parts import Networks, OnlineBatch, Params, Samples
 from rlhf_jax.rewards.scorers import HostScorer, joins_program, make_host_scorer
 from rlhf_jax.rewards.sources import Reward
 from rlhf_jax.runtime.loop import Task, train
+from rlhf_jax.runtime.optimizers import warmup_warning
 from rlhf_jax.runtime.programs import PER_RUN, SEED_AXIS, RuntimeConfig, Step
 from rlhf_jax.runtime.two_programs import TwoSteps
 from rlhf_jax.sampling import buckets
@@ -137,6 +138,8 @@ def train_online(
         evaluation=None,
         describe=describe,
     )
+    if warning := warmup_warning(config.optimizer, config.updates):
+        context.bar.warn(warning)
     context.bar.advise(depth_advice(reference.network))
     services = context.runtime.trackers
     done = train(task, config.loop, placement, context.seed, context.directories, context.bar, services)

@@ -155,18 +155,19 @@ class Iteration(Setting, Generic[Rows]):
 
         Args: packings of the minibatches, [updates, G, ...].
         """
-        self, controller = of_run(self, frozen, IN_ITERATION), self.method.kl_controller
-        kl_coef = state.controller["kl_coef"] if controller else self.method.kl_coef
-        params = self.networks.full_params(state.params, frozen)
-        evaluated = self.evaluate(params, frozen, responses, sequences)
-        objective = objective_metrics(evaluated, kl_coef, self.axes)
-        rows, prepared = self.method.learner.prepare(self, evaluated, frozen, kl_coef)
-        state, updated = self.optimise(state, frozen, rows, responses.sampled, run_key, kl_coef, packings)
+        iteration = of_run(self, frozen, IN_ITERATION)
+        method, controller = iteration.method, iteration.method.kl_controller
+        kl_coef = state.controller["kl_coef"] if controller else method.kl_coef
+        params = iteration.networks.full_params(state.params, frozen)
+        evaluated = iteration.evaluate(params, frozen, responses, sequences)
+        objective = objective_metrics(evaluated, kl_coef, iteration.axes)
+        rows, prepared = method.learner.prepare(iteration, evaluated, frozen, kl_coef)
+        state, updated = iteration.optimise(state, frozen, rows, responses.sampled, run_key, kl_coef, packings)
         if controller:
-            adapted = controller.next(kl_coef, objective["objective/kl"], self.config.batch_size)
+            adapted = controller.next(kl_coef, objective["objective/kl"], iteration.config.batch_size)
             state = state._replace(controller={"kl_coef": adapted})
         logged = objective | numbers_of(evaluated.old.metrics) | prepared | responses.metrics | updated
-        return state, logged, samples_of(responses, evaluated, rows, kl_coef, self.config.tokens_recorded)
+        return state, logged, samples_of(responses, evaluated, rows, kl_coef, iteration.config.tokens_recorded)
 
     def evaluate(self, params: Params, frozen: Params, responses: Responses, sequences: Sequences) -> Evaluated:
         """Compute log-probabilities and values before the first update, and shape the scores.

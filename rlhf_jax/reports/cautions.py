@@ -30,8 +30,9 @@ def cautions(run: Run) -> list[str]:
 
     The reasons are a reward model no better than chance on held-out pairs (the 95 % interval of its accuracy contains
     50 % or lies below it), a judge that is also the reward that selected or trained some of the answers, a comparison
-    on few prompts, a divergence below 0, and a reference with another score on Best-of-N's prompts. Before methods are
-    compared, every reward model is checked, and afterwards those that the comparison depends on.
+    on few prompts, a divergence below 0, a reference with another score on Best-of-N's prompts, a comparison on rows of
+    the evaluation split, and training that ended within the learning rate's warm-up. Before methods are compared, every
+    reward model is checked, and afterwards those that the comparison depends on.
     """
     judgements = _judgements(run)
     rewards = [reward for found in judgements for reward in (found.judge, *found.optimised.values())]
@@ -44,7 +45,8 @@ def cautions(run: Run) -> list[str]:
             f"Only {prompts} prompt{'s' if prompts > 1 else ''}: small differences between methods may be noise. "
             f"Evaluate on {FEWEST_PROMPTS} prompts or more."
         )
-    return list(dict.fromkeys(reason for reason in [*reasons, _negative_kl(run), _heights(run)] if reason is not None))
+    reasons += [_negative_kl(run), _heights(run), _tested_on_evaluation_rows(run), _still_warming_up(run)]
+    return list(dict.fromkeys(reason for reason in reasons if reason is not None))
 
 
 def of_several(runs: Mapping[str, Run]) -> list[str]:
@@ -134,6 +136,40 @@ def _heights(run: Run) -> str | None:
                 "its scores."
             )
     return None
+
+
+def _tested_on_evaluation_rows(run: Run) -> str | None:
+    """Caution about a comparison on the rows that stages are selected on, or None."""
+    for stage in run.of_kind("evaluate", complete=True)[-1:]:
+        data = run.config(stage)["common"]["data"]
+        if data["test"] in (None, data["eval"]):
+            selected = sorted(run.selected())
+            found = f", as {_list(selected)} {'was' if len(selected) == 1 else 'were'}," if selected else ""
+            return (
+                "The test rows are the evaluation rows (data.test): a stage or setting that was selected on them"
+                f"{found} looks better than it is."
+            )
+    return None
+
+
+def _still_warming_up(run: Run) -> str | None:
+    """Caution about stages whose learning rate was still rising at the last update, or None."""
+    rising = []
+    for name in filter(run.is_complete, run.stages):
+        section = run.config(name)["section"]
+        if "optimizer" in section:
+            warmup, updates = section["optimizer"]["warmup_steps"], _updates(section, run.summary(name))
+            if warmup >= updates:
+                rising.append(f"{name} (optimizer.warmup_steps = {warmup}, {updates} updates)")
+    if not rising:
+        return None
+    return f"The learning rate of {_list(rising)} was still rising at the last update: train longer, or lower it."
+
+
+def _updates(section: Mapping[str, Any], summary: Mapping[str, Any]) -> int:
+    """Updates of a stage that trained; an online one makes several in a step."""
+    steps = summary["steps"] if "steps" in summary else section["iterations"]
+    return steps * section["epochs"] * section["minibatches"] if "minibatches" in section else steps
 
 
 def meaningless(run: Run) -> bool:

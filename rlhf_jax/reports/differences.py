@@ -71,6 +71,13 @@ def differences(run: Run) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=names)
 
 
+def leading_method(run: Run) -> str | None:
+    """Method with the highest score, if the intervals of its differences from all others are above 0."""
+    best, gaps = frames.best_method(frames.comparison(run)), differences(run)
+    own = gaps[gaps["method"] == best]
+    return best if len(own) and (own["low"] > 0).all() else None
+
+
 def at_equal_kl(scores: pd.DataFrame) -> pd.DataFrame:
     """Differences of all ordered pairs of methods at each KL divergence, over the seeds of both that reached it.
 

@@ -8,18 +8,21 @@ import pandas as pd
 from rlhf_jax.core.statistics import t_interval
 from rlhf_jax.reports import frames, table
 from rlhf_jax.reports.cautions import cautions, meaningless
-from rlhf_jax.reports.differences import at_equal_kl, differences
+from rlhf_jax.reports.differences import at_equal_kl, differences, leading_method
 from rlhf_jax.reports.markup import scrolling, table_of, text
 from rlhf_jax.reports.matched import interval, matched_cells
 from rlhf_jax.reports.origins import headline
 from rlhf_jax.reports.run import Run
+
+BOLD = "Bold: the highest score, if the intervals of its differences from all others are above 0."
+NO_FINDING = "No finding: the reward model that compares the methods ranks held-out pairs no better than chance."
 
 
 def first_screen(run: Run) -> str:
     """Render what was run, when and where, reasons to mistrust the results, and the finding with its interval."""
     findings = []
     if run.of_kind("evaluate", complete=True):
-        findings += [] if meaningless(run) else [_finding(frames.comparison(run), differences(run))]
+        findings.append(NO_FINDING if meaningless(run) else _finding(frames.comparison(run), differences(run)))
     for stage in run.of_kind("frontier", complete=True)[-1:]:
         findings += _at_kl(run, stage)
     if not run.of_kind("evaluate", complete=True) and not run.of_kind("frontier", complete=True):
@@ -43,11 +46,11 @@ def mistrusted(sentences: Sequence[str]) -> str:
 def results(run: Run) -> str:
     """Render the tables of an evaluated run."""
     labels = dict(frames.comparison(run)[["method", "label"]].itertuples(index=False))
-    best = frames.best_method(frames.comparison(run))
+    best = leading_method(run)
     shown = table.columns(run)
     parts = [
         _results_table(labels, best, [column.heading for column in shown], table.cells(run)),
-        f'<p class="note">{text(" ".join(table.notes(run)))} Bold: the highest score.</p>{_meanings(shown)}',
+        f'<p class="note">{text(" ".join([*table.notes(run), BOLD]))}</p>{_meanings(shown)}',
         _win_rates(run),
         _differences(run, labels),
     ]
@@ -199,10 +202,12 @@ def _differences(run: Run, labels: Mapping[str, str]) -> str:
         else "over prompts only: with one seed they do not include the variation between seeds"
     )
     note = f"The row's {judge} score minus the column's [95 % t intervals {over}]."
-    return f'<h3>Differences</h3>{_results_table(labels, "", names, rows)}<p class="note">{text(note)}</p>'
+    return f'<h3>Differences</h3>{_results_table(labels, None, names, rows)}<p class="note">{text(note)}</p>'
 
 
-def _results_table(labels: Mapping[str, str], best: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _results_table(
+    labels: Mapping[str, str], best: str | None, headings: Sequence[str], rows: Sequence[Sequence[str]]
+) -> str:
     body = []
     for name, *values in rows:
         plain = name.removesuffix(table.CHOSEN).strip()

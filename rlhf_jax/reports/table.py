@@ -239,7 +239,7 @@ def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     for name, *values in rows:
-        table.add_row(Text(name, style="bold" if name.endswith(CHOSEN) else ""), *map(Text, values))
+        table.add_row(*map(Text, (name, *values)))
     return table
 
 

@@ -85,6 +85,10 @@ def train(
         done, damaged = resume(outputs)
         if damaged:
             bar.warn(f"removed damaged checkpoints ({', '.join(damaged)}); continuing from step {done}")
+        elif 0 < done < task.total_steps:
+            bar.say(f"{directories[0].name}: continuing from step {done} of {task.total_steps}")
+        elif not done and any(output.has_metrics for output in outputs):
+            bar.say(f"{directories[0].name}: interrupted before its first checkpoint; starting again from step 0")
         for output in outputs:
             output.open(done, config.steps_per_call, is_planned)
         state = task.start()

@@ -95,6 +95,16 @@ class OptimizerConfig:
             )
 
 
+def warmup_warning(config: OptimizerConfig, updates: int) -> str | None:
+    """Warning if the warm-up lasts for all updates of a run."""
+    if config.warmup_steps < updates:
+        return None
+    return (
+        f"the learning rate still rises at the last update: there are {updates} updates, and optimizer.warmup_steps = "
+        f"{config.warmup_steps}. Train longer, or lower warmup_steps"
+    )
+
+
 class Algorithm(NamedTuple):
     """One optimiser: its transformation of the clipped gradient, without the learning rate, and the fields it uses."""
 

@@ -42,6 +42,11 @@ class Output:
         self.checkpoints = Checkpoints(directory / "checkpoints", config.keep, self.best)
         self._trackers: list[Tracker] = []
 
+    @property
+    def has_metrics(self) -> bool:
+        """Whether an earlier process wrote metrics."""
+        return bool(read_rows(self.directory / "metrics.jsonl"))
+
     def open(self, done: int, steps_per_call: int, is_planned: Callable[[int], bool]) -> None:
         """Open all files, without what was written after `done` steps.
 

@@ -13,10 +13,14 @@ from rlhf_jax.runtime.stage_state import LOCK, STATE
 from rlhf_jax.types import Json, RlhfError
 
 Status = Literal["new", "again", "half-done", "complete", "elsewhere"]
-"""Status of a stage. "again": started here with another config, without results; "elsewhere": complete in `inputs`."""
+"""Status of a stage. "again": started here with another config, without results that a resumed run would keep;
+"elsewhere": complete in `inputs`."""
 
 TENSORBOARD = "tensorboard"
 """Directory in a stage's directory with a copy of its metrics for TensorBoard."""
+
+ROWS = ("metrics.jsonl", "samples.jsonl")
+"""Files with a training stage's rows, which a resumed run cuts back to its checkpoint."""
 
 BEFORE_RESULTS = {"config.json", "environments.json", "model.json", "tokenizer", "data.json", TENSORBOARD, STATE, LOCK}
 """Files in a stage's directory that are written before its first result."""
@@ -89,8 +93,8 @@ class Workdir:
     def status(self, stage: str, identity: Identity) -> Status:
         """Return the status of a stage.
 
-        Raises RlhfError, naming the keys that differ, if the directory has results (checkpoints, metrics, samples or
-        others) of another config.
+        Raises RlhfError, naming the keys that differ, if the directory has results of another config. Rows of a stage
+        that trains do not count before its first checkpoint: with the same config, it would start from step 0 too.
         """
         directory = self.directory(stage)
         if directory.exists() and not directory.is_dir():
@@ -105,6 +109,18 @@ class Workdir:
         if marker and marker.exists() and read_json(marker)["fingerprint"] == identity.fingerprint:
             return "elsewhere"
         return "new"
+
+    def has_input(self, stage: str) -> bool:
+        """Return whether a stage is complete in `inputs`, and has not been started here."""
+        started = (self.directory(stage) / "config.json").exists()
+        return self.inputs is not None and not started and (self.inputs / stage / "complete.json").exists()
+
+    def not_reused(self, stage: str, identity: Identity) -> str | None:
+        """Return why a stage is not read from `inputs`: the keys that differ; None if it is, or is not there."""
+        if self.inputs is None or not self.has_input(stage) or self.status(stage, identity) == "elsewhere":
+            return None
+        differing = _differences(read_json(self.inputs / stage / "config.json"), identity.as_json())
+        return f"not read from {self.inputs}: {'; '.join(differing) or 'an earlier release wrote it'}"
 
     def begin(self, stage: str, identity: Identity) -> Path:
         """Create a stage's directory with `config.json`, removing files of an earlier start without results."""
@@ -138,12 +154,14 @@ class Workdir:
 
 
 def _has_results(directory: Path) -> bool:
-    """Return whether a stage has results; empty files do not count."""
+    """Return whether a stage has results that a resumed run keeps; empty files do not count."""
+    checkpoints, passing = directory / "checkpoints", BEFORE_RESULTS
+    if checkpoints.is_dir():
+        if any(step.name.isdigit() for step in checkpoints.iterdir()):
+            return True
+        passing = BEFORE_RESULTS | {checkpoints.name, *ROWS}
     for path in directory.iterdir():
-        if path.name == "checkpoints":
-            if any(step.name.isdigit() for step in path.iterdir()):
-                return True
-        elif path.name not in BEFORE_RESULTS and path.suffix != ".tmp" and (path.is_dir() or path.stat().st_size):
+        if path.name not in passing and path.suffix != ".tmp" and (path.is_dir() or path.stat().st_size):
             return True
     return False
 

@@ -82,6 +82,18 @@ def test_few_repetitions_are_a_note_and_many_a_warning(tmp_path):
     assert written["warnings"] == ["train: 1 of 11 rows repeat an earlier row."]
 
 
+def test_evaluation_rows_that_are_the_test_rows_are_mentioned(tmp_path):
+    rows = {"train": pairs(range(40)), "eval": pairs(range(41, 45))}
+    note = "eval: these rows are the test split too (data.test)"
+    for name, further, mentioned in (
+        ("none", {}, True),
+        ("same", {"test": rows["eval"]}, True),
+        ("other", {"test": pairs(range(45, 48))}, False),
+    ):
+        _, written = Stages(tmp_path / name, rows | further).answers("sft")
+        assert any(each.startswith(note) for each in written["notes"]) == mentioned, name
+
+
 def test_rows_beyond_the_limit_are_mentioned(tmp_path):
     splits = {"train": pairs(range(40)), "eval": pairs(range(41, 45))}
     _, written = Stages(tmp_path / "run", splits, limit=8).answers("sft")

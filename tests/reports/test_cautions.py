@@ -101,6 +101,37 @@ def test_a_reference_with_two_scores_is_named_with_both(good):
     assert "SFT scores 0.10 on the prompts of the evaluation and 0.35 on those of best_of_n" in found[0]
 
 
+@pytest.mark.parametrize("test", [None, "eval.jsonl"])
+def test_test_rows_that_are_the_evaluation_rows_are_named_with_what_was_selected_on_them(good, test):
+    path = good / "evaluate" / "config.json"
+    config = read_json(path)
+    config["common"]["data"]["test"] = test
+    write_json(path, config)
+    (sentence,) = cautions(Run(good))
+    assert "a stage or setting that was selected on them, as dpo_01 was, looks better than it is" in sentence
+    write_json(good / "evaluate" / "summary.json", read_json(good / "evaluate" / "summary.json") | {"selected": {}})
+    assert "selected on them looks better" in cautions(Run(good))[0]
+
+
+@pytest.mark.parametrize(
+    ("stage", "section", "summary", "updates"),
+    [
+        ("dpo_1", {}, {"steps": 40}, 40),
+        ("ppo", {"iterations": 5, "epochs": 4, "minibatches": 2}, {}, 40),
+        ("ppo", {"iterations": 50, "epochs": 4, "minibatches": 2}, {"steps": 5}, 40),  # stopped early
+    ],
+)
+def test_training_within_the_warm_up_is_named(good, stage, section, summary, updates):
+    path = good / stage / "config.json"
+    for warmup, found in ((updates, True), (updates - 1, False)):
+        config = read_json(path)
+        config["section"] |= {**section, "optimizer": {"warmup_steps": warmup}}
+        write_json(path, config)
+        write_json(good / stage / "summary.json", read_json(good / stage / "summary.json") | summary)
+        words = f"of {stage} (optimizer.warmup_steps = 40, 40 updates) was still rising at the last update"
+        assert [words in sentence for sentence in cautions(Run(good))] == [True] * found
+
+
 def test_cautions_stand_before_every_finding_and_a_meaningless_score_has_no_headline(tmp_path, no_figures):
     workdirs.write_all(tmp_path, gold=False)
     reward_model_ranks(tmp_path, 0.49, 0.45, 0.53)
@@ -115,6 +146,7 @@ def test_cautions_stand_before_every_finding_and_a_meaningless_score_has_no_head
     page = (tmp_path / "report.html").read_text()
     assert page.index("<h1>") < page.index("no better than chance") < page.index("<table>")
     assert "has the highest reward score" not in page
+    assert "No finding: the reward model that compares the methods ranks held-out pairs no better than chance." in page
 
 
 def test_a_reward_model_at_chance_is_named_before_anything_is_evaluated(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 
 from rlhf_jax.reports import html as page
 from rlhf_jax.reports import markup, report, sample_data
+from rlhf_jax.reports.differences import differences
 from rlhf_jax.reports.run import Run
 from rlhf_jax.runtime.files import read_rows, write_rows
 from tests.support import workdirs
@@ -123,6 +124,18 @@ def test_the_page_shows_results_configs_and_times_and_marks_the_best(plain):
     assert "PPO has the highest gold score: 1.70, which is 1.60 above SFT (95 % interval over prompts" in parsed.text
     (best,) = re.findall(r'<tr class="best"><th scope="row">(\w+)', plain.read_text())
     assert best == "ppo"
+
+
+def test_a_best_score_within_the_interval_is_not_marked(tmp_path):
+    workdirs.write_all(tmp_path)
+    path = tmp_path / "evaluate" / "samples.jsonl"
+    rows = read_rows(path)
+    dpo = {row["step"]: row["gold"] for row in rows if row["method"] == "dpo_01"}
+    ppo = [row | {"gold": dpo[row["step"]] + row["step"] % 2 - 0.4} for row in rows if row["method"] == "ppo"]
+    write_rows(path, [*(row for row in rows if row["method"] != "ppo"), *ppo])
+    gaps = differences(Run(tmp_path)).set_index(["method", "against"])
+    assert gaps.loc[("ppo", "dpo_01"), "low"] < 0 < gaps.loc[("ppo", "dpo_01"), "difference"]
+    assert '<tr class="best">' not in written(tmp_path).read_text()
 
 
 def test_curves_are_of_every_metric_with_every_seed(evil):

@@ -124,11 +124,22 @@ def test_a_longer_run_goes_on_from_the_checkpoint(tmp_path):
     run(task(4, **batches), tmp_path)
     write_rows(tmp_path / "metrics.jsonl", [*read_rows(tmp_path / "metrics.jsonl"), {"step": 5, "total": -1.0}])
     run(task(8, **batches), tmp_path)
+    assert "continuing from step 4 of 8" in " ".join((tmp_path / "log").read_text().split())
     rows = read_rows(tmp_path / "metrics.jsonl")
     copied = scalars(tmp_path / "tensorboard" / "seed_7")
     assert [copied[step, "total"] for step in range(1, 9)] == [[row["total"]] for row in rows]
     assert [8 * row["total"] for row in rows] == [0, 1, 3, 6, 10, 15, 21, 28]
     assert [row["updates"] for row in rows] == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_a_run_without_a_checkpoint_starts_again_and_a_complete_one_does_not_continue(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "seed": 7, "total": -1.0}\n')
+    run(task(4), tmp_path)
+    printed = " ".join((tmp_path / "log").read_text().split())
+    assert "interrupted before its first checkpoint; starting again from step 0" in printed
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+    run(task(4), tmp_path)
+    assert "step" not in (tmp_path / "log").read_text()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path):

@@ -71,7 +71,7 @@ def build(**changes: Any) -> stage.RejectionSamplingConfig:
         ({"keep": {"best": 9}}, "keep.best = 9 is more than samples_per_prompt = 8"),
         ({"keep": {"share": 0.0}}, "share = 0.0 must be above 0"),
         ({"keep": {"soft_temperature": 0.0}}, "soft_temperature = 0.0 must be above 0"),
-        ({"keep": {"best": 1, "threshold": 0.0}}, "is not a field of"),
+        ({"keep": {"best": 1, "threshold": 0.0}}, "threshold is not a field of KeepBest. Known fields: best."),
         ({"eval_prompts": 32}, "eval_prompts = 32 must be below prompts = 32"),
         ({"temperature": 0.0}, "temperature = 0.0 must be above 0"),
         ({"samples_per_prompt": 0}, "samples_per_prompt = 0 must be at least 1"),

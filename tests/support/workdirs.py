@@ -29,7 +29,7 @@ from tests.support import networks
 DATA = {
     "train": "train.jsonl",
     "eval": "eval.jsonl",
-    "test": None,
+    "test": "test.jsonl",
     "limit": None,
     "text_prompt_tokens": [1, 2],
     "max_prompt_tokens": 5,

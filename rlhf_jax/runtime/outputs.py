@@ -44,7 +44,7 @@ class Output:
 
     @property
     def has_metrics(self) -> bool:
-        """Whether an earlier process wrote metrics."""
+        """Return whether an earlier process wrote metrics."""
         return bool(read_rows(self.directory / "metrics.jsonl"))
 
     def open(self, done: int, steps_per_call: int, is_planned: Callable[[int], bool]) -> None:

@@ -55,7 +55,8 @@ def chat_verb(arguments: list[str]) -> None:
     flags.add_judge_flags(parser)
     flags.add_sampling_flags(parser)
     options = parser.parse_args(arguments)
-    console = Console(highlight=False)
+    # A Jupyter kernel sets FORCE_COLOR, for which rich would draw a spinner in the output of a cell.
+    console = Console(highlight=False, force_terminal=None if sys.stdout.isatty() else False)
     with console.status("[dim]loading[/dim]"):
         policy = flags.load_policy(options)
         judge = flags.load_judge(options)

@@ -160,6 +160,11 @@ def test_a_pipe_asks_and_commands(model, capsys, monkeypatch):
     assert answer in chat(capsys, monkeypatch, "/system Be short.\n/system\nIs it good?\n", *short)
 
 
+def test_a_pipe_has_no_control_sequences_under_jupyter(model, capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert "\x1b" not in chat(capsys, monkeypatch, "Is it good?\n", model, "--max-new-tokens=5")
+
+
 def test_an_answer_is_taken_back_and_given_again(model, tmp_path, capsys, monkeypatch):
     file = tmp_path / "chats.jsonl"
     lines = f"Is it good?\nWhy?\n/undo\n/save {file}\n/regenerate\n/save {file}\n"

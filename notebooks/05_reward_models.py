@@ -225,8 +225,8 @@ length_figure
 
 # %% [markdown]
 # The gold score does not depend on length, and neither does the first reward model. The second one has learned the raters'
-# habit: where the better answer is shorter, it is nearly always wrong. Its accuracy on the raters' own labels cannot show this,
-# since the labels have the same habit.
+# habit: where the better answer is shorter by four tokens or more, it is nearly always wrong. Its accuracy on the raters' own
+# labels cannot show this, since the labels have the same habit.
 #
 # ## When to disbelieve
 #

@@ -12,7 +12,6 @@ import argparse
 import hashlib
 import os
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -90,10 +89,12 @@ def main() -> None:
         if arguments.text:
             store(script, with_stored_outputs(script))
             continue
-        start = time.monotonic()
+        start = os.times()
         with tempfile.TemporaryDirectory() as empty:
             store(script, execute(script, arguments.workdir or Path(empty)))
-        print(f"{script.stem}: {time.monotonic() - start:.0f} s")
+        end = os.times()
+        processor = end.children_user + end.children_system - start.children_user - start.children_system
+        print(f"{script.stem}: {end.elapsed - start.elapsed:.0f} s, of processor time {processor:.0f} s")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ import pytest
 
 from rlhf_jax import experiment
 from rlhf_jax.api import included_experiment, load_config
+from rlhf_jax.stages.ppo import PPOConfig
+from rlhf_jax.stages.sizes import parameters
 from rlhf_jax.types import RlhfError
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
@@ -29,6 +31,15 @@ def test_a_smoke_variant_reads_the_data_that_come_with_it(name, tmp_path, monkey
 def test_a_full_variant_is_a_valid_config(name):
     config = load_config(name, {"data.train": "train.jsonl", "data.eval": "eval.jsonl"})
     assert [*experiment.parse(config).stages] == [*config.stages]
+
+
+def test_the_variant_for_laptops_reads_the_same_data_and_trains_less():
+    data = {"data.train": "train.jsonl", "data.eval": "eval.jsonl"}
+    full, laptop = (experiment.parse(load_config(f"preferences{arg}", data)) for arg in ("", ":laptop"))
+    assert laptop.data == full.data and [*laptop.stages] == [*full.stages]
+    assert (parameters(laptop.stages, "sft") or 0) < (parameters(full.stages, "sft") or 0)
+    few, many = laptop.stages["ppo"], full.stages["ppo"]
+    assert isinstance(few, PPOConfig) and isinstance(many, PPOConfig) and few.updates < many.updates
 
 
 def test_an_experiment_is_found_by_the_end_of_its_name():

@@ -119,9 +119,8 @@ def run(experiment: Experiment, workdir: Workdir, only: str | None, console: Con
     check(experiment, workdir, only)
     start_compiler(experiment.runtime)
     display = Display(console)
-    here = functools.cache(
-        lambda: environment(experiment.runtime)
-    )  # once: the source may change while the process runs
+    # Read once: the source may change while the process runs.
+    here = functools.cache(lambda: environment(experiment.runtime))
     keys = functools.cache(lambda: cost_keys(experiment, here()))  # made once, since it reads all data
     names, worked = [only] if only else [*experiment.stages], False
     with display.running(), contextlib.ExitStack() as held:
@@ -324,8 +323,8 @@ def _parse_stage(name: str, config: ConfigDict) -> StageConfig:
     try:
         return configs.build(cls, section, f"config.{name}")
     except configs.UnknownFieldError as error:
-        where = {name: cls, "data": DataConfig, "runtime": RuntimeConfig}
-        paths = [f"{section}.{path}" for section, cls in where.items() for path in places(cls, error.key)]
+        sections = {name: cls, "data": DataConfig, "runtime": RuntimeConfig}
+        paths = [f"{where}.{path}" for where, each in sections.items() for path in places(each, error.key)]
         if paths and not error.fault.startswith(f"config.{paths[0]} "):  # a field of another member of a union
             raise RlhfError(f"{error.fault} Did you mean {paths[0]!r}?") from error
         kinds = [kind for kind, row in KINDS.items() if error.key in places(row.config, error.key)]

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.loading import trainable
+from rlhf_jax.methods import offline
 from rlhf_jax.runtime import progress
 from rlhf_jax.types import RlhfError
 from tests.support import experiments
@@ -57,6 +58,20 @@ def assert_same(packed, padded):
 def padded(models, pairs, tmp_path_factory):
     place = tmp_path_factory.mktemp("padded")
     return metrics(experiments.run(place, pairs, {"dpo": dpo(models[0], pack=False)}), "dpo")
+
+
+def test_a_warm_up_that_lasts_for_all_updates_is_a_warning(models, pairs, tmp_path, monkeypatch):
+    def stop(*arguments):
+        raise RlhfError("stopped before training")
+
+    monkeypatch.setattr(offline, "train", stop)
+    for warmup, warned in ((0, False), (1000, True)):
+        optimizer, console = {**experiments.OPTIMIZER, "warmup_steps": warmup}, io.StringIO()
+        stages = {"dpo": dpo(models[0], optimizer=optimizer)}
+        with pytest.raises(RlhfError, match="stopped before training"):
+            experiments.run(tmp_path / str(warmup), pairs, stages, console=console)
+        printed = " ".join(console.getvalue().split())
+        assert ("Warning: dpo: the learning rate still rises at the last update" in printed) == warned
 
 
 def test_packed_rows_give_the_same_numbers_and_resume_exactly(models, pairs, padded, tmp_path, monkeypatch):

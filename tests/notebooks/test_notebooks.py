@@ -64,7 +64,8 @@ def algorithmic(source: str) -> set[str]:
     return found
 
 
-def test_the_index_names_each():
+def test_the_index_names_each_of_the_ten():
+    assert [path.stem[:2] for path in SCRIPTS] == [f"{number:02}" for number in range(1, 11)]
     index = (ROOT / "notebooks" / "README.md").read_text()
     assert re.findall(r"\]\((\d\d_\w+)\.ipynb\)", index) == [path.stem for path in SCRIPTS]
     assert {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")} == {path.stem for path in SCRIPTS}

@@ -21,6 +21,7 @@ TRAINED = {
     "batch_size": 4,
     "epochs": 1.0,
     "eval_every": 100,
+    "pack": False,  # a packed row without a sequence draws the mask of another one in vain
     "loop": LOOP,
 }
 ONLINE = {

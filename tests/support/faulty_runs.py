@@ -66,6 +66,7 @@ def work(log: Path, cache: Path, least: float, limit: int | None, arguments: lis
     if limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     os.environ["RLHF_JAX_HUGE_PAGES"] = "off"  # the command would start again
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as in a terminal: under nohup it is ignored
     sys.argv = ["rlhf-jax", *arguments]
     entry_point()
 

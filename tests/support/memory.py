@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 
-LIMIT = 2250 * 2**20
+LIMIT = 2000 * 2**20
 """Resident bytes above which programs are dropped: with what one test adds, a worker stays below 2.5 GiB."""
 
 

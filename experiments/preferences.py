@@ -177,6 +177,8 @@ def use_adapters(config: ConfigDict, rank: int) -> None:
 def fit_laptop(config: ConfigDict) -> None:
     """Apply the laptop variant: a smaller model, few steps with frequent checkpoints, and more epochs of few pairs."""
     config.sft.model.update(model(d_model=128, n_layers=2))
+    config.sft.tokenizer.vocab_size = 1024
+    config.sft.epochs = 10.0
     for name in ("reward_model", "dpo"):
         config[name].epochs = 3.0
     for name in ("sft", "reward_model", "dpo", "ppo"):

@@ -19,9 +19,10 @@ pass@k is Best-of-k by the exact reward, so that the claims compare it with trai
 Found (5 seeds, 2026-11-30, commit and machine in results/cpu/record.json): the curves cross as in the paper. GRPO
 raises pass@1 from 56.9 to 66.4, by 9.5 points [3.1, 15.9], and lowers pass@16 by 3.0 [0.4, 5.7]; the base model reaches
 100 with 256 samples, 34 points [18, 49] more than GRPO with one. All of this is inconclusive among the claims of this
-question, since seeds differ more than expected. A random reward loses 32 points [14, 50]. The gain is contradicted as
-one over further training: longer SFT on as many worked solutions is 27 points [16, 38] above GRPO at k = 1. Values of
-seed 0 were seen while the others ran, after the claims were committed.
+question, since seeds differ more than expected. A random reward loses 32 points [14, 50]. The gain is not one over
+further training: longer SFT on as many worked solutions is 27 points [16, 38] above GRPO at k = 1, which was a
+contradiction until the claims of huang_2024 were added to the question. Values of seed 0 were seen while the others
+ran, after the claims were committed.
 
 Pilot, before the run: seed 100, not among the seeds, 128 validation problems of one and two steps, 64 samples. With
 12,000 training problems, all of which SFT had read, GRPO did not gain at three rates. With 40,000, of which SFT reads a

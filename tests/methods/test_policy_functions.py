@@ -134,7 +134,7 @@ def test_a_changed_file_is_another_stage(own, tmp_path, monkeypatch):
     model, judge = experiments.models(tmp_path)
     section = {name: value for name, value in tiny.GROUP_RL.items() if name not in ("optimizer", "loop")}
     section |= {"optimizer": experiments.OPTIMIZER, "loop": experiments.LOOP, "policy": model, "reward_model": judge}
-    section |= {"method": "grpo", "policy_loss": "mine.py:as_ppo", "advantage": ADVANTAGE}
+    section |= {"method": "grpo", "policy_loss": "mine.py:as_ppo", "advantage": ADVANTAGE, "iterations": 4}
     data = experiments.questions(tmp_path / "questions.jsonl", 4)
     common: dict[str, Any] = {"seed": 0, "seeds": 1, "stages": ("rl",), "runtime": experiments.RUNTIME}
     common["data"] = dataclasses.asdict(experiments.data_config(data))

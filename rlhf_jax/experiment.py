@@ -21,7 +21,7 @@ from rlhf_jax.data.pipeline import DataConfig
 from rlhf_jax.interop.hub import MODELS, check_local, checkpoint_hash
 from rlhf_jax.loading.context import Common, Context, Together
 from rlhf_jax.methods.online_config import OnlineConfig
-from rlhf_jax.runtime import compilation_cache, provenance, timings
+from rlhf_jax.runtime import compilation_cache, compiler, provenance, timings
 from rlhf_jax.runtime.files import read_rows, write_json
 from rlhf_jax.runtime.programs import RuntimeConfig
 from rlhf_jax.runtime.progress import Bar, Display
@@ -117,14 +117,20 @@ def parse(config: ConfigDict) -> Experiment:
 def run(experiment: Experiment, workdir: Workdir, only: str | None, console: Console) -> bool:
     """Run the incomplete stages, or only one stage; return whether there was anything to do."""
     check(experiment, workdir, only)
-    start_compiler(experiment.runtime)
+    late = compiler.start(experiment.runtime)
     display = Display(console)
     # Read once: the source may change while the process runs.
     here = functools.cache(lambda: environment(experiment.runtime))
     keys = functools.cache(lambda: cost_keys(experiment, here()))  # made once, since it reads all data
     names, worked = [only] if only else [*experiment.stages], False
     with display.running(), contextlib.ExitStack() as held:
-        lock = functools.cache(lambda: held.enter_context(locked(workdir.root)))  # when the first stage starts
+
+        @functools.cache
+        def lock() -> None:  # when the first stage starts
+            held.enter_context(locked(workdir.root))
+            if late:
+                console.print(late, highlight=False, soft_wrap=True)
+
         for place in range(len(names)):
             worked |= _run_stage(experiment, workdir, names[place:], display, here, keys, lock)
     return worked
@@ -142,12 +148,6 @@ def check(experiment: Experiment, workdir: Workdir, only: str | None) -> None:
                 check_local(source)
             except RlhfError as error:
                 raise RlhfError(f"config.{name}: {error}") from error
-
-
-def start_compiler(runtime: RuntimeConfig) -> None:
-    """Set the compiler's flags, and keep the programs that it compiles."""
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {runtime.xla_flags}"
-    compilation_cache.enable()
 
 
 def environment(runtime: RuntimeConfig) -> dict[str, Any]:

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from rlhf_jax import config as configs
-from rlhf_jax.experiment import Experiment, begin_stage, environment, start_compiler
+from rlhf_jax.experiment import Experiment, begin_stage, environment
 from rlhf_jax.loading.context import Together
 from rlhf_jax.methods.offline import OfflineConfig
 from rlhf_jax.methods.online_config import OnlineConfig
 from rlhf_jax.methods.policy_config import PolicyGradientConfig
-from rlhf_jax.runtime import provenance
+from rlhf_jax.runtime import compiler, provenance
 from rlhf_jax.runtime.progress import Display
 from rlhf_jax.runtime.stage_state import recorded
 from rlhf_jax.runtime.workdir import Identity, Workdir, flatten
@@ -121,10 +121,12 @@ def train(members: Sequence[Member], numbers: dict[str, tuple[float, ...]], name
     """Train the stage of all members in one program, from the newest step that all of them have."""
     first = members[0].experiment
     stage = first.stages[name]
-    start_compiler(first.runtime)
+    late = compiler.start(first.runtime)
     here = environment(first.runtime) | {"together": [member.place.root.name for member in members]}
     display = Display(console)
     with display.running(), contextlib.ExitStack() as held:
+        if late:
+            console.print(late, highlight=False, soft_wrap=True)
         display.start(f"Device: {provenance.machine_name(here['machine'])}")
         directories = tuple(member.place.directory(name) for member in members)
         for member in members:

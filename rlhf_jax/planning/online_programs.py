@@ -37,6 +37,7 @@ from rlhf_jax.sampling.choice import Sampling
 from rlhf_jax.sampling.generate import generate
 from rlhf_jax.stages import group_rl, online_dpo, ppo
 from rlhf_jax.stages.evaluate import EvaluateConfig
+from rlhf_jax.stages.gold import GoldConfig
 from rlhf_jax.types import PromptBatch
 
 STOP_IDS = (0,)
@@ -159,6 +160,8 @@ def _place_reward(run: RunOutline, source: RewardSource, policy: Policy) -> Devi
         if source.functions or source.model is None or source.weights not in (None, (1.0,)):
             return HostReward(_unscored)
         source = source.model
+    if isinstance(run.stages.get(source), GoldConfig):
+        return HostReward(_unscored)
     model = run.outlines.reward_model(source)
     return DeviceReward(model) if model.tokenizer == policy.tokenizer else HostReward(_unscored)
 

@@ -13,7 +13,7 @@ from rlhf_jax.inference.sample import draw_responses
 from rlhf_jax.loading import pretrained, stage_models
 from rlhf_jax.loading.models import Policy, RewardModel
 from rlhf_jax.rewards import tfidf
-from rlhf_jax.rewards.judging import JUDGE_FILE
+from rlhf_jax.rewards.gold_judges import JUDGE_FILE
 from rlhf_jax.runtime.files import read_json, read_rows
 from rlhf_jax.runtime.workdir import read_record
 from rlhf_jax.sampling.options import SamplingOptions

@@ -10,7 +10,7 @@ from rlhf_jax.data import fetch
 from rlhf_jax.loading.context import Context
 from rlhf_jax.loading.models import Policy
 from rlhf_jax.loading.samples import texts
-from rlhf_jax.rewards import tfidf
+from rlhf_jax.rewards.gold_judges import has_judge, load_judge
 from rlhf_jax.rewards.http_judge import HTTPJudge, HTTPJudgeConfig, Pair
 from rlhf_jax.rewards.scorers import HostScorer, make_scorer
 from rlhf_jax.rewards.sources import RewardSource, find_reward
@@ -18,9 +18,6 @@ from rlhf_jax.rewards.tfidf import TfidfJudge
 from rlhf_jax.runtime.two_programs import Scored
 from rlhf_jax.text.tokenizer import Tokenizer
 from rlhf_jax.types import Rollout
-
-JUDGE_FILE = "judge.joblib"
-"""File with a gold stage's judge, in the stage's directory."""
 
 TextScorer = Callable[[Rollout[np.ndarray], Sequence[str]], np.ndarray]
 """Scores of responses, float[N], from their tokens or from the texts of prompt and response."""
@@ -31,22 +28,12 @@ def make_http_judge(config: HTTPJudgeConfig) -> HTTPJudge:
     return HTTPJudge(config, fetch.data_dir() / "judge")
 
 
-def has_judge(context: Context, stage: str) -> bool:
-    """Return whether an earlier stage is a gold stage."""
-    return (context.workdir.find(stage) / JUDGE_FILE).exists()
-
-
-def load_judge(context: Context, stage: str) -> TfidfJudge:
-    """Load the judge that an earlier gold stage fitted."""
-    return tfidf.load(context.workdir.find(stage) / JUDGE_FILE)
-
-
 def make_judge(source: RewardSource, context: Context) -> Callable[[Policy, Sequence[dict[str, Any]]], TextScorer]:
     """Create a judge from a gold stage or from any reward, such as a larger reward model than the one trained on.
 
     Returns: a function that takes a policy and the rows of its prompts, and returns a scorer of the policy's answers.
     """
-    if isinstance(source, str) and source in context.stages and has_judge(context, source):
+    if isinstance(source, str) and has_judge(context, source):
         judge = load_judge(context, source)
         return lambda policy, rows: lambda rollout, texts: judge.score(texts)
     model, batch_size = find_reward(context, source), context.runtime.inference_batch

@@ -15,6 +15,7 @@ from rlhf_jax.loading.context import Context
 from rlhf_jax.loading.models import RewardModel
 from rlhf_jax.models.reward_ensemble import Combine, EnsembleConfig, check_combination
 from rlhf_jax.rewards.functions import RewardFunction, load_function
+from rlhf_jax.rewards.gold_judges import has_judge, judge_reward
 from rlhf_jax.types import RlhfError
 
 
@@ -32,7 +33,8 @@ class RewardConfig:
 
     # Python functions (prompts, completions, **columns) -> list[float | None].
     functions: tuple[FunctionSource, ...] = ()
-    model: ModelSource | None = None  # reward model: a stage or a checkpoint; None: only functions
+    # Reward model, a stage or a checkpoint; or a gold stage, whose judge then gives the reward; None: only functions.
+    model: ModelSource | None = None
     weights: tuple[Finite, ...] | None = None  # weights in the sum, with the model (if any) first; None: 1 each
     combine: Combine | None = None  # how to combine the members of an ensemble; None: as in training
     # Coefficient of the members' variance, which uwo subtracts from their mean.
@@ -86,14 +88,22 @@ def as_reward(reward: AnyReward) -> RewardModel | Reward:
 
 
 def find_reward(context: Context, source: RewardSource) -> RewardModel | Reward:
-    """Load the reward that a stage's config names. A section with only a model of weight 1 returns that model."""
-    if not isinstance(source, RewardConfig):
-        return context.reward_model(source)
-    model = None
-    if source.model is not None:
-        model = recombined(context.reward_model(source.model), source, f"config.{context.name}.reward_model")
-    reward = load_reward(source, model)
-    return model if model is not None and reward.weights == (1.0,) else reward
+    """Load the reward that a stage's config names. A section with only a model of weight 1 returns that model.
+
+    A gold stage in the place of a model gives the scores of its judge.
+    """
+    config = source if isinstance(source, RewardConfig) else RewardConfig(model=source)
+    name = config.model
+    if name is None:
+        return load_reward(config, None)
+    if has_judge(context, name):
+        if config.combine is not None:
+            raise RlhfError(f"config.{context.name}.reward_model.combine = {config.combine!r}: {name} is a gold stage")
+        reward = load_reward(config, None)
+        return reward._replace(functions=(judge_reward(context, name), *reward.functions))
+    model = recombined(context.reward_model(name), config, f"config.{context.name}.reward_model")
+    reward = load_reward(config, model)
+    return model if reward.weights == (1.0,) else reward
 
 
 def load_reward(source: RewardConfig, model: RewardModel | None) -> Reward:

@@ -11,7 +11,7 @@ from rlhf_jax.data import pipeline
 from rlhf_jax.data.formats import require_columns
 from rlhf_jax.loading.context import Context
 from rlhf_jax.rewards import lexicon, tfidf
-from rlhf_jax.rewards.judging import JUDGE_FILE
+from rlhf_jax.rewards.gold_judges import JUDGE_FILE
 from rlhf_jax.rewards.tfidf import TfidfLogisticConfig, TfidfRidgeConfig
 from rlhf_jax.types import RlhfError
 

@@ -24,8 +24,9 @@ from rlhf_jax.methods.online_pairs import PairLearner
 from rlhf_jax.methods.policy_method import OnlineMethod
 from rlhf_jax.methods.policy_parts import Params, Shaping
 from rlhf_jax.methods.preference_table import PreferenceLossConfig, check_micro_batch
+from rlhf_jax.rewards.gold_judges import load_judge
 from rlhf_jax.rewards.http_judge import HTTPJudge, HTTPJudgeConfig
-from rlhf_jax.rewards.judging import load_judge, make_http_judge, pair_scorer
+from rlhf_jax.rewards.judging import make_http_judge, pair_scorer
 from rlhf_jax.rewards.sources import Reward, RewardSource, find_reward
 from rlhf_jax.rewards.tfidf import TfidfJudge
 

@@ -19,8 +19,9 @@ from rlhf_jax.loading.data_report import report_prompts
 from rlhf_jax.loading.models import Policy
 from rlhf_jax.loading.samples import draw_and_sample, texts
 from rlhf_jax.loading.tables import PREFERENCES
+from rlhf_jax.rewards.gold_judges import load_judge
 from rlhf_jax.rewards.http_judge import HTTPJudge, HTTPJudgeConfig, Pair
-from rlhf_jax.rewards.judging import load_judge, make_http_judge
+from rlhf_jax.rewards.judging import make_http_judge
 from rlhf_jax.rewards.scorers import make_scorer
 from rlhf_jax.rewards.sources import RewardSource, find_reward
 from rlhf_jax.runtime.files import write_rows

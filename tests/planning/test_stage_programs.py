@@ -121,11 +121,13 @@ def test_arguments_are_those_of_the_stage(name, seeds, sources, tmp_path, monkey
     assert [program.name for program in found.programs] == ["iteration" if online else "update"]
 
 
-def planned(section, data, seeds=1, **lengths):
+def planned(section, data, seeds=1, *, earlier=None, **lengths):
+    earlier = earlier or {}
     config = {
         "seed": 0,
         "seeds": seeds,
-        "stages": ("stage",),
+        **earlier,
+        "stages": (*earlier, "stage"),
         "data": dataclasses.asdict(experiments.data_config(data)) | lengths,
         "runtime": experiments.RUNTIME,
         "stage": section,
@@ -150,12 +152,14 @@ def test_the_second_program_of_an_iteration_reads_what_the_first_has_sampled(sou
         assert samples.scores.shape == (1, section["batch_size"])
 
 
-def test_a_reward_on_the_host_gives_scores_to_the_second_program(sources, tmp_path):
+@pytest.mark.parametrize("judged", [False, True])
+def test_a_reward_on_the_host_gives_scores_to_the_second_program(judged, sources, tmp_path):
     policy, _, data = sources
     code = tmp_path / "reward.py"
     code.write_text("def length(prompts, completions, **columns):\n    return [1.0 for _ in completions]\n")
-    section = {**PPO, "policy": policy, "reward_model": {"functions": (f"{code}:length",)}}
-    _, learn = planned(section, data).programs
+    gold = {"gold": {"kind": "gold", "model": {"alpha": 1.0, "min_df": 1}, "rating": "rating"}}
+    section = {**PPO, "policy": policy, "reward_model": "gold" if judged else {"functions": (f"{code}:length",)}}
+    _, learn = planned(section, data, earlier=gold if judged else None).programs
     (_, scores), _ = learn.args[2]
     assert scores.shape == (1, section["batch_size"])
     assert jax.eval_shape(learn.function, *learn.args)[2].scores.shape == (1, section["batch_size"])

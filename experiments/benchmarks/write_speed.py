@@ -7,11 +7,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from experiments.benchmarks import tables
 from rlhf_jax.runtime.files import write_text
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[2] / "docs" / "explanation" / "speed.md"
-MARK = "<!-- {} -->"
 KINDS = {"sft": "SFT", "reward_model": "reward model", "dpo": "DPO", "kto": "KTO", "ppo": "PPO", "grpo": "GRPO"}
 SHAPES = {"tiny": "2 layers, d 128", "m": "6 layers, d 256", "S": "SmolLM2-135M's"}
 
@@ -78,9 +78,7 @@ def origin(rows: list[dict[str, Any]]) -> str:
 def page(text: str) -> str:
     """Put the tables into the text of the page."""
     for name, lines in (("training", training()), ("sampling", sampling())):
-        begin, end = MARK.format(name), MARK.format(f"end of {name}")
-        head, rest = text.split(begin)
-        text = "\n".join([head + begin, "", *lines, end]) + rest.split(end)[1]
+        text = tables.put(text, name, lines)
     return text
 
 

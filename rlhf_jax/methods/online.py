@@ -34,7 +34,7 @@ from rlhf_jax.types import Json, Row
 class Inputs(NamedTuple):
     """Inputs of an online stage."""
 
-    reference: Policy
+    reference: Policy  # without parameters, if the method does not read them
     rows: list[Row]
     prompts: pipeline.Prompts
 
@@ -101,7 +101,8 @@ def train_online(
         max_new_tokens=context.data.max_response_tokens,
     )
     iteration = Iteration(networks, config, placement.axes, (SEED_AXIS,) if len(runs) > 1 else (), method)
-    frozen = {**frozen, "reference": reference.params}
+    if reference.params is not None:
+        frozen = {**frozen, "reference": reference.params}
     if isinstance(reward, DeviceReward):
         frozen["reward"] = reward.model.params
     if context.per_run:
@@ -123,7 +124,8 @@ def train_online(
         if step % config.samples_every and step != 1:
             return []
         shown = jax.tree.map(lambda leaf: leaf[: config.samples_written], samples)
-        rows = sample_rows(reference.tokenizer, shown.rollout, shown.scores.tolist(), shown.kl.tolist())
+        kl = shown.kl.tolist() if method.measures_kl else [None] * len(shown.kl)
+        rows = sample_rows(reference.tokenizer, shown.rollout, shown.scores.tolist(), kl)
         add_tokens(rows[: config.tokens_recorded], reference.tokenizer, shown.rollout, shown.tokens)
         return rows
 

@@ -62,6 +62,9 @@ class PolicyGradientConfig(OnlineConfig):
     score_clip: Positive | None = None  # scores are clipped to +- this; None: no clipping
     reject_truncated: bool = False  # exclude truncated responses from the losses
     kl_controller: AdaptiveKL | None = None  # adapt the KL coefficient to a target; None: constant
+    # Measure the KL divergence from the initial policy also if kl_coef is 0; False: the initial policy is neither kept
+    # nor run then, and metrics and samples have null.
+    measure_kl: bool = True
     entropy_coef: NonNegative = 0.0  # coefficient of an entropy bonus, in nats per token
     # Source of the old log-probabilities: recomputed by the learner, or the sampler's.
     old_logprobs: Literal["learner", "sampler"] = "learner"
@@ -118,6 +121,8 @@ def check_penalty(config: PolicyGradientConfig, kl_coef: float, estimator: Estim
             "point the other way: set kl_estimator to 'k1', or kl_in to 'loss'",
             stacklevel=4,
         )
+    if kl_coef and not config.measure_kl:
+        raise ValueError(f"measure_kl = False, but kl_coef = {kl_coef} penalises the divergence: set one of the two")
     if config.kl_controller is not None and kl_coef <= 0:
         raise ValueError(f"kl_controller multiplies kl_coef = {kl_coef}, which would stay 0: set it above 0")
 
@@ -175,6 +180,7 @@ def make_method(
         importance=importance,
         dynamic_sampling=dynamic_sampling,
         kl_controller=config.kl_controller,
+        measures_kl=config.measure_kl,
         ptx=config.ptx,
         value_warmup=value_warmup,
         value_optimizer=value_optimizer,

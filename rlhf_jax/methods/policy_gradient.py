@@ -27,7 +27,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, PyTree
 
 from rlhf_jax.core import masking
-from rlhf_jax.core.advantages import token_rewards
 from rlhf_jax.core.importance import sampler_difference, weight_metrics
 from rlhf_jax.core.keys import derive
 from rlhf_jax.core.metrics import BeforeUpdates, Mean, masked_mean, over_updates
@@ -39,7 +38,7 @@ from rlhf_jax.methods import minibatches, policy_optimizer
 from rlhf_jax.methods.minibatches import Indices
 from rlhf_jax.methods.per_run import IN_ITERATION, of_run
 from rlhf_jax.methods.policy_method import KLEstimator, OnlineMethod, Rows
-from rlhf_jax.methods.policy_metrics import objective_metrics, score_metrics
+from rlhf_jax.methods.policy_metrics import objective_metrics, score_metrics, shaped_rewards
 from rlhf_jax.methods.policy_parts import (
     Advantages,
     Coefficient,
@@ -174,9 +173,11 @@ class Iteration(Setting, Generic[Rows]):
         The logged KL divergence is the sum of the method's own estimator over a response.
         """
         old = self.old_policy(params, sequences, responses.sampled.logprobs)
-        stats = functools.partial(self.networks.policy.response_stats, temperature=self.config.temperature)
-        reference = self.by_slices(lambda rows: stats(frozen["reference"], rows).logprobs, sequences)
-        kl = self.method.kl_estimator(old.logprobs, reference, old.logprobs)
+        reference = kl = None
+        if self.method.measures_kl:
+            stats = functools.partial(self.networks.policy.response_stats, temperature=self.config.temperature)
+            reference = self.by_slices(lambda rows: stats(frozen["reference"], rows).logprobs, sequences)
+            kl = self.method.kl_estimator(old.logprobs, reference, old.logprobs)
         ended, lengths = self.networks.has_ended(sequences), masking.lengths(sequences.response_mask)
         scores = self.method.shaping(responses.scores, lengths, ended, max_tokens=self.networks.max_new_tokens)
         return Evaluated(sequences, scores, ended, responses.useful, old, reference, kl)
@@ -278,8 +279,7 @@ class PolicyGradient:
         """Compute token rewards from scores and KL divergence, and from these the advantages."""
         del frozen
         old, mask = evaluated.old, evaluated.sequences.response_mask
-        penalty = 0.0 if self.loss_penalty else kl_coef
-        rewards = token_rewards(evaluated.scores, evaluated.kl, mask, kl_coef=penalty)
+        rewards = shaped_rewards(evaluated, 0.0 if self.loss_penalty else kl_coef)
         trained = mask & evaluated.ended[:, None] if self.reject_truncated else mask
         trained = trained if evaluated.useful is None else trained & evaluated.useful[:, None]
         values = jnp.zeros_like(rewards) if old.values is None else old.values

@@ -68,6 +68,7 @@ class OnlineMethod(Generic[Rows]):
     importance: Callable[[Array, Array, Array], Array] | None = None  # weights of tokens (core/importance.py)
     dynamic_sampling: DynamicSampling | None = None
     kl_controller: AdaptiveKL | None = None
+    measures_kl: bool = True
     ptx: PretrainingMix | None = None
     value_warmup: int = 0  # first iterations, which train only the value function
     value_optimizer: OptimizerConfig | None = None  # None: policy and value function share one

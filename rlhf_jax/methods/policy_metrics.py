@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from rlhf_jax.core import masking
+from rlhf_jax.core.advantages import token_rewards
 from rlhf_jax.core.kl import k1
 from rlhf_jax.core.logprobs import sequence_logprobs
 from rlhf_jax.core.sequences import mask_read
@@ -23,8 +24,11 @@ def score_metrics(scores: Float[Array, "B"], axes: tuple[str, ...]) -> Numbers:
 def objective_metrics(evaluated: Evaluated, kl_coef: Coefficient, axes: tuple[str, ...]) -> Numbers:
     """The objective and its terms, as means over responses, and the responses' lengths."""
     mask, scores = evaluated.sequences.response_mask, evaluated.scores
-    sequence_kl = sequence_logprobs(evaluated.kl, mask)
-    non_score, lengths = -kl_coef * sequence_kl, masking.lengths(mask)
+    sequence_kl, non_score = jnp.full(scores.shape, jnp.nan), jnp.zeros(scores.shape)
+    if evaluated.kl is not None:
+        sequence_kl = sequence_logprobs(evaluated.kl, mask)
+        non_score = -kl_coef * sequence_kl
+    lengths = masking.lengths(mask)
     length = lengths.astype(jnp.float32)
     return {
         "objective/scores": masking.mean(scores, axes),
@@ -42,6 +46,16 @@ def objective_metrics(evaluated: Evaluated, kl_coef: Coefficient, axes: tuple[st
     }
 
 
+def shaped_rewards(evaluated: Evaluated, kl_coef: Coefficient) -> Float[Array, "B T"]:
+    """Token rewards: the score on the last token, less the KL penalty on each."""
+    mask = evaluated.sequences.response_mask
+    if evaluated.kl is None:  # and kl_coef is 0
+        return masking.at_last_token(evaluated.scores, mask)
+    return token_rewards(evaluated.scores, evaluated.kl, mask, kl_coef=kl_coef)
+
+
 def reference_divergence(evaluated: Evaluated) -> Float[Array, "B"]:
-    """Estimate each response's KL divergence from the reference with k1, in nats."""
+    """Estimate each response's KL divergence from the reference with k1, in nats; NaN if it is not measured."""
+    if evaluated.ref_logprobs is None:
+        return jnp.full(evaluated.scores.shape, jnp.nan)
     return sequence_logprobs(k1(evaluated.old.logprobs, evaluated.ref_logprobs), evaluated.sequences.response_mask)

@@ -76,8 +76,8 @@ class Evaluated(NamedTuple):
     ended: jax.Array  # bool[B], True if the response has a stop token
     useful: jax.Array | None  # as in Responses
     old: OldPolicy
-    ref_logprobs: jax.Array  # [B, T]
-    kl: jax.Array  # [B, T], by the method's estimator
+    ref_logprobs: jax.Array | None  # [B, T]; None: the divergence is not measured
+    kl: jax.Array | None  # [B, T], by the method's estimator
 
 
 class Advantages(NamedTuple):
@@ -111,7 +111,7 @@ class Samples(NamedTuple):
 
     rollout: Rollout
     scores: jax.Array  # [B]
-    kl: jax.Array  # [B], nats, by k1
+    kl: jax.Array  # [B], nats, by k1; NaN if it was not measured
     tokens: Numbers  # values of the tokens of the first samples, by name, [rows, T]
 
 

@@ -9,7 +9,7 @@ from rlhf_jax.core.keys import derive
 from rlhf_jax.loading.context import Context
 from rlhf_jax.loading.models import Policy, RewardModel
 from rlhf_jax.loading.trainable import init_trainable, trainable
-from rlhf_jax.methods.online import DeviceReward, place_reward, read_inputs, train_online
+from rlhf_jax.methods.online import DeviceReward, Inputs, place_reward, read_inputs, train_online
 from rlhf_jax.methods.policy_config import PolicyGradientConfig
 from rlhf_jax.methods.policy_method import OnlineMethod
 from rlhf_jax.methods.policy_parts import Experience, Params, ValueNetwork
@@ -34,25 +34,33 @@ def no_value(policy: Policy, reward_model: RewardModel | None, key: PRNGKeyArray
     return ValueStart(None, None)
 
 
+def without_params(inputs: Inputs) -> Inputs:
+    """Drop the initial policy's parameters, so that they are freed when nothing else holds them."""
+    return inputs._replace(reference=inputs.reference._replace(params=None))
+
+
 def train_policy(
     config: PolicyGradientConfig, method: OnlineMethod[Experience], start_value: StartValue, context: Context
 ) -> dict[str, Json]:
     """Train `context.seeds` policies, each with its own value function from `start_value`. Returns the summary."""
     inputs = read_inputs(config, context)
-    policy, base = inputs.reference.network, inputs.reference.params
-    reward = place_reward(find_reward(context, config.reward_model), inputs, context)
+    reward = place_reward(find_reward(context, config.reward_model), without_params(inputs), context)
     reward_model = reward.model.members()[0] if isinstance(reward, DeviceReward) else None
-    value = start_value(inputs.reference, reward_model, derive(context.key("init"), "value"))
-    network, frozen = value.network, {}
+    first_key = derive(context.key("init"), "value")
+    network, value_base = start_value(inputs.reference, reward_model, first_key)
+    policy, frozen = inputs.reference.network, {}
     if isinstance(network, ScalarNetwork):
         network = trainable(network, config.tuning)
-        frozen["value_base"] = value.params if config.tuning.lora else None
+        frozen["value_base"] = value_base if config.tuning.lora else None
+    del value_base
+    kept = inputs.reference if method.measures_kl or config.tuning.lora else None
+    inputs = inputs if kept else without_params(inputs)
 
     def init_params(key: PRNGKeyArray) -> Params:
+        start = kept or context.policy(config.policy, config.tuning)
         adapter_key, value_key, value_adapter_key = (derive(key, tag) for tag in ("adapter", "value", "value adapter"))
-        params, own = {"policy": init_trainable(policy, base, adapter_key).trained}, value.params
-        if len(context.runs) > 1:
-            own = start_value(inputs.reference, reward_model, value_key).params
+        params = {"policy": init_trainable(policy, start.params, adapter_key).trained}
+        own = start_value(start, reward_model, value_key if len(context.runs) > 1 else first_key).params
         if isinstance(network, ScalarNetwork):
             params["value"] = init_trainable(network, own, value_adapter_key).trained
         elif network == "shared":

@@ -2,10 +2,9 @@
 
 import jax.numpy as jnp
 
-from rlhf_jax.core.advantages import token_rewards
 from rlhf_jax.core.kl import k1
 from rlhf_jax.core.row_sharding import row_devices
-from rlhf_jax.methods.policy_metrics import reference_divergence
+from rlhf_jax.methods.policy_metrics import reference_divergence, shaped_rewards
 from rlhf_jax.methods.policy_parts import Coefficient, Evaluated, Experience, Numbers, Responses, Samples
 
 
@@ -30,13 +29,13 @@ def token_values(evaluated: Evaluated, rows: object, kl_coef: Coefficient) -> Nu
 
     `kl` is $\log \pi - \log \pi_{ref}$, whose sum over a response is the logged divergence. PPO and the group methods
     have `reward`, which includes the KL penalty unless that is in the loss, and `advantage`, as in the loss. `value`
-    needs a value function.
+    needs a value function, and `kl` that the divergence is measured.
     """
-    values = {"kl": k1(evaluated.old.logprobs, evaluated.ref_logprobs)}
+    values = {}
+    if evaluated.ref_logprobs is not None:
+        values["kl"] = k1(evaluated.old.logprobs, evaluated.ref_logprobs)
     if isinstance(rows, Experience):
-        penalty = kl_coef if rows.ref_logprobs is None else 0.0
-        mask = evaluated.sequences.response_mask
-        values["reward"] = token_rewards(evaluated.scores, evaluated.kl, mask, kl_coef=penalty)
+        values["reward"] = shaped_rewards(evaluated, kl_coef if rows.ref_logprobs is None else 0.0)
         values["advantage"] = rows.advantages
     if evaluated.old.values is not None:
         values["value"] = evaluated.old.values

@@ -110,7 +110,8 @@ def _online(
     networks = Networks(policy.network, value, STOP_IDS, run.data.max_response_tokens)
     iteration = Iteration(networks, config, run.placement.axes, (SEED_AXIS,) if run.seeds > 1 else (), method)
     iteration.forward_slices(prompts * method.num_generations, run.runtime.row_devices)
-    frozen = {**frozen, "reference": policy.params}
+    if method.measures_kl or config.tuning.lora:
+        frozen = {**frozen, "reference": policy.params}
     if isinstance(reward, DeviceReward):
         frozen["reward"] = reward.model.params
     state = placed_state(run, jax.eval_shape(lambda: stack([iteration.init_state(_zeros(params))] * run.seeds)))

@@ -73,6 +73,7 @@ def sections(policy: str, reward: str) -> dict[str, dict]:
         "ppo of an adapter": {**PPO, **of_policy, "tuning": {"lora": LORA}},
         "ppo with a shared trunk": {**PPO, **of_policy, "value_trunk": "shared"},
         "grpo": {**GRPO, **of_policy},
+        "grpo without a divergence": {**GRPO, **of_policy, "kl_coef": 0.0, "measure_kl": False},
         "dapo": {**GRPO, **of_policy, "method": "dapo", "dynamic_sampling_rounds": 2},
         "online_dpo": {**ONLINE, **of_policy, "kind": "online_dpo", "beta": 0.1},
     }

@@ -132,11 +132,15 @@ class TrainedTokenizer(Tokenizer):
         self.chat_template = None
 
     def save(self, directory: Path) -> None:
-        """Write tokenizer.json."""
+        """Write tokenizer.json atomically. Raises OSError if it cannot be written."""
         directory.mkdir(parents=True, exist_ok=True)
         temporary = directory / ".tokenizer.tmp"
-        self.backend.save(str(temporary))
-        temporary.replace(directory / TOKENIZER_FILE)
+        try:  # not `backend.save`, whose errors are no OSError
+            temporary.write_text(self.backend.to_str(pretty=True), encoding="utf-8")
+            temporary.replace(directory / TOKENIZER_FILE)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
 
     def render(self, messages: Messages, *, add_generation_prompt: bool) -> str:
         """Raises RlhfError: there is no chat template."""

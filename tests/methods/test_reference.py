@@ -98,8 +98,9 @@ def test_a_disk_that_is_full_is_one_message_and_leaves_nothing(cache, monkeypatc
     monkeypatch.setattr(
         reference_cache, "pair_logps_all", lambda *_: computed
     )  # or the compiler would write files of its own
+    params, pairs = tiny.policy_params(), tiny.ragged_pairs(7)  # compiled programs are files, too
     with disk.largest_file(100), pytest.raises(RlhfError, match=r"reference_logprobs.* cannot be written"):
-        reference_cache.precomputed_ref_logps(SIGMOID, tiny.POLICY, tiny.policy_params(), tiny.ragged_pairs(7), 3)
+        reference_cache.precomputed_ref_logps(SIGMOID, tiny.POLICY, params, pairs, 3)
     assert disk.left_in(cache) == []
 
 

@@ -47,6 +47,9 @@ def get_config() -> ConfigDict:
             "kl_targets": (0.01,),
         }
     )
+    for name in ("ppo", "host_ppo", "dapo", "online_dpo"):
+        config[name].update({"iterations": 4})
+        config[name].loop.steps_per_call = 1  # several calls, between which a process may stop
     for name in ("sft", "reward_model", "dpo", "kto", "ppo", "host_ppo", "dapo", "online_dpo"):
         config[name].loop.checkpoint_every = 2
     return config.lock()

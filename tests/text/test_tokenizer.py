@@ -17,6 +17,7 @@ from rlhf_jax.text.tokenizer import (
     train_word_tokenizer,
 )
 from rlhf_jax.types import RlhfError
+from tests.support import disk
 
 TEXTS = [
     "The film isn't good -- it's the best film (of 1999), I'd say.",
@@ -206,3 +207,10 @@ def test_a_vocabulary_too_small_is_refused(kind, least):
 
 def test_a_text_of_nothing_gives_a_vocabulary_of_special_tokens():
     assert TrainedTokenizer(train_word_tokenizer([], 10)).vocab_size == len(SPECIAL_TOKENS)
+
+
+def test_a_tokenizer_on_a_full_disk_leaves_no_file(tmp_path):
+    tokenizer = word()
+    with disk.largest_file(100), pytest.raises(OSError, match="File too large"):
+        tokenizer.save(tmp_path / "tokenizer")
+    assert disk.left_in(tmp_path) == ["tokenizer"]

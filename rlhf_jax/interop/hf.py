@@ -31,8 +31,8 @@ from rlhf_jax.models.scalars import Pooling, ScalarNetwork
 from rlhf_jax.text.hf_tokenizer import quieten_transformers
 from rlhf_jax.types import RlhfError
 
-Place = Callable[[str, np.ndarray], jax.Array]
-"""Function that places a parameter on its devices, given its path and its value in host memory."""
+Place = Callable[[str, np.ndarray], PyTree]
+"""Function that places a parameter on its devices, given its path and its value in host memory; it may quantise it."""
 
 Role = Literal["policy", "reward"]
 
@@ -113,7 +113,7 @@ def load_pretrained(
     stored = find_tensors(directory)
     table = family_of(hf_config, str(directory))
     place = place or (lambda path, array: jax.device_put(array))
-    params: dict[str, jax.Array] = {}
+    params: dict[str, PyTree] = {}
     known = set()
     for tensor in tensors_of(table, config.n_layers, shapes):
         wanted = [shapes[part] for part in tensor.parts]
@@ -320,7 +320,7 @@ def _path(path: tuple, kind: Role) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/").removeprefix("body/" if kind == "reward" else "")
 
 
-def _nested(params: dict[str, jax.Array], kind: Role) -> PyTree:
+def _nested(params: dict[str, PyTree], kind: Role) -> PyTree:
     tree: dict[str, Any] = {}
     for path, leaf in params.items():
         *names, last = path.split("/")

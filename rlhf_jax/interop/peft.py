@@ -27,6 +27,7 @@ from rlhf_jax.interop.tensor_files import (
     write_tensors,
 )
 from rlhf_jax.models.lora import SHARED, Adapted, LoraConfig, layers_of
+from rlhf_jax.models.quantised import is_quantised
 from rlhf_jax.types import RlhfError
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -325,5 +326,5 @@ def _placed(array: np.ndarray, dtype: Any = np.float32) -> jax.Array:
 
 
 def _shapes(params: PyTree) -> dict[str, tuple[int, ...]]:
-    leaves = jax.tree_util.tree_leaves_with_path(params)
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_quantised)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}

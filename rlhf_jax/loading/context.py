@@ -15,6 +15,7 @@ from rlhf_jax.data.pipeline import DataConfig
 from rlhf_jax.loading.models import NO_CHANGES, Policy, RewardModel, Tuning, merged, tuned
 from rlhf_jax.loading.pretrained import load_checkpoint
 from rlhf_jax.loading.stage_models import Base, load_stage
+from rlhf_jax.models.quantised import quantised
 from rlhf_jax.models.sharding import Where
 from rlhf_jax.runtime.programs import Placement, RuntimeConfig, make_placement
 from rlhf_jax.runtime.progress import Bar
@@ -118,7 +119,11 @@ class Context:
         return model
 
     def model(self, source: str, tuning: Tuning = NO_CHANGES) -> Policy | RewardModel:
-        """Load the model of an earlier stage or a checkpoint, with the dtypes and options of `tuning`."""
+        """Load the model of an earlier stage or a checkpoint, with the dtypes and options of `tuning`.
+
+        The base of an adapter is quantised where `tuning` says so. A checkpoint's weights are quantised one by one as
+        they are read, a stage's once all are.
+        """
         platform = self.placement().platform
         needed = {"cudnn": ("gpu", "an NVIDIA GPU"), "splash": ("tpu", "a TPU")}.get(tuning.attention)
         if needed is not None and platform != needed[0]:
@@ -144,7 +149,7 @@ class Context:
                 f"config.{self.name}: {source} supports at most {positions} positions, but data.max_prompt_tokens + "
                 f"data.max_response_tokens = {most}: lower them"
             )
-        return found
+        return found._replace(params=quantised(found.params, tuning.base_dtype))
 
 
 def steps_for(epochs: float, rows: int, batch_size: int, steps_per_call: int) -> int:

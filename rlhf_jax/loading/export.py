@@ -17,6 +17,7 @@ from rlhf_jax.interop.hub import MODELS, checkpoint_directory
 from rlhf_jax.loading import models, pretrained, stage_models
 from rlhf_jax.loading.models import Policy, RewardModel
 from rlhf_jax.models.lora import Adapted
+from rlhf_jax.models.quantised import quantised
 from rlhf_jax.text.hf_tokenizer import GENERATION_FILE, as_pretrained, suppression
 from rlhf_jax.types import RlhfError
 
@@ -112,6 +113,8 @@ def checked_base(source: str, model: Policy | RewardModel) -> str:
     """
     given = models.body_of(pretrained.load_checkpoint(source, pretrained.same_family(model.hf_config)))
     trained = models.body_of(model._replace(params=model.params.base))
+    if model.network.lora is not None:
+        given = quantised(given, model.network.lora.base_dtype)
     shapes = jax.tree.map(jnp.shape, given) == jax.tree.map(jnp.shape, trained)
     if not shapes or not jax.tree.all(jax.tree.map(lambda a, b: jnp.array_equal(a, b.astype(a.dtype)), given, trained)):
         raise RlhfError(f"--base={source} is not the base that the adapter was trained on: the weights differ")

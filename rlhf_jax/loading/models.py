@@ -12,6 +12,7 @@ from rlhf_jax.interop import hf
 from rlhf_jax.models.lora import Adapted, LoraConfig
 from rlhf_jax.models.model_config import AttentionBy, DType, ModelConfig, Remat
 from rlhf_jax.models.policy import PolicyNetwork
+from rlhf_jax.models.quantised import BaseDType, is_quantised
 from rlhf_jax.models.scalars import ScalarNetwork
 from rlhf_jax.text.tokenizer import Tokenizer
 from rlhf_jax.types import RlhfError
@@ -22,8 +23,9 @@ class Tuning:
     """Dtypes, memory options and adapter for fine-tuning an existing model. None keeps the setting of its source.
 
     Trained parameters, including a value function's, are float32 by default, whatever the dtype of the source; frozen
-    ones (the reference, an adapter's base) keep their dtype. 'bfloat16' saves memory or speeds up sampling:
-    `optimizer.low_precision` determines how small updates are preserved; see `runtime/rounding.py`.
+    ones (the reference, an adapter's base) keep their dtype, unless `lora.base_dtype` quantises them. 'bfloat16' saves
+    memory or speeds up sampling: `optimizer.low_precision` determines how small updates are preserved; see
+    `runtime/rounding.py`.
     """
 
     # Dtype of trained parameters, or of the base of an adapter; None: float32, or the base's own.
@@ -40,6 +42,11 @@ class Tuning:
     # User-defined family of a checkpoint, file.py:NAME (examples/family.py); None: built-in, found by config.json.
     family: FunctionSource | None = None
     lora: LoraConfig | None = None  # train this adapter and freeze the model; None: train the model
+
+    @property
+    def base_dtype(self) -> BaseDType | None:
+        """Dtype in which the frozen base of an adapter is quantised; None: it is not."""
+        return None if self.lora is None else self.lora.base_dtype
 
 
 NO_CHANGES = Tuning()
@@ -109,8 +116,12 @@ def tuned(model: Policy | RewardModel, tuning: Tuning) -> Policy | RewardModel:
 
 
 def cast(params: PyTree, dtype: DType | None) -> PyTree:
-    """Cast parameters to a dtype; None leaves them unchanged."""
-    return params if dtype is None else jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), params)
+    """Cast parameters to a dtype; None leaves them unchanged, as are quantised ones."""
+
+    def one(leaf: Any) -> Any:
+        return leaf if is_quantised(leaf) else leaf.astype(jnp.dtype(dtype))
+
+    return params if dtype is None else jax.tree.map(one, params, is_leaf=is_quantised)
 
 
 def body_of(model: Policy | RewardModel) -> PyTree:

@@ -4,6 +4,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
 from rlhf_jax import processes
 from rlhf_jax.config import FunctionSource
 from rlhf_jax.interop import hf, peft
@@ -12,6 +16,7 @@ from rlhf_jax.interop.hub import base_directory, checkpoint_directory, checkpoin
 from rlhf_jax.loading.models import NO_CHANGES, Policy, RewardModel, Tuning
 from rlhf_jax.models.model_config import DType
 from rlhf_jax.models.policy import PolicyNetwork
+from rlhf_jax.models.quantised import quantise
 from rlhf_jax.models.sharding import Where
 from rlhf_jax.types import RlhfError
 
@@ -53,11 +58,18 @@ def load_checkpoint(source: str, tuning: Tuning = NO_CHANGES, *, where: Where | 
     """Load a pretrained model from a Hugging Face directory, a GGUF file, or a Hub id.
 
     A PEFT adapter is merged into the base that it names. Each parameter is read directly to the devices given by
-    `where` (default: the first device).
+    `where` (default: the first device), and quantised there if it is of an adapter's base (not if that base is itself
+    merged with an adapter).
     Raises RlhfError if there is no model, its family is not supported, or it has no tokenizer.
     """
     directory = checkpoint_directory(source)
     base = base_directory(directory)
+    base_dtype = tuning.base_dtype if base == directory else None
+
+    def place(path: str, array: np.ndarray) -> PyTree:
+        placed = jax.device_put(array) if where is None else processes.place(array, where(path, array.shape))
+        return quantise(path, placed, base_dtype)
+
     pretrained = hf.load_pretrained(
         str(base),
         param_dtype=tuning.param_dtype,
@@ -66,7 +78,7 @@ def load_checkpoint(source: str, tuning: Tuning = NO_CHANGES, *, where: Where | 
         scan_layers=bool(tuning.scan_layers),
         attention=tuning.attention,
         family=tuning.family,
-        place=None if where is None else lambda path, array: processes.place(array, where(path, array.shape)),
+        place=place,
     )
     tokenizer = checkpoint_tokenizer(directory, base)
     if base != directory:

@@ -15,6 +15,7 @@ from rlhf_jax.loading.pretrained import load_checkpoint, same_family
 from rlhf_jax.models.lora import Adapted, LoraConfig
 from rlhf_jax.models.model_config import ModelConfig
 from rlhf_jax.models.policy import PolicyNetwork
+from rlhf_jax.models.quantised import quantised
 from rlhf_jax.models.reward_ensemble import EnsembleConfig
 from rlhf_jax.models.scalars import ScalarNetwork, normalised_head
 from rlhf_jax.models.sharding import Where
@@ -91,7 +92,7 @@ def load_stage_policy(
         params = jax.tree.map(lambda leaf: leaf[seed - first], params)
     if lora is not None:
         base = _load_base(directory, find, where)
-        params = Adapted(cast(base.params, config.param_dtype), params)
+        params = Adapted(quantised(cast(base.params, config.param_dtype), lora.base_dtype), params)
     return Policy(network, params, tokenizer, spec["hf_config"])
 
 
@@ -117,7 +118,7 @@ def load_stage_reward_model(directory: Path, *, find: Find | None = None, where:
         network = dataclasses.replace(network, bias=True)
     if lora is not None:
         base = _load_base(directory, find, where)
-        body = cast(body_of(base), config.param_dtype)
+        body = quantised(cast(body_of(base), config.param_dtype), lora.base_dtype)
         if ensemble is None:
             params = Adapted({"body": body, "head": params["head"]}, params)
         else:

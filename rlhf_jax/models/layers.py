@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from rlhf_jax.models.attention import attend
-from rlhf_jax.models.linear import dot_general
+from rlhf_jax.models.linear import dot_general, promote
 from rlhf_jax.models.model_config import ModelConfig
 from rlhf_jax.models.norms import rms_norm
 from rlhf_jax.models.rotary import rotate
@@ -56,8 +56,13 @@ class Norm(nn.Module):
 
 
 def linear_options(config: ModelConfig) -> dict[str, Any]:
-    """Options of all linear layers: their dtypes, and the product with a hand-written gradient."""
-    return {"param_dtype": config.param_dtype, "dtype": config.compute_dtype, "dot_general": dot_general}
+    """Options of all linear layers: their dtypes, and products with hand-written gradients or quantised kernels."""
+    return {
+        "param_dtype": config.param_dtype,
+        "dtype": config.compute_dtype,
+        "promote_dtype": promote,
+        "dot_general": dot_general,
+    }
 
 
 class Attention(nn.Module):

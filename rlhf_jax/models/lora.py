@@ -7,7 +7,8 @@ these layers as one tensor (GPT-2, GPT-NeoX, Phi-3).
 
 The layers do not depend on LoRA: `apply` intercepts their calls. We do not use qwix's LoRA because it stores adapters
 among the base's parameters, has no shared A, cannot disable dropout once it is configured, and its quantised layers do
-not find their parameters under `nn.remat` (0.1.8, with jax 0.10.2 and flax 0.12.8).
+not find their parameters under `nn.remat` (0.1.8, with jax 0.10.2 and flax 0.12.8). A quantised base (QLoRA) has
+qwix's arrays in place of its kernels: see `models/quantised.py`.
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ from jaxtyping import Array, Key, PRNGKeyArray, PyTree
 
 from rlhf_jax.config import Count, Positive, Range, check_ranges
 from rlhf_jax.models.model_config import ModelConfig
+from rlhf_jax.models.quantised import BaseDType, dequantise, is_quantised
 from rlhf_jax.types import RlhfError
 
 SHARED: dict[str, tuple[str, ...]] = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
@@ -46,6 +48,9 @@ class LoraConfig:
     # Rank-stabilised scale (Kalajdzievski 2023, arXiv:2312.03732, theorem 3.2), as in PEFT: with alpha / rank, the
     # adapter's learned output shrinks as the rank grows.
     use_rslora: bool = False
+    # Hold the weights of the frozen base's linear layers in 8 or 4 bits (QLoRA, arXiv:2305.14314), with a scale for
+    # every 64 inputs of an output; None: as they are. The reference is then the quantised base.
+    base_dtype: BaseDType | None = None
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -118,7 +123,10 @@ def init_adapter(config: LoraConfig, params: PyTree, key: PRNGKeyArray) -> PyTre
 def merge(params: PyTree, adapter: PyTree, config: LoraConfig) -> PyTree:
     r"""Merge an adapter into its base: $W + s A B$ with the config's scale s, in the dtype of W.
 
-    The sum is computed in float32. Raises RlhfError if the adapter belongs to another network.
+    The sum is computed in float32. A quantised base is dequantised, in the dtype of its embedding: the result computes
+    what base and adapter compute.
+
+    Raises RlhfError if the adapter belongs to another network.
     """
     layers = layers_of(adapter)
     known = {name for name, _ in _leaves(params)}
@@ -126,14 +134,15 @@ def merge(params: PyTree, adapter: PyTree, config: LoraConfig) -> PyTree:
         if f"{path}/kernel" not in known:
             raise RlhfError(f"the network has no layer {path}: the adapter belongs to another network")
 
-    def merged(path: tuple, leaf: Array) -> Array:
+    def merged(path: tuple, leaf: Any) -> Array:
+        weights, dtype = (dequantise(leaf), params["embedding"].dtype) if is_quantised(leaf) else (leaf, leaf.dtype)
         layer = layers.get(_name(path).removesuffix("/kernel"))
         if layer is None or not _name(path).endswith("/kernel"):
-            return leaf
+            return leaf if weights is leaf else weights.astype(dtype)
         product = jnp.tensordot(layer.a, layer.b, axes=1, precision=jax.lax.Precision.HIGHEST)
-        return (leaf.astype(jnp.float32) + config.scale * product.astype(jnp.float32)).astype(leaf.dtype)
+        return (weights.astype(jnp.float32) + config.scale * product.astype(jnp.float32)).astype(dtype)
 
-    return jax.tree_util.tree_map_with_path(merged, params)
+    return jax.tree_util.tree_map_with_path(merged, params, is_leaf=is_quantised)
 
 
 def apply(
@@ -250,4 +259,4 @@ def _name(path: tuple) -> str:
 
 
 def _leaves(tree: PyTree) -> list[tuple[str, Any]]:
-    return [(_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+    return [(_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_quantised)]

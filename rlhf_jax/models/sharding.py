@@ -11,10 +11,10 @@ from jaxtyping import PyTree
 # The first matching pattern applies. Paths in optimiser states contain those of the parameters, so they match too.
 PARTITIONS: tuple[tuple[str, P], ...] = (
     (r"(embedding|(^|/)head)$", P("tensor", "fsdp")),
-    (r"attention/[qkv]/kernel$", P("fsdp", "tensor", None)),
-    (r"attention/o/kernel$", P("tensor", None, "fsdp")),
-    (r"(up|gate)/kernel$", P("fsdp", "tensor")),
-    (r"down/kernel$", P("tensor", "fsdp")),
+    (r"attention/[qkv]/kernel(/qvalue|/scale)?$", P("fsdp", "tensor", None)),
+    (r"attention/o/kernel(/qvalue|/scale)?$", P("tensor", None, "fsdp")),
+    (r"(up|gate)/kernel(/qvalue|/scale)?$", P("fsdp", "tensor")),
+    (r"down/kernel(/qvalue|/scale)?$", P("tensor", "fsdp")),
     # Adapters: the long axis of A and B is split as in the kernel, the rank axis is not split.
     (r"(attention/([qkv]|qkv)|up|gate)/A$", P("fsdp", None)),
     (r"attention/o/A$", P("tensor", None, None)),

@@ -14,6 +14,7 @@ from rlhf_jax.loading.models import NO_CHANGES, Policy, Pretrained, RewardModel,
 from rlhf_jax.loading.trainable import trainable
 from rlhf_jax.methods.online_config import OnlineConfig
 from rlhf_jax.models.policy import PolicyNetwork
+from rlhf_jax.models.quantised import dequantised, quantised
 from rlhf_jax.models.scalars import ScalarNetwork
 from rlhf_jax.stages.dpo import DPOConfig
 from rlhf_jax.stages.kinds import StageConfig
@@ -62,11 +63,13 @@ class Outlines:
 
     def model(self, source: str, tuning: Tuning = NO_CHANGES) -> Policy | RewardModel:
         """Outline of the model of a stage or a checkpoint, with the dtypes and options of `tuning`."""
-        if source not in self._stages:
-            return _of_checkpoint(source, tuning)
-        found = self._trained(source)
-        params = jax.eval_shape(lambda params: tuned(found._replace(params=params), tuning).params, found.params)
-        return tuned(found._replace(params={}), tuning)._replace(params=params)
+        if source in self._stages:
+            found = self._trained(source)
+            params = jax.eval_shape(lambda params: tuned(found._replace(params=params), tuning).params, found.params)
+            found = tuned(found._replace(params={}), tuning)._replace(params=params)
+        else:
+            found = _of_checkpoint(source, tuning)
+        return found._replace(params=jax.eval_shape(lambda params: quantised(params, tuning.base_dtype), found.params))
 
     def initial(self, source: str, tuning: Tuning) -> Policy:
         """Outline of a stage's initial policy, configured for training, with the parameters of its source."""
@@ -115,7 +118,8 @@ class Outlines:
 
 def _after_training(start: M, tuning: Tuning | None) -> M:
     if tuning is not None and tuning.lora is not None:
-        return start  # merged into its base
+        dtype = start.network.config.param_dtype
+        return start._replace(params=jax.eval_shape(lambda params: dequantised(params, dtype), start.params))  # merged
     if isinstance(start, Policy):
         policy = trainable(start.network, tuning)
         return start._replace(network=policy, params=shapes_of(policy))

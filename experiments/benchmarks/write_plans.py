@@ -1,4 +1,4 @@
-"""Write the tables of docs/explanation/scale.md from the results of `plans.py`.
+"""Write the table of docs/explanation/scale.md from the results of `plans.py`.
 
 python -m experiments.benchmarks.write_plans
 """
@@ -19,7 +19,7 @@ GIB = 2**30
 def lines_of(row: dict[str, Any]) -> list[str]:
     """Lines of a case: one for each program, and its size before the first."""
     tokens = f"{row['rows']:,} x ({row['tokens']} + {row['tokens']})"
-    case = [MODELS[row["shape"]], row["topology"], mesh_of(row["mesh"]), tokens]
+    case = [KINDS[row["kind"]], MODELS[row["shape"]], row["topology"], mesh_of(row["mesh"]), tokens]
     lines = []
     for program in row["programs"]:
         times = program["times"]
@@ -43,10 +43,8 @@ def memory_of(program: dict[str, Any]) -> str:
     return f"**{'over ' if needed is None else f'{needed / GIB:.1f} of '}{limit:.1f}**"
 
 
-def mesh_of(mesh: dict[str, int] | None) -> str:
+def mesh_of(mesh: dict[str, int]) -> str:
     """Axes of a mesh that are longer than one."""
-    if mesh is None:
-        return "none"
     return ", ".join(f"{axis} {size}" for axis, size in mesh.items() if size > 1) or "one device"
 
 
@@ -55,35 +53,29 @@ def milliseconds(seconds: float | None) -> str:
     return "" if seconds is None else f"{float(f'{1000 * seconds:.3g}'):,.10g}"
 
 
-def table(kind: str) -> list[str]:
-    """Lines of the table of a kind of stage."""
-    rows = [row for row in read_rows(ROWS) if row["kind"] == kind]
+def table() -> list[str]:
+    """Lines of the table, and of what belongs to it."""
+    rows = read_rows(ROWS)
     lines = [
-        "| model | machine | mesh | rows | program | GiB of a device | FLOPs, ms | memory, ms | links, ms | bound by |",
-        "|---|---|---|---|---|--:|--:|--:|--:|---|",
+        "| stage | model | machine | mesh | rows | program | GiB of a device | FLOPs, ms | memory, ms | links, ms "
+        "| bound by |",
+        "|---|---|---|---|---|---|--:|--:|--:|--:|---|",
+        *(line for row in rows for line in lines_of(row)),
     ]
-    lines += [line for row in rows for line in lines_of(row)]
-    smallest = [
-        f"{MODELS[row['shape']]} on {row['topology']} {mesh_of(row['run']['smallest']['mesh'])}" for row in rows
-    ]
-    return [*lines, "", f"Smallest meshes that fit: {'; '.join(smallest)}.", "", origin(rows)]
+    return [*lines, "", origin(rows)]
 
 
 def origin(rows: list[dict[str, Any]]) -> str:
     """Sentence about the commits, the compilers and the dates of rows."""
     commits = ", ".join(sorted({row["run"]["commit"][:7] for row in rows}))
-    versions = {
-        f"{name} {row['run']['packages'][name]}" for row in rows for name in ("jax", "libtpu", "jax-cuda12-pjrt")
-    }
+    versions = {f"{name} {row['run']['packages'][name]}" for row in rows for name in ("jax", "libtpu")}
     dates = sorted({row["run"]["date"] for row in rows})
     return f"Commits {commits}; {', '.join(sorted(versions))}; {' to '.join(dict.fromkeys((dates[0], dates[-1])))}."
 
 
 def page(text: str) -> str:
-    """Put the tables into the text of the page."""
-    for kind in KINDS:
-        text = tables.put(text, kind, table(kind))
-    return text
+    """Put the table into the text of the page."""
+    return tables.put(text, "plans", table())
 
 
 if __name__ == "__main__":

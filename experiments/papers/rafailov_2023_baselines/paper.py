@@ -19,6 +19,8 @@ divergence. Divergences beyond 4 nats do not count.
 Before the run: rafailov_2023_tuned found PPO's frontier with the learned reward above DPO's by 0.10 [0.06, 0.14]. No
 run of PPO with the true reward or of unlikelihood on movie reviews has been seen.
 
+Not run yet.
+
 Power, before the run: frontiers' differences deviated by 0.03 between seeds there, which shows 0.05 alone. With 0.1,
 five seeds show 0.16 alone and 0.45 as one of 65 claims of this question (Holm).
 """

@@ -169,11 +169,12 @@ def draw_groups(table: pd.DataFrame, groups: Mapping[str, Sequence[str]]) -> Fig
         right.plot(found, np.full(len(found), place), "o", ms=4, alpha=0.6, color=style.PALETTE[colour])
         right.plot(found.mean(), place, "|", ms=14, mew=2, color=style.INK)
     chosen = table[table["method"] == "best_of_n"]
-    left.plot(chosen["kl"], chosen["gold"], "^", ms=3, alpha=0.7, color=style.PALETTE["green"], label="Best-of-n")
+    if len(chosen):
+        left.plot(chosen["kl"], chosen["gold"], "^", ms=3, alpha=0.7, color=style.PALETTE["green"], label="Best-of-n")
     start = table[table["method"] == "sft"]
     left.plot(start["kl"], start["gold"], "s", ms=4, color=style.INK, label="SFT")
     left.axvline(MOST, lw=0.8, ls=":", color=style.MUTED)
-    left.set_xlabel("KL(policy || SFT), nats (Best-of-n: bound)")
+    left.set_xlabel("KL(policy || SFT), nats" + (" (Best-of-n: bound)" if len(chosen) else ""))
     left.set_ylabel("gold score")
     left.set_title("Reward against divergence")
     left.legend(fontsize=7, frameon=False)

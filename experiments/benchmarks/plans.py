@@ -27,6 +27,7 @@ LIBTPU = Path(sys.prefix) / "libtpu"  # where `make dev` installs it
 
 Kind = Literal["dpo", "ppo"]
 KINDS: tuple[Kind, ...] = ("dpo", "ppo")
+TRAINED = ("sft", "reward_model", "dpo", "ppo")
 
 
 class Shape(NamedTuple):
@@ -107,7 +108,7 @@ def flags(case: Case, kind: Kind, directory: Path) -> list[str]:
         "sft.model.compute_dtype": "bfloat16",
         "sft.model.remat": True,
         "sft.model.scan_layers": True,
-        f"{kind}.batch_size": case.rows,
+        **dict.fromkeys([f"{stage}.batch_size" for stage in TRAINED], case.rows),  # all divide over the devices
         f"{kind}.loop.steps_per_call": 1,
     }
     if case.micro_batch:

@@ -25,7 +25,9 @@ def test_a_program_that_does_not_fit_is_marked(monkeypatch, tmp_path):
 def test_every_case_is_a_config_with_the_model_of_its_shape(tmp_path):
     for case in plans.CASES:
         found = plans.flags(case, "ppo", tmp_path)
-        assert f"--topology={case.topology}" in found and f"--config.ppo.batch_size={case.rows}" in found
+        assert f"--topology={case.topology}" in found
+        for stage in plans.TRAINED:  # the verb checks all stages
+            assert f"--config.{stage}.batch_size={case.rows}" in found
         shape, written = plans.SHAPES[case.shape], json.loads((tmp_path / "config.json").read_text())
         assert written["num_hidden_layers"] == shape.layers and written["hidden_size"] == shape.width
         assert case.rows % case.fsdp == 0

@@ -1,4 +1,4 @@
-"""Settings of all tests: eight CPU devices, checked shapes, no silent broadcasting or promotion."""
+"""Settings of all tests: eight CPU devices, checked shapes (but with --no-shapes), no silent broadcasting or promotion."""
 
 import gc
 import os
@@ -21,9 +21,6 @@ import pytest
 
 from tests.support import memory, program_cache
 
-# Before rlhf_jax is imported.
-jaxtyping.install_import_hook("rlhf_jax", f"{shapes.__name__}.{shapes.checked.__name__}")
-
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Hundreds of small programs: with all of them kept, the second run of tests/core takes half the time it does with 0.3.
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -38,7 +35,13 @@ gc.set_threshold(200_000, 50, 1000)  # JAX keeps millions of objects: looking th
 STRICT_PROMOTION = {"core", "models", "sampling"}  # optax breaks under it elsewhere
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--no-shapes", action="store_true", help="leave types and shapes of functions unchecked: quicker")
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    if not config.getoption("no_shapes"):  # before rlhf_jax is imported
+        jaxtyping.install_import_hook("rlhf_jax", f"{shapes.__name__}.{shapes.checked.__name__}")
     # Processes that tests start, and kill, write into another cache, which is not the user's either.
     os.environ["RLHF_JAX_CACHE"] = str(config.cache.mkdir("commands"))
     jax.config.update("jax_compilation_cache_dir", str(program_cache.own_cache(config)))
@@ -73,6 +76,16 @@ def movie_reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest chain of processes first, so that one worker is not left alone with it at the end."""
+    """Mark the cases after the first of `nightly_rest`, and put the longest chain of processes first.
+
+    One worker would be left alone with that chain at the end.
+    """
+    seen = set()
+    for item in items:
+        function = (item.path, item.originalname) if isinstance(item, pytest.Function) else None
+        if function in seen and item.get_closest_marker("nightly_rest"):
+            item.add_marker("nightly")
+        seen.add(function)
     items.sort(key=lambda item: item.path.name != "test_resume.py")

@@ -174,6 +174,7 @@ def test_a_reward_loss_of_ones_own(place):
         experiments.run(place / "other", data, {"reward": section})
 
 
+@pytest.mark.nightly
 def test_a_preference_loss_of_ones_own(place):
     """In a sum with a built-in loss; at the first step the policy is the reference, and only the lengths differ."""
     name = "examples/preference_loss.py:r_dpo"

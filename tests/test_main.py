@@ -339,6 +339,7 @@ def test_a_start_that_failed_on_a_row_leaves_no_lock(tmp_path, capsys):
     assert (tmp_path / "run" / "sft" / "complete.json").exists()
 
 
+@pytest.mark.nightly
 def test_a_start_that_failed_on_the_batch_size_leaves_no_lock(tmp_path, capsys):
     arguments = [PREFERENCES, f"--workdir={tmp_path / 'run'}", *files(tmp_path), "--stage=sft"]
     assert "lower batch_size" in fails(capsys, *arguments, "--config.sft.batch_size=65")

@@ -55,6 +55,7 @@ def assert_same_run(one: Path, other: Path, stage: str) -> None:
         experiments.assert_same_bits(*(experiments.final_state(run / stage) for run in (one, other)))
 
 
+@pytest.mark.nightly
 def test_two_processes_train_as_one_with_as_many_devices(tmp_path):
     flags = ("--config.data.limit=32",)
     stages = ("sft", "host_ppo")

@@ -100,6 +100,7 @@ def assert_same_run(stage, alone):
     assert steps_of(stage / "checkpoints") == steps_of(alone / "checkpoints")
 
 
+@pytest.mark.nightly
 def test_points_of_dpo_are_the_runs_that_they_would_be_alone_also_when_interrupted(tmp_path):
     model, _ = experiments.models(tmp_path)
     section = experiments.dpo_section(model, loop=experiments.LOOP | {"checkpoint_every": 4})

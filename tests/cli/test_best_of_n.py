@@ -62,6 +62,7 @@ def scored(judge: RewardModel, prompt: Any, completion: Any, *, ended: bool = Fa
     return float(score_all(judge.network, judge.params, rollout, 1)[0])
 
 
+@pytest.mark.nightly
 def test_rows_keep_their_columns_and_gain_the_best_of_what_sample_writes(models, capsys, monkeypatch):
     policy, judge = loaded(models)
     found = best(models, capsys, monkeypatch, "--seed=3")
@@ -88,6 +89,7 @@ def test_rows_keep_their_columns_and_gain_the_best_of_what_sample_writes(models,
         np.testing.assert_allclose(row["scores"], expected, atol=2e-5)
 
 
+@pytest.mark.nightly
 def test_batches_change_nothing_and_seeds_do(models, capsys, monkeypatch):
     one, other = (best(models, capsys, monkeypatch, f"--batch-size={size}") for size in (5, 2))
     assert [row["completions"] for row in one] == [row["completions"] for row in other]
@@ -126,6 +128,7 @@ def test_a_reward_model_reads_texts_by_its_own_tokenizer_and_chats_by_its_own_te
     assert "the reward model has no chat template" in message
 
 
+@pytest.mark.nightly
 def test_answers_end_at_stop_strings_and_where_the_context_does(models, tmp_path, capsys, monkeypatch):
     (row,) = best(models, capsys, monkeypatch, rows=ROWS[:1])
     stop = row["completions"][0][2:4]

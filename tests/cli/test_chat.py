@@ -113,6 +113,7 @@ def test_a_conversation_in_a_terminal(tmp_path):
     ]
 
 
+@pytest.mark.nightly
 def test_answers_come_in_pieces_of_whole_characters(tmp_path):
     """A model of noise over bytes writes mostly what is no text, and what a terminal would obey."""
     model = checkpoints.policy(tmp_path / "model", never=(2,))

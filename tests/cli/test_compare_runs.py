@@ -29,11 +29,13 @@ def compared(capsys: pytest.CaptureFixture[str], *places: Path) -> list[str]:
     return capsys.readouterr().out.splitlines()
 
 
+@pytest.mark.nightly
 def test_equal_runs_agree(runs: dict[str, Path], capsys: pytest.CaptureFixture[str]):
     rows = len(experiments.rows(runs["one"] / "dpo" / "metrics.jsonl"))
     assert compared(capsys, runs["one"], runs["same"]) == [f"dpo: metrics agree in all {rows} rows that both have"]
 
 
+@pytest.mark.nightly
 def test_the_first_step_and_its_metrics(runs: dict[str, Path], capsys: pytest.CaptureFixture[str]):
     lines = compared(capsys, runs["one"], runs["fast"])
     assert lines[0] == "dpo: metrics part at step 1"
@@ -43,6 +45,7 @@ def test_the_first_step_and_its_metrics(runs: dict[str, Path], capsys: pytest.Ca
     assert not any(name.startswith("time/") for name in metrics)
 
 
+@pytest.mark.nightly
 def test_a_later_step_and_a_metric_of_one_run(
     runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -59,6 +62,7 @@ def test_a_later_step_and_a_metric_of_one_run(
     ]
 
 
+@pytest.mark.nightly
 def test_a_shorter_run_and_stages_of_one_run(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     shutil.copytree(runs["one"], tmp_path / "other")
     shutil.copytree(runs["one"] / "dpo", tmp_path / "other" / "again")
@@ -71,6 +75,7 @@ def test_a_shorter_run_and_stages_of_one_run(runs: dict[str, Path], tmp_path: Pa
     ]
 
 
+@pytest.mark.nightly
 def test_directories_that_cannot_be_compared(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     shutil.copytree(runs["one"], tmp_path / "damaged")
     with (tmp_path / "damaged" / "dpo" / "metrics.jsonl").open("a") as file:

@@ -64,6 +64,7 @@ def expected(directory, row, eos: bool) -> list[float]:
     return logprobs if eos else logprobs[:-1]
 
 
+@pytest.mark.nightly_rest
 @pytest.mark.parametrize("eos", [True, False])
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
 def test_numbers_are_those_of_the_policy(directory, eos, batch_size, capsys, monkeypatch):
@@ -89,6 +90,7 @@ def test_bfloat16_is_near_and_not_the_same(directory, capsys, monkeypatch):
     assert 1e-3 < np.abs(np.subtract(*found)).max() < 1
 
 
+@pytest.mark.nightly
 def test_mixed_lengths_compile_a_handful_of_programs(directory, capsys, monkeypatch):
     rows = [{"prompt": "x" * (1 + 7 * i % 90), "completion": "y" * (1 + 11 * i % 90)} for i in range(40)]
     reads(monkeypatch, jsonl(rows))
@@ -131,6 +133,7 @@ def test_completions_encoded_apart_are_counted(directory, capsys, monkeypatch):
     assert "1 completions (the first is row 2) were encoded separately from their prompts" in capsys.readouterr().err
 
 
+@pytest.mark.nightly
 def test_a_closed_pipe_ends_quietly(directory, tmp_path):
     (tmp_path / "rows.jsonl").write_text(jsonl(TEXTS[:1] * 3000))
     command = f"{sys.executable} -m rlhf_jax logprobs --model={directory} < {tmp_path}/rows.jsonl | head -n 2"

@@ -31,6 +31,7 @@ def test_text_goes_on_and_a_message_is_answered(model, capsys):
     assert succeeds(capsys, *asked[:2], f"--prompt={rendered}", *asked[3:]) == rendered + answer
 
 
+@pytest.mark.nightly
 def test_seeds_and_numbers_of_responses(model, capsys):
     asked = ["sample", model, "--prompt=The film", "--prompt=It", "--max-new-tokens=6"]
     assert len(succeeds(capsys, *asked, "--temperature=0").split("\n\n")) == 2

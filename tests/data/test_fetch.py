@@ -92,6 +92,7 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+@pytest.mark.nightly
 def test_the_data_set_is_whole(real: Path, splits: dict[str, list[dict[str, Any]]]):
     assert {split: len(rows) for split, rows in splits.items()} == {"train": 8449, "validation": 1035, "test": 1121}
     rows = [row for split in splits.values() for row in split]
@@ -102,6 +103,7 @@ def test_the_data_set_is_whole(real: Path, splits: dict[str, list[dict[str, Any]
     assert sorted(path.name for path in real.parent.iterdir()) == ["1.0.0"]
 
 
+@pytest.mark.nightly
 def test_the_texts_read_as_english(splits: dict[str, list[dict[str, Any]]]):
     texts = {row["id"]: row["text"] for split in splits.values() for row in split}
     assert texts[2] == (
@@ -115,6 +117,7 @@ def test_the_texts_read_as_english(splits: dict[str, list[dict[str, Any]]]):
     assert [text for text in texts.values() if wrong.search(text)] == []
 
 
+@pytest.mark.nightly
 def test_what_is_there_is_not_fetched_again(real: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(subprocess, "run", None)
     monkeypatch.setattr(fcntl, "flock", None)  # nor is the directory locked, to be written to

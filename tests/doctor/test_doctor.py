@@ -61,6 +61,7 @@ def test_rates_are_of_work_that_is_done(monkeypatch):
     assert found.links is not None and found.links > 0
 
 
+@pytest.mark.nightly
 def test_sampling_is_measured_beside_its_least_time():
     device = jax.devices()[0]
     speed = workloads.measure(Workload("sampling", "tiny", 4, 8, 8), device, SLOW, seconds=0.0)

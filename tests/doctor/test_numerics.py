@@ -16,10 +16,12 @@ def found() -> dict[str, NumericCheck]:
     return {check.name: check for check in numerics.checks(jax.devices()[0])}
 
 
+@pytest.mark.nightly
 def test_every_path_passes_here(found):
     assert {name: check.error for name, check in found.items() if not check.passed} == {}
 
 
+@pytest.mark.nightly
 def test_bfloat16_is_less_exact_than_float32(found):
     """A check whose errors were 0, or alike, would measure nothing."""
     for path in ("attention by xla, {}", "log-probabilities of a network, {} (nats)"):
@@ -27,6 +29,7 @@ def test_bfloat16_is_less_exact_than_float32(found):
         assert 0 < exact < rounded / 30
 
 
+@pytest.mark.nightly
 def test_a_wrong_loss_is_found(monkeypatch):
     """In float32, the loss is off by one part in a thousand."""
     spec = POLICY_LOSSES["reinforce"]
@@ -40,6 +43,7 @@ def test_a_wrong_loss_is_found(monkeypatch):
     assert [check.worst for check in checks] == ["reinforce"]
 
 
+@pytest.mark.nightly
 def test_a_wrong_network_is_found(monkeypatch):
     right = PolicyNetwork.response_stats
 

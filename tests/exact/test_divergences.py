@@ -84,6 +84,7 @@ def test_in_the_loss_what_a_token_does_to_later_ones_is_left_out(estimator):
     assert 0.98 < cosine(gradient, whole(at)) < 0.999
 
 
+@pytest.mark.nightly
 def test_k3_in_the_loss_is_the_other_divergence_state_by_state():
     for distance, least, most in ((1.0, 0.95, 0.99), (0.1, 0.998, 0.9999)):  # divergences of 0.45 and 0.03 nats
         at = near(distance)
@@ -92,6 +93,7 @@ def test_k3_in_the_loss_is_the_other_divergence_state_by_state():
         assert least < cosine(gradient, whole(at)) < most
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("estimator", ["k2", "k3"])
 def test_k2_and_k3_in_the_reward_hardly_hold_a_policy_near_its_reference(estimator):
     """They are held fixed there: what their own gradient would add is missing, and next to all of it where near."""

@@ -186,6 +186,7 @@ def assert_optimal_for_dpo(space: Space, found: np.ndarray, beta: float) -> None
     assert distance(normalised(found[1:]), optimum(beta)) < CLOSE
 
 
+@pytest.mark.nightly
 def test_dpo_ends_at_the_reference_times_the_exponential_reward(space):
     assert_optimal_for_dpo(space, space.train("dpo", dpo(space, 0.5)), 0.5)
 

@@ -37,6 +37,7 @@ def test_rows_of_one_length(benchmark, tmp_path):
     assert rows[0]["cache_bytes"] == 4 * 2 * (8 + 16 / 2) * 2 * 2 * 64
 
 
+@pytest.mark.nightly
 def test_rows_of_mixed_lengths(benchmark):
     flags = ["--mixed", "--longest=12", "--mean=3", "--queue=4", "--refill=1", "--batch=3"]
     (row,) = benchmark.main([*FLAGS, *flags])

@@ -65,6 +65,7 @@ def test_a_row_of_real_pairs(kind):
         assert row["tokens_all"][0] == row["tokens_all"][1]
 
 
+@pytest.mark.nightly_rest
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_config_of_each_kind_is_valid(kind, tmp_path):
     work = training.prepare(kind, "tiny", arguments(f"--data={PAIRS}"), tmp_path).work
@@ -103,6 +104,7 @@ def test_flops_by_hand():
     assert found["grpo"] == 5 * bodies + 5 * heads
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(("data", "mean"), [(None, None), (PAIRS, 4)])
 def test_the_probability_of_eos_is_set(data, mean, tmp_path):
     flags = [] if data is None else [f"--data={data}"]

@@ -162,6 +162,7 @@ print(Path("/proc/self/status").read_text())
 """
 
 
+@pytest.mark.nightly
 def test_no_second_copy_of_a_model_is_made_in_memory(tmp_path):
     """Upper bound on a process's memory: the model, twice its largest fused group, and 200 MB."""
     sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 3, "vocab_size": 8192}

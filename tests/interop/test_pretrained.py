@@ -165,6 +165,7 @@ def test_an_unknown_model_lists_the_known(capsys: pytest.CaptureFixture[str]):
     assert re.search("choose from .*movie_reviews.*smollm2", capsys.readouterr().err)
 
 
+@pytest.mark.nightly
 def test_smollm2_is_whole(smollm2: Path):
     assert sorted(path.name for path in smollm2.iterdir()) == FILES
     tensors = load_file(smollm2 / "model.safetensors")
@@ -172,6 +173,7 @@ def test_smollm2_is_whole(smollm2: Path):
     assert sum(tensor.size for tensor in tensors.values()) == 134_515_008
 
 
+@pytest.mark.nightly
 def test_smollm2s_tokenizer_gives_the_ids_of_its_own(smollm2: Path):
     tokenizer = load_tokenizer(smollm2)
     ids = tokenizer(TELLING_TEXT)["input_ids"]
@@ -186,6 +188,7 @@ def test_smollm2s_tokenizer_gives_the_ids_of_its_own(smollm2: Path):
     )
 
 
+@pytest.mark.nightly
 def test_smollm2_is_not_fetched_again(smollm2: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(subprocess, "run", None)
     assert pretrained.fetch_model("smollm2") == smollm2

@@ -77,7 +77,7 @@ def assert_same(found, expected):
     assert_close(one, other, 1e-4)
 
 
-SLOW = ("sampler", "dapo", "online_dpo", "grpo")
+SLOW = ("sampler", "dapo", "online_dpo", "grpo", "ppo")
 EACH = [pytest.param(name, marks=pytest.mark.nightly) if name in SLOW else name for name in CASES]
 
 
@@ -122,6 +122,7 @@ def temporary(step, *args) -> int:
     return analysis.temp_size_in_bytes
 
 
+@pytest.mark.nightly
 def test_memory_of_an_iteration_is_that_of_a_slice():
     policy = dataclasses.replace(tiny.POLICY, config=WIDE)
     value = reward = dataclasses.replace(tiny.REWARD, config=WIDE)

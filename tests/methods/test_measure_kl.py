@@ -52,6 +52,7 @@ def found(request, tmp_path_factory):
     return runs, held
 
 
+@pytest.mark.nightly
 def test_training_is_the_same(found):
     (measured, other), _ = found
     experiments.assert_same_bits(*(experiments.final_state(run)[1] for run in (measured, other)))
@@ -65,6 +66,7 @@ def test_training_is_the_same(found):
         assert ours["objective/kl"] is not None
 
 
+@pytest.mark.nightly
 def test_samples_have_no_divergence(found):
     (measured, other), _ = found
     for run, missing in ((measured, False), (other, True)):
@@ -73,6 +75,7 @@ def test_samples_have_no_divergence(found):
         assert all((row["kl"] is None) == missing and ("kl" in row["tokens"]) != missing for row in rows)
 
 
+@pytest.mark.nightly
 def test_a_network_less_is_kept(found):
     _, (measured, other) = found
     assert len(measured) == len(other) == 2

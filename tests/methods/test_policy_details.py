@@ -175,6 +175,7 @@ def loss_and_gradient(aggregation, micro_batch, entropy_coef=0.3):
     return jax.device_get(jax.jit(run)({"policy": tiny.policy_params()}, random_batch()))
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("aggregation", ["token", "sequence"])
 def test_micro_batches_of_unequal_lengths_give_the_whole_gradient(aggregation):
     whole, parts = loss_and_gradient(aggregation, None), loss_and_gradient(aggregation, 2)

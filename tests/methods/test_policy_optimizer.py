@@ -77,6 +77,7 @@ def test_after_a_warm_up_of_the_values_the_policys_optimiser_is_fresh(schedule, 
         assert_equal(moved(after, "policy", index), moved(fresh, "policy", index), 1e-5)
 
 
+@pytest.mark.nightly
 def test_the_first_update_after_a_warm_up_has_the_size_of_adams_first_one():
     """Every weight moves by the learning rate, whatever its gradient; with spent bias corrections, by 0.55 of it."""
     config = config_of(iterations=6, value_warmup=4, optimizer=dataclasses.replace(ADAM, weight_decay=0.0))

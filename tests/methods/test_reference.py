@@ -113,6 +113,7 @@ def test_a_file_that_is_broken_is_one_message(cache, monkeypatch):
         reference_cache.precomputed_ref_logps(*arguments, 3)
 
 
+@pytest.mark.nightly
 def test_a_run_with_a_kept_reference_is_the_run_with_a_live_one(cache, tmp_path, monkeypatch):
     model, _ = experiments.models(tmp_path)
     counts = counted(monkeypatch)

@@ -63,12 +63,13 @@ def test_advantages_are_those_of_the_rewards_and_values(samples):
             after = value
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("place", "count"),
     [
         ("data=8", 3),
         pytest.param("data=8", 1, marks=pytest.mark.nightly),
-        ("pmap=8", 1),
+        pytest.param("pmap=8", 1, marks=pytest.mark.nightly),
         pytest.param("pmap=8", 3, marks=pytest.mark.nightly),
     ],
 )
@@ -107,6 +108,7 @@ def test_a_penalty_in_the_loss_is_not_in_the_rewards():
     np.testing.assert_allclose(found.tokens["reward"].sum(axis=1), found.scores[:4], rtol=1e-6)
 
 
+@pytest.mark.nightly
 def test_a_stage_writes_them_and_resumes_exactly(tmp_path):
     model, judge = experiments.models(tmp_path)
     stages = {"grpo": {**SECTION, "policy": model, "reward_model": judge}}
@@ -124,6 +126,7 @@ def test_a_stage_writes_them_and_resumes_exactly(tmp_path):
     experiments.assert_resumes(tmp_path / "run", data, stages)
 
 
+@pytest.mark.nightly
 def test_none_are_recorded_if_none_are_wanted_and_never_more_than_samples():
     found = run_ppo(tiny.ONE_DEVICE, dataclasses.replace(CONFIG, tokens_written=0))[2]
     assert found.tokens == {}

@@ -125,7 +125,8 @@ def padded(name: str):
 EACH = [pytest.param(name, marks=pytest.mark.nightly) if name in SLOW else name for name in CASES]
 
 
-@pytest.mark.parametrize("name", [each for each in EACH if "online_dpo" not in repr(each)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", [name for name in CASES if name != "online_dpo"])
 def test_packed_rows_give_the_iteration_of_padded_ones(name):
     at, seen = iteration_of(name), []
     if name == "rloo":  # minibatches of 8 rows, in two parts
@@ -142,6 +143,7 @@ def test_online_dpo_does_not_pack():
     assert two_steps.fit_of(iteration_of("online_dpo"), 1) is two_steps.LONGEST
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", EACH)
 def test_an_iteration_at_the_widths_of_its_batch_equals_the_padded_one(name):
     at, seen = iteration_of(name), []
@@ -162,7 +164,8 @@ def test_an_iteration_at_the_widths_of_its_batch_equals_the_padded_one(name):
     assert compiled["fill" if at.method.dynamic_sampling else "sample"] == 1
 
 
-@pytest.mark.parametrize("name", ["ppo", pytest.param("rloo", marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", ["ppo", "rloo"])
 def test_slots_sample_the_same_responses(name):
     at, seed = iteration_of(name), 3
     params = {"policy": tiny.policy_params(), "value": tiny.reward_params()}

@@ -65,6 +65,7 @@ CASES = {
 }
 ALIKE = ("reward model, last", "reward model, k-wise")
 """Cases with the layout of a quicker one."""
+QUICK_CASES = [pytest.param(name, marks=pytest.mark.nightly if name in ALIKE else ()) for name in CASES]
 
 
 def packed_batch(batch, groups, width):
@@ -88,9 +89,7 @@ def step_of(network, make_step, optimizer=tiny.OPTIMIZER):
     return run
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.nightly if name in ALIKE else ()) for name in CASES]
-)
+@pytest.mark.parametrize("name", QUICK_CASES)
 def test_the_width_of_a_batch_changes_no_gradient_and_no_metric_but_the_share_of_tokens(name):
     network, make_step, make_table = CASES[name]
     table, run = make_table(), step_of(network, make_step)
@@ -110,7 +109,7 @@ def test_padding_before_the_prompt_changes_nothing():
 
 
 @pytest.mark.parametrize("micro_batch", [None, pytest.param(4, marks=pytest.mark.nightly)])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", QUICK_CASES)
 def test_packing_changes_no_gradient_and_no_metric_but_the_share_of_tokens(name, micro_batch):
     network, make_step, make_table = CASES[name]
     table = make_table()

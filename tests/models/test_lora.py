@@ -169,6 +169,7 @@ def test_configs_that_cannot_be_are_refused(change, message):
         dataclasses.replace(EACH, **change)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "network",
     [
@@ -356,6 +357,7 @@ def test_adapted_parameters_need_a_config():
 # ---- reward models and value functions -----------------------------------------------------------------------------
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("pooling", ["mean", "last"])
 def test_the_adapter_of_a_scalar_network_has_the_head_whole(pooling):
     network = ScalarNetwork(GROUPED, VOCAB, pooling, lora=SHARING.lora)

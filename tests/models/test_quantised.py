@@ -121,6 +121,7 @@ def dequantised_base(params, dtype):
     )
 
 
+@pytest.mark.nightly_rest
 @pytest.mark.parametrize("dtype, remat", [("int8", False), ("int4", "dots"), ("nf4", True)])
 def test_a_quantised_base_computes_what_its_dequantised_weights_compute(dtype, remat):
     """The loss, the gradient of every matrix of the adapter, and the sampled distribution."""

@@ -339,6 +339,7 @@ def test_remat_keeps_less_and_changes_nothing():
 PERIODIC = {"windows": (3, None, 3, None), "local_rope": Rope(theta=100.0)}
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("changes", [{}, pytest.param(PERIODIC, marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("remat", [False, pytest.param(True, marks=pytest.mark.nightly)])
 def test_layers_in_a_loop_compute_the_same_in_a_program_of_constant_size(changes, remat):

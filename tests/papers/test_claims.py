@@ -90,6 +90,7 @@ def test_the_smallest_effect_is_found_as_often_as_it_says():
     assert abs(found.mean() - POWER) < 0.05
 
 
+@pytest.mark.nightly
 def test_null_effects_are_rarely_called_reproduced():
     draws = np.random.default_rng(1).normal(size=(2000, 5))
     rate = np.mean([verdict(Above(0.0), values) == "reproduced" for values in draws])

@@ -50,6 +50,7 @@ def test_the_record_adds_the_seeds(tmp_path):
     assert training.stages_record(tmp_path / "missing") == {}
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", TRAINED)
 def test_settings_are_those_of_an_experiment(name):
     for scale in suite.load_paper(name).scales.values():

@@ -157,6 +157,7 @@ def test_a_reward_model_at_chance_is_named_before_anything_is_evaluated(tmp_path
     assert "no better than chance" in sentence
 
 
+@pytest.mark.nightly
 def test_runs_whose_references_or_judges_differ_are_not_to_be_compared_by_score(good, tmp_path_factory):
     other = workdirs.write_all(tmp_path_factory.mktemp("other"))
     runs = {"one": Run(good), "two": Run(other)}

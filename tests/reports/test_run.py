@@ -89,6 +89,7 @@ def test_stages_under_inputs_count_only_where_they_belong_to_this_run(trained, t
     assert "evaluate" not in run.stages, "it judged another PPO"
 
 
+@pytest.mark.nightly
 def test_samples_carry_the_score_and_the_divergence_that_the_networks_give_their_text(models):
     sampled = models.sample(["a good", "film"], stage="ppo", n=40, seed=3)
     assert sampled["prompt"].tolist() == ["a good"] * 40 + ["film"] * 40
@@ -109,6 +110,7 @@ def test_samples_carry_the_score_and_the_divergence_that_the_networks_give_their
     np.testing.assert_allclose(sampled["score"], scores, atol=1e-5)
 
 
+@pytest.mark.nightly
 def test_sampling_is_a_function_of_the_seed(models):
     first, again, other = (models.sample(["film"], stage="sft", n=8, seed=seed) for seed in (0, 0, 1))
     assert first["completion"].tolist() == again["completion"].tolist() != other["completion"].tolist()

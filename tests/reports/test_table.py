@@ -105,6 +105,7 @@ def test_with_one_seed_the_table_says_that_its_intervals_are_over_prompts_only(r
     assert "over prompts only, without the variation between seeds" in " ".join(table.notes(run))
 
 
+@pytest.mark.nightly_rest
 @pytest.mark.parametrize("width", [100, 80, 50])
 @pytest.mark.parametrize("name", ["run", "seeds", "more", "more_seeds"])
 def test_a_terminal_of_any_width_shows_every_cell_whole(name, width, request):

@@ -64,6 +64,7 @@ def test_micro_batches_give_the_step_of_the_whole_batch(name):
     assert_close((parts[0], without[1]), (whole[0], without[0]))
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "where", [pytest.param(name, marks=() if name == "pmap=8" else pytest.mark.nightly) for name in PLACEMENTS]
 )

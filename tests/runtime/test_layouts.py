@@ -74,6 +74,7 @@ def test_activations_travel_twice_a_layer_and_pass_where_layers_are_split(name, 
     assert sum(measured.costs.bytes.values()) < 1.5 * ideal
 
 
+@pytest.mark.nightly
 def test_packed_pairs_share_the_work_and_stay_where_they_are():
     measured = measure("dpo, packed", LAYOUTS["fsdp=8"])
     assert_shares(measured)

@@ -71,6 +71,7 @@ def ppo_on_one_device():
     return run_ppo(tiny.ONE_DEVICE)
 
 
+@pytest.mark.nightly_rest
 @pytest.mark.parametrize("name", PLACEMENTS)
 def test_three_dpo_steps_equal_one_device(name, dpo_on_one_device):
     assert_close(run_dpo(PLACEMENTS[name]), dpo_on_one_device)
@@ -94,6 +95,7 @@ def test_a_policy_may_start_as_the_very_arrays_of_its_reference(name):
     assert_close(jax.device_get(start.params["policy"]), jax.device_get(tiny.policy_params()), tolerance=0)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", PLACEMENTS)
 def test_dpo_gradients_equal_one_device(name):
     """A step of plain gradient descent at rate 1 moves by the gradient itself."""
@@ -101,8 +103,8 @@ def test_dpo_gradients_equal_one_device(name):
     assert_close(dpo_gradient(PLACEMENTS[name]), dpo_gradient(tiny.ONE_DEVICE))
 
 
-@pytest.mark.parametrize(  # the mesh of fsdp and tensor splits rows as well
-    "name", [pytest.param(name, marks=pytest.mark.nightly) if name == "data=8" else name for name in PLACEMENTS]
+@pytest.mark.parametrize(
+    "name", [name if name == "pmap=8" else pytest.param(name, marks=pytest.mark.nightly) for name in PLACEMENTS]
 )
 def test_one_ppo_iteration_equals_one_device(name, ppo_on_one_device):
     params, metrics, samples = run_ppo(PLACEMENTS[name])
@@ -150,6 +152,7 @@ def test_masks_of_the_compared_iteration_are_uneven(ppo_on_one_device):
     assert len(set(lengths.tolist())) > 2
 
 
+@pytest.mark.nightly
 def test_first_ratio_is_one():
     """Before the first update the learner is the policy that sampled: with one minibatch and one epoch, always."""
     config = tiny.with_config(minibatches=1, epochs=1)
@@ -169,6 +172,7 @@ def test_fsdp_and_tensor_split_the_weights():
         assert leaf.addressable_shards[0].data.size == leaf.size // pieces
 
 
+@pytest.mark.nightly
 def test_the_program_compiles_once_and_stays_on_the_device():
     placement = make_placement(tiny.ONE_DEVICE, seeds=1)
     state = placement.put_state(tiny.ppo_state())
@@ -202,6 +206,7 @@ def talks_to_host(compiled_text: str | None) -> bool:
     return any(word in compiled_text for word in ("callback", "infeed", "outfeed", "SendToHost", "RecvFromHost"))
 
 
+@pytest.mark.nightly
 def test_scanned_iterations_equal_single_calls():
     placement = make_placement(tiny.ONE_DEVICE, seeds=1)
     step = tiny.ppo_step(tiny.PPO, placement.axes)

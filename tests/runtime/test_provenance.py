@@ -53,6 +53,7 @@ def metrics(run: Path, stage: str) -> list[dict]:
     return read_rows(run / "run" / stage / "metrics.jsonl")
 
 
+@pytest.mark.nightly
 def test_a_summary_names_the_commit_the_packages_and_the_machine(run):
     found = summary(run, "ppo")
     assert found["source"]["version"] == rlhf_jax.__version__
@@ -69,6 +70,7 @@ def test_a_summary_names_the_commit_the_packages_and_the_machine(run):
     assert found["earlier"] == []
 
 
+@pytest.mark.nightly
 def test_a_summary_names_seeds_data_inputs_and_the_batch_of_an_update(run):
     ppo, sft = summary(run, "ppo"), summary(run, "sft")
     assert (sft["seeds"], ppo["seeds"]) == ([3], [3])

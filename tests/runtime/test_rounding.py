@@ -67,6 +67,7 @@ def test_rounding_to_nearest_loses_small_updates():
     assert state.masters == ()
 
 
+@pytest.mark.nightly
 def test_stochastic_rounding_moves_as_float32_does_in_expectation():
     """The mean of many seeds; one seed's error is several times the movement, and falls as one over the root of seeds.
 
@@ -129,6 +130,7 @@ def test_the_network_that_loses_most_is_the_one_that_counts():
     np.testing.assert_allclose(rounding.survived(before, after, updates), 0.25, rtol=1e-3)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("seeds", [1, 2])
 @pytest.mark.parametrize("mode", ["masters", "stochastic"])
 def test_all_devices_and_seeds_round_alike(mode, seeds):

@@ -70,6 +70,7 @@ def test_samples_are_grouped_by_prompt_and_drawn_by_their_number_whatever_the_ba
     assert np.any(sample_all(batch_size=4, seed=1).response != rollout.response)
 
 
+@pytest.mark.nightly_rest
 @pytest.mark.parametrize("eos", [EOS, None], ids=["batches", "queue"])
 def test_prompts_are_sampled_longest_first_at_the_width_of_their_batch_and_returned_in_order(eos):
     lengths, width = [40, 3, 70, 33, 10], 72
@@ -86,6 +87,7 @@ def test_prompts_are_sampled_longest_first_at_the_width_of_their_batch_and_retur
     jax.tree.map(np.testing.assert_array_equal, at_once(PARAMS, padded_batch), found)
 
 
+@pytest.mark.nightly
 def test_where_lengths_are_uneven_the_rest_goes_through_a_queue_and_nothing_else_changes(monkeypatch):
     rng, samples = np.random.default_rng(0), 3
     prompts = padded(

@@ -36,6 +36,7 @@ def p_value(tokens, logits):
     return scipy.stats.chisquare(np.bincount(group, counts), np.bincount(group, expected)).pvalue
 
 
+@pytest.mark.nightly_rest
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 2.0])
 @pytest.mark.parametrize("vocab", VOCABULARIES)
 def test_tokens_are_distributed_as_the_softmax(vocab, temperature):

@@ -59,6 +59,7 @@ def all_at_once(name, sampling, samples, stops):
     return jax.device_get(function(random_params(policy)))
 
 
+@pytest.mark.nightly_rest
 @pytest.mark.parametrize(
     "name, slots, refill, samples, stops",
     [
@@ -96,6 +97,7 @@ def test_the_texts_are_those_of_all_prompts_at_once(name, slots, refill, samples
     np.testing.assert_allclose(got.model_logprobs, expected.model_logprobs, atol=1e-4)
 
 
+@pytest.mark.nightly
 def test_idle_slots_stay_within_the_positions_that_there_are():
     """A slot that waits for its next prompt until the others end, longer than its model has positions."""
     policy = FAMILIES["learned positions, grouped"]

@@ -31,6 +31,7 @@ def prompts(lengths: list[int]) -> list[list[int]]:
     return [rng.integers(4, VOCAB, length).tolist() for length in lengths]
 
 
+@pytest.mark.nightly_rest
 @pytest.mark.parametrize(
     "sampling",
     [
@@ -100,6 +101,7 @@ def test_mixed_lengths_compile_a_handful_of_programs():
     assert compiled["choose_token"] <= 2
 
 
+@pytest.mark.nightly
 def test_log_probabilities_are_those_of_one_row_in_any_batch():
     rng = np.random.default_rng(1)
     rollout = Rollout(

@@ -92,7 +92,7 @@ def run(name, lora=LORA, where=tiny.ONE_DEVICE):
     return jax.device_get((trained, placement.whole(state).params, metrics))
 
 
-@pytest.mark.parametrize("name", ["sft", "dpo", "reward_model", "ppo"])
+@pytest.mark.parametrize("name", ["sft", "dpo", "reward_model", pytest.param("ppo", marks=pytest.mark.nightly)])
 def test_only_the_adapter_is_trained_and_all_of_it_moves(name):
     before, after, metrics = run(name)
     sizes = [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (after, tiny.policy_params())]
@@ -133,6 +133,7 @@ def test_a_reference_that_follows_an_adapter_is_another_adapter_of_the_same_base
     assert min(jax.tree.leaves(moved)) > 1e-4
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "name, where", [pytest.param("sft", "fsdp=4 x tensor=2", marks=pytest.mark.nightly), ("dpo", "pmap=8")]
 )
@@ -143,6 +144,7 @@ def test_dropout_too_is_the_same_on_several_devices(name, where):
     assert np.any(one[2]["loss"] != plain[2]["loss"])
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", ["reward_model", "kto"])
 def test_dropout_changes_the_loss_once_the_adapter_is_not_zero(name):
     plain, dropped = (run(name, dataclasses.replace(LORA, dropout=rate))[2]["loss"] for rate in (0.0, 0.3))
@@ -174,6 +176,7 @@ def finished(tmp_path_factory):
     return directory / "run"
 
 
+@pytest.mark.nightly
 def test_stages_with_adapters_run_and_others_read_them(finished, tmp_path):
     runs = Run(finished)
     policies = {name: runs.load_policy(name) for name in ("sft", "dpo")}
@@ -188,6 +191,7 @@ def test_stages_with_adapters_run_and_others_read_them(finished, tmp_path):
     assert np.isfinite(table["kl"]).all() and np.any(table["kl"] != 0)
 
 
+@pytest.mark.nightly
 def test_an_adapters_base_is_what_it_started_from(finished):
     runs = Run(finished)
     sft, tuned = runs.load_policy("sft"), runs.load_policy("dpo")

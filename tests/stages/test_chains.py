@@ -193,6 +193,7 @@ def assert_untrained(adapter, layers: int) -> None:
 ADAPTER = dataclasses.asdict(LORA)
 
 
+@pytest.mark.nightly
 def test_whole_models_are_read_from_the_newest_checkpoint(tmp_path, monkeypatch):
     whole = write_chain(tmp_path, adapters=False)
     task = started(whole, monkeypatch, LATER["rloo"])
@@ -202,6 +203,7 @@ def test_whole_models_are_read_from_the_newest_checkpoint(tmp_path, monkeypatch)
     assert_same(moved(earlier.params), whole.sft.params)
 
 
+@pytest.mark.nightly_rest
 @pytest.mark.parametrize("tuning", [{}, {"lora": ADAPTER}], ids=["whole", "adapter"])
 @pytest.mark.parametrize("name", LATER)
 def test_a_stage_starts_from_sft_which_is_its_reference_and_is_scored_by_the_reward_model(

@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from rlhf_jax.loading.tables import evaluation_rows
 from tests.support import experiments
 
@@ -18,6 +20,7 @@ def test_few_rows_are_all_read():
     assert evaluation_rows(ROWS, 50) == evaluation_rows(ROWS, None) == ROWS
 
 
+@pytest.mark.nightly
 def test_a_stage_evaluates_on_the_number_of_its_config(tmp_path):
     policy, _ = experiments.models(tmp_path)
     pairs = experiments.preference_rows(tmp_path / "pairs.jsonl")

@@ -197,6 +197,7 @@ def test_the_columns_stand_in_the_order_that_was_agreed_and_say_what_the_answers
     assert other["text_nll"] != reference["text_nll"]
 
 
+@pytest.mark.nightly
 def test_greedy_answers_have_the_log_ratio_of_both_models_at_temperature_1(tmp_path):
     model, reward_model = experiments.models(tmp_path)
     other = near(model, tmp_path / "other", "policy", 0.3)

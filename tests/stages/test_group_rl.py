@@ -83,8 +83,8 @@ def objective(method, found):
     return np.mean(means)
 
 
-QUICK = ("rloo", "grpo", "dapo")
-"""Methods with the penalty in the reward, in the loss, and with dynamic sampling.
+QUICK = ("grpo",)
+"""The method that is trained in the quick tier.
 
 The losses and advantages of all are compared with their formulas in tests/core, and the gradients in tests/exact.
 """
@@ -123,6 +123,7 @@ def test_every_method_pleases_the_reward_model(method):
     assert np.mean(responses[0] != responses[1]) > 0.3
 
 
+@pytest.mark.nightly
 def test_old_logprobs_are_the_learners_or_the_samplers_and_their_difference_is_logged():
     """A sampler whose log-probabilities are off by 0.3 nats: the ratio has them or not, and both say by how much."""
     state, networks = state_of(config_of("grpo")), frozen()
@@ -157,6 +158,7 @@ def fixed_groups(scores, first_row):
     return Sampled(Rollout(response, ones, response, ones), jnp.zeros((rows, 2)), None), jnp.asarray(scores)
 
 
+@pytest.mark.nightly
 def test_rounds_keep_the_first_groups_whose_scores_differ_until_there_are_enough():
     sampling = DynamicSampling(rounds=4, num_generations=3, batch_size=9)
     another = jax.jit(functools.partial(sampling.collect, axes=()))

@@ -176,6 +176,7 @@ def assert_metrics(got, metrics):
         np.testing.assert_allclose(got[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", ["pmap=8", "micro-batches"])
 def test_devices_and_micro_batches_change_nothing(name, update):
     other = make_update(where=PLACEMENTS[name]) if name in PLACEMENTS else make_update(micro_batch=4)

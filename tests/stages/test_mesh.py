@@ -50,6 +50,7 @@ def present(load: Callable[[], Policy | RewardModel]) -> tuple[Policy | RewardMo
     return model, [leaf for leaf in jax.live_arrays() if id(leaf) not in known]
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("source", ["checkpoint", "stage"])
 def test_what_is_loaded_lies_where_it_is_trained_and_nowhere_else(source, runs):
     _, directory, loaded = runs
@@ -64,6 +65,7 @@ def test_what_is_loaded_lies_where_it_is_trained_and_nowhere_else(source, runs):
     assert [leaf.shape for leaf in arrays if leaf.ndim > 1 and whole_on_a_device(leaf)] == []
 
 
+@pytest.mark.nightly
 def test_it_trains_and_evaluates_as_on_one_device(runs):
     one, mesh = (experiments.rows(directory / "metrics.jsonl") for directory in runs[:2])
     assert len(one) == len(mesh) == 3

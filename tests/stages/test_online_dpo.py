@@ -127,6 +127,7 @@ def test_the_higher_score_is_chosen_and_of_a_tie_the_first():
     np.testing.assert_array_equal(margins, [1, 1, 0, 1])
 
 
+@pytest.mark.nightly
 def test_it_pleases_the_reward_model():
     changes = {"iterations": 50, "minibatches": 1, "epochs": 1, "missing_eos_penalty": 0.0, "beta": 0.02}
     config = dataclasses.replace(CONFIG, optimizer=QUICK, loss=MIXTURE, **changes)

@@ -86,6 +86,7 @@ def test_packed_rows_give_the_same_numbers_and_resume_exactly(models, pairs, pad
     experiments.assert_resumes(place.root, pairs, stages)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("strategy", ["jit", pytest.param("pmap", marks=pytest.mark.nightly)])
 def test_devices_and_micro_batches_hold_whole_groups(strategy, models, pairs, padded, tmp_path):
     optimizer = {**experiments.OPTIMIZER, "micro_batch": 8}
@@ -95,6 +96,7 @@ def test_devices_and_micro_batches_hold_whole_groups(strategy, models, pairs, pa
     assert_same(metrics(place, "dpo"), [dict(row) for row in padded])
 
 
+@pytest.mark.nightly
 def test_seeds_trained_at_once_share_the_size_of_the_packing(models, pairs, padded, tmp_path):
     place = experiments.run(tmp_path, pairs, {"dpo": dpo(models[0])}, seeds=2)
     rows = metrics(place, "dpo")

@@ -46,6 +46,7 @@ def found(tmp_path_factory):
     return judge, place
 
 
+@pytest.mark.nightly
 def test_every_reward_model_scores_the_same_samples(found):
     judge, place = found
     arrays = pool.load_pool(place.find("both"))
@@ -59,6 +60,7 @@ def test_every_reward_model_scores_the_same_samples(found):
     assert arrays[judge].std() > 0.1
 
 
+@pytest.mark.nightly
 def test_the_judge_is_any_reward(found):
     judge, place = found
     judged, counted = (pool.load_pool(place.find(stage)) for stage in ("judged", "counted"))

@@ -122,6 +122,7 @@ def apart(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.linalg.norm(one - other) / np.linalg.norm(other))
 
 
+@pytest.mark.nightly
 def test_a_bfloat16_checkpoint_moves_as_the_float32_one_does(runs):
     half, run = runs
     expected = movement(half, run("float32").stage)
@@ -129,6 +130,7 @@ def test_a_bfloat16_checkpoint_moves_as_the_float32_one_does(runs):
     assert apart(movement(half, run("bfloat16").stage), expected) <= 0.05
 
 
+@pytest.mark.nightly
 def test_masters_of_bfloat16_weights_move_as_float32_weights_do(runs):
     half, run = runs
     stage, said, _ = run("bfloat16", {"param_dtype": "bfloat16"})
@@ -144,6 +146,7 @@ def test_masters_of_bfloat16_weights_move_as_float32_weights_do(runs):
     assert "survived" not in said
 
 
+@pytest.mark.nightly
 def test_rounded_to_nearest_the_updates_are_lost_and_the_run_says_so(runs):
     half, run = runs
     stage, said, _ = run("bfloat16", {"param_dtype": "bfloat16"}, low_precision="nearest")

@@ -76,6 +76,7 @@ def summary(workdir, stage):
     return json.loads((workdir.find(stage) / "summary.json").read_text())
 
 
+@pytest.mark.nightly
 def test_each_turn_starts_from_the_last_and_pleases_the_reward_model_more(chain):
     means = [summary(chain, f"preferences{turn}")["judge_mean"] for turn in ("", "_2", "_3")]
     spread = summary(chain, "preferences")["judge_std"]
@@ -85,6 +86,7 @@ def test_each_turn_starts_from_the_last_and_pleases_the_reward_model_more(chain)
         np.testing.assert_allclose(first["loss"], np.log(2), rtol=1e-5)  # each turn's reference is its own start
 
 
+@pytest.mark.nightly
 def test_the_higher_score_is_chosen_and_chats_stay_chats(chain):
     asked = {json.dumps(row["prompt"]) for row in experiments.rows(chain.root.parent / "questions.jsonl")}
     for stage, most in (("preferences_2", 1), ("preferences_3", 6)):

@@ -55,17 +55,20 @@ def test_all_stages_run_and_say_what_they_should(tmp_path):
     assert np.isfinite(results[["reward_score", "kl", "length"]]).all(axis=None)
 
 
+@pytest.mark.nightly
 def test_prompts_are_rendered_by_the_models_own_template(finished):
     _, workdir = finished
     samples = [json.loads(line) for line in (workdir / "sft" / "samples.jsonl").read_text().splitlines()]
     assert all("assistant" in row["prompt"] for row in samples)
 
 
+@pytest.mark.nightly
 def test_samples_of_chats_are_texts_with_their_roles(finished):
     rows = [json.loads(line) for line in (finished[1] / "reward_model" / "samples.jsonl").read_text().splitlines()]
     assert all(row["prompt"].startswith("user: ") and row["completion"].startswith("assistant: ") for row in rows)
 
 
+@pytest.mark.nightly
 def test_sft_starts_as_the_checkpoint_and_the_reward_model_as_sft(finished):
     model, workdir = finished
     start, run = load_checkpoint(str(model)), Run(workdir)
@@ -78,6 +81,7 @@ def test_sft_starts_as_the_checkpoint_and_the_reward_model_as_sft(finished):
     assert trained.hf_config == start.hf_config and trained.tokenizer.stop_ids == start.tokenizer.stop_ids
 
 
+@pytest.mark.nightly
 def test_what_was_trained_goes_out_again(finished, tmp_path):
     _, workdir = finished
     run = Run(workdir)
@@ -93,6 +97,7 @@ def test_what_was_trained_goes_out_again(finished, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, judge.params, reward.params)
 
 
+@pytest.mark.nightly
 def test_a_changed_checkpoint_is_noticed(finished, tmp_path, capsys):
     model, workdir = finished
     flags = chat_arguments(str(model), tmp_path)  # the same bytes of data, in other files
@@ -118,6 +123,7 @@ def test_a_model_that_is_not_there(name, message, tmp_path, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("tokenizer", ["gpt2", "llama2"])
 def test_a_reward_model_with_another_tokenizer_reads_the_texts(tokenizer, tmp_path):
     """gpt2 has no chat template: it reads what the policy's makes of a text; llama2 has one of its own."""
@@ -155,6 +161,7 @@ def test_ppo_against_a_reward_model_with_another_tokenizer(finished, tmp_path):
     assert all(np.isfinite(row["objective/scores"]) for row in rows)
 
 
+@pytest.mark.nightly
 def test_a_language_model_is_no_reward_model(finished, tmp_path, capsys):
     model, workdir = finished
     flags = [*chat_arguments(str(model), workdir.parent), f"--workdir={tmp_path / 'run'}", f"--inputs={workdir}"]

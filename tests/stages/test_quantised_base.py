@@ -52,8 +52,8 @@ def test_dpo_learns_with_a_base_in_8_bits_what_it_learns_with_the_base_itself():
 @pytest.mark.parametrize(
     "dtype, where",
     [
-        ("int8", runtime("jit", data=1, fsdp=2, tensor=1)),
-        ("nf4", PLACEMENTS["fsdp=4 x tensor=2"]),
+        pytest.param("int8", runtime("jit", data=1, fsdp=2, tensor=1), marks=pytest.mark.nightly),
+        pytest.param("nf4", PLACEMENTS["fsdp=4 x tensor=2"], marks=pytest.mark.nightly),
         pytest.param("int4", PLACEMENTS["fsdp=4 x tensor=2"], marks=pytest.mark.nightly),
         pytest.param("int4", PLACEMENTS["pmap=8"], marks=pytest.mark.nightly),
     ],
@@ -91,11 +91,13 @@ def finished(tmp_path_factory):
     return directory, policy, data
 
 
+@pytest.mark.nightly
 def test_a_run_resumes_with_the_same_bits(finished):
     directory, policy, data = finished
     experiments.assert_resumes(directory / "run", data, {"dpo": section(policy)})
 
 
+@pytest.mark.nightly
 def test_the_policy_is_read_with_its_quantised_base_and_exported_with_the_dequantised_one(finished, tmp_path):
     directory, source, _ = finished
     policy, start = Run(directory / "run").load_policy("dpo"), load_policy(source)
@@ -115,6 +117,7 @@ class Captured(Exception):
     """Inputs of the training loop, in the place of training."""
 
 
+@pytest.mark.nightly
 def test_the_base_is_held_once_in_a_quarter_of_the_bytes_and_the_float_weights_are_gone(
     finished, tmp_path, monkeypatch
 ):
@@ -142,6 +145,7 @@ def test_the_base_is_held_once_in_a_quarter_of_the_bytes_and_the_float_weights_a
     assert inputs == {8, 16, 24}  # fewer than 64: a scale has all inputs of an output, or of a head
 
 
+@pytest.mark.nightly
 def test_an_unknown_dtype_is_refused_by_name(finished, tmp_path):
     _, policy, data = finished
     with pytest.raises(RlhfError, match=r"tuning\.lora\.base_dtype = 'int2' should be one of 'int8', 'int4', 'nf4'"):

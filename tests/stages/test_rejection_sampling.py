@@ -155,6 +155,7 @@ def finished(tmp_path_factory) -> tuple[Path, experiment.Experiment]:
     return directory / "run", planned
 
 
+@pytest.mark.nightly
 def test_the_score_rises_from_round_to_round(finished):
     summaries = [read_json(finished[0] / f"best_{number}" / "summary.json") for number in (1, 2, 3)]
     first, second, third = (summary["score"] for summary in summaries)
@@ -173,6 +174,7 @@ def score_texts(judge: RewardModel, data: pipeline.DataConfig, prompts: list, co
     return score_all(judge.network, judge.params, rollout, 16)
 
 
+@pytest.mark.nightly
 def test_demonstrations_are_prompts_of_the_data_with_scores_of_the_reward_model(finished):
     workdir, planned = finished
     train, held_out = (read_rows(workdir / "best_1" / name) for name in tables.DEMONSTRATIONS)
@@ -184,6 +186,7 @@ def test_demonstrations_are_prompts_of_the_data_with_scores_of_the_reward_model(
     np.testing.assert_allclose(scores, [row["score"] for row in rows], atol=1e-4)
 
 
+@pytest.mark.nightly
 def test_sft_trains_on_them_from_the_policy_that_it_names(finished):
     workdir, _ = finished
     summary = read_json(workdir / "trained_1" / "summary.json")
@@ -192,6 +195,7 @@ def test_sft_trains_on_them_from_the_policy_that_it_names(finished):
     assert set(config["inputs"]) == {"sft", "best_1"}
 
 
+@pytest.mark.nightly
 def test_the_curve_has_intervals_bounds_and_a_soft_neighbour(finished):
     rows = read_rows(finished[0] / "best_of_n" / "curve.jsonl")
     assert [row["n"] for row in rows] == [1, 2, 4, 8]
@@ -218,6 +222,7 @@ def context_of(directory: Path, planned: experiment.Experiment) -> Context:
         return Context(Workdir(directory), tuple(planned.stages), "sft", 0, 1, planned.data, planned.runtime, bar)
 
 
+@pytest.mark.nightly
 def test_preferences_are_demonstrations_of_what_was_chosen(finished, tmp_path):
     workdir, planned = finished
     context = context_of(tmp_path, planned)
@@ -237,6 +242,7 @@ def test_preferences_are_demonstrations_of_what_was_chosen(finished, tmp_path):
         tables.load_demonstrations(here, "sft")
 
 
+@pytest.mark.nightly
 def test_a_threshold_that_nothing_passes(finished, tmp_path):
     workdir, planned = finished
     strict = build(policy="sft", keep={"threshold": 1e6})
@@ -257,6 +263,7 @@ def test_demonstrations_of_chats_are_chats():
     json.dumps(stage.demonstration("the film", " is good"))
 
 
+@pytest.mark.nightly
 def test_the_verb_reads_models_of_stages(finished, tmp_path, capsys, monkeypatch):
     """Scored as the stages score: by a reward model that reads the policy's tokens."""
     workdir, planned = finished

@@ -101,6 +101,7 @@ def spec(context: Context, stage: str) -> dict[str, Any]:
     return json.loads((context.workdir.find(stage) / "model.json").read_text())
 
 
+@pytest.mark.nightly
 def test_member_k_is_the_single_run_with_that_seed(ensemble, tmp_path):
     alone = run(tmp_path, 1, {"reward": SCRATCH})
     member, single = load(ensemble, "reward").members()[1], load(alone, "reward")
@@ -132,6 +133,7 @@ def responses(model: RewardModel) -> Rollout[np.ndarray]:
     return Rollout(tokens[0], masks[0][:, ::-1], tokens[1], masks[1])
 
 
+@pytest.mark.nightly
 def test_an_ensemble_is_a_reward_model_of_what_its_members_say(ensemble):
     model = load(ensemble, "reward")
     rollout = responses(model)
@@ -146,6 +148,7 @@ def test_an_ensemble_is_a_reward_model_of_what_its_members_say(ensemble):
     assert {row["seed"] for row in rows} == {0, 1}
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("stage", ["k_wise", "reward"])
 def test_scores_of_the_policys_samples_have_mean_0_and_variance_1(ensemble, stage):
     context = dataclasses.replace(ensemble, name=stage)
@@ -158,6 +161,7 @@ def test_scores_of_the_policys_samples_have_mean_0_and_variance_1(ensemble, stag
     np.testing.assert_allclose(after, [[0, 1]] * len(before), atol=1e-4)
 
 
+@pytest.mark.nightly
 def test_what_is_reported_of_held_out_pairs(ensemble):
     for stage in ("k_wise", "reward"):
         directory = ensemble.workdir.find(stage)
@@ -170,6 +174,7 @@ def test_what_is_reported_of_held_out_pairs(ensemble):
         assert sum(found["scores"]["chosen"]) == sum(found["scores"]["rejected"]) == 16
 
 
+@pytest.mark.nightly
 def test_an_ensemble_is_no_start_for_training(ensemble):
     stage = experiment.parse(_with_start(ensemble)).stages["again"]
     assert isinstance(stage, reward_model.RewardModelConfig)
@@ -211,6 +216,7 @@ def scores_of(network, params, batch, row, place):
     return float(jax.jit(network.scores)(params, one)[0])
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", ["k_wise", "plackett_luce"])
 def test_k_answers_of_a_prompt_are_one_element(name, read):
     tokenizer, _ = read
@@ -236,6 +242,7 @@ def test_k_answers_of_a_prompt_are_one_element(name, read):
     assert reward_loss.token_counts(batch, ())["num_tokens"] == batch.responses.response_mask.sum()
 
 
+@pytest.mark.nightly
 def test_pairs_with_one_prompt_are_one_element_of_a_k_wise_batch(read):
     rows = [
         {"prompt": "the", "chosen": " a", "rejected": " b"},
@@ -247,6 +254,7 @@ def test_pairs_with_one_prompt_are_one_element_of_a_k_wise_batch(read):
     assert batch.responses.response_mask.any(axis=2).tolist() == [[True, True, True], [True, True, False]]
 
 
+@pytest.mark.nightly
 def test_ties_are_no_pairs_and_no_ranking(read):
     tied = [{**RANKED[0], "scores": [1.0, 1.0, 0.0]}]
     batch = comparisons("k_wise", tied, read)
@@ -259,6 +267,7 @@ def test_ties_are_no_pairs_and_no_ranking(read):
         reward_loss.make_table(RewardLossConfig(name="plackett_luce"), tied, *read)
 
 
+@pytest.mark.nightly
 def test_margins_and_labels_are_read_from_their_columns(read):
     rows = [{"prompt": "the", "chosen": " a", "rejected": " b", "margin": 2, "labels": [1, True, 0, 0.5]}] * 2
     margin, raters = (

@@ -1,4 +1,4 @@
-"""Settings of all tests: eight CPU devices, checked shapes (but with --no-shapes), no silent broadcasting or promotion."""
+"""Settings of all tests: eight CPU devices, no silent broadcasting or promotion, and checked shapes."""
 
 import gc
 import os

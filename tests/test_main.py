@@ -293,6 +293,7 @@ def test_a_changed_data_file_is_another_config(tmp_path, capsys):
     assert "data_sha256.train" in fails(capsys, *arguments)
 
 
+@pytest.mark.nightly
 def test_what_is_cut_of_the_data_is_said_once_and_whole_on_80_columns(tmp_path):
     config, _ = parse_run_flags(
         [PREFERENCES, f"--workdir={tmp_path}", *files(tmp_path), "--config.data.max_response_tokens=4"]

@@ -98,6 +98,7 @@ def test_batches_change_nothing_and_seeds_do(models, capsys, monkeypatch):
     assert all(a["completions"] != b["completions"] for a, b in zip(other, reseeded, strict=True))
 
 
+@pytest.mark.nightly
 def test_a_soft_choice_is_cold_the_best_and_hot_any(models, capsys, monkeypatch):
     rows = [{"prompt": "The film"}] * 24
     cold, hot = (
@@ -236,7 +237,7 @@ def test_other_models_and_other_rows_do_not_go_on_with_it(whole, models, tmp_pat
     assert "is damaged at row 1" in fails(capsys, "best-of-n", *flags)
 
 
-@pytest.mark.nightly  # in the quick tier, a file that ends within a line goes on after its last whole one
+@pytest.mark.nightly
 def test_a_process_that_is_killed_goes_on(models, tmp_path, capsys, monkeypatch):
     rows = [row | {"id": number} for number in range(40) for row in ROWS[:2]]
     (tmp_path / "rows.jsonl").write_text(jsonl(rows))

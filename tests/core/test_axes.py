@@ -180,7 +180,11 @@ def under_jit_on_a_mesh() -> Results:
 
 
 @pytest.mark.parametrize(
-    "split", [pytest.param(under_pmap, marks=pytest.mark.nightly), under_shard_map, under_jit_on_a_mesh]
+    "split",
+    [
+        under_shard_map,
+        *(pytest.param(split, marks=pytest.mark.nightly) for split in (under_pmap, under_jit_on_a_mesh)),
+    ],
 )
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_values_metrics_and_gradients_are_those_of_one_device(name, split):

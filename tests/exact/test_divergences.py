@@ -76,6 +76,7 @@ def test_k1_in_the_reward_is_exact():
     assert apart(penalty(at, "k1", "reward"), whole(at)) < EXACT
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("estimator", ["k2", nightly("k3+"), nightly("k3_weighted")])
 def test_in_the_loss_what_a_token_does_to_later_ones_is_left_out(estimator):
     at = near(1.0)

@@ -254,7 +254,7 @@ def rloo(space: Space, beta: float, **fields: Any) -> dict[str, Any]:
     return rl(space, beta, kind="group_rl", method="rloo", num_generations=4, **fields)
 
 
-@pytest.mark.nightly  # in the quick tier, test_policy_gradients.py compares the gradient of RLOO with its objective's
+@pytest.mark.nightly
 def test_rloo_ends_at_the_reference_times_the_exponential_reward(space):
     section = rloo(space, 0.5, iterations=120, batch_size=128)
     assert_optimal_for_rl(space, space.train("rloo", section), 0.5)

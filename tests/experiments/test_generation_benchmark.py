@@ -16,7 +16,7 @@ def benchmark():
     return types.SimpleNamespace(**runpy.run_path(str(FILE)))
 
 
-@pytest.mark.nightly  # rows of mixed lengths are tested in the quick tier
+@pytest.mark.nightly
 def test_rows_of_one_length(benchmark, tmp_path):
     out = tmp_path / "rows.jsonl"
     rows = benchmark.main([*FLAGS, "--new=16", f"--out={out}", "--batch", "2", "4"])

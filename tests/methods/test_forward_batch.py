@@ -142,6 +142,7 @@ def test_memory_of_an_iteration_is_that_of_a_slice():
     assert of(4) < 0.5 * ACTIVATIONS < ACTIVATIONS < of(None)
 
 
+@pytest.mark.nightly
 def test_kto_reads_its_reference_point_in_micro_batches():
     policy = dataclasses.replace(tiny.POLICY, config=WIDE)
     params = jax.eval_shape(lambda key: {"policy": policy.init(key)}, jax.random.key(0))

@@ -247,6 +247,7 @@ def batch_logits(params, sequences):
     return jnp.where(tiny.POLICY.allowed[None, None], logits, -1e31)
 
 
+@pytest.mark.nightly
 def test_warm_up_of_the_values_a_shared_trunk_and_the_pretraining_mix():
     """The first iteration moves the value head alone; a mix with a large coefficient then learns the demonstrations."""
     controller, mix = AdaptiveKL(6.0, 100.0), PretrainingMix(coef=10.0, batch_size=16)

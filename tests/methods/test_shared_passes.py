@@ -21,6 +21,7 @@ def products(function: Callable, *args: PyTree) -> int:
     return len(re.findall(r" dot\(", str(jax.jit(function).lower(*args).compile().as_text())))
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(("activation", "gated"), [("silu", True), ("gelu", True), ("gelu", False), ("relu", False)])
 def test_gradient_shares_its_forward_pass_with_one_outside_it(activation, gated):
     config = dataclasses.replace(tiny.POLICY.config, activation=activation, gated=gated)

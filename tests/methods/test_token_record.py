@@ -38,6 +38,7 @@ def second(samples):
     return jax.tree.map(lambda leaf: leaf[1], samples)
 
 
+@pytest.mark.nightly
 def test_values_add_up_to_what_is_logged_of_the_response(samples):
     tokens, mask = samples.tokens, samples.rollout.response_mask[:4]
     assert tokens.keys() == {"kl", "reward", "value", "advantage"}
@@ -52,6 +53,7 @@ def test_values_add_up_to_what_is_logged_of_the_response(samples):
         np.testing.assert_allclose(tokens["reward"][row, : length - 1], penalties, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.nightly
 def test_advantages_are_those_of_the_rewards_and_values(samples):
     tokens, mask = samples.tokens, samples.rollout.response_mask[:4]
     for row, length in enumerate(mask.sum(axis=1)):
@@ -96,6 +98,7 @@ def test_two_seeds_at_once_record_those_of_each():
     np.testing.assert_allclose(kl, np.asarray(found.kl)[0, :, :4], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.nightly
 def test_a_penalty_in_the_loss_is_not_in_the_rewards():
     at = tiny.iteration(tiny.group_config("grpo"))
     placement = make_placement(tiny.ONE_DEVICE, 1)

@@ -63,9 +63,9 @@ CASES = {
     "reward model, last": (LAST, reward_model.make_step, lambda: pair_table(pairs())),
     "reward model, k-wise": (tiny.REWARD, k_wise_step, comparisons),
 }
-ALIKE = ("reward model, last", "reward model, k-wise")
-"""Cases with the layout of a quicker one."""
-QUICK_CASES = [pytest.param(name, marks=pytest.mark.nightly if name in ALIKE else ()) for name in CASES]
+QUICK = ("dpo", "reward model, mean")
+"""Cases of the quick tier; the others have their layouts."""
+QUICK_CASES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.nightly) for name in CASES]
 
 
 def packed_batch(batch, groups, width):

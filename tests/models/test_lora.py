@@ -31,7 +31,7 @@ NETWORKS = {
     "remat": PolicyNetwork(dataclasses.replace(GROUPED, remat=True), VOCAB, SUPPRESSED, TOGETHER),
 }
 ROLLOUT = jax.tree.map(jnp.asarray, uneven_rollout())
-QUICK = ("each", "sharing")
+QUICK = ("each",)
 every_network = pytest.mark.parametrize(
     "network",
     [pytest.param(NETWORKS[name], id=name, marks=() if name in QUICK else pytest.mark.nightly) for name in NETWORKS],

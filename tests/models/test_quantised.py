@@ -151,6 +151,7 @@ def test_the_backward_pass_dequantises_again_and_is_given_no_weights():
     assert not weights_kept(quantised(base, "int8"))
 
 
+@pytest.mark.nightly
 def test_adapters_of_several_seeds_share_a_quantised_base():
     base, adapter = adapted()
     small, other = quantised(base, "int4"), jax.tree.map(lambda leaf: leaf + 0.1, adapter)

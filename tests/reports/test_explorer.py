@@ -301,6 +301,7 @@ def test_fifty_thousand_samples_stay_usable(browser, tmp_path, capsys):
         print(f"\n{MANY:,} samples, {beside.stat().st_size / 1e6:.0f} MB beside the page: {listed}")
 
 
+@pytest.mark.nightly
 def test_the_other_samples_are_loaded_from_beside_the_page_or_named_as_missing(browser, tmp_path):
     file = written(tmp_path, 7000)
     status = "document.querySelector('#samples-view [role=status]').textContent"

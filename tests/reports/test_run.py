@@ -162,6 +162,7 @@ def test_numbers_that_make_no_sense_are_refused(models):
         models.sample(["film"], stage="reward_model")
 
 
+@pytest.mark.nightly
 def test_without_a_reward_model_there_is_no_score_and_every_seed_has_its_policy(tmp_path):
     workdirs.write_models(tmp_path, with_reward_model=False, seeds=2)
     run = Run(tmp_path)

@@ -72,6 +72,7 @@ def test_micro_batches_on_several_devices(where):
     assert_close(run("sft", with_micro_batch(8), PLACEMENTS[where]), run("sft", tiny.OPTIMIZER))
 
 
+@pytest.mark.nightly
 def test_an_unweighted_mean_would_be_another_gradient():
     """The test above has the power to tell: micro-batches of these lengths, weighted alike, give another one."""
     batch, params = jax.tree.map(jnp.asarray, demonstrations()), {"policy": tiny.policy_params()}

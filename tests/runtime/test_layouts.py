@@ -82,7 +82,7 @@ def test_packed_pairs_share_the_work_and_stay_where_they_are():
 
 
 BULK_LAYOUTS = [(name, layout) for name in BULK for layout in LAYOUTS]
-QUICK = [("generate", "data=8"), ("score", "fsdp=8")]
+QUICK = [("score", "fsdp=8")]
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,7 @@ def ones_of(model: ModelConfig) -> dict:
     return jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), jax.eval_shape(init))
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("model", [tiny.MODEL, ALL_BIASES], ids=["rms", "every bias and norm"])
 def test_weight_decay_leaves_out_norms_and_biases_alone(model):
     """Without a gradient only decay moves a weight; all start at 1, so that none is 0."""

@@ -77,6 +77,7 @@ def test_three_dpo_steps_equal_one_device(name, dpo_on_one_device):
     assert_close(run_dpo(PLACEMENTS[name]), dpo_on_one_device)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", ["one device", *PLACEMENTS])
 def test_a_policy_may_start_as_the_very_arrays_of_its_reference(name):
     """Its memory is reused by the first step; the reference's must not be. After the first call it has moved."""
@@ -115,7 +116,7 @@ def test_one_ppo_iteration_equals_one_device(name, ppo_on_one_device):
     assert_close(metrics, one_metrics)
 
 
-@pytest.mark.nightly  # in the quick tier, the test of online_dpo compares its halves with one program
+@pytest.mark.nightly
 def test_scores_from_the_host_give_the_same_iterations():
     """Two iterations of two seeds, scored by the same network on the host between two programs, and within one."""
     seeds, frozen = 2, tiny.ppo_frozen()

@@ -43,6 +43,7 @@ def test_parameters_say_where_programs_run():
     assert found == {"data=8": 8, "fsdp=8": 8, "data=2 x tensor=4": 2, "fsdp=4 x tensor=2": 4, "pmap=8": 8}
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("layout", ["data=8", *SLOW])
 def test_samples_and_scores_are_those_of_one_device(layout):
     where = LAYOUTS[layout]

@@ -210,6 +210,7 @@ def over_seeds(loop_axes):
     return jax.vmap(function, axis_name="seed"), (params, prompts, keys)
 
 
+@pytest.mark.nightly
 def test_seeds_under_vmap_sample_what_they_sample_alone():
     function, arguments = over_seeds(("seed",))
     together = jax.jit(function)(*arguments)

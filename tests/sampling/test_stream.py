@@ -55,6 +55,7 @@ def test_what_generate_gives_for_the_same_rows(sampling):
     assert found == expected
 
 
+@pytest.mark.nightly_rest
 @pytest.mark.parametrize("windows", [(None,), (5,)])
 def test_a_conversation_is_read_on_where_it_goes_on(windows, monkeypatch):
     policy = PolicyNetwork(config(n_layers=1, windows=windows), VOCAB, SUPPRESSED)

@@ -221,7 +221,7 @@ class Rare(ScalarNetwork):
         return (sequences.response[:, 0] == 5).astype(jnp.float32)
 
 
-@pytest.mark.nightly  # in the quick tier, the test of online_dpo compares one seed of two, on two devices and the host
+@pytest.mark.nightly
 def test_seeds_devices_and_the_host_give_the_same_iterations():
     """Two iterations of two seeds that sample until full: under pmap, and scored by the host, against each alone."""
     controller, rounds, groups = AdaptiveKL(target=0.25, horizon=100.0), 4, ROWS // GROUP

@@ -81,7 +81,7 @@ def trained_by_ppo(kl_coef: float):
     return learn(tiny.ppo_step(config), params, frozen, [tiny.online(16, seed) for seed in range(40)])[1:]
 
 
-@pytest.mark.nightly  # in the quick tier, exact/test_divergences.py has the divergence that a penalty leaves
+@pytest.mark.nightly
 def test_a_penalty_holds_ppo_back():
     (free, _), (held, _) = map(trained_by_ppo, (0.0, 1.0))
     assert free["objective/kl"][-5:].mean() > 2 * held["objective/kl"][-5:].mean()
@@ -100,6 +100,7 @@ def test_ppo_pleases_the_reward_model():
     assert samples.scores.shape == lengths.shape == (40, 16)
 
 
+@pytest.mark.nightly
 def test_a_missing_eos_is_penalised_and_nothing_else():
     params = {"policy": tiny.policy_params(), "value": tiny.REWARD.init_value(tiny.reward_params())}
     frozen = {"reference": tiny.policy_params(2), "reward": tiny.reward_params()}

@@ -157,7 +157,7 @@ def test_rounded_to_nearest_the_updates_are_lost_and_the_run_says_so(runs):
     assert "Omit param_dtype to train in float32, or set optimizer.low_precision to 'masters'" in said
 
 
-@pytest.mark.nightly  # tests/runtime/test_rounding.py and test_optimizers.py test the rounding in the quick tier
+@pytest.mark.nightly
 def test_rounded_stochastically_the_updates_survive_in_sum_and_a_killed_run_resumes_exactly(runs):
     """Each weight moves by noise of many updates' size, and all together by what was asked for.
 
@@ -174,6 +174,7 @@ def test_rounded_stochastically_the_updates_survive_in_sum_and_a_killed_run_resu
     assert_resumes()
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("network", [tiny.POLICY, tiny.REWARD], ids=["policy", "values"])
 def test_what_is_trained_is_float32_unless_a_field_says_otherwise(network):
     held = dataclasses.replace(network, config=dataclasses.replace(network.config, param_dtype="bfloat16"))
@@ -197,6 +198,7 @@ def dtypes(tree: Any) -> set[str]:
     return {leaf.dtype.name for leaf in jax.tree.leaves(tree)}
 
 
+@pytest.mark.nightly
 def test_float16_is_refused_for_what_is_trained_and_serves_inference(runs, tmp_path):
     message = "dtype = 'float16' is for inference only"
     lora = {"rank": 2, "alpha": 4.0, "targets": ("up",)}

@@ -38,6 +38,7 @@ def dpo_inputs(base, updates):
     return {"policy": init_trainable(POLICY, base, jax.random.key(5)).trained}, frozen, list(map(pairs, range(updates)))
 
 
+@pytest.mark.nightly
 def test_dpo_learns_with_a_base_in_8_bits_what_it_learns_with_the_base_itself():
     step = dpo.make_step(Updates(POLICY, QUICK, 40, ()))
     base = tiny.policy_params()

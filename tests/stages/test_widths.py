@@ -26,7 +26,7 @@ SECTION = {
 }
 
 
-@pytest.mark.nightly  # tests/methods/test_two_steps.py compares an iteration of PPO in the quick tier
+@pytest.mark.nightly
 def test_a_stage_at_the_widths_of_its_batches_learns_the_same_and_resumes(tmp_path):
     policy, judge = experiments.models(tmp_path)
     questions = experiments.questions(tmp_path / "questions.jsonl", 24)

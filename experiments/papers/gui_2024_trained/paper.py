@@ -17,8 +17,8 @@ maximises the judge's score itself, at coefficients that leave it near SFT.
 Statistic of a frontier: the mean gain in gold score over SFT for divergences up to that of Best-of-8,
 $\log 8 - 7/8 = 1.2$ nats, evenly in the root of the divergence.
 
-Before the run: no run of BoNBoN on movie reviews has been seen. In rafailov_2023_baselines, PPO with the true reward has
-no checkpoint below 1.9 nats at coefficient 0.3.
+Before the run: no run of BoNBoN on movie reviews has been seen, but a smoke test. In rafailov_2023_baselines, PPO with
+the true reward has no checkpoint below 1.9 nats at coefficient 0.3.
 
 Power, before the run: frontiers' differences deviated by 0.03 between seeds in rafailov_2023, which ten seeds show from
 0.03 on. A win rate over 600 prompts deviates by 0.02, differences by 0.03 at most, so that ten seeds show 0.03 alone
@@ -100,7 +100,7 @@ def rows(seed: int, run: Run) -> pd.DataFrame:
     """Collect the points of one seed, with win rates at the last checkpoints and of Best-of-8."""
     points = run.points("frontier")
     results = run.results().set_index("method")
-    for method in results.index.intersection(points["method"]):
+    for method in set(results.index) & set(points["method"]):
         end = (points["method"] == method) & (points["step"] == points[points["method"] == method]["step"].max())
         points.loc[end, "win_rate"] = results["win_rate"][method]
     chosen = results.loc[f"best_of_{N}"]

@@ -53,7 +53,7 @@ class ScalarNetwork:
         """Initialise a value function from the reward model's body and a zero head.
 
         Huang et al. 2024 (arXiv:2403.17031) initialise the value function from the reward model; the zero head of
-        Ziegler et al. 2019 makes the first advantages the rewards-to-go. For an ensemble, the first member is used.
+        Ziegler et al. 2019 makes the first advantages the rewards to come. For an ensemble, the first member is used.
         """
         if self.ensemble is not None:
             reward_params = jax.tree.map(lambda leaf: leaf[0], reward_params)

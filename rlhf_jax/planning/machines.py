@@ -77,6 +77,19 @@ class Machine(NamedTuple):
             return self.chip.memory
         return self.chip.memory * float(os.environ.get(GPU_SHARE, 0.75))
 
+    def part(self, count: int) -> "Machine | None":
+        """Return a machine with so many of these chips, its longest axes halved; None if halving does not lead there.
+
+        Programs for TPUs occupy a whole slice: on large ones they are not compiled for some of its devices.
+        """
+        sizes = list(self.sizes)
+        while math.prod(sizes) > count and max(sizes) % 2 == 0:
+            sizes[sizes.index(max(sizes))] //= 2
+            sizes.sort(key=lambda size: (size == 1, size))  # 2x2x1, 2x4x4
+        if math.prod(sizes) != count:
+            return None
+        return Machine(f"{self.topology.partition(':')[0]}:{'x'.join(map(str, sizes))}", self.chip)
+
     def peak(self, dtype: DType) -> float:
         """FLOP/s of products of a dtype."""
         return self.chip.flops_float32 if dtype == "float32" else self.chip.flops

@@ -5,6 +5,8 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+import jax
+
 from rlhf_jax.experiment import Experiment
 from rlhf_jax.planning import machines, shapes
 from rlhf_jax.planning.compiling import Bound, Compiled, compile_program
@@ -146,10 +148,15 @@ class Planner:
     def _outline(self, name: str, mesh: MeshSizes) -> StageOutline | None:
         experiment, runtime = self._experiment, dataclasses.replace(self._experiment.runtime, **mesh._asdict())
         seeds = experiment.seeds if find_kind(experiment.stages[name].kind, name).seeded else 1
-        placement = make_placement(runtime, seeds, self._devices)
+        placement = make_placement(runtime, seeds, self._devices_of(mesh))
         assert isinstance(placement, MeshPlacement)
         run = RunOutline(self._outlines, experiment.stages, experiment.data, runtime, placement)
         return outline(run, name)
+
+    def _devices_of(self, mesh: MeshSizes) -> Sequence[jax.Device]:
+        """Devices of the machine, or of a smaller one of which the mesh occupies all."""
+        part = None if mesh == self.mesh else self.machine.part(mesh.devices)
+        return self._devices if part is None else machines.devices(part)
 
     def _program(self, name: str, stage: StageOutline, place: int, mesh: MeshSizes) -> ProgramPlan:
         """Plan one program of a stage, compiled once for each mesh."""

@@ -140,6 +140,27 @@ def test_a_topology_that_is_none_is_refused(topology):
         machines.machine(topology)
 
 
+@pytest.mark.parametrize(
+    ("whole", "count", "part"),
+    [
+        ("v5e:16x16", 128, "v5e:8x16"),
+        ("v5e:16x16", 64, "v5e:8x8"),
+        ("v5p:4x4x8", 32, "v5p:2x4x4"),
+        ("v5p:8x8x8", 4, "v5p:2x2x1"),
+        ("h100:8", 2, "h100:2"),
+    ],
+)
+def test_a_part_of_a_machine_is_an_arrangement_that_exists(whole, count, part):
+    found = machines.machine(whole).part(count)
+    assert found is not None and found.topology == part and found.device_count == count
+    assert found.chip is machines.CHIPS[part.partition(":")[0]]
+
+
+def test_a_number_that_no_halving_gives_is_no_part():
+    assert machines.machine("h100:6").part(4) is None
+    assert machines.machine("h100:6").part(3) == machines.machine("h100:3")
+
+
 def test_machines_have_as_many_devices_as_their_names_say():
     assert [machines.machine(name).device_count for name in ("v5e:16x16", "v5p:4x4x8", "h100:8", "v5e:1")] == [
         256,

@@ -56,3 +56,15 @@ def test_all_stages_are_compiled_for_four_chips():
     assert not error
     assert [record["stage"] for record in records[:-1]] == ["sft", "reward_model", "dpo", "ppo", "evaluate"]
     assert all(program["fits"] for record in records[:-1] for program in record["programs"])
+
+
+@needs_libtpu
+@pytest.mark.nightly
+def test_a_mesh_smaller_than_a_slice_is_compiled_for_a_slice_of_its_own():
+    """libtpu refuses a program for some of 256 devices."""
+    sizes = [f"--config.{name}=256" for name in ("runtime.inference_batch", "runtime.fsdp")]
+    sizes += [f"--config.{stage}.batch_size=512" for stage in ("sft", "reward_model", "dpo", "ppo")]
+    (stage, whole), error = plan("--topology=v5e:16x16", "--stage=dpo", *sizes)
+    assert not error
+    assert stage["mesh"]["fsdp"] == 256 and all(program["fits"] for program in stage["programs"])
+    assert whole["smallest"]["mesh"]["fsdp"] < 256 and whole["smallest"]["fits"]

@@ -198,7 +198,7 @@ with style.context():
     panel.set_yticks(range(4), list(facts)[12:])
     panel.invert_yaxis()
     panel.set_title("Log-probability, before (dot) and after (arrow), nats")
-    panel.legend(fontsize=8, frameon=False, loc="lower left")
+    panel.legend(fontsize=8, frameon=False, loc="center left")
 after_figure
 
 # %% [markdown]

@@ -62,6 +62,7 @@ def show(found: dict[str, Json], console: Console) -> None:
     if found["speeds"]:
         console.print(speed_table(found["speeds"]))
         console.print("Share: least time by these rates, for the FLOPs and the memory traffic, over the measured time.")
+        console.print("It is above 100 % where data stay in a cache, which is faster than the memory.")
     for reason in ("does not fit into the memory", "the budget is spent"):
         if names := [each["name"] for each in found["skipped"] if each["reason"] == reason]:
             console.print(f"Left out, as {reason}: {'; '.join(names)}.")

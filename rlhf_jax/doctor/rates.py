@@ -15,6 +15,8 @@ LEAST_SECONDS = 0.1
 """Time that a measurement takes at least; shorter ones are repeated more often."""
 REPEATS = 3
 """Measurements, of which the fastest counts: others share the machine."""
+PASSES = 16
+"""Passes over the memory in one program."""
 
 
 class Rates(NamedTuple):
@@ -58,8 +60,10 @@ def _products(size: int, dtype: DType) -> float:
 
 
 def _memory(elements: int) -> float:
+    """Bytes per second of passes over one array in place: a new one's pages would have to be mapped, on a CPU."""
     array = jnp.ones(elements, jnp.float32)
-    return 2 * array.nbytes / seconds_of(jax.jit(lambda x: x * 1.5 + 1), array)
+    over = jax.jit(lambda x: jax.lax.fori_loop(0, PASSES, lambda _, y: y * 1.5 + 1, x))
+    return 2 * PASSES * array.nbytes / seconds_of(over, array)
 
 
 def _links(devices: list[jax.Device], elements: int) -> float:

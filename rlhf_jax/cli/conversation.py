@@ -39,7 +39,7 @@ class Conversation:
         self.policy, self.sampling = policy, sampling
         self._key, self._stops = key, stops
         self._answers, self._stream = 0, Stream(policy.network, policy.params)
-        self._ended = True  # whether the last answer ended with a stop token or stop string
+        self._ended: list[bool] = []  # whether each answer ended with a stop token or stop string
         self.system: str | None = None
         self.messages: Messages = []
 
@@ -58,20 +58,21 @@ class Conversation:
 
     def reset(self) -> None:
         """Clear the conversation except for the system message."""
-        self.messages = []
+        self.messages, self._ended = [], []
 
     def undo(self) -> str:
         """Take back the last message and its answer, and return the message. Raises RlhfError if there is none."""
         if not self.messages:
             raise RlhfError("there is no message to take back")
         *self.messages, message, _ = self.messages
+        self._ended = self._ended[:-1]
         return message["content"]
 
     def with_policy(self, policy: Policy) -> "Conversation":
         """Return the conversation before its last message, with another policy. Raises RlhfError as `undo` does."""
         other = Conversation(policy, self.sampling, self._key, self._stops)
         other.sampling = dataclasses.replace(self.sampling, stop_ids=policy.tokenizer.stop_ids)
-        other.messages = [*self.messages]
+        other.messages, other._ended = [*self.messages], [*self._ended]
         other.undo()
         if self.system is not None:
             other.set_system(self.system)
@@ -120,8 +121,8 @@ class Conversation:
                 yield piece
         finally:
             self._answers += 1
-            self._ended = complete and not answer.cut
             if complete or reply.text:
+                self._ended = [*self._ended, complete and not answer.cut]
                 self.messages = [*messages, {"role": "assistant", "content": reply.text}]
 
     def score(self, judge: RewardModel | Reward) -> float:
@@ -140,7 +141,7 @@ class Conversation:
             return float(function_scores(judge, self.policy.tokenizer, pair[0], [pair[1]], {})[0])
         if judge.tokenizer.chat_template is None or not self.is_chat:
             pair = (_plain_text(before), after[0]["content"])
-        return float(model_scores(judge, scored_examples(judge, pair[0], [pair[1]], [self._ended], 1), 1)[0])
+        return float(model_scores(judge, scored_examples(judge, pair[0], [pair[1]], self._ended[-1:], 1), 1)[0])
 
     def _prompt(self, messages: Messages) -> list[int]:
         if self.is_chat:

@@ -40,13 +40,15 @@ def run(config: GoldConfig, context: Context) -> dict[str, Any]:
         judge.save(context.directory / JUDGE_FILE)
     texts = [row["text"] for row in held_out]
     scores = judge.score(texts)
-    figures = {
+    figures: dict[str, float | None] = {
         "correlation": _correlation(scores, ratings),
         "vader_correlation": _correlation(lexicon.vader(texts), ratings),
     }
     if isinstance(config.model, TfidfLogisticConfig):
-        figures["accuracy"] = float(np.mean((scores > 0) == (np.array(ratings) == max(ratings))))
-    context.bar.update(1, 1, {name: figures[name] for name in ("correlation", "accuracy") if name in figures})
+        figures["accuracy"] = float(np.mean((scores > 0) == (np.array(ratings) == max(given))))
+    context.bar.update(
+        1, 1, {name: figures[name] for name in ("correlation", "accuracy") if figures.get(name) is not None}
+    )
     return {"train_rows": len(train), "eval_rows": len(held_out), **figures}
 
 
@@ -60,7 +62,7 @@ def _ratings(rows: list[dict[str, Any]], column: str, source: str, *, labels: bo
         value = row[column]
         try:
             rating = float(value)
-        except (TypeError, ValueError):
+        except (OverflowError, TypeError, ValueError):
             rating = math.nan
         if not math.isfinite(rating):
             kind = "one of two numbers that are the labels" if labels else "a finite number"
@@ -71,5 +73,8 @@ def _ratings(rows: list[dict[str, Any]], column: str, source: str, *, labels: bo
     return found
 
 
-def _correlation(scores: np.ndarray, ratings: list[float]) -> float:
+def _correlation(scores: np.ndarray, ratings: list[float]) -> float | None:
+    """Pearson's correlation; None if either side does not vary."""
+    if np.ptp(scores) == 0 or np.ptp(ratings) == 0:
+        return None
     return float(np.corrcoef(scores, ratings)[0, 1])

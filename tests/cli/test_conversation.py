@@ -179,4 +179,9 @@ def test_scores_are_those_of_the_written_conversation(load, policy):
     answer = say(ended, "Is it good?")[0]
     text = judge.tokenizer.render([user("Is it good?"), assistant(answer)], add_generation_prompt=False)
     assert ended.score(judge) == pytest.approx(score(judge, text.removesuffix("\n")), abs=1e-5)
+    with_end = ended.score(judge)
     assert ended.score(other) == pytest.approx(score(other, f"Is it good?{answer}<|endoftext|>"), abs=1e-5)
+    # Also after a further answer, which had no end, was taken back.
+    list(ended.reply("Why?", Answer()))
+    ended.undo()
+    assert ended.score(judge) == with_end

@@ -30,3 +30,11 @@ def test_ratings_of_a_csv_file_are_read_as_numbers(tmp_path):
         place = experiments.run(tmp_path / data.suffix, data, GOLD).find("gold")
         found.append(json.loads((place / "summary.json").read_text())["correlation"])
     assert found[0] == found[1] > 0.5
+
+
+def test_texts_without_a_word_of_vaders_have_no_correlation_with_it(tmp_path):
+    data = tmp_path / "rated.jsonl"
+    rows = [{"text": f"{word} 电影", "rating": place} for place, word in enumerate(["一", "二", "三", "四"])]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    place = experiments.run(tmp_path / "run", data, GOLD).find("gold")
+    assert json.loads((place / "summary.json").read_text())["vader_correlation"] is None
